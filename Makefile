@@ -1,0 +1,80 @@
+# Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint types layers format bench docs fuzz soak constraints clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two workers: tests start processes of their own. One thread each, or the libraries' thread pools fight.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS ?= 2
+
+help:
+	@echo "make demo    quantize a real trained model and show that it still works"
+	@echo "make test    lint, types, layers and tests (also: make check)"
+	@echo "make bench   the figures of benchmarks/README.md, on this machine"
+	@echo "make docs    the generated command reference, and every link checked"
+	@echo "make fuzz    minutes of random input against the readers"
+	@echo "make soak    minutes of kills and failures against the writer"
+	@echo "make format  let ruff lay out the code"
+	@echo "make clean   remove what the other targets made"
+
+# torch first and by its exact version: asked for by a range, it may bring another build with gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qz needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH) -c constraints.txt
+	$(PIP) install --quiet -e ".[dev]" -c constraints.txt
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python demo/demo.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports
+
+test: lint types layers
+	$(PYTEST) -n $(WORKERS) -m "not fuzz and not soak"
+
+check: test
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+docs: $(READY)
+	$(BIN)/python docs/build.py
+
+fuzz: $(READY)
+	$(PYTEST) -m fuzz --timeout=0
+
+soak: $(READY)
+	$(PYTEST) -m soak --timeout=0
+
+# New pins: the newest versions that pyproject.toml allows, with torch held at its pin (TORCH=torch==x.y.z moves it).
+constraints:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet -e ".[dev]" $(TORCH)
+	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable | sed 's/+cpu$$//; s/ @ .*//'; } > constraints.new
+	mv constraints.new constraints.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .demo .bench build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
