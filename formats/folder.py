@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+import os
+import stat
+import threading
+from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qz import IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError
+from qz.formats.safetensors import quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +64,216 @@ class Folder(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+MAX_OPEN = 16
+
+
+class LocalFolder:
+    """A folder on disk. At most ``MAX_OPEN`` files stay open; every one is read by offset, never mapped.
+
+    Only regular files whose real path lies inside the folder count, so a link cannot name a file elsewhere; in a
+    snapshot of the Hub's cache, links into that cache's blobs count too. Raises MissingInput, MalformedInput (not a
+    folder) or PermissionRefused.
+    """
+
+    def __init__(self, path: Path, *, _roots: tuple[str, ...] = ()) -> None:
+        self.path = Path(path)
+        self.location = str(path)
+        self._real = os.path.realpath(self.path)
+        self._roots = _roots or (self._real, *_cache_blobs(self._real))
+        self._sizes: dict[str, int] | None = None
+        self._folders: tuple[str, ...] = ()
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._marks: dict[str, _Mark] = {}
+        self._read: set[str] = set()
+        self._lock = threading.Lock()
+        try:
+            mode = os.stat(self._real).st_mode
+        except OSError as error:
+            raise _failure(error, self.location, "opened") from None
+        if not stat.S_ISDIR(mode):
+            raise MalformedInput(f"{self.location} is not a folder. Name the folder that holds its config.json.")
+
+    def sizes(self) -> Mapping[str, int]:
+        if self._sizes is None:
+            self._list()
+        return MappingProxyType(self._sizes or {})
+
+    def subfolders(self) -> Sequence[str]:
+        if self._sizes is None:
+            self._list()
+        return self._folders
+
+    def _list(self) -> None:
+        sizes: dict[str, int] = {}
+        folders: list[str] = []
+        try:
+            with os.scandir(self._real) as entries:
+                for entry in entries:
+                    try:
+                        if entry.is_symlink() and not self._inside(entry.path):
+                            continue
+                        found = entry.stat()
+                    except OSError:  # a broken link, a loop: reading it by name says what is wrong
+                        continue
+                    if stat.S_ISREG(found.st_mode):
+                        sizes[entry.name] = found.st_size
+                        self._marks[entry.name] = _mark(found)
+                    elif stat.S_ISDIR(found.st_mode):
+                        folders.append(entry.name)
+        except OSError as error:
+            raise _failure(error, self.location, "listed") from None
+        self._folders = tuple(sorted(folders))
+        self._sizes = {name: sizes[name] for name in sorted(sizes)}
+
+    def _inside(self, path: str) -> bool:
+        real = os.path.realpath(path)
+        return any(real.startswith(root.rstrip("/") + "/") for root in self._roots)
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        where = os.path.join(self.location, file)
+        with self._descriptor(file, where) as descriptor:
+            view = buffer.cast("B")
+            done = 0
+            while done < len(view):
+                try:
+                    count = os.preadv(descriptor, [view[done:]], offset + done)
+                except OSError as error:
+                    raise _failure(error, where, "read") from None
+                if count == 0:
+                    raise MalformedInput(
+                        f"{where} ends at byte {offset + done}, before byte {offset + len(view)}: it is "
+                        "truncated, or changed while it was read. Download it again."
+                    )
+                done += count
+
+    @contextmanager
+    def _descriptor(self, file: str, where: str) -> Iterator[int]:
+        """The open descriptor of ``file``, which is not closed while it is in use."""
+        with self._lock:
+            opened = self._open.get(file)
+            if opened is None:
+                opened = self._open[file] = _Open(self._opened(file, where))
+            self._open.move_to_end(file)
+            opened.users += 1
+            idle = [name for name, held in self._open.items() if not held.users]
+            for name in idle[: max(0, len(self._open) - MAX_OPEN)]:
+                os.close(self._open.pop(name).descriptor)
+        try:
+            yield opened.descriptor
+        finally:
+            with self._lock:
+                opened.users -= 1
+
+    def _opened(self, file: str, where: str) -> int:
+        if file in ("", ".", "..") or "/" in file or "\0" in file:
+            raise MalformedInput(f"{quoted(file)} is not a plain file name inside {self.location}.")
+        path = os.path.join(self._real, file)
+        try:
+            if os.path.islink(path):
+                os.stat(path)  # a loop or a dangling link fails here, with its own error
+                if not self._inside(path):
+                    raise MalformedInput(
+                        f"{where} is a link that leads out of the folder, to {os.path.realpath(path)}. "
+                        "Put the file itself there."
+                    )
+            # Without O_NONBLOCK, opening a FIFO waits for a writer for ever.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        except OSError as error:
+            raise _failure(error, where, "opened") from None
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            raise MalformedInput(f"{where} is {_kind(found.st_mode)}, not a file.")
+        if self._marks.setdefault(file, _mark(found)) != _mark(found):
+            os.close(descriptor)
+            raise _changed(where)
+        self._read.add(file)
+        return descriptor
+
+    def announce(self, ranges: Sequence[Range]) -> None:
+        """The kernel reads ahead by itself."""
+
+    def check(self) -> None:
+        for file in sorted(self._read):
+            where = os.path.join(self.location, file)
+            try:
+                found = os.stat(os.path.join(self._real, file))
+            except OSError:
+                raise _changed(where) from None
+            if _mark(found) != self._marks[file]:
+                raise _changed(where)
+
+    def identity(self) -> dict[str, Any]:
+        files = {name: list(self._marks[name]) for name in self.sizes()}
+        return {"folder": self._real, "files": files}
+
+    def subfolder(self, name: str) -> LocalFolder:
+        path = os.path.join(self._real, name)
+        parts = name.split("/")
+        if any(part in ("", ".", "..") or "\0" in part for part in parts) or (
+            os.path.isdir(path) and not self._inside(path)
+        ):
+            raise MalformedInput(f"{quoted(name)} is not a folder inside {self.location}.")
+        if not os.path.isdir(path):
+            there = ", ".join(self.subfolders()) or "none"
+            raise MissingInput(f"{self.location} has no folder {quoted(name)}. Folders there: {there}.")
+        inner = LocalFolder(Path(path), _roots=self._roots)
+        inner.path, inner.location = self.path / name, os.path.join(self.location, name)
+        return inner
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1].descriptor)
+
+
+_Mark = tuple[int, int, int, int]
+
+
+@dataclass(slots=True)
+class _Open:
+    descriptor: int
+    users: int = 0
+
+
+def _mark(found: os.stat_result) -> _Mark:
+    """What stays the same as long as a file does: device, inode, size, time of change in nanoseconds."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a special file")
+
+
+def _changed(where: str) -> MalformedInput:
+    return MalformedInput(f"{where} changed while it was read. Run again once nothing writes to it.")
+
+
+def _failure(error: OSError, where: str, act: str) -> QzError:
+    """The error of the package that says what the system's one means."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return MissingInput(f"{where} does not exist.")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PermissionRefused(f"{where} cannot be {act}: no permission. Check its owner and mode.")
+    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
+        return MalformedInput(f"{where} cannot be {act}: {(error.strerror or 'invalid name').lower()}.")
+    return IOFailed(f"{where} cannot be {act}: {(error.strerror or str(error)).lower()}.")
+
+
+def _cache_blobs(real: str) -> tuple[str, ...]:
+    """Where links may lead if ``real`` lies in a snapshot of the Hub's cache (``models--…/snapshots/…``)."""
+    parts = Path(real).parts
+    for place in range(len(parts) - 2, 0, -1):
+        if parts[place] == "snapshots" and parts[place - 1].startswith(("models--", "datasets--", "spaces--")):
+            repository = os.path.join(*parts[:place])
+            return os.path.join(repository, "blobs"), os.path.join(os.path.dirname(repository), "blobs")
+    return ()

@@ -1,11 +1,52 @@
-"""The safetensors format: header rules, reading by offset, and the layout that ``save_file`` gives a file."""
+"""The safetensors format: header rules, reading by offset, and the layout that ``save_file`` gives a file.
+
+Stricter than safetensors 0.8.0, which takes duplicate names, names that hold control characters, and tensors of any
+rank. What :func:`read_header` accepts, safetensors accepts, with the same tensors at the same offsets.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
-        "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
+from qz import MalformedInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+# In the order of safetensors' ``Dtype``; ``save_file`` writes the last of them first.
+BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+_RANK = {dtype: -place for place, dtype in enumerate(BITS)}
+
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 1_000_000
+MAX_DIMENSIONS = 16
+MAX_NAME = 1024
+MAX_METADATA = 100_000
+MAX_ENTRY = 4096
+FIRST_READ = 65_536
+PLAIN_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
+
+# C0, DEL, C1, bidirectional marks, line separators, the byte order mark, and halves of surrogate pairs.
+UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACE = rb"[ \t\n\r]*+"
+_STRING = re.compile(_SPACE + rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")' + _SPACE, re.DOTALL)
+_NEXT = re.compile(_SPACE + rb"(.?)", re.DOTALL)
+# An entry as every known writer writes it; anything else takes the slow way through ``json``.
+_INT = rb"(?:0|[1-9][0-9]{0,18})"
+_ENTRY = re.compile(
+    rb'"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:%b(?:, ?%b)*+)?+)\], ?"data_offsets": ?\[(%b), ?(%b)\]\}'
+    % ((_INT,) * 4)
+)
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +62,289 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself. ``tensors`` is ordered by offset; the data section starts at byte ``data_start``."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(read: Callable[[int, int], bytes], size: int, where: str) -> Header:
+    """The header of a file of ``size`` bytes, with ``read(offset, length)``; MalformedInput names ``where`` and why.
+
+    Every byte of the file is accounted for: no hole, no overlap, nothing behind the last tensor.
+    """
+    if size < 8:
+        raise MalformedInput(
+            f"{where} is {'empty' if size == 0 else f'only {size} bytes long'}: not a safetensors file. "
+            "Download it again."
+        )
+    first = read(0, min(size, FIRST_READ))
+    if first.startswith(b"version https://git-lfs"):
+        raise MalformedInput(
+            f"{where} is a Git-LFS pointer, not the weights. Run `git lfs pull`, or download it again."
+        )
+    length = int.from_bytes(first[:8], "little")
+    if length > size - 8 or length > MAX_HEADER or length < 2 or first[8:9] != b"{":
+        raise MalformedInput(f"{where} {_not_a_header(first, length, size)}")
+    text = first[8 : 8 + length]
+    if len(text) < length:
+        text += read(len(first), 8 + length - len(first))
+    return _Parser(text, where).header(size)
+
+
+def _not_a_header(first: bytes, length: int, size: int) -> str:
+    """What a file is that does not start with a header length and a brace."""
+    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
+        return "is a pickle file under another name, and qz never loads those. Ask for real safetensors weights."
+    if first.startswith(b"GGUF"):
+        return "is a GGUF file, not safetensors. Use the original checkpoint instead."
+    if first[:5].lower() in (b"<!doc", b"<html"):
+        return "is a web page, not weights: the download failed. Download it again."
+    if MAX_HEADER >= length > size - 8 and first[8:9] == b"{":
+        return (
+            f"is truncated: its header of {length} bytes does not fit in the {size} bytes there are. Download it again."
+        )
+    return "is not a safetensors file, or is damaged: it has no valid header. Download it again."
+
+
+class _Parser:
+    """Reads one header from left to right, an entry at a time, so that a bomb costs no more than its first bad one."""
+
+    def __init__(self, text: bytes, where: str) -> None:
+        self.text = text
+        self.where = where
+
+    def fail(self, why: str) -> NoReturn:
+        raise MalformedInput(f"{self.where} has a malformed header: {why}. Download it again, or save it anew.")
+
+    def header(self, size: int) -> Header:
+        text = self.text
+        if text.count(b"{") > MAX_TENSORS + 2:
+            self.fail(f"more than {MAX_TENSORS} tensors")
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] | None = None
+        position, more = self.opened(1)
+        while more:
+            name, position = self.key(position)
+            if name == "__metadata__":
+                if metadata is not None:
+                    self.fail("__metadata__ is there twice")
+                metadata, position = self.metadata(position)
+            else:
+                if name in tensors:
+                    self.fail(f"tensor {quoted(name)} is there twice")
+                tensors[name], position = self.tensor(name, position)
+            position, more = self.next(position)
+        if text[position:].strip(b" \t\n\r"):
+            self.fail("something follows the closing brace")
+        data_start = 8 + len(text)
+        ordered = sorted(tensors.values(), key=lambda info: (info.start, info.stop))
+        self.contiguous(ordered, size - data_start)
+        return Header({info.name: info for info in ordered}, metadata or {}, data_start)
+
+    def opened(self, position: int) -> tuple[int, bool]:
+        """Behind an opening brace: whether a first key follows; if not, the position behind the closing brace."""
+        match = _NEXT.match(self.text, position)
+        if match is not None and match[1] == b"}":
+            return match.end(), False
+        return position, True
+
+    def next(self, position: int) -> tuple[int, bool]:
+        """Behind a value: the position behind the comma or the closing brace, and whether another key follows."""
+        match = _NEXT.match(self.text, position)
+        if match is None or match[1] not in (b",", b"}"):
+            self.fail(f"a comma or a brace is missing at byte {8 + position}")
+        return match.end(), match[1] == b","
+
+    def key(self, position: int) -> tuple[str, int]:
+        match = _STRING.match(self.text, position)
+        if match is None or b"\\" in match[1]:
+            name, position = self.string(position)
+        else:
+            try:
+                name, position = match[1][1:-1].decode("utf-8"), match.end()
+            except UnicodeDecodeError:
+                self.fail(f"the name at byte {8 + position} is not UTF-8")
+        if self.text[position : position + 1] != b":":
+            self.fail(f"a colon is missing at byte {8 + position}")
+        return name, position + 1
+
+    def string(self, position: int) -> tuple[str, int]:
+        match = _STRING.match(self.text, position)
+        if match is None:
+            self.fail(f"a string is missing or has no end at byte {8 + position}")
+        try:
+            value = json.loads(match[1].decode("utf-8"))
+        except ValueError as error:
+            self.fail(f"a string at byte {8 + position} is not valid UTF-8 JSON ({type(error).__name__})")
+        if not isinstance(value, str) or _SURROGATE.search(value):
+            self.fail(f"a string at byte {8 + position} is not valid Unicode")
+        return value, match.end()
+
+    def metadata(self, position: int) -> tuple[dict[str, str], int]:
+        match = _NEXT.match(self.text, position)
+        if match is None or match[1] != b"{":
+            self.fail("__metadata__ is not an object")
+        found: dict[str, str] = {}
+        position, more = self.opened(match.end())
+        while more:
+            key, position = self.key(position)
+            if key in found:
+                self.fail(f"__metadata__ has {quoted(key)} twice")
+            start = _NEXT.match(self.text, position)
+            if start is None or start[1] != b'"':
+                self.fail(f"__metadata__ {quoted(key)} is not a string")
+            found[key], position = self.string(position)
+            if len(found) > MAX_METADATA:
+                self.fail(f"__metadata__ has more than {MAX_METADATA} keys")
+            position, more = self.next(position)
+        return found, position
+
+    def tensor(self, name: str, position: int) -> tuple[TensorInfo, int]:
+        if not name or len(name.encode()) > MAX_NAME or UNSAFE_TEXT.search(name):
+            why = (
+                "is empty"
+                if not name
+                else "is too long"
+                if len(name.encode()) > MAX_NAME
+                else "holds control characters"
+            )
+            self.fail(f"the tensor name {quoted(name)} {why}")
+        opening = _NEXT.match(self.text, position)
+        if opening is None or opening[1] != b"{":
+            self.fail(f"tensor {quoted(name)} is not described by an object")
+        entry = _ENTRY.match(self.text, opening.end())
+        if entry is not None:
+            dtype = entry[1].decode()
+            shape = tuple(map(int, entry[2].split(b","))) if entry[2] else ()
+            start, stop = int(entry[3]), int(entry[4])
+            position = entry.end()
+        else:
+            dtype, shape, start, stop, position = self.unusual(name, opening.end() - 1)
+        self.checked(name, dtype, shape, start, stop)
+        return TensorInfo(name, dtype, shape, start, stop), position
+
+    def unusual(self, name: str, position: int) -> tuple[str, tuple[int, ...], int, int, int]:
+        """An entry with its fields in another order, or with more white space."""
+        try:
+            value, end = _ENTRY_DECODER.raw_decode(self.text[position : position + MAX_ENTRY].decode("latin-1"))
+        except (ValueError, RecursionError) as error:
+            self.fail(
+                f"tensor {quoted(name)}: {error}"
+                if isinstance(error, _OddError)
+                else f"tensor {quoted(name)} is not described in valid JSON"
+            )
+        if not isinstance(value, dict) or set(value) != _FIELDS:
+            self.fail(f"tensor {quoted(name)} needs exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype, str):
+            self.fail(f"tensor {quoted(name)} has a dtype that is not a string")
+        if not _whole_numbers(shape):
+            self.fail(f"tensor {quoted(name)} has a shape that is not a list of whole numbers")
+        if not _whole_numbers(offsets) or len(offsets) != 2:
+            self.fail(f"tensor {quoted(name)} has data_offsets that are not two whole numbers")
+        return dtype, tuple(shape), offsets[0], offsets[1], position + end
+
+    def checked(self, name: str, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> None:
+        bits = BITS.get(dtype)
+        if bits is None:
+            self.fail(f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
+        if len(shape) > MAX_DIMENSIONS:
+            self.fail(f"tensor {quoted(name)} has {len(shape)} dimensions")
+        for extent in shape:
+            bits *= extent
+            if bits >> 64:  # safetensors refuses the overflow even if a later dimension is 0
+                self.fail(f"tensor {quoted(name)} has an impossibly large shape")
+        if bits & 7 or bits >> 3 != stop - start:
+            self.fail(f"tensor {quoted(name)} of {dtype} {list(shape)} does not fill its bytes {start} to {stop}")
+
+    def contiguous(self, ordered: Sequence[TensorInfo], length: int) -> None:
+        position = 0
+        for info in ordered:
+            if info.start != position:
+                what = "overlaps the one before it" if info.start < position else "leaves a hole before it"
+                self.fail(f"tensor {quoted(info.name)} {what} (data bytes {info.start} to {info.stop})")
+            position = info.stop
+        if position > length:
+            raise MalformedInput(
+                f"{self.where} is truncated: {position - length} bytes of its tensors are missing. Download it again."
+            )
+        if position < length:
+            self.fail(f"{length - position} bytes follow the last tensor")
+
+
+class _OddError(ValueError):
+    """Something that JSON allows and a header must not hold."""
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise _OddError(f"{text} is not a number")
+
+
+def _bounded_int(text: str) -> int:
+    if text.startswith("-") or len(text) > 20:
+        raise _OddError("a number is negative or too large")
+    return int(text)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _OddError("a field is there twice")
+    return found
+
+
+_ENTRY_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_bounded_int, parse_constant=_no_constant)
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 64 for item in value)
+
+
+def quoted(text: str, width: int = 80) -> str:
+    """``text`` in quotes, fit to be shown: cut to ``width``, with everything unprintable escaped."""
+    return repr(text if len(text) <= width else text[: width - 1] + "…")
+
+
+def layout(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[TensorInfo]:
+    """Places for (name, dtype, shape) in ``save_file``'s order: dtype, widest first, then name (safetensors 0.8.0).
+
+    Raises ValueError for an unknown dtype, or for a shape that does not fill whole bytes.
+    """
+    placed: list[TensorInfo] = []
+    position = 0
+    for name, dtype, shape in sorted(entries, key=lambda entry: (_RANK.get(entry[1], 0), entry[0])):
+        bits = BITS[dtype] if dtype in BITS else _unknown(dtype)
+        for extent in shape:
+            bits *= extent
+        if bits & 7:
+            raise ValueError(f"{name}: {dtype} {list(shape)} does not fill whole bytes")
+        placed.append(TensorInfo(name, dtype, shape, position, position := position + bits // 8))
+    return placed
+
+
+def _unknown(dtype: str) -> NoReturn:
+    raise ValueError(f"unknown dtype {dtype}")
+
+
+def encode_header(
+    tensors: Sequence[TensorInfo], metadata: Mapping[str, str] = PLAIN_METADATA, reserve: int | None = None
+) -> bytes:
+    """All before the data section, as ``save_file`` writes it: length, compact JSON, spaces up to a multiple of 8.
+
+    ``reserve``: the exact number of bytes wanted instead; ValueError if the header does not fit. safetensors writes
+    several metadata keys in random order; here they keep the given one.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for info in tensors:
+        entries[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.stop)}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    total = 8 + len(text) + -len(text) % 8 if reserve is None else reserve
+    if total < 8 + len(text) or total - 8 > MAX_HEADER:
+        raise ValueError(f"a header of {8 + len(text)} bytes does not fit in {total}")
+    return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)

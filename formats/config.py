@@ -1,0 +1,107 @@
+"""JSON files of a checkpoint: read under bounds, written as the libraries write them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+from qz import MalformedInput
+from qz.formats.safetensors import quoted
+
+MAX_BYTES = 10_000_000
+MAX_CONTAINERS = 100_000
+MAX_DEPTH = 64
+MAX_DIGITS = 40
+
+
+class _RefusedError(ValueError):
+    """Something that Python's JSON reader takes and qz does not."""
+
+
+def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in ``data``; MalformedInput, naming ``where``, for anything else.
+
+    Refused beyond what JSON forbids: more than ``limit`` bytes (text beyond ASCII: ``MAX_BYTES``), ``MAX_DEPTH`` levels
+    or ``MAX_CONTAINERS`` lists and objects, duplicate keys, NaN and infinities, integers of more than ``MAX_DIGITS``.
+    """
+    if data.startswith(b"version https://git-lfs"):
+        raise MalformedInput(f"{where} is a Git-LFS pointer, not the file. Run `git lfs pull`, or download it again.")
+    if len(data) > limit or (len(data) > MAX_BYTES and not data.isascii()):
+        raise MalformedInput(f"{where} is {len(data)} bytes long, which is too large for such a file.")
+    containers = data.count(b"{") + data.count(b"[")
+    if containers > MAX_CONTAINERS:
+        raise MalformedInput(f"{where} holds more than {MAX_CONTAINERS} lists and objects, too many for such a file.")
+    try:
+        value = _DECODER.decode(data.decode("utf-8"))
+    except _RefusedError as error:
+        raise MalformedInput(f"{where} is refused: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise MalformedInput(f"{where} is not UTF-8 text (byte {error.start}).") from None
+    except json.JSONDecodeError as error:
+        raise MalformedInput(f"{where} is not valid JSON: {error.msg}, line {error.lineno}.") from None
+    except RecursionError:
+        raise MalformedInput(f"{where} is nested more than {MAX_DEPTH} levels deep.") from None
+    if not isinstance(value, dict):
+        raise MalformedInput(f"{where} holds {_KINDS.get(type(value), 'something')} where an object is expected.")
+    if containers > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        raise MalformedInput(f"{where} is nested more than {MAX_DEPTH} levels deep.")
+    return value
+
+
+def dump_json(value: object) -> bytes:
+    """As transformers and diffusers write config.json, generation_config.json and the index."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+_KINDS: dict[type, str] = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+    type(None): "null",
+}
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        inner: list[Any] = []
+        for node in level:
+            inner += (
+                item for item in (node.values() if isinstance(node, dict) else node) if isinstance(item, dict | list)
+            )
+        if not inner:
+            return False
+        level = inner
+    return True
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _RefusedError(f"the key {quoted(twice)} is there twice")
+    return found
+
+
+def _int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _RefusedError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _RefusedError(f"the number {quoted(text, 20)} is beyond the range of numbers")
+    return value
+
+
+def _constant(text: str) -> NoReturn:
+    raise _RefusedError(f'{text} is not JSON (transformers writes it as {{"__float__": "{text}"}})')
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_int, parse_float=_float, parse_constant=_constant)
