@@ -1,0 +1,124 @@
+"""The journal beside an output in the making: what was asked for, and which shards are done. Holding it is the lock.
+
+``<output>.partial.journal`` is made before ``<output>.partial/`` and removed after everything else, so that whoever
+finds a ``.partial`` finds its journal. One JSON object a line: the fingerprint of the run, then each finished shard.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from qz import TryAgain
+from qz.formats import files
+from qz.formats.record import WrittenFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Journal:
+    """An open, locked journal. ``add`` may be called from several threads."""
+
+    fingerprint: dict[str, Any] | None
+    """What the earlier run was asked for; None if there was none, or its journal cannot be trusted."""
+    finished: dict[str, WrittenFile]
+
+    def __init__(self, path: Path) -> None:
+        """Raise TryAgain at once if another process holds it."""
+        self.path = path
+        self._adding = threading.Lock()
+        while True:
+            self._descriptor = files.open_file(path, create=True)
+            try:
+                if not files.try_lock(self._descriptor, path):
+                    raise TryAgain(
+                        f"Another qz is writing {path.name.removesuffix('.partial.journal')} in {path.parent}. "
+                        "Wait until it is done, or write elsewhere with -o/--output."
+                    )
+                if files.same_file(self._descriptor, path):  # else its owner finished and removed it meanwhile
+                    self._read()
+                    return
+            except BaseException:
+                files.close(self._descriptor, path)
+                raise
+            files.close(self._descriptor, path)
+
+    def _read(self) -> None:
+        self._stop = files.size(self._descriptor, self.path)
+        text = bytearray(self._stop)
+        files.read(self._descriptor, self.path, memoryview(text), 0)
+        self.fingerprint, self.finished = None, {}
+        lines = bytes(text).split(b"\n")
+        torn = len(lines.pop())
+        try:
+            entries: list[Any] = [_parse(line) for line in lines[:-1]]
+            try:
+                entries += [_parse(line) for line in lines[-1:]]
+            except ValueError:  # power went while the last line was written
+                torn += len(lines[-1]) + 1
+            fingerprint = entries[0]["fingerprint"]
+            finished = [_written(entry) for entry in entries[1:]]
+        except (ValueError, LookupError, TypeError):
+            return
+        if isinstance(fingerprint, dict):
+            self.fingerprint = fingerprint
+            self.finished = {file.name: file for file in finished if file.sha256}
+            self._stop -= torn
+
+    def start(self, fingerprint: Mapping[str, Any]) -> None:
+        """Forget whatever it held, and begin anew."""
+        files.truncate(self._descriptor, self.path, 0)
+        self.finished, self._stop = {}, 0
+        self._append({"fingerprint": fingerprint})
+
+    def add(self, file: WrittenFile) -> None:
+        """Note a finished file, durably."""
+        with self._adding:
+            self._append(asdict(file))
+            self.finished[file.name] = file
+
+    def forget(self, name: str) -> None:
+        """Note that a finished file is no good after all."""
+        with self._adding:
+            self.finished.pop(name, None)
+            self._append(asdict(WrittenFile(name, 0, "")))
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps(entry, sort_keys=True).encode() + b"\n"
+        files.write(self._descriptor, self.path, memoryview(line), self._stop)
+        files.truncate(self._descriptor, self.path, self._stop + len(line))
+        files.sync(self._descriptor, self.path)
+        self._stop += len(line)
+
+    def remove(self) -> None:
+        files.remove(self.path)
+
+    def close(self) -> None:
+        """Give up the lock."""
+        files.close(self._descriptor, self.path)
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _written(entry: dict[str, Any]) -> WrittenFile:
+    file = WrittenFile(entry["name"], entry["bytes"], entry["sha256"])
+    if [type(value) for value in (file.name, file.bytes, file.sha256)] != [str, int, str]:
+        raise TypeError("not a finished file")
+    require_safe_name(file.name)
+    return file
+
+
+def require_safe_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is a relative path that stays inside the folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} does not name a file inside the output")

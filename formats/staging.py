@@ -1,0 +1,359 @@
+"""An output in the making: everything is staged in ``<output>.partial/``, checked, and renamed into place at the end.
+
+What lies beside the output, and what the next run makes of it (each step is durable before the next begins):
+
+==  ==========================================  =======================================================
+    on disk (J = ``<output>.partial.journal``)  next run
+==  ==========================================  =======================================================
+1   J                                           begins anew
+2   J, ``.partial/`` with finished shards       continues: finished shards are kept, all else is removed
+3   J, ``.partial/``, ``.partial.old/``,        renames ``.partial.old`` back to the output, then as 2
+    no output (only when overwriting)
+4   J, output, ``.partial.old/``                removes ``.partial.old`` and J: the output is the new one
+5   J, output                                   removes J: done
+6   output                                      –
+==  ==========================================  =======================================================
+
+J is the lock as well, held by the kernel for the process: it is made first and removed last, so a ``.partial`` without
+J is not ours and is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from qz import IOFailed, OutputRefused, QzError
+from qz.formats import files
+from qz.formats.journal import Journal, require_safe_name
+from qz.formats.record import RECORD, WrittenFile, encode_record
+from qz.formats.writer import TEMPORARY, Descriptors, ShardLayout, ShardWriter, hash_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["ShardLayout", "ShardWriter", "Staging", "WrittenFile", "refuse_overlap"]
+
+
+class Staging:
+    """A context manager around the making of one output. Without ``commit`` there is no output.
+
+    After an exception, finished shards stay for the next run with the same fingerprint; all else is removed.
+    """
+
+    finished: Mapping[str, WrittenFile]
+    """Shards that an earlier, interrupted run with the same fingerprint completed."""
+    resumed: bool
+
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: Mapping[str, Any],
+        *,
+        needed: int,
+        overwrite: bool = False,
+        resume: bool = True,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Lock the output, refuse what cannot work, and find what an earlier run has done.
+
+        ``fingerprint``: JSON values; what must be the same for a resumed run to give the same bytes. ``needed``: bytes
+        of the whole output. ``about``: JSON values for the record in the output, nothing private.
+
+        Raises OutputRefused (it exists; an interrupted run with another fingerprint is there), TryAgain (another run
+        holds it), IOFailed (too little space), PermissionRefused.
+        """
+        self.output = Path(os.path.realpath(output.parent)) / output.name
+        if not output.name or output.name == "..":
+            raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
+        self._partial = beside(self.output, ".partial")
+        self._aside = beside(self.output, ".partial.old")
+        self._overwrite, self._about = overwrite, dict(about or {})
+        self._descriptors = Descriptors()
+        self._unfinished: set[str] = set()
+        self._written: dict[str, WrittenFile] = {}
+        self._last: dict[str, bytes] = {}
+        self._committed = False
+        journal = beside(self.output, ".partial.journal")
+        if files.kind(journal) is None:
+            _refuse_output(self.output, overwrite)
+            self._refuse_stranger(journal)
+        files.make_folder(self.output.parent)
+        self._journal = Journal(journal)
+        try:
+            self._recover()
+            _refuse_output(self.output, overwrite)
+            self._prepare(json.loads(json.dumps(fingerprint)), needed, resume)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _refuse_stranger(self, journal: Path) -> None:
+        for path in (self._partial, self._aside):
+            before = files.status(path)
+            if before is None or files.kind(journal) is not None:
+                continue
+            after = files.status(path)
+            if after is not None and os.path.samestat(before, after) and files.kind(journal) is None:
+                raise OutputRefused(
+                    f"{path} exists, and it is not an interrupted run of qz. Move it away, or write elsewhere with "
+                    "-o/--output."
+                )
+
+    def _recover(self) -> None:
+        """Finish or take back an exchange of old and new output that a crash interrupted."""
+        if files.kind(self._aside) is None:
+            return
+        if files.kind(self.output) is None:
+            files.rename(self._aside, self.output)
+            files.sync_folder(self.output.parent)
+        elif files.kind(self._partial) is None:
+            files.remove(self._aside)
+        else:
+            raise OutputRefused(
+                f"{self._aside} is the output that an interrupted run was replacing, and {self.output} exists again. "
+                "Move one of them away."
+            )
+
+    def _prepare(self, fingerprint: dict[str, Any], needed: int, resume: bool) -> None:
+        journal = self._journal
+        found = {name: file for name, file in journal.finished.items() if self._has(file)}
+        if resume and found and journal.fingerprint != fingerprint:
+            raise OutputRefused(
+                f"{self._partial} holds an interrupted run that differs: "
+                f"{describe_difference(journal.fingerprint or {}, fingerprint)}. "
+                "Repeat that run to continue it, or start over with --no-resume."
+            )
+        if not resume or journal.fingerprint != fingerprint:
+            found, journal.finished = {}, {}
+        self.resumed, self.finished = bool(found), found
+        self._written = dict(found)
+        if found:
+            self._sweep(keep=found.keys())
+        else:
+            files.remove(self._partial)
+        self._require_space(needed - sum(file.bytes for file in found.values()))
+        if not found:
+            journal.start(fingerprint)
+            files.make_folder(self._partial)
+            files.sync_folder(self.output.parent)
+
+    def _has(self, file: WrittenFile) -> bool:
+        found = files.status(self._partial / file.name)
+        return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == file.bytes
+
+    def _sweep(self, keep: Any) -> None:
+        for name in files.names(self._partial):
+            if name not in keep:
+                files.remove(self._partial / name)
+
+    def _require_space(self, needed: int) -> None:
+        free = files.free_bytes(self.output.parent)
+        if needed > free:
+            raise IOFailed(
+                f"Not enough space for {self.output}: it needs {needed:,} bytes, {free:,} are free. "
+                "Free some, or write to another disk with -o/--output."
+            )
+
+    def open_shard(self, layout: ShardLayout) -> ShardWriter:
+        """Begin a shard; its space on disk is reserved. May be called, like ``finish``, while others are written."""
+        self._require_new(layout.file)
+        writer = ShardWriter(self._partial, layout, self._descriptors, self._shard_done)
+        self._unfinished.add(layout.file)
+        return writer
+
+    def _shard_done(self, file: WrittenFile) -> None:
+        self._journal.add(file)
+        self._written[file.name] = file
+        self._unfinished.discard(file.name)
+
+    def _require_new(self, name: str) -> None:
+        require_safe_name(name)
+        if name in self._written or name in self._unfinished or name in self._last or name == RECORD:
+            raise ValueError(f"{name} is in the output already")
+
+    def write_file(self, name: str, data: bytes) -> WrittenFile:
+        """Add a small file, ``component/x.json`` allowed. Indexes and configs reach the disk last, in ``commit``."""
+        self._require_new(name)
+        if _rank(name):
+            self._last[name] = data
+            return WrittenFile(name, len(data), _sha256(data))
+        return self._store(name, data)
+
+    def _store(self, name: str, data: bytes) -> WrittenFile:
+        path = self._partial / name
+        temporary = path.with_name(path.name + TEMPORARY)
+        if path.parent != self._partial:
+            files.make_folder(path.parent)
+            files.sync_folder(self._partial)
+        descriptor = files.open_file(temporary, create=True)
+        try:
+            files.write(descriptor, temporary, memoryview(data), 0)
+            files.sync(descriptor, temporary)
+        finally:
+            files.close(descriptor, temporary)
+        written = WrittenFile(name, len(data), _sha256(data))
+        if hash_file(temporary) != written.sha256:
+            raise IOFailed(f"{temporary} reads back different from what was written. Check the disk, then run again.")
+        files.rename(temporary, path)
+        files.sync_folder(path.parent)
+        self._written[name] = written
+        return written
+
+    def commit(self) -> tuple[WrittenFile, ...]:
+        """Check everything, write what comes last, and rename the whole into place. All files but the record."""
+        if self._unfinished:
+            raise RuntimeError(f"shards are not finished: {sorted(self._unfinished)}")
+        self._descriptors.close_all()
+        for file in self.finished.values():
+            self._verify(file)
+        for name in sorted(self._last, key=lambda name: (_rank(name), name)):
+            self._store(name, self._last[name])
+        written = tuple(sorted(self._written.values(), key=lambda file: file.name))
+        self._store(RECORD, encode_record(written, self._about))
+        found = dict(self._walk(self._partial))
+        if found != {file.name: file.bytes for file in self._written.values()}:
+            raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
+        files.sync_folder(self._partial)
+        self._publish()
+        return written
+
+    def _verify(self, file: WrittenFile) -> None:
+        if not self._has(file) or hash_file(self._partial / file.name) != file.sha256:
+            self._journal.forget(file.name)
+            raise IOFailed(
+                f"{self._partial / file.name}, made by an earlier run, is damaged. Run the same command again: "
+                "it makes this file anew and keeps the others."
+            )
+
+    def _walk(self, folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for name in files.names(folder):
+            if files.kind(folder / name) == "folder":
+                yield from self._walk(folder / name, f"{prefix}{name}/")
+            else:
+                status = files.status(folder / name)
+                yield prefix + name, status.st_size if status else -1
+
+    def _publish(self) -> None:
+        _refuse_output(self.output, self._overwrite)
+        replaced = files.kind(self.output) is not None and bool(files.names(self.output))
+        if replaced:
+            files.rename(self.output, self._aside)
+        try:
+            files.rename(self._partial, self.output)
+        except QzError:
+            if replaced:
+                files.rename(self._aside, self.output)
+            raise
+        self._committed = True
+        files.sync_folder(self.output.parent)
+        files.remove(self._aside)
+        self._journal.remove()
+        files.sync_folder(self.output.parent)
+        self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._committed:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Keep what a later run can use, remove the rest, unlock."""
+        with suppress(QzError):
+            self._descriptors.close_all()
+            if self._journal.finished:
+                self._sweep(keep=self._journal.finished.keys())
+            elif files.kind(self._aside) is None:
+                files.remove(self._partial)
+                self._journal.remove()
+        with suppress(QzError):
+            self._journal.close()
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """A name beside the output, on the same file system."""
+    return output.with_name(output.name + suffix)
+
+
+def refuse_overlap(source: Path, output: Path) -> None:
+    """Raise OutputRefused if the output, or what is staged beside it, is the source, inside it, or around it."""
+    real_source = Path(os.path.realpath(source))
+    real_output = Path(os.path.realpath(output))
+    for place in (real_output, beside(real_output, ".partial"), beside(real_output, ".partial.old")):
+        if _within(place, real_source) or _within(real_source, place):
+            raise OutputRefused(
+                f"The output {output} and the source {source} overlap. Choose a folder outside it with -o/--output."
+            )
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or inside it, also where the same folder goes by two names."""
+    found = files.status(folder)
+    for each in (path, *path.parents):
+        if each == folder:
+            return True
+        other = files.status(each) if found is not None else None
+        if found is not None and other is not None and os.path.samestat(found, other):
+            return True
+    return False
+
+
+def _refuse_output(output: Path, overwrite: bool) -> None:
+    """Raise OutputRefused unless there is nothing, an empty folder, or a checkpoint that may be overwritten."""
+    what = files.kind(output)
+    if what is None:
+        return
+    if what == "link":
+        raise OutputRefused(f"{output} is a symbolic link. Give the folder it points to, or another, with -o/--output.")
+    if what != "folder":
+        raise OutputRefused(f"{output} exists and is not a folder. Choose another with -o/--output.")
+    if os.path.ismount(output):
+        raise OutputRefused(f"{output} is a mount point: it cannot be replaced. Choose a folder in it: -o {output}/…")
+    held = files.names(output)
+    if held and not overwrite:
+        raise OutputRefused(f"{output} exists and is not empty. Replace it with --overwrite, or choose -o/--output.")
+    if held and (".git" in held or not {"config.json", RECORD} & set(held)):
+        what_else = "a git repository" if ".git" in held else "not a checkpoint (it has no config.json)"
+        raise OutputRefused(f"{output} is {what_else}: --overwrite does not remove it. Choose another folder.")
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
+    """``key: old → new`` of the values that differ, nested keys joined by dots."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    absent = object()
+    keys = [key for key in sorted(before | after) if before.get(key, absent) != after.get(key, absent)]
+    shown = [f"{key}: {_short(before.get(key))} → {_short(after.get(key))}" for key in keys[:most]]
+    return ", ".join(shown) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _rank(name: str) -> int:
+    """0 for what may be written at once; the later a loader would look for it, the later it is written."""
+    base = name.rpartition("/")[2]
+    if re.search(r"\.index(\.[^.]+)?\.json$", base):
+        return 1
+    return 0 if base not in {"config.json", "model_index.json"} else 2 if base == "config.json" else 3
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
