@@ -6,8 +6,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-from qz import MalformedInput
-from qz.formats.safetensors import quoted
+from qz.formats.malformed import Malformed, quoted
 
 MAX_BYTES = 10_000_000
 MAX_CONTAINERS = 100_000
@@ -20,32 +19,38 @@ class _RefusedError(ValueError):
 
 
 def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in ``data``; MalformedInput, naming ``where``, for anything else.
+    """The JSON object in ``data``; Malformed, naming ``where``, for anything else.
 
     Refused beyond what JSON forbids: more than ``limit`` bytes (text beyond ASCII: ``MAX_BYTES``), ``MAX_DEPTH`` levels
     or ``MAX_CONTAINERS`` lists and objects, duplicate keys, NaN and infinities, integers of more than ``MAX_DIGITS``.
     """
     if data.startswith(b"version https://git-lfs"):
-        raise MalformedInput(f"{where} is a Git-LFS pointer, not the file. Run `git lfs pull`, or download it again.")
+        raise Malformed(
+            "git-lfs-pointer", f"{where} is a Git-LFS pointer, not the file. Run `git lfs pull`, or download it again."
+        )
     if len(data) > limit or (len(data) > MAX_BYTES and not data.isascii()):
-        raise MalformedInput(f"{where} is {len(data)} bytes long, which is too large for such a file.")
+        raise Malformed("json-malformed", f"{where} is {len(data)} bytes long, which is too large for such a file.")
     containers = data.count(b"{") + data.count(b"[")
     if containers > MAX_CONTAINERS:
-        raise MalformedInput(f"{where} holds more than {MAX_CONTAINERS} lists and objects, too many for such a file.")
+        raise Malformed(
+            "json-malformed", f"{where} holds more than {MAX_CONTAINERS} lists and objects, too many for such a file."
+        )
     try:
         value = _DECODER.decode(data.decode("utf-8"))
     except _RefusedError as error:
-        raise MalformedInput(f"{where} is refused: {error}.") from None
+        raise Malformed("json-malformed", f"{where} is refused: {error}.") from None
     except UnicodeDecodeError as error:
-        raise MalformedInput(f"{where} is not UTF-8 text (byte {error.start}).") from None
+        raise Malformed("json-malformed", f"{where} is not UTF-8 text (byte {error.start}).") from None
     except json.JSONDecodeError as error:
-        raise MalformedInput(f"{where} is not valid JSON: {error.msg}, line {error.lineno}.") from None
+        raise Malformed("json-malformed", f"{where} is not valid JSON: {error.msg}, line {error.lineno}.") from None
     except RecursionError:
-        raise MalformedInput(f"{where} is nested more than {MAX_DEPTH} levels deep.") from None
+        raise Malformed("json-malformed", f"{where} is nested more than {MAX_DEPTH} levels deep.") from None
     if not isinstance(value, dict):
-        raise MalformedInput(f"{where} holds {_KINDS.get(type(value), 'something')} where an object is expected.")
+        raise Malformed(
+            "json-malformed", f"{where} holds {_KINDS.get(type(value), 'something')} where an object is expected."
+        )
     if containers > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        raise MalformedInput(f"{where} is nested more than {MAX_DEPTH} levels deep.")
+        raise Malformed("json-malformed", f"{where} is nested more than {MAX_DEPTH} levels deep.")
     return value
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qz import IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError
-from qz.formats.safetensors import quoted
+from qz import IOFailed, MissingInput, PermissionRefused, QzError
+from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -93,7 +93,9 @@ class LocalFolder:
         except OSError as error:
             raise _failure(error, self.location, "opened") from None
         if not stat.S_ISDIR(mode):
-            raise MalformedInput(f"{self.location} is not a folder. Name the folder that holds its config.json.")
+            raise Malformed(
+                "not-a-folder", f"{self.location} is not a folder. Name the folder that holds its config.json."
+            )
 
     def sizes(self) -> Mapping[str, int]:
         if self._sizes is None:
@@ -142,9 +144,10 @@ class LocalFolder:
                 except OSError as error:
                     raise _failure(error, where, "read") from None
                 if count == 0:
-                    raise MalformedInput(
+                    raise Malformed(
+                        "truncated",
                         f"{where} ends at byte {offset + done}, before byte {offset + len(view)}: it is "
-                        "truncated, or changed while it was read. Download it again."
+                        "truncated, or changed while it was read. Download it again.",
                     )
                 done += count
 
@@ -168,15 +171,16 @@ class LocalFolder:
 
     def _opened(self, file: str, where: str) -> int:
         if file in ("", ".", "..") or "/" in file or "\0" in file:
-            raise MalformedInput(f"{quoted(file)} is not a plain file name inside {self.location}.")
+            raise Malformed("unsafe-name", f"{quoted(file)} is not a plain file name inside {self.location}.")
         path = os.path.join(self._real, file)
         try:
             if os.path.islink(path):
                 os.stat(path)  # a loop or a dangling link fails here, with its own error
                 if not self._inside(path):
-                    raise MalformedInput(
+                    raise Malformed(
+                        "link-outside",
                         f"{where} is a link that leads out of the folder, to {os.path.realpath(path)}. "
-                        "Put the file itself there."
+                        "Put the file itself there.",
                     )
             # Without O_NONBLOCK, opening a FIFO waits for a writer for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -185,7 +189,7 @@ class LocalFolder:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
-            raise MalformedInput(f"{where} is {_kind(found.st_mode)}, not a file.")
+            raise Malformed("not-a-file", f"{where} is {_kind(found.st_mode)}, not a file.")
         if self._marks.setdefault(file, _mark(found)) != _mark(found):
             os.close(descriptor)
             raise _changed(where)
@@ -215,7 +219,7 @@ class LocalFolder:
         if any(part in ("", ".", "..") or "\0" in part for part in parts) or (
             os.path.isdir(path) and not self._inside(path)
         ):
-            raise MalformedInput(f"{quoted(name)} is not a folder inside {self.location}.")
+            raise Malformed("unsafe-name", f"{quoted(name)} is not a folder inside {self.location}.")
         if not os.path.isdir(path):
             there = ", ".join(self.subfolders()) or "none"
             raise MissingInput(f"{self.location} has no folder {quoted(name)}. Folders there: {there}.")
@@ -254,8 +258,8 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a special file")
 
 
-def _changed(where: str) -> MalformedInput:
-    return MalformedInput(f"{where} changed while it was read. Run again once nothing writes to it.")
+def _changed(where: str) -> Malformed:
+    return Malformed("changed", f"{where} changed while it was read. Run again once nothing writes to it.")
 
 
 def _failure(error: OSError, where: str, act: str) -> QzError:
@@ -265,7 +269,7 @@ def _failure(error: OSError, where: str, act: str) -> QzError:
     if error.errno in (errno.EACCES, errno.EPERM):
         return PermissionRefused(f"{where} cannot be {act}: no permission. Check its owner and mode.")
     if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
-        return MalformedInput(f"{where} cannot be {act}: {(error.strerror or 'invalid name').lower()}.")
+        return Malformed("unreadable", f"{where} cannot be {act}: {(error.strerror or 'invalid name').lower()}.")
     return IOFailed(f"{where} cannot be {act}: {(error.strerror or str(error)).lower()}.")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qz import MalformedInput
+from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,8 +34,6 @@ MAX_ENTRY = 4096
 FIRST_READ = 65_536
 PLAIN_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
-# C0, DEL, C1, bidirectional marks, line separators, the byte order mark, and halves of surrogate pairs.
-UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = rb"[ \t\n\r]*+"
 _STRING = re.compile(_SPACE + rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")' + _SPACE, re.DOTALL)
@@ -74,42 +72,48 @@ class Header:
 
 
 def read_header(read: Callable[[int, int], bytes], size: int, where: str) -> Header:
-    """The header of a file of ``size`` bytes, with ``read(offset, length)``; MalformedInput names ``where`` and why.
+    """The header of a file of ``size`` bytes, with ``read(offset, length)``; Malformed names ``where`` and why.
 
     Every byte of the file is accounted for: no hole, no overlap, nothing behind the last tensor.
     """
+    if size == 0:
+        raise Malformed("empty-file", f"{where} is empty. Download it again.")
     if size < 8:
-        raise MalformedInput(
-            f"{where} is {'empty' if size == 0 else f'only {size} bytes long'}: not a safetensors file. "
-            "Download it again."
-        )
+        raise Malformed("not-safetensors", f"{where} has only {size} bytes: not a safetensors file. Download it again.")
     first = read(0, min(size, FIRST_READ))
-    if first.startswith(b"version https://git-lfs"):
-        raise MalformedInput(
-            f"{where} is a Git-LFS pointer, not the weights. Run `git lfs pull`, or download it again."
-        )
     length = int.from_bytes(first[:8], "little")
     if length > size - 8 or length > MAX_HEADER or length < 2 or first[8:9] != b"{":
-        raise MalformedInput(f"{where} {_not_a_header(first, length, size)}")
+        raise _not_a_header(first, length, size, where)
     text = first[8 : 8 + length]
     if len(text) < length:
         text += read(len(first), 8 + length - len(first))
     return _Parser(text, where).header(size)
 
 
-def _not_a_header(first: bytes, length: int, size: int) -> str:
+def _not_a_header(first: bytes, length: int, size: int, where: str) -> Malformed:
     """What a file is that does not start with a header length and a brace."""
-    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
-        return "is a pickle file under another name, and qz never loads those. Ask for real safetensors weights."
-    if first.startswith(b"GGUF"):
-        return "is a GGUF file, not safetensors. Use the original checkpoint instead."
-    if first[:5].lower() in (b"<!doc", b"<html"):
-        return "is a web page, not weights: the download failed. Download it again."
-    if MAX_HEADER >= length > size - 8 and first[8:9] == b"{":
-        return (
-            f"is truncated: its header of {length} bytes does not fit in the {size} bytes there are. Download it again."
-        )
-    return "is not a safetensors file, or is damaged: it has no valid header. Download it again."
+    for starts, kind, what in _OTHER_FILES:
+        if first[:40].lower().startswith(starts):
+            return Malformed(kind, f"{where} is {what}")
+    if first[8:9] == b"{" and size - 8 < length <= MAX_HEADER:
+        why = f"its header of {length} bytes does not fit in the {size} bytes there are"
+        return Malformed("truncated", f"{where} is truncated: {why}. Download it again.")
+    if first[8:9] == b"{" and length > MAX_HEADER:
+        return Malformed("header-malformed", f"{where} has a header of {length} bytes; {MAX_HEADER} are allowed.")
+    why = "not a safetensors file, or is damaged: it has no valid header"
+    return Malformed("not-safetensors", f"{where} is {why}. Download it again.")
+
+
+_OTHER_FILES = (
+    ((b"version https://git-lfs",), "git-lfs-pointer", "a Git-LFS pointer, not the weights. Run `git lfs pull` there."),
+    (
+        (b"pk\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04"),
+        "pickle",
+        ("a pickle file under another name, which qz never loads. Get real safetensors weights."),
+    ),
+    ((b"gguf",), "gguf", "a GGUF file, not safetensors. Use the original checkpoint."),
+    ((b"<!doc", b"<html"), "not-safetensors", "a web page, not weights: a failed download. Download it again."),
+)
 
 
 class _Parser:
@@ -120,7 +124,9 @@ class _Parser:
         self.where = where
 
     def fail(self, why: str) -> NoReturn:
-        raise MalformedInput(f"{self.where} has a malformed header: {why}. Download it again, or save it anew.")
+        raise Malformed(
+            "header-malformed", f"{self.where} has a malformed header: {why}. Download it again, or save it anew."
+        )
 
     def header(self, size: int) -> Header:
         text = self.text
@@ -271,9 +277,8 @@ class _Parser:
                 self.fail(f"tensor {quoted(info.name)} {what} (data bytes {info.start} to {info.stop})")
             position = info.stop
         if position > length:
-            raise MalformedInput(
-                f"{self.where} is truncated: {position - length} bytes of its tensors are missing. Download it again."
-            )
+            why = f"{position - length} bytes of its tensors are missing"
+            raise Malformed("truncated", f"{self.where} is truncated: {why}. Download it again.")
         if position < length:
             self.fail(f"{length - position} bytes follow the last tensor")
 
@@ -304,11 +309,6 @@ _ENTRY_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_bounde
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 64 for item in value)
-
-
-def quoted(text: str, width: int = 80) -> str:
-    """``text`` in quotes, fit to be shown: cut to ``width``, with everything unprintable escaped."""
-    return repr(text if len(text) <= width else text[: width - 1] + "…")
 
 
 def layout(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[TensorInfo]:

@@ -1,0 +1,23 @@
+"""One kind of error for each way a file can be wrong, and text from a file made fit to be shown."""
+
+from __future__ import annotations
+
+import re
+
+from qz import MalformedInput
+
+# C0, DEL, C1, bidirectional marks, line separators, the byte order mark, and halves of surrogate pairs.
+UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+class Malformed(MalformedInput):
+    """A file that breaks the rules; ``kind`` (kebab-case) says which, for those who list problems."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def quoted(text: str, width: int = 80) -> str:
+    """``text`` in quotes, cut to ``width``, with everything unprintable escaped."""
+    return repr(text if len(text) <= width else text[: width - 1] + "…")
