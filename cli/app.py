@@ -1,0 +1,195 @@
+"""The Typer app and ``main()``: the one place where errors become text and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from qz import QzError
+from qz.cli.options import DebugOpt, VersionOpt
+from qz.cli.output import redact, say
+
+MOST_LINES = 5
+"""What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
+
+COMMANDS = ("quantize", "inspect", "dequantize", "push")
+DISTRIBUTIONS = {"accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "numpy", "torch", "transformers"}
+
+app = typer.Typer(
+    name="qz",
+    help="Quantize Hugging Face models to 8 and 4 bit with bitsandbytes, and convert them back.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 65 bad input, 66 no input, 69 no Hub, 73 output refused, 74 I/O, "
+    "75 try again, 77 no access, 78 unsupported.",
+    context_settings={"help_option_names": ["--help", "-h"]},
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def everywhere(
+    version: VersionOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Quantize Hugging Face models to 8 and 4 bit with bitsandbytes, and convert them back."""
+
+
+for command in COMMANDS:
+    # The command modules are light: what they call is imported when they run.
+    if importlib.util.find_spec(f"qz.cli.{command}"):
+        app.command(command)(getattr(importlib.import_module(f"qz.cli.{command}"), command))
+
+
+class Interruption:
+    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, so that work is put down cleanly. The second ends at once.
+
+    What handles the interrupt may say how to go on with ``add_note``; that becomes part of the message.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.error = KeyboardInterrupt()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # What a parent told us to ignore, as nohup and background jobs of a script do, stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.receive)
+
+    def receive(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        raise self.error
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signal or signal.SIGINT)
+
+    @property
+    def message(self) -> str:
+        return " ".join(["Interrupted.", *getattr(self.error, "__notes__", ())])
+
+
+def main() -> NoReturn:
+    """The command ``qz``."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Errors go to stderr, and with --json to stdout too."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII locale must not fail a run
+    own = list(args[: args.index("--")] if "--" in args else args)
+    debug, as_json = "--debug" in own, "--json" in own
+    # --debug belongs to the app, and may stand behind the command.
+    args = ["--debug"] * debug + [arg for arg in own if arg != "--debug"] + list(args[len(own) :])
+    quiet_libraries(debug)
+    interruption = Interruption()
+    try:
+        code = app(args=args, prog_name="qz", standalone_mode=False) if args else help_and_fail()
+        sys.stdout.flush()
+    except SystemExit as error:  # shell completion, and Typer on a pipe that was closed
+        return closed_pipe() if isinstance(error.__context__, OSError) else int(error.code or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        code = interruption.exit_code
+    except BrokenPipeError:
+        return closed_pipe()
+    except Exception as error:  # noqa: BLE001  the one place that turns them into text
+        code, message = explain(error)
+        report(code, message, as_json=as_json, trace=error if debug else None)
+        return code
+    if code == interruption.exit_code:
+        report(code, interruption.message, as_json=as_json, trace=interruption.error if debug else None)
+    return int(code or 0)
+
+
+def help_and_fail() -> int:
+    """``qz`` alone: the help, and a usage error for scripts."""
+    app(args=["--help"], prog_name="qz", standalone_mode=False)
+    return 2
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the message of anything that was raised."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, QzError):
+        return error.exit_code, text
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        hint = f"\nRun `{context.command_path} --help` for what there is." if context else ""
+        return error.exit_code, error.format_message().replace("Value error, ", "") + hint
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 75, f"Out of memory: {text}. Close other programs, or use --threads 1 or --device cpu."
+    if isinstance(error, PermissionError):
+        return 77, f"{describe(error)}. Check the permissions of that path."
+    if isinstance(error, FileNotFoundError):
+        return 66, f"{describe(error)}."
+    if isinstance(error, ConnectionError | TimeoutError):
+        return 69, f"The connection failed: {text}. Try again."
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return 74, f"{describe(error)}. {'Free some space' if full else 'Check the disk'}, and run the command again."
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in DISTRIBUTIONS:
+        return 78, f"{text}. Install qz with its dependencies: pip install qz-cli."
+    kind = type(error).__name__
+    return (
+        1,
+        f"Internal error: {kind}: {text}\nThis is a bug in qz. Run the command again with --debug, and report what it shows.",
+    )
+
+
+def describe(error: OSError) -> str:
+    """What the system said and of which path."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+def report(code: int, message: str, *, as_json: bool, trace: BaseException | None = None) -> None:
+    """The message on stderr, with its traceback if asked for, and as the last line of stdout with --json."""
+    if trace is not None:
+        say("".join(traceback.format_exception(trace)))
+    lines = f"Error: {message}".rstrip().split("\n")
+    if len(lines) > MOST_LINES and trace is None:
+        left = len(lines) - MOST_LINES + 1
+        lines = [*lines[: MOST_LINES - 1], f"… and {left} more lines; --debug shows them all."]
+    try:
+        say("\n".join(lines))
+        if as_json:
+            error = {"type": "exit_error", "code": code, "message": redact(message)}
+            sys.stdout.write(json.dumps(error) + "\n")
+        sys.stdout.flush()
+    except OSError:
+        closed_pipe()
+
+
+def closed_pipe() -> int:
+    """Nobody reads what is written, or it cannot be: end in silence, with the exit code of an I/O error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    return 74
+
+
+def quiet_libraries(debug: bool) -> None:
+    """Keep the libraries' own talk off the terminal; qz says what matters. What the user has set is left alone."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if debug:
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

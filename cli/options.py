@@ -1,0 +1,442 @@
+"""Every argument and option of every command, declared once: names, help, choices, and how a value is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from qz import UsageError, __version__
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+METHOD = "Method"
+SELECTION = "What is read and quantized"
+OUTPUT = "Output"
+MACHINE = "Machine"
+REPORT = "Reports"
+HUB = "Hub"
+
+UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("K", "M", "G", "T"), start=1)
+    for suffix, base in (("B", 1000), ("IB", 1024), ("", 1000))
+}
+
+
+def flag(*names: str, help: str, panel: str | None = None) -> Any:  # noqa: A002  Typer's own name for it
+    """A switch. The empty metavar keeps its type, which says nothing, out of the help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar="")
+
+
+DType = Literal["auto", "float16", "bfloat16", "float32"]
+ComputeDType = Literal["bfloat16", "float16", "float32"]
+MethodName = Literal["nf4", "fp4", "int8"]
+IfExists = Literal["error", "skip", "overwrite"]
+
+
+def method_name(nf4: bool, fp4: bool, int8: bool) -> MethodName:
+    """The one method asked for, nf4 where none is; UsageError for two."""
+    asked: list[MethodName] = [name for name, on in zip(("nf4", "fp4", "int8"), (nf4, fp4, int8), strict=True) if on]  # type: ignore[misc]
+    if len(asked) > 1:
+        raise UsageError(f"--{' and --'.join(asked)} exclude each other. Choose one method.")
+    return asked[0] if asked else "nf4"
+
+
+def existing_output(overwrite: bool, if_exists: IfExists) -> IfExists:
+    """What to do with an output that is there: --overwrite is short for --if-exists overwrite."""
+    if overwrite and if_exists == "skip":
+        raise UsageError("--overwrite and --if-exists skip exclude each other. Choose one.")
+    return "overwrite" if overwrite else if_exists
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number, decimal and binary units as the libraries read them."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or int(float(match[1]) * unit) < 1:
+        raise typer.BadParameter(f"{text!r} is not a size. Write it as 5GB, 500MB or 2GiB.")
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def parse_device(text: str) -> str:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu``, ``xpu:N`` or ``mps``."""
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", text):
+        raise typer.BadParameter(f"{text!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+    return text
+
+
+def parse_components(text: str | None) -> tuple[str, ...] | None:
+    """The names in ``transformer,text_encoder_2``; None where the option was not given."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(re.fullmatch(r"[A-Za-z0-9_]+", name) for name in names):
+        raise UsageError(f"--components {text!r} is not a list of names such as transformer,text_encoder_2.")
+    return names
+
+
+def parse_component_methods(pairs: list[str] | None) -> dict[str, str]:
+    """``{"text_encoder_2": "int8"}`` of ``text_encoder_2=int8``; a method is nf4, fp4, int8 or none."""
+    methods: dict[str, str] = {}
+    for pair in pairs or ():
+        name, equals, method = pair.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_]+", name) or method not in ("nf4", "fp4", "int8", "none"):
+            raise UsageError(f"--component {pair!r} is not NAME=METHOD, where METHOD is nf4, fp4, int8 or none.")
+        if methods.get(name, method) != method:
+            raise UsageError(f"--component names {name} twice, with {methods[name]} and {method}. Choose one.")
+        methods[name] = method
+    return methods
+
+
+def folders_with_config(folder: Path) -> Iterator[str]:
+    """Names of the folders inside ``folder`` that hold a model or a part of a pipeline."""
+    try:
+        yield from sorted(p.name for p in folder.iterdir() if p.is_dir() and (p / "config.json").is_file())
+    except OSError:
+        return
+
+
+def complete_subfolder(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The components of the local SOURCE that is already on the line."""
+    source = ctx.params.get("source") or ctx.params.get("folder")
+    if not source:
+        return []
+    return [name for name in folders_with_config(Path(str(source)).expanduser()) if name.startswith(incomplete)]
+
+
+def complete_folder(incomplete: str) -> list[str]:
+    """Local folders, one level at a time, as the shell would."""
+    parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent).expanduser()
+    head = incomplete[: incomplete.rfind("/") + 1]
+    tail = incomplete[len(head) :]
+    try:
+        names = sorted(p.name for p in parent.iterdir() if p.is_dir())
+    except OSError:
+        return []
+    return [head + name for name in names if name.startswith(tail) and (tail or not name.startswith("."))]
+
+
+SourceArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A local folder, or a repository on the Hub such as black-forest-labs/FLUX.1-dev.",
+        autocompletion=complete_folder,
+        show_default=False,
+    ),
+]
+FolderArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FOLDER",
+        help="The folder to publish: what qz quantize or qz dequantize wrote.",
+        autocompletion=complete_folder,
+        show_default=False,
+    ),
+]
+RepoArg = Annotated[
+    str,
+    typer.Argument(metavar="REPO_ID", help="Where to: USER/NAME. It is made if it does not exist.", show_default=False),
+]
+
+Nf4Opt = Annotated[
+    bool, flag("--nf4", help="4-bit NormalFloat, the best of the 4-bit types. The default.", panel=METHOD)
+]
+Fp4Opt = Annotated[bool, flag("--fp4", help="4-bit floating point.", panel=METHOD)]
+Int8Opt = Annotated[
+    bool, flag("--int8", help="8-bit LLM.int8(): twice the size of 4 bit, nearly no loss.", panel=METHOD)
+]
+DoubleQuantOpt = Annotated[
+    bool,
+    flag("--double-quant", help="Quantize the scales of 4-bit blocks too: 0.4 bits per parameter less.", panel=METHOD),
+]
+ComputeDTypeOpt = Annotated[
+    ComputeDType,
+    typer.Option(
+        "--compute-dtype",
+        metavar="DTYPE",
+        help="What 4-bit layers compute in, written to the config: bfloat16, float16 or float32.",
+        rich_help_panel=METHOD,
+    ),
+]
+ThresholdOpt = Annotated[
+    float,
+    typer.Option(
+        "--threshold",
+        metavar="NUMBER",
+        help="Hidden states beyond it are computed in fp16 by --int8 layers; written to the config.",
+        rich_help_panel=METHOD,
+    ),
+]
+
+SubfolderOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--subfolder",
+        metavar="NAME",
+        help="The component of a pipeline to work on, such as transformer.",
+        autocompletion=complete_subfolder,
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+RevisionOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="A branch, tag or commit of the Hub repository. Resolved to a commit once, and recorded.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+VariantOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME",
+        help="Read the weight files of this variant, such as fp16.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+SkipOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--skip",
+        metavar="PATTERN",
+        help="A module to leave as it is, matched as the model's library matches it. Repeat it for more.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+NoDefaultSkipsOpt = Annotated[
+    bool,
+    flag(
+        "--no-default-skips",
+        help="Skip only what --skip names, not also what the library leaves alone (lm_head, tied weights).",
+        panel=SELECTION,
+    ),
+]
+ComponentsOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--components",
+        metavar="NAMES",
+        help="Of a whole pipeline, quantize these: transformer,text_encoder_2. Default: the large ones.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+ComponentOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        metavar="NAME=METHOD",
+        help="Another method for one component: text_encoder_2=int8, or none. Repeat it for more.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+KeepNonfiniteOpt = Annotated[
+    bool,
+    flag(
+        "--keep-nonfinite",
+        help="Leave weights that hold NaN or Inf unquantized. Without it they are refused.",
+        panel=SELECTION,
+    ),
+]
+
+OutputOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Where the result goes. Default: a new folder here, named after the source and the method.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+DTypeOpt = Annotated[
+    DType,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Of everything that is not quantized: auto (the checkpoint's own), float16, bfloat16 or float32.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+TargetDTypeOpt = Annotated[
+    DType,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Of all weights: auto (as before quantization), float16, bfloat16 or float32.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+MaxShardSizeOpt = Annotated[
+    int,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        parser=parse_size,
+        help="The largest weight file: 5GB, 500MB, 2GiB.",
+        show_default="5GB",
+        rich_help_panel=OUTPUT,
+    ),
+]
+WeightsOnlyOpt = Annotated[
+    bool,
+    flag(
+        "--weights-only",
+        help="Leave out tokenizer, processor, chat template, generation config and license.",
+        panel=OUTPUT,
+    ),
+]
+OverwriteOpt = Annotated[bool, flag("--overwrite", help="Short for --if-exists overwrite.", panel=OUTPUT)]
+IfExistsOpt = Annotated[
+    IfExists,
+    typer.Option(
+        "--if-exists",
+        metavar="CHOICE",
+        help="When the output is there: error (exit code 73), skip (done, exit code 0) or overwrite.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+ResumeOpt = Annotated[
+    bool,
+    flag("--resume/--no-resume", help="Continue an interrupted run of the same command, or start over.", panel=OUTPUT),
+]
+
+DeviceOpt = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        parser=parse_device,
+        help="What computes: auto (a GPU if there is one), cpu, cuda, cuda:N, xpu or mps.",
+        rich_help_panel=MACHINE,
+    ),
+]
+ThreadsOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        min=1,
+        max=1024,
+        help="CPU threads. Default: one per core. The bytes do not depend on it.",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
+DownloadOpt = Annotated[
+    bool,
+    flag(
+        "--download",
+        help="Fill the Hub cache and read from there, instead of streaming without a copy on disk.",
+        panel=MACHINE,
+    ),
+]
+
+DryRunOpt = Annotated[
+    bool, flag("--dry-run", help="Show what would be done, with exact sizes, and do none of it.", panel=REPORT)
+]
+JsonOpt = Annotated[bool, flag("--json", help="One JSON object on stdout, and nothing else there.", panel=REPORT)]
+QuietOpt = Annotated[bool, flag("--quiet", "-q", help="No progress and no notes; warnings remain.", panel=REPORT)]
+ReportOpt = Annotated[
+    bool, flag("--report", help="Measure the loss per layer while quantizing, and show it.", panel=REPORT)
+]
+AgainstOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="ORIGINAL",
+        help="Compare with the original, a folder or Hub repository, and show the loss per layer.",
+        autocompletion=complete_folder,
+        rich_help_panel=REPORT,
+        show_default=False,
+    ),
+]
+TensorsOpt = Annotated[bool, flag("--tensors", help="List the tensors, those of like layers together.", panel=REPORT)]
+FilterOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--filter",
+        metavar="GLOB",
+        help="With --tensors, list each tensor whose name matches: '*.attn.*'.",
+        rich_help_panel=REPORT,
+        show_default=False,
+    ),
+]
+PlanOpt = Annotated[
+    bool, flag("--plan", help="Estimates from the real plan, which loads the model's library (slower).", panel=REPORT)
+]
+VerifyOpt = Annotated[
+    bool, flag("--verify", help="Read every byte and compare with the hashes that qz recorded.", panel=REPORT)
+]
+
+PushOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="REPO_ID",
+        help="Publish the finished output on the Hub, as qz push does.",
+        rich_help_panel=HUB,
+        show_default=False,
+    ),
+]
+PublicOpt = Annotated[bool, flag("--public/--private", help="Who may see a repository that the push makes.", panel=HUB)]
+PushSubfolderOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--subfolder",
+        metavar="NAME",
+        help="The folder inside the repository to publish into.",
+        rich_help_panel=HUB,
+        show_default=False,
+    ),
+]
+BranchOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--branch",
+        "--revision",
+        metavar="NAME",
+        help="The branch to commit to. Default: main.",
+        rich_help_panel=HUB,
+        show_default=False,
+    ),
+]
+CreatePrOpt = Annotated[bool, flag("--create-pr", help="Open a pull request instead of committing.", panel=HUB)]
+MessageOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--message", "-m", metavar="TEXT", help="The commit message.", rich_help_panel=HUB, show_default=False
+    ),
+]
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qz {__version__}")
+        raise typer.Exit
+
+
+VersionOpt = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        metavar="",
+        help="Show the version of qz.",
+        callback=show_version,
+        is_eager=True,
+    ),
+]
+DebugOpt = Annotated[bool, flag("--debug", help="Show the traceback of an error. Works anywhere on the line.")]

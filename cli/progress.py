@@ -1,0 +1,117 @@
+"""How far a run is, on stderr: a bar in a terminal, rare plain lines in a log, nothing with ``--quiet``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from qz.cli.output import duration, say, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Step(Protocol):
+    """How far the core is. Bytes are those of the source that have been read and worked on."""
+
+    @property
+    def tensors_done(self) -> int: ...
+    @property
+    def tensors_total(self) -> int: ...
+    @property
+    def bytes_done(self) -> int: ...
+    @property
+    def bytes_total(self) -> int: ...
+    @property
+    def shards_done(self) -> int: ...
+    @property
+    def shards_total(self) -> int: ...
+
+
+class Display:
+    """A callback for the core, safe to call from any thread. A context manager: the bar goes away with the run."""
+
+    def __init__(self, doing: str, *, quiet: bool = False) -> None:
+        """``doing`` says what is going on, in a word: ``Quantizing``."""
+        self.doing = doing
+        self.quiet = quiet
+        self.lock = threading.Lock()
+        self.started = time.monotonic()
+        self.first_bytes: int | None = None
+        self.last_line = self.started
+        self.shards_done = 0
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def __enter__(self) -> Self:
+        if not self.quiet and sys.stderr.isatty():
+            self.bar = bar()
+            self.task = self.bar.add_task(self.doing, total=None, tensors="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, step: Step) -> None:
+        if self.quiet:
+            return
+        if self.bar is not None:
+            tensors = f"{step.tensors_done}/{step.tensors_total}"
+            self.bar.update(self.task, completed=step.bytes_done, total=step.bytes_total, tensors=tensors)
+            return
+        with self.lock:
+            self.line(step)
+
+    def line(self, step: Step) -> None:
+        """A line when a shard is finished, and every ten seconds between; a run of a moment says nothing."""
+        now = time.monotonic()
+        if self.first_bytes is None:
+            self.first_bytes, self.started = step.bytes_done, now
+        finished = step.shards_done > self.shards_done
+        self.shards_done = max(self.shards_done, step.shards_done)
+        if not finished and now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        parts = [f"{self.doing}: {size(step.bytes_done)} of {size(step.bytes_total)}"]
+        parts.append(f"tensor {step.tensors_done} of {step.tensors_total}")
+        if step.shards_total > 1:
+            parts.append(f"shard {step.shards_done} of {step.shards_total}")
+        elapsed, moved = now - self.started, step.bytes_done - self.first_bytes
+        if elapsed > 1 and moved > 0:
+            parts.append(f"{size(moved / elapsed)}/s")
+            if left := step.bytes_total - step.bytes_done:
+                parts.append(f"{duration(left * elapsed / moved)} left")
+        say(", ".join(parts))
+
+
+def bar() -> Progress:
+    """Rich's bar with as many figures beside it as the terminal has room for."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns: list[Any] = [BarColumn(bar_width=None), TaskProgressColumn()]
+    width = shutil.get_terminal_size().columns
+    if width >= 60:
+        columns = [TextColumn("{task.description}", markup=False), *columns, DownloadColumn()]
+    if width >= 80:
+        columns.append(TransferSpeedColumn())
+    if width >= 100:
+        columns.append(TextColumn("{task.fields[tensors]} tensors", markup=False))
+    columns.append(TimeRemainingColumn(compact=True))
+    return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True, expand=True)
