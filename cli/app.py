@@ -52,7 +52,7 @@ for command in COMMANDS:
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, so that work is put down cleanly. The second ends at once.
+    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, to put work down cleanly. The second ends at once.
 
     What handles the interrupt may say how to go on with ``add_note``; that becomes part of the message.
     """
@@ -143,10 +143,8 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in DISTRIBUTIONS:
         return 78, f"{text}. Install qz with its dependencies: pip install qz-cli."
     kind = type(error).__name__
-    return (
-        1,
-        f"Internal error: {kind}: {text}\nThis is a bug in qz. Run the command again with --debug, and report what it shows.",
-    )
+    advice = "This is a bug in qz. Run the command again with --debug, and report what it shows."
+    return 1, f"Internal error: {kind}: {text}\n{advice}"
 
 
 def describe(error: OSError) -> str:

@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import IO, Any
 
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-"""Unicode categories that steer a terminal or hide: control, format (bidirectional too), surrogate, private, unassigned."""
+"""Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[\w.~+/=-]+")
 

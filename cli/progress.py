@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from qz.cli.output import duration, say, size
+from qz.cli.output import duration, plain, say, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,20 +18,20 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Step(Protocol):
-    """How far the core is. Bytes are those of the source that have been read and worked on."""
+    """How far the core is: weights and bytes of the source done, of how many."""
 
     @property
-    def tensors_done(self) -> int: ...
+    def weights(self) -> int: ...
     @property
-    def tensors_total(self) -> int: ...
+    def all_weights(self) -> int: ...
     @property
-    def bytes_done(self) -> int: ...
+    def bytes(self) -> int: ...
     @property
-    def bytes_total(self) -> int: ...
+    def all_bytes(self) -> int: ...
     @property
-    def shards_done(self) -> int: ...
-    @property
-    def shards_total(self) -> int: ...
+    def shard(self) -> str | None:
+        """One that was just finished."""
+        ...
 
 
 class Display:
@@ -45,7 +45,6 @@ class Display:
         self.started = time.monotonic()
         self.first_bytes: int | None = None
         self.last_line = self.started
-        self.shards_done = 0
         self.bar: Progress | None = None
         self.task: Any = None
 
@@ -64,31 +63,30 @@ class Display:
         if self.quiet:
             return
         if self.bar is not None:
-            tensors = f"{step.tensors_done}/{step.tensors_total}"
-            self.bar.update(self.task, completed=step.bytes_done, total=step.bytes_total, tensors=tensors)
+            tensors = f"{step.weights}/{step.all_weights}"
+            self.bar.update(self.task, completed=step.bytes, total=step.all_bytes, tensors=tensors)
             return
         with self.lock:
             self.line(step)
 
     def line(self, step: Step) -> None:
-        """A line when a shard is finished, and every ten seconds between; a run of a moment says nothing."""
+        """A line when a shard is finished, and every ten seconds between."""
         now = time.monotonic()
         if self.first_bytes is None:
-            self.first_bytes, self.started = step.bytes_done, now
-        finished = step.shards_done > self.shards_done
-        self.shards_done = max(self.shards_done, step.shards_done)
-        if not finished and now - self.last_line < SECONDS_BETWEEN_LINES:
+            # Not from zero: a resumed run begins in the middle.
+            self.first_bytes, self.started = step.bytes, now
+        if step.shard is None and now - self.last_line < SECONDS_BETWEEN_LINES:
             return
         self.last_line = now
-        parts = [f"{self.doing}: {size(step.bytes_done)} of {size(step.bytes_total)}"]
-        parts.append(f"tensor {step.tensors_done} of {step.tensors_total}")
-        if step.shards_total > 1:
-            parts.append(f"shard {step.shards_done} of {step.shards_total}")
-        elapsed, moved = now - self.started, step.bytes_done - self.first_bytes
+        parts = [f"{self.doing}: {size(step.bytes)} of {size(step.all_bytes)}"]
+        parts.append(f"tensor {step.weights} of {step.all_weights}")
+        elapsed, moved = now - self.started, step.bytes - self.first_bytes
         if elapsed > 1 and moved > 0:
             parts.append(f"{size(moved / elapsed)}/s")
-            if left := step.bytes_total - step.bytes_done:
+            if left := step.all_bytes - step.bytes:
                 parts.append(f"{duration(left * elapsed / moved)} left")
+        if step.shard is not None:
+            parts.append(f"{plain(step.shard)} written")
         say(", ".join(parts))
 
 
