@@ -43,6 +43,8 @@ def _c_function(*names: str) -> Any:
 _fallocate = _c_function("fallocate64", "fallocate")
 _sync_file_range = _c_function("sync_file_range")
 _SYNC_FILE_RANGE_WRITE = 2
+_NOT_HERE = {errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY}
+_NOT_HERE |= {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a file system without locks
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -67,7 +69,7 @@ def failure(error: OSError, operation: str, path: Path, needed: int = 0) -> QzEr
         return PermissionRefused(
             f"{why}: cannot {operation} {path}. Change its permissions, or write elsewhere with -o/--output."
         )
-    if error.errno in {errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EBUSY, errno.EXDEV}:
+    if error.errno in _NOT_HERE:
         return OutputRefused(f"{why}: cannot {operation} {path}. Write elsewhere with -o/--output.")
     if error.errno in {errno.EMFILE, errno.ENFILE}:
         return IOFailed(f"{why}: cannot {operation} {path}. Raise the limit (ulimit -n), then run again to continue.")

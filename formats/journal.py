@@ -1,20 +1,22 @@
 """The journal beside an output in the making: what was asked for, and which shards are done. Holding it is the lock.
 
 ``<output>.partial.journal`` is made before ``<output>.partial/`` and removed after everything else, so that whoever
-finds a ``.partial`` finds its journal. One JSON object a line: the fingerprint of the run, then each finished shard.
+finds a ``.partial`` finds its journal. A line is a CRC-32 and a JSON object: the
+fingerprint of the run first, then each finished shard.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import zlib
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import TryAgain
 from qz.formats import files
-from qz.formats.record import WrittenFile
+from qz.formats.record import WrittenFile, as_written
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +63,7 @@ class Journal:
             except ValueError:  # power went while the last line was written
                 torn += len(lines[-1]) + 1
             fingerprint = entries[0]["fingerprint"]
-            finished = [_written(entry) for entry in entries[1:]]
+            finished = [as_written(entry) for entry in entries[1:]]
         except (ValueError, LookupError, TypeError):
             return
         if isinstance(fingerprint, dict):
@@ -88,7 +90,8 @@ class Journal:
             self._append(asdict(WrittenFile(name, 0, "")))
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps(entry, sort_keys=True).encode() + b"\n"
+        text = json.dumps(entry, sort_keys=True).encode()
+        line = b"%08x %b\n" % (zlib.crc32(text), text)
         files.write(self._descriptor, self.path, memoryview(line), self._stop)
         files.truncate(self._descriptor, self.path, self._stop + len(line))
         files.sync(self._descriptor, self.path)
@@ -103,22 +106,7 @@ class Journal:
 
 
 def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _written(entry: dict[str, Any]) -> WrittenFile:
-    file = WrittenFile(entry["name"], entry["bytes"], entry["sha256"])
-    if [type(value) for value in (file.name, file.bytes, file.sha256)] != [str, int, str]:
-        raise TypeError("not a finished file")
-    require_safe_name(file.name)
-    return file
-
-
-def require_safe_name(name: str) -> None:
-    """Raise ValueError unless ``name`` is a relative path that stays inside the folder."""
-    parts = PurePosixPath(name).parts
-    if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
-        raise ValueError(f"{name!r} does not name a file inside the output")
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise ValueError("not as it was written")
+    return json.loads(text)

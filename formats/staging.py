@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
 from qz.formats import files
-from qz.formats.journal import Journal, require_safe_name
-from qz.formats.record import RECORD, WrittenFile, encode_record
+from qz.formats.journal import Journal
+from qz.formats.record import RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.writer import TEMPORARY, Descriptors, ShardLayout, ShardWriter, hash_file
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class Staging:
 
     def _prepare(self, fingerprint: dict[str, Any], needed: int, resume: bool) -> None:
         journal = self._journal
+        if files.kind(self._partial) not in {None, "folder"}:
+            raise OutputRefused(f"{self._partial} is not a folder. Move it away.")
         found = {name: file for name, file in journal.finished.items() if self._has(file)}
         if resume and found and journal.fingerprint != fingerprint:
             raise OutputRefused(
@@ -243,20 +245,24 @@ class Staging:
     def _publish(self) -> None:
         _refuse_output(self.output, self._overwrite)
         replaced = files.kind(self.output) is not None and bool(files.names(self.output))
-        if replaced:
-            files.rename(self.output, self._aside)
         try:
-            files.rename(self._partial, self.output)
-        except QzError:
             if replaced:
+                files.rename(self.output, self._aside)
+            files.rename(self._partial, self.output)
+            self._committed = True
+        except BaseException:
+            if replaced and files.kind(self.output) is None:
                 files.rename(self._aside, self.output)
             raise
-        self._committed = True
-        files.sync_folder(self.output.parent)
-        files.remove(self._aside)
-        self._journal.remove()
-        files.sync_folder(self.output.parent)
-        self._journal.close()
+        try:
+            files.sync_folder(self.output.parent)
+            files.remove(self._aside)
+            self._journal.remove()
+            files.sync_folder(self.output.parent)
+        except QzError as error:
+            raise type(error)(f"{self.output} is complete, but tidying up failed: {error}") from error
+        finally:
+            self._journal.close()
 
     def __enter__(self) -> Self:
         return self
@@ -269,11 +275,12 @@ class Staging:
         """Keep what a later run can use, remove the rest, unlock."""
         with suppress(QzError):
             self._descriptors.close_all()
-            if self._journal.finished:
+            if self._journal.finished and files.kind(self._partial) == "folder":
                 self._sweep(keep=self._journal.finished.keys())
-            elif files.kind(self._aside) is None:
+            else:
                 files.remove(self._partial)
-                self._journal.remove()
+                if files.kind(self._aside) is None:
+                    self._journal.remove()
         with suppress(QzError):
             self._journal.close()
 

@@ -14,15 +14,13 @@ import numpy as np
 
 from qz import IOFailed
 from qz.formats import files
-from qz.formats.record import WrittenFile
+from qz.formats.record import PIECE, WrittenFile
 from qz.formats.safetensors import TensorInfo, encode_header, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-PIECE = 4 << 20
-"""Bytes read or written at once: small enough for a cache, large enough to make the calls' own cost vanish."""
 PAGE = 4096
 TEMPORARY = ".tmp"
 
