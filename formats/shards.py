@@ -1,0 +1,83 @@
+"""Which tensor goes into which file: sharding, file names and the index, as the libraries do it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qz import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tensor to place. Items of one ``storage`` share memory in the library and are put, and counted, together."""
+
+    name: str
+    nbytes: int
+    storage: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` (decimal units, as in huggingface_hub); UsageError if it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text, re.IGNORECASE)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in UNITS or float(match[1]) * UNITS[unit] < 1:
+        raise UsageError(f"{text!r} is not a size. Write a number and KB, MB, GB or TB, e.g. 5GB.")
+    return int(float(match[1]) * UNITS[unit])
+
+
+def split(items: Sequence[Item], max_bytes: int) -> list[list[str]]:
+    """Names by shard, greedily in the given order.
+
+    The rule of ``huggingface_hub.serialization.split_state_dict_into_shards_factory`` (2.4.0): a storage larger than
+    ``max_bytes`` gets a shard of its own, ahead of the one being filled.
+    """
+    members: dict[int, list[Item]] = {}
+    for item in items:
+        members.setdefault(item.storage, []).append(item)
+    shards: list[list[str]] = []
+    current: list[str] = []
+    size = 0
+    for storage in members.values():
+        nbytes = sum(item.nbytes for item in storage)
+        names = [item.name for item in storage]
+        if nbytes > max_bytes:
+            shards.append(names)
+            continue
+        if size + nbytes > max_bytes:
+            shards.append(current)
+            current, size = [], 0
+        current += names
+        size += nbytes
+    if current:
+        shards.append(current)
+    return shards
+
+
+def file_names(library: str, count: int) -> list[str]:
+    """Names of ``count`` weight files."""
+    stem = STEMS[library]
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def index_name(library: str) -> str:
+    return f"{STEMS[library]}.safetensors.index.json"
+
+
+def index(weight_map: Mapping[str, str], total_size: int, total_parameters: int | None) -> bytes:
+    """The index as ``save_pretrained`` writes it; ``total_parameters`` is None for diffusers, which has none."""
+    metadata = {"total_size": total_size}
+    if total_parameters is not None:
+        metadata["total_parameters"] = total_parameters
+    content = {"metadata": metadata, "weight_map": dict(weight_map)}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,223 @@
+"""What a model's own library says about its checkpoint, learned on the meta device: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qz import Unsupported
+from qz.formats.checkpoint import Checkpoint
+from qz.quantize.methods import Method
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+}
+"""safetensors dtype → torch dtype name. fp8 is absent on purpose: it is refused before a plan is made."""
+SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+FLOATS = ("float32", "float16", "bfloat16")
+
+Conversion = Callable[[Mapping[str, "torch.Tensor"]], Mapping[str, "torch.Tensor"]]
+"""The library's own merge or split: source tensors by checkpoint name in, converted tensors by name out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A checkpoint tensor as the library is shown it: a torch dtype name and a shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of the loaded model: where it comes from, and in which dtype it is kept or quantized."""
+
+    name: str
+    sources: tuple[str, ...]
+    dtype: str
+    """torch dtype name after the cast at load time."""
+    shape: tuple[int, ...]
+    """As (out, in) when quantized, else as saved."""
+    quantized: bool = False
+    transposed: bool = False
+    """Stored as (in, out), as ``Conv1D`` does, and turned before it is quantized."""
+    conversion: Conversion | None = field(default=None, compare=False)
+    """Set where the checkpoint's tensors are merged or split; its result is looked up under ``name``."""
+
+    @property
+    def count(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One tensor of the output. ``part`` is the suffix of the quantized weight's part, or empty for a kept tensor."""
+
+    name: str
+    dtype: str
+    """safetensors dtype name."""
+    shape: tuple[int, ...]
+    weight: Weight
+    nbytes: int
+    part: str = ""
+    variable: bool = False
+    storage: int = 0
+    """Tensors of one non-zero storage share memory in the library, which puts them in one shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """``get_memory_footprint()`` in bytes: parameters and buffers of the loaded model."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model as its library would load, quantize and save it."""
+
+    class_name: str
+    saved: tuple[Saved, ...]
+    """Every output tensor, in the order in which the library puts tensors in shards."""
+    kept_linears: Mapping[str, str]
+    """Linears that stay as they are → why."""
+    dropped: tuple[str, ...]
+    """Checkpoint tensors that the class does not use; the library leaves them out too."""
+    parameters: int
+    counted_parameters: int
+    """``total_parameters`` of transformers' index."""
+    footprint: Footprint
+    dtype: str
+    """torch dtype name of everything that is not quantized."""
+    documents: Mapping[str, bytes]
+    """config.json and its like, as the library writes them."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how this model is handled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the user asks of the architecture."""
+
+    method: Method | None
+    """None to leave every weight unquantized, as dequantize does."""
+    dtype: str = "auto"
+    skips: tuple[str, ...] = ()
+    default_skips: bool = True
+
+
+def examine(
+    checkpoint: Checkpoint, wish: Wish, given: Mapping[str, Given] | None = None, equal: Callable[[str, str], bool] | None = None
+) -> Architecture:
+    """Ask the checkpoint's library how it would load and save it.
+
+    ``given`` replaces the checkpoint's own names, dtypes and shapes (dequantize shows the weights as they will be);
+    ``equal`` compares two checkpoint tensors, asked only where two tied weights are both stored.
+
+    Raises Unsupported when the installed library lacks the class or cannot handle the model, MalformedInput when
+    tensors are missing or misshapen.
+    """
+    tensors = given if given is not None else {
+        name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()
+    }
+    if checkpoint.library == "diffusers":
+        from qz.quantize import on_diffusers
+
+        return on_diffusers.examine(checkpoint, tensors, wish)
+    from qz.quantize import on_transformers
+
+    return on_transformers.examine(checkpoint, tensors, wish, equal)
+
+
+def torch_name(dtype: str, tensor: str) -> str:
+    """The torch name of a safetensors dtype; Unsupported for fp8 and other dtypes no model class loads as weights."""
+    try:
+        return TORCH_NAMES[dtype]
+    except KeyError:
+        raise Unsupported(
+            f"{tensor} is stored as {dtype}, which is not a plain weight dtype. Convert the checkpoint to bfloat16 "
+            "first, or start from the original weights."
+        ) from None
+
+
+def expand(
+    state: Mapping[str, torch.Tensor], quantized: Mapping[str, Weight], method: Method | None
+) -> dict[str, tuple[str, str, bool, torch.Tensor]]:
+    """The state dict after quantization: name → (weight's name, part, variable, tensor on meta).
+
+    ``quantized`` maps a linear's path to its weight. As in ``Linear4bit`` and ``Linear8bitLt``, what is added follows
+    the module's own weight and bias.
+    """
+    import torch
+
+    entries: dict[str, tuple[str, str, bool, torch.Tensor]] = {}
+    pending: dict[str, tuple[str, str, bool, torch.Tensor]] = {}
+    owner = None
+    for name, tensor in state.items():
+        path = name.rpartition(".")[0]
+        if path != owner:
+            entries |= pending
+            pending, owner = {}, path
+        if method is None or path not in quantized or not name.endswith(".weight"):
+            entries[name] = (name, "", False, tensor)
+            continue
+        weight = quantized[path]
+        for part in method.parts(weight.shape, weight.dtype):
+            data = torch.empty(part.shape, dtype=getattr(torch, TORCH_NAMES[part.dtype]), device="meta")
+            where = entries if part.suffix == "weight" else pending
+            where[f"{path}.{part.suffix}"] = (name, part.suffix, part.variable, data)
+    return entries | pending
+
+
+def document(text: str) -> bytes:
+    """A JSON document's bytes as the libraries write them."""
+    return text.encode("utf-8")
+
+
+def skip_list(defaults: list[str], wish: Wish) -> list[str] | None:
+    """``llm_int8_skip_modules`` to write: None when the library's own defaults are meant."""
+    if wish.default_skips and not wish.skips:
+        return None
+    return list(dict.fromkeys([*(sorted(defaults) if wish.default_skips else ()), *wish.skips]))
+
+
+def checked(missing: set[str], mismatched: list[str], class_name: str, where: str) -> None:
+    """Raise MalformedInput if tensors of the class are missing or have another shape."""
+    from qz import MalformedInput
+
+    if not missing and not mismatched:
+        return
+    lines = [f"missing: {name}" for name in sorted(missing)] + [f"wrong shape: {text}" for text in sorted(mismatched)]
+    shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+    raise MalformedInput(
+        f"{where} does not fit {class_name}: {shown}. Check `architectures` or `_class_name` in config.json, "
+        "or download the checkpoint again."
+    )
+
+
+def library_versions() -> dict[str, Any]:
+    """Versions that decide the bytes of an output."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "bitsandbytes", "transformers", "diffusers")}

@@ -1,0 +1,347 @@
+"""The streaming pipeline: chunks of the source are read, cast, quantized and written, in bounded memory.
+
+Every worker thread holds one chunk at a time: it reads the chunk by offset, computes with the GIL released, and writes
+the results at their known offsets. A tensor is never in memory as a whole, except where its layout must change
+(``Conv1D``, the library's own merges and splits).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz import MalformedInput
+from qz.formats.checkpoint import StoredTensor
+from qz.formats.folder import Folder, Range
+from qz.formats.staging import ShardWriter, Staging, WrittenFile
+from qz.quantize.architecture import SAFETENSORS_NAMES, Saved
+from qz.quantize.kernels import QUANT_MAPS, NonFinite, nested_quant_map
+from qz.quantize.methods import BLOCK_SIZE, FourBit
+from qz.quantize.plan import Plan, Step
+
+Bytes = NDArray[np.uint8]
+NUMPY = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
+"""How kernels see values: fp32, or the bits of the 16-bit floats."""
+
+
+class Arithmetic(Protocol):
+    """Where the numbers are computed. Thread-safe; arrays are in host memory; see ``qz.quantize.kernels``."""
+
+    chunk_bytes: int
+
+    def buffer(self, nbytes: int) -> Bytes: ...
+
+    def cast(self, values: NDArray[Any], source: str, target: str, out: NDArray[Any]) -> None: ...
+
+    def quantize_4bit(
+        self, values: NDArray[Any], dtype: str, quant_type: str, packed: Bytes, absmax: NDArray[np.float32]
+    ) -> NonFinite: ...
+
+    def quantize_int8(
+        self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
+    ) -> NonFinite: ...
+
+    def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: weights and source bytes done, of how many; ``shard`` names one that was just finished."""
+
+    weights: int
+    all_weights: int
+    bytes: int
+    all_bytes: int
+    shard: str | None = None
+
+
+@dataclass(slots=True)
+class _Work:
+    """A step under way."""
+
+    step: Step
+    chunks: int
+    nonfinite: int = 0
+    first: int = -1
+    absmax: NDArray[np.float32] | None = None
+    """All of the weight's absmax values, kept for double quantization."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Values ``[start, stop)`` of a work's one source tensor, or the whole of a work that cannot be cut."""
+
+    work: _Work
+    start: int
+    stop: int
+    whole: bool = False
+
+
+class Run:
+    """One conversion of a plan into a staging area, by several threads."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Folder,
+        staging: Staging,
+        arithmetic: Arithmetic,
+        progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.staging = staging
+        self.arithmetic = arithmetic
+        self.progress = progress
+        self.writers: dict[int, ShardWriter] = {}
+        self.written: dict[str, WrittenFile] = dict(staging.finished)
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.errors: list[BaseException] = []
+        self.left: dict[int, int] = {}
+        for home in plan.shard_of.values():
+            if plan.shards[home].file not in self.written:
+                self.left[home] = self.left.get(home, 0) + 1
+        self.steps = [step for step in plan.steps if any(self._open(saved) for saved in step.outputs)]
+        self.all_bytes = sum(source.nbytes for step in self.steps for source in step.sources)
+        self.bytes_done = 0
+        self.weights_done = 0
+
+    def convert(self, threads: int) -> None:
+        """Write every unfinished shard, then check that the source did not change while it was read."""
+        self.folder.announce(
+            [Range(s.file, s.offset, s.offset + s.nbytes) for step in self.steps for s in step.sources]
+        )
+        for home in self.left:
+            self.writers[home] = self.staging.open_shard(self.plan.shards[home])
+        chunks = self._chunks()
+        workers = [threading.Thread(target=self._work, args=(chunks,), daemon=True) for _ in range(max(1, threads))]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)
+        finally:
+            self.stop.set()
+            for worker in workers:
+                worker.join()
+        if self.errors:
+            raise self.errors[0]
+        self.folder.check()
+
+    def _open(self, saved: Saved) -> bool:
+        """Whether an output still has to be written."""
+        return self.plan.shard_of[saved.name] in self.left
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        for step in self.steps:
+            weight, source = step.weight, step.sources[0]
+            if weight.conversion is not None or weight.transposed:
+                yield _Chunk(_Work(step, 1), 0, 0, whole=True)
+                continue
+            count = weight.count
+            unit = _unit(step, self.plan)
+            length = max(unit, self.arithmetic.chunk_bytes * count // max(source.nbytes, 1) // unit * unit)
+            starts = range(0, count, length) if count else [0]
+            work = _Work(step, len(starts))
+            if weight.quantized and self.plan.method is not None and self.plan.method.double_quant:
+                work.absmax = np.empty(-(-count // BLOCK_SIZE), np.float32)
+            for start in starts:
+                yield _Chunk(work, start, min(start + length, count))
+
+    def _work(self, chunks: Iterator[_Chunk]) -> None:
+        buffers = _Buffers(self.arithmetic)
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                done = self._whole(chunk.work) if chunk.whole else self._part(chunk, buffers)
+                self._count(chunk, done)
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            self.errors.append(error)
+            self.stop.set()
+
+    def _part(self, chunk: _Chunk, buffers: _Buffers) -> int:
+        """Read, compute and write one chunk; the bytes read."""
+        step, weight, source = chunk.work.step, chunk.work.step.weight, chunk.work.step.sources[0]
+        count = chunk.stop - chunk.start
+        size = source.nbytes // max(weight.count, 1)
+        raw = buffers.get("raw", count * size)
+        self.folder.read_into(source.file, source.offset + chunk.start * size, memoryview(raw))
+        target = SAFETENSORS_NAMES[weight.dtype]
+        if source.dtype != target:
+            cast = buffers.get("cast", count * np.dtype(NUMPY[target]).itemsize)
+            self.arithmetic.cast(_values(raw, source.dtype), source.dtype, target, cast.view(NUMPY[target]))
+            raw = cast
+        if weight.quantized:
+            self._quantize(chunk.work, _values(raw, target), chunk.start, buffers)
+        else:
+            self._write(step.outputs[0], raw, chunk.start * raw.nbytes // max(count, 1))
+        return count * size
+
+    def _whole(self, work: _Work) -> int:
+        """A weight that is merged, split or turned: its sources in memory at once, through torch."""
+        import torch
+
+        step, weight = work.step, work.step.weight
+        dtype = getattr(torch, weight.dtype)
+        tensors = {source.name: _load(self.folder, source) for source in step.sources}
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
+        if weight.transposed:
+            tensor = tensor.T
+        tensor = tensor.contiguous()
+        raw = tensor.reshape(-1).view(torch.uint8).numpy()
+        if not weight.quantized:
+            self._write(step.outputs[0], raw, 0)
+        else:
+            if self.plan.method is not None and self.plan.method.double_quant:
+                work.absmax = np.empty(-(-weight.count // BLOCK_SIZE), np.float32)
+            self._quantize(work, _values(raw, SAFETENSORS_NAMES[weight.dtype]), 0, _Buffers(self.arithmetic))
+        return sum(source.nbytes for source in step.sources)
+
+    def _quantize(self, work: _Work, values: NDArray[Any], start: int, buffers: _Buffers) -> None:
+        weight, method = work.step.weight, self.plan.method
+        dtype = SAFETENSORS_NAMES[weight.dtype]
+        outputs = {saved.part: saved for saved in work.step.outputs}
+        if isinstance(method, FourBit):
+            packed = buffers.get("packed", -(-len(values) // 2))
+            blocks = -(-len(values) // BLOCK_SIZE)
+            first_block = start // BLOCK_SIZE
+            absmax = (
+                work.absmax[first_block : first_block + blocks]
+                if work.absmax is not None
+                else buffers.get("absmax", blocks * 4).view(np.float32)
+            )
+            found = self.arithmetic.quantize_4bit(values, dtype, method.quant_type, packed, absmax)
+            self._write(outputs["weight"], packed, start // 2)
+            if work.absmax is None:
+                self._write(outputs["weight.absmax"], absmax, first_block * 4)
+        else:
+            columns = weight.shape[1]
+            rows = len(values) // columns
+            codes = buffers.get("codes", len(values)).view(np.int8).reshape(rows, columns)
+            scb = buffers.get("scb", rows * 4).view(np.float32)
+            found = self.arithmetic.quantize_int8(values.reshape(rows, columns), dtype, codes, scb)
+            self._write(outputs["weight"], codes, start)
+            self._write(outputs["SCB"], scb, start // columns * 4)
+        if found.count:
+            with self.lock:
+                first = start + found.first
+                work.first = first if work.first < 0 else min(work.first, first)
+                work.nonfinite += found.count
+
+    def _count(self, chunk: _Chunk, nbytes: int) -> None:
+        """Book a finished chunk; complete its weight and its shards when it was their last."""
+        work = chunk.work
+        with self.lock:
+            work.chunks -= 1
+            self.bytes_done += nbytes
+            last = work.chunks == 0
+        if last:
+            self._complete(work)
+        self._report(None)
+
+    def _complete(self, work: _Work) -> None:
+        if work.nonfinite:
+            raise _nonfinite(work, self.plan)
+        if work.step.weight.quantized:
+            self._companions(work)
+        ready = []
+        with self.lock:
+            self.weights_done += 1
+            for saved in work.step.outputs:
+                home = self.plan.shard_of[saved.name]
+                if home in self.left:
+                    self.left[home] -= 1
+                    if self.left[home] == 0:
+                        ready.append(home)
+        for home in ready:
+            written = self.writers.pop(home).finish()
+            self.written[written.name] = written
+            self._report(written.name)
+
+    def _companions(self, work: _Work) -> None:
+        """The small tensors beside a weight: maps, nested statistics, quant state, weight format."""
+        weight, method = work.step.weight, self.plan.method
+        outputs = {saved.part: saved for saved in work.step.outputs}
+        if not isinstance(method, FourBit):
+            self._write(outputs["weight_format"], np.zeros(1, np.uint8), 0)
+            return
+        self._write(outputs["weight.quant_map"], QUANT_MAPS[method.quant_type], 0)
+        state = outputs[f"weight.quant_state.bitsandbytes__{method.quant_type}"]
+        if work.absmax is None:
+            self._write(state, np.frombuffer(method.quant_state(weight.shape, weight.dtype), np.uint8), 0)
+            return
+        absmax, nested_absmax, offset = self.arithmetic.quantize_absmax(work.absmax)
+        work.absmax = None
+        self._write(outputs["weight.absmax"], absmax, 0)
+        self._write(outputs["weight.nested_absmax"], nested_absmax, 0)
+        self._write(outputs["weight.nested_quant_map"], nested_quant_map(), 0)
+        if self._open(state):
+            writer = self.writers[self.plan.shard_of[state.name]]
+            writer.write_variable(state.name, method.quant_state(weight.shape, weight.dtype, offset))
+
+    def _write(self, saved: Saved, data: NDArray[Any], offset: int) -> None:
+        """Write bytes of an output tensor, unless an earlier run finished its shard."""
+        if self._open(saved):
+            self.writers[self.plan.shard_of[saved.name]].write(saved.name, memoryview(data).cast("B"), offset)
+
+    def _report(self, shard: str | None) -> None:
+        self.progress(Progress(self.weights_done, len(self.steps), self.bytes_done, self.all_bytes, shard))
+
+
+class _Buffers:
+    """One thread's reusable memory, by use."""
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self.arithmetic = arithmetic
+        self.held: dict[str, Bytes] = {}
+
+    def get(self, use: str, nbytes: int) -> Bytes:
+        held = self.held.get(use)
+        if held is None or held.nbytes < nbytes:
+            held = self.held[use] = self.arithmetic.buffer(nbytes)
+        return held[:nbytes]
+
+
+def _unit(step: Step, plan: Plan) -> int:
+    """Values that must stay in one chunk: a row for int8, a double block (whole bytes) for 4 bit, one otherwise."""
+    if not step.weight.quantized:
+        return 1
+    return 2 * BLOCK_SIZE if isinstance(plan.method, FourBit) else step.weight.shape[1]
+
+
+def _values(raw: Bytes, dtype: str) -> NDArray[Any]:
+    """Bytes as the kernels' values; other dtypes (float64, integers) stay as numpy knows them."""
+    return raw.view(NUMPY[dtype]) if dtype in NUMPY else raw
+
+
+def _load(folder: Folder, source: StoredTensor) -> Any:
+    """A whole tensor as torch holds it."""
+    import torch
+
+    from qz.quantize.architecture import TORCH_NAMES
+
+    raw = np.empty(source.nbytes, np.uint8)
+    folder.read_into(source.file, source.offset, memoryview(raw))
+    return torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[source.dtype])).reshape(source.shape)
+
+
+def _nonfinite(work: _Work, plan: Plan) -> MalformedInput:
+    weight = work.step.weight
+    position = tuple(int(i) for i in np.unravel_index(work.first, weight.shape))
+    beyond = ", or beyond float16's range," if plan.method is not None and plan.method.bits == 8 else ""
+    return MalformedInput(
+        f"{weight.sources[0]} holds {work.nonfinite} values that are NaN or infinite{beyond} the first at {position}; "
+        "quantized, they would spoil their blocks. Repair the weights, or use --keep-nonfinite to leave such tensors "
+        "unquantized."
+    )

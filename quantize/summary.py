@@ -1,0 +1,150 @@
+"""The report of a conversion as dataclasses; the table and the JSON are two renderings of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qz.formats.record import WrittenFile
+from qz.quantize.methods import Method
+from qz.quantize.plan import Plan
+
+LOW_COVERAGE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weights came from. ``revision`` is a commit on the Hub."""
+
+    location: str
+    revision: str | None
+    subfolder: str | None
+    library: str
+    architecture: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a conversion did, or with ``dry_run`` would do. Sizes in bytes."""
+
+    source: Source
+    output: str
+    method: str
+    double_quant: bool
+    dtype: str
+    device: str
+    dry_run: bool
+    parameters: int
+    quantized_parameters: int
+    quantized_tensors: int
+    kept_tensors: int
+    skipped: dict[str, str]
+    """Linears left as they are → why."""
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+    bytes_source: int
+    bytes_output: int
+    footprint_before: int
+    footprint_after: int
+    shards: tuple[WrittenFile, ...]
+    """In a dry run with the hash left empty."""
+    seconds: float
+    resumed: bool = False
+
+    @property
+    def coverage(self) -> float:
+        """The quantized share of the model's parameters."""
+        return self.quantized_parameters / self.parameters if self.parameters else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for each of the model's parameters."""
+        return self.bytes_output * 8 / self.parameters if self.parameters else 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should not overlook."""
+        found = list(self.notes)
+        if self.method != "none" and self.coverage < LOW_COVERAGE:
+            kept = self.parameters - self.quantized_parameters
+            found.append(
+                f"only {self.coverage:.0%} of the parameters are quantized; {kept:,} stay in {self.dtype}: "
+                "bitsandbytes quantizes linear layers only, not embeddings, convolutions or fused MoE experts"
+            )
+        if self.dropped:
+            shown = ", ".join(self.dropped[:3]) + (" …" if len(self.dropped) > 3 else "")
+            found.append(f"{len(self.dropped)} tensors that {self.source.architecture} does not use are left out: {shown}")
+        return tuple(found)
+
+    def as_json(self) -> dict[str, Any]:
+        """The contract of ``--json``."""
+        source = self.source
+        return {
+            "source": {
+                "location": source.location,
+                "revision": source.revision,
+                "subfolder": source.subfolder,
+                "library": source.library,
+                "architecture": source.architecture,
+            },
+            "output": self.output,
+            "method": self.method,
+            "double_quant": self.double_quant,
+            "dtype": self.dtype,
+            "device": self.device,
+            "dry_run": self.dry_run,
+            "parameters": {"total": self.parameters, "quantized": self.quantized_parameters},
+            "tensors": {"quantized": self.quantized_tensors, "kept": self.kept_tensors},
+            "skipped": sorted(self.skipped),
+            "bytes": {"source": self.bytes_source, "output": self.bytes_output},
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
+            "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in self.shards],
+            "warnings": list(self.warnings),
+            "resumed": self.resumed,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def summarize(
+    plan: Plan,
+    source: Source,
+    output: str,
+    *,
+    device: str,
+    written: Iterable[WrittenFile] = (),
+    seconds: float = 0.0,
+    resumed: bool = False,
+) -> Summary:
+    """Sum a plan up; ``written`` are the files of a finished run, none for a dry run."""
+    architecture = plan.architecture
+    method: Method | None = plan.method
+    files = tuple(written)
+    names = {layout.file for layout in plan.shards}
+    quantized = plan.quantized
+    return Summary(
+        source=source,
+        output=output,
+        method=method.name if method else "none",
+        double_quant=bool(method and method.double_quant),
+        dtype=architecture.dtype,
+        device=device,
+        dry_run=not files,
+        parameters=architecture.parameters,
+        quantized_parameters=sum(weight.count for weight in quantized),
+        quantized_tensors=len(quantized),
+        kept_tensors=len(plan.steps) - len(quantized),
+        skipped=dict(architecture.kept_linears),
+        dropped=architecture.dropped,
+        notes=architecture.notes,
+        bytes_source=plan.bytes_source,
+        bytes_output=sum(file.bytes for file in files) if files else plan.bytes_output,
+        footprint_before=architecture.footprint.before,
+        footprint_after=architecture.footprint.after,
+        shards=tuple(file for file in files if file.name in names)
+        if files
+        else tuple(WrittenFile(layout.file, layout.size, "") for layout in plan.shards),
+        seconds=seconds,
+        resumed=resumed,
+    )
