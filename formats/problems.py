@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint: every kind of problem, and how several become one error."""
+"""What can be wrong with a checkpoint: every kind of problem and its text, and how several become one error."""
 
 from __future__ import annotations
 
@@ -11,70 +11,186 @@ from qz.formats.malformed import Malformed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+Severity = Literal["error", "warning"]
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Something wrong with a checkpoint. An error means that it cannot work; the message says what to do."""
 
-    severity: Literal["error", "warning"]
+    severity: Severity
     kind: str
     where: str
     message: str
 
 
-# Worst first, each with the error that it raises.
-ERRORS: dict[str, type[QzError]] = {
-    "not-a-folder": MalformedInput,
-    "pipeline-root": MissingInput,
-    "adapter-only": Unsupported,
-    "original-layout": Unsupported,
-    "gguf-only": Unsupported,
-    "unsafe-name": MalformedInput,
-    "link-outside": MalformedInput,
-    "not-a-file": MalformedInput,
-    "permission": PermissionRefused,
-    "unreadable": MalformedInput,
-    "io-failed": IOFailed,
-    "config-missing": MissingInput,
-    "git-lfs-pointer": MalformedInput,
-    "pickle": MalformedInput,
-    "pickle-only": MalformedInput,
-    "gguf": MalformedInput,
-    "json-malformed": MalformedInput,
-    "library-unknown": Unsupported,
-    "variant-missing": MissingInput,
-    "index-missing": MissingInput,
-    "weights-missing": MissingInput,
-    "index-malformed": MalformedInput,
-    "shard-missing": MissingInput,
-    "empty-file": MalformedInput,
-    "not-safetensors": MalformedInput,
-    "truncated": MalformedInput,
-    "changed": MalformedInput,
-    "header-malformed": MalformedInput,
-    "tensor-twice": MalformedInput,
-    "tensor-absent": MalformedInput,
-    "tensor-elsewhere": MalformedInput,
-    "tensor-unindexed": MalformedInput,
-    "no-tensors": MalformedInput,
+_ANEW = "Download the index and the shards again, of one revision."
+_AGAIN = "Quantize the original again, or download this again."
+
+# Worst first, each with the error that it raises and its text; without a text, the reader that met it has said it.
+ERRORS: dict[str, tuple[type[QzError], str]] = {
+    # What the folder is
+    "not-a-folder": (MalformedInput, ""),
+    "pipeline-root": (
+        MissingInput,
+        (
+            "{location} is a whole diffusers pipeline, not one model. Name a component with --subfolder (there "
+            "are: {inside})."
+        ),
+    ),
+    "adapter-only": (
+        Unsupported,
+        (
+            "{location} holds only an adapter, not a model. Merge it into its base model first (peft: "
+            "`merge_and_unload`), then quantize that."
+        ),
+    ),
+    "original-layout": (
+        Unsupported,
+        (
+            "{where} names its tensors as {tool} does ({example}), which {library} does not load as it is. Open "
+            "it there once with {loader}, save it with save_pretrained(), and use that folder."
+        ),
+    ),
+    "gguf-only": (
+        Unsupported,
+        (
+            "{location} holds GGUF files, which are quantized already, for llama.cpp. Use the model's original "
+            "checkpoint."
+        ),
+    ),
+    # What may not be touched
+    "unsafe-name": (
+        MalformedInput,
+        (
+            "{where} names {name} as a shard; a shard lies beside its index and ends in .safetensors. Do not use "
+            "this checkpoint."
+        ),
+    ),
+    "link-outside": (MalformedInput, ""),
+    "not-a-file": (MalformedInput, ""),
+    "permission": (PermissionRefused, ""),
+    "unreadable": (MalformedInput, ""),
+    "io-failed": (IOFailed, ""),
+    # What is missing, or is something else
+    "config-missing": (MissingInput, "{location} has no config.json, so it is no model folder. Download that too."),
+    "git-lfs-pointer": (MalformedInput, ""),
+    "pickle": (MalformedInput, ""),
+    "pickle-only": (
+        MalformedInput,
+        (
+            "{location} has only pickle weights ({name}), which can run code and which qz never loads. If you "
+            'trust them, convert them: python -c "from {library} import {architecture} as M; '
+            "M.from_pretrained('{location}').save_pretrained('NEW')\""
+        ),
+    ),
+    "gguf": (MalformedInput, ""),
+    "json-malformed": (MalformedInput, ""),
+    "library-unknown": (
+        Unsupported,
+        (
+            "{where} has neither model_type, architectures nor _class_name: neither transformers nor diffusers "
+            "knows such a model. Use the config.json that belongs to the model."
+        ),
+    ),
+    "variant-missing": (MissingInput, "{location} has no weights of the variant {name}. Variants there: {there}."),
+    "index-missing": (
+        MissingInput,
+        "{location} has {count} shards but no {name}, which says what is in them. Download that too.",
+    ),
+    "weights-missing": (MissingInput, "{location} has no {name}, which {library} loads{instead}."),
+    "index-malformed": (MalformedInput, "{where}: {why}. Download it again."),
+    "shard-missing": (MissingInput, "{where} is missing. Download it, or the whole checkpoint again."),
+    # What is damaged
+    "empty-file": (MalformedInput, ""),
+    "not-safetensors": (MalformedInput, ""),
+    "truncated": (MalformedInput, ""),
+    "changed": (MalformedInput, ""),
+    "header-malformed": (MalformedInput, ""),
+    "tensor-twice": (
+        MalformedInput,
+        ("{location}: {name} is in two shards, {first} and {second}. Save the checkpoint anew, or download it again."),
+    ),
+    "tensor-absent": (MalformedInput, "{where} places {name} in {file}, which does not hold it. " + _ANEW),
+    "tensor-elsewhere": (MalformedInput, "{where} places {name} in {file}, but it is in {held}. " + _ANEW),
+    "tensor-unindexed": (MalformedInput, "{where} does not list {name}, which is in {held}. " + _ANEW),
+    "no-tensors": (MalformedInput, "{location} holds no tensor at all. Download it again."),
+    # What is wrong with the quantization
+    "nested-absmax-missing": (
+        MalformedInput,
+        "{name} has no nested_absmax: {library} loads it without a word and computes nonsense. " + _AGAIN,
+    ),
+    "companion-missing": (MalformedInput, "{name} is quantized ({kind}) but has no {missing}. " + _AGAIN),
+    "companion-orphan": (MalformedInput, "{name} belongs to a quantized weight that is not there. " + _AGAIN),
+    "companion-malformed": (MalformedInput, "{name} is {found}; {kind} of its weight needs {needed}. " + _AGAIN),
+    "quant-state-malformed": (MalformedInput, "{name}: {why}. " + _AGAIN),
+    "quant-state-mismatch": (MalformedInput, "{name} says {said}, but {found}. " + _AGAIN),
+    "quantization-config-malformed": (MalformedInput, "{where}: quantization_config {why}. " + _AGAIN),
+    "quantization-config-missing": (
+        MalformedInput,
+        (
+            "{where} has no quantization_config, but {count} weights are quantized ({kind}), so {library} cannot "
+            "load them. " + _AGAIN
+        ),
+    ),
+    "quantization-config-mismatch": (
+        MalformedInput,
+        "{where}: quantization_config says {said}, but {found}. " + _AGAIN,
+    ),
+    "skipped-but-quantized": (
+        MalformedInput,
+        (
+            "{name} is quantized, but quantization_config lists {module} among the modules to skip, so {library} "
+            "cannot load it. " + _AGAIN
+        ),
+    ),
+    "split-across-shards": (
+        MalformedInput,
+        (
+            "{name} is in {first}, but its {part} is in {second}; diffusers cannot load 4-bit weights that are "
+            "split. Quantize again with qz, or save with a larger shard size."
+        ),
+    ),
+    "storage-unsupported": (
+        MalformedInput,
+        ("{name} is stored as {dtype}; diffusers loads 4-bit weights stored as U8 only. Quantize the original again."),
+    ),
 }
-WARNINGS = (
-    "variant-only",
-    "two-layouts",
-    "index-metadata",
-    "index-total-size",
-    "file-unused",
-    "pickle-files",
-    "custom-code",
-)
-_PLACES = {kind: place for place, kind in enumerate((*ERRORS, *WARNINGS))}
+WARNINGS: dict[str, str] = {
+    "variant-only": "{location} has no plain weights; those of the variant {variant} are taken.",
+    "two-layouts": "{location} has both {taken} and {left}; {taken} is taken, as {library} does. Delete the other.",
+    "quantized-by-other": (
+        "{where}: the model is quantized with {method}, which qz neither reads nor changes. Quantize the "
+        "original model instead."
+    ),
+    "fp8-weights": (
+        "{location} holds {count} weights in 8-bit floating point ({name}); qz starts from 16 or 32 bits. Use"
+        " the original checkpoint."
+    ),
+    "quantization-config-differs": (
+        "{where}: quantization_config says {said}, but {found}. The tensors count; correct the config."
+    ),
+    "index-metadata": (
+        '{where} has no "metadata", without which diffusers cannot load the shards. Save the checkpoint anew.'
+    ),
+    "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",
+    "file-unused": "{where} holds nothing that the checkpoint uses. Delete it, or download the index again.",
+    "pickle-files": "{where} is a pickle file, which can run code. qz never loads it; delete it if nothing needs it.",
+    "custom-code": (
+        "{location} brings code of its own{named}. qz never runs it: the class must be one of {library}'s own."
+    ),
+}
+_PLACES = {kind: place for place, kind in enumerate((*ERRORS, "", *WARNINGS))}
+
+
+def _place(kind: str) -> int:
+    """Kinds that other modules report by themselves come between the errors and the warnings of the tables."""
+    return _PLACES.get(kind, len(ERRORS))
+
+
+LISTED = 200
 SHOWN = 12
 LINES = 4
-
-
-def worst_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """Errors before warnings, each in the order above; what is equally bad keeps its order."""
-    return tuple(sorted(problems, key=lambda each: (each.severity == "warning", _PLACES.get(each.kind, len(_PLACES)))))
 
 
 def kind_of(error: QzError, missing: str) -> str:
@@ -86,12 +202,62 @@ def kind_of(error: QzError, missing: str) -> str:
     return "permission" if isinstance(error, PermissionRefused) else "io-failed"
 
 
+class Problems:
+    """A list of problems that stays short: of each kind the first ``LISTED`` are kept, and the others counted."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._found: dict[str, list[Problem]] = {}
+        self._more: dict[str, int] = {}
+
+    def add(self, kind: str, where: str, /, **facts: object) -> None:
+        """A problem in the words of the tables above. ``where`` in them is the path, unless ``facts`` has another."""
+        if self._room(kind):
+            text = ERRORS[kind][1] if kind in ERRORS else WARNINGS[kind]
+            known = {"location": self.location, "where": f"{self.location}/{where}", **facts}
+            self._keep(kind, where, text.format(**known))
+
+    def add_error(self, error: QzError, where: str, missing: str, **facts: object) -> None:
+        """An error met while reading; of the kind ``missing``, in its own words, if the file is not there."""
+        kind = kind_of(error, missing)
+        if isinstance(error, MissingInput):
+            self.add(kind, where, **facts)
+        elif self._room(kind):
+            self._keep(kind, where, str(error))
+
+    def _room(self, kind: str) -> bool:
+        if len(self._found.get(kind, ())) < LISTED:
+            return True
+        self._more[kind] = self._more.get(kind, 0) + 1
+        return False
+
+    def _keep(self, kind: str, where: str, message: str) -> None:
+        severity: Severity = "warning" if kind in WARNINGS else "error"
+        self._found.setdefault(kind, []).append(Problem(severity, kind, where, message))
+
+    def worst_first(self) -> tuple[Problem, ...]:
+        """All of them, by their kind's place in the tables above."""
+        listed: list[Problem] = []
+        for kind in sorted(self._found, key=_place):
+            listed += self._found[kind]
+            if kind in self._more:
+                last = listed[-1]
+                message = f"{self.location} has {self._more[kind]} more problems of the kind {kind}."
+                listed.append(Problem(last.severity, kind, self.location, message))
+        return tuple(listed)
+
+
+def worst_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """Problems of several lists, by their kind's place in the tables above."""
+    return tuple(sorted(problems, key=lambda problem: _place(problem.kind)))
+
+
 def as_error(location: str, problems: Sequence[Problem]) -> QzError:
     """One error for all of ``problems``, worst first: at most ``LINES`` lines, one a kind, naming where each occurs."""
     kinds: dict[str, list[Problem]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem)
-    error = ERRORS.get(problems[0].kind, MalformedInput)
+    error, _ = ERRORS.get(problems[0].kind, (MalformedInput, ""))
     if len(problems) == 1:
         return error(problems[0].message)
     lines = []
