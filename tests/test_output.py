@@ -1,0 +1,212 @@
+"""What people and scripts read is safe, true to size, and fits where it is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qz.cli import output
+from qz.cli.output import Column, display_width, duration, facts, jsonable, markdown_table, percent, plain, size, table
+from qz.cli.progress import Display
+
+STEERING = (
+    "\x00\x07\x08\r\n\x1b\x7f\x85\x9b\u061c\u200b\u200e\u202a\u202e\u2028\u2029\u2066\u2069\ufeff\udc80\U000e0001"
+)
+
+
+@pytest.mark.parametrize("character", STEERING)
+def test_no_character_that_steers_a_terminal_is_shown(character: str) -> None:
+    shown = plain(f"model{character}weight")
+    assert character not in shown
+    assert shown.startswith("model\\")
+
+
+@given(st.text(alphabet=st.characters()))
+def test_whatever_a_file_holds_is_shown_on_one_printable_line(text: str) -> None:
+    shown = plain(text)
+    assert not any(c in STEERING for c in shown)
+    assert len(shown.splitlines()) <= 1
+    assert "\x1b" not in shown
+
+
+def test_ordinary_names_are_shown_as_they_are() -> None:
+    for name in ("model.layers.0.self_attn.q_proj.weight", "模型", "modèle", "[bold]x[/bold]", "a [link=file:///]b"):
+        assert plain(name) == name
+
+
+@pytest.mark.parametrize("name", ["::stop-commands::x", "  ::add-mask::x", "##[error]x", "a ##[group]"])
+def test_a_name_cannot_command_a_github_runner(name: str) -> None:
+    shown = plain(name)
+    assert "##[" not in shown
+    assert not shown.lstrip().startswith("::")
+
+
+def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-of-the-environment")
+    looks_like_one = "hf_" + "aB3" * 12
+    output.say(f"401 for canary-of-the-environment, {looks_like_one}")
+    output.emit_json({"message": f"Bearer {looks_like_one}"})
+    out, err = capsys.readouterr()
+    assert "canary" not in out + err
+    assert "aB3" not in out + err
+    assert json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (999_949, "1000 kB"),
+        (23_802_816_640, "23.8 GB"),
+        (6_691_000_000, "6.69 GB"),
+        (10**15, "1.00 PB"),
+    ],
+)
+def test_sizes_are_decimal_with_three_digits(count: int, text: str) -> None:
+    assert size(count) == text.replace("1000 kB", "1.00 MB")
+
+
+def test_durations_and_shares_read_well() -> None:
+    assert [duration(s) for s in (0.04, 9.9, 42.4, 185, 7800)] == ["0.0 s", "9.9 s", "42 s", "3 min 5 s", "2 h 10 min"]
+    assert [percent(*p) for p in ((1, 2), (0, 1), (1, 1), (99_999, 100_000), (1, 100_000), (1, 0))] == [
+        "50.0 %",
+        "0.0 %",
+        "100.0 %",
+        "99.99 %",
+        "0.00 %",
+        "–",
+    ]
+
+
+COLUMNS = (Column("Tensor", foldable=True), Column("DType"), Column("Parameters", right=True))
+ROWS = (
+    ("model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4", "U8", 12),
+    ("模型.weight", "BF16", 123_456_789),
+    ("x", "F32", 1),
+)
+
+
+@pytest.mark.parametrize("width", range(20, 201))
+def test_a_table_fits_every_width_and_loses_nothing(width: int) -> None:
+    text = table(COLUMNS, ROWS, width)
+    assert max(map(display_width, text.split("\n"))) <= width
+    shown = Counter("".join(text.split()))
+    assert all(shown >= Counter("".join(map(str, row))) for row in ROWS)
+    assert sum(Counter("".join("".join(map(str, row)) for row in ROWS)).values()) <= shown.total()
+
+
+def test_a_table_in_a_pipe_is_as_wide_as_it_needs_to_be() -> None:
+    assert table(COLUMNS, ROWS).split("\n") == [
+        "Tensor                                                                DType  Parameters",
+        "model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4  U8             12",
+        "模型.weight                                                           BF16    123456789",
+        "x                                                                     F32             1",
+    ]
+
+
+@pytest.mark.parametrize("width", [24, 40, 80])
+def test_facts_fold_their_values(width: int) -> None:
+    text = facts([("Source", "a/very/long/path/that/does/not/fit/on/one/line"), ("Bytes", "1 GB")], width)
+    assert max(map(len, text.split("\n"))) <= width
+    assert "Bytes   1 GB" in text
+
+
+def test_markdown_cells_hold_no_markup() -> None:
+    text = markdown_table((Column("Name"), Column("Bytes", right=True)), [("[x](http://a) | <img> `b` \n# c", 5)])
+    assert text.split("\n") == [
+        "| Name | Bytes |",
+        "| --- | ---: |",
+        r"| \[x\]\(http://a\) \| \<img\> \`b\` \\n\# c | 5 |",
+    ]
+
+
+@dataclass(frozen=True)
+class Part:
+    path: Path
+    loss: float
+    names: tuple[str, ...]
+
+
+def test_dataclasses_become_json_that_every_parser_reads() -> None:
+    value = {"part": Part(Path("a"), float("nan"), ("x", "\udc80")), "set": {2, 1}}
+    assert jsonable(value) == {"part": {"path": "a", "loss": None, "names": ["x", "\udc80"]}, "set": [1, 2]}
+    assert json.dumps(jsonable(value), allow_nan=False).isascii()
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        jsonable(object())
+
+
+def test_a_summary_that_cannot_be_written_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    output.write_step_summary("| a |")
+    output.write_step_summary("| b |")
+    assert page.read_text() == "| a |\n\n| b |\n\n"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    output.write_step_summary("| c |")
+    assert "was not written" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Step:
+    weights: int
+    all_weights: int
+    bytes: int
+    all_bytes: int
+    shard: str | None = None
+
+
+def test_progress_in_a_log_is_one_line_per_shard(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display("Quantizing") as display:
+        for number in range(1, 101):
+            shard = f"model-0000{number // 50}-of-00002.safetensors" if number % 50 == 0 else None
+            display(Step(number, 100, number * 10**6, 10**8, shard))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 2
+    assert "Quantizing: 50.0 MB of 100 MB, tensor 50 of 100" in err
+    assert "model-00001-of-00002.safetensors written" in err
+
+
+def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display("Quantizing", quiet=True) as display:
+        display(Step(1, 1, 1, 1, "model.safetensors"))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
+    code = (
+        "from qz.cli.progress import Display\n"
+        "from types import SimpleNamespace as S\n"
+        "with Display('Quantizing') as d:\n"
+        "    for i in range(50): d(S(weights=i, all_weights=50, bytes=i * 10**9, all_bytes=50 * 10**9, shard=None))\n"
+    )
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", code], stderr=follower, env=environment, check=True, timeout=60)
+    os.close(follower)
+    shown = io.BytesIO()
+    try:
+        while chunk := os.read(leader, 65536):
+            shown.write(chunk)
+    except OSError:
+        pass  # the other end is closed
+    os.close(leader)
+    assert "━" in shown.getvalue().decode()
+    assert shown.getvalue().rstrip().endswith(b"\x1b[2K")
