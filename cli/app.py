@@ -102,14 +102,15 @@ def run(args: Sequence[str]) -> int:
     except SystemExit as error:  # shell completion, and Typer on a pipe that was closed
         return closed_pipe() if isinstance(error.__context__, OSError) else int(error.code or 0)
     except (KeyboardInterrupt, typer.Abort):
-        code = interruption.exit_code
+        code = 130
     except BrokenPipeError:
         return closed_pipe()
     except Exception as error:  # noqa: BLE001  the one place that turns them into text
         code, message = explain(error)
         report(code, message, as_json=as_json, trace=error if debug else None)
         return code
-    if code == interruption.exit_code:
+    if code == 130:  # also what Typer makes of KeyboardInterrupt
+        code = interruption.exit_code
         report(code, interruption.message, as_json=as_json, trace=interruption.error if debug else None)
     return int(code or 0)
 

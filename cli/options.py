@@ -102,8 +102,10 @@ def folders_with_config(folder: Path) -> Iterator[str]:
 
 def complete_subfolder(ctx: typer.Context, incomplete: str) -> list[str]:
     """The components of the local SOURCE that is already on the line."""
-    source = ctx.params.get("source") or ctx.params.get("folder")
-    if not source:
+    # Parsing stops at the option that has no value yet, and leaves the words before it unclaimed.
+    words = [ctx.params.get("source"), *ctx.args]
+    source = next((word for word in words if word), None)
+    if source is None:
         return []
     return [name for name in folders_with_config(Path(str(source)).expanduser()) if name.startswith(incomplete)]
 
