@@ -143,6 +143,7 @@ class Staging:
         self._require_space(needed - sum(file.bytes for file in found.values()))
         if not found:
             journal.start(fingerprint)
+            files.sync_folder(self.output.parent)
             files.make_folder(self._partial)
             files.sync_folder(self.output.parent)
 

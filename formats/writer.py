@@ -56,6 +56,7 @@ class Descriptors:
         self._limit = limit
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._users: dict[Path, int] = {}
+        self._closed = False
         self._changed = threading.Condition()
 
     @contextmanager
@@ -63,6 +64,8 @@ class Descriptors:
         """An open descriptor of an existing file, which stays open inside the ``with``."""
         with self._changed:
             while path not in self._open:
+                if self._closed:
+                    raise RuntimeError("written to after the run ended")
                 if len(self._open) < self._limit:
                     self._open[path] = files.open_file(path, create=False)
                 elif (idle := next((p for p in self._open if not self._users.get(p)), None)) is not None:
@@ -88,7 +91,10 @@ class Descriptors:
                 files.close(self._open.pop(path), path)
 
     def close_all(self) -> None:
+        """Close everything once nobody uses it, for good: a late write must not hit a number used for another file."""
         with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._users)
             while self._open:
                 path, descriptor = self._open.popitem()
                 files.close(descriptor, path)

@@ -1,0 +1,1009 @@
+"""What is on disk when a run ends, however it ends."""
+
+# ruff: noqa: PT012 - a run that fails is a `with Staging` inside a `with raises`
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
+from qz.formats import files
+from qz.formats.folder import LocalFolder
+from qz.formats.journal import Journal
+from qz.formats.record import read_record, verify_record
+from qz.formats.safetensors import TensorInfo, encode_header, layout
+from qz.formats.staging import ShardLayout, Staging, refuse_overlap
+from qz.formats.writer import Descriptors, page_checksum
+
+Array = np.ndarray[Any, Any]
+FINGERPRINT = {"source": {"commit": "0123abcd"}, "method": "nf4", "device": "cpu", "skip": ("lm_head",)}
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+VALUES: dict[str, dict[str, Array]] = {
+    SHARDS[0]: {"a": np.arange(5000, dtype=np.float32), "b": np.arange(77, dtype=np.uint8)},
+    SHARDS[1]: {
+        "c": np.full((3, 50), -1, np.int8),
+        "empty": np.zeros((0, 4), np.float32),
+        "one": np.array(7, np.uint8),
+    },
+}
+DTYPES = {"float32": "F32", "uint8": "U8", "int8": "I8"}
+
+
+def shard_layout(file: str, values: dict[str, Array], variable: int = 0) -> ShardLayout:
+    tensors = layout((name, DTYPES[str(array.dtype)], array.shape) for name, array in values.items())
+    if variable:
+        tensors.append(TensorInfo("state", "U8", (variable,), tensors[-1].stop, tensors[-1].stop + variable))
+    return ShardLayout(file, tuple(tensors), len(encode_header(tensors)), frozenset({"state"} if variable else ()))
+
+
+def write_shard(staging: Staging, file: str) -> None:
+    """One shard from opening to its name. The second has a tensor of variable length."""
+    shard = staging.open_shard(shard_layout(file, VALUES[file], variable=100 if file == SHARDS[1] else 0))
+    for name, array in VALUES[file].items():
+        shard.write(name, array)
+    if file == SHARDS[1]:
+        shard.write_variable("state", b'{"quant_type": "nf4"}')
+    shard.finish()
+
+
+def make(output: Path, *, config: bytes = b'{"new": 1}', needed: int = 30_000, **options: object) -> Staging:
+    """One whole run: two shards, a tokenizer, index and config."""
+    with Staging(output, FINGERPRINT, needed=needed, **options) as staging:  # type: ignore[arg-type]
+        staging.write_file("config.json", config)
+        for file in SHARDS:
+            if file not in staging.finished:
+                write_shard(staging, file)
+        staging.write_file("tokenizer/vocab.json", b"{}")
+        staging.write_file("model.safetensors.index.json", b'{"weight_map": {}}')
+        staging.commit()
+    return staging
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed run writes."""
+    output = tmp_path_factory.mktemp("reference") / "out"
+    make(output)
+    return contents(output)
+
+
+@contextmanager
+def hooked(hook: Callable[[str, str], None]) -> Iterator[None]:
+    before, files.hook = files.hook, hook
+    try:
+        yield
+    finally:
+        files.hook = before
+
+
+class At:
+    """Acts at operation ``number`` (from 0), once; ``count`` is how many there were."""
+
+    def __init__(self, number: int, act: Callable[[str], None]) -> None:
+        self.number, self.act, self.count, self.where = number, act, 0, ""
+
+    def __call__(self, operation: str, path: str) -> None:
+        self.count += 1
+        if self.count == self.number + 1:
+            self.where = f"{operation} {path}"
+            self.act(path)
+
+
+def fail_with(code: int) -> Callable[[str], None]:
+    def act(path: str) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    return act
+
+
+def die(path: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(run: Callable[[], object]) -> int:
+    """Run it in a forked process: 0, minus the signal that ended it, or the exit code of its QzError."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            run()
+            code = 0
+        except QzError as error:
+            code = error.exit_code
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def operations(run: Callable[[], object]) -> int:
+    counter = At(-1, die)
+    with hooked(counter):
+        run()
+    return counter.count
+
+
+def assert_absent_or_complete(output: Path, *complete: dict[str, bytes]) -> None:
+    assert not output.exists() or contents(output) in complete
+
+
+def assert_nothing_beside(output: Path) -> None:
+    assert os.listdir(output.parent) == [output.name]
+
+
+# The happy path
+
+
+def test_an_output_holds_the_files_and_one_record(reference: dict[str, bytes]) -> None:
+    assert set(reference) == {
+        *SHARDS, "config.json", "model.safetensors.index.json", "tokenizer/vocab.json", "qz.json",
+    }  # fmt: skip
+
+
+def test_the_record_is_literally_this(reference: dict[str, bytes]) -> None:
+    record = json.loads(reference["qz.json"])
+    assert list(record) == ["version", "about", "files"]
+    assert record["version"] == 1
+    assert record["files"] == [
+        {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in sorted(reference.items())
+        if name != "qz.json"
+    ]
+
+
+def test_the_record_keeps_what_the_caller_says_and_no_path(tmp_path: Path) -> None:
+    make(tmp_path / "out", about={"method": "nf4", "device": "cpu"})
+    record = read_record(LocalFolder(tmp_path / "out"))
+    assert record is not None
+    assert record.about == {"method": "nf4", "device": "cpu"}
+    assert str(tmp_path) not in (tmp_path / "out/qz.json").read_text()
+
+
+def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    for file, values in VALUES.items():
+        with safe_open(tmp_path / "out" / file, "numpy") as opened:
+            for name, array in values.items():
+                assert opened.get_tensor(name).tobytes() == array.tobytes()
+                assert opened.get_tensor(name).shape == array.shape
+    with safe_open(tmp_path / "out" / SHARDS[1], "numpy") as opened:
+        assert opened.get_tensor("state").tobytes() == b'{"quant_type": "nf4"}'
+
+
+def test_nothing_is_left_beside_the_output(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    assert_nothing_beside(tmp_path / "out")
+
+
+def test_config_is_the_last_file_of_the_model_to_get_its_name(tmp_path: Path) -> None:
+    renamed: list[str] = []
+    with hooked(lambda operation, path: renamed.append(Path(path).name) if operation == "rename" else None):
+        make(tmp_path / "out")
+    assert renamed == [*SHARDS, "vocab.json", "model.safetensors.index.json", "config.json", "qz.json", "out"]
+
+
+def test_every_file_and_folder_is_durable_before_the_output_gets_its_name(tmp_path: Path) -> None:
+    log: list[tuple[str, str]] = []
+    with hooked(lambda operation, path: log.append((operation, path.removeprefix(f"{tmp_path}/")))):
+        make(tmp_path / "out")
+    for file in (*SHARDS, "config.json"):
+        written = max(i for i, (op, path) in enumerate(log) if op == "write" and path == f"out.partial/{file}.tmp")
+        synced = log.index(("fsync", f"out.partial/{file}.tmp"))
+        renamed = log.index(("rename", f"out.partial/{file}"))
+        assert written < synced < renamed < log.index(("fsync", "out.partial"), renamed)
+    last = log.index(("rename", "out"))
+    assert ("fsync", "out.partial") in log[:last]
+    assert ("fsync", str(tmp_path)) in log[last:]
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_modes_follow_the_umask(tmp_path: Path, umask: int, expected: int) -> None:
+    before = os.umask(umask)
+    try:
+        make(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").rglob("*") if p.is_file()} == {expected}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+def test_an_existing_empty_folder_may_be_the_output(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_missing_parents_are_made(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    make(tmp_path / "a/b/out")
+    assert contents(tmp_path / "a/b/out") == reference
+
+
+def test_threads_write_one_shard_together(tmp_path: Path) -> None:
+    values = {"t": np.frombuffer(random.Random(0).randbytes(6_000_000), np.uint8)}
+    with Staging(tmp_path / "out", {}, needed=0) as staging:
+        shard = staging.open_shard(shard_layout("m.safetensors", values))
+        starts = list(range(0, 6_000_000, 70_001))
+        random.Random(1).shuffle(starts)
+
+        def work() -> None:
+            while starts:
+                start = starts.pop()
+                shard.write("t", values["t"][start : start + 70_001], start)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        written = shard.finish()
+        staging.commit()
+    data = (tmp_path / "out/m.safetensors").read_bytes()
+    assert data.endswith(values["t"].tobytes())
+    assert (written.bytes, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_a_shard_is_finished_with_one_small_buffer(tmp_path: Path) -> None:
+    values = {"t": np.zeros(64 << 20, np.uint8)}
+    with Staging(tmp_path / "out", {}, needed=0) as staging:
+        shard = staging.open_shard(shard_layout("m.safetensors", values))
+        tracemalloc.start()
+        shard.write("t", values["t"])
+        shard.finish()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 6 << 20
+
+
+def test_500_shards_in_progress_need_few_descriptors(tmp_path: Path) -> None:
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        values = {"t": np.arange(64, dtype=np.uint8)}
+        with Staging(tmp_path / "out", {}, needed=0) as staging:
+            shards = [staging.open_shard(shard_layout(f"m{i}.safetensors", values)) for i in range(500)]
+
+            def work(part: int) -> None:
+                for half in (slice(0, 32), slice(32, 64)):
+                    for shard in shards[part::24]:
+                        shard.write("t", values["t"][half], half.start)
+
+            threads = [threading.Thread(target=work, args=(part,)) for part in range(24)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for shard in shards:
+                shard.finish()
+            staging.commit()
+
+    assert in_child(run) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 501
+
+
+def test_descriptors_are_opened_again_on_demand(tmp_path: Path) -> None:
+    paths = [tmp_path / str(i) for i in range(5)]
+    for path in paths:
+        path.write_bytes(b"x")
+    descriptors = Descriptors(limit=2)
+    opened: list[str] = []
+    with hooked(lambda operation, path: opened.append(Path(path).name) if operation == "open" else None):
+        for path in (*paths, paths[4], paths[0]):
+            with descriptors.use(path) as descriptor:
+                assert os.pread(descriptor, 1, 0) == b"x"
+    descriptors.close_all()
+    assert opened == ["0", "1", "2", "3", "4", "0"]
+
+
+# What is checked before a shard gets its name
+
+
+def test_a_byte_that_changed_on_disk_is_found(tmp_path: Path) -> None:
+    with pytest.raises(IOFailed, match="reads back different") as caught, Staging(tmp_path / "o", {}, needed=0) as run:
+        shard = run.open_shard(shard_layout(SHARDS[0], VALUES[SHARDS[0]]))
+        for name, array in VALUES[SHARDS[0]].items():
+            shard.write(name, array)
+        with open(tmp_path / "o.partial" / f"{SHARDS[0]}.tmp", "r+b") as file:
+            file.seek(1000)
+            file.write(b"\xff")
+        shard.finish()
+    assert SHARDS[0] in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tensor_not_written_whole_is_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="are missing"), Staging(tmp_path / "out", {}, needed=0) as staging:
+        shard = staging.open_shard(shard_layout(SHARDS[0], VALUES[SHARDS[0]]))
+        shard.write("a", VALUES[SHARDS[0]]["a"][1:], 4)
+        shard.write("b", VALUES[SHARDS[0]]["b"])
+        shard.finish()
+    assert os.listdir(tmp_path) == []
+
+
+def test_bytes_written_twice_are_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="written twice"), Staging(tmp_path / "out", {}, needed=0) as staging:
+        shard = staging.open_shard(shard_layout(SHARDS[0], VALUES[SHARDS[0]]))
+        for name in "abb":
+            shard.write(name, VALUES[SHARDS[0]][name])
+        shard.finish()
+
+
+def test_a_shard_left_open_is_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="not finished"), Staging(tmp_path / "out", {}, needed=0) as staging:
+        staging.open_shard(shard_layout(SHARDS[0], VALUES[SHARDS[0]]))
+        staging.commit()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "qz.json", "a//b", "./a", "a\0b"])
+def test_no_file_gets_a_name_outside_the_output(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError), Staging(tmp_path / "out", {}, needed=0) as staging:
+        staging.write_file(name, b"x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_page_sums_see_what_moves_and_what_changes() -> None:
+    data = bytearray(random.Random(0).randbytes(3 * 4096 + 100))
+    whole = page_checksum(memoryview(data))
+    assert page_checksum(memoryview(data)[4096:], page_checksum(memoryview(data)[:4096])) == whole
+    swapped = data[4096:8192] + data[:4096] + data[8192:]
+    assert page_checksum(memoryview(swapped)) != whole
+    for position in random.Random(1).sample(range(len(data)), 200):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        assert page_checksum(memoryview(changed)) != whole
+
+
+# What is refused before any work
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_place_of_the_output_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputRefused, match="not a folder"):
+        make(tmp_path / "out", overwrite=overwrite)
+    assert contents(tmp_path) == {"out": b"mine"}
+
+
+def test_a_folder_that_is_not_empty_is_refused_naming_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("mine")
+    with pytest.raises(OutputRefused, match=r"--overwrite.*-o/--output"):
+        make(tmp_path / "out")
+    assert contents(tmp_path) == {"out/config.json": b"mine"}
+
+
+@pytest.mark.parametrize("held", [{"thesis.tex"}, {"config.json", ".git"}])
+def test_overwrite_replaces_checkpoints_only(tmp_path: Path, held: set[str]) -> None:
+    (tmp_path / "out").mkdir()
+    for name in held:
+        (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(OutputRefused, match="does not remove it"):
+        make(tmp_path / "out", overwrite=True)
+    assert set(os.listdir(tmp_path / "out")) == held
+
+
+@pytest.mark.parametrize("target", ["folder", "nowhere"])
+def test_a_link_in_the_place_of_the_output_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    with pytest.raises(OutputRefused, match="symbolic link"):
+        make(tmp_path / "out", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "out"]
+
+
+def test_a_parent_that_is_a_link_is_fine(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    make(tmp_path / "link/out")
+    assert contents(tmp_path / "real/out") == reference
+
+
+def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputRefused, match="-o/--output"):
+        make(tmp_path / "file/out")
+
+
+@pytest.mark.parametrize("output", ["/", "..", "x" * 260])
+def test_an_impossible_name_is_refused(tmp_path: Path, output: str) -> None:
+    with pytest.raises(OutputRefused):
+        make(tmp_path / output)
+
+
+def test_someone_elses_partial_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.txt").write_text("mine")
+    with pytest.raises(OutputRefused, match="not an interrupted run of qz"):
+        make(tmp_path / "out")
+    assert contents(tmp_path) == {"out.partial/mine.txt": b"mine"}
+
+
+def test_a_read_only_parent_is_a_question_of_permission() -> None:
+    parent = Path(tempfile.mkdtemp())
+    try:
+        os.chmod(parent, 0o555)
+
+        def run() -> None:
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            make(parent / "out")
+
+        assert in_child(run) == PermissionRefused.exit_code == 77
+        assert os.listdir(parent) == []
+    finally:
+        os.chmod(parent, 0o755)
+        shutil.rmtree(parent)
+
+
+def test_too_little_space_is_found_before_work_and_named(tmp_path: Path) -> None:
+    with pytest.raises(IOFailed, match=r"needs 10,000,000,000,000,000 bytes, [\d,]+ are free.*-o/--output"):
+        make(tmp_path / "out", needed=10**16)
+    assert os.listdir(tmp_path) == []
+
+
+def test_overlap_of_source_and_output_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    (tmp_path / "link").symlink_to("model")
+    for output in ("model", "model/out", "link", "link/out", ".", "other/../model"):
+        with pytest.raises(OutputRefused, match="overlap"):
+            refuse_overlap(source, tmp_path / output)
+    (tmp_path / "x.partial").mkdir()
+    with pytest.raises(OutputRefused, match="overlap"):
+        refuse_overlap(tmp_path / "x.partial", tmp_path / "x")
+    for output in ("model-nf4", "mode", "other/model"):
+        refuse_overlap(source, tmp_path / output)
+
+
+# Resume
+
+
+def interrupted(output: Path, after: int = 1) -> None:
+    """A run that failed after so many shards."""
+    with pytest.raises(KeyboardInterrupt), Staging(output, FINGERPRINT, needed=0) as staging:
+        for file in SHARDS[:after]:
+            if file not in staging.finished:
+                write_shard(staging, file)
+        raise KeyboardInterrupt
+
+
+def test_a_failed_run_without_a_finished_shard_leaves_nothing(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out", after=0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_run_leaves_no_checkpoint_but_its_finished_shards(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", FINGERPRINT, needed=0) as staging:
+        write_shard(staging, SHARDS[0])
+        staging.write_file("tokenizer.json", b"{}")
+        staging.open_shard(shard_layout(SHARDS[1], VALUES[SHARDS[1]]))
+        raise KeyboardInterrupt
+    assert sorted(os.listdir(tmp_path)) == ["out.partial", "out.partial.journal"]
+    assert contents(tmp_path / "out.partial") == {SHARDS[0]: reference[SHARDS[0]]}
+
+
+def test_the_same_command_continues_and_gives_the_same_bytes(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    interrupted(tmp_path / "out")
+    staging = make(tmp_path / "out")
+    assert staging.resumed
+    assert list(staging.finished) == [SHARDS[0]]
+    assert contents(tmp_path / "out") == reference
+    assert_nothing_beside(tmp_path / "out")
+
+
+def test_another_command_is_refused_naming_the_difference(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    before = contents(tmp_path)
+    other = {**FINGERPRINT, "method": "int8", "source": {"commit": "4567ef"}, "threshold": 6.0}
+    with pytest.raises(OutputRefused) as caught:
+        Staging(tmp_path / "out", other, needed=0)
+    message = str(caught.value)
+    assert 'method: "nf4" → "int8", source.commit: "0123abcd" → "4567ef", threshold: null → 6.0. ' in message
+    assert "--no-resume" in message
+    assert contents(tmp_path) == before
+
+
+def test_no_resume_starts_over(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    interrupted(tmp_path / "out")
+    staging = make(tmp_path / "out", resume=False)
+    assert not staging.resumed
+    assert contents(tmp_path / "out") == reference
+
+
+def test_a_finished_shard_of_another_size_is_made_anew(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    interrupted(tmp_path / "out")
+    os.truncate(tmp_path / "out.partial" / SHARDS[0], 100)
+    assert not make(tmp_path / "out").finished
+    assert contents(tmp_path / "out") == reference
+
+
+def test_a_damaged_finished_shard_never_gets_into_the_output(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    interrupted(tmp_path / "out", after=2)
+    with open(tmp_path / "out.partial" / SHARDS[1], "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(IOFailed, match="damaged"):
+        make(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert list(make(tmp_path / "out").finished) == [SHARDS[0]]
+    assert contents(tmp_path / "out") == reference
+
+
+def test_what_others_put_into_the_partial_folder_stays_out_of_the_output(
+    tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    interrupted(tmp_path / "out")
+    (tmp_path / "out.partial/evil.py").write_text("import os")
+    make(tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+    with pytest.raises(IOFailed, match="changed by someone else"), Staging(tmp_path / "o", {}, needed=0) as staging:
+        (tmp_path / "o.partial/evil.py").write_text("import os")
+        staging.commit()
+
+
+def test_a_torn_or_damaged_journal_costs_time_but_never_bytes(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    interrupted(tmp_path / "model", after=2)
+    journal = (tmp_path / "model.partial.journal").read_bytes()
+    kept = set()
+    chosen = random.Random(0)
+    damaged = [journal[:stop] for stop in range(0, len(journal), 11)]
+    damaged += [
+        journal[:i] + bytes([journal[i] ^ 1]) + journal[i + 1 :] for i in chosen.sample(range(len(journal)), 20)
+    ]
+    damaged += [journal + b"\0" * 50, journal + b"{", b"[" * 100_000, b"\xff" * 10, b"\n\n"]
+    for text in damaged:
+        output = tmp_path / "out"
+        shutil.copytree(tmp_path / "model.partial", tmp_path / "out.partial")
+        (tmp_path / "out.partial.journal").write_bytes(text)
+        kept.add(len(make(output).finished))
+        assert contents(output) == reference
+        shutil.rmtree(output)
+        assert sorted(os.listdir(tmp_path)) == ["model.partial", "model.partial.journal"]
+    assert kept == {0, 1, 2}
+
+
+def test_a_torn_last_line_keeps_the_lines_before_and_can_be_continued(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    path = tmp_path / "out.partial.journal"
+    path.write_bytes(path.read_bytes() + b'{"name": "model-0')
+    interrupted(tmp_path / "out")
+    journal = Journal(path)
+    journal.close()
+    assert list(journal.finished) == [SHARDS[0]]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+# Locks
+
+
+def test_a_second_run_is_told_at_once_to_try_again(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out", FINGERPRINT, needed=0):
+        started = time.monotonic()
+        with pytest.raises(TryAgain, match="Another qz is writing out"):
+            make(tmp_path / "out")
+        assert time.monotonic() - started < 1
+
+
+def test_a_dead_run_holds_no_lock(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    def run() -> None:
+        staging = Staging(tmp_path / "out", FINGERPRINT, needed=0)
+        die(str(staging.output))
+
+    assert in_child(run) == -signal.SIGKILL
+    make(tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+    assert_nothing_beside(tmp_path / "out")
+
+
+def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    for round_ in range(20):
+        output = tmp_path / str(round_) / "out"
+        output.parent.mkdir()
+        start, finish = os.pipe(), os.pipe()
+        results = os.pipe()
+
+        def run(output: Path = output, start: int = start[0], finish: int = finish[0], out: int = results[1]) -> None:
+            os.read(start, 1)
+            try:
+                with Staging(output, FINGERPRINT, needed=0):
+                    os.write(out, b"0")
+                    os.read(finish, 1)
+                    raise KeyboardInterrupt
+            except TryAgain:
+                os.write(out, b"7")
+            except KeyboardInterrupt:
+                make(output)
+
+        children = []
+        for _ in range(8):
+            child = os.fork()
+            if child == 0:
+                try:
+                    run()
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        os.write(start[1], b"." * 8)
+        assert sorted(b"".join(os.read(results[0], 1) for _ in range(8))) == sorted(b"07777777")
+        os.write(finish[1], b".")
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 8
+        for pipe in (start, finish, results):
+            os.close(pipe[0])
+            os.close(pipe[1])
+        assert contents(output) == reference
+        assert_nothing_beside(output)
+
+
+def test_runs_that_race_without_waiting_leave_one_output(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    for round_ in range(10):
+        output = tmp_path / str(round_) / "out"
+        output.parent.mkdir()
+        children = []
+        for _ in range(8):
+            child = os.fork()
+            if child == 0:
+                try:
+                    make(output)
+                    os._exit(0)
+                except QzError as error:
+                    os._exit(error.exit_code)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert codes.count(0) == 1
+        assert set(codes) <= {0, 73, 75}
+        assert contents(output) == reference
+        assert_nothing_beside(output)
+
+
+# Failures and kills at every operation
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_an_error_at_any_operation_leaves_no_half_output(
+    tmp_path: Path, reference: dict[str, bytes], code: int
+) -> None:
+    exit_code = 77 if code == errno.EACCES else 74
+    total = operations(lambda: make(tmp_path / "count/out"))
+    for number in range(total):
+        output = tmp_path / str(number) / "out"
+        output.parent.mkdir()
+        at = At(number, fail_with(code))
+        with hooked(at), pytest.raises(QzError) as caught:
+            make(output)
+        assert caught.value.exit_code == exit_code, at.where
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        if code == errno.ENOSPC:
+            assert "bytes, " in str(caught.value)
+        assert_absent_or_complete(output, reference)
+        if output.exists():
+            with pytest.raises(OutputRefused, match="--overwrite"):
+                make(output)
+        else:
+            make(output)
+        assert contents(output) == reference, at.where
+        assert_nothing_beside(output)
+        shutil.rmtree(output.parent)
+
+
+def after_a_kill(output: Path, number: int, reference: dict[str, bytes], where: str) -> None:
+    assert_absent_or_complete(output, reference)
+    if output.exists():
+        with pytest.raises(OutputRefused, match="--overwrite"):
+            make(output)
+    else:
+        make(output)
+    assert contents(output) == reference, where
+    assert_nothing_beside(output)
+
+
+def test_a_kill_at_any_operation_is_recovered_by_the_same_command(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    total = operations(lambda: make(tmp_path / "count/out"))
+    for number in range(total):
+        output = tmp_path / str(number) / "out"
+        output.parent.mkdir()
+        with hooked(At(number, die)):
+            assert in_child(lambda output=output: make(output)) == -signal.SIGKILL  # type: ignore[misc]
+        after_a_kill(output, number, reference, f"operation {number}")
+        shutil.rmtree(output.parent)
+
+
+def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    interrupted(tmp_path / "model")
+    number = 0
+    while True:
+        output = tmp_path / str(number) / "out"
+        output.parent.mkdir()
+        shutil.copytree(tmp_path / "model.partial", output.parent / "out.partial")
+        shutil.copy(tmp_path / "model.partial.journal", output.parent / "out.partial.journal")
+        with hooked(At(number, die)):
+            ended = in_child(lambda output=output: make(output))  # type: ignore[misc]
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        after_a_kill(output, number, reference, f"operation {number}")
+        shutil.rmtree(output.parent)
+        number += 1
+    assert number > 50
+
+
+def test_many_kills_in_a_row_are_recovered(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    chosen = random.Random(5)
+    for round_ in range(15):
+        output = tmp_path / str(round_) / "out"
+        output.parent.mkdir()
+        kills = 0
+        while not output.exists():
+            with hooked(At(chosen.randrange(140) if kills < 8 else -1, die)):
+                ended = in_child(lambda output=output: make(output))  # type: ignore[misc]
+            assert ended in {0, -signal.SIGKILL}
+            kills += 1
+            assert_absent_or_complete(output, reference)
+        with pytest.raises(OutputRefused):
+            make(output)
+        assert_nothing_beside(output)
+
+
+class Durable:
+    """What of a folder survives a power cut: files as of their last fsync, names as of their folder's last fsync.
+
+    To be called before each operation of the writer, as ``files.hook`` is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.last = root, ("fsync", str(root))
+        self.data: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, tuple[int, bool]]] = {}
+
+    def __call__(self, operation: str, path: str) -> None:
+        done, where = self.last
+        if done == "fsync" and os.path.isdir(where):
+            self.names[os.stat(where).st_ino] = {
+                entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(where)
+            }
+        elif done == "fsync":
+            self.data[os.stat(where).st_ino] = Path(where).read_bytes()
+        self.last = (operation, path)
+
+    def restore(self, to: Path, folder: int | None = None) -> None:
+        """Build what would be found after the power is back; a file never synced is empty."""
+        to.mkdir()
+        names = self.names.get(os.stat(self.root).st_ino if folder is None else folder, {})
+        for name, (inode, is_folder) in names.items():
+            if is_folder:
+                self.restore(to / name, inode)
+            else:
+                (to / name).write_bytes(self.data.get(inode, b""))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_power_cut_at_any_operation_is_recovered(
+    tmp_path: Path, reference: dict[str, bytes], overwrite: bool
+) -> None:
+    root, state = tmp_path / "root", tmp_path / "state"
+    root.mkdir()
+    old = {}
+    if overwrite:
+        make(root / "out", config=b'{"old": 1}')
+        old = contents(root / "out")
+    durable = Durable(root)
+    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
+        durable("fsync", str(folder))
+    for file in (path for path in root.rglob("*") if path.is_file()):
+        durable("fsync", str(file))
+    resumed = set()
+
+    def cut(operation: str, path: str) -> None:
+        durable(operation, path)
+        files.hook, watching = lambda operation, path: None, files.hook
+        durable.restore(state)
+        output = state / "out"
+        assert_absent_or_complete(output, reference, old)
+        if not output.exists() or contents(output) == old:
+            resumed.add(len(make(output, overwrite=overwrite).finished))
+        elif set(os.listdir(state)) != {"out"}:
+            with pytest.raises(OutputRefused):
+                make(output)
+        assert contents(output) == reference, f"{operation} {path}"
+        assert_nothing_beside(output)
+        shutil.rmtree(state)
+        files.hook = watching
+
+    with hooked(cut):
+        make(root / "out", overwrite=overwrite)
+    assert resumed == {0, 1, 2}
+
+
+# Overwriting
+
+
+@pytest.fixture
+def old_and_new(tmp_path: Path, reference: dict[str, bytes]) -> tuple[Path, dict[str, bytes]]:
+    """A finished output, with another config, to copy and overwrite; and its contents."""
+    make(tmp_path / "model", config=b'{"old": 1}')
+    return tmp_path / "model", contents(tmp_path / "model")
+
+
+def test_overwrite_replaces_and_leaves_nothing(
+    tmp_path: Path, old_and_new: tuple[Path, dict[str, bytes]], reference: dict[str, bytes]
+) -> None:
+    make(old_and_new[0], overwrite=True)
+    assert contents(old_and_new[0]) == reference
+    assert_nothing_beside(old_and_new[0])
+
+
+def test_a_failed_overwrite_keeps_the_old_output(old_and_new: tuple[Path, dict[str, bytes]]) -> None:
+    model, old = old_and_new
+    with pytest.raises(ZeroDivisionError), Staging(model, FINGERPRINT, needed=0, overwrite=True):
+        raise ZeroDivisionError
+    assert contents(model) == old
+    assert_nothing_beside(model)
+
+
+@pytest.mark.parametrize("act", [die, fail_with(errno.EIO)])
+def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
+    tmp_path: Path,
+    old_and_new: tuple[Path, dict[str, bytes]],
+    reference: dict[str, bytes],
+    act: Callable[[str], None],
+) -> None:
+    model, old = old_and_new
+    number = 0
+    while True:
+        output = tmp_path / str(number) / "out"
+        shutil.copytree(model, output)
+        with hooked(At(number, act)):
+            ended = in_child(lambda output=output: make(output, overwrite=True))  # type: ignore[misc]
+        if ended == 0:
+            break
+        assert ended in {-signal.SIGKILL, IOFailed.exit_code}
+        complete = [contents(path) in (old, reference) for path in output.parent.glob("out*") if path.is_dir()]
+        assert any(complete), f"operation {number}"
+        if output.exists():
+            assert contents(output) in (old, reference), f"operation {number}"
+        else:  # killed between the two renames
+            assert contents(output.parent / "out.partial.old") == old
+            assert contents(output.parent / "out.partial") == reference
+            with pytest.raises(OutputRefused, match="--overwrite"):
+                make(output)
+            assert contents(output) == old
+        make(output, overwrite=True)
+        assert contents(output) == reference
+        assert_nothing_beside(output)
+        shutil.rmtree(output.parent)
+        number += 1
+    assert number > 100
+
+
+def test_a_folder_made_while_the_old_output_was_aside_is_not_removed(
+    tmp_path: Path, old_and_new: tuple[Path, dict[str, bytes]]
+) -> None:
+    model, old = old_and_new
+
+    def at_the_second_rename(operation: str, path: str) -> None:
+        if operation == "rename" and path == str(model):
+            die(path)
+
+    with hooked(at_the_second_rename):
+        assert in_child(lambda: make(model, overwrite=True)) == -signal.SIGKILL
+    model.mkdir()
+    (model / "config.json").write_text("mine")
+    with pytest.raises(OutputRefused, match="Move one of them away"):
+        make(model, overwrite=True)
+    assert (model / "config.json").read_text() == "mine"
+    assert contents(tmp_path / "model.partial.old") == old
+
+
+# A real disk that is full
+
+
+def test_real_file_systems_of_20_sizes(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    codes = set()
+    for pages in range(2, 42, 2):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={pages * 4096}", "tmpfs", str(mounted)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not allowed here")
+        try:
+            code = in_child(lambda: make(mounted / "out", needed=0))
+            codes.add(code)
+            assert code in {0, 74}
+            assert_absent_or_complete(mounted / "out", reference)
+            assert (mounted / "out").exists() == (code == 0)
+            if code == 74 and pages > 20:
+                subprocess.run(["mount", "-o", "remount,size=1m", str(mounted)], check=True)
+                make(mounted / "out", needed=0)
+                assert contents(mounted / "out") == reference
+        finally:
+            subprocess.run(["umount", str(mounted)], check=True)
+    assert codes == {0, 74}
+
+
+def test_a_file_system_without_reservation_is_fine(
+    tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_fallocate", None)
+    make(tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+# Checking a finished output again
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    make(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_an_untouched_output_verifies(finished: Path, reference: dict[str, bytes]) -> None:
+    read: list[int] = []
+    assert verify_record(LocalFolder(finished), read.append) == ()
+    assert sum(read) == sum(len(data) for name, data in reference.items() if name != "qz.json")
+
+
+def test_every_way_an_output_can_differ_from_its_record_is_found(finished: Path) -> None:
+    with open(finished / SHARDS[0], "r+b") as file:
+        file.seek(5000)
+        file.write(b"\xff")
+    (finished / "config.json").write_text('{"new": 12}')
+    (finished / "tokenizer/vocab.json").unlink()
+    (finished / "extra.safetensors").write_text("")
+    found = {(problem.severity, problem.kind, problem.where) for problem in verify_record(LocalFolder(finished))}
+    assert found == {
+        ("error", "hash-differs", SHARDS[0]),
+        ("error", "size-differs", "config.json"),
+        ("error", "file-missing", "tokenizer/vocab.json"),
+        ("warning", "file-unrecorded", "extra.safetensors"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        ("{", "json-malformed"),
+        ("[]", "json-malformed"),
+        ("{}", "record-malformed"),
+        ('{"version": 2, "about": {}, "files": []}', "record-malformed"),
+        ('{"version": 1, "about": {}, "files": [{}]}', "record-malformed"),
+        ('{"version": 1, "about": {}, "files": [3]}', "record-malformed"),
+        ('{"version": 1, "about": {}, "files": [{"name": "../x", "bytes": 0, "sha256": ""}]}', "record-malformed"),
+        ('{"version": 1, "about": {}, "files": [{"name": "a", "bytes": true, "sha256": ""}]}', "record-malformed"),
+        (" " * 10_000_001, "record-malformed"),
+    ],
+)
+def test_a_damaged_record_is_a_problem_not_a_crash(finished: Path, record: str, kind: str) -> None:
+    (finished / "qz.json").write_text(record)
+    assert [problem.kind for problem in verify_record(LocalFolder(finished))] == [kind]
+
+
+def test_a_checkpoint_of_others_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert [problem.kind for problem in verify_record(LocalFolder(tmp_path))] == ["record-missing"]
