@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from qz import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 
 
@@ -23,15 +19,6 @@ class Item:
     name: str
     nbytes: int
     storage: int
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB`` (decimal units, as in huggingface_hub); UsageError if it is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text, re.IGNORECASE)
-    unit = match[2].upper() if match else ""
-    if match is None or unit not in UNITS or float(match[1]) * UNITS[unit] < 1:
-        raise UsageError(f"{text!r} is not a size. Write a number and KB, MB, GB or TB, e.g. 5GB.")
-    return int(float(match[1]) * UNITS[unit])
 
 
 def split(items: Sequence[Item], max_bytes: int) -> list[list[str]]:

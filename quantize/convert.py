@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qz.formats.staging import Staging, refuse_overlap
 from qz.quantize.architecture import Wish, examine, library_versions
 from qz.quantize.methods import Method
 from qz.quantize.plan import Plan, make_plan
-from qz.quantize.stream import Progress, Run
+from qz.quantize.stream import Nowhere, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -34,6 +34,8 @@ class Settings:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     device: str = "auto"
     threads: int = 0
+    keep_nonfinite: bool = False
+    """Leave weights that hold NaN or infinite values unquantized, instead of refusing them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,25 @@ def plan_quantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, or cannot be."""
     refuse_quantized(checkpoint)
     wish = Wish(settings.method, settings.dtype, settings.skips, settings.default_skips)
-    architecture = examine(checkpoint, wish, equal=lambda one, other: _equal(checkpoint, one, other))
-    return make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes)
+
+    def planned(wish: Wish) -> Plan:
+        architecture = examine(checkpoint, wish, equal=lambda one, other: _equal(checkpoint, one, other))
+        return make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes)
+
+    plan = planned(wish)
+    if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
+        plan = planned(replace(wish, skips=(*wish.skips, *modules)))
+    return plan
+
+
+def nonfinite_modules(plan: Plan, settings: Settings) -> list[str]:
+    """Paths of the linears whose weight cannot be quantized, found by reading the whole source once."""
+    from qz.quantize.devices import arithmetic_on
+
+    arithmetic = arithmetic_on(settings.device)
+    run = Run(plan, plan.checkpoint.folder, Nowhere(), arithmetic, forgiving=True)
+    run.convert(settings.threads or arithmetic.threads)
+    return sorted(weight.removesuffix(".weight") for weight in run.nonfinite)
 
 
 def carry_out(

@@ -75,7 +75,10 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) ->
 
     parameters = dict(model.named_parameters())
     sizes = {name: parameter.numel() * getattr(torch, dtype_of(name)).itemsize for name, parameter in parameters.items()}
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    buffers = sum(
+        buffer.numel() * getattr(torch, dtype_of(name)).itemsize if name in state else buffer.nbytes
+        for name, buffer in model.named_buffers()
+    )
     before = sum(sizes.values()) + buffers
     packed = sum(wish.method.footprint(w.count) - sizes[w.name] for w in quantized.values() if wish.method)
     return Architecture(

@@ -8,8 +8,9 @@ the results at their known offsets. A tensor is never in memory as a whole, exce
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from qz import MalformedInput
 from qz.formats.checkpoint import StoredTensor
 from qz.formats.folder import Folder, Range
-from qz.formats.staging import ShardWriter, Staging, WrittenFile
+from qz.formats.staging import ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.quantize.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.kernels import QUANT_MAPS, NonFinite, nested_quant_map
 from qz.quantize.methods import BLOCK_SIZE, FourBit
@@ -82,6 +83,27 @@ class _Chunk:
     whole: bool = False
 
 
+class Nowhere:
+    """A staging area that keeps nothing: the pipeline as a reading of the source."""
+
+    finished: Mapping[str, WrittenFile] = MappingProxyType({})
+
+    def open_shard(self, layout: ShardLayout) -> _NoShard:
+        return _NoShard(layout.file)
+
+
+@dataclass(frozen=True, slots=True)
+class _NoShard:
+    file: str
+
+    def write(self, tensor: str, data: Any, offset: int = 0) -> None: ...
+
+    def write_variable(self, tensor: str, data: bytes) -> None: ...
+
+    def finish(self) -> WrittenFile:
+        return WrittenFile(self.file, 0, "")
+
+
 class Run:
     """One conversion of a plan into a staging area, by several threads."""
 
@@ -89,16 +111,21 @@ class Run:
         self,
         plan: Plan,
         folder: Folder,
-        staging: Staging,
+        staging: Staging | Nowhere,
         arithmetic: Arithmetic,
         progress: Callable[[Progress], None] = lambda progress: None,
+        *,
+        forgiving: bool = False,
     ) -> None:
+        """``forgiving``: weights with values that are not finite are noted in ``nonfinite``, not refused."""
         self.plan = plan
         self.folder = folder
         self.staging = staging
         self.arithmetic = arithmetic
         self.progress = progress
-        self.writers: dict[int, ShardWriter] = {}
+        self.forgiving = forgiving
+        self.nonfinite: set[str] = set()
+        self.writers: dict[int, ShardWriter | _NoShard] = {}
         self.written: dict[str, WrittenFile] = dict(staging.finished)
         self.lock = threading.Lock()
         self.stop = threading.Event()
@@ -252,7 +279,9 @@ class Run:
 
     def _complete(self, work: _Work) -> None:
         if work.nonfinite:
-            raise _nonfinite(work, self.plan)
+            if not self.forgiving:
+                raise _nonfinite(work, self.plan)
+            self.nonfinite.add(work.step.weight.name)
         if work.step.weight.quantized:
             self._companions(work)
         ready = []

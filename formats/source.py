@@ -1,0 +1,42 @@
+"""From what the user typed to a folder: a local path, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qz import MissingInput
+from qz.formats.folder import LocalFolder
+
+if TYPE_CHECKING:
+    from qz.formats.folder import Folder
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def open_source(source: str, subfolder: str | None = None, revision: str | None = None) -> Folder:
+    """The folder that ``source`` names; MissingInput if it is neither a local folder nor a repository id.
+
+    A path that exists is local; one that begins with ``.``, ``/`` or ``~``, or has more than one slash, cannot be
+    anything else.
+    """
+    path = Path(source).expanduser()
+    folder: Folder
+    if path.exists() or path.is_symlink():
+        folder = LocalFolder(path)
+    elif _REPO_ID.fullmatch(source):
+        from qz.formats.hub import open_repo
+
+        folder = open_repo(source, revision=revision)
+    else:
+        raise MissingInput(f"{source} does not exist. Give a local folder, or a repository on the Hub as USER/NAME.")
+    for name in subfolder.strip("/").split("/") if subfolder else ():
+        folder = folder.subfolder(name)
+    return folder
+
+
+def output_name(source: str, subfolder: str | None, suffix: str) -> str:
+    """The default output: the repository's or folder's name, the subfolder and the method, joined by dashes."""
+    name = Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source.split("/")[-1]
+    return "-".join([name or "model", *(subfolder.strip("/").split("/") if subfolder else ()), suffix])

@@ -1,0 +1,62 @@
+"""How qz uses numba: explicit signatures, code cached on disk, and the few operations numba has no name for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+from numba import types
+from numba.extending import intrinsic
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def array(dtype: Any, dimensions: int = 1, *, output: bool = False) -> Any:
+    """numba's type of a contiguous array that may be unaligned and, unless it is an output, read-only."""
+    return types.Array(dtype, dimensions, "C", readonly=not output, aligned=False)
+
+
+def compiled(*signatures: Any, **options: Any) -> Callable[[_Function], _Function]:
+    """``numba.njit`` for these signatures: compiled at import, or loaded from the cache that an earlier import wrote.
+
+    The cache lies beside the module, or in the user's cache directory where that cannot be written (or where
+    ``NUMBA_CACHE_DIR`` says); without any, the code is compiled anew. Concurrent processes replace its files atomically.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        def build(*, cache: bool) -> _Function:
+            decorator = numba.njit(list(signatures), nogil=True, error_model="numpy", cache=cache, **options)
+            return cast(_Function, decorator(function))  # numba has no types of its own
+
+        try:
+            return build(cache=True)
+        except (RuntimeError, OSError):  # no place for a cache
+            return build(cache=False)
+
+    return decorate
+
+
+def inlined(function: _Function) -> _Function:
+    """A scalar function for use inside compiled loops, where LLVM inlines it."""
+    return cast(_Function, numba.njit(error_model="numpy", inline="always")(function))
+
+
+@intrinsic
+def bits(_: Any, value: Any) -> Any:  # noqa: ARG001 (numba calls it with types)
+    """The bits of a float32, as uint32."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def float_of(_: Any, value: Any) -> Any:  # noqa: ARG001
+    """The float32 of these bits; a wider integer loses its upper half."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
