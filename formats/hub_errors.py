@@ -1,0 +1,125 @@
+"""What the Hub's refusals mean to the user: every error of huggingface_hub as an error of the package."""
+
+from __future__ import annotations
+
+import errno
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import httpx2
+from huggingface_hub import errors, get_token
+
+from qz import HubUnreachable, IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, UsageError
+from qz.formats.malformed import UNSAFE_TEXT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses that another attempt may not get."""
+_SECRET = re.compile(r"hf_\w+|https?://\S+\?\S*|Bearer\s+\S+")
+
+
+@contextmanager
+def hub_errors(
+    repo_id: str, doing: str, *, revision: str | None = None, endpoint: str = "", transport: bool = True
+) -> Iterator[None]:
+    """Turn what goes wrong inside into an error of the package.
+
+    ``doing`` begins the message: "Reading me/model". With ``transport`` false, failures of the connection pass through,
+    for a caller that tries again.
+    """
+    try:
+        yield
+    except QzError:
+        raise
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+        if not transport and isinstance(error, httpx2.TransportError):
+            raise
+        meant = meaning(error, repo_id, doing, revision=revision, endpoint=endpoint)
+        if meant is None:
+            raise
+        # The original may quote a signed link, so it is not shown as the cause.
+        raise meant from None
+
+
+def meaning(
+    error: BaseException, repo_id: str, doing: str, *, revision: str | None = None, endpoint: str = ""
+) -> QzError | None:
+    """The error of the package for ``error``; None if it is none of the Hub's and so a bug."""
+    page = f"{endpoint or 'https://huggingface.co'}/{repo_id}"
+    while error.__cause__ is not None and isinstance(error, _WRAPPERS):
+        error = error.__cause__  # what huggingface_hub wraps says more than the wrapping
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refusal(error, repo_id, doing, revision, page)
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return PermissionRefused(f"{doing} needs a Hub token and there is none. Run `hf auth login`, or set HF_TOKEN.")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return HubUnreachable(f"{doing} needs the Hub, but HF_HUB_OFFLINE is set. Unset it, or use a local folder.")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return HubUnreachable(f"{doing} failed: {repo_id} is not in the cache and the Hub cannot be asked.")
+    if isinstance(error, errors.HFValidationError):
+        return UsageError(f"{repo_id!r} is neither a folder nor a Hub repository name such as owner/name.")
+    if isinstance(error, httpx2.HTTPError):
+        return HubUnreachable(
+            f"The Hub at {endpoint or page} does not answer ({reason(error)}). Check the network and try again."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return IOFailed(f"{doing} failed: the disk that holds the Hub cache is full. Free some space, or set HF_HOME.")
+    if isinstance(error, ValueError) and "LFS batch" in str(error):
+        return HubUnreachable(f"{doing} failed: the Hub does not take the files. Try again later; see {page}.")
+    return None
+
+
+_WRAPPERS = (RuntimeError, ValueError, errors.LocalEntryNotFoundError)
+
+
+def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: str | None, page: str) -> QzError:
+    status, said = error.response.status_code, _said(error)
+    login = (
+        "Run `hf auth login`, or set HF_TOKEN"
+        if not get_token()
+        else "Check that your token may do this (`hf auth whoami`)"
+    )
+    if isinstance(error, errors.GatedRepoError):
+        more = "" if get_token() else " and run `hf auth login`"
+        return PermissionRefused(f"{repo_id} is gated. Ask for access at {page}{more}, then try again.")
+    if isinstance(error, errors.DisabledRepoError):
+        return PermissionRefused(f"{repo_id} is disabled on the Hub. See {page}.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return MissingInput(
+            f"{repo_id} is not on the Hub, or it is private and you may not see it. {login}; see {page}."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return MissingInput(f"{repo_id} has no revision {revision or 'main'!r}. Branches and commits: {page}/commits.")
+    if isinstance(error, errors.EntryNotFoundError):
+        return MissingInput(
+            f"{doing} failed: it is not in {repo_id} at revision {revision or 'main'!r}. See {page}/tree."
+        )
+    if status in (401, 402, 403):
+        return PermissionRefused(f"{doing} was refused ({status}{said}). {login}; see {page}.")
+    if status in (409, 412):
+        return TryAgain(
+            f"{doing} failed: {repo_id} was changed meanwhile ({status}{said}). Look at {page} and try again."
+        )
+    if status == 429:
+        return TryAgain(f"{doing} failed: the Hub limits the rate of requests{said}. Wait some minutes and try again.")
+    if status in BUSY or status >= 500:
+        return HubUnreachable(
+            f"{doing} failed: the Hub answers {status}{said}. Try again later; https://status.huggingface.co."
+        )
+    return MalformedInput(f"{doing} failed: the Hub answers {status}{said}. See {page}.")
+
+
+def _said(error: errors.HfHubHTTPError) -> str:
+    """What the server says, one line, without links or anything that looks like a token."""
+    text = UNSAFE_TEXT.sub(" ", error.server_message or "")
+    text = " ".join(_SECRET.sub("…", text).split())
+    return f": {text[:200].rstrip('.')}" if text else ""
+
+
+def reason(error: httpx2.HTTPError) -> str:
+    if isinstance(error, httpx2.TimeoutException):
+        return "no answer in time"
+    return _SECRET.sub("…", UNSAFE_TEXT.sub(" ", str(error))) or type(error).__name__
