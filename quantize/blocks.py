@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from qz.quantize import quant_maps
-from qz.quantize.compiled import array, compiled
+from qz.quantize.compiled import array, compiled, intrinsic
 
 _LANES = 64
 _I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
@@ -63,16 +62,14 @@ def _top(_: Any, values: Any, start: Any) -> Any:
 
 
 def _store_codes(builder: Any, above: list[Any], codes: list[int], lane: Any, pointer: Any) -> None:
-    """Each lane's code is that of the last bound it is above; pairs of lanes become bytes, the first in the high half."""
+    """Each lane takes the code after the last bound it is above; pairs become bytes, the first in the high half."""
     chosen = _same(lane, codes[0])
     for is_above, code in zip(above, codes[1:], strict=True):
         chosen = builder.select(is_above, _same(lane, code), chosen)
     # Little endian: the first lane of a pair is its lower half.
     double = ir.IntType(2 * lane.width)
     pairs = builder.bitcast(chosen, _vector(double, 32))
-    merged = builder.or_(
-        builder.shl(pairs, _same(double, 4, 32)), builder.lshr(pairs, _same(double, lane.width, 32))
-    )
+    merged = builder.or_(builder.shl(pairs, _same(double, 4, 32)), builder.lshr(pairs, _same(double, lane.width, 32)))
     stored = builder.trunc(merged, _vector(_I8, 32))
     builder.store(stored, builder.bitcast(pointer, stored.type.as_pointer())).align = 1
 
@@ -81,7 +78,7 @@ def _write_16(quant_type: str) -> Any:
     codes = quant_maps.order(quant_type).tolist()
 
     @intrinsic
-    def write(_: Any, values: Any, start: Any, cuts: Any, row: Any, packed: Any, stop: Any) -> Any:
+    def write(_: Any, values: Any, start: Any, cuts: Any, row: Any, packed: Any, stop: Any) -> Any:  # noqa: ARG001
         """Quantize ``values[start : start + 64]`` by the row of ``cut_points`` that belongs to their absmax."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -109,7 +106,7 @@ def _write_32(quant_type: str) -> Any:
     bounds = quant_maps.bounds(quant_type).tolist()
 
     @intrinsic
-    def write(_: Any, values: Any, start: Any, inverse: Any, packed: Any, stop: Any) -> Any:
+    def write(_: Any, values: Any, start: Any, inverse: Any, packed: Any, stop: Any) -> Any:  # noqa: ARG001
         """Quantize ``values[start : start + 64]``, scaled by ``inverse``."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -148,8 +145,8 @@ def quantize_16(
 ) -> tuple[int, int]:
     """Whole blocks of "BF16" or "F16" bits, by integer comparison with the flattened ``quant_maps.cut_points``.
 
-    ``infinity``: the dtype's bits of it. ``magnitudes``: ``quant_maps.magnitudes``. Returns the count and first index of
-    non-finite values; the codes of their blocks are meaningless.
+    ``infinity``: the dtype's bits of it. ``magnitudes``: ``quant_maps.magnitudes``. Returns the count and first index
+    of non-finite values; the codes of their blocks are meaningless.
     """
     count, first = 0, -1
     for block in range(values.size // 64):
@@ -170,9 +167,7 @@ def quantize_16(
 
 
 @compiled(
-    _NON_FINITE(
-        array(types.float32), types.boolean, array(types.uint8, output=True), array(types.float32, output=True)
-    )
+    _NON_FINITE(array(types.float32), types.boolean, array(types.uint8, output=True), array(types.float32, output=True))
 )
 def quantize_32(values: Any, nf4: Any, packed: Any, absmax: Any) -> tuple[int, int]:
     """Whole blocks of float32 values; see ``quantize_16``."""

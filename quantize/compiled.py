@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -21,7 +21,7 @@ def compiled(*signatures: Any, **options: Any) -> Callable[[_Function], _Functio
     """``numba.njit`` for these signatures: compiled at import, or loaded from the cache that an earlier import wrote.
 
     The cache lies beside the module, or in the user's cache directory where that cannot be written (or where
-    ``NUMBA_CACHE_DIR`` says); without any, the code is compiled anew. Concurrent processes replace its files atomically.
+    ``NUMBA_CACHE_DIR`` says); without any, the code is compiled anew. Concurrent processes replace its files at once.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -40,6 +40,11 @@ def compiled(*signatures: Any, **options: Any) -> Callable[[_Function], _Functio
 def inlined(function: _Function) -> _Function:
     """A scalar function for use inside compiled loops, where LLVM inlines it."""
     return cast(_Function, numba.njit(error_model="numpy", inline="always")(function))
+
+
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``numba.extending.intrinsic``: a function of argument types that returns a signature and a generator of LLVM."""
+    return cast(Callable[..., Any], _intrinsic(function))
 
 
 @intrinsic

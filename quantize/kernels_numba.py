@@ -1,7 +1,7 @@
 """The kernels compiled by numba: loops over blocks and rows that LLVM turns into vector code.
 
-Each releases the GIL and uses the calling thread only. ``kernels`` documents the arguments and checks them; here they are
-trusted. Blocks and rows with non-finite values are counted, not computed.
+Each releases the GIL and uses the calling thread only. ``kernels`` documents the arguments and checks them; here they
+are trusted. Blocks and rows with non-finite values are counted, not computed.
 """
 
 from __future__ import annotations
@@ -203,21 +203,21 @@ def _dequantize_int8_16(weight: Any, scb: Any, bf16: Any, out: Any) -> None:
 def _quantize_blockwise(values: Any, codes: Any, blocksize: int, out: Any, absmax: Any) -> None:
     """Dynamic 8-bit quantization of finite values, as cpu_ops.cpp does it."""
     for block in range(absmax.size):
-        start = block * blocksize
-        stop = min(start + blocksize, values.size)
+        source = values[block * blocksize : (block + 1) * blocksize]
+        target = out[block * blocksize : (block + 1) * blocksize]
         top = np.float32(0)
-        for i in range(start, stop):
+        for i in range(source.size):
             top = max(top, abs(source[i]))
         absmax[block] = top
         if top == 0:
-            out[start:stop] = 0
+            target[:] = 0
             continue
         inverse = np.float32(1) / top
-        for i in range(start, stop):
+        for i in range(source.size):
             x = min(max(source[i] * inverse, np.float32(-1)), np.float32(1))
             half = (x + np.float32(1)) * np.float32(0.5)
             # A fused multiply-add in the library: exact in float64, then rounded once.
-            out[i] = codes[int(np.float32(np.float64(half) * 65535.0 + 0.5))]
+            target[i] = codes[int(np.float32(np.float64(half) * 65535.0 + 0.5))]
 
 
 @compiled(types.UniTuple(types.float64, 3)(_F32, _F32), fastmath={"reassoc"})
