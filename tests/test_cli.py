@@ -1,0 +1,387 @@
+"""The command line: what it offers, how it fails, and how fast it starts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import qz as package
+from conftest import Qz
+from qz import QzError
+from qz.cli import options
+from qz.cli.app import app, explain
+
+GROUP: Any = typer.main.get_command(app)
+ERRORS = {error.__name__: error for error in QzError.__subclasses__()}
+
+# A command that behaves as its argument says, under the app's own error handling.
+SCRIPT = """
+import sys, time
+from qz.cli.app import app, main
+from qz.cli.options import JsonOpt
+import qz
+
+@app.command()
+def act(what: str, as_json: JsonOpt = False) -> None:
+    if what == "sleep":
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt as stop:
+            stop.add_note("It goes on later.")
+            raise
+    if what == "stubborn":
+        while True:
+            try:
+                print("ready", flush=True)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                print("still here", flush=True)
+    if what == "bug":
+        raise ZeroDivisionError("hf_" + "aB3" * 12)
+    if what == "long":
+        raise qz.MalformedInput("\\n".join(f"line {i} \\x1b[31m" for i in range(20)))
+    if what == "write":
+        for _ in range(100_000):
+            print("x" * 100)
+    print("done")
+
+main()
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "act.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def act(script: Path, *arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), "act", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **keywords)
+
+
+@pytest.mark.parametrize("name", ["quantize", "inspect", "dequantize", "push"])
+def test_the_contracts_commands_are_there(name: str) -> None:
+    assert name in GROUP.commands
+
+
+@pytest.mark.parametrize("name", GROUP.commands)
+def test_every_command_and_every_option_has_help(name: str) -> None:
+    command = GROUP.commands[name]
+    assert len(command.help.split()) >= 4
+    for param in command.params:
+        assert param.help, param.name
+        assert param.help.endswith("."), param.name
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    """Options are declared once. Where --subfolder, --dtype and --revision mean another thing, they say so."""
+    helps: dict[str, set[str]] = {}
+    for command in GROUP.commands.values():
+        for param in command.params:
+            for name in param.opts:
+                helps.setdefault(name, set()).add(param.help)
+    assert {name for name, texts in helps.items() if len(texts) > 1} <= {"--subfolder", "--dtype", "--revision"}
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (
+            "quantize",
+            """--nf4 --fp4 --int8 --subfolder --revision -o --output --double-quant --compute-dtype --threshold --skip
+            --no-default-skips --dtype --max-shard-size --device --threads --dry-run --json --quiet --overwrite
+            --resume --no-resume --push""",
+        ),
+        ("inspect", "--subfolder --revision --json --tensors --filter"),
+        ("dequantize", "--dtype --output --subfolder --revision --max-shard-size --device --json"),
+        (
+            "push",
+            "--subfolder --private --public --revision --branch --create-pr --message --json --dry-run",
+        ),
+    ],
+)
+def test_the_contracts_options_are_there(command: str, names: str) -> None:
+    params = GROUP.commands[command].params
+    offered = {name for param in params for name in (*param.opts, *param.secondary_opts)}
+    assert set(names.split()) <= offered
+
+
+def test_defaults_are_the_contracts() -> None:
+    defaults = {param.name: param.default for param in GROUP.commands["quantize"].params}
+    assert defaults["compute_dtype"] == "bfloat16"
+    assert defaults["threshold"] == 6.0
+    assert defaults["dtype"] == defaults["device"] == "auto"
+    assert defaults["max_shard_size"] == 5_000_000_000
+    assert defaults["resume"] is True
+    assert defaults["if_exists"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("5GB", 5 * 10**9), ("500 mb", 500 * 10**6), ("2GiB", 2 * 2**30), ("1.5GB", 1_500_000_000), ("4096", 4096)],
+)
+def test_sizes_are_read_as_the_libraries_read_them(text: str, count: int) -> None:
+    assert options.parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 PBs", "5GB5", "1e9", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="5GB, 500MB or 2GiB"):
+        options.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "x", "--nf4", "--int8"], "--nf4 and --int8 exclude each other"),
+        (["quantize", "x", "--nf4", "--fp4", "--int8"], "--nf4 and --fp4 and --int8 exclude each other"),
+        (["quantize", "x", "--dtype", "float15"], "'auto', 'float16', 'bfloat16', 'float32'"),
+        (["quantize", "x", "--compute-dtype", "int8"], "'bfloat16', 'float16', 'float32'"),
+        (["quantize", "x", "--if-exists", "maybe"], "'error', 'skip', 'overwrite'"),
+        (["quantize", "x", "--device", "gpu"], "auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"),
+        (["quantize", "x", "--max-shard-size", "big"], "5GB, 500MB or 2GiB"),
+        (["quantize", "x", "--threads", "0"], "greater than or equal to 1"),
+        (["quantize", "x", "--threshold", "six"], "--threshold"),
+        (["quantize", "x", "--nf5"], "No such option: --nf5"),
+        (["quantize"], "Missing argument 'SOURCE'"),
+        (["quantize", "x", "y"], "unexpected extra argument"),
+        (["quantise", "x"], "Did you mean 'quantize'"),
+        (["quantize", "x", "--component", "a=int9"], "NAME=METHOD"),
+        (["quantize", "x", "--components", "a,,b"], "transformer,text_encoder_2"),
+        (["quantize", "x", "--overwrite", "--if-exists", "skip"], "exclude each other"),
+    ],
+)
+def test_wrong_use_is_answered_with_what_is_right(qz: Qz, arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    result = qz(*arguments, "--json")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) <= 5
+    assert "Traceback" not in result.stderr
+    *before, last = result.stdout.splitlines()
+    assert before == []
+    assert json.loads(last) == {"type": "exit_error", "code": 2, "message": json.loads(last)["message"]}
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_qz_alone_shows_its_help_and_fails(qz: Qz) -> None:
+    result = qz()
+    assert result.returncode == 2
+    assert "quantize" in result.stdout
+
+
+def test_the_version_is_shown(qz: Qz) -> None:
+    result = qz("--version")
+    assert (result.returncode, result.stdout) == (0, f"qz {package.__version__}\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_reads_well_in_a_narrow_pipe(qz: Qz, flag: str) -> None:
+    result = qz("quantize", flag, COLUMNS="60", TERMINAL_WIDTH="60")
+    assert result.returncode == 0
+    assert "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 60
+
+
+def test_help_starts_at_once_and_without_the_libraries() -> None:
+    """The aim is 0.15 s of CPU time on a machine with nothing else to do; the best of five runs is taken."""
+    code = (
+        "import resource, sys\n"
+        "from qz.cli.app import run\n"
+        "run(['--help'])\n"
+        "heavy = {'torch', 'numpy', 'huggingface_hub', 'transformers', 'diffusers', 'numba', 'bitsandbytes'}\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print('\\n', used.ru_utime + used.ru_stime, sorted(heavy & set(sys.modules)), sep='|')\n"
+    )
+    seconds = []
+    for _ in range(5):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        _, used, heavy = result.stdout.splitlines()[-1].split("|")
+        assert heavy == "[]"
+        seconds.append(float(used))
+    assert min(seconds) <= 0.25
+
+
+@pytest.mark.parametrize(("name", "code"), [(e.__name__, e.exit_code) for e in ERRORS.values()])
+def test_every_error_of_qz_has_its_documented_exit_code(name: str, code: int) -> None:
+    documented = (Path(__file__).parent.parent / "docs/reference/exit-codes.md").read_text()
+    assert explain(ERRORS[name]("what, where, why, what next")) == (code, "what, where, why, what next")
+    assert f"| {code} |" in documented
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 77),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), 66),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 74),
+        (OSError(errno.EIO, "Input/output error", "/x"), 74),
+        (ConnectionResetError("reset"), 69),
+        (TimeoutError("timed out"), 69),
+        (MemoryError(), 75),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 78),
+        (ModuleNotFoundError("No module named 'qz.quantize.nothing'", name="qz.quantize.nothing"), 1),
+        (RuntimeError("what"), 1),
+    ],
+)
+def test_what_the_core_did_not_foresee_still_has_an_exit_code(error: Exception, code: int) -> None:
+    found, message = explain(error)
+    assert found == code
+    assert message.endswith((".", "shows."))
+
+
+def test_a_bug_says_that_it_is_one_and_hides_its_traceback(script: Path) -> None:
+    result = act(script, "bug", "--json")
+    assert result.returncode == 1
+    assert "bug in qz" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "aB3" not in result.stdout + result.stderr
+    assert json.loads(result.stdout)["code"] == 1
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(script: Path) -> None:
+    for arguments in (["bug", "--debug"], ["--debug", "bug"]):
+        result = act(script, *arguments)
+        assert result.returncode == 1
+        assert "Traceback (most recent call last)" in result.stderr
+        assert "ZeroDivisionError" in result.stderr
+        assert "aB3" * 3 not in result.stderr
+
+
+def test_a_long_message_is_cut_on_stderr_and_whole_in_json(script: Path) -> None:
+    result = act(script, "long", "--json")
+    assert result.returncode == 65
+    assert len(result.stderr.splitlines()) == 5
+    assert "16 more lines" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "line 19" in json.loads(result.stdout)["message"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_with_its_code_and_says_how_to_go_on(script: Path, number: int, code: int) -> None:
+    command = [sys.executable, str(script), "act", "sleep", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err == "Error: Interrupted. It goes on later.\n"
+    assert json.loads(out) == {"type": "exit_error", "code": code, "message": "Interrupted. It goes on later."}
+
+
+def test_the_second_interrupt_ends_at_once(script: Path) -> None:
+    command = [sys.executable, str(script), "act", "stubborn"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "still here\n"
+    assert process.stdout.readline() == "ready\n"
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert time.monotonic() - begun < 2
+
+
+def test_an_ignored_signal_stays_ignored(script: Path) -> None:
+    """As under nohup, or in the background of a script."""
+    command = [sys.executable, str(script), "act", "sleep"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+def test_a_reader_that_goes_away_is_no_bug(script: Path) -> None:
+    command = f"{sys.executable} {script} act write | head -n 1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 74
+    assert result.stdout == "x" * 100 + "\n"
+    assert result.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_an_io_error(script: Path) -> None:
+    command = f"{sys.executable} {script} act write > /dev/full"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 74
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_ascii_terminal_does_not_fail_a_run(script: Path) -> None:
+    result = act(script, "long", env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 65
+    assert "\\u2026 and 16 more lines" in result.stderr
+
+
+def complete(line: str, cwd: Path, shell: str = "bash") -> list[str]:
+    """What the shell offers after ``line``."""
+    words = line.split(" ")
+    environment = {"_QZ_COMPLETE": f"complete_{shell}", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    result = subprocess.run(
+        [sys.executable, "-m", "qz"],
+        cwd=cwd,
+        env={**os.environ, **environment, "_TYPER_COMPLETE_ARGS": line},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [re.sub(r"^plain,", "", entry) for entry in result.stdout.split()]
+
+
+def test_completion_knows_commands_folders_and_components(tmp_path: Path) -> None:
+    for component in ("transformer", "text_encoder"):
+        (tmp_path / "flux" / component).mkdir(parents=True)
+        (tmp_path / "flux" / component / "config.json").write_text("{}")
+    (tmp_path / "flux" / "scheduler").mkdir()
+    assert complete("qz quan", tmp_path) == ["quantize"]
+    assert complete("qz quantize fl", tmp_path) == ["flux"]
+    assert complete("qz quantize flux --subfolder ", tmp_path) == ["text_encoder", "transformer"]
+    assert complete("qz quantize flux --subfolder tr", tmp_path) == ["transformer"]
+    assert complete("qz quantize nothing --subfolder ", tmp_path) == []
+    assert "--double-quant" in complete("qz quantize flux --dou", tmp_path)
+
+
+def test_completion_can_be_shown_for_installation(qz: Qz) -> None:
+    result = qz("--show-completion", SHELL="/bin/bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert result.returncode == 2  # without detection the shell is named
+    result = qz("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert result.returncode == 0
+    assert "_QZ_COMPLETE" in result.stdout
+
+
+def test_a_run_with_few_file_descriptors_starts(qz: Qz) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        assert qz("--version").returncode == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
