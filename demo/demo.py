@@ -99,7 +99,6 @@ def main() -> None:
     fetch()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     qz("quantize", str(MODEL), "--nf4", "--output", str(OUTPUT))
-    qz("inspect", str(OUTPUT))
 
     print("\nWhich sentence is nearest? The original and the quantized model, both loaded with from_pretrained:\n")
     before, footprint_before = encode(MODEL)
