@@ -83,7 +83,7 @@ def encode(folder: Path) -> tuple[Any, int]:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice on optional CPU kernels
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModel.from_pretrained(folder).eval()
     batch = tokenizer([*QUERIES, *SENTENCES], padding=True, return_tensors="pt")
     with torch.inference_mode():
