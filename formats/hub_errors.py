@@ -49,7 +49,7 @@ def meaning(
 ) -> QzError | None:
     """The error of the package for ``error``; None if it is none of the Hub's and so a bug."""
     page = f"{endpoint or 'https://huggingface.co'}/{repo_id}"
-    while error.__cause__ is not None and isinstance(error, _WRAPPERS):
+    while error.__cause__ and isinstance(error, _WRAPPERS) and not isinstance(error, errors.HfHubHTTPError):
         error = error.__cause__  # what huggingface_hub wraps says more than the wrapping
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error, repo_id, doing, revision, page)
@@ -63,7 +63,8 @@ def meaning(
         return UsageError(f"{repo_id!r} is neither a folder nor a Hub repository name such as owner/name.")
     if isinstance(error, httpx2.HTTPError):
         return HubUnreachable(
-            f"The Hub at {endpoint or page} does not answer ({reason(error)}). Check the network and try again."
+            f"{doing} failed: the Hub at {endpoint or page} does not answer ({reason(error)}). Check the network and "
+            "try again."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return IOFailed(f"{doing} failed: the disk that holds the Hub cache is full. Free some space, or set HF_HOME.")
@@ -97,6 +98,8 @@ def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: s
         return MissingInput(
             f"{doing} failed: it is not in {repo_id} at revision {revision or 'main'!r}. See {page}/tree."
         )
+    if status in (404, 410):
+        return MissingInput(f"{doing} failed: the Hub does not have it ({status}{said}). See {page}.")
     if status in (401, 402, 403):
         return PermissionRefused(f"{doing} was refused ({status}{said}). {login}; see {page}.")
     if status in (409, 412):

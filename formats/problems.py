@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from qz import IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError, Unsupported
+from qz import HubUnreachable, IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, Unsupported
 from qz.formats.malformed import Malformed
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ LINES = 4
 
 def kind_of(error: QzError, missing: str) -> str:
     """The kind of problem that ``error`` is; ``missing`` if it says that a file is not there."""
+    if isinstance(error, HubUnreachable | TryAgain):
+        raise error  # nothing is wrong with the checkpoint: it could not be looked at
     if isinstance(error, Malformed):
         return error.kind
     if isinstance(error, MissingInput):
