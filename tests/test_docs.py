@@ -1,0 +1,253 @@
+"""The documentation is true: the reference is fresh, links lead somewhere, shell lines run, and the action works."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from qz import QzError
+from qz.cli.app import app
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
+STEPS: dict[str, dict[str, Any]] = {step["name"]: step for step in ACTION["runs"]["steps"]}
+
+
+def load_builder() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BUILD = load_builder()
+PAGES: list[Path] = BUILD.pages()
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def test_the_command_reference_is_what_the_app_says() -> None:
+    assert BUILD.REFERENCE.read_text() == BUILD.reference(), "Run `make docs` and commit docs/reference/commands.md."
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    assert list(BUILD.broken_links(page)) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BUILD, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("# One\n[a](#one) [b](#two) [c](gone.md) [d](page.md#one) [e](http://x)\n```\n[f](gone)\n```\n")
+    assert [problem.split(": ", 1)[1] for problem in BUILD.broken_links(page)] == [
+        "#two: no such heading",
+        "gone.md does not exist",
+        "http://x is not https",
+    ]
+
+
+def test_every_page_is_reachable_from_the_readme() -> None:
+    seen: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in seen or page.suffix != ".md":
+            continue
+        seen.add(page)
+        for match in BUILD.LINK.finditer(page.read_text()):
+            target = (match[1] or match[2]).partition("#")[0]
+            if target and not re.match(r"[a-z]+:", target):
+                waiting.append((page.parent / target).resolve())
+    assert {named(page) for page in (ROOT / "docs").rglob("*.md")} <= {named(page) for page in seen}
+
+
+def test_every_exit_code_is_documented_and_every_documented_one_exists() -> None:
+    text = (ROOT / "docs/reference/exit-codes.md").read_text()
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+    assert documented == {error.exit_code for error in QzError.__subclasses__()} | {0, 1, 130, 143}
+
+
+def shell_lines(page: Path) -> Iterator[str]:
+    """The lines of the page's ``sh`` blocks, with continued ones joined."""
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        yield from block.replace("\\\n", "").splitlines()
+
+
+def test_every_option_that_the_pages_use_exists() -> None:
+    for page in PAGES:
+        for line in re.findall(r"\bqz (?:quantize|inspect|dequantize|push) [^`\n|>]*", page.read_text()):
+            words = shlex.split(line, comments=True) if line.count('"') % 2 == 0 and "'" not in line else line.split()
+            params = COMMANDS[words[1]].params
+            offered = {name for param in params for name in (*param.opts, *param.secondary_opts)} | {
+                "--help",
+                "--debug",
+            }
+            assert {word for word in words if word.startswith("--")} <= offered, f"{named(page)}: {line}"
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("flux")
+    repo = place / "black-forest-labs" / "FLUX.1-dev"
+    FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    ).to(torch.bfloat16).save_pretrained(repo / "transformer")
+    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    T5EncoderModel(config).to(torch.bfloat16).save_pretrained(repo / "text_encoder_2")
+    shutil.copytree(repo / "text_encoder_2", place / "my-model")
+    return place
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This one, with the ``qz`` of this environment first, and without a runner's own settings."""
+    bin_folder = Path(sys.executable).parent
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("GITHUB_", "RUNNER_", "HF_TOKEN"))
+    }
+    return {**kept, "PATH": f"{bin_folder}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", **more}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
+def test_the_shell_lines_run(name: str, flux: Path, tmp_path: Path) -> None:
+    """Word for word, on a tiny model that lies where the names lead. Publishing is tested with its own server."""
+    place = tmp_path / "here"
+    shutil.copytree(flux, place)
+    ran = 0
+    for line in shell_lines(ROOT / name):
+        if line.startswith("qz push"):
+            continue
+        if line.startswith("qz "):
+            result = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", line],
+                cwd=place,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+            ran += 1
+        else:
+            assert line.startswith(("pip install", "make ")), f"{line!r} is not run by this test"
+    assert ran >= 3
+
+
+def test_the_readme_names_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = {target for page in PAGES for target in re.findall(r"`make ([a-z]+)`", page.read_text())}
+    used |= {line.split()[1] for line in shell_lines(ROOT / "README.md") if line.startswith("make ")}
+    assert {"demo", "test"} <= used <= targets
+
+
+def run_step(name: str, place: Path, inputs: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """One step of the action, in the shell and with the environment that GitHub's runner gives it."""
+    values = {key: str(spec.get("default", "")) for key, spec in ACTION["inputs"].items()} | inputs
+    step = STEPS[name]
+    assert "${{" not in step["run"], "an expression inside a script would be code that the caller writes"
+    given = {
+        key: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda match: values[match[1]], value)
+        for key, value in step.get("env", {}).items()
+    }
+    files = {"GITHUB_OUTPUT": place / "output", "GITHUB_STEP_SUMMARY": place / "summary", "GITHUB_PATH": place / "path"}
+    script = place / f"{name}.sh"
+    script.write_text(step["run"])
+    return subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)],
+        cwd=place,
+        env=environment(CI="true", RUNNER_TEMP=str(place), **{k: str(v) for k, v in files.items()}, **given),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path) -> None:
+    inputs = {"source": str(tiny_llama), "method": "nf4", "double-quant": "true", "skip": "q_proj\nk_proj\n"}
+    result = run_step("Quantize", tmp_path, inputs)
+    assert result.returncode == 0, result.stderr
+    outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
+    assert set(outputs) == set(ACTION["outputs"])
+    report = json.loads(Path(outputs["report"]).read_text())
+    assert (report["method"], report["double_quant"]) == ("nf4", True)
+    assert any(module.endswith("q_proj") for module in report["skipped"])
+    assert int(outputs["bytes"]) == report["bytes"]["output"]
+    assert "nf4" in (tmp_path / "summary").read_text()
+    verified = run_step("Verify", tmp_path, {})
+    assert verified.returncode == 0, verified.stderr
+    (tmp_path / "quantized" / "model.safetensors").write_bytes(b"broken")
+    assert run_step("Verify", tmp_path, {}).returncode == 65
+
+
+def test_the_action_passes_on_the_exit_code(tmp_path: Path) -> None:
+    result = run_step("Quantize", tmp_path, {"source": "./nothing-here"})
+    assert result.returncode == 66
+    assert json.loads(result.stdout.splitlines()[-1])["code"] == 66
+
+
+def test_inputs_of_the_action_are_data_and_never_code(tiny_llama: Path, tmp_path: Path) -> None:
+    hostile = "x; touch pwned; $(touch pwned) `touch pwned`\n--push"
+    for name in ("subfolder", "revision", "skip", "output", "method", "dtype"):
+        run_step("Quantize", tmp_path, {"source": str(tiny_llama), name: hostile})
+        assert not (tmp_path / "pwned").exists()
+
+
+def test_the_actions_inputs_and_outputs_are_documented() -> None:
+    page = (ROOT / "docs/how-to/ci.md").read_text()
+    for name, spec in {**ACTION["inputs"], **ACTION["outputs"]}.items():
+        assert f"| `{name}` |" in page
+        assert spec["description"].endswith(".")
+
+
+def test_the_documented_workflow_uses_the_action_as_it_is() -> None:
+    page = (ROOT / "docs/how-to/ci.md").read_text()
+    found = re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    workflow = yaml.safe_load(found[1])
+    first, second = workflow["jobs"]["quantize"]["steps"]
+    assert set(first["with"]) <= set(ACTION["inputs"])
+    assert {name for name, spec in ACTION["inputs"].items() if spec.get("required")} <= set(first["with"])
+    assert set(re.findall(r"steps\.qz\.outputs\.([\w-]+)", second["run"])) <= set(ACTION["outputs"])
+
+
+def test_the_arithmetic_of_the_free_runner_adds_up() -> None:
+    """FLUX.1-dev's transformer: 23,802,816,640 bytes are 11.90 billion parameters in bfloat16."""
+    parameters = (23_802_816_640 - 10**6) / 2
+    output = parameters * (4 + 32 / 64) / 8
+    assert round(parameters / 1e9, 2) == 11.90
+    assert round(output / 1e9, 1) == 6.7
+    assert 6.7 + 1.7 < 14
