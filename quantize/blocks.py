@@ -1,4 +1,4 @@
-"""4-bit quantization of blocks of 64, written as LLVM vectors: what LLVM makes of a plain loop is half as fast at best.
+"""4-bit blocks to and from their codes, written as LLVM vectors: what LLVM makes of plain loops is half as fast at best.
 
 Nothing here is tied to a processor: LLVM maps vectors of 64 lanes to AVX-512, AVX2, SSE or NEON.
 """
@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 
 from qz.quantize import quant_maps
-from qz.quantize.compiled import array, compiled, intrinsic
+from qz.quantize.compiled import array, compiled, inlined, intrinsic
 
 _LANES = 64
 _I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
@@ -28,20 +28,24 @@ def _same(element: Any, value: Any, lanes: int = _LANES) -> Any:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
 
 
-def _broadcast(builder: Any, scalar: Any) -> Any:
-    single = builder.insert_element(ir.Constant(_vector(scalar.type), ir.Undefined), scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(single, single, _same(_I32, 0))
+def _broadcast(builder: Any, scalar: Any, lanes: int = _LANES) -> Any:
+    single = builder.insert_element(ir.Constant(_vector(scalar.type, lanes), ir.Undefined), scalar, _I32(0))
+    return builder.shuffle_vector(single, single, _same(_I32, 0, lanes))
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, value: Any, index: Any) -> Any:
     return builder.gep(context.make_array(array_type)(context, builder, value).data, [index])
 
 
-def _load(builder: Any, pointer: Any, element: Any) -> Any:
-    """64 elements from an address of any alignment."""
-    loaded = builder.load(builder.bitcast(pointer, _vector(element).as_pointer()))
+def _load(builder: Any, pointer: Any, element: Any, lanes: int = _LANES) -> Any:
+    """Consecutive elements from an address of any alignment."""
+    loaded = builder.load(builder.bitcast(pointer, _vector(element, lanes).as_pointer()))
     loaded.align = 1
     return loaded
+
+
+def _store(builder: Any, value: Any, pointer: Any) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 1
 
 
 @intrinsic
@@ -70,8 +74,7 @@ def _store_codes(builder: Any, above: list[Any], codes: list[int], lane: Any, po
     double = ir.IntType(2 * lane.width)
     pairs = builder.bitcast(chosen, _vector(double, 32))
     merged = builder.or_(builder.shl(pairs, _same(double, 4, 32)), builder.lshr(pairs, _same(double, lane.width, 32)))
-    stored = builder.trunc(merged, _vector(_I8, 32))
-    builder.store(stored, builder.bitcast(pointer, stored.type.as_pointer())).align = 1
+    _store(builder, builder.trunc(merged, _vector(_I8, 32)), pointer)
 
 
 def _write_16(quant_type: str) -> Any:
@@ -214,3 +217,54 @@ def quantize_tail(values: Any, bounds: Any, order: Any, packed: Any, absmax: Any
         for k in range(15):
             above += x > bounds[k]
         packed[i // 2] |= order[above] << np.uint8(4 * (1 - i % 2))
+
+
+def _look_up(builder: Any, codes: Any, table: list[float], lanes: int) -> Any:
+    """``table[code]`` in each lane: a binary tree of choices, one level for each of a code's four bits."""
+    values = [_same(ir.FloatType(), value, lanes) for value in table]
+    for bit in (1, 2, 4, 8):
+        masked = builder.and_(codes, _same(_I32, bit, lanes))
+        is_set = builder.icmp_unsigned("!=", masked, _same(_I32, 0, lanes))
+        values = [builder.select(is_set, *reversed(pair)) for pair in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _write_values(quant_type: str) -> Any:
+    table = quant_maps.QUANT_MAPS[quant_type].tolist()
+    order = [lane for pair in zip(range(16), range(16, 32), strict=True) for lane in pair]
+
+    @intrinsic
+    def write(_: Any, packed: Any, start: Any, scale: Any, out: Any, to: Any) -> Any:  # noqa: ARG001
+        """``out[to : to + 32]`` = the values of the 16 bytes from ``start`` on, times ``scale``, in float32."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source = _pointer(context, builder, signature.args[0], arguments[0], arguments[1])
+            target = _pointer(context, builder, signature.args[3], arguments[3], arguments[4])
+            octets = builder.zext(_load(builder, source, _I8, 16), _vector(_I32, 16))
+            high, low = builder.lshr(octets, _same(_I32, 4, 16)), builder.and_(octets, _same(_I32, 15, 16))
+            codes = builder.shuffle_vector(high, low, ir.Constant(_vector(_I32, 32), order))
+            values = _look_up(builder, codes, table, 32)
+            _store(builder, builder.fmul(values, _broadcast(builder, arguments[2], 32)), target)
+            return context.get_dummy_value()
+
+        return types.void(packed, start, types.float32, out, to), generate
+
+    return write
+
+
+_write_nf4_values, _write_fp4_values = _write_values("nf4"), _write_values("fp4")
+
+
+@inlined
+def dequantize(packed: Any, absmax: Any, nf4: Any, quant_map: Any, blocksize: int, out: Any) -> None:
+    """Values × absmax in float32; the block size is a multiple of 32. For use inside compiled functions."""
+    whole, per_block = out.size // 32, blocksize // 32
+    for block in range(absmax.size):
+        for step in range(block * per_block, min((block + 1) * per_block, whole)):
+            if nf4:
+                _write_nf4_values(packed, step * 16, absmax[block], out, step * 32)
+            else:
+                _write_fp4_values(packed, step * 16, absmax[block], out, step * 32)
+    for i in range(whole * 32, out.size):
+        code = np.uint8(packed[i // 2] & 15 if i % 2 else packed[i // 2] >> 4)
+        out[i] = quant_map[code] * absmax[i // blocksize]

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from qz.quantize import quant_maps
 from qz.quantize.quant_maps import QUANT_MAPS, nested_quant_map
 
 if TYPE_CHECKING:
@@ -88,24 +87,26 @@ def quantize_4bit(
     _check(absmax, (-(-n // BLOCK_SIZE),), np.float32, "absmax")
     count, first = _backend.quantize_4bit(values, dtype, quant_type, packed, absmax)
     if count and BACKEND != "torch":
-        from qz.quantize import kernels_torch
-
-        for block in _non_finite_blocks(values, dtype, first // BLOCK_SIZE):
-            part = values[block * 64 : block * 64 + 64]
-            kernels_torch.quantize_4bit(
-                part, dtype, quant_type, packed[block * 32 : block * 32 + 32], absmax[block : block + 1]
-            )
+        _requantize_4bit(values, dtype, quant_type, packed, absmax)
     return NonFinite(count, first)
 
 
-def _non_finite_blocks(values: Array, dtype: str, start: int) -> list[int]:
-    """Indices of the blocks, from ``start`` on, that hold a non-finite value."""
-    blocks: list[int] = []
-    for block in range(start, -(-values.size // BLOCK_SIZE), 1024):
-        part = values[block * BLOCK_SIZE : (block + 1024) * BLOCK_SIZE]
-        bad = np.flatnonzero(~np.isfinite(part if dtype == "F32" else quant_maps.widen(part, dtype)))
-        blocks += (block + np.unique(bad // BLOCK_SIZE)).tolist()
-    return blocks
+def _requantize_4bit(values: Array, dtype: str, quant_type: str, packed: Array, absmax: Array) -> None:
+    """The blocks with non-finite values once more, by the torch operations, whose NaN rules are the reference's."""
+    from qz.quantize import kernels_torch
+
+    whole = values.size // BLOCK_SIZE
+    grouped = values[: whole * BLOCK_SIZE].reshape(whole, BLOCK_SIZE)
+    bad = np.flatnonzero(~np.isfinite(absmax[:whole]))
+    for start in range(0, bad.size, 1024):
+        blocks = bad[start : start + 1024]
+        codes, scales = np.empty(blocks.size * 32, np.uint8), np.empty(blocks.size, np.float32)
+        kernels_torch.quantize_4bit(grouped[blocks].reshape(-1), dtype, quant_type, codes, scales)
+        packed[: whole * 32].reshape(whole, 32)[blocks] = codes.reshape(-1, 32)
+        absmax[blocks] = scales
+    tail = values[whole * BLOCK_SIZE :]
+    if tail.size:
+        kernels_torch.quantize_4bit(tail, dtype, quant_type, packed[whole * 32 :], absmax[whole:])
 
 
 def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFinite:
@@ -122,12 +123,21 @@ def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFi
         raise ValueError(f"quantize_int8 needs at least one row and one column, got {values.shape}")
     count, first = _backend.quantize_int8(values, dtype, weight, scb)
     if count and BACKEND != "torch":
-        from qz.quantize import kernels_torch
-
-        for row in np.flatnonzero(~(scb < np.float32(65536))).tolist():
-            part = slice(row, row + 1)
-            kernels_torch.quantize_int8(values[part], dtype, weight[part], scb[part])
+        _requantize_int8(values, dtype, weight, scb)
     return NonFinite(count, first)
+
+
+def _requantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> None:
+    """The rows with non-finite values once more, by the torch operations."""
+    from qz.quantize import kernels_torch
+
+    bad = np.flatnonzero(~(scb < np.float32(65536)))
+    step = max(1, 65536 // values.shape[1])
+    for start in range(0, bad.size, step):
+        rows = bad[start : start + step]
+        codes, scales = np.empty((rows.size, values.shape[1]), np.int8), np.empty(rows.size, np.float32)
+        kernels_torch.quantize_int8(values[rows], dtype, codes, scales)
+        weight[rows], scb[rows] = codes, scales
 
 
 def dequantize_4bit(

@@ -18,6 +18,7 @@ from qz.quantize.compiled import array, bits, compiled, float_of, inlined
 _Array = npt.NDArray[Any]
 
 _NON_FINITE = types.UniTuple(types.int64, 2)
+_SUMS = types.UniTuple(types.float64, 3)
 _U8, _F32 = array(types.uint8), array(types.float32)
 _U8_OUT, _U16_OUT, _F32_OUT = (array(dtype, output=True) for dtype in (types.uint8, types.uint16, types.float32))
 
@@ -140,38 +141,34 @@ def _quantize_int8_f32(values: Any, weight: Any, scb: Any) -> tuple[int, int]:
     return count, first
 
 
-@compiled(types.void(_U8, _F32, _F32, types.int64, _F32_OUT))
-def _dequantize_4bit_f32(packed: Any, absmax: Any, quant_map: Any, blocksize: int, out: Any) -> None:
-    table = np.empty(16, np.float32)
-    for block in range(absmax.size):
-        for k in range(16):
-            table[k] = quant_map[k] * absmax[block]
-        target = out[block * blocksize : (block + 1) * blocksize]
-        source = packed[block * blocksize // 2 : (block + 1) * blocksize // 2]
-        for i in range(target.size // 2):
-            target[2 * i] = table[source[i] >> 4]
-            target[2 * i + 1] = table[source[i] & 15]
-        if target.size & 1:
-            target[target.size - 1] = table[source[source.size - 1] >> 4]
+@compiled(types.void(_U8, _F32, types.boolean, _F32, types.int64, _F32_OUT))
+def _dequantize_4bit_f32(packed: Any, absmax: Any, nf4: Any, quant_map: Any, blocksize: int, out: Any) -> None:
+    blocks.dequantize(packed, absmax, nf4, quant_map, blocksize, out)
 
 
-@compiled(types.void(_U8, _F32, _F32, types.int64, types.boolean, _U16_OUT))
-def _dequantize_4bit_16(packed: Any, absmax: Any, quant_map: Any, blocksize: int, bf16: Any, out: Any) -> None:
-    table = np.empty(16, np.uint16)
-    for block in range(absmax.size):
+@compiled(types.void(_U8, _F32, types.boolean, _F32, types.int64, types.boolean, _U16_OUT))
+def _dequantize_4bit_16(
+    packed: Any, absmax: Any, nf4: Any, quant_map: Any, blocksize: int, bf16: Any, out: Any
+) -> None:
+    values = np.empty(4096, np.float32)  # stays in the first-level cache; no block size is larger
+    for start in range(0, out.size, 4096):
+        target = out[start : start + 4096]
+        size = target.size
+        first = start // blocksize
+        blocks.dequantize(
+            packed[start // 2 :],
+            absmax[first : first + -(-size // blocksize)],
+            nf4,
+            quant_map,
+            blocksize,
+            values[:size],
+        )
         if bf16:
-            for k in range(16):
-                table[k] = _to_bf16(quant_map[k] * absmax[block])
+            for i in range(size):
+                target[i] = _to_bf16(values[i])
         else:
-            for k in range(16):
-                table[k] = _to_f16(quant_map[k] * absmax[block])
-        target = out[block * blocksize : (block + 1) * blocksize]
-        source = packed[block * blocksize // 2 : (block + 1) * blocksize // 2]
-        for i in range(target.size // 2):
-            target[2 * i] = table[source[i] >> 4]
-            target[2 * i + 1] = table[source[i] & 15]
-        if target.size & 1:
-            target[target.size - 1] = table[source[source.size - 1] >> 4]
+            for i in range(size):
+                target[i] = _to_f16(values[i])
 
 
 @inlined
@@ -220,8 +217,8 @@ def _quantize_blockwise(values: Any, codes: Any, blocksize: int, out: Any, absma
             target[i] = codes[int(np.float32(np.float64(half) * 65535.0 + 0.5))]
 
 
-@compiled(types.UniTuple(types.float64, 3)(_F32, _F32), fastmath={"reassoc"})
-def _error_sums(original: Any, dequantized: Any) -> tuple[float, float, float]:
+@inlined
+def _sums(original: Any, dequantized: Any) -> tuple[float, float, float]:
     squares, total, largest = 0.0, 0.0, 0.0
     for i in range(original.size):
         x = np.float64(original[i])
@@ -229,6 +226,28 @@ def _error_sums(original: Any, dequantized: Any) -> tuple[float, float, float]:
         squares += difference * difference
         total += x * x
         largest = max(largest, abs(difference))
+    return squares, total, largest
+
+
+@compiled(_SUMS(_F32, _F32), fastmath={"reassoc"})
+def _error_sums_f32(original: Any, dequantized: Any) -> tuple[float, float, float]:
+    return _sums(original, dequantized)
+
+
+@compiled(_SUMS(array(types.uint16), types.boolean, _F32), fastmath={"reassoc"})
+def _error_sums_16(original: Any, bf16: Any, dequantized: Any) -> tuple[float, float, float]:
+    values = np.empty(4096, np.float32)
+    squares, total, largest = 0.0, 0.0, 0.0
+    for start in range(0, original.size, 4096):
+        source = original[start : start + 4096]
+        if bf16:
+            for i in range(source.size):
+                values[i] = _of_bf16(source[i])
+        else:
+            for i in range(source.size):
+                values[i] = _of_f16(source[i])
+        more = _sums(values[: source.size], dequantized[start : start + 4096])
+        squares, total, largest = squares + more[0], total + more[1], max(largest, more[2])
     return squares, total, largest
 
 
@@ -262,11 +281,11 @@ def quantize_int8(values: _Array, dtype: str, weight: _Array, scb: _Array) -> tu
 
 
 def dequantize_4bit(packed: _Array, absmax: _Array, quant_type: str, blocksize: int, dtype: str, out: _Array) -> None:
-    quant_map = quant_maps.QUANT_MAPS[quant_type]
+    nf4, quant_map = quant_type == "nf4", quant_maps.QUANT_MAPS[quant_type]
     if dtype == "F32":
-        _dequantize_4bit_f32(packed, absmax, quant_map, blocksize, out)
+        _dequantize_4bit_f32(packed, absmax, nf4, quant_map, blocksize, out)
     else:
-        _dequantize_4bit_16(packed, absmax, quant_map, blocksize, dtype == "BF16", out)
+        _dequantize_4bit_16(packed, absmax, nf4, quant_map, blocksize, dtype == "BF16", out)
 
 
 def dequantize_int8(weight: _Array, scb: _Array, dtype: str, out: _Array) -> None:
@@ -281,4 +300,6 @@ def quantize_blockwise(values: _Array, blocksize: int, out: _Array, absmax: _Arr
 
 
 def error_sums(original: _Array, dtype: str, dequantized: _Array) -> tuple[float, float, float]:
-    return _error_sums(original if dtype == "F32" else quant_maps.widen(original, dtype), dequantized)
+    if dtype == "F32":
+        return _error_sums_f32(original, dequantized)
+    return _error_sums_16(original, dtype == "BF16", dequantized)
