@@ -1,0 +1,1 @@
+"""Talks to people: options, tables, JSON, progress, errors as text and exit codes."""

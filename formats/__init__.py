@@ -1,0 +1,1 @@
+"""Touches disk and Hub: safetensors, config, shards, staging."""

@@ -1,0 +1,1 @@
+"""Decides and computes: methods, what the libraries say about a model, the plan, kernels, the streaming pipeline."""
