@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from qz.formats import shards
-from qz.formats.checkpoint import Checkpoint, StoredTensor
+from qz.formats.checkpoint import Checkpoint
 from qz.formats.safetensors import encode_header, layout
 from qz.formats.staging import ShardLayout
 from qz.quantize.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
+from qz.quantize.reading import Packed, Source
+
+Act = Literal["keep", "quantize", "dequantize"]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One weight: read its sources, cast, quantize or keep, and write its outputs."""
+    """One weight: read its sources, dequantizing those that are quantized, cast, quantize or keep, and write."""
 
     weight: Weight
-    sources: tuple[StoredTensor, ...]
+    sources: tuple[Source, ...]
     outputs: tuple[Saved, ...]
     shard: int
     """Position of the outputs' shard in ``Plan.shards``; -1 where the outputs are spread, see ``shard_of``."""
+
+    @property
+    def act(self) -> Act:
+        if self.weight.quantized:
+            return "quantize"
+        return "dequantize" if any(isinstance(source, Packed) for source in self.sources) else "keep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +60,18 @@ class Plan:
 
     @property
     def quantized(self) -> tuple[Weight, ...]:
-        return tuple(step.weight for step in self.steps if step.weight.quantized)
+        """The weights that are quantized, in the output or in the source."""
+        return tuple(step.weight for step in self.steps if step.act != "keep")
 
 
-def make_plan(checkpoint: Checkpoint, architecture: Architecture, method: Method | None, max_shard_bytes: int) -> Plan:
-    """Lay the architecture's tensors out in shards and order the work."""
+def make_plan(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    method: Method | None,
+    max_shard_bytes: int,
+    sources: Mapping[str, Source] | None = None,
+) -> Plan:
+    """Lay the architecture's tensors out in shards and order the work. ``sources``: by name, if not all are stored."""
     grouped = checkpoint.library == "diffusers"
     items = [
         shards.Item(saved.name, saved.nbytes, id(saved.weight) if grouped and saved.part else saved.storage or -number - 1)
@@ -73,7 +90,8 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, method: Method
         total = sum(saved.nbytes for saved in architecture.saved)
         weight_map = {name: files[shard_of[name]] for name in by_name}
         documents[shards.index_name(checkpoint.library)] = shards.index(weight_map, total, total_parameters)
-    return Plan(checkpoint, architecture, method, _steps(checkpoint, architecture, shard_of), layouts, shard_of, documents)
+    steps = _steps(checkpoint, architecture, shard_of, sources or checkpoint.tensors)
+    return Plan(checkpoint, architecture, method, steps, layouts, shard_of, documents)
 
 
 def shard_layout(file: str, members: list[Saved]) -> ShardLayout:
@@ -85,14 +103,16 @@ def shard_layout(file: str, members: list[Saved]) -> ShardLayout:
     return ShardLayout(file, tensors, len(encode_header(tensors)), frozenset(info.name for info in variable))
 
 
-def _steps(checkpoint: Checkpoint, architecture: Architecture, shard_of: Mapping[str, int]) -> tuple[Step, ...]:
+def _steps(
+    checkpoint: Checkpoint, architecture: Architecture, shard_of: Mapping[str, int], stored: Mapping[str, Source]
+) -> tuple[Step, ...]:
     outputs: dict[int, list[Saved]] = {}
     for saved in architecture.saved:
         outputs.setdefault(id(saved.weight), []).append(saved)
     steps = []
     for group in outputs.values():
         weight = group[0].weight
-        sources = tuple(checkpoint.tensors[name] for name in weight.sources)
+        sources = tuple(stored[name] for name in weight.sources)
         homes = {shard_of[saved.name] for saved in group}
         steps.append(Step(weight, sources, tuple(group), homes.pop() if len(homes) == 1 else -1))
     order = {file: number for number, file in enumerate(checkpoint.files)}

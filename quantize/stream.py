@@ -7,6 +7,7 @@ the results at their known offsets. A tensor is never in memory as a whole, exce
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
-from qz.formats.checkpoint import StoredTensor
 from qz.formats.folder import Folder, Range
 from qz.formats.staging import ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.quantize.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.kernels import QUANT_MAPS, NonFinite, nested_quant_map
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.plan import Plan, Step
-
-Bytes = NDArray[np.uint8]
-NUMPY = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
-"""How kernels see values: fp32, or the bits of the 16-bit floats."""
+from qz.quantize.reading import NUMPY, Bytes, Reader, load, reader, values
 
 
 class Arithmetic(Protocol):
@@ -67,6 +64,8 @@ class _Work:
 
     step: Step
     chunks: int
+    reader: Reader | None = None
+    """Of the one source; None where there are several, or the whole is read at once."""
     nonfinite: int = 0
     first: int = -1
     absmax: NDArray[np.float32] | None = None
@@ -173,10 +172,13 @@ class Run:
                 yield _Chunk(_Work(step, 1), 0, 0, whole=True)
                 continue
             count = weight.count
-            unit = _unit(step, self.plan)
-            length = max(unit, self.arithmetic.chunk_bytes * count // max(source.nbytes, 1) // unit * unit)
+            opened = reader(self.folder, source)
+            work = _Work(step, 0, opened)
+            unit = _unit(step, self.plan, opened)
+            widest = max(source.nbytes, count * _itemsize(source.dtype))
+            length = max(unit, self.arithmetic.chunk_bytes * count // max(widest, 1) // unit * unit)
             starts = range(0, count, length) if count else [0]
-            work = _Work(step, len(starts))
+            work.chunks = len(starts)
             if weight.quantized and self.plan.method is not None and self.plan.method.double_quant:
                 work.absmax = np.empty(-(-count // BLOCK_SIZE), np.float32)
             for start in starts:
@@ -200,19 +202,18 @@ class Run:
         """Read, compute and write one chunk; the bytes read."""
         step, weight, source = chunk.work.step, chunk.work.step.weight, chunk.work.step.sources[0]
         count = chunk.stop - chunk.start
-        size = source.nbytes // max(weight.count, 1)
-        raw = buffers.get("raw", count * size)
-        self.folder.read_into(source.file, source.offset + chunk.start * size, memoryview(raw))
         target = SAFETENSORS_NAMES[weight.dtype]
-        if source.dtype != target:
-            cast = buffers.get("cast", count * np.dtype(NUMPY[target]).itemsize)
-            self.arithmetic.cast(_values(raw, source.dtype), source.dtype, target, cast.view(NUMPY[target]))
+        assert chunk.work.reader is not None
+        raw, dtype = chunk.work.reader.read(chunk.start, chunk.stop, target, buffers.get)
+        if dtype != target:
+            cast = buffers.get("cast", count * _itemsize(target))
+            self.arithmetic.cast(values(raw, dtype), dtype, target, cast.view(NUMPY[target]))
             raw = cast
         if weight.quantized:
-            self._quantize(chunk.work, _values(raw, target), chunk.start, buffers)
+            self._quantize(chunk.work, values(raw, target), chunk.start, buffers)
         else:
             self._write(step.outputs[0], raw, chunk.start * raw.nbytes // max(count, 1))
-        return count * size
+        return source.nbytes * chunk.stop // max(weight.count, 1) - source.nbytes * chunk.start // max(weight.count, 1)
 
     def _whole(self, work: _Work) -> int:
         """A weight that is merged, split or turned: its sources in memory at once, through torch."""
@@ -220,7 +221,8 @@ class Run:
 
         step, weight = work.step, work.step.weight
         dtype = getattr(torch, weight.dtype)
-        tensors = {source.name: _load(self.folder, source) for source in step.sources}
+        target = SAFETENSORS_NAMES[weight.dtype]
+        tensors = {source.name: load(self.folder, source, target) for source in step.sources}
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
         if weight.transposed:
@@ -232,7 +234,7 @@ class Run:
         else:
             if self.plan.method is not None and self.plan.method.double_quant:
                 work.absmax = np.empty(-(-weight.count // BLOCK_SIZE), np.float32)
-            self._quantize(work, _values(raw, SAFETENSORS_NAMES[weight.dtype]), 0, _Buffers(self.arithmetic))
+            self._quantize(work, values(raw, target), 0, _Buffers(self.arithmetic))
         return sum(source.nbytes for source in step.sources)
 
     def _quantize(self, work: _Work, values: NDArray[Any], start: int, buffers: _Buffers) -> None:
@@ -342,27 +344,15 @@ class _Buffers:
         return held[:nbytes]
 
 
-def _unit(step: Step, plan: Plan) -> int:
+def _unit(step: Step, plan: Plan, source: Reader) -> int:
     """Values that must stay in one chunk: a row for int8, a double block (whole bytes) for 4 bit, one otherwise."""
     if not step.weight.quantized:
-        return 1
-    return 2 * BLOCK_SIZE if isinstance(plan.method, FourBit) else step.weight.shape[1]
+        return source.unit
+    return math.lcm(source.unit, 2 * BLOCK_SIZE if isinstance(plan.method, FourBit) else step.weight.shape[1])
 
 
-def _values(raw: Bytes, dtype: str) -> NDArray[Any]:
-    """Bytes as the kernels' values; other dtypes (float64, integers) stay as numpy knows them."""
-    return raw.view(NUMPY[dtype]) if dtype in NUMPY else raw
-
-
-def _load(folder: Folder, source: StoredTensor) -> Any:
-    """A whole tensor as torch holds it."""
-    import torch
-
-    from qz.quantize.architecture import TORCH_NAMES
-
-    raw = np.empty(source.nbytes, np.uint8)
-    folder.read_into(source.file, source.offset, memoryview(raw))
-    return torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[source.dtype])).reshape(source.shape)
+def _itemsize(dtype: str) -> int:
+    return np.dtype(NUMPY[dtype]).itemsize if dtype in NUMPY else 1
 
 
 def _nonfinite(work: _Work, plan: Plan) -> MalformedInput:
