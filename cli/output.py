@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import IO, Any
+from typing import Any
 
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
@@ -124,7 +124,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], width: in
         if widest is None or widths[widest] - excess < 16:
             return paragraphs(columns, cells, limit)
         widths[widest] -= excess
-    lines = [bold(line) for line in arranged(columns, [c.title for c in columns], widths)]
+    lines = arranged(columns, [column.title for column in columns], widths)
     for row in cells:
         lines += arranged(columns, row, widths)
     return "\n".join(lines)
@@ -187,14 +187,6 @@ def fold(text: str, width: int) -> list[str]:
 def terminal_width() -> int | None:
     """Columns of the terminal on stdout; None in a pipe or a file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def bold(text: str, stream: IO[str] | None = None) -> str:
-    """``text`` in bold on a terminal that shows it (https://no-color.org)."""
-    stream = sys.stdout if stream is None else stream
-    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[1m{text}\x1b[0m"
 
 
 def say(text: str, *, quiet: bool = False) -> None:
