@@ -1,4 +1,4 @@
-"""4-bit blocks to and from their codes, written as LLVM vectors: what LLVM makes of plain loops is half as fast at best.
+"""4-bit blocks to and from their codes, as LLVM vectors: what LLVM makes of plain loops is half as fast at best.
 
 Nothing here is tied to a processor: LLVM maps vectors of 64 lanes to AVX-512, AVX2, SSE or NEON.
 """

@@ -114,6 +114,7 @@ def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFi
 
     ``values``: (rows, cols). ``weight``: int8 (rows, cols). ``scb``: float32[rows], the rows' absmax. What is not
     finite *after* the cast to float16 is counted, so a bfloat16 beyond 65,504 counts. Scale: fl(fl(1 / absmax) * 127).
+    The bytes are the reference's but for the payload of a NaN in ``scb``, which torch's cast varies with its position.
     """
     rows, cols = values.shape
     _check(values, (rows, cols), _BITS[dtype], "values")
@@ -192,7 +193,8 @@ def quantize_absmax(absmax: Array) -> tuple[Array, Array, float]:
             offset = kernels_torch.mean(absmax)
         finally:
             torch.set_num_threads(threads)
-    centred = absmax - offset
+    with np.errstate(invalid="ignore"):
+        centred = absmax - offset
     if not np.isfinite(centred).all():
         import bitsandbytes.functional
 

@@ -44,7 +44,7 @@ def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, a
         count, first = _non_finite(chunk, start, count, first)
         whole = chunk.numel() // 64 * 64
         blocks = chunk[:whole].reshape(-1, 64)
-        scales = blocks.abs().amax(dim=-1) if whole else chunk.new_empty(0)
+        scales = blocks.abs().max(dim=-1).values if whole else chunk.new_empty(0)
         scaled = (blocks * (1.0 / scales.clamp(min=1e-38).view(-1, 1))).clamp_(-1, 1).reshape(-1)
         if whole < chunk.numel():
             scale = chunk[whole:].abs().max().clamp(min=1e-38)
@@ -65,7 +65,7 @@ def quantize_int8(values: _Array, dtype: str, weight: _Array, scb: _Array) -> tu
     for start in range(0, rows, step):
         half = tensor(values[start : start + step].reshape(-1), dtype).to(torch.float16).reshape(-1, cols)
         count, first = _non_finite(half, start * cols, count, first)
-        scales = half.abs().amax(dim=1).float()
+        scales = half.abs().max(dim=1).values.float()
         scb[start : start + step] = scales.numpy()
         weight[start : start + step] = torch.round(half * (127.0 / scales.unsqueeze(-1))).to(torch.int8).numpy()
     return count, first
