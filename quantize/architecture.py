@@ -32,6 +32,8 @@ TORCH_NAMES = {
 """safetensors dtype → torch dtype name. fp8 is absent on purpose: it is refused before a plan is made."""
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 FLOATS = ("float32", "float16", "bfloat16")
+OF_QUANTIZATION = frozenset(("quantization_config", "_pre_quantization_dtype"))
+"""Keys of a config.json that speak of the weights as they were read, not of the model."""
 
 Conversion = Callable[[Mapping[str, "torch.Tensor"]], Mapping[str, "torch.Tensor"]]
 """The library's own merge or split: source tensors by checkpoint name in, converted tensors by name out."""
@@ -43,6 +45,8 @@ class Given:
 
     dtype: str
     shape: tuple[int, ...]
+    linear: bool = False
+    """A quantized weight as it will be: (out, in), also where the module is a ``Conv1D``, which holds (in, out)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Weight:
     """As (out, in) when quantized, else as saved."""
     quantized: bool = False
     transposed: bool = False
-    """Stored as (in, out), as ``Conv1D`` does, and turned before it is quantized."""
+    """Turned after it was read: a ``Conv1D`` holds (in, out), quantized it is (out, in)."""
     conversion: Conversion | None = field(default=None, compare=False)
     """Set where the checkpoint's tensors are merged or split; its result is looked up under ``name``."""
 

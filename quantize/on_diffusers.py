@@ -13,6 +13,7 @@ from qz import Unsupported
 from qz.formats.checkpoint import Checkpoint
 from qz.quantize.architecture import (
     FLOATS,
+    OF_QUANTIZATION,
     SAFETENSORS_NAMES,
     Architecture,
     Footprint,
@@ -139,7 +140,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     torch.set_default_dtype(dtype)
     try:
         with init_empty_weights():
-            config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+            config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
             model = model_class.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, Unsupported, UsageError
 from qz.formats.checkpoint import MAX_CONFIG_BYTES, Checkpoint, read_file
 from qz.quantize.architecture import (
+    OF_QUANTIZATION,
     SAFETENSORS_NAMES,
     Architecture,
     Conversion,
@@ -46,14 +47,16 @@ def examine(
     equal: Callable[[str, str], bool] | None = None,
 ) -> Architecture:
     """See ``qz.quantize.architecture.examine``."""
-    private = _private()
+    private, where = _private(), checkpoint.folder.location
     model_class = _model_class(checkpoint)
     model, missing, mismatched = _load(checkpoint, model_class, tensors, wish)
     class_name = model_class.__name__
-    checked(missing, mismatched, class_name, checkpoint.folder.location)
+    origins = _origins(private, model, tensors)
+    turned = _turned(model, origins, tensors)
+    checked(missing, [text for name, text in mismatched.items() if name not in turned], class_name, where)
     load_dtype = _name(model.config.dtype)
     linears, kept, skips = _select(private, model, wish)
-    origins = _tie(model, _origins(private, model, tensors), equal)
+    origins = _tie(model, origins, equal)
 
     fp32_names = list(model._get_dtype_plan(model.config.dtype))
     kept_in_fp32 = private.build_glob_alternation(fp32_names)[0].search if fp32_names else lambda name: None
@@ -78,7 +81,8 @@ def examine(
         if name not in set(model._keys_to_ignore_on_save or ())
     }
     state = private.remove_tied_weights_from_state_dict(state, model)
-    saved, notes = _saved(private, model, expand(state, quantized, wish.method), quantized, origins, tensors)
+    entries = expand(state, quantized, wish.method)
+    saved, notes = _saved(private, model, entries, quantized, origins, tensors, turned)
 
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())
@@ -162,8 +166,8 @@ def _model_class(checkpoint: Checkpoint) -> Any:
 
 def _load(
     checkpoint: Checkpoint, model_class: Any, tensors: Mapping[str, Given], wish: Wish
-) -> tuple[Model, set[str], list[str]]:
-    """The model on meta, with the names that its loader missed or found in another shape."""
+) -> tuple[Model, set[str], dict[str, str]]:
+    """The model on meta, with the names that its loader missed, and those it found in another shape, with that."""
     import torch
     from transformers import GenerationConfig
     from transformers.utils import logging
@@ -177,7 +181,7 @@ def _load(
     logging.disable_progress_bar()
     try:
         with tempfile.TemporaryDirectory(prefix="qz-") as folder:
-            config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+            config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             model, info = model_class.from_pretrained(
                 None,
@@ -201,8 +205,10 @@ def _load(
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    mismatched = [f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
-    return model, set(info["missing_keys"]) - {key for key, *_ in info["mismatched_keys"]}, mismatched
+    mismatched = {
+        key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
+    }
+    return model, set(info["missing_keys"]) - mismatched.keys(), mismatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +273,19 @@ class _Forward:
             converter.add_tensor(self.first, source, pattern, tensors[source])
         converted = converter.convert(self.first, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def _turned(model: Model, origins: Mapping[str, _Origin], tensors: Mapping[str, Given]) -> set[str]:
+    """Weights of ``Conv1D`` modules that are given as (out, in)."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = set()
+    for path, module in model.named_modules():
+        origin = origins.get(f"{path}.weight") if isinstance(module, Conv1D) else None
+        given = tensors[origin.sources[0]] if origin else None
+        if given is not None and given.linear and given.shape == tuple(reversed(module.weight.shape)):
+            found.add(f"{path}.weight")
+    return found
 
 
 def _tie(
@@ -353,6 +372,7 @@ def _saved(
     quantized: Mapping[str, Weight],
     origins: Mapping[str, _Origin],
     tensors: Mapping[str, Given],
+    turned: set[str],
 ) -> tuple[tuple[Saved, ...], tuple[str, ...]]:
     """The output's tensors in the order and under the names of ``save_pretrained``.
 
@@ -381,7 +401,8 @@ def _saved(
         elif state_name is not None:
             origin = origins[state_name]
             conversion = _Renamed(origin.conversion, state_name, name) if origin.conversion else None
-            weight = Weight(name, origin.sources, dtype, shape, conversion=conversion)
+            transposed = state_name in turned
+            weight = Weight(name, origin.sources, dtype, shape, transposed=transposed, conversion=conversion)
         elif name in tensors and tensors[name].shape == shape:
             weight = Weight(name, (name,), dtype, shape)
         else:
