@@ -53,7 +53,7 @@ def plan_quantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     wish = Wish(settings.method, settings.dtype, settings.skips, settings.default_skips)
 
     def planned(wish: Wish) -> Plan:
-        architecture = examine(checkpoint, wish, equal=lambda one, other: _equal(checkpoint, one, other))
+        architecture = examine(checkpoint, wish, equal=lambda one, other: equal_tensors(checkpoint, one, other))
         return make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes)
 
     plan = planned(wish)
@@ -140,7 +140,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             )
 
 
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Whether two stored tensors hold the same bytes, compared piece by piece."""
     first, second = checkpoint.tensors[one], checkpoint.tensors[other]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
