@@ -32,13 +32,16 @@ from typing import TYPE_CHECKING, Any, Self
 from qz import IOFailed, OutputRefused, QzError
 from qz.formats import files
 from qz.formats.journal import Journal
-from qz.formats.record import RECORD, WrittenFile, encode_record, require_safe_name
+from qz.formats.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.writer import TEMPORARY, Descriptors, ShardLayout, ShardWriter, hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 __all__ = ["ShardLayout", "ShardWriter", "Staging", "WrittenFile", "refuse_overlap"]
+
+RESUMABLE = 1 << 20
+"""Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""
 
 
 class Staging:
@@ -151,9 +154,12 @@ class Staging:
         found = files.status(self._partial / file.name)
         return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == file.bytes
 
-    def _sweep(self, keep: Any) -> None:
-        for name in files.names(self._partial):
-            if name not in keep:
+    def _sweep(self, keep: Collection[str], prefix: str = "") -> None:
+        for entry in files.names(self._partial / prefix):
+            name = prefix + entry
+            if any(kept.startswith(f"{name}/") for kept in keep) and files.kind(self._partial / name) == "folder":
+                self._sweep(keep, f"{name}/")
+            elif name not in keep:
                 files.remove(self._partial / name)
 
     def _require_space(self, needed: int) -> None:
@@ -167,6 +173,7 @@ class Staging:
     def open_shard(self, layout: ShardLayout) -> ShardWriter:
         """Begin a shard; its space on disk is reserved. May be called, like ``finish``, while others are written."""
         self._require_new(layout.file)
+        self._make_parent(self._partial / layout.file)
         writer = ShardWriter(self._partial, layout, self._descriptors, self._shard_done)
         self._unfinished.add(layout.file)
         return writer
@@ -187,27 +194,77 @@ class Staging:
         if _rank(name):
             self._last[name] = data
             return WrittenFile(name, len(data), _sha256(data))
-        return self._store(name, data)
+        return self._store(name, [memoryview(data)])
 
-    def _store(self, name: str, data: bytes) -> WrittenFile:
+    def copy_file(
+        self,
+        name: str,
+        size: int,
+        read: Callable[[int, memoryview], None],
+        progress: Callable[[int], None] | None = None,
+    ) -> WrittenFile:
+        """Add a file of ``size`` bytes, which ``read(offset, buffer)`` gives piece by piece; large ones are resumable.
+
+        ``progress`` is given the bytes of each piece. Indexes and configs reach the disk last, as in ``write_file``.
+        """
+        if name in self.finished:
+            return self.finished[name]
+        if _rank(name):
+            data = bytearray(size)
+            read(0, memoryview(data))
+            if progress is not None:
+                progress(size)
+            return self.write_file(name, bytes(data))
+        self._require_new(name)
+
+        def pieces() -> Iterator[memoryview]:
+            buffer = memoryview(bytearray(min(PIECE, size)))
+            for start in range(0, size, PIECE):
+                piece = buffer[: min(PIECE, size - start)]
+                read(start, piece)
+                yield piece
+                if progress is not None:
+                    progress(len(piece))
+
+        self._unfinished.add(name)
+        written = self._store(name, pieces(), reserve=size)
+        self._unfinished.discard(name)
+        if size >= RESUMABLE:
+            self._journal.add(written)
+        return written
+
+    def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
         path = self._partial / name
         temporary = path.with_name(path.name + TEMPORARY)
-        if path.parent != self._partial:
-            files.make_folder(path.parent)
-            files.sync_folder(self._partial)
+        self._make_parent(path)
+        digest, size = hashlib.sha256(), 0
         descriptor = files.open_file(temporary, create=True)
         try:
-            files.write(descriptor, temporary, memoryview(data), 0)
+            if reserve:
+                files.reserve(descriptor, temporary, reserve)
+            for piece in pieces:
+                files.write(descriptor, temporary, piece, size)
+                digest.update(piece)
+                size += len(piece)
             files.sync(descriptor, temporary)
         finally:
             files.close(descriptor, temporary)
-        written = WrittenFile(name, len(data), _sha256(data))
+        written = WrittenFile(name, size, digest.hexdigest())
         if hash_file(temporary) != written.sha256:
             raise IOFailed(f"{temporary} reads back different from what was written. Check the disk, then run again.")
         files.rename(temporary, path)
         files.sync_folder(path.parent)
         self._written[name] = written
         return written
+
+    def _make_parent(self, path: Path) -> None:
+        if path.parent == self._partial:
+            return
+        files.make_folder(path.parent)
+        for folder in path.parents[1:]:
+            files.sync_folder(folder)
+            if folder == self._partial:
+                break
 
     def commit(self) -> tuple[WrittenFile, ...]:
         """Check everything, write what comes last, and rename the whole into place. All files but the record."""
@@ -217,13 +274,14 @@ class Staging:
         for file in self.finished.values():
             self._verify(file)
         for name in sorted(self._last, key=lambda name: (_rank(name), name)):
-            self._store(name, self._last[name])
+            self._store(name, [memoryview(self._last[name])])
         written = tuple(sorted(self._written.values(), key=lambda file: file.name))
-        self._store(RECORD, encode_record(written, self._about))
+        self._store(
+            RECORD, [memoryview(encode_record(written, self._about))]
+        )  # and with it the names of all files are durable
         found = dict(self._walk(self._partial))
         if found != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
-        files.sync_folder(self._partial)
         self._publish()
         return written
 
@@ -328,7 +386,7 @@ def _refuse_output(output: Path, overwrite: bool) -> None:
     held = files.names(output)
     if held and not overwrite:
         raise OutputRefused(f"{output} exists and is not empty. Replace it with --overwrite, or choose -o/--output.")
-    if held and (".git" in held or not {"config.json", RECORD} & set(held)):
+    if held and (".git" in held or not {"config.json", "model_index.json", RECORD} & set(held)):
         what_else = "a git repository" if ".git" in held else "not a checkpoint (it has no config.json)"
         raise OutputRefused(f"{output} is {what_else}: --overwrite does not remove it. Choose another folder.")
 
