@@ -84,6 +84,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory where there is such a place: these tests sync some ten thousand times, and none looks at a disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed run writes."""
@@ -301,6 +311,15 @@ def test_500_shards_in_progress_need_few_descriptors(tmp_path: Path) -> None:
 
     assert in_child(run) == 0
     assert len(list((tmp_path / "out").iterdir())) == 501
+
+
+def test_a_finished_shard_keeps_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/dev/fd"))
+    with Staging(tmp_path / "out", {}, needed=0) as staging:
+        write_shard(staging, SHARDS[0])
+        assert len(os.listdir("/dev/fd")) == before + 1  # the journal
+        staging.commit()
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_descriptors_are_opened_again_on_demand(tmp_path: Path) -> None:
@@ -618,6 +637,21 @@ def test_a_dead_run_holds_no_lock(tmp_path: Path, reference: dict[str, bytes]) -
     assert_nothing_beside(tmp_path / "out")
 
 
+def test_a_lock_on_a_journal_that_its_owner_just_removed_does_not_count(tmp_path: Path) -> None:
+    journal = tmp_path / "out.partial.journal"
+    removed: list[str] = []
+
+    def remove_once(operation: str, path: str) -> None:
+        if operation == "lock" and not removed:
+            removed.append(path)
+            os.unlink(path)
+
+    with hooked(remove_once), Staging(tmp_path / "out", FINGERPRINT, needed=0):
+        assert removed == [str(journal)]
+        with pytest.raises(TryAgain):
+            Staging(tmp_path / "out", FINGERPRINT, needed=0)
+
+
 def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dict[str, bytes]) -> None:
     for round_ in range(20):
         output = tmp_path / str(round_) / "out"
@@ -770,41 +804,62 @@ def test_many_kills_in_a_row_are_recovered(tmp_path: Path, reference: dict[str, 
         assert_nothing_beside(output)
 
 
-class Durable:
-    """What of a folder survives a power cut: files as of their last fsync, names as of their folder's last fsync.
+class Disk:
+    """What of a folder survives a power cut: the data of files as of their last fsync, and their names.
 
-    To be called before each operation of the writer, as ``files.hook`` is.
+    Names are either durable ``at once``, or ``late``, when their folder is synced; but even then folders may appear,
+    and files disappear, earlier. To be called before each operation of the writer, as ``files.hook`` is.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.last = root, ("fsync", str(root))
+    def __init__(self, root: Path, names: str) -> None:
+        self.root, self.at_once = root, names == "at once"
         self.data: dict[int, bytes] = {}
-        self.names: dict[int, dict[str, tuple[int, bool]]] = {}
+        self.names: dict[int, dict[str, int]] = {}
+        self.last = ("", root, 0)
+        for path in (root, *root.rglob("*")):
+            self.fsync(path)
 
     def __call__(self, operation: str, path: str) -> None:
-        done, where = self.last
-        if done == "fsync" and os.path.isdir(where):
-            self.names[os.stat(where).st_ino] = {
-                entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(where)
-            }
-        elif done == "fsync":
-            self.data[os.stat(where).st_ino] = Path(where).read_bytes()
-        self.last = (operation, path)
+        done, where, inode = self.last
+        if done == "fsync":
+            self.fsync(where)
+        elif done in {"mkdir", "unlink", "rmdir"} and where.parent.exists():
+            names = self.names.setdefault(where.parent.stat().st_ino, {})
+            names.pop(where.name, None)
+            self.data.pop(inode, None)
+            if done == "mkdir":
+                names[where.name] = where.stat().st_ino
+        there = os.path.lexists(path)
+        self.last = (operation, Path(path), os.lstat(path).st_ino if there else 0)
 
-    def restore(self, to: Path, folder: int | None = None) -> None:
+    def fsync(self, path: Path) -> None:
+        if path.is_dir():
+            self.names[path.stat().st_ino] = {entry.name: entry.inode() for entry in os.scandir(path)}
+        else:
+            self.data[path.stat().st_ino] = path.read_bytes()
+
+    def restore(self, to: Path) -> None:
         """Build what would be found after the power is back; a file never synced is empty."""
-        to.mkdir()
-        names = self.names.get(os.stat(self.root).st_ino if folder is None else folder, {})
-        for name, (inode, is_folder) in names.items():
-            if is_folder:
-                self.restore(to / name, inode)
-            else:
-                (to / name).write_bytes(self.data.get(inode, b""))
+        folders = {path.stat().st_ino: path for path in (self.root, *self.root.rglob("*")) if path.is_dir()}
+
+        def build(inode: int, to: Path) -> None:
+            to.mkdir()
+            names = self.names.get(inode, {})
+            if self.at_once:
+                names = {entry.name: entry.inode() for entry in os.scandir(folders[inode])}
+            for name, inner in names.items():
+                if inner in folders or inner in self.names:
+                    build(inner, to / name)
+                else:
+                    (to / name).write_bytes(self.data.get(inner, b""))
+
+        build(self.root.stat().st_ino, to)
 
 
+@pytest.mark.parametrize("names", ["late", "at once"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_power_cut_at_any_operation_is_recovered(
-    tmp_path: Path, reference: dict[str, bytes], overwrite: bool
+    tmp_path: Path, reference: dict[str, bytes], overwrite: bool, names: str
 ) -> None:
     root, state = tmp_path / "root", tmp_path / "state"
     root.mkdir()
@@ -812,17 +867,13 @@ def test_a_power_cut_at_any_operation_is_recovered(
     if overwrite:
         make(root / "out", config=b'{"old": 1}')
         old = contents(root / "out")
-    durable = Durable(root)
-    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
-        durable("fsync", str(folder))
-    for file in (path for path in root.rglob("*") if path.is_file()):
-        durable("fsync", str(file))
+    disk = Disk(root, names)
     resumed = set()
 
     def cut(operation: str, path: str) -> None:
-        durable(operation, path)
+        disk(operation, path)
         files.hook, watching = lambda operation, path: None, files.hook
-        durable.restore(state)
+        disk.restore(state)
         output = state / "out"
         assert_absent_or_complete(output, reference, old)
         if not output.exists() or contents(output) == old:
@@ -899,6 +950,40 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
         shutil.rmtree(output.parent)
         number += 1
     assert number > 100
+
+
+@pytest.mark.parametrize("killed_at", ["the second rename", "the removal of the old"])
+def test_an_error_while_recovering_an_overwrite_is_recovered(
+    tmp_path: Path, old_and_new: tuple[Path, dict[str, bytes]], reference: dict[str, bytes], killed_at: str
+) -> None:
+    model = old_and_new[0]
+
+    def kill(operation: str, path: str) -> None:
+        if killed_at == "the second rename" and (operation, path) == ("rename", str(model)):
+            die(path)
+        if killed_at == "the removal of the old" and operation == "unlink":
+            die(path)
+
+    with hooked(kill):
+        assert in_child(lambda: make(model, overwrite=True)) == -signal.SIGKILL
+    assert (tmp_path / "model.partial.old").is_dir()
+    number, ended = 0, -1
+    while ended:
+        state = tmp_path / str(number)
+        state.mkdir()
+        for name in ("model", "model.partial", "model.partial.old"):
+            if (tmp_path / name).exists():
+                shutil.copytree(tmp_path / name, state / name)
+        shutil.copy(tmp_path / "model.partial.journal", state)
+        with hooked(At(number, fail_with(errno.EIO))):
+            ended = in_child(lambda state=state: make(state / "model", overwrite=True))  # type: ignore[misc]
+        assert ended in {0, 74}
+        make(state / "model", overwrite=True)
+        assert contents(state / "model") == reference
+        assert_nothing_beside(state / "model")
+        shutil.rmtree(state)
+        number += 1
+    assert number > 50
 
 
 def test_a_folder_made_while_the_old_output_was_aside_is_not_removed(
