@@ -216,7 +216,7 @@ class _Survey:
         if why:
             self.problems.add("index-malformed", name, why=why)
             return None
-        unsafe = sorted({file for file in index["weight_map"].values() if not is_shard_name(file)})
+        unsafe = sorted(file for file in set(index["weight_map"].values()) if not is_shard_name(file))
         for file in unsafe:
             self.problems.add("unsafe-name", name, name=quoted(file))
         return None if unsafe else index
@@ -239,10 +239,10 @@ class _Survey:
         return headers
 
     def header(self, file: str) -> Header | QzError:
-        def read(offset: int, length: int) -> bytes:
+        def read(offset: int, length: int) -> bytearray:
             buffer = bytearray(length)
             self.folder.read_into(file, offset, memoryview(buffer))
-            return bytes(buffer)
+            return buffer
 
         try:
             if file not in self.sizes:
@@ -282,15 +282,16 @@ class _Survey:
         """The index against the headers. What is in a shard that cannot be read is not counted as absent."""
         where = self.path(index)
         for name, file in weight_map.items():
-            held = tensors.get(name)
-            if held is None and file in headers:
+            found = tensors.get(name)
+            if found is None and file in headers:
                 self.problems.add("tensor-absent", quoted(name), where=where, name=quoted(name), file=file)
-            elif held is not None and held.file != file:
-                facts = {"where": where, "name": quoted(name), "file": file, "held": held.file}
+            elif found is not None and found.file != file:
+                facts = {"where": where, "name": quoted(name), "file": file, "held": found.file}
                 self.problems.add("tensor-elsewhere", quoted(name), **facts)
-        for name in tensors.keys() - weight_map.keys():
-            facts = {"where": where, "name": quoted(name), "held": tensors[name].file}
-            self.problems.add("tensor-unindexed", quoted(name), **facts)
+        for name, held in tensors.items():
+            if name not in weight_map:
+                facts = {"where": where, "name": quoted(name), "held": held.file}
+                self.problems.add("tensor-unindexed", quoted(name), **facts)
 
     def metadata(
         self, name: str, index: Mapping[str, Any], library: Library, tensors: Mapping[str, StoredTensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
 from qz.formats.malformed import Malformed, quoted
@@ -12,6 +13,7 @@ MAX_BYTES = 10_000_000
 MAX_CONTAINERS = 100_000
 MAX_DEPTH = 64
 MAX_DIGITS = 40
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _RefusedError(ValueError):
@@ -49,6 +51,8 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, A
         raise Malformed(
             "json-malformed", f"{where} holds {_KINDS.get(type(value), 'something')} where an object is expected."
         )
+    if _HALF.search(data) and not _is_unicode(value):
+        raise Malformed("json-malformed", f"{where} holds half a surrogate pair, which is no text.")
     if containers > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise Malformed("json-malformed", f"{where} is nested more than {MAX_DEPTH} levels deep.")
     return value
@@ -67,6 +71,14 @@ _KINDS: dict[type, str] = {
     bool: "a truth value",
     type(None): "null",
 }
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -29,19 +29,20 @@ MAX_HEADER = 100_000_000
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 16
 MAX_NAME = 1024
-MAX_METADATA = 100_000
+MAX_METADATA = 10_000
+MAX_STRING = 10_000_000
 MAX_ENTRY = 4096
 FIRST_READ = 65_536
 PLAIN_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = rb"[ \t\n\r]*+"
-_STRING = re.compile(_SPACE + rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")' + _SPACE, re.DOTALL)
+_STRING = re.compile(_SPACE + rb'("[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+")' + _SPACE, re.DOTALL)
 _NEXT = re.compile(_SPACE + rb"(.?)", re.DOTALL)
 # An entry as every known writer writes it; anything else takes the slow way through ``json``.
 _INT = rb"(?:0|[1-9][0-9]{0,18})"
 _ENTRY = re.compile(
-    rb'"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:%b(?:, ?%b)*+)?+)\], ?"data_offsets": ?\[(%b), ?(%b)\]\}'
+    rb'"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:%b(?:, ?%b){0,15}+)?+)\], ?"data_offsets": ?\[(%b), ?(%b)\]\}'
     % ((_INT,) * 4)
 )
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -71,7 +72,7 @@ class Header:
     data_start: int
 
 
-def read_header(read: Callable[[int, int], bytes], size: int, where: str) -> Header:
+def read_header(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> Header:
     """The header of a file of ``size`` bytes, with ``read(offset, length)``; Malformed names ``where`` and why.
 
     Every byte of the file is accounted for: no hole, no overlap, nothing behind the last tensor.
@@ -84,13 +85,11 @@ def read_header(read: Callable[[int, int], bytes], size: int, where: str) -> Hea
     length = int.from_bytes(first[:8], "little")
     if length > size - 8 or length > MAX_HEADER or length < 2 or first[8:9] != b"{":
         raise _not_a_header(first, length, size, where)
-    text = first[8 : 8 + length]
-    if len(text) < length:
-        text += read(len(first), 8 + length - len(first))
+    text = first[8 : 8 + length] if 8 + length <= len(first) else read(8, length)
     return _Parser(text, where).header(size)
 
 
-def _not_a_header(first: bytes, length: int, size: int, where: str) -> Malformed:
+def _not_a_header(first: bytes | bytearray, length: int, size: int, where: str) -> Malformed:
     """What a file is that does not start with a header length and a brace."""
     for starts, kind, what in _OTHER_FILES:
         if first[:40].lower().startswith(starts):
@@ -119,7 +118,7 @@ _OTHER_FILES = (
 class _Parser:
     """Reads one header from left to right, an entry at a time, so that a bomb costs no more than its first bad one."""
 
-    def __init__(self, text: bytes, where: str) -> None:
+    def __init__(self, text: bytes | bytearray, where: str) -> None:
         self.text = text
         self.where = where
 
@@ -130,7 +129,7 @@ class _Parser:
 
     def header(self, size: int) -> Header:
         text = self.text
-        if text.count(b"{") > MAX_TENSORS + 2:
+        if text.count(b'"dtype"') > MAX_TENSORS:
             self.fail(f"more than {MAX_TENSORS} tensors")
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] | None = None
@@ -145,6 +144,8 @@ class _Parser:
                 if name in tensors:
                     self.fail(f"tensor {quoted(name)} is there twice")
                 tensors[name], position = self.tensor(name, position)
+                if len(tensors) > MAX_TENSORS:
+                    self.fail(f"more than {MAX_TENSORS} tensors")
             position, more = self.next(position)
         if text[position:].strip(b" \t\n\r"):
             self.fail("something follows the closing brace")
@@ -169,7 +170,7 @@ class _Parser:
 
     def key(self, position: int) -> tuple[str, int]:
         match = _STRING.match(self.text, position)
-        if match is None or b"\\" in match[1]:
+        if match is None or b"\\" in match[1] or len(match[1]) > MAX_STRING:
             name, position = self.string(position)
         else:
             try:
@@ -183,7 +184,9 @@ class _Parser:
     def string(self, position: int) -> tuple[str, int]:
         match = _STRING.match(self.text, position)
         if match is None:
-            self.fail(f"a string is missing or has no end at byte {8 + position}")
+            self.fail(f"a string is missing, has no end or holds control characters at byte {8 + position}")
+        if len(match[1]) > MAX_STRING:
+            self.fail(f"the string at byte {8 + position} is {len(match[1])} bytes long")
         try:
             value = json.loads(match[1].decode("utf-8"))
         except ValueError as error:
@@ -262,10 +265,12 @@ class _Parser:
             self.fail(f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
         if len(shape) > MAX_DIMENSIONS:
             self.fail(f"tensor {quoted(name)} has {len(shape)} dimensions")
+        elements = 1
         for extent in shape:
-            bits *= extent
-            if bits >> 64:  # safetensors refuses the overflow even if a later dimension is 0
+            elements *= extent
+            if elements >> 64:  # safetensors refuses the overflow even if a later dimension is 0
                 self.fail(f"tensor {quoted(name)} has an impossibly large shape")
+        bits *= elements
         if bits & 7 or bits >> 3 != stop - start:
             self.fail(f"tensor {quoted(name)} of {dtype} {list(shape)} does not fill its bytes {start} to {stop}")
 
