@@ -1,0 +1,139 @@
+"""What is known of how a checkpoint was made: its record and its config, as facts for a model card."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""What a converted model has in common with the one that it was made of."""
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card tells. ``source`` is a repository id if ``commit`` is known, else a folder's name. Sizes in bytes."""
+
+    library: str
+    architecture: str
+    method: str
+    source: str | None = None
+    commit: str | None = None
+    subfolder: str | None = None
+    double_quant: bool = False
+    dtype: str | None = None
+    compute_dtype: str | None = None
+    parameters: tuple[int, int] | None = None
+    """All, and those that are quantized."""
+    bytes: tuple[int, int] | None = None
+    footprint: tuple[int, int] | None = None
+    skipped: tuple[str, ...] = ()
+    losses: tuple[tuple[str, float], ...] = ()
+    """Relative error of the weights, by module."""
+    command: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    """From the head of the source's card; see ``INHERITED``."""
+    tokenizer: bool = False
+
+    @property
+    def base_model(self) -> str | None:
+        return self.source if self.commit else None
+
+    @property
+    def bits(self) -> int | None:
+        return {"nf4": 4, "fp4": 4, "int8": 8}.get(self.method)
+
+
+def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], *, tokenizer: bool = False) -> CardFacts:
+    """The facts in a record's ``about`` (empty for a checkpoint that qz did not make) and the checkpoint's config."""
+    quantization = _mapping(config.get("quantization_config"))
+    source, settings = _mapping(about.get("source")), _mapping(about.get("settings"))
+    architectures = config.get("architectures")
+    named = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "")
+    method = str(about.get("method") or _method(quantization))
+    compute = quantization.get("bnb_4bit_compute_dtype")
+    facts = CardFacts(
+        library=str(source.get("library") or ("diffusers" if "_class_name" in config else "transformers")),
+        architecture=str(source.get("architecture") or named or "AutoModel"),
+        method=method,
+        source=_text(source.get("location")),
+        commit=_text(source.get("revision")),
+        subfolder=_text(source.get("subfolder")),
+        double_quant=bool(about.get("double_quant", quantization.get("bnb_4bit_use_double_quant"))),
+        dtype=_text(about.get("dtype") or config.get("dtype") or config.get("torch_dtype")),
+        compute_dtype=str(compute) if compute and method in ("nf4", "fp4") else None,
+        parameters=_pair(about.get("parameters"), "total", "quantized"),
+        bytes=_pair(about.get("bytes"), "source", "output"),
+        footprint=_pair(about.get("memory_footprint"), "before", "after"),
+        skipped=tuple(str(name) for name in about.get("skipped") or ()),
+        losses=_losses(about.get("losses")),
+        versions={"qz": str(about["qz"])} | {str(k): str(v) for k, v in _mapping(about.get("versions")).items()}
+        if "qz" in about
+        else {},
+        tokenizer=tokenizer,
+    )
+    command = _text(about.get("command")) or (_command(facts, quantization, settings) if facts.source else None)
+    return facts if command is None else replace(facts, command=command)
+
+
+def inherit(facts: CardFacts, card: Mapping[str, Any]) -> CardFacts:
+    """The facts with what the source's card says; a link inside the source's repository becomes a full one."""
+    taken = {key: card[key] for key in INHERITED if card.get(key)}
+    link = taken.get("license_link")
+    if isinstance(link, str) and facts.base_model and not re.match(r"[a-z]+://", link):
+        taken["license_link"] = f"{HUB}/{facts.base_model}/blob/main/{link.removeprefix('./')}"
+    return replace(facts, inherited=taken)
+
+
+def _command(facts: CardFacts, quantization: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The command that makes the same checkpoint again, from what the record holds."""
+    words = ["qz", "dequantize" if facts.method == "none" else "quantize", facts.source or ""]
+    if facts.subfolder:
+        words += ["--subfolder", facts.subfolder]
+    if facts.commit:
+        words += ["--revision", facts.commit]
+    if facts.bits:
+        words.append(f"--{facts.method}")
+    if facts.double_quant:
+        words.append("--double-quant")
+    if facts.compute_dtype not in (None, "bfloat16"):
+        words += ["--compute-dtype", str(facts.compute_dtype)]
+    if facts.method == "int8" and quantization.get("llm_int8_threshold", 6.0) != 6.0:
+        words += ["--threshold", str(quantization["llm_int8_threshold"])]
+    for skip in settings.get("skips") or ():
+        words += ["--skip", str(skip)]
+    if settings.get("default_skips") is False:
+        words.append("--no-default-skips")
+    if settings.get("dtype", "auto") != "auto":
+        words += ["--dtype", str(settings["dtype"])]
+    return shlex.join(words)
+
+
+def _method(quantization: Mapping[str, Any]) -> str:
+    if quantization.get("load_in_8bit"):
+        return "int8"
+    if quantization.get("load_in_4bit"):
+        return str(quantization.get("bnb_4bit_quant_type", "fp4"))
+    return "none"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _pair(value: Any, first: str, second: str) -> tuple[int, int] | None:
+    pair = (_mapping(value).get(first), _mapping(value).get(second))
+    return (pair[0], pair[1]) if isinstance(pair[0], int) and isinstance(pair[1], int) else None
+
+
+def _losses(value: Any) -> tuple[tuple[str, float], ...]:
+    found = [(str(k), float(v)) for k, v in _mapping(value).items() if isinstance(v, int | float)]
+    return tuple(sorted(found, key=lambda item: -item[1]))

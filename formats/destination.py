@@ -1,0 +1,78 @@
+"""Where a push goes, and what it did there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qz import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a checkpoint goes. ``private``: True for --private, False for --public, None where neither was said.
+
+    ``replace``: weights that are there and that qz did not make may be replaced.
+    """
+
+    repo_id: str
+    folder: str = ""
+    branch: str = "main"
+    create_pr: bool = False
+    private: bool | None = None
+    message: str | None = None
+    replace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.folder and any(part in ("", ".", "..") for part in self.folder.split("/")):
+            raise UsageError(f"{self.folder!r} is not a folder inside a repository. Write it as NAME or NAME/NAME.")
+
+
+@dataclass(frozen=True, slots=True)
+class PushedFile:
+    """A file of the commit: its path in the repository."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """What a push did, or with ``dry_run`` would do.
+
+    ``removed``: weights in the repository that the new ones take the place of. ``bytes_uploaded``: less than the files'
+    sizes where the Hub had some of them. ``left_out``: files beside the checkpoint that are not its own.
+    """
+
+    to: Destination
+    url: str
+    private: bool
+    created: bool
+    files: tuple[PushedFile, ...]
+    left_out: tuple[str, ...]
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+    dry_run: bool
+    card: str
+    bytes_uploaded: int = 0
+    commit: str | None = None
+    pull_request: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        return {
+            "repository": self.to.repo_id,
+            "url": self.url,
+            "branch": self.to.branch,
+            "subfolder": self.to.folder or None,
+            "private": self.private,
+            "created": self.created,
+            "commit": self.commit,
+            "pull_request": self.pull_request,
+            "files": [{"path": file.path, "bytes": file.bytes} for file in self.files],
+            "left_out": list(self.left_out),
+            "removed": list(self.removed),
+            "bytes": {"files": sum(file.bytes for file in self.files), "uploaded": self.bytes_uploaded},
+            "notes": list(self.notes),
+            "dry_run": self.dry_run,
+        }
