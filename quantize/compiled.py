@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numba
@@ -17,22 +19,33 @@ def array(dtype: Any, dimensions: int = 1, *, output: bool = False) -> Any:
     return types.Array(dtype, dimensions, "C", readonly=not output, aligned=False)
 
 
-def compiled(*signatures: Any, **options: Any) -> Callable[[_Function], _Function]:
-    """``numba.njit`` for these signatures: compiled at import, or loaded from the cache that an earlier import wrote.
+def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]:
+    """``numba.njit`` for this signature, at the first call: compiled, or loaded from the cache of an earlier process.
 
     The cache lies beside the module, or in the user's cache directory where that cannot be written (or where
-    ``NUMBA_CACHE_DIR`` says); without any, the code is compiled anew. Concurrent processes replace its files at once.
+    ``NUMBA_CACHE_DIR`` says). Processes that write it at the same time replace whole files. Thread-safe.
     """
 
     def decorate(function: _Function) -> _Function:
-        def build(*, cache: bool) -> _Function:
-            decorator = numba.njit(list(signatures), nogil=True, error_model="numpy", cache=cache, **options)
-            return cast(_Function, decorator(function))  # numba has no types of its own
+        lock = threading.Lock()
+        built: list[Callable[..., Any]] = []
 
-        try:
-            return build(cache=True)
-        except (RuntimeError, OSError):  # no place for a cache
-            return build(cache=False)
+        def build(*, cache: bool) -> Callable[..., Any]:
+            decorator = numba.njit([signature], nogil=True, error_model="numpy", cache=cache, **options)
+            return cast(Callable[..., Any], decorator(function))
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if not built:
+                with lock:
+                    if not built:
+                        try:
+                            built.append(build(cache=True))
+                        except (RuntimeError, OSError):  # nowhere to keep the cache, or no room there
+                            built.append(build(cache=False))
+            return built[0](*arguments)
+
+        return cast(_Function, call)
 
     return decorate
 
