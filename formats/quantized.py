@@ -213,8 +213,11 @@ class _Quantized:
             state = self.state(name, kind, held, contents)
         elif suffixes:
             self.problems.add("quant-state-malformed", quoted(name), name=quoted(name), why="it has two quant states")
-        double = named["absmax"].dtype == "U8" if "absmax" in named else "nested_absmax" in named
-        double = double or "nested_quant_map" in named or (state is not None and state.nested_blocksize is not None)
+        double = (
+            ("absmax" in named and named["absmax"].dtype == "U8")
+            or not named.keys().isdisjoint(("nested_absmax", "nested_quant_map"))
+            or (state is not None and state.nested_blocksize is not None)
+        )
         self.missing(name, kind, named, ["absmax", "quant_map"] if suffixes else ["absmax", "quant_map", "quant_state"])
         if double:
             self.missing(name, kind, named, ["nested_quant_map"])

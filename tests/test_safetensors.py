@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_torch_and_numpy_write_the_same_file(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
     assert encode_header(placed) + data == (tmp_path / "theirs.safetensors").read_bytes()
 
-    arrays = {"w": np.arange(6, dtype=np.int64), "v": np.ones((2, 2), np.float16)}
+    arrays: dict[str, np.ndarray[Any, Any]] = {"w": np.arange(6, dtype=np.int64), "v": np.ones((2, 2), np.float16)}
     placed = layout([("w", "I64", (6,)), ("v", "F16", (2, 2))])
     data = b"".join(arrays[info.name].tobytes() for info in placed)
     assert encode_header(placed, {}) + data == safetensors.numpy.save(arrays)
@@ -161,7 +162,7 @@ def test_every_dtype_of_safetensors_is_known_with_its_size() -> None:
         text = json.dumps({"a": {"dtype": dtype, "shape": [8], "data_offsets": [0, bits]}})
         data = file(text, bytes(bits))
         assert header_of(data).tensors["a"] == TensorInfo("a", dtype, (8,), 0, bits)
-        ((name, info),) = safetensors.deserialize(data)
+        ((name, info),) = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
         assert (name, info["dtype"], info["shape"]) == ("a", dtype, [8])
 
 
@@ -179,7 +180,7 @@ def test_every_dtype_of_safetensors_is_known_with_its_size() -> None:
 def test_other_ways_to_write_the_same_header_are_read(text: str) -> None:
     data = file(text, bytes(4))
     assert list(header_of(data).tensors.values()) == [TensorInfo("a", "F32", (), 0, 4)]
-    assert [name for name, _ in safetensors.deserialize(data)] == ["a"]
+    assert list(safetensors.torch.load(data)) == ["a"]
 
 
 def test_tensors_come_in_the_order_of_their_bytes() -> None:
