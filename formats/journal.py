@@ -1,8 +1,8 @@
 """The journal beside an output in the making: what was asked for, and which shards are done. Holding it is the lock.
 
 ``<output>.partial.journal`` is made before ``<output>.partial/`` and removed after everything else, so that whoever
-finds a ``.partial`` finds its journal. A line is a CRC-32 and a JSON object: the
-fingerprint of the run first, then each finished shard.
+finds a ``.partial`` finds its journal. A line is a CRC-32 and a JSON object: the fingerprint of the run first, then
+each finished shard.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Journal:
             self.fingerprint = fingerprint
             self.finished = {file.name: file for file in finished if file.sha256}
             self._stop -= torn
+            if torn:
+                files.truncate(self._descriptor, self.path, self._stop)
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget whatever it held, and begin anew."""
@@ -93,7 +95,6 @@ class Journal:
         text = json.dumps(entry, sort_keys=True).encode()
         line = b"%08x %b\n" % (zlib.crc32(text), text)
         files.write(self._descriptor, self.path, memoryview(line), self._stop)
-        files.truncate(self._descriptor, self.path, self._stop + len(line))
         files.sync(self._descriptor, self.path)
         self._stop += len(line)
 

@@ -604,15 +604,23 @@ def test_a_torn_or_damaged_journal_costs_time_but_never_bytes(tmp_path: Path, re
     assert kept == {0, 1, 2}
 
 
-def test_a_torn_last_line_keeps_the_lines_before_and_can_be_continued(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [b'{"name": "model-0', b"\0" * 4096, b"1234 {}\n", b"\n"])
+def test_a_torn_last_line_keeps_the_lines_before_and_can_be_continued(tmp_path: Path, torn: bytes) -> None:
     interrupted(tmp_path / "out")
     path = tmp_path / "out.partial.journal"
-    path.write_bytes(path.read_bytes() + b'{"name": "model-0')
-    interrupted(tmp_path / "out")
+    path.write_bytes(path.read_bytes() + torn)
+    interrupted(tmp_path / "out", after=2)
     journal = Journal(path)
     journal.close()
-    assert list(journal.finished) == [SHARDS[0]]
-    assert path.read_bytes().count(b"\n") == 2
+    assert list(journal.finished) == list(SHARDS)
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_no_resume_leaves_nothing_when_it_cannot_begin(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    with pytest.raises(IOFailed, match="Not enough space"):
+        make(tmp_path / "out", resume=False, needed=10**16)
+    assert os.listdir(tmp_path) == []
 
 
 # Locks
