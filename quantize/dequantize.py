@@ -40,7 +40,8 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     where companions of a weight are missing or do not fit it.
     """
     weights = quantized_weights(checkpoint)
-    dtype = dtype_before(checkpoint, weights) if settings.dtype == "auto" else settings.dtype
+    before = dtype_before(checkpoint, weights)
+    dtype = before if settings.dtype == "auto" else settings.dtype
     sources: dict[str, Source] = {}
     companions = {part.name for weight in weights.values() for part in weight.parts.values()}
     for name, tensor in checkpoint.tensors.items():
@@ -58,7 +59,9 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
 
     architecture = examine(checkpoint, Wish(None, dtype), given, equal)
     refuse_codes(checkpoint, architecture, sources)
-    architecture = replace(architecture, footprint=footprint(architecture, sources))
+    same = architecture if dtype == before else examine(checkpoint, Wish(None, before), given, equal)
+    footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
+    architecture = replace(architecture, footprint=footprint)
     return make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
 
 
@@ -109,7 +112,8 @@ def packed(weight: QuantizedWeight) -> Packed:
 def dtype_before(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> str:
     """torch dtype name of the weights before: of the quant states the one of most values; int8 leaves it to the config.
 
-    diffusers' configs do not say it; then it is the one of most values that are not quantized, or int8's own float16.
+    diffusers' configs do not say it. Then it is what the tensors have that are not quantized; some of those may be
+    float32 in a 16-bit model, for models keep parts of them so.
     """
     counts: Counter[str] = Counter()
     for weight in weights.values():
@@ -124,6 +128,8 @@ def dtype_before(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight])
         for name, tensor in checkpoint.tensors.items():
             if name not in companions and (dtype := torch_name(tensor.dtype, name)) in FLOATS:
                 counts[dtype] += elements(tensor.shape)
+        if len(counts) > 1:
+            del counts["float32"]
     return counts.most_common(1)[0][0] if counts else "float16"
 
 
@@ -138,14 +144,11 @@ def refuse_codes(checkpoint: Checkpoint, architecture: Architecture, sources: Ma
             )
 
 
-def footprint(architecture: Architecture, sources: Mapping[str, Source]) -> Footprint:
-    """``get_memory_footprint()`` of the quantized model, which counts the codes only, and of the dequantized one."""
-    after = architecture.footprint.after
-    before = after
+def footprint_before(architecture: Architecture, sources: Mapping[str, Source]) -> int:
+    """``get_memory_footprint()`` of the quantized model: of a quantized weight it counts the codes only."""
+    before = architecture.footprint.after
     for saved in architecture.saved:
         source = sources[saved.weight.sources[0]]
         if isinstance(source, Packed) and len(saved.weight.sources) == 1:
             before += source.nbytes - saved.nbytes
-        else:
-            before += saved.weight.count * source.nbytes // max(elements(source.shape), 1) - saved.nbytes
-    return Footprint(before, after)
+    return before

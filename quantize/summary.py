@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qz.formats.record import WrittenFile
-from qz.quantize.methods import Method
 from qz.quantize.plan import Plan
+from qz.quantize.reading import Packed
 
 LOW_COVERAGE = 0.5
 
@@ -28,9 +28,11 @@ class Source:
 class Summary:
     """What a conversion did, or with ``dry_run`` would do. Sizes in bytes."""
 
+    act: Literal["quantize", "dequantize"]
     source: Source
     output: str
     method: str
+    """Of the quantized weights, those of the source when they are dequantized; more than one joined by ``+``."""
     double_quant: bool
     dtype: str
     device: str
@@ -66,7 +68,7 @@ class Summary:
     def warnings(self) -> tuple[str, ...]:
         """What the user should not overlook."""
         found = list(self.notes)
-        if self.method != "none" and self.coverage < LOW_COVERAGE:
+        if self.act == "quantize" and self.coverage < LOW_COVERAGE:
             kept = self.parameters - self.quantized_parameters
             found.append(
                 f"only {self.coverage:.0%} of the parameters are quantized; {kept:,} stay in {self.dtype}: "
@@ -74,13 +76,16 @@ class Summary:
             )
         if self.dropped:
             shown = ", ".join(self.dropped[:3]) + (" …" if len(self.dropped) > 3 else "")
-            found.append(f"{len(self.dropped)} tensors that {self.source.architecture} does not use are left out: {shown}")
+            found.append(
+                f"{len(self.dropped)} tensors that {self.source.architecture} does not use are left out: {shown}"
+            )
         return tuple(found)
 
     def as_json(self) -> dict[str, Any]:
         """The contract of ``--json``."""
         source = self.source
         return {
+            "act": self.act,
             "source": {
                 "location": source.location,
                 "revision": source.revision,
@@ -119,15 +124,16 @@ def summarize(
 ) -> Summary:
     """Sum a plan up; ``written`` are the files of a finished run, none for a dry run."""
     architecture = plan.architecture
-    method: Method | None = plan.method
     files = tuple(written)
     names = {layout.file for layout in plan.shards}
     quantized = plan.quantized
+    method, double_quant = _method(plan)
     return Summary(
+        act="dequantize" if plan.method is None else "quantize",
         source=source,
         output=output,
-        method=method.name if method else "none",
-        double_quant=bool(method and method.double_quant),
+        method=method,
+        double_quant=double_quant,
         dtype=architecture.dtype,
         device=device,
         dry_run=not files,
@@ -148,3 +154,12 @@ def summarize(
         seconds=seconds,
         resumed=resumed,
     )
+
+
+def _method(plan: Plan) -> tuple[str, bool]:
+    """The method that the plan quantizes with, or the one it undoes; and whether there is double quantization."""
+    if plan.method is not None:
+        return plan.method.name, plan.method.double_quant
+    weights = [source.weight for step in plan.steps for source in step.sources if isinstance(source, Packed)]
+    kinds = "+".join(sorted({weight.kind for weight in weights}))
+    return kinds or "none", any(weight.double_quant for weight in weights)
