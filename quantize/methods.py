@@ -1,4 +1,4 @@
-"""The quantization methods of bitsandbytes as frozen settings: what each stores beside a weight, and the config it writes."""
+"""The quantization methods of bitsandbytes as frozen settings: what each stores, and the config it writes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FourBit:
         }
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
-        """What ``Linear4bit`` adds to a state dict, in its order; ``shape`` and ``dtype`` (as in torch) are the weight's."""
+        """What ``Linear4bit`` adds to a state dict, in its order, for a weight of that shape and torch dtype."""
         count = shape[0] * shape[1]
         blocks = -(-count // BLOCK_SIZE)
         state_name = f"weight.quant_state.bitsandbytes__{self.quant_type}"
@@ -119,7 +119,7 @@ class Int8:
         """Arguments of both libraries' ``BitsAndBytesConfig``."""
         return {"load_in_8bit": True, "llm_int8_threshold": self.threshold}
 
-    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:  # noqa: ARG002  as FourBit
         """What ``Linear8bitLt`` adds to a state dict, in its order."""
         return Part("weight", "I8", shape), Part("SCB", "F32", (shape[0],)), Part("weight_format", "U8", ())
 

@@ -7,7 +7,9 @@ choice of linears follows ``quantizers/bitsandbytes/utils.py:_replace_with_bnb_l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from qz import Unsupported
 from qz.formats.checkpoint import Checkpoint
@@ -27,13 +29,9 @@ from qz.quantize.architecture import (
     skip_list,
 )
 
-if TYPE_CHECKING:
-    import torch
-
 
 def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) -> Architecture:
     """See ``qz.quantize.architecture.examine``."""
-    import torch
 
     load_dtype = _load_dtype(tensors, wish)
     model, class_name = _build(checkpoint, getattr(torch, load_dtype))
@@ -75,7 +73,9 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) ->
         saved.append(Saved(name, SAFETENSORS_NAMES[dtype], tuple(tensor.shape), weight, nbytes, part, variable))
 
     parameters = dict(model.named_parameters())
-    sizes = {name: parameter.numel() * getattr(torch, dtype_of(name)).itemsize for name, parameter in parameters.items()}
+    sizes = {
+        name: parameter.numel() * getattr(torch, dtype_of(name)).itemsize for name, parameter in parameters.items()
+    }
     buffers = sum(
         buffer.numel() * getattr(torch, dtype_of(name)).itemsize if name in state else buffer.nbytes
         for name, buffer in model.named_buffers()
@@ -123,7 +123,6 @@ def _load_dtype(tensors: Mapping[str, Given], wish: Wish) -> str:
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     """The model on meta, by the class that config.json names, from the installed library only."""
     import diffusers
-    import torch
     from accelerate import init_empty_weights
     from diffusers.utils import logging
 
@@ -160,14 +159,13 @@ def _select(model: Any, wish: Wish, fp32: list[str]) -> tuple[list[str], dict[st
     The library's rule: a key matches a leaf's name, a whole path, or ``key.`` anywhere in the path. Without user
     skips only ``_keep_in_fp32_modules`` count.
     """
-    import torch
 
     if wish.method is None:
         return [], {}
 
     def matches(keys: list[str] | tuple[str, ...], path: str) -> bool:
         leaf = path.rpartition(".")[2]
-        return any(key == leaf or key == path or f"{key}." in path for key in keys)
+        return any(key in (leaf, path) or f"{key}." in path for key in keys)
 
     linears: list[str] = []
     kept: dict[str, str] = {}

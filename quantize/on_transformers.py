@@ -1,7 +1,6 @@
 """How transformers 5 loads, quantizes and saves a checkpoint, asked of its own code on the meta device.
 
-Names at save need helpers of ``transformers.core_model_loading`` that are not public; they are imported in
-``_private`` alone, which refuses clearly when they move.
+Imported only when a transformers checkpoint is planned.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from qz import MalformedInput, Unsupported, UsageError
 from qz.formats.checkpoint import MAX_CONFIG_BYTES, Checkpoint, read_file
@@ -33,11 +33,23 @@ from qz.quantize.architecture import (
     expand,
     skip_list,
 )
+from qz.quantize.transformers_internals import (
+    MODULES_TO_PATCH_FOR_QUANTIZATION,
+    Conv1D,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    get_keys_to_not_convert,
+    get_model_conversion_mapping,
+    remove_tied_weights_from_state_dict,
+    rename_source_key,
+    revert_weight_conversion,
+    should_convert_module,
+)
 
-if TYPE_CHECKING:
-    import torch
-
-    Model = Any
+Model = Any
+"""A transformers model on the meta device."""
 
 
 def examine(
@@ -47,19 +59,19 @@ def examine(
     equal: Callable[[str, str], bool] | None = None,
 ) -> Architecture:
     """See ``qz.quantize.architecture.examine``."""
-    private, where = _private(), checkpoint.folder.location
+    where = checkpoint.folder.location
     model_class = _model_class(checkpoint)
     model, missing, mismatched = _load(checkpoint, model_class, tensors, wish)
     class_name = model_class.__name__
-    origins = _origins(private, model, tensors)
+    origins = _origins(model, tensors)
     turned = _turned(model, origins, tensors)
     checked(missing, [text for name, text in mismatched.items() if name not in turned], class_name, where)
     load_dtype = _name(model.config.dtype)
-    linears, kept, skips = _select(private, model, wish)
+    linears, kept, skips = _select(model, wish)
     origins = _tie(model, origins, equal)
 
-    fp32_names = list(model._get_dtype_plan(model.config.dtype))
-    kept_in_fp32 = private.build_glob_alternation(fp32_names)[0].search if fp32_names else lambda name: None
+    in_fp32 = list(model._get_dtype_plan(model.config.dtype))
+    kept_in_fp32 = build_glob_alternation(in_fp32)[0].search if in_fp32 else re.compile(r"(?!)").search
     quantized: dict[str, Weight] = {}
     for path, transposed in linears.items():
         shape = tuple(model.get_submodule(path).weight.shape)
@@ -80,9 +92,9 @@ def examine(
         for name, tensor in model.state_dict().items()
         if name not in set(model._keys_to_ignore_on_save or ())
     }
-    state = private.remove_tied_weights_from_state_dict(state, model)
+    state = remove_tied_weights_from_state_dict(state, model)
     entries = expand(state, quantized, wish.method)
-    saved, notes = _saved(private, model, entries, quantized, origins, tensors, turned)
+    saved, notes = _saved(model, entries, quantized, origins, tensors, turned)
 
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())
@@ -114,32 +126,6 @@ def examine(
     )
 
 
-def _private() -> SimpleNamespace:
-    """The parts of transformers that are not public API, in one place."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            apply_converters,
-            build_glob_alternation,
-            dot_natural_key,
-            rename_source_key,
-            revert_weight_conversion,
-        )
-        from transformers.modeling_utils import remove_tied_weights_from_state_dict
-        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
-        from transformers.quantizers.quantizers_utils import should_convert_module
-    except ImportError as error:
-        import transformers
-
-        raise Unsupported(
-            f"transformers {transformers.__version__} is laid out differently from the versions qz knows ({error}). "
-            "Install a version that qz supports: pip install 'transformers>=5.17,<6'."
-        ) from error
-    return SimpleNamespace(**{name: value for name, value in locals().items() if not name.startswith("_")})
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -168,7 +154,6 @@ def _load(
     checkpoint: Checkpoint, model_class: Any, tensors: Mapping[str, Given], wish: Wish
 ) -> tuple[Model, set[str], dict[str, str]]:
     """The model on meta, with the names that its loader missed, and those it found in another shape, with that."""
-    import torch
     from transformers import GenerationConfig
     from transformers.utils import logging
 
@@ -219,26 +204,25 @@ class _Origin:
     conversion: Conversion | None = None
 
 
-def _origins(private: SimpleNamespace, model: Model, tensors: Mapping[str, Given]) -> dict[str, _Origin]:
+def _origins(model: Model, tensors: Mapping[str, Given]) -> dict[str, _Origin]:
     """State dict name → its sources, by the steps of ``convert_and_load_state_dict_in_model``.
 
     A source that matches a converter is collected with the others of its target; any other is only renamed, and the
     first one to arrive at a name wins, as there.
     """
-    import torch
 
-    mapping = private.get_model_conversion_mapping(model, None, None)
-    renamings = [entry for entry in mapping if isinstance(entry, private.WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, private.WeightConverter)]
+    mapping = get_model_conversion_mapping(model, None, None)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     prefix = model.base_model_prefix
     origins: dict[str, _Origin] = {}
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    for source in sorted(tensors, key=private.dot_natural_key):
-        name, pattern = private.rename_source_key(source, renamings, converters, prefix, state)
+    for source in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(source, renamings, converters, prefix, state)
         if name not in state and source in state:
-            name, pattern = private.rename_source_key(source, [], [], prefix, state)
+            name, pattern = rename_source_key(source, [], [], prefix, state)
         if name not in state:
             continue
         if pattern is None:
@@ -277,7 +261,6 @@ class _Forward:
 
 def _turned(model: Model, origins: Mapping[str, _Origin], tensors: Mapping[str, Given]) -> set[str]:
     """Weights of ``Conv1D`` modules that are given as (out, in)."""
-    from transformers.pytorch_utils import Conv1D
 
     found = set()
     for path, module in model.named_modules():
@@ -288,9 +271,7 @@ def _turned(model: Model, origins: Mapping[str, _Origin], tensors: Mapping[str, 
     return found
 
 
-def _tie(
-    model: Model, origins: dict[str, _Origin], equal: Callable[[str, str], bool] | None
-) -> dict[str, _Origin]:
+def _tie(model: Model, origins: dict[str, _Origin], equal: Callable[[str, str], bool] | None) -> dict[str, _Origin]:
     """Tie what ``tie_weights`` ties: on meta it leaves alone the pairs of which both sides are stored.
 
     Off meta it ties those whose data is equal; ``equal`` tells. Returns ``origins`` with an entry for every tied name.
@@ -316,22 +297,18 @@ def _tie(
     return complete
 
 
-def _select(
-    private: SimpleNamespace, model: Model, wish: Wish
-) -> tuple[dict[str, bool], dict[str, str], list[str] | None]:
+def _select(model: Model, wish: Wish) -> tuple[dict[str, bool], dict[str, str], list[str] | None]:
     """Linears to quantize (path → stored transposed), linears to keep (path → why), and the skip list to write."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
 
     if wish.method is None:
         return {}, {}, None
-    patched = {type(module).__name__ for module in model.modules()} & set(private.MODULES_TO_PATCH_FOR_QUANTIZATION)
+    patched = {type(module).__name__ for module in model.modules()} & set(MODULES_TO_PATCH_FOR_QUANTIZATION)
     if patched:
         raise Unsupported(
             f"transformers replaces {', '.join(sorted(patched))} when it quantizes, and cannot load back what it then "
-            f"saves ({type(model).__name__}). Use a quantization made for this model family, such as compressed-tensors."
+            f"saves ({type(model).__name__}). Use a quantization made for this family, such as compressed-tensors."
         )
-    defaults = private.get_keys_to_not_convert(model)
+    defaults = get_keys_to_not_convert(model)
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     if not wish.default_skips and tied:
         raise UsageError(
@@ -348,15 +325,15 @@ def _select(
     linears: dict[str, bool] = {}
     kept: dict[str, str] = {}
     for path, module in model.named_modules():
-        if not (isinstance(module, Conv1D) or isinstance(module, torch.nn.Linear)):
+        if not isinstance(module, (Conv1D, torch.nn.Linear)):
             continue
         if type(module) is not torch.nn.Linear and not isinstance(module, Conv1D):
             kept[path] = f"a {type(module).__name__}, which transformers does not quantize"
-        elif private.should_convert_module(path, patterns):
+        elif should_convert_module(path, patterns):
             linears[path] = isinstance(module, Conv1D)
-        elif not private.should_convert_module(path, list(wish.skips)):
+        elif not should_convert_module(path, list(wish.skips)):
             kept[path] = "skipped on request"
-        elif not private.should_convert_module(path, fp32):
+        elif not should_convert_module(path, fp32):
             kept[path] = "kept in float32 by the model"
         elif path in tied:
             kept[path] = "tied to another weight"
@@ -366,7 +343,6 @@ def _select(
 
 
 def _saved(
-    private: SimpleNamespace,
     model: Model,
     entries: dict[str, tuple[str, str, bool, torch.Tensor]],
     quantized: Mapping[str, Weight],
@@ -382,14 +358,14 @@ def _saved(
     (facts: one-to-many conversions onto linears); then the model's own names are used.
     """
     by_identity = {id(tensor): name for name, (_, _, _, tensor) in entries.items()}
-    reverted = _revert(private, model, {name: tensor for name, (_, _, _, tensor) in entries.items()})
+    reverted = _revert(model, {name: tensor for name, (_, _, _, tensor) in entries.items()})
     notes: tuple[str, ...] = ()
     direct = {by_identity.get(id(tensor)) for tensor in reverted.values()}
     if any(part for name, (_, part, _, _) in entries.items() if name not in direct):
         notes = ("saved under the model's own parameter names: the checkpoint's names would merge quantized tensors",)
-        reverted = {name: entries[name][3] for name in sorted(entries, key=private.dot_natural_key)}
+        reverted = {name: entries[name][3] for name in sorted(entries, key=dot_natural_key)}
         direct = set(entries)
-    merged = _merged(private, model, {name: entries[name][3] for name in entries if name not in direct}, origins)
+    merged = _merged(model, {name: entries[name][3] for name in entries if name not in direct}, origins)
     saved = []
     for name, tensor in reverted.items():
         dtype, shape = _name(tensor.dtype), tuple(tensor.shape)
@@ -411,29 +387,29 @@ def _saved(
     return tuple(saved), notes
 
 
-def _merged(
-    private: SimpleNamespace, model: Model, state: dict[str, torch.Tensor], origins: Mapping[str, _Origin]
-) -> dict[str, _Backward]:
+def _merged(model: Model, state: dict[str, torch.Tensor], origins: Mapping[str, _Origin]) -> dict[str, _Backward]:
     """For every tensor that saving computes from others: the group it is computed from."""
     reverse = [conversion.reverse_transform() for conversion in model._weight_conversions[::-1]]
-    converters = [entry for entry in reverse if isinstance(entry, private.WeightConverter)]
+    converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
     groups: dict[str, list[str]] = defaultdict(list)
     for name in state:
-        groups[private.apply_converters(name, converters)[0]].append(name)
+        groups[rename_source_key(name, [], converters)[0]].append(name)
     computed = {}
     for names in groups.values():
-        backward = _Backward(private, model, {name: origins[name] for name in names})
-        computed.update(dict.fromkeys(private.revert_weight_conversion(model, {n: state[n] for n in names}), backward))
+        backward = _Backward(model, {name: origins[name] for name in names})
+        computed.update(dict.fromkeys(revert_weight_conversion(model, {n: state[n] for n in names}), backward))
     return computed
 
 
-def _revert(private: SimpleNamespace, model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _revert(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``revert_weight_conversion`` on meta; empty where merging packed data fails there, as it would at save."""
     try:
-        reverted: dict[str, torch.Tensor] = private.revert_weight_conversion(model, state)
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
     except (ValueError, TypeError, KeyError, RuntimeError, IndexError) as error:
         if not any(tensor.dtype.itemsize == 1 for tensor in state.values()):
-            raise Unsupported(f"transformers cannot save {type(model).__name__} under its checkpoint's names: {error}") from error
+            raise Unsupported(
+                f"transformers cannot save {type(model).__name__} under its checkpoint's names: {error}"
+            ) from error
         reverted = {}
     return reverted
 
@@ -454,7 +430,6 @@ class _Renamed:
 class _Backward:
     """Load-time conversions of a group of tensors, then their reversal: what saving a loaded model does."""
 
-    private: SimpleNamespace
     model: Model
     origins: Mapping[str, _Origin]
 
@@ -471,13 +446,11 @@ class _Backward:
                 state[name] = tensors[origin.sources[0]]
             else:
                 state.update(origin.conversion(tensors))
-        reverted: Mapping[str, torch.Tensor] = self.private.revert_weight_conversion(self.model, state)
+        reverted: Mapping[str, torch.Tensor] = revert_weight_conversion(self.model, state)
         return reverted
 
 
-def _documents(
-    model: Model, quantized: Mapping[str, Weight], wish: Wish, skips: list[str] | None
-) -> dict[str, bytes]:
+def _documents(model: Model, quantized: Mapping[str, Weight], wish: Wish, skips: list[str] | None) -> dict[str, bytes]:
     """config.json and generation_config.json as ``save_pretrained`` writes them."""
     from transformers import BitsAndBytesConfig
 
