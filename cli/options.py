@@ -394,7 +394,20 @@ PushOpt = Annotated[
         show_default=False,
     ),
 ]
-PublicOpt = Annotated[bool, flag("--public/--private", help="Who may see a repository that the push makes.", panel=HUB)]
+PublicOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--public/--private",
+        metavar="",
+        help="Who may see the repository. A new one is private unless it is to be public.",
+        rich_help_panel=HUB,
+        show_default=False,
+    ),
+]
+ReplaceOpt = Annotated[
+    bool,
+    flag("--replace", help="Replace weights in the repository that are not qz's.", panel=HUB),
+]
 PushSubfolderOpt = Annotated[
     str | None,
     typer.Option(
@@ -406,14 +419,13 @@ PushSubfolderOpt = Annotated[
     ),
 ]
 BranchOpt = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--branch",
         "--revision",
         metavar="NAME",
-        help="The branch to commit to. Default: main.",
+        help="The branch to commit to.",
         rich_help_panel=HUB,
-        show_default=False,
     ),
 ]
 CreatePrOpt = Annotated[bool, flag("--create-pr", help="Open a pull request instead of committing.", panel=HUB)]

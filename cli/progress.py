@@ -37,9 +37,10 @@ class Step(Protocol):
 class Display:
     """A callback for the core, safe to call from any thread. A context manager: the bar goes away with the run."""
 
-    def __init__(self, doing: str, *, quiet: bool = False) -> None:
-        """``doing`` says what is going on, in a word: ``Quantizing``."""
+    def __init__(self, doing: str, *, unit: str = "tensor", quiet: bool = False) -> None:
+        """``doing`` says what is going on, in a word: ``Quantizing``. ``unit`` is what is counted, as the core does."""
         self.doing = doing
+        self.unit = unit
         self.quiet = quiet
         self.lock = threading.Lock()
         self.started = time.monotonic()
@@ -51,7 +52,7 @@ class Display:
     def __enter__(self) -> Self:
         if not self.quiet and sys.stderr.isatty():
             self.bar = bar()
-            self.task = self.bar.add_task(self.doing, total=None, tensors="")
+            self.task = self.bar.add_task(self.doing, total=None, count="")
             self.bar.start()
         return self
 
@@ -63,8 +64,8 @@ class Display:
         if self.quiet:
             return
         if self.bar is not None:
-            tensors = f"{step.weights}/{step.all_weights}"
-            self.bar.update(self.task, completed=step.bytes, total=step.all_bytes, tensors=tensors)
+            count = f"{step.weights}/{step.all_weights} {self.unit}s"
+            self.bar.update(self.task, completed=step.bytes, total=step.all_bytes, count=count)
             return
         with self.lock:
             self.line(step)
@@ -79,7 +80,7 @@ class Display:
             return
         self.last_line = now
         parts = [f"{self.doing}: {size(step.bytes)} of {size(step.all_bytes)}"]
-        parts.append(f"tensor {step.weights} of {step.all_weights}")
+        parts.append(f"{self.unit} {step.weights} of {step.all_weights}")
         elapsed, moved = now - self.started, step.bytes - self.first_bytes
         if elapsed > 1 and moved > 0:
             parts.append(f"{size(moved / elapsed)}/s")
@@ -110,6 +111,6 @@ def bar() -> Progress:
     if width >= 80:
         columns.append(TransferSpeedColumn())
     if width >= 100:
-        columns.append(TextColumn("{task.fields[tensors]} tensors", markup=False))
+        columns.append(TextColumn("{task.fields[count]}", markup=False))
     columns.append(TimeRemainingColumn(compact=True))
     return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True, expand=True)
