@@ -227,9 +227,7 @@ def cast(values: Array, source_dtype: str, target_dtype: str, out: Array) -> Non
     if source_dtype == target_dtype:
         np.copyto(out, values)
         return
-    from qz.quantize import kernels_torch
-
-    kernels_torch.cast(values, source_dtype, target_dtype, out)
+    _backend.cast(values, source_dtype, target_dtype, out)
 
 
 def error_sums(original: Array, dtype: str, dequantized: Array) -> tuple[float, float, float]:

@@ -40,9 +40,11 @@ def _of_bf16(raw: Any) -> Any:
 
 @inlined
 def _of_f16(raw: Any) -> Any:
-    """Fields moved into place, then the exponent's bias corrected by an exact multiplication; finite values only."""
-    magnitude = float_of((np.uint32(raw) & np.uint32(0x7FFF)) << np.uint32(13)) * np.float32(2.0**112)
-    return float_of(bits(magnitude) | ((np.uint32(raw) & np.uint32(0x8000)) << np.uint32(16)))
+    """Fields moved into place, then the exponent's bias corrected by an exact multiplication."""
+    fields = np.uint32((np.uint32(raw) & np.uint32(0x7FFF)) << np.uint32(13))
+    finite = bits(float_of(fields) * np.float32(2.0**112))
+    magnitude = finite if fields < np.uint32(0x0F800000) else np.uint32(fields | np.uint32(0x7F800000))
+    return float_of(magnitude | ((np.uint32(raw) & np.uint32(0x8000)) << np.uint32(16)))
 
 
 @inlined
@@ -217,6 +219,23 @@ def _quantize_blockwise(values: Any, codes: Any, blocksize: int, out: Any, absma
             target[i] = codes[int(np.float32(np.float64(half) * 65535.0 + 0.5))]
 
 
+@compiled(types.boolean(array(types.uint16), types.boolean, _U16_OUT))
+def _cast_16(values: Any, to_bf16: Any, out: Any) -> bool:
+    """ "F16" to "BF16" or back. False if there is a NaN, whose bits are not right then."""
+    nan = 0
+    if to_bf16:
+        for i in range(values.size):
+            x = _of_f16(values[i])
+            nan |= x != x
+            out[i] = _to_bf16(x)
+    else:
+        for i in range(values.size):
+            x = _of_bf16(values[i])
+            nan |= x != x
+            out[i] = _to_f16(x)
+    return nan == 0
+
+
 @inlined
 def _sums(original: Any, dequantized: Any) -> tuple[float, float, float]:
     squares, total, largest = 0.0, 0.0, 0.0
@@ -297,6 +316,14 @@ def dequantize_int8(weight: _Array, scb: _Array, dtype: str, out: _Array) -> Non
 
 def quantize_blockwise(values: _Array, blocksize: int, out: _Array, absmax: _Array) -> None:
     _quantize_blockwise(values, quant_maps.nested_codes(), blocksize, out, absmax)
+
+
+def cast(values: _Array, source_dtype: str, target_dtype: str, out: _Array) -> None:
+    # torch is as fast as this for float32, and alone knows which NaN it makes of a NaN.
+    if "F32" in (source_dtype, target_dtype) or not _cast_16(values, target_dtype == "BF16", out):
+        from qz.quantize import kernels_torch
+
+        kernels_torch.cast(values, source_dtype, target_dtype, out)
 
 
 def error_sums(original: _Array, dtype: str, dequantized: _Array) -> tuple[float, float, float]:
