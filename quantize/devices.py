@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qz import UsageError
+from qz import QzError, TryAgain, Unsupported, UsageError
 from qz.quantize import kernels
 from qz.quantize.kernels import NonFinite
 
+if TYPE_CHECKING:
+    import torch
+
+    from qz.quantize.accelerators import Accelerator
+    from qz.quantize.reading import Bytes
+    from qz.quantize.stream import Arithmetic, QuantType
+
 CHUNK_BYTES = 4 << 20
 """Source bytes a CPU thread works on at a time: small enough to stay in its cache."""
+NVIDIA_DRIVER = "https://www.nvidia.com/drivers"
+TORCH_BUILDS = "https://pytorch.org/get-started/locally"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +31,23 @@ class Cpu:
     """``qz.quantize.kernels`` in the calling thread."""
 
     name: str = "cpu"
+    model: str = ""
     chunk_bytes: int = CHUNK_BYTES
+    notes: tuple[str, ...] = ()
+    """What the user should know about the choice of this device."""
 
     @property
     def threads(self) -> int:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def buffer(self, nbytes: int) -> NDArray[np.uint8]:
+    def buffer(self, nbytes: int) -> Bytes:
         return np.empty(nbytes, np.uint8)
 
     def cast(self, values: NDArray[Any], source: str, target: str, out: NDArray[Any]) -> None:
         kernels.cast(values, source, target, out)
 
     def quantize_4bit(
-        self, values: NDArray[Any], dtype: str, quant_type: str, packed: NDArray[np.uint8], absmax: NDArray[np.float32]
+        self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
     ) -> NonFinite:
         return kernels.quantize_4bit(values, dtype, quant_type, packed, absmax)
 
@@ -44,12 +56,82 @@ class Cpu:
     ) -> NonFinite:
         return kernels.quantize_int8(values, dtype, weight, scb)
 
-    def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32], float]:
+    def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]:
         return kernels.quantize_absmax(absmax)
 
 
-def arithmetic_on(device: str) -> Cpu:
-    """The arithmetic of a ``--device``: ``auto``, ``cpu``, ``cuda[:N]``, ``xpu`` or ``mps``."""
-    if device in ("auto", "cpu"):
+def arithmetic_on(device: str) -> Arithmetic:
+    """The arithmetic of a ``--device``: ``auto``, ``cpu``, ``cuda[:N]``, ``xpu[:N]`` or ``mps``.
+
+    ``auto`` is all GPUs like the first one, if CUDA works here, else the CPU; where there is a GPU that does not work,
+    ``notes`` says why. Raises UsageError for a device that is not there, Unsupported for one that bitsandbytes cannot
+    use, TryAgain for one without memory.
+    """
+    if device == "cpu":
         return Cpu()
-    raise UsageError(f"--device {device} is not available here. Use --device cpu.")
+    if device != "auto":
+        return _accelerator(device)
+    import torch
+
+    if not torch.cuda.is_available():
+        return Cpu()
+    try:
+        return _accelerator("cuda")
+    except QzError as error:
+        return Cpu(notes=(f"computed on the CPU: {error}",))
+
+
+def _accelerator(device: str) -> Accelerator:
+    """All devices like the first, or the one that is named. Its first operation is tried, see ``arithmetic_on``."""
+    import torch
+
+    from qz.quantize.accelerators import Accelerator
+
+    kind, _, number = device.partition(":")
+    _require(kind)
+    found = torch.get_device_module(kind).device_count()
+    if number and int(number) >= found:
+        raise UsageError(f"There is no {device} here, only {kind}:0 to {kind}:{found - 1}. Choose one of them.")
+    devices = [torch.device(kind, int(number))] if number else _alike(kind, found)
+    try:
+        return Accelerator(devices, device)
+    except (RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in first_line:
+            raise TryAgain(
+                f"{device} has no memory left ({first_line}). End what else uses it and run the same command again, or "
+                "use --device cpu."
+            ) from error
+        raise Unsupported(
+            f"bitsandbytes does not work on {device} here: {first_line}. `python -m bitsandbytes` tells more; "
+            "or use --device cpu."
+        ) from error
+
+
+def _alike(kind: str, found: int) -> list[torch.device]:
+    """The devices that compute like the first: a mixed host would write bytes that depend on who took which chunk."""
+    import torch
+
+    if kind != "cuda":
+        return [torch.device(kind)]
+    first = torch.cuda.get_device_properties(0)
+    like = [n for n in range(found) if torch.cuda.get_device_properties(n).name == first.name]
+    return [torch.device("cuda", n) for n in like]
+
+
+def _require(kind: str) -> None:
+    """Raise UsageError, with the reason and the next step, unless torch can use this kind of device here."""
+    import torch
+
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError("--device mps needs a Mac with Apple silicon, and this is none. Use --device cpu.")
+    elif not torch.get_device_module(kind).is_available():
+        built = torch.version.cuda or torch.version.hip if kind == "cuda" else getattr(torch.version, "xpu", None)
+        if not built:
+            raise UsageError(
+                f"--device {kind}: torch {torch.__version__} is built without it. Install a build that has it "
+                f"({TORCH_BUILDS}), or use --device cpu."
+            )
+        driver = f"no NVIDIA driver works here ({NVIDIA_DRIVER})" if kind == "cuda" else "no driver works here"
+        raise UsageError(f"--device {kind}: {driver}, or no such device is visible. Check it, or use --device cpu.")
