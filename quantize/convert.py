@@ -5,46 +5,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from qz import Unsupported
+from qz.formats.carry import Carried, companions, terms
 from qz.formats.checkpoint import Checkpoint, StoredTensor
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.staging import Staging, refuse_overlap
 from qz.quantize.architecture import Wish, examine, library_versions
-from qz.quantize.methods import Method
+from qz.quantize.parts import Target as Target
+from qz.quantize.parts import model_part, write_parts
 from qz.quantize.plan import Plan, make_plan
+from qz.quantize.request import identity_of, wishes
+from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
+from qz.quantize.settings import Settings as Settings
 from qz.quantize.stream import Nowhere, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
 
-DEFAULT_SHARD_BYTES = 5 * 10**9
 COMPARE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to convert. ``threads`` 0 means one for each CPU that may be used."""
-
-    method: Method | None
-    dtype: str = "auto"
-    skips: tuple[str, ...] = ()
-    default_skips: bool = True
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    device: str = "auto"
-    threads: int = 0
-    keep_nonfinite: bool = False
-    """Leave weights that hold NaN or infinite values unquantized, instead of refusing them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where to put the result, and what to do with what is there."""
-
-    output: Path
-    overwrite: bool = False
-    resume: bool = True
+TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed")
+"""Of a summary, what differs from run to run."""
 
 
 def plan_quantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
@@ -72,14 +52,27 @@ def nonfinite_modules(plan: Plan, settings: Settings) -> list[str]:
     return sorted(weight.removesuffix(".weight") for weight in run.nonfinite)
 
 
+def goes_along(checkpoint: Checkpoint, root: Folder, settings: Settings) -> tuple[Carried, ...]:
+    """What is copied beside the converted weights, so that the output works wherever the original did.
+
+    ``root`` is the repository, if ``checkpoint`` lies in a folder of it: its licence covers that folder too.
+    """
+    if settings.weights_only:
+        return ()
+    found = companions(checkpoint.folder)
+    names = {each.name for each in found}
+    return (*found, *(each for each in terms(root) if each.name not in names))
+
+
 def carry_out(
     plan: Plan,
     source: Source,
     target: Target,
     settings: Settings,
-    progress: Callable[[Progress], None] = lambda progress: None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    carried: tuple[Carried, ...] = (),
 ) -> Summary:
-    """Write what the plan says. Afterwards the output is complete and checked, or absent.
+    """Write what the plan says, and ``carried`` beside it. Afterwards the output is complete and checked, or absent.
 
     Raises what reading, computing and writing raise; finished shards stay for the next run with the same settings.
     """
@@ -87,30 +80,28 @@ def carry_out(
 
     begun = time.monotonic()
     folder = plan.checkpoint.folder
-    if isinstance(folder, LocalFolder):
-        refuse_overlap(folder.path, target.output)
     arithmetic = arithmetic_on(settings.device)
-    with Staging(
-        target.output,
-        _fingerprint(plan, settings, arithmetic.name),
-        needed=plan.bytes_output,
-        overwrite=target.overwrite,
-        resume=target.resume,
-        about=_about(plan, source, arithmetic.name),
-    ) as staging:
-        resumed = staging.resumed
-        Run(plan, folder, staging, arithmetic, progress).convert(settings.threads or arithmetic.threads)
-        for name, data in plan.files.items():
-            staging.write_file(name, data)
-        written = staging.commit()
+    part = model_part(plan, carried)
+    summary = summarize(plan, source, str(target.output), device=arithmetic.name, carried=part.carried)
+    written = write_parts(
+        [part],
+        [folder],
+        target,
+        arithmetic,
+        settings.threads or arithmetic.threads,
+        fingerprint=fingerprint(folder.identity(), settings, arithmetic.name),
+        about=about(summary.as_json(), folder, source.location, settings),
+        progress=progress,
+    )
     return summarize(
         plan,
         source,
         str(target.output),
         device=arithmetic.name,
-        written=written,
+        written=written.files,
+        carried=part.carried,
         seconds=time.monotonic() - begun,
-        resumed=resumed,
+        resumed=written.resumed,
     )
 
 
@@ -154,32 +145,17 @@ def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return all(piece(first, start) == piece(second, start) for start in range(0, first.nbytes, COMPARE_BYTES))
 
 
-def _fingerprint(plan: Plan, settings: Settings, device: str) -> dict[str, Any]:
+def fingerprint(source: dict[str, Any], settings: Settings, device: str) -> dict[str, Any]:
     """What must be the same for a resumed run to write the same bytes. Threads are not part of it."""
-    method = settings.method
-    return {
-        "source": plan.checkpoint.folder.identity(),
-        "method": method.name if method else None,
-        "settings": {
-            **(method.config() if method else {}),
-            "dtype": settings.dtype,
-            "skips": list(settings.skips),
-            "default_skips": settings.default_skips,
-            "max_shard_bytes": settings.max_shard_bytes,
-        },
-        "versions": library_versions(),
-        "device": device,
-    }
+    return {"source": source, "settings": wishes(settings), "versions": library_versions(), "device": device}
 
 
-def _about(plan: Plan, source: Source, device: str) -> dict[str, Any]:
+def about(summary: dict[str, Any], folder: Folder, location: str, settings: Settings) -> dict[str, Any]:
     """What the record in the output says of how it was made; nothing private, so no local path."""
     from qz import __version__
 
-    summary = summarize(plan, source, "", device=device)
-    about = summary.as_json()
-    for key in ("output", "dry_run", "seconds", "shards", "resumed"):
-        about.pop(key)
-    if isinstance(plan.checkpoint.folder, LocalFolder):
-        about["source"]["location"] = os.path.basename(os.path.realpath(source.location))
-    return {"qz": __version__, "versions": library_versions(), **about}
+    told = {key: value for key, value in summary.items() if key not in TRANSIENT}
+    if isinstance(folder, LocalFolder):
+        told["source"] = {**told["source"], "location": os.path.basename(os.path.realpath(location))}
+    made_from = {"identity": identity_of(folder), "settings": wishes(settings)}
+    return {"qz": __version__, "versions": library_versions(), **told, **made_from}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qz.formats.carry import Carried
 from qz.formats.record import WrittenFile
 from qz.quantize.plan import Plan
 from qz.quantize.reading import Packed
@@ -53,6 +54,8 @@ class Summary:
     """In a dry run with the hash left empty."""
     seconds: float
     resumed: bool = False
+    carried: tuple[str, ...] = ()
+    """Files copied unchanged: tokenizer, processor, licence."""
 
     @property
     def coverage(self) -> float:
@@ -106,6 +109,7 @@ class Summary:
             "bits_per_weight": round(self.bits_per_weight, 3),
             "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
             "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in self.shards],
+            "carried": list(self.carried),
             "warnings": list(self.warnings),
             "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
@@ -119,12 +123,14 @@ def summarize(
     *,
     device: str,
     written: Iterable[WrittenFile] = (),
+    carried: Iterable[Carried] = (),
     seconds: float = 0.0,
     resumed: bool = False,
 ) -> Summary:
     """Sum a plan up; ``written`` are the files of a finished run, none for a dry run."""
     architecture = plan.architecture
-    files = tuple(written)
+    copied = {each.name for each in carried}
+    files = tuple(file for file in written if file.name not in copied)
     names = {layout.file for layout in plan.shards}
     quantized = plan.quantized
     method, double_quant = _method(plan)
@@ -153,6 +159,7 @@ def summarize(
         else tuple(WrittenFile(layout.file, layout.size, "") for layout in plan.shards),
         seconds=seconds,
         resumed=resumed,
+        carried=tuple(sorted(copied)),
     )
 
 
