@@ -122,7 +122,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     ),
     "companion-missing": (MalformedInput, "{name} is quantized ({kind}) but has no {missing}. " + _AGAIN),
     "companion-orphan": (MalformedInput, "{name} belongs to a quantized weight that is not there. " + _AGAIN),
-    "companion-malformed": (MalformedInput, "{name} is {found}; {kind} of its weight needs {needed}. " + _AGAIN),
+    "companion-malformed": (MalformedInput, "{name} is {found}, where {kind} needs {needed}. " + _AGAIN),
     "quant-state-malformed": (MalformedInput, "{name}: {why}. " + _AGAIN),
     "quant-state-mismatch": (MalformedInput, "{name} says {said}, but {found}. " + _AGAIN),
     "quantization-config-malformed": (MalformedInput, "{where}: quantization_config {why}. " + _AGAIN),
