@@ -19,7 +19,7 @@ from qz.formats import files
 from qz.formats.record import WrittenFile, as_written
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 class Journal:
@@ -111,3 +111,25 @@ def _parse(line: bytes) -> Any:
     if checksum != b"%08x" % zlib.crc32(text):
         raise ValueError("not as it was written")
     return json.loads(text)
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
+    """``key: old → new`` of the values that differ, nested keys joined by dots."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    absent = object()
+    keys = [key for key in sorted(before | after) if before.get(key, absent) != after.get(key, absent)]
+    shown = [f"{key}: {_short(before.get(key))} → {_short(after.get(key))}" for key in keys[:most]]
+    return ", ".join(shown) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:59] + "…"

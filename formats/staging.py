@@ -31,9 +31,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
 from qz.formats import files
-from qz.formats.journal import Journal
+from qz.formats.descriptors import Descriptors
+from qz.formats.journal import Journal, describe_difference
+from qz.formats.output import beside, refuse_output, refuse_overlap
 from qz.formats.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
-from qz.formats.writer import TEMPORARY, Descriptors, ShardLayout, ShardWriter, hash_file
+from qz.formats.writer import TEMPORARY, Chunk, ShardLayout, ShardWriter, hash_file, read_back, write_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -85,13 +87,13 @@ class Staging:
         self._committed = False
         journal = beside(self.output, ".partial.journal")
         if files.kind(journal) is None:
-            _refuse_output(self.output, overwrite)
+            refuse_output(self.output, overwrite)
             self._refuse_stranger(journal)
         files.make_folder(self.output.parent)
         self._journal = Journal(journal)
         try:
             self._recover()
-            _refuse_output(self.output, overwrite)
+            refuse_output(self.output, overwrite)
             self._prepare(json.loads(json.dumps(fingerprint)), needed, resume)
         except BaseException:
             self._leave()
@@ -237,21 +239,19 @@ class Staging:
         path = self._partial / name
         temporary = path.with_name(path.name + TEMPORARY)
         self._make_parent(path)
-        digest, size = hashlib.sha256(), 0
+        chunks: list[Chunk] = []
+        size = 0
         descriptor = files.open_file(temporary, create=True)
         try:
             if reserve:
                 files.reserve(descriptor, temporary, reserve)
             for piece in pieces:
-                files.write(descriptor, temporary, piece, size)
-                digest.update(piece)
+                chunks.append(write_chunk(descriptor, temporary, piece, size))
                 size += len(piece)
+            written = WrittenFile(name, size, read_back(descriptor, temporary, chunks))
             files.sync(descriptor, temporary)
         finally:
             files.close(descriptor, temporary)
-        written = WrittenFile(name, size, digest.hexdigest())
-        if hash_file(temporary) != written.sha256:
-            raise IOFailed(f"{temporary} reads back different from what was written. Check the disk, then run again.")
         files.rename(temporary, path)
         files.sync_folder(path.parent)
         self._written[name] = written
@@ -276,9 +276,7 @@ class Staging:
         for name in sorted(self._last, key=lambda name: (_rank(name), name)):
             self._store(name, [memoryview(self._last[name])])
         written = tuple(sorted(self._written.values(), key=lambda file: file.name))
-        self._store(
-            RECORD, [memoryview(encode_record(written, self._about))]
-        )  # and with it the names of all files are durable
+        self._store(RECORD, [memoryview(encode_record(written, self._about))])  # makes the names of all files durable
         found = dict(self._walk(self._partial))
         if found != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
@@ -302,7 +300,7 @@ class Staging:
                 yield prefix + name, status.st_size if status else -1
 
     def _publish(self) -> None:
-        _refuse_output(self.output, self._overwrite)
+        refuse_output(self.output, self._overwrite)
         replaced = files.kind(self.output) is not None and bool(files.names(self.output))
         try:
             if replaced:
@@ -342,75 +340,6 @@ class Staging:
                     self._journal.remove()
         with suppress(QzError):
             self._journal.close()
-
-
-def beside(output: Path, suffix: str) -> Path:
-    """A name beside the output, on the same file system."""
-    return output.with_name(output.name + suffix)
-
-
-def refuse_overlap(source: Path, output: Path) -> None:
-    """Raise OutputRefused if the output, or what is staged beside it, is the source, inside it, or around it."""
-    real_source = Path(os.path.realpath(source))
-    real_output = Path(os.path.realpath(output))
-    for place in (real_output, beside(real_output, ".partial"), beside(real_output, ".partial.old")):
-        if _within(place, real_source) or _within(real_source, place):
-            raise OutputRefused(
-                f"The output {output} and the source {source} overlap. Choose a folder outside it with -o/--output."
-            )
-
-
-def _within(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is ``folder`` or inside it, also where the same folder goes by two names."""
-    found = files.status(folder)
-    for each in (path, *path.parents):
-        if each == folder:
-            return True
-        other = files.status(each) if found is not None else None
-        if found is not None and other is not None and os.path.samestat(found, other):
-            return True
-    return False
-
-
-def _refuse_output(output: Path, overwrite: bool) -> None:
-    """Raise OutputRefused unless there is nothing, an empty folder, or a checkpoint that may be overwritten."""
-    what = files.kind(output)
-    if what is None:
-        return
-    if what == "link":
-        raise OutputRefused(f"{output} is a symbolic link. Give the folder it points to, or another, with -o/--output.")
-    if what != "folder":
-        raise OutputRefused(f"{output} exists and is not a folder. Choose another with -o/--output.")
-    if os.path.ismount(output):
-        raise OutputRefused(f"{output} is a mount point: it cannot be replaced. Choose a folder in it: -o {output}/…")
-    held = files.names(output)
-    if held and not overwrite:
-        raise OutputRefused(f"{output} exists and is not empty. Replace it with --overwrite, or choose -o/--output.")
-    if held and (".git" in held or not {"config.json", "model_index.json", RECORD} & set(held)):
-        what_else = "a git repository" if ".git" in held else "not a checkpoint (it has no config.json)"
-        raise OutputRefused(f"{output} is {what_else}: --overwrite does not remove it. Choose another folder.")
-
-
-def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
-    """``key: old → new`` of the values that differ, nested keys joined by dots."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
-    absent = object()
-    keys = [key for key in sorted(before | after) if before.get(key, absent) != after.get(key, absent)]
-    shown = [f"{key}: {_short(before.get(key))} → {_short(after.get(key))}" for key in keys[:most]]
-    return ", ".join(shown) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _rank(name: str) -> int:

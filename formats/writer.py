@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import zlib
-from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +11,12 @@ import numpy as np
 
 from qz import IOFailed
 from qz.formats import files
+from qz.formats.descriptors import Descriptors
 from qz.formats.record import PIECE, WrittenFile
 from qz.formats.safetensors import TensorInfo, encode_header, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 PAGE = 4096
@@ -49,59 +47,10 @@ class ShardLayout:
         return self.header_size + max((t.stop for t in self.tensors if t.name not in self.variable), default=0)
 
 
-class Descriptors:
-    """Open descriptors of any number of files in progress, a few at a time, opened again on demand. Thread-safe."""
-
-    def __init__(self, limit: int = 16) -> None:
-        self._limit = limit
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._users: dict[Path, int] = {}
-        self._closed = False
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def use(self, path: Path) -> Iterator[int]:
-        """An open descriptor of an existing file, which stays open inside the ``with``."""
-        with self._changed:
-            while path not in self._open:
-                if self._closed:
-                    raise RuntimeError("written to after the run ended")
-                if len(self._open) < self._limit:
-                    self._open[path] = files.open_file(path, create=False)
-                elif (idle := next((p for p in self._open if not self._users.get(p)), None)) is not None:
-                    files.close(self._open.pop(idle), idle)
-                else:
-                    self._changed.wait()
-            self._open.move_to_end(path)
-            self._users[path] = self._users.get(path, 0) + 1
-            descriptor = self._open[path]
-        try:
-            yield descriptor
-        finally:
-            with self._changed:
-                self._users[path] -= 1
-                if not self._users[path]:
-                    del self._users[path]
-                self._changed.notify_all()
-
-    def close(self, path: Path) -> None:
-        """Close this file, if it is open and nobody uses it."""
-        with self._changed:
-            if path in self._open and path not in self._users:
-                files.close(self._open.pop(path), path)
-
-    def close_all(self) -> None:
-        """Close everything once nobody uses it, for good: a late write must not hit a number used for another file."""
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: not self._users)
-            while self._open:
-                path, descriptor = self._open.popitem()
-                files.close(descriptor, path)
-
-
 @dataclass(frozen=True, slots=True, order=True)
-class _Chunk:
+class Chunk:
+    """Bytes ``[start, stop)`` of a file, and what :func:`page_checksum` says of them."""
+
     start: int
     stop: int
     checksum: int
@@ -120,7 +69,7 @@ class ShardWriter:
         self._descriptors = descriptors
         self._done = done
         self._tensors = {tensor.name: tensor for tensor in layout.tensors}
-        self._chunks: list[_Chunk] = []
+        self._chunks: list[Chunk] = []
         self._variable: dict[str, bytes] = {}
         self._finishing = False
         descriptor = files.open_file(self._temporary, create=True)
@@ -149,15 +98,8 @@ class ShardWriter:
         if not len(view):
             return
         with self._descriptors.use(self._temporary) as descriptor:
-            checksum = 0
-            for piece in range(0, len(view), PIECE):
-                part = view[piece : piece + PIECE]
-                checksum = page_checksum(part, checksum)
-                files.write(descriptor, self._temporary, part, start + piece)
-            stop = start + len(view)
-            if len(view) >= PIECE // 4:
-                files.start_writeback(descriptor, -(-start // PAGE) * PAGE, stop // PAGE * PAGE)
-        self._chunks.append(_Chunk(start, stop, checksum))  # atomic under the GIL and in free-threaded CPython
+            chunk = write_chunk(descriptor, self._temporary, view, start)
+        self._chunks.append(chunk)  # atomic under the GIL and in free-threaded CPython
 
     def finish(self) -> WrittenFile:
         """Write the header, store the file durably, compare what can be read with what was written, and name it.
@@ -177,7 +119,7 @@ class ShardWriter:
         with self._descriptors.use(self._temporary) as descriptor:
             files.truncate(descriptor, self._temporary, size)
             # Reading back comes before fsync, because the kernel goes on storing meanwhile; both see the same pages.
-            digest = self._read_back(descriptor, size)
+            digest = read_back(descriptor, self._temporary, sorted(self._chunks))
             self._require_header(descriptor, tensors, size)
             files.sync(descriptor, self._temporary)
         self._descriptors.close(self._temporary)
@@ -209,26 +151,6 @@ class ShardWriter:
             tensors.append(tensor)
         return tensors
 
-    def _read_back(self, descriptor: int, size: int) -> str:
-        digest, position = hashlib.sha256(), 0
-        buffer = memoryview(bytearray(PIECE))
-        for chunk in sorted(self._chunks):
-            checksum = 0
-            for start in range(chunk.start, chunk.stop, PIECE):
-                part = buffer[: min(PIECE, chunk.stop - start)]
-                got = files.read(descriptor, self._temporary, part, start)
-                checksum = page_checksum(part[:got], checksum)
-                digest.update(part)
-            if checksum != chunk.checksum:
-                raise IOFailed(
-                    f"{self._temporary} reads back different from what was written at {chunk.start:,}-{chunk.stop:,}. "
-                    "Check the disk and the memory of this machine, then run the same command again."
-                )
-            position = chunk.stop
-        if position != size:
-            raise RuntimeError(f"{self.layout.file}: {position} bytes written, {size} expected")
-        return digest.hexdigest()
-
     def _require_header(self, descriptor: int, tensors: list[TensorInfo], size: int) -> None:
         def read(offset: int, length: int) -> bytes:
             buffer = bytearray(length)
@@ -237,6 +159,38 @@ class ShardWriter:
         found = read_header(read, size, str(self._temporary))
         if found.data_start != self.layout.header_size or found.tensors != {tensor.name: tensor for tensor in tensors}:
             raise RuntimeError(f"{self.layout.file}: its header does not read as planned")
+
+
+def write_chunk(descriptor: int, path: Path, view: memoryview, start: int) -> Chunk:
+    """Write the bytes of ``view`` at ``start``, and have the kernel begin to store them if they are many."""
+    checksum = 0
+    for piece in range(0, len(view), PIECE):
+        part = view[piece : piece + PIECE]
+        checksum = page_checksum(part, checksum)
+        files.write(descriptor, path, part, start + piece)
+    stop = start + len(view)
+    if len(view) >= PIECE // 4:
+        files.start_writeback(descriptor, -(-start // PAGE) * PAGE, stop // PAGE * PAGE)
+    return Chunk(start, stop, checksum)
+
+
+def read_back(descriptor: int, path: Path, chunks: Iterable[Chunk]) -> str:
+    """The SHA-256 of a file that is all ``chunks``, in order; IOFailed if it does not read as it was written."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(PIECE))
+    for chunk in chunks:
+        checksum = 0
+        for start in range(chunk.start, chunk.stop, PIECE):
+            part = buffer[: min(PIECE, chunk.stop - start)]
+            got = files.read(descriptor, path, part, start)
+            checksum = page_checksum(part[:got], checksum)
+            digest.update(part)
+        if checksum != chunk.checksum:
+            raise IOFailed(
+                f"{path} reads back different from what was written at bytes {chunk.start:,} to {chunk.stop:,}. "
+                "Check the disk and the memory of this machine, then run the same command again."
+            )
+    return digest.hexdigest()
 
 
 def as_bytes(data: Any) -> memoryview:
