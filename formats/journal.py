@@ -102,8 +102,10 @@ class Journal:
         files.remove(self.path)
 
     def close(self) -> None:
-        """Give up the lock."""
-        files.close(self._descriptor, self.path)
+        """Give up the lock. A late ``add`` fails: it must not hit a number used for another file."""
+        with self._adding:
+            descriptor, self._descriptor = self._descriptor, -1
+            files.close(descriptor, self.path)
 
 
 def _parse(line: bytes) -> Any:

@@ -354,6 +354,20 @@ def test_descriptors_are_opened_again_on_demand(tmp_path: Path) -> None:
     assert opened == ["0", "1", "2", "3", "4", "0"]
 
 
+def test_a_write_after_the_run_ended_fails_and_hits_no_other_file(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Staging(tmp_path / "out", {}, needed=0) as staging:
+        first, late = (staging.open_shard(shard_layout(file, VALUES[file])) for file in SHARDS)
+        first.write("a", VALUES[SHARDS[0]]["a"])
+        raise ZeroDivisionError
+    with open(tmp_path / "other", "w+b") as other:
+        with pytest.raises(RuntimeError, match="after the run ended"):
+            first.write("b", VALUES[SHARDS[0]]["b"])
+        with pytest.raises(RuntimeError, match="after the run ended"):
+            late.write("c", VALUES[SHARDS[1]]["c"])
+        assert other.read() == b""
+    assert os.listdir(tmp_path) == ["other"]
+
+
 # What is checked before a shard gets its name
 
 
