@@ -31,31 +31,32 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, A
             "git-lfs-pointer", f"{where} is a Git-LFS pointer, not the file. Run `git lfs pull`, or download it again."
         )
     if len(data) > limit or (len(data) > MAX_BYTES and not data.isascii()):
-        raise Malformed("json-malformed", f"{where} is {len(data)} bytes long, which is too large for such a file.")
+        raise _malformed(f"{where} is {len(data)} bytes long, which is too large for such a file")
     containers = data.count(b"{") + data.count(b"[")
     if containers > MAX_CONTAINERS:
-        raise Malformed(
-            "json-malformed", f"{where} holds more than {MAX_CONTAINERS} lists and objects, too many for such a file."
-        )
+        raise _malformed(f"{where} holds more than {MAX_CONTAINERS} lists and objects, too many for such a file")
     try:
         value = _DECODER.decode(data.decode("utf-8"))
     except _RefusedError as error:
-        raise Malformed("json-malformed", f"{where} is refused: {error}.") from None
+        raise _malformed(f"{where} is refused: {error}") from None
     except UnicodeDecodeError as error:
-        raise Malformed("json-malformed", f"{where} is not UTF-8 text (byte {error.start}).") from None
+        raise _malformed(f"{where} is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise Malformed("json-malformed", f"{where} is not valid JSON: {error.msg}, line {error.lineno}.") from None
+        why = error.msg.removesuffix(" at").lower()
+        raise _malformed(f"{where} is not valid JSON: {why}, line {error.lineno}, column {error.colno}") from None
     except RecursionError:
-        raise Malformed("json-malformed", f"{where} is nested more than {MAX_DEPTH} levels deep.") from None
+        raise _malformed(f"{where} is nested more than {MAX_DEPTH} levels deep") from None
     if not isinstance(value, dict):
-        raise Malformed(
-            "json-malformed", f"{where} holds {_KINDS.get(type(value), 'something')} where an object is expected."
-        )
+        raise _malformed(f"{where} holds {_KINDS.get(type(value), 'something')} where an object is expected")
     if _HALF.search(data) and not _is_unicode(value):
-        raise Malformed("json-malformed", f"{where} holds half a surrogate pair, which is no text.")
+        raise _malformed(f"{where} holds half a surrogate pair, which is no text")
     if containers > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        raise Malformed("json-malformed", f"{where} is nested more than {MAX_DEPTH} levels deep.")
+        raise _malformed(f"{where} is nested more than {MAX_DEPTH} levels deep")
     return value
+
+
+def _malformed(why: str) -> Malformed:
+    return Malformed("json-malformed", f"{why}. Correct it, or download it again.")
 
 
 def dump_json(value: object) -> bytes:

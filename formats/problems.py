@@ -80,8 +80,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
         MalformedInput,
         (
             "{location} has only pickle weights ({name}), which can run code and which qz never loads. If you "
-            'trust them, convert them: python -c "from {library} import {architecture} as M; '
-            "M.from_pretrained('{location}').save_pretrained('NEW')\""
+            "trust them, convert them: {command}"
         ),
     ),
     "gguf": (MalformedInput, ""),
@@ -176,9 +175,7 @@ WARNINGS: dict[str, str] = {
     "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",
     "file-unused": "{where} holds nothing that the checkpoint uses. Delete it, or download the index again.",
     "pickle-files": "{where} is a pickle file, which can run code. qz never loads it; delete it if nothing needs it.",
-    "custom-code": (
-        "{location} brings code of its own{named}. qz never runs it: the class must be one of {library}'s own."
-    ),
+    "custom-code": ("{location} brings code of its own{named}. qz never runs it: the class must come with {library}."),
 }
 _PLACES = {kind: place for place, kind in enumerate((*ERRORS, "", *WARNINGS))}
 

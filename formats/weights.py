@@ -117,10 +117,21 @@ def _no_weights(folder: Folder, library: Library, architecture: str | None, prob
         instead = f", but {found}. Rename it if it is in {library}'s own layout; convert it if it is another tool's"
         problems.add("weights-missing", name, name=name, library=library, instead=instead)
     elif pickles:
-        facts = {"name": quoted(pickles[0], 40), "library": library, "architecture": architecture or "AutoModel"}
-        problems.add("pickle-only", pickles[0], **facts)
+        command = _conversion(library, architecture, folder.location)
+        problems.add("pickle-only", pickles[0], name=quoted(pickles[0], 40), command=command)
     else:
         problems.add("weights-missing", name, name=name, library=library, instead=", nor other weights. Download them")
+
+
+def _conversion(library: Library, architecture: str | None, location: str) -> str:
+    """The command that turns pickles into safetensors. It will be pasted into a shell: only plain names get into it."""
+    name = architecture if architecture and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", architecture) else "AutoModel"
+    remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}(?:/(.+))?", location)
+    folder, inner = remote.groups("") if remote else (location, "")
+    source = f"'{folder}', subfolder='{inner}'" if inner else f"'{folder}'"
+    if not re.fullmatch(r"[A-Za-z0-9_./@ -]*", folder + inner):
+        source = "'FOLDER'"
+    return f"python -c \"from {library} import {name} as M; M.from_pretrained({source}).save_pretrained('NEW')\""
 
 
 def original_layout(names: Iterable[str]) -> dict[str, str] | None:

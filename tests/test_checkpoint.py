@@ -408,6 +408,18 @@ def test_pickles_are_refused_with_the_command_that_converts_them(saved: Path, tm
     assert set(converted.tensors) == set(open_checkpoint(LocalFolder(saved / "llama-None")).tensors)
 
 
+@pytest.mark.parametrize("name", ["x$(true)", "x`true`", 'x"; true; "', "x'; true"])
+def test_the_command_to_paste_holds_nothing_that_a_file_could_smuggle_in(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM; import os"]}))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(MalformedInput) as raised:
+        open_checkpoint(LocalFolder(folder))
+    _, _, command = str(raised.value).partition("python -c ")
+    assert command == "\"from transformers import AutoModel as M; M.from_pretrained('FOLDER').save_pretrained('NEW')\""
+
+
 def test_a_pipeline_names_its_components(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     for name in ("transformer", "vae"):
@@ -476,6 +488,22 @@ def test_a_folder_far_away_is_read_once_a_shard(tmp_path: Path) -> None:
     assert checkpoint.tensors == local.tensors
     assert list(checkpoint.tensors) == list(local.tensors)
     assert len(remote.reads) == 2 + 20
+
+
+@pytest.mark.parametrize(
+    ("location", "source"),
+    [
+        ("org/name@0123456789ab", "'org/name'"),
+        ("org/name@0123456789ab/text_encoder", "'org/name', subfolder='text_encoder'"),
+        ("org/name@0123456789ab/x'y", "'FOLDER'"),
+    ],
+)
+def test_pickles_far_away_are_converted_from_there(location: str, source: str) -> None:
+    remote = Remote({"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b""})
+    remote.location = location
+    with pytest.raises(MalformedInput) as raised:
+        open_checkpoint(remote)
+    assert f"M.from_pretrained({source}).save_pretrained('NEW')" in str(raised.value)
 
 
 def test_quant_states_far_away_are_read_together_or_only_some(saved: Path, tmp_path: Path) -> None:

@@ -269,3 +269,9 @@ def test_what_is_accepted_safetensors_accepts_with_the_same_tensors() -> None:
     tally = fuzzer().fuzz(seed=time.time_ns() % (1 << 32), seconds=8)
     assert tally.inputs > 10_000
     assert tally.accepted > tally.inputs / 20
+
+
+@pytest.mark.fuzz
+def test_ten_million_inputs_make_no_difference() -> None:
+    tally = fuzzer().fuzz(seed=time.time_ns() % (1 << 32), count=10_000_000)
+    assert tally.inputs == 10_000_000

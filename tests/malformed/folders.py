@@ -145,6 +145,15 @@ CASES: dict[str, Case] = {
         {FLUX: None, "diffusion_pytorch_model.bin": b"\x80\x02}q\0."},
         ("pickle-only",),
     ),
+    "pickle: a class that is code": (
+        "single",
+        {
+            "config.json": {"architectures": ["x; import os; os.system('true')"]},
+            "model.safetensors": None,
+            "pytorch_model.bin": b"\x80\x02}q\0.",
+        },
+        ("pickle-only",),
+    ),
     "pickle: beside": ("single", {"pytorch_model.bin": b"\x80\x02}q\0."}, ("pickle-files",)),
     "pickle: .ckpt beside": ("single", {"Model.CKPT": b"PK\x03\x04"}, ("pickle-files",)),
     "pipeline": (
