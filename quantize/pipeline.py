@@ -1,0 +1,231 @@
+"""Whole pipelines: a plan for each component that is converted, all else carried over, one output, one report."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from qz import QzError, Unsupported, UsageError
+from qz.formats import carry
+from qz.formats.pipeline import INDEX, Component, Pipeline
+from qz.formats.record import WrittenFile
+from qz.quantize.architecture import Footprint, Wish, examine
+from qz.quantize.choice import Choice, choose
+from qz.quantize.convert import about, fingerprint, plan_quantization
+from qz.quantize.methods import Method
+from qz.quantize.parts import Part, Target, model_part, write_parts
+from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
+from qz.quantize.plan import Plan
+from qz.quantize.settings import Settings
+from qz.quantize.stream import Progress
+from qz.quantize.summary import Source, summarize
+
+_COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)\Z")
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """What happens to each component. ``plans`` has those that are converted, ``kept`` the footprint of the others."""
+
+    pipeline: Pipeline
+    choices: tuple[Choice, ...]
+    plans: Mapping[str, Plan]
+    kept: Mapping[str, Footprint]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The folders of the output: its root, and one for each component."""
+        root = self.pipeline.folder
+        index = carry.Carried(root, INDEX, INDEX, root.sizes()[INDEX])
+        parts = [Part("", None, (index, *carry.terms(root)))]
+        for component in (choice.component for choice in self.choices):
+            if component.name in self.plans:
+                companions = carry.companions(component.folder)
+                parts.append(model_part(self.plans[component.name], companions, component.name))
+            elif component.checkpoint is not None:
+                carried, documents = carry.weights(component.checkpoint)
+                parts.append(Part(component.name, None, carried, documents))
+            else:
+                parts.append(Part(component.name, None, carry.settings(component.folder)))
+        return tuple(parts)
+
+
+def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
+    """Choose components and plan each. ``settings.skips`` of the form COMPONENT/PATTERN hold for that one only.
+
+    Raises UsageError, Unsupported and MalformedInput as ``choose`` and ``plan_quantization`` do.
+    """
+    if settings.weights_only:
+        raise UsageError(
+            "--weights-only leaves out what a pipeline needs to be loaded. Use --subfolder for one component."
+        )
+    if settings.method is None:
+        raise ValueError("a pipeline is quantized by a method")
+    choices = choose(pipeline, settings.method, settings.components, settings.component_methods)
+    chosen = {choice.name: choice for choice in choices if choice.method is not None}
+    _require_skips(pipeline, settings.skips)
+    plans = {name: _plan(choice, _own_settings(choice, settings)) for name, choice in chosen.items()}
+    return compose(pipeline, choices, plans)
+
+
+def compose(pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str, Plan]) -> PipelinePlan:
+    """The plan of a whole pipeline from plans of some of its components; the others are kept."""
+    kept = {each.name: _footprint(each) for each in pipeline.components if each.checkpoint and each.name not in plans}
+    return PipelinePlan(pipeline, choices, plans, kept)
+
+
+def carry_out_pipeline(
+    plan: PipelinePlan,
+    source: Source,
+    target: Target,
+    settings: Settings,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> PipelineSummary:
+    """Write the whole pipeline under one commit; see ``qz.quantize.convert.carry_out``."""
+    from qz.quantize.devices import arithmetic_on
+
+    begun = time.monotonic()
+    arithmetic = arithmetic_on(settings.device)
+    root = plan.pipeline.folder
+    planned = summarize_pipeline(plan, source, str(target.output), settings, device=arithmetic.name)
+    identity = {
+        "": root.identity(),
+        **{component.name: component.folder.identity() for component in plan.pipeline.components},
+    }
+    written = write_parts(
+        plan.parts,
+        [root],
+        target,
+        arithmetic,
+        settings.threads or arithmetic.threads,
+        fingerprint=fingerprint(identity, settings, arithmetic.name),
+        about=about(planned.as_json(), root, source.location, settings),
+        progress=progress,
+    )
+    return summarize_pipeline(
+        plan,
+        source,
+        str(target.output),
+        settings,
+        device=arithmetic.name,
+        written=written.files,
+        seconds=time.monotonic() - begun,
+        resumed=written.resumed,
+    )
+
+
+def summarize_pipeline(
+    plan: PipelinePlan,
+    source: Source,
+    output: str,
+    settings: Settings,
+    *,
+    device: str,
+    written: tuple[WrittenFile, ...] = (),
+    seconds: float = 0.0,
+    resumed: bool = False,
+) -> PipelineSummary:
+    """Sum the plan up; ``written`` are the files of a finished run, none for a dry run."""
+    parts = {part.name: part for part in plan.parts}
+    components = []
+    for choice in plan.choices:
+        component, part = choice.component, parts[choice.name]
+        inside = f"{choice.name}/"
+        files = [replace(file, name=file.name.removeprefix(inside)) for file in written if file.name.startswith(inside)]
+        model = None
+        if part.plan is not None:
+            origin = replace(
+                source,
+                subfolder=choice.name,
+                library=part.plan.checkpoint.library,
+                architecture=part.plan.architecture.class_name,
+            )
+            model = summarize(part.plan, origin, "", device=device, written=files, carried=part.carried)
+        components.append(
+            ComponentSummary(
+                name=choice.name,
+                library=component.checkpoint.library if component.checkpoint else component.library,
+                architecture=component.checkpoint.architecture if component.checkpoint else component.class_name,
+                reason=choice.reason,
+                parameters=component.parameters,
+                bytes=component.bytes,
+                footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
+                model=model,
+            )
+        )
+    shards = tuple(file for file in written if file.name.endswith(".safetensors")) or _planned_shards(plan.parts)
+    return PipelineSummary(
+        source=source,
+        output=output,
+        method=settings.method.name if settings.method else "none",
+        double_quant=bool(settings.method and settings.method.double_quant),
+        device=device,
+        dry_run=not written,
+        components=tuple(components),
+        carried=tuple(f"{part.name}/{each.name}".lstrip("/") for part in plan.parts for each in part.carried),
+        bytes_all=sum(file.bytes for file in written) or sum(part.bytes_output for part in plan.parts),
+        shards=shards,
+        seconds=seconds,
+        resumed=resumed,
+    )
+
+
+def _planned_shards(parts: tuple[Part, ...]) -> tuple[WrittenFile, ...]:
+    shards: list[WrittenFile] = []
+    for part in parts:
+        files = [(layout.file, layout.size) for layout in part.plan.shards] if part.plan is not None else []
+        files += [(each.name, each.bytes) for each in part.carried if each.name.endswith(".safetensors")]
+        shards += [WrittenFile(f"{part.name}/{name}", nbytes, "") for name, nbytes in files]
+    return tuple(shards)
+
+
+def _own_settings(choice: Choice, settings: Settings) -> Settings:
+    own = f"{choice.name}/"
+    skips = tuple(skip.removeprefix(own) for skip in settings.skips if "/" not in skip or skip.startswith(own))
+    return replace(settings, method=choice.method, skips=skips)
+
+
+def _require_skips(pipeline: Pipeline, skips: tuple[str, ...]) -> None:
+    names = [component.name for component in pipeline.components]
+    for skip in skips:
+        component, slash, _ = skip.partition("/")
+        if slash and component not in names:
+            raise UsageError(f"--skip {skip}: there is no component {component}. Components there: {', '.join(names)}.")
+
+
+def _plan(choice: Choice, settings: Settings) -> Plan:
+    checkpoint = choice.component.checkpoint
+    assert checkpoint is not None  # ``choose`` takes components with weights only
+    try:
+        plan = plan_quantization(checkpoint, settings)
+    except Unsupported as error:
+        raise Unsupported(f"{error} Or leave it as it is: --component {choice.name}=none.") from error
+    if not plan.quantized:
+        raise UsageError(f"{choice.name} has no linear layer that could be quantized. Leave it out of --components.")
+    return plan
+
+
+def _footprint(component: Component) -> Footprint:
+    """Of a component that stays as it is: the library's figure, or what is stored if the library does not know it."""
+    checkpoint = component.checkpoint
+    assert checkpoint is not None
+    if component.quantization is None:
+        try:
+            return examine(checkpoint, Wish(None)).footprint
+        except QzError:  # carried over unseen: whether it can be loaded is not the question here
+            pass
+    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not _COMPANION.search(tensor.name))
+    return Footprint(stored, stored)
+
+
+def method_for(name: str, double_quant: bool, compute_dtype: str, threshold: float) -> Method | None:
+    """The method that ``--component NAME=METHOD`` names; settings that it does not have are left out."""
+    from qz.quantize.methods import FourBit, Int8
+
+    if name == "none":
+        return None
+    return (
+        Int8(threshold) if name == "int8" else FourBit("fp4" if name == "fp4" else "nf4", double_quant, compute_dtype)
+    )

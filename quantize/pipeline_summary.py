@@ -1,0 +1,165 @@
+"""The report of a whole pipeline: a row for each component, and the total."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qz.formats.record import WrittenFile
+from qz.quantize.summary import Source, Summary
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentSummary:
+    """One component: converted, as ``model`` says, or carried over unchanged."""
+
+    name: str
+    library: str
+    architecture: str | None
+    reason: str
+    parameters: int
+    """Stored values."""
+    bytes: int
+    """Of the weight files in the source."""
+    footprint: int
+    """``get_memory_footprint()`` if it is carried over; 0 if it has no weights."""
+    model: Summary | None = None
+
+    @property
+    def method(self) -> str:
+        """none also where the way back was gone: see ``converted``."""
+        return self.model.method if self.model is not None else "none"
+
+    @property
+    def converted(self) -> bool:
+        return self.model is not None
+
+    @property
+    def bytes_output(self) -> int:
+        return self.model.bytes_output if self.model is not None else self.bytes
+
+    @property
+    def footprint_before(self) -> int:
+        return self.model.footprint_before if self.model is not None else self.footprint
+
+    @property
+    def footprint_after(self) -> int:
+        return self.model.footprint_after if self.model is not None else self.footprint
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}: {text}" for text in (self.model.warnings if self.model is not None else ()))
+
+    def as_json(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "name": self.name,
+            "library": self.library,
+            "architecture": self.architecture,
+            "converted": self.converted,
+            "reason": self.reason,
+            "method": self.method,
+            "double_quant": model.double_quant if model is not None else False,
+            "dtype": model.dtype if model is not None else None,
+            "parameters": {
+                "total": model.parameters if model is not None else self.parameters,
+                "quantized": model.quantized_parameters if model is not None else 0,
+            },
+            "skipped": sorted(model.skipped) if model is not None else [],
+            "bytes": {"source": self.bytes, "output": self.bytes_output},
+            "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSummary:
+    """What a conversion of a pipeline did, or with ``dry_run`` would do. Sizes in bytes."""
+
+    source: Source
+    output: str
+    method: str
+    double_quant: bool
+    device: str
+    dry_run: bool
+    components: tuple[ComponentSummary, ...]
+    carried: tuple[str, ...]
+    bytes_all: int
+    """Of every file of the output."""
+    shards: tuple[WrittenFile, ...]
+    """All weight files; in a dry run with the hash left empty."""
+    seconds: float
+    resumed: bool = False
+
+    @property
+    def models(self) -> tuple[Summary, ...]:
+        return tuple(component.model for component in self.components if component.model is not None)
+
+    @property
+    def parameters(self) -> int:
+        return sum(c.model.parameters if c.model is not None else c.parameters for c in self.components)
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(model.quantized_parameters for model in self.models)
+
+    @property
+    def bytes_source(self) -> int:
+        return sum(component.bytes for component in self.components)
+
+    @property
+    def bytes_output(self) -> int:
+        return sum(component.bytes_output for component in self.components)
+
+    @property
+    def footprint_before(self) -> int:
+        return sum(component.footprint_before for component in self.components)
+
+    @property
+    def footprint_after(self) -> int:
+        return sum(component.footprint_after for component in self.components)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bytes_output * 8 / self.parameters if self.parameters else 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(text for component in self.components for text in component.warnings)
+
+    def as_json(self) -> dict[str, Any]:
+        """The contract of ``--json``: the keys of a single model's report, and ``components``."""
+        source = self.source
+        return {
+            "source": {
+                "location": source.location,
+                "revision": source.revision,
+                "subfolder": source.subfolder,
+                "library": source.library,
+                "architecture": source.architecture,
+            },
+            "output": self.output,
+            "method": self.method,
+            "double_quant": self.double_quant,
+            "device": self.device,
+            "dry_run": self.dry_run,
+            "components": [component.as_json() for component in self.components],
+            "parameters": {"total": self.parameters, "quantized": self.quantized_parameters},
+            "tensors": {
+                "quantized": sum(model.quantized_tensors for model in self.models),
+                "kept": sum(model.kept_tensors for model in self.models),
+            },
+            "skipped": sorted(
+                f"{component.name}/{path}"
+                for component in self.components
+                if component.model is not None
+                for path in component.model.skipped
+            ),
+            "bytes": {"source": self.bytes_source, "output": self.bytes_output, "all_files": self.bytes_all},
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
+            "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in self.shards],
+            "carried": list(self.carried),
+            "warnings": list(self.warnings),
+            "resumed": self.resumed,
+            "seconds": round(self.seconds, 3),
+        }
