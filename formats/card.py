@@ -86,7 +86,7 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
         ]
     if facts.command or facts.versions:
         parts.append("## How it was made")
-        parts.append(_fenced("sh", facts.command) if facts.command else "")
+        parts.append(_fenced("sh", " ".join(facts.command.split())) if facts.command else "")
         parts.append(", ".join(f"{name} {version}" for name, version in facts.versions.items()))
     return "\n\n".join(part for part in parts if part)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import TYPE_CHECKING
 
 import httpx2
@@ -68,6 +69,8 @@ def meaning(
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return IOFailed(f"{doing} failed: the disk that holds the Hub cache is full. Free some space, or set HF_HOME.")
+    if isinstance(error, JSONDecodeError):
+        return HubUnreachable(f"{doing} failed: {endpoint or page} does not answer as a Hub does. Check HF_ENDPOINT.")
     if isinstance(error, ValueError) and "LFS batch" in str(error):
         return HubUnreachable(f"{doing} failed: the Hub does not take the files. Try again later; see {page}.")
     return None

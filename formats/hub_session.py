@@ -11,9 +11,12 @@ from logging import ERROR
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, get_session, logging
+from huggingface_hub import HfApi, constants, get_session, logging
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public, exported by name only
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exported by name only
+    disable_progress_bars,
+    parse_ratelimit_headers,
+)
 
 from qz import __version__
 from qz.formats.hub_errors import BUSY
@@ -47,6 +50,8 @@ def hub_api() -> HfApi:
     """The Hub at HF_ENDPOINT, with the token of the environment or of ``hf auth login``."""
     if not {"HF_DEBUG", "HF_HUB_VERBOSITY"} & os.environ.keys():
         logging.set_verbosity(ERROR)  # its warnings quote links, and what goes wrong is raised
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
+        disable_progress_bars()  # progress is a callback
     session = get_session()
     if session.timeout == httpx2.Timeout(None):
         session.timeout = httpx2.Timeout(300.0, connect=10.0)  # a large commit takes the Hub a while

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import time
 from dataclasses import replace
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -19,10 +22,11 @@ from qz.formats.destination import Destination, PushedFile, PushResult
 from qz.formats.folder import LocalFolder
 from qz.formats.hub import HubFolder
 from qz.formats.hub_errors import BUSY, hub_errors
-from qz.formats.hub_session import hub_api, patiently
+from qz.formats.hub_session import ASKING, hub_api, patiently
 from qz.formats.hub_upload import Blob, PushProgress, ignore, upload
-from qz.formats.own_files import README, OwnFiles, own_files
+from qz.formats.own_files import README, OwnFile, OwnFiles, own_files
 from qz.formats.record import RECORD
+from qz.formats.writer import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +94,7 @@ class _Push:
         head = self.head(found)
         there = self.listed(head) if head else {}
         prefix = f"{self.to.folder}/" if self.to.folder else ""
-        removed = self.superseded({prefix + file.name: file.sha256 for file in own.files}, there, prefix)
+        removed = self.superseded(own, there, prefix)
         card = write_card(facts, self.repo_id, self.to.folder, self.card_there(there, head))
         files = [PushedFile(prefix + file.name, file.bytes) for file in own.files]
         files.append(PushedFile(README, len(card.encode())))
@@ -126,7 +130,7 @@ class _Push:
         info = self.require_still_private(was_private=result.private)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [blob.addition for blob in blobs]
         operations += map(CommitOperationDelete, result.removed)
-        commit, pull_request = self.commit(operations, parent, message)
+        commit, pull_request = self.commit(blobs, operations, parent, message)
         self.require_complete(commit, blobs)
         return replace(
             result, commit=commit, pull_request=pull_request, bytes_uploaded=uploaded, private=info.private is not False
@@ -201,15 +205,12 @@ class _Push:
             tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
             return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    def superseded(self, own: dict[str, str | None], there: dict[str, RepoFile], prefix: str) -> tuple[str, ...]:
+    def superseded(self, own: OwnFiles, there: dict[str, RepoFile], prefix: str) -> tuple[str, ...]:
         """Weights that loaders would take for a part of the new ones. OutputRefused if they are not qz's to replace."""
-        families = {_family(path) for path in own} - {None}
-        old = sorted(path for path in there if _family(path) in families and path not in own)
-        other = [
-            path
-            for path, sha256 in own.items()
-            if (_family(path) and path in there and not (lfs := there[path].lfs)) or (lfs and lfs.sha256 != sha256)
-        ]
+        weights = {prefix + file.name: file for file in own.files if _family(file.name)}
+        families = {_family(path) for path in weights}
+        old = sorted(path for path in there if _family(path) in families and path not in weights)
+        other = [path for path, file in weights.items() if path in there and not _is_same(file, there[path])]
         if (old or other) and not (self.to.replace or self.to.create_pr or prefix + RECORD in there):
             names = ", ".join([*old, *other][:3])
             raise OutputRefused(
@@ -261,42 +262,66 @@ class _Push:
         return info
 
     def commit(
-        self, operations: list[CommitOperationAdd | CommitOperationDelete], parent: str, message: str
+        self,
+        blobs: list[Blob],
+        operations: list[CommitOperationAdd | CommitOperationDelete],
+        parent: str,
+        message: str,
     ) -> tuple[str, str | None]:
         """The one commit; its oid, and the pull request's address."""
-        with self.errors(f"Committing to {self.repo_id} ({self.to.branch})"):
-            try:
-                done = self.api.create_commit(
-                    self.repo_id,
-                    operations,
-                    commit_message=message,
-                    revision=self.to.branch,
-                    create_pr=self.to.create_pr,
-                    parent_commit=parent,
-                )
-                return done.oid, done.pr_url
-            except (HfHubHTTPError, httpx2.TransportError) as error:
-                # The answer may be lost though the commit was made.
-                unclear = not isinstance(error, HfHubHTTPError) or error.response.status_code in BUSY
-                info = self.find(self.repo_id, self.to.branch) if unclear and not self.to.create_pr else None
-                if info is None or info.sha in (None, parent):
-                    raise
-                return str(info.sha), None
+        failures = 0
+        while True:
+            with self.errors(f"Committing to {self.repo_id} ({self.to.branch})"):
+                try:
+                    done = self.api.create_commit(
+                        self.repo_id,
+                        operations,
+                        commit_message=message,
+                        revision=self.to.branch,
+                        create_pr=self.to.create_pr,
+                        parent_commit=parent,
+                    )
+                    return done.oid, done.pr_url
+                except (HfHubHTTPError, httpx2.TransportError, JSONDecodeError) as error:
+                    failures += 1
+                    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+                    if self.to.create_pr or status not in (*BUSY, 409, 412):
+                        raise
+                    # The answer may be lost though the commit was made. If it was not, the named parent makes it safe
+                    # to try again.
+                    head = self.head(self.find(self.repo_id))
+                    if head not in (None, parent) and not self.missing(str(head), blobs):
+                        return str(head), None
+                    if head != parent or status in (409, 412) or failures >= ASKING.attempts:
+                        raise
+                    time.sleep(ASKING.wait(failures))
 
     def require_complete(self, commit: str, blobs: list[Blob]) -> None:
-        """Compare what the Hub lists with what was sent."""
-        there = self.listed(commit)
-        wrong = [blob.path for blob in blobs if blob.path not in there or not blob.is_at(there[blob.path])]
+        wrong = self.missing(commit, blobs)
         if wrong:
             raise HubUnreachable(
                 f"{self.repo_id}@{commit[:12]} does not hold what was pushed ({', '.join(wrong[:3])}). Push again."
             )
+
+    def missing(self, commit: str, blobs: list[Blob]) -> list[str]:
+        """Files that the commit does not hold as they were sent."""
+        there = self.listed(commit)
+        return [blob.path for blob in blobs if blob.path not in there or not blob.is_at(there[blob.path])]
 
 
 def _family(path: str) -> str | None:
     """What a loader takes as one set of weights: the path without numbers of shards; None if it is no weights."""
     match = re.fullmatch(r"(.*?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?", path)
     return f"{match[1]}{match[4] or ''}" if match else None
+
+
+def _is_same(file: OwnFile, entry: RepoFile) -> bool:
+    if entry.size != file.bytes:
+        return False
+    if entry.lfs is None:  # an index
+        data = file.path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob_id
+    return entry.lfs.sha256 == (file.sha256 or hash_file(file.path))
 
 
 def _has_tokenizer(own: OwnFiles) -> bool:

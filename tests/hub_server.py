@@ -496,7 +496,7 @@ class Handler(BaseHTTPRequestHandler):
             "library_name": "transformers",
             "createdAt": "2026-01-01T00:00:00.000Z",
             "lastModified": "2026-01-01T00:00:00.000Z",
-            "cardData": front_matter(card),
+            "cardData": front_matter(card, strict=False),
         }
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(tree)]
         if "blobs" in self.query:
@@ -776,15 +776,17 @@ def _pieces(body: bytes | tuple[Blob, int, int], limit: int) -> Iterable[bytes]:
     return (blob.read(at, min(at + step, start + limit)) for at in range(start, start + limit, step))
 
 
-def front_matter(card: str) -> dict[str, Any]:
-    """The YAML block at the head of a model card; ValueError if it is no mapping."""
+def front_matter(card: str, *, strict: bool = True) -> dict[str, Any]:
+    """The YAML block at the head of a model card; if it is none, ValueError, or nothing unless ``strict``."""
     import yaml
 
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
         data = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"Invalid YAML: {error}") from None
+        if strict:
+            raise ValueError(f"Invalid YAML: {error}") from None
+        data = {}
     if not isinstance(data or {}, dict):
         raise ValueError("The metadata is not a mapping")
     return data or {}

@@ -1,0 +1,600 @@
+"""What is pushed becomes visible in one commit, to those it was meant for, or nothing does.
+
+The client is the real huggingface_hub; the server speaks the Hub's protocol on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hub_server import OWNER, READER, HubServer, connected
+from qz import (
+    HubUnreachable,
+    MalformedInput,
+    MissingInput,
+    OutputRefused,
+    PermissionRefused,
+    QzError,
+    TryAgain,
+    UsageError,
+)
+from qz.formats import hub_session, publish
+from qz.formats.card import snippet, write_card
+from qz.formats.card_facts import CardFacts, facts_of, inherit
+from qz.formats.destination import Destination, PushResult
+from qz.formats.hub_session import Retries
+from qz.formats.hub_upload import PushProgress
+from qz.formats.publish import push
+from qz.formats.record import RECORD, WrittenFile, encode_record
+from qz.formats.safetensors import encode_header, layout
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+}
+ABOUT: dict[str, Any] = {
+    "qz": "0.1.0",
+    "versions": {"torch": "2.13.0", "bitsandbytes": "0.50.2"},
+    "source": {
+        "location": "big/llama",
+        "revision": COMMIT,
+        "subfolder": None,
+        "library": "transformers",
+        "architecture": "LlamaForCausalLM",
+    },
+    "method": "nf4",
+    "double_quant": False,
+    "dtype": "bfloat16",
+    "parameters": {"total": 1_000_000, "quantized": 900_000},
+    "skipped": ["lm_head"],
+    "bytes": {"source": 2_000_000, "output": 700_000},
+    "memory_footprint": {"before": 2_000_100, "after": 700_200},
+    "settings": {"dtype": "auto", "skips": ["proj_out"], "default_skips": True},
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    for module in (hub_session, publish):
+        monkeypatch.setattr(module, "ASKING", Retries(attempts=4, first_wait=0.01))
+    with connected(monkeypatch, tmp_path / "home", multipart_from=900_000, part_size=400_000) as hub:
+        card = b"---\nlicense: llama3\nlanguage: en\npipeline_tag: text-generation\n---\n# Llama\n"
+        hub.add("big/llama", {"README.md": card, "config.json": b"{}"})
+        yield hub
+
+
+def shard(name: str, size: int, seed: int = 0) -> bytes:
+    return encode_header(layout([(name, "U8", (size,))])) + random.Random(seed).randbytes(size)
+
+
+def make(folder: Path, *, shards: int = 2, seed: int = 0, about: dict[str, Any] | None = None) -> Path:
+    """A checkpoint as qz leaves it: shards, index, config, tokenizer and the record."""
+    folder.mkdir(parents=True)
+    names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+    files = {name: shard(f"layer.{n}.weight", 300_000 + n * 700_000, seed + n) for n, name in enumerate(names)}
+    weight_map = {f"layer.{n}.weight": name for n, name in enumerate(names)}
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    files["config.json"] = json.dumps(CONFIG).encode()
+    files["tokenizer.json"] = b'{"version": "1.0"}'
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    written = [WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()]
+    (folder / RECORD).write_bytes(encode_record(written, ABOUT if about is None else about))
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    return make(tmp_path / "made")
+
+
+def to(repo_id: str = "me/new", **options: Any) -> Destination:
+    return Destination(repo_id, **options)
+
+
+def failure(act: Callable[[], object], *kinds: type[QzError]) -> str:
+    """The message of the documented error that ``act`` ends with, which holds no token, nor does the traceback."""
+    with pytest.raises(kinds) as caught:
+        act()
+    shown = "".join(traceback.format_exception(caught.value)) + str(caught.value)
+    assert OWNER not in shown
+    assert "Signature=" not in shown
+    return str(caught.value)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def card_of(hub: HubServer, repo_id: str = "me/new") -> tuple[dict[str, Any], str]:
+    """The head and the text of a repository's card."""
+    text = hub.repos[repo_id].files()["README.md"].decode()
+    _, head, body = text.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+WRITES = {"create", "branch", "preupload", "lfs_batch", "lfs_put", "lfs_part", "lfs_complete", "lfs_verify", "commit"}
+
+
+# What a push does
+
+
+def test_a_checkpoint_becomes_visible_in_one_commit_of_a_private_repository(hub: HubServer, made: Path) -> None:
+    seen: list[PushProgress] = []
+    result = push(made, to(), progress=seen.append)
+    repo = hub.repos["me/new"]
+    there = repo.files()
+    assert {name: data for name, data in there.items() if name not in ("README.md", ".gitattributes")} == files_of(made)
+    assert repo.private
+    assert (result.private, result.created, result.commit) == (True, True, repo.head)
+    assert len(hub.commit_bodies) == 1
+    header = hub.commit_bodies[0][0]["value"]
+    assert header["parentCommit"] == repo.parents[repo.head]
+    assert header["summary"].startswith("Add LlamaForCausalLM, NF4 (4 bit), made by qz")
+    assert hub.tokens_seen_by_cdn == []
+    sizes = sum(len(data) for name, data in files_of(made).items() if name.endswith(".safetensors"))
+    assert result.bytes_uploaded == hub.bytes_in["lfs_put"] + hub.bytes_in["lfs_part"] == sizes
+    assert [step.doing for step in seen][:1] == ["Verifying"]
+    assert (seen[-1].files, seen[-1].bytes) == (seen[-1].all_files, seen[-1].all_bytes)
+    assert result.as_json()["bytes"]["uploaded"] == sizes
+
+
+def test_public_is_public_only_when_it_is_said(hub: HubServer, made: Path) -> None:
+    assert push(made, to("me/one", private=False)).private is False
+    assert not hub.repos["me/one"].private
+    push(made, to("org/two", private=True))
+    assert hub.repos["org/two"].private
+
+
+def test_a_name_without_owner_is_ones_own(hub: HubServer, made: Path) -> None:
+    assert push(made, to("new")).to.repo_id == "me/new"
+    assert "me/new" in hub.repos
+
+
+def test_a_dry_run_changes_nothing_and_shows_everything(hub: HubServer, made: Path) -> None:
+    result = push(made, to(), dry_run=True)
+    assert not WRITES & set(hub.requests)
+    assert "me/new" not in hub.repos
+    assert (result.dry_run, result.commit, result.created, result.private) == (True, None, True, True)
+    assert {file.path for file in result.files} == {*files_of(made), "README.md"}
+    assert "qz quantize big/llama" in result.card
+
+
+def test_a_subfolder_a_branch_and_a_message_are_where_they_were_asked_for(hub: HubServer, made: Path) -> None:
+    hub.add("me/new", {"README.md": b"# Mine\n", "text_encoder/config.json": b"{}"}, private=True)
+    result = push(made, to(folder="text_encoder_2", branch="nf4", message="Half the size"))
+    repo = hub.repos["me/new"]
+    assert "text_encoder_2/config.json" in repo.files("nf4")
+    assert "text_encoder_2/config.json" not in repo.files("main")
+    assert repo.files("nf4")["README.md"].startswith(b"---\n")
+    assert repo.messages[repo.refs["nf4"]] == "Half the size"
+    assert result.commit == repo.refs["nf4"]
+    assert result.as_json()["subfolder"] == "text_encoder_2"
+
+
+def test_a_pull_request_leaves_the_branch_as_it_is(hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = hub.add("big/new", {"model.safetensors": shard("a", 10)})
+    before = repo.head
+    monkeypatch.setenv("HF_TOKEN", READER)  # whoever can read can open one
+    result = push(made, to("big/new", create_pr=True, private=False))
+    assert repo.head == before
+    assert result.pull_request == f"{hub.url}/big/new/discussions/1"
+    assert "model.safetensors" in result.removed or "model.safetensors" in repo.files("refs/pr/1")
+    assert "config.json" in repo.files("refs/pr/1")
+    assert "nothing to open" in failure(lambda: push(made, to("big/none", create_pr=True)), MissingInput)
+    assert "no branch" in failure(lambda: push(made, to("big/new", create_pr=True, branch="x")), MissingInput)
+
+
+def test_pushing_again_sends_nothing_and_commits_nothing(hub: HubServer, made: Path) -> None:
+    first = push(made, to())
+    hub.reset_counts()
+    second = push(made, to())
+    assert second.commit == first.commit
+    assert second.bytes_uploaded == 0
+    assert hub.requests["commit"] == hub.requests["lfs_put"] == hub.requests["lfs_part"] == 0
+
+
+def test_an_interrupted_push_continues_with_the_files_that_are_missing(hub: HubServer, tmp_path: Path) -> None:
+    made = make(tmp_path / "many", shards=3)
+    fault = hub.fail("lfs_part", nth=4, status=403)
+    failure(lambda: push(made, to()), PermissionRefused)
+    assert hub.commit_bodies == []
+    there = [
+        path.name for path in made.glob("*.safetensors") if hashlib.sha256(path.read_bytes()).hexdigest() in hub.objects
+    ]
+    assert there
+    hub.faults.remove(fault)
+    hub.reset_counts()
+    result = push(made, to())
+    assert result.bytes_uploaded == sum(
+        path.stat().st_size for path in made.glob("*.safetensors") if path.name not in there
+    )
+    assert files_of(made).items() <= hub.repos["me/new"].files().items()
+
+
+def test_only_the_checkpoints_own_files_go_up(hub: HubServer, made: Path) -> None:
+    strangers = ["modeling.py", "pytorch_model.bin", "notes.txt", ".env", "optimizer.pt", "other.safetensors"]
+    for name in strangers:
+        (made / name).write_bytes(b"stranger")
+    (made / "old.partial").mkdir()
+    (made / "LICENSE.txt").write_text("free")
+    result = push(made, to())
+    there = hub.repos["me/new"].files()
+    assert not set(strangers) & set(there)
+    assert there["LICENSE.txt"] == b"free"
+    assert set(result.left_out) == {*strangers, "old.partial/"}
+
+
+def test_a_checkpoint_of_other_tools_is_pushed_by_its_headers(hub: HubServer, made: Path) -> None:
+    (made / RECORD).unlink()
+    (made / "modeling.py").write_text("import os")
+    push(made, to())
+    assert set(hub.repos["me/new"].files()) == {*files_of(made), "README.md", ".gitattributes"} - {"modeling.py"}
+    head, text = card_of(hub)
+    assert head["tags"] == ["bitsandbytes", "4-bit", "nf4"]
+    assert "base_model" not in head
+    assert "LlamaForCausalLM.from_pretrained" in text
+
+
+def test_a_pipeline_goes_up_with_all_its_components(hub: HubServer, made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pipeline"
+    root.mkdir()
+    (root / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (made / RECORD).unlink()
+    shutil.move(made, root / "text_encoder_2")
+    (root / "scheduler").mkdir()
+    (root / "scheduler" / "scheduler_config.json").write_text("{}")
+    (root / "junk").mkdir()
+    (root / "junk" / "x.py").write_text("")
+    result = push(root, to())
+    assert {*files_of(root)} - {"junk/x.py"} <= set(hub.repos["me/new"].files())
+    assert result.left_out == ("junk/",)
+
+
+def test_a_gitignore_over_there_leaves_no_file_out(hub: HubServer, made: Path) -> None:
+    hub.add("me/new", {".gitignore": b"*.json\n*.safetensors\n"}, private=True)
+    push(made, to())
+    assert files_of(made).items() <= hub.repos["me/new"].files().items()
+
+
+# What is refused before anything is sent
+
+
+def test_a_damaged_checkpoint_is_not_pushed(hub: HubServer, made: Path) -> None:
+    path = made / "model-00001-of-00002.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert path.name in failure(lambda: push(made, to()), MalformedInput)
+    path.unlink()
+    assert path.name in failure(lambda: push(made, to()), MalformedInput)
+    (made / RECORD).unlink()
+    assert path.name in failure(lambda: push(made, to()), MissingInput)
+    assert "no config.json" in failure(lambda: push(made.parent, to()), MissingInput)
+    assert not hub.requests
+
+
+def test_without_a_token_there_is_no_push(hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert "hf auth login" in failure(lambda: push(made, to()), PermissionRefused)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("repo_id", ["me/a/b", "me/..", "me/ spaces"])
+def test_an_impossible_destination_is_a_usage_error(hub: HubServer, made: Path, repo_id: str) -> None:
+    failure(lambda: push(made, to(repo_id)), UsageError)
+    failure(lambda: to(folder="../x"), UsageError)
+
+
+def test_someone_elses_repository_is_refused(hub: HubServer, made: Path) -> None:
+    hub.add("big/new", {})
+    assert "403" in failure(lambda: push(made, to("big/new", private=False)), PermissionRefused)
+    assert "403" in failure(lambda: push(made, to("big/none")), PermissionRefused)
+    assert hub.commit_bodies == []
+
+
+def test_weights_that_qz_did_not_make_are_replaced_only_when_told(hub: HubServer, made: Path) -> None:
+    original = {"model.safetensors": shard("w", 100), "config.json": b"{}", "adapter_model.safetensors": shard("a", 10)}
+    repo = hub.add("me/new", original, private=True)
+    message = failure(lambda: push(made, to()), OutputRefused)
+    assert "model.safetensors" in message
+    assert repo.files() == original
+    assert not WRITES & set(hub.requests)
+    result = push(made, to(replace=True))
+    assert result.removed == ("model.safetensors",)
+    assert "model.safetensors" not in repo.files()
+    assert "adapter_model.safetensors" in repo.files()
+
+
+def test_shards_of_an_earlier_push_do_not_stay_behind(hub: HubServer, made: Path, tmp_path: Path) -> None:
+    push(make(tmp_path / "three", shards=3, seed=7), to())
+    result = push(made, to())
+    weights = {name for name in hub.repos["me/new"].files() if name.endswith(".safetensors")}
+    assert weights == {path.name for path in made.glob("*.safetensors")}
+    assert len(result.removed) == 3
+    assert len(hub.commit_bodies) == 2
+
+
+# Who may see it
+
+
+@pytest.mark.parametrize("how", [{"private": True}, {"gated": "auto"}, {"gone": True}])
+def test_what_came_from_a_restricted_source_becomes_public_only_when_told(
+    hub: HubServer, made: Path, how: dict[str, Any]
+) -> None:
+    if how.pop("gone", False):
+        del hub.repos["big/llama"]
+    for name, value in how.items():
+        setattr(hub.repos["big/llama"], name, value)
+    open_repo = hub.add("me/new", {}, private=False)
+    before = open_repo.head
+    assert "--public" in failure(lambda: push(made, to()), PermissionRefused)
+    assert open_repo.head == before
+    push(made, to("me/other"))
+    assert hub.repos["me/other"].private
+    push(made, to(private=False))
+    assert open_repo.head != before
+
+
+def test_the_caller_may_know_that_the_source_is_restricted(hub: HubServer, made: Path) -> None:
+    hub.add("me/new", {}, private=False)
+    failure(lambda: push(made, to(), source_private=True), PermissionRefused)
+    push(made, to())
+
+
+def test_private_is_not_pushed_to_a_public_repository(hub: HubServer, made: Path) -> None:
+    hub.add("me/new", {}, private=False)
+    assert "is public" in failure(lambda: push(made, to(private=True)), PermissionRefused)
+    assert hub.commit_bodies == []
+
+
+def test_a_private_repository_stays_private_even_with_public(hub: HubServer, made: Path) -> None:
+    hub.add("me/new", {}, private=True)
+    result = push(made, to(private=False))
+    assert result.private
+    assert "stays so" in result.notes[0]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_repository_that_becomes_public_during_the_push_gets_no_commit(
+    hub: HubServer, made: Path, exists: bool
+) -> None:
+    if exists:
+        hub.add("me/new", {}, private=True)
+    hub.fail("lfs_verify", times=1, before=lambda: setattr(hub.repos["me/new"], "private", False))
+    assert "became public" in failure(lambda: push(made, to()), PermissionRefused)
+    assert hub.commit_bodies == []
+    push(made, to("me/new", private=False))
+
+
+# What goes wrong on the way
+
+
+def test_another_commit_meanwhile_is_not_overwritten(hub: HubServer, made: Path) -> None:
+    repo = hub.add("me/new", {}, private=True)
+    hub.fail("commit", times=1, before=lambda: hub.commit("me/new", {"theirs.txt": b"x"}))
+    assert "changed meanwhile" in failure(lambda: push(made, to()), TryAgain)
+    assert set(repo.files()) == {"theirs.txt"}
+    push(made, to())
+    assert files_of(made).items() <= repo.files().items()
+    assert repo.files()["theirs.txt"] == b"x"
+
+
+def test_a_commit_whose_answer_is_lost_was_made_once(hub: HubServer, made: Path) -> None:
+    hub.fail("commit", times=1, lose_answer=True)
+    result = push(made, to())
+    assert result.commit == hub.repos["me/new"].head
+    assert len(hub.commit_bodies) == 1
+
+
+def test_a_file_that_changes_during_the_push_stops_it(hub: HubServer, made: Path) -> None:
+    hub.fail("lfs_verify", times=1, before=lambda: (made / "config.json").write_text("{}"))
+    assert "config.json changed" in failure(lambda: push(made, to()), OutputRefused)
+    assert hub.commit_bodies == []
+
+
+def test_a_commit_that_lacks_a_file_is_noticed(hub: HubServer, made: Path) -> None:
+    def lose() -> None:
+        repo = hub.repos["me/new"]
+        tree = repo.commits[repo.head]
+        tree.pop("config.json")
+
+    hub.fail("tree", nth=1, times=1, before=lose)
+    assert "config.json" in failure(lambda: push(made, to()), HubUnreachable)
+
+
+STEPS = [
+    "info",
+    "create",
+    "preupload",
+    "lfs_batch",
+    "lfs_put",
+    "lfs_part",
+    "lfs_complete",
+    "lfs_verify",
+    "commit",
+    "tree",
+]
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("how", [{"status": 500}, {"status": 503}, {"drop": True}], ids=["500", "503", "drop"])
+def test_a_passing_failure_at_any_step_is_overcome(hub: HubServer, made: Path, kind: str, how: dict[str, Any]) -> None:
+    fault = hub.fail(kind, times=1, **how)
+    push(made, to())
+    assert fault.seen > 1
+    assert files_of(made).items() <= hub.repos["me/new"].files().items()
+    assert len([body for body in hub.commit_bodies if body]) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "errors"),
+    [
+        ({"status": 401, "message": "Invalid credentials in Authorization header"}, (PermissionRefused,)),
+        ({"status": 403, "message": f"not with {OWNER}"}, (PermissionRefused,)),
+        ({"status": 404}, (MissingInput,)),
+        ({"status": 400, "message": "no"}, (MalformedInput,)),
+        ({"status": 429}, (TryAgain,)),
+        ({"status": 500}, (HubUnreachable,)),
+        ({"drop": True}, (HubUnreachable,)),
+    ],
+    ids=["401", "403", "404", "400", "429", "500", "drop"],
+)
+@pytest.mark.parametrize("kind", [*STEPS, "branch", "validate_yaml"])
+def test_a_lasting_failure_at_any_step_is_a_documented_error_and_no_commit(
+    hub: HubServer, made: Path, kind: str, how: dict[str, Any], errors: tuple[type[QzError], ...]
+) -> None:
+    branch = "nf4" if kind == "branch" else "main"
+    hub.fail(kind, **how)
+    message = failure(lambda: push(made, to(branch=branch)), *errors)
+    assert hub.commit_bodies == [] or kind == "tree"
+    assert any(word in message for word in ("gain", "See ", "see ", "Run", "http"))
+
+
+def test_an_answer_that_is_no_json_is_not_a_bug(hub: HubServer, made: Path) -> None:
+    hub.fail("validate_yaml", replace={"Content-Length": "0"}, truncate=0)
+    assert "as a Hub does" in failure(lambda: push(made, to()), HubUnreachable)
+
+
+# The card
+
+
+def test_a_new_card_says_where_it_comes_from_and_how_it_was_made(hub: HubServer, made: Path) -> None:
+    push(made, to())
+    head, text = card_of(hub)
+    assert head == {
+        "base_model": "big/llama",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "llama3",
+        "language": "en",
+        "pipeline_tag": "text-generation",
+        "tags": ["bitsandbytes", "4-bit", "nf4"],
+    }
+    for part in (
+        "# llama, NF4 (4 bit)",
+        f"commit `{COMMIT[:12]}`",
+        "| weights on disk | 2 MB | 700 kB |",
+        "90.0% of 1,000,000 parameters",
+        "`lm_head`",
+        f"qz quantize big/llama --revision {COMMIT} --nf4 --skip proj_out",
+        "qz 0.1.0, torch 2.13.0, bitsandbytes 0.50.2",
+        'LlamaForCausalLM.from_pretrained("me/new", device_map="auto")',
+    ):
+        assert part in text, part
+    compile(text.split("```python\n")[1].split("```")[0], "snippet", "exec")
+
+
+def test_the_text_and_the_head_of_an_existing_card_are_kept(hub: HubServer, made: Path) -> None:
+    mine = "---\nlicense: mit\ntags:\n- cats\nbase_model: my/other\n---\n\n# Mine\n\nHand-written.\n"
+    hub.add("me/new", {"README.md": mine.encode()}, private=True)
+    push(made, to())
+    head, text = card_of(hub)
+    assert head["license"] == "mit"
+    assert head["base_model"] == "my/other"
+    assert "base_model_relation" not in head
+    assert head["tags"] == ["cats", "bitsandbytes", "4-bit", "nf4"]
+    assert text.startswith("\n# Mine\n\nHand-written.\n\n<!-- qz:begin -->")
+    hub.commit("me/new", {"README.md": hub.repos["me/new"].files()["README.md"] + b"\nAfterword.\n"})
+    changed = replace(facts_of(ABOUT, CONFIG), method="int8")
+    again = write_card(changed, "me/new", existing=hub.repos["me/new"].files()["README.md"].decode())
+    assert "Hand-written." in again
+    assert again.endswith("Afterword.\n")
+    assert again.count("qz:begin") == again.count("qz:end") == 1
+    assert "LLM.int8()" in again
+    assert "NF4" not in again
+
+
+def test_each_folder_of_a_repository_has_its_own_section(hub: HubServer, made: Path, tmp_path: Path) -> None:
+    push(made, to(folder="text_encoder"))
+    push(make(tmp_path / "second", seed=5), to(folder="text_encoder_2"))
+    _, text = card_of(hub)
+    assert text.count("<!-- qz:begin text_encoder -->") == text.count("<!-- qz:begin text_encoder_2 -->") == 1
+    assert text.index("qz:end text_encoder -->") < text.index("qz:begin text_encoder_2 -->")
+
+
+def test_the_folders_own_card_is_the_text_where_the_repository_has_none(hub: HubServer, made: Path) -> None:
+    (made / "README.md").write_text("# From the folder\n")
+    push(made, to())
+    assert card_of(hub)[1].startswith("# From the folder") or "# From the folder" in card_of(hub)[1]
+
+
+def test_a_card_that_cannot_be_read_is_refused_before_anything_is_sent(hub: HubServer, made: Path) -> None:
+    hub.add("me/new", {"README.md": b"---\na: [b\n---\nText\n"}, private=True)
+    assert "README.md" in failure(lambda: push(made, to()), MalformedInput)
+    assert not WRITES & set(hub.requests)
+
+
+def test_a_license_link_inside_the_source_becomes_a_full_one() -> None:
+    facts = inherit(facts_of(ABOUT, CONFIG), {"license": "other", "license_name": "x", "license_link": "LICENSE.md"})
+    assert facts.inherited["license_link"] == "https://huggingface.co/big/llama/blob/main/LICENSE.md"
+    assert inherit(facts, {"license_link": "https://x.org"}).inherited["license_link"] == "https://x.org"
+
+
+@pytest.mark.parametrize(
+    ("facts", "lines"),
+    [
+        (
+            CardFacts("diffusers", "FluxTransformer2DModel", "nf4", "big/flux", COMMIT, "transformer"),
+            [
+                'transformer = FluxTransformer2DModel.from_pretrained("me/x", subfolder="transformer", torch_dtype=',
+                '"big/flux", transformer=transformer',
+            ],
+        ),
+        (
+            CardFacts("transformers", "T5EncoderModel", "int8", "big/flux", COMMIT, "text_encoder_2", dtype="float16"),
+            [
+                "from transformers import T5EncoderModel",
+                'text_encoder_2 = T5EncoderModel.from_pretrained("me/x", subfolder="text_encoder_2", dtype=torch.',
+                '"big/flux", text_encoder_2=text_encoder_2',
+            ],
+        ),
+        (
+            CardFacts("transformers", "LlamaForCausalLM", "none", "local", tokenizer=True),
+            ['LlamaForCausalLM.from_pretrained("me/x", subfolder=', "AutoTokenizer.from_pretrained"],
+        ),
+    ],
+)
+def test_the_snippet_fits_the_model_and_is_python(facts: CardFacts, lines: list[str]) -> None:
+    code = snippet(facts, "me/x", facts.subfolder or "sub")
+    compile(code, "snippet", "exec")
+    for line in lines:
+        assert line in code
+
+
+def test_names_from_a_checkpoint_cannot_become_markup() -> None:
+    about = {
+        **ABOUT,
+        "skipped": ["a`](http://x)<script>\x1b[2J\u202e"],
+        "source": {**ABOUT["source"], "revision": None},
+    }
+    about["source"]["location"] = "x\n```\n# Heading <b>"
+    card = write_card(facts_of(about, CONFIG), "me/new")
+    for bad in ("<script>", "\x1b", "\u202e", "](http://x)", "\n# Heading"):
+        assert bad not in card
+    assert "<b>" not in card.split("```sh")[0]
+    assert card.count("```") == 4
+
+
+def test_a_result_is_json(hub: HubServer, made: Path) -> None:
+    result: PushResult = push(made, to(), dry_run=True)
+    value = json.loads(json.dumps(result.as_json()))
+    assert {"repository", "url", "branch", "private", "commit", "files", "bytes", "dry_run"} <= set(value)
