@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 Severity = Literal["error", "warning"]
 
+LISTED = 200
+"""How many problems of one kind are kept; the others are counted."""
+SHOWN = 12
+"""How many places one line of an error names."""
+LINES = 4
+"""How many lines an error has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -183,11 +190,6 @@ _PLACES = {kind: place for place, kind in enumerate((*ERRORS, "", *WARNINGS))}
 def _place(kind: str) -> int:
     """Kinds that other modules report by themselves come between the errors and the warnings of the tables."""
     return _PLACES.get(kind, len(ERRORS))
-
-
-LISTED = 200
-SHOWN = 12
-LINES = 4
 
 
 def kind_of(error: QzError, missing: str) -> str:
