@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from qz import UsageError
 
+QuantType = Literal["nf4", "fp4"]
+
 BLOCK_SIZE = 64
 """Values that share one absmax. Fixed: transformers and diffusers have no config field for it."""
 
@@ -34,7 +36,7 @@ class Part:
 class FourBit:
     """NF4 or FP4: 4-bit codes in blocks of 64 with an absolute maximum each (QLoRA, arXiv:2305.14314)."""
 
-    quant_type: Literal["nf4", "fp4"]
+    quant_type: QuantType
     double_quant: bool = False
     compute_dtype: str = "bfloat16"
     bits: ClassVar[int] = 4
