@@ -13,6 +13,7 @@ from qz.formats.carry import Carried, companions, terms
 from qz.formats.checkpoint import Checkpoint, StoredTensor
 from qz.formats.folder import Folder, LocalFolder
 from qz.quantize.architecture import Wish, examine, library_versions
+from qz.quantize.measure import Measure
 from qz.quantize.parts import Target as Target
 from qz.quantize.parts import model_part, write_parts
 from qz.quantize.plan import Plan, make_plan
@@ -71,8 +72,11 @@ def carry_out(
     settings: Settings,
     progress: Callable[[Progress], None] = lambda _: None,
     carried: tuple[Carried, ...] = (),
+    measure: Measure | None = None,
 ) -> Summary:
     """Write what the plan says, and ``carried`` beside it. Afterwards the output is complete and checked, or absent.
+
+    ``measure`` is shown what is computed, and its loss becomes part of the summary.
 
     Raises what reading, computing and writing raise; finished shards stay for the next run with the same settings.
     """
@@ -81,7 +85,7 @@ def carry_out(
     begun = time.monotonic()
     folder = plan.checkpoint.folder
     arithmetic = arithmetic_on(settings.device)
-    part = model_part(plan, carried)
+    part = model_part(plan, carried, measure=measure)
     summary = summarize(plan, source, str(target.output), device=arithmetic.name, carried=part.carried)
     written = write_parts(
         [part],
@@ -102,6 +106,7 @@ def carry_out(
         carried=part.carried,
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
+        loss=measure.loss() if measure else None,
     )
 
 

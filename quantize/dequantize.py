@@ -14,7 +14,16 @@ from qz.formats.checkpoint import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.problems import Problem, as_error
 from qz.formats.quantized import QuantizedWeight, read_quantized
-from qz.quantize.architecture import FLOATS, SAFETENSORS_NAMES, Architecture, Footprint, Given, Wish, examine, torch_name
+from qz.quantize.architecture import (
+    FLOATS,
+    SAFETENSORS_NAMES,
+    Architecture,
+    Footprint,
+    Given,
+    Wish,
+    examine,
+    torch_name,
+)
 from qz.quantize.convert import Settings, equal_tensors
 from qz.quantize.plan import Plan, make_plan
 from qz.quantize.reading import Packed, Source, elements
@@ -98,9 +107,7 @@ def nothing_quantized(checkpoint: Checkpoint, problems: tuple[Problem, ...]) -> 
             f"{where}/config.json says that the model is quantized, but none of its weights is. Remove "
             "`quantization_config` from it if the weights are right, or download the checkpoint again."
         )
-    return Unsupported(
-        f"{where} is not quantized: there is nothing to dequantize. `qz quantize {where}` quantizes it."
-    )
+    return Unsupported(f"{where} is not quantized: there is nothing to dequantize. `qz quantize {where}` quantizes it.")
 
 
 def packed(weight: QuantizedWeight) -> Packed:

@@ -12,6 +12,7 @@ from qz.formats.folder import LocalFolder
 from qz.formats.output import refuse_overlap
 from qz.formats.section import Section
 from qz.formats.staging import Staging, WrittenFile
+from qz.quantize.measure import Measure
 from qz.quantize.plan import Plan
 from qz.quantize.stream import Progress, Run
 
@@ -38,6 +39,8 @@ class Part:
     carried: tuple[Carried, ...] = ()
     documents: Mapping[str, bytes] = field(default_factory=dict)
     """Small files to write beside those of the plan."""
+    measure: Measure | None = None
+    """Measures what the conversion loses, while it is under way."""
 
     @property
     def bytes_output(self) -> int:
@@ -53,9 +56,9 @@ class Written:
     resumed: bool
 
 
-def model_part(plan: Plan, carried: Iterable[Carried] = (), name: str = "") -> Part:
+def model_part(plan: Plan, carried: Iterable[Carried] = (), name: str = "", measure: Measure | None = None) -> Part:
     """A converted model with what goes along, but for what the plan writes itself."""
-    return Part(name, plan, tuple(each for each in carried if each.name not in plan.files))
+    return Part(name, plan, tuple(each for each in carried if each.name not in plan.files), measure=measure)
 
 
 def write_parts(
@@ -89,7 +92,9 @@ def write_parts(
         meter = _Meter(progress)
         sections = [Section(staging, part.name) for part in parts]
         runs = [
-            Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show) if part.plan else None
+            Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, watch=part.measure)
+            if part.plan
+            else None
             for part, section in zip(parts, sections, strict=True)
         ]
         for part, section, run in zip(parts, sections, runs, strict=True):
@@ -99,6 +104,8 @@ def write_parts(
             if run is not None:
                 run.convert(threads)
                 meter.finish(run)
+            if part.plan is not None and part.measure is not None:
+                part.measure.finish(part.plan, arithmetic, threads)
             for name, data in {**(part.plan.files if part.plan else {}), **part.documents}.items():
                 section.write_file(name, data)
             if part.name:  # what it holds to read ahead is of no more use

@@ -28,6 +28,11 @@ class Step:
     """Position of the outputs' shard in ``Plan.shards``; -1 where the outputs are spread, see ``shard_of``."""
 
     @property
+    def name(self) -> str:
+        """The weight's name in the output."""
+        return next(saved.name for saved in self.outputs if saved.part in ("", "weight"))
+
+    @property
     def act(self) -> Act:
         if self.weight.quantized:
             return "quantize"
@@ -74,7 +79,9 @@ def make_plan(
     """Lay the architecture's tensors out in shards and order the work. ``sources``: by name, if not all are stored."""
     grouped = checkpoint.library == "diffusers"
     items = [
-        shards.Item(saved.name, saved.nbytes, id(saved.weight) if grouped and saved.part else saved.storage or -number - 1)
+        shards.Item(
+            saved.name, saved.nbytes, id(saved.weight) if grouped and saved.part else saved.storage or -number - 1
+        )
         for number, saved in enumerate(architecture.saved)
     ]
     names = shards.split(items, max_shard_bytes)

@@ -14,7 +14,7 @@ from qz.formats.checkpoint import StoredTensor
 from qz.formats.folder import Folder
 from qz.formats.quantized import QuantizedWeight
 from qz.quantize import kernels
-from qz.quantize.architecture import TORCH_NAMES
+from qz.quantize.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
 
 Bytes = NDArray[np.uint8]
 Memory = Callable[[str, int], Bytes]
@@ -173,10 +173,20 @@ class _Int8:
         return raw, dtype
 
 
-def load(folder: Folder, source: Source, target: str) -> Any:
-    """A whole source as torch holds it, in its own dtype, or in ``target`` (as in safetensors) if that is exact."""
+def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes:
+    """A weight that is merged, split or turned, in its dtype: its sources in memory at once, through torch."""
     import torch
 
-    count = elements(source.shape)
-    raw, dtype = reader(folder, source).read(0, count, target, lambda _, nbytes: np.empty(nbytes, np.uint8))
-    return torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[dtype])).reshape(source.shape)
+    dtype = getattr(torch, weight.dtype)
+    target = SAFETENSORS_NAMES[weight.dtype]
+    tensors = {}
+    for source in sources:
+        count = elements(source.shape)
+        raw, stored = reader(folder, source).read(0, count, target, lambda _, nbytes: np.empty(nbytes, np.uint8))
+        tensor = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[stored])).reshape(source.shape)
+        tensors[source.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
+    if weight.transposed:
+        tensor = tensor.T
+    assembled: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return assembled

@@ -9,35 +9,62 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.formats.folder import Folder, Range
+from qz.formats.section import Section
 from qz.formats.staging import ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.quantize.architecture import SAFETENSORS_NAMES, Saved
-from qz.quantize.kernels import QUANT_MAPS, NonFinite, nested_quant_map
-from qz.quantize.methods import BLOCK_SIZE, FourBit
+from qz.quantize.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
+from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.plan import Plan, Step
-from qz.quantize.reading import NUMPY, Bytes, Reader, load, reader, values
+from qz.quantize.reading import NUMPY, Bytes, Reader, assemble, reader, values
+from qz.quantize.watch import Watch
+
+QuantType = Literal["nf4", "fp4"]
 
 
 class Arithmetic(Protocol):
     """Where the numbers are computed. Thread-safe; arrays are in host memory; see ``qz.quantize.kernels``."""
 
-    chunk_bytes: int
+    @property
+    def name(self) -> str:
+        """The device, as ``--device`` names it."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """What an accelerator calls itself, which decides its bytes; empty for the CPU."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the choice of this device."""
+        ...
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Source bytes of a chunk."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """How many threads keep it busy."""
+        ...
 
     def buffer(self, nbytes: int) -> Bytes: ...
 
     def cast(self, values: NDArray[Any], source: str, target: str, out: NDArray[Any]) -> None: ...
 
     def quantize_4bit(
-        self, values: NDArray[Any], dtype: str, quant_type: str, packed: Bytes, absmax: NDArray[np.float32]
+        self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
     ) -> NonFinite: ...
 
     def quantize_int8(
@@ -110,19 +137,25 @@ class Run:
         self,
         plan: Plan,
         folder: Folder,
-        staging: Staging | Nowhere,
+        staging: Staging | Section | Nowhere,
         arithmetic: Arithmetic,
         progress: Callable[[Progress], None] = lambda progress: None,
         *,
         forgiving: bool = False,
+        watch: Watch | None = None,
+        only: Container[str] | None = None,
     ) -> None:
-        """``forgiving``: weights with values that are not finite are noted in ``nonfinite``, not refused."""
+        """``forgiving``: weights with values that are not finite are noted in ``nonfinite``, not refused.
+
+        ``watch`` sees what is computed. ``only`` names the weights to convert, into ``Nowhere``: no shard is complete.
+        """
         self.plan = plan
         self.folder = folder
         self.staging = staging
         self.arithmetic = arithmetic
         self.progress = progress
         self.forgiving = forgiving
+        self.watch = watch
         self.nonfinite: set[str] = set()
         self.writers: dict[int, ShardWriter | _NoShard] = {}
         self.written: dict[str, WrittenFile] = dict(staging.finished)
@@ -133,7 +166,11 @@ class Run:
         for home in plan.shard_of.values():
             if plan.shards[home].file not in self.written:
                 self.left[home] = self.left.get(home, 0) + 1
-        self.steps = [step for step in plan.steps if any(self._open(saved) for saved in step.outputs)]
+        self.steps = [
+            step
+            for step in plan.steps
+            if any(self._open(saved) for saved in step.outputs) and (only is None or step.weight.name in only)
+        ]
         self.all_bytes = sum(source.nbytes for step in self.steps for source in step.sources)
         self.bytes_done = 0
         self.weights_done = 0
@@ -205,39 +242,39 @@ class Run:
         target = SAFETENSORS_NAMES[weight.dtype]
         assert chunk.work.reader is not None
         raw, dtype = chunk.work.reader.read(chunk.start, chunk.stop, target, buffers.get)
+        original = (values(raw, dtype), dtype)
         if dtype != target:
             cast = buffers.get("cast", count * _itemsize(target))
             self.arithmetic.cast(values(raw, dtype), dtype, target, cast.view(NUMPY[target]))
             raw = cast
         if weight.quantized:
-            self._quantize(chunk.work, values(raw, target), chunk.start, buffers)
+            self._quantize(chunk.work, values(raw, target), chunk.start, buffers, original)
         else:
             self._write(step.outputs[0], raw, chunk.start * raw.nbytes // max(count, 1))
+            if self.watch is not None and step.act == "dequantize":
+                self.watch.dequantized(step, chunk.start, (values(raw, target), target), buffers.get)
         return source.nbytes * chunk.stop // max(weight.count, 1) - source.nbytes * chunk.start // max(weight.count, 1)
 
     def _whole(self, work: _Work) -> int:
-        """A weight that is merged, split or turned: its sources in memory at once, through torch."""
-        import torch
-
+        """A weight that cannot be cut, because it is merged, split or turned."""
         step, weight = work.step, work.step.weight
-        dtype = getattr(torch, weight.dtype)
         target = SAFETENSORS_NAMES[weight.dtype]
-        tensors = {source.name: load(self.folder, source, target) for source in step.sources}
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
-        if weight.transposed:
-            tensor = tensor.T
-        tensor = tensor.contiguous()
-        raw = tensor.reshape(-1).view(torch.uint8).numpy()
+        raw = assemble(self.folder, weight, step.sources)
+        buffers, original = _Buffers(self.arithmetic), (values(raw, target), target)
         if not weight.quantized:
             self._write(step.outputs[0], raw, 0)
+            if self.watch is not None and step.act == "dequantize":
+                self.watch.dequantized(step, 0, original, buffers.get)
         else:
             if self.plan.method is not None and self.plan.method.double_quant:
                 work.absmax = np.empty(-(-weight.count // BLOCK_SIZE), np.float32)
-            self._quantize(work, values(raw, target), 0, _Buffers(self.arithmetic))
+            self._quantize(work, original[0], 0, buffers, original)
         return sum(source.nbytes for source in step.sources)
 
-    def _quantize(self, work: _Work, values: NDArray[Any], start: int, buffers: _Buffers) -> None:
+    def _quantize(
+        self, work: _Work, values: NDArray[Any], start: int, buffers: _Buffers, original: tuple[NDArray[Any], str]
+    ) -> None:
+        """Quantize ``values`` of the dtype of the weight, which were ``original`` before the cast, and write them."""
         weight, method = work.step.weight, self.plan.method
         dtype = SAFETENSORS_NAMES[weight.dtype]
         outputs = {saved.part: saved for saved in work.step.outputs}
@@ -254,6 +291,8 @@ class Run:
             self._write(outputs["weight"], packed, start // 2)
             if work.absmax is None:
                 self._write(outputs["weight.absmax"], absmax, first_block * 4)
+            if self.watch is not None:
+                self.watch.quantized(work.step, method, start, original, packed, absmax, buffers.get)
         else:
             columns = weight.shape[1]
             rows = len(values) // columns
@@ -262,6 +301,8 @@ class Run:
             found = self.arithmetic.quantize_int8(values.reshape(rows, columns), dtype, codes, scb)
             self._write(outputs["weight"], codes, start)
             self._write(outputs["SCB"], scb, start // columns * 4)
+            if self.watch is not None and method is not None:
+                self.watch.quantized(work.step, method, start, original, codes, scb, buffers.get)
         if found.count:
             with self.lock:
                 first = start + found.first
@@ -314,6 +355,9 @@ class Run:
             return
         absmax, nested_absmax, offset = self.arithmetic.quantize_absmax(work.absmax)
         work.absmax = None
+        if self.watch is not None:
+            again = dequantize_absmax(absmax, nested_absmax, nested_quant_map(), offset, NESTED_BLOCK_SIZE)
+            self.watch.settled(work.step, method, again)
         self._write(outputs["weight.absmax"], absmax, 0)
         self._write(outputs["weight.nested_absmax"], nested_absmax, 0)
         self._write(outputs["weight.nested_quant_map"], nested_quant_map(), 0)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qz.formats.carry import Carried
 from qz.formats.record import WrittenFile
+from qz.quantize.loss import Loss
 from qz.quantize.plan import Plan
 from qz.quantize.reading import Packed
 
@@ -54,6 +55,8 @@ class Summary:
     """In a dry run with the hash left empty."""
     seconds: float
     resumed: bool = False
+    loss: Loss | None = None
+    """What quantization cost, if that was measured."""
     carried: tuple[str, ...] = ()
     """Files copied unchanged: tokenizer, processor, licence."""
 
@@ -81,6 +84,11 @@ class Summary:
             shown = ", ".join(self.dropped[:3]) + (" …" if len(self.dropped) > 3 else "")
             found.append(
                 f"{len(self.dropped)} tensors that {self.source.architecture} does not use are left out: {shown}"
+            )
+        if self.loss is not None and self.loss.unrelated:
+            found.append(
+                f"the relative error is {self.loss.total.relative_error:.2f}: the two models have nothing in common. "
+                "Was it made from this original?"
             )
         return tuple(found)
 
@@ -110,6 +118,7 @@ class Summary:
             "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
             "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in self.shards],
             "carried": list(self.carried),
+            "loss": self.loss.as_json() if self.loss else None,
             "warnings": list(self.warnings),
             "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
@@ -126,6 +135,7 @@ def summarize(
     carried: Iterable[Carried] = (),
     seconds: float = 0.0,
     resumed: bool = False,
+    loss: Loss | None = None,
 ) -> Summary:
     """Sum a plan up; ``written`` are the files of a finished run, none for a dry run."""
     architecture = plan.architecture
@@ -159,6 +169,7 @@ def summarize(
         else tuple(WrittenFile(layout.file, layout.size, "") for layout in plan.shards),
         seconds=seconds,
         resumed=resumed,
+        loss=loss,
         carried=tuple(sorted(copied)),
     )
 

@@ -1,0 +1,174 @@
+"""Measure the loss while a run is under way: of what it quantizes, or of what it dequantizes against the original."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz import MalformedInput, Unsupported
+from qz.formats.checkpoint import Checkpoint
+from qz.formats.malformed import quoted
+from qz.quantize import kernels
+from qz.quantize.architecture import SAFETENSORS_NAMES, Wish, examine
+from qz.quantize.loss import Loss, Tally
+from qz.quantize.methods import BLOCK_SIZE, FourBit, Method
+from qz.quantize.plan import Plan, Step, make_plan
+from qz.quantize.reading import NUMPY, Bytes, Memory, Reader, assemble, reader
+from qz.quantize.watch import Values
+
+if TYPE_CHECKING:
+    from qz.quantize.stream import Arithmetic
+
+
+class Measure:
+    """A watch that adds up errors. Kept from run to run, it tells which weights are still to be measured."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+
+    def loss(self) -> Loss:
+        return self.tally.loss()
+
+    def finish(self, plan: Plan, arithmetic: Arithmetic, threads: int) -> None:
+        """Compute once more, without writing, what an earlier run of ``plan`` had finished already."""
+        from qz.quantize.stream import Nowhere, Run
+
+        left = {
+            step.weight.name
+            for step in plan.steps
+            if step.act != "keep" and step.weight.count and step.name not in self.tally.sums
+        }
+        if left:
+            Run(plan, plan.checkpoint.folder, Nowhere(), arithmetic, watch=self, only=left).convert(threads)
+
+    def quantized(
+        self,
+        step: Step,
+        method: Method,
+        start: int,
+        original: Values,
+        codes: NDArray[Any],
+        scales: NDArray[np.float32],
+        memory: Memory,
+    ) -> None: ...
+
+    def settled(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None: ...
+
+    def dequantized(self, step: Step, start: int, values: Values, memory: Memory) -> None: ...
+
+
+class WhileQuantizing(Measure):
+    """Dequantizes what was just quantized. Under double quantization a weight is kept until its absmax is settled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[str, list[tuple[int, Values, NDArray[Any]]]] = {}
+        self.lock = threading.Lock()
+
+    def quantized(
+        self,
+        step: Step,
+        method: Method,
+        start: int,
+        original: Values,
+        codes: NDArray[Any],
+        scales: NDArray[np.float32],
+        memory: Memory,
+    ) -> None:
+        if not isinstance(method, FourBit) or not method.double_quant:
+            self._add(step, method, original, codes, scales, memory)
+        else:
+            kept = start, (original[0].copy(), original[1]), codes.copy()
+            with self.lock:
+                self.held.setdefault(step.weight.name, []).append(kept)
+
+    def settled(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None:
+        with self.lock:
+            held = self.held.pop(step.weight.name, [])
+        for start, original, codes in held:
+            first = start // BLOCK_SIZE
+            scales = absmax[first : first + -(-original[0].size // BLOCK_SIZE)]
+            self._add(step, method, original, codes, scales, lambda _, nbytes: np.empty(nbytes, np.uint8))
+
+    def _add(
+        self,
+        step: Step,
+        method: Method,
+        original: Values,
+        codes: NDArray[Any],
+        scales: NDArray[np.float32],
+        memory: Memory,
+    ) -> None:
+        dtype = SAFETENSORS_NAMES[step.weight.dtype]
+        again = memory("dequantized", original[0].size * np.dtype(NUMPY[dtype]).itemsize).view(NUMPY[dtype])
+        if isinstance(method, FourBit):
+            kernels.dequantize_4bit(codes, scales, method.quant_type, BLOCK_SIZE, dtype, again)
+        else:
+            kernels.dequantize_int8(codes, scales, dtype, again.reshape(codes.shape))
+        self.tally.add(step.name, *original, again, dtype, memory)
+
+
+class AgainstOriginal(Measure):
+    """Reads the same values of the original model, however its tensors are named and laid out."""
+
+    def __init__(self, original: Checkpoint) -> None:
+        """Raises Unsupported if ``original`` is quantized, and what planning raises."""
+        super().__init__()
+        self.folder = original.folder
+        self.steps = steps_of(original)
+        self.readers: dict[str, Reader] = {}
+        self.whole: tuple[str, Bytes] | None = None
+        self.lock = threading.Lock()
+
+    def check(self, plan: Plan) -> None:
+        """Raise MalformedInput unless the original has every weight of ``plan`` that is dequantized, in its shape."""
+        for step in plan.steps:
+            if step.act == "keep":
+                continue
+            name, found = step.name, self.steps.get(step.name)
+            if found is None or found.weight.shape != step.weight.shape:
+                shape = f"as {list(found.weight.shape)}, not {list(step.weight.shape)}" if found else "not at all"
+                raise MalformedInput(
+                    f"{self.folder.location} is not the original of {plan.checkpoint.folder.location}: it has "
+                    f"{quoted(name)} {shape}. Name the model that was quantized."
+                )
+
+    def dequantized(self, step: Step, start: int, values: Values, memory: Memory) -> None:
+        name = step.name
+        original, dtype = self._original(self.steps[name], start, start + values[0].size, memory)
+        if dtype not in NUMPY:
+            raise Unsupported(
+                f"{self.folder.location} holds {quoted(name)} as {dtype}. Compare with float32, float16 or bfloat16."
+            )
+        self.tally.add(name, original.view(NUMPY[dtype]), dtype, *values, memory)
+
+    def _original(self, step: Step, start: int, stop: int, memory: Memory) -> tuple[Bytes, str]:
+        name = step.name
+
+        def own(use: str, nbytes: int) -> Bytes:
+            return memory(f"original {use}", nbytes)
+
+        if step.weight.conversion is None and not step.weight.transposed:
+            with self.lock:
+                opened = self.readers.setdefault(name, reader(self.folder, step.sources[0]))
+            return opened.read(start, stop, step.sources[0].dtype, own)
+        dtype = SAFETENSORS_NAMES[step.weight.dtype]
+        with self.lock:  # the library merges or splits it: kept for the weight's next chunks
+            if self.whole is None or self.whole[0] != name:
+                self.whole = name, assemble(self.folder, step.weight, step.sources)
+            raw = self.whole[1]
+        size = np.dtype(NUMPY[dtype]).itemsize
+        return raw[start * size : stop * size], dtype
+
+
+def steps_of(original: Checkpoint) -> dict[str, Step]:
+    """How the original's weights are read, by the name under which the library saves them."""
+    from qz.quantize.convert import equal_tensors, refuse_quantized
+
+    refuse_quantized(original)
+    architecture = examine(original, Wish(None), equal=lambda one, other: equal_tensors(original, one, other))
+    plan = make_plan(original, architecture, None, 1 << 62)
+    return {step.name: step for step in plan.steps}
