@@ -211,7 +211,8 @@ SkipOpt = Annotated[
     typer.Option(
         "--skip",
         metavar="PATTERN",
-        help="A module to leave as it is, matched as the model's library matches it. Repeat it for more.",
+        help="A module to leave as it is, matched as the model's library matches it. COMPONENT/PATTERN counts in one "
+        "component of a pipeline. Repeat it for more.",
         rich_help_panel=SELECTION,
         show_default=False,
     ),
@@ -239,7 +240,7 @@ ComponentOpt = Annotated[
     typer.Option(
         "--component",
         metavar="NAME=METHOD",
-        help="Another method for one component: text_encoder_2=int8, or none. Repeat it for more.",
+        help="Another method for one component of a pipeline: text_encoder_2=int8, or none. Repeat it for more.",
         rich_help_panel=SELECTION,
         show_default=False,
     ),
@@ -307,7 +308,8 @@ IfExistsOpt = Annotated[
     typer.Option(
         "--if-exists",
         metavar="CHOICE",
-        help="When the output is there: error (exit code 73), skip (done, exit code 0) or overwrite.",
+        help="When the output is there: error (exit code 73), overwrite, or skip: exit code 0 if it was made from the "
+        "same source and settings and is complete, 73 if not.",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
-from qz.cli.output import Column, facts, markdown_table, percent, quantity, say, show, size, table, warn, write_step_summary
+from qz.cli.output import (
+    Column,
+    facts,
+    markdown,
+    markdown_table,
+    percent,
+    plain,
+    quantity,
+    say,
+    show,
+    size,
+    table,
+    warn,
+    write_step_summary,
+)
+from qz.cli.pipeline import present_pipeline
 from qz.cli.progress import Display
 
 if TYPE_CHECKING:
+    from qz.formats.folder import Folder
+    from qz.formats.record import Record
     from qz.quantize.methods import Method
-    from qz.quantize.summary import Summary
+    from qz.quantize.parts import Target
+    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.settings import Settings
+    from qz.quantize.summary import Source, Summary
 
 
 def quantize(
@@ -27,10 +48,14 @@ def quantize(
     variant: options.VariantOpt = None,
     skip: options.SkipOpt = None,
     no_default_skips: options.NoDefaultSkipsOpt = False,
+    components: options.ComponentsOpt = None,
+    component: options.ComponentOpt = None,
     keep_nonfinite: options.KeepNonfiniteOpt = False,
     output: options.OutputOpt = None,
     dtype: options.DTypeOpt = "auto",
     max_shard_size: options.MaxShardSizeOpt = options.DEFAULT_SHARD_SIZE,
+    weights_only: options.WeightsOnlyOpt = False,
+    if_exists: options.IfExistsOpt = "error",
     overwrite: options.OverwriteOpt = False,
     resume: options.ResumeOpt = True,
     device: options.DeviceOpt = "auto",
@@ -41,12 +66,15 @@ def quantize(
 ) -> None:
     """Quantize a model to 4 or 8 bit, streamed: no GPU needed, memory for a few megabytes a thread."""
     name = options.method_name(nf4, fp4, int8)
-    method = chosen_method(name, double_quant, compute_dtype, threshold)
+    own = options.parse_component_methods(component)
+    four_bit_too = name == "int8" and any(each in ("nf4", "fp4") for each in own.values())
+    method = chosen_method(name, double_quant and not four_bit_too, compute_dtype, threshold)
 
-    from qz.formats.checkpoint import open_checkpoint
-    from qz.formats.source import open_source, output_name
-    from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
-    from qz.quantize.summary import Source, summarize
+    from qz.formats.pipeline import is_pipeline
+    from qz.formats.source import enter, open_source, output_name
+    from qz.quantize.parts import Target
+    from qz.quantize.request import up_to_date
+    from qz.quantize.settings import Settings
 
     settings = Settings(
         method,
@@ -57,24 +85,94 @@ def quantize(
         device=device,
         threads=threads or 0,
         keep_nonfinite=keep_nonfinite,
+        weights_only=weights_only,
+        components=options.parse_components(components),
+        component_methods={
+            part: None
+            if each == "none"
+            else chosen_method(each, double_quant and each != "int8", compute_dtype, threshold)
+            for part, each in own.items()
+        },
     )
-    target = Target(output or Path(output_name(source, subfolder, name)), overwrite, resume)
-    folder = open_source(source, subfolder, revision)
+    existing = options.existing_output(overwrite, if_exists)
+    target = Target(output or Path(output_name(source, subfolder, name)), existing == "overwrite", resume)
+    root = open_source(source, None, revision)
+    folder = root
     try:
-        plan = plan_quantization(open_checkpoint(folder, variant), settings)
-        commit = folder.identity().get("commit")
-        origin = Source(source, commit, subfolder, plan.checkpoint.library, plan.architecture.class_name)
-        if dry_run:
-            summary = summarize(plan, origin, str(target.output), device=device)
+        folder = enter(root, subfolder)
+        record = up_to_date(target.output, folder, settings) if existing == "skip" and not dry_run else None
+        if record is not None:
+            present_existing(record, target.output, source, as_json=as_json)
+            return
+        run = Conversion(source, subfolder, root, folder, target, settings, variant, dry_run, quiet)
+        if is_pipeline(folder):
+            present_pipeline(run.pipeline(), as_json=as_json, quiet=quiet)
         else:
-            with Display("Quantizing", quiet=quiet) as progress:
-                summary = carry_out(plan, origin, target, settings, progress)
+            present(run.model(), as_json=as_json, quiet=quiet)
     finally:
         folder.close()
-    present(summary, as_json=as_json, quiet=quiet)
+        root.close()
 
 
-def chosen_method(name: options.MethodName, double_quant: bool, compute_dtype: str, threshold: float) -> Method:
+@dataclass(frozen=True)
+class Conversion:
+    """A source and what to make of it."""
+
+    source: str
+    subfolder: str | None
+    root: Folder
+    folder: Folder
+    target: Target
+    settings: Settings
+    variant: str | None
+    dry_run: bool
+    quiet: bool
+
+    def origin(self, library: str, architecture: str) -> Source:
+        from qz.quantize.summary import Source
+
+        return Source(self.source, self.folder.identity().get("commit"), self.subfolder, library, architecture)
+
+    def model(self) -> Summary:
+        """One model. Raises UsageError for options that are for pipelines."""
+        from qz import UsageError
+        from qz.formats.checkpoint import open_checkpoint
+        from qz.quantize.convert import carry_out, goes_along, plan_quantization
+        from qz.quantize.summary import summarize
+
+        settings, target = self.settings, self.target
+        if settings.components is not None or settings.component_methods:
+            raise UsageError(
+                f"{self.folder.location} is one model, not a pipeline: leave out --components and --component."
+            )
+        checkpoint = open_checkpoint(self.folder, self.variant)
+        plan = plan_quantization(checkpoint, settings)
+        origin = self.origin(checkpoint.library, plan.architecture.class_name)
+        carried = goes_along(checkpoint, self.root, settings)
+        if self.dry_run:
+            return summarize(plan, origin, str(target.output), device=settings.device, carried=carried)
+        with Display("Quantizing", quiet=self.quiet) as progress:
+            return carry_out(plan, origin, target, settings, progress, carried)
+
+    def pipeline(self) -> PipelineSummary:
+        """All components of a diffusers pipeline."""
+        from qz.formats.pipeline import open_pipeline
+        from qz.quantize.pipeline import carry_out_pipeline, plan_pipeline, summarize_pipeline
+
+        settings, target = self.settings, self.target
+        pipeline = open_pipeline(self.folder, self.variant)
+        try:
+            plan = plan_pipeline(pipeline, settings)
+            origin = self.origin("diffusers", pipeline.class_name)
+            if self.dry_run:
+                return summarize_pipeline(plan, origin, str(target.output), settings, device=settings.device)
+            with Display("Quantizing", quiet=self.quiet) as progress:
+                return carry_out_pipeline(plan, origin, target, settings, progress)
+        finally:
+            pipeline.close()
+
+
+def chosen_method(name: str, double_quant: bool, compute_dtype: str, threshold: float) -> Method:
     """The method with its settings; UsageError for a setting that the method does not have."""
     from qz import UsageError
     from qz.quantize.methods import FourBit, Int8
@@ -83,7 +181,17 @@ def chosen_method(name: options.MethodName, double_quant: bool, compute_dtype: s
         if double_quant:
             raise UsageError("--double-quant belongs to the 4-bit methods; int8 has no block statistics to quantize.")
         return Int8(threshold)
-    return FourBit(name, double_quant, compute_dtype)
+    return FourBit("fp4" if name == "fp4" else "nf4", double_quant, compute_dtype)
+
+
+def present_existing(record: Record, output: Path, source: str, *, as_json: bool) -> None:
+    """A run with nothing to do: the report of the one that made the output."""
+    from qz.quantize.request import as_report
+
+    text = f"{output} is up to date: made from the same source and settings, and complete. Nothing to do."
+    say(text, quiet=not as_json)
+    show(as_report(record, output, source), as_json=as_json, text=plain(text))
+    write_step_summary(f"### qz\n\n{markdown(text)}")
 
 
 def present(summary: Summary, *, as_json: bool, quiet: bool = False) -> None:
@@ -111,8 +219,10 @@ def report(summary: Summary) -> list[tuple[str, str]]:
         ("method", f"{method}, {summary.dtype} elsewhere" if summary.method != "none" else summary.dtype),
         (
             "parameters",
-            f"{quantity(summary.parameters)}, "
-            f"{percent(summary.quantized_parameters, summary.parameters)} of them quantized",
+            (
+                f"{quantity(summary.parameters)}, "
+                f"{percent(summary.quantized_parameters, summary.parameters)} of them quantized"
+            ),
         ),
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),

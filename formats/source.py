@@ -31,6 +31,11 @@ def open_source(source: str, subfolder: str | None = None, revision: str | None 
         folder = open_repo(source, revision=revision)
     else:
         raise MissingInput(f"{source} does not exist. Give a local folder, or a repository on the Hub as USER/NAME.")
+    return enter(folder, subfolder)
+
+
+def enter(folder: Folder, subfolder: str | None) -> Folder:
+    """The folder inside ``folder`` that ``--subfolder`` names; ``folder`` itself where it names none."""
     for name in subfolder.strip("/").split("/") if subfolder else ():
         folder = folder.subfolder(name)
     return folder

@@ -24,7 +24,7 @@ from qz.quantize.stream import Nowhere, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
 
 COMPARE_BYTES = 1 << 20
-TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed")
+TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
 """Of a summary, what differs from run to run."""
 
 

@@ -160,6 +160,7 @@ class PipelineSummary:
             "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in self.shards],
             "carried": list(self.carried),
             "warnings": list(self.warnings),
+            "up_to_date": False,
             "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
         }

@@ -90,3 +90,20 @@ def _files(folder: LocalFolder, prefix: str = "", depth: int = 1) -> Iterator[tu
     if depth:
         for inner in folder.subfolders():
             yield from _files(folder.subfolder(inner), f"{prefix}{inner}/", depth - 1)
+
+
+def as_report(record: Record, output: Path, location: str) -> dict[str, Any]:
+    """The JSON report of the run that made the output, as of a run that had nothing to do."""
+    told = {key: value for key, value in record.about.items() if key not in ("qz", "versions", "identity", "settings")}
+    source = told.get("source")
+    shards = [file for file in record.files if file.name.endswith(".safetensors")]
+    return {
+        **told,
+        "source": {**(source if isinstance(source, dict) else {}), "location": location},
+        "output": str(output),
+        "dry_run": False,
+        "shards": [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in shards],
+        "up_to_date": True,
+        "resumed": False,
+        "seconds": 0.0,
+    }

@@ -120,6 +120,7 @@ class Summary:
             "carried": list(self.carried),
             "loss": self.loss.as_json() if self.loss else None,
             "warnings": list(self.warnings),
+            "up_to_date": False,
             "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
         }
