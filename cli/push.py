@@ -87,9 +87,7 @@ def report(result: PushResult) -> list[tuple[str, str]]:
         rows.append(("left here", ", ".join(result.left_out)))
     if result.dry_run:
         return [*rows, ("dry run", "nothing was sent")]
-    rows.append(
-        ("uploaded", size(result.bytes_uploaded) + ("; the Hub had the rest" * (result.bytes_uploaded < whole)))
-    )
+    rows.append(("uploaded", size(result.bytes_uploaded)))
     if result.pull_request:
         rows.append(("pull request", result.pull_request))
     return [*rows, ("commit", str(result.commit))]

@@ -18,6 +18,7 @@ import pytest
 import typer.main
 import yaml
 
+from hub_server import OWNER, HubServer
 from qz import QzError
 from qz.cli.app import app
 
@@ -163,6 +164,36 @@ def test_the_shell_lines_run(name: str, flux: Path, tmp_path: Path) -> None:
         else:
             assert line.startswith(("pip install", "make ")), f"{line!r} is not run by this test"
     assert ran >= 3
+
+
+def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
+    """Word for word, against a Hub on this machine."""
+    place = tmp_path / "here"
+    shutil.copytree(flux, place)
+    pages = ("README.md", "docs/how-to/push.md")
+    lines = {line for page in pages for line in shell_lines(ROOT / page) if line.startswith("qz push")}
+    assert lines
+    with HubServer() as hub:
+        given = {"HF_ENDPOINT": hub.url, "HF_TOKEN": OWNER, "HF_HOME": str(tmp_path / "home")}
+        shell = environment(**given) | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        first = "qz quantize ./black-forest-labs/FLUX.1-dev --subfolder transformer --nf4"
+        for line in (first, *sorted(lines)):
+            result = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", line],
+                cwd=place,
+                env=shell,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+            assert OWNER not in result.stdout + result.stderr
+        repo = hub.repos["me/FLUX.1-dev-nf4"]
+        assert repo.private
+        wanted = {"README.md", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
+        assert wanted <= set(repo.files())
 
 
 def test_the_readme_names_make_targets_that_exist() -> None:
