@@ -109,6 +109,15 @@ def in_words(facts: CardFacts) -> str:
 
 
 def _sizes(facts: CardFacts) -> str:
+    if facts.components:
+        parts = [
+            (f"`{_plain(c.name)}`", _plain(c.architecture), c.method, *map(_size, c.bytes)) for c in facts.components
+        ]
+        return _table(parts, "component", "class", "method", "before", "after") + "\n\n" + _totals(facts)
+    return _totals(facts)
+
+
+def _totals(facts: CardFacts) -> str:
     rows = [
         (label, *map(_size, pair))
         for label, pair in (("weights on disk", facts.bytes), ("memory footprint", facts.footprint))
@@ -136,6 +145,16 @@ def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
     where = f'"{repo_id}"' + (f', subfolder="{folder}"' if folder else "")
     dtype = (facts.compute_dtype or facts.dtype or "bfloat16").removeprefix("torch.")
     role = (facts.subfolder or folder).rsplit("/", 1)[-1]
+    if facts.pipeline:
+        return "\n".join(
+            [
+                "import torch",
+                "from diffusers import DiffusionPipeline",
+                "",
+                f"pipeline = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.{dtype})",
+                "pipeline.enable_model_cpu_offload()",
+            ]
+        )
     if facts.library == "diffusers" or re.match(r"(text|image)_encoder", role):
         role = role if role.isidentifier() else "unet" if name.startswith("UNet") else "transformer"
         pipeline = facts.base_model or "owner/pipeline"

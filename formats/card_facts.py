@@ -11,6 +11,17 @@ from typing import Any
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a converted model has in common with the one that it was made of."""
 HUB = "https://huggingface.co"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a pipeline: ``method`` is none for one that is as it was. Bytes on disk before and after."""
+
+    name: str
+    architecture: str
+    method: str
+    bytes: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,9 @@ class CardFacts:
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """From the head of the source's card; see ``INHERITED``."""
     tokenizer: bool = False
+    pipeline: bool = False
+    """Whether it is a whole pipeline; ``components`` are its models."""
+    components: tuple[Component, ...] = ()
 
     @property
     def base_model(self) -> str | None:
@@ -48,7 +62,9 @@ class CardFacts:
         return {"nf4": 4, "fp4": 4, "int8": 8}.get(self.method)
 
 
-def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], *, tokenizer: bool = False) -> CardFacts:
+def facts_of(
+    about: Mapping[str, Any], config: Mapping[str, Any], *, tokenizer: bool = False, pipeline: bool = False
+) -> CardFacts:
     """The facts in a record's ``about`` (empty for a checkpoint that qz did not make) and the checkpoint's config."""
     quantization = _mapping(config.get("quantization_config"))
     source, settings = _mapping(about.get("source")), _mapping(about.get("settings"))
@@ -70,11 +86,13 @@ def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], *, tokenizer: 
         bytes=_pair(about.get("bytes"), "source", "output"),
         footprint=_pair(about.get("memory_footprint"), "before", "after"),
         skipped=tuple(str(name) for name in about.get("skipped") or ()),
-        losses=_losses(about.get("losses")),
+        losses=_losses(about.get("loss")),
         versions={"qz": str(about["qz"])} | {str(k): str(v) for k, v in _mapping(about.get("versions")).items()}
         if "qz" in about
         else {},
         tokenizer=tokenizer,
+        pipeline=pipeline or "components" in about,
+        components=_components(about.get("components")),
     )
     command = _text(about.get("command")) or (_command(facts, quantization, settings) if facts.source else None)
     return facts if command is None else replace(facts, command=command)
@@ -108,8 +126,18 @@ def _command(facts: CardFacts, quantization: Mapping[str, Any], settings: Mappin
         words += ["--skip", str(skip)]
     if settings.get("default_skips") is False:
         words.append("--no-default-skips")
+    if settings.get("keep_nonfinite"):
+        words.append("--keep-nonfinite")
+    if settings.get("components"):
+        words += ["--components", ",".join(map(str, settings["components"]))]
+    for name, method in _mapping(settings.get("component_methods")).items():
+        words += ["--component", f"{name}={_mapping(method).get('name', 'none')}"]
     if settings.get("dtype", "auto") != "auto":
         words += ["--dtype", str(settings["dtype"])]
+    if settings.get("max_shard_bytes", DEFAULT_SHARD_BYTES) != DEFAULT_SHARD_BYTES:
+        words += ["--max-shard-size", str(settings["max_shard_bytes"])]
+    if settings.get("weights_only"):
+        words.append("--weights-only")
     return shlex.join(words)
 
 
@@ -135,5 +163,21 @@ def _pair(value: Any, first: str, second: str) -> tuple[int, int] | None:
 
 
 def _losses(value: Any) -> tuple[tuple[str, float], ...]:
-    found = [(str(k), float(v)) for k, v in _mapping(value).items() if isinstance(v, int | float)]
-    return tuple(sorted(found, key=lambda item: -item[1]))
+    """Worst first, as the record has them."""
+    layers = [_mapping(layer) for layer in _mapping(value).get("layers") or ()]
+    return tuple(
+        (str(layer.get("name")), float(layer["relative_error"]))
+        for layer in layers
+        if isinstance(layer.get("relative_error"), int | float)
+    )
+
+
+def _components(value: Any) -> tuple[Component, ...]:
+    """The components that have weights."""
+    found = []
+    for each in map(_mapping, value if isinstance(value, list) else ()):
+        size = _pair(each.get("bytes"), "source", "output")
+        if size and size[0]:
+            method = str(each.get("method") or "none")
+            found.append(Component(str(each.get("name")), str(each.get("architecture") or ""), method, size))
+    return tuple(found)

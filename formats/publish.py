@@ -83,7 +83,13 @@ class _Push:
         if "/" not in self.repo_id:
             with self.errors("Asking who you are"):
                 self.repo_id = f"{patiently(lambda: self.api.whoami(cache=True))['name']}/{self.repo_id}"
-        facts = facts_of(own.record.about if own.record else {}, own.config, tokenizer=_has_tokenizer(own))
+        names = {file.name for file in own.files}
+        facts = facts_of(
+            own.record.about if own.record else {},
+            own.config,
+            tokenizer=bool(names & {"tokenizer.json", "tokenizer_config.json"}),
+            pipeline="model_index.json" in names,
+        )
         facts, restricted = self.source(facts)
         found = self.find(self.repo_id)
         if found is not None:
@@ -322,10 +328,6 @@ def _is_same(file: OwnFile, entry: RepoFile) -> bool:
         data = file.path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob_id
     return entry.lfs.sha256 == (file.sha256 or hash_file(file.path))
-
-
-def _has_tokenizer(own: OwnFiles) -> bool:
-    return any(file.name in ("tokenizer.json", "tokenizer_config.json") for file in own.files)
 
 
 def _message(to: Destination, facts: CardFacts) -> str:

@@ -580,6 +580,31 @@ def test_the_snippet_fits_the_model_and_is_python(facts: CardFacts, lines: list[
         assert line in code
 
 
+def test_a_pipelines_card_lists_its_components_and_loads_it_whole() -> None:
+    components = [
+        {"name": "transformer", "architecture": "FluxTransformer2DModel", "method": "nf4"}
+        | {"bytes": {"source": 4_000_000, "output": 1_000_000}},
+        {"name": "vae", "architecture": "AutoencoderKL", "method": "none", "bytes": {"source": 7_000, "output": 7_000}},
+        {"name": "scheduler", "architecture": None, "method": "none", "bytes": {"source": 0, "output": 0}},
+    ]
+    source = {**ABOUT["source"], "library": "diffusers", "architecture": "FluxPipeline"}
+    settings = {"components": ["transformer"], "component_methods": {"vae": None}, "skips": []}
+    about = {**ABOUT, "source": source, "components": components, "settings": settings}
+    card = write_card(facts_of(about, {}), "me/new")
+    assert "| `transformer` | FluxTransformer2DModel | nf4 | 4 MB | 1 MB |" in card
+    assert "| `vae` | AutoencoderKL | none | 7 kB | 7 kB |" in card
+    assert "scheduler" not in card
+    assert 'DiffusionPipeline.from_pretrained("me/new", torch_dtype=torch.bfloat16)' in card
+    assert "--components transformer --component vae=none" in card
+
+
+def test_the_loss_of_each_layer_is_told_where_it_was_measured() -> None:
+    layers = [{"name": "layer.1", "relative_error": 0.0931}, {"name": "layer.0", "relative_error": None}]
+    card = write_card(facts_of({**ABOUT, "loss": {"total": {}, "layers": layers}}, CONFIG), "me/new")
+    assert "| `layer.1` | 0.0931 |" in card
+    assert "layer.0" not in card
+
+
 def test_names_from_a_checkpoint_cannot_become_markup() -> None:
     about = {
         **ABOUT,
