@@ -7,23 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
-from qz.cli.output import (
-    Column,
-    facts,
-    markdown,
-    markdown_table,
-    percent,
-    plain,
-    quantity,
-    say,
-    show,
-    size,
-    table,
-    warn,
-    write_step_summary,
-)
+from qz.cli.output import markdown, plain, say, show, write_step_summary
 from qz.cli.pipeline import present_pipeline
 from qz.cli.progress import Display
+from qz.cli.report import present
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
@@ -60,6 +47,7 @@ def quantize(
     resume: options.ResumeOpt = True,
     device: options.DeviceOpt = "auto",
     threads: options.ThreadsOpt = None,
+    report: options.ReportOpt = False,
     dry_run: options.DryRunOpt = False,
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -104,7 +92,7 @@ def quantize(
         if record is not None:
             present_existing(record, target.output, source, as_json=as_json)
             return
-        run = Conversion(source, subfolder, root, folder, target, settings, variant, dry_run, quiet)
+        run = Conversion(source, subfolder, root, folder, target, settings, variant, report, dry_run, quiet)
         if is_pipeline(folder):
             present_pipeline(run.pipeline(), as_json=as_json, quiet=quiet)
         else:
@@ -125,6 +113,7 @@ class Conversion:
     target: Target
     settings: Settings
     variant: str | None
+    report: bool
     dry_run: bool
     quiet: bool
 
@@ -138,6 +127,7 @@ class Conversion:
         from qz import UsageError
         from qz.formats.checkpoint import open_checkpoint
         from qz.quantize.convert import carry_out, goes_along, plan_quantization
+        from qz.quantize.measure import WhileQuantizing
         from qz.quantize.summary import summarize
 
         settings, target = self.settings, self.target
@@ -149,17 +139,25 @@ class Conversion:
         plan = plan_quantization(checkpoint, settings)
         origin = self.origin(checkpoint.library, plan.architecture.class_name)
         carried = goes_along(checkpoint, self.root, settings)
+        measure = WhileQuantizing() if self.report else None
         if self.dry_run:
-            return summarize(plan, origin, str(target.output), device=settings.device, carried=carried)
+            loss = measure.alone(plan, settings) if measure else None
+            return summarize(plan, origin, str(target.output), device=settings.device, carried=carried, loss=loss)
         with Display("Quantizing", quiet=self.quiet) as progress:
-            return carry_out(plan, origin, target, settings, progress, carried)
+            return carry_out(plan, origin, target, settings, progress, carried, measure)
 
     def pipeline(self) -> PipelineSummary:
         """All components of a diffusers pipeline."""
+        from qz import UsageError
         from qz.formats.pipeline import open_pipeline
         from qz.quantize.pipeline import carry_out_pipeline, plan_pipeline, summarize_pipeline
 
         settings, target = self.settings, self.target
+        if self.report:
+            raise UsageError(
+                f"--report measures one model, and {self.folder.location} is a pipeline. Name a component with "
+                "--subfolder, or leave it out."
+            )
         pipeline = open_pipeline(self.folder, self.variant)
         try:
             plan = plan_pipeline(pipeline, settings)
@@ -192,46 +190,3 @@ def present_existing(record: Record, output: Path, source: str, *, as_json: bool
     say(text, quiet=not as_json)
     show(as_report(record, output, source), as_json=as_json, text=plain(text))
     write_step_summary(f"### qz\n\n{markdown(text)}")
-
-
-def present(summary: Summary, *, as_json: bool, quiet: bool = False) -> None:
-    """The report of a conversion: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
-    for warning in summary.warnings:
-        warn(warning)
-    rows = report(summary)
-    show(summary.as_json(), as_json=as_json, text=facts(rows))
-    if not quiet and not as_json and summary.dry_run:
-        columns = (Column("file", foldable=True), Column("bytes", right=True))
-        say(table(columns, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]))
-    if not summary.dry_run:
-        write_step_summary(f"### qz: {summary.method}\n\n" + markdown_table((Column(""), Column("")), rows))
-
-
-def report(summary: Summary) -> list[tuple[str, str]]:
-    """The summary as labels and values."""
-    source = summary.source
-    method = summary.method + (" + double quant" if summary.double_quant else "")
-    saved = f"{size(summary.bytes_source)} → {size(summary.bytes_output)}"
-    rows = [
-        ("source", source.location + (f" ({source.subfolder})" if source.subfolder else "")),
-        ("model", f"{source.architecture} ({source.library})"),
-        ("output", summary.output + (" (dry run: nothing written)" if summary.dry_run else "")),
-        ("method", f"{method}, {summary.dtype} elsewhere" if summary.method != "none" else summary.dtype),
-        (
-            "parameters",
-            (
-                f"{quantity(summary.parameters)}, "
-                f"{percent(summary.quantized_parameters, summary.parameters)} of them quantized"
-            ),
-        ),
-        ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
-        ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
-    ]
-    if summary.skipped:
-        names = list(summary.skipped)
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        rows.append(("left alone", f"{shown} ({', '.join(sorted(set(summary.skipped.values())))})"))
-    if not summary.dry_run:
-        rate = summary.bytes_source / summary.seconds if summary.seconds else 0
-        rows.append(("took", f"{summary.seconds:.1f} s on {summary.device} ({size(rate)}/s)"))
-    return rows

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qz import MalformedInput, Unsupported
-from qz.formats.checkpoint import Checkpoint
+from qz import MalformedInput, MissingInput, Unsupported
+from qz.formats.checkpoint import MAX_CONFIG_BYTES, Checkpoint, open_checkpoint, read_file
+from qz.formats.config import read_json
+from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize import kernels
 from qz.quantize.architecture import SAFETENSORS_NAMES, Wish, examine
@@ -17,6 +19,7 @@ from qz.quantize.loss import Loss, Tally
 from qz.quantize.methods import BLOCK_SIZE, FourBit, Method
 from qz.quantize.plan import Plan, Step, make_plan
 from qz.quantize.reading import NUMPY, Bytes, Memory, Reader, assemble, reader
+from qz.quantize.settings import Settings
 from qz.quantize.watch import Values
 
 if TYPE_CHECKING:
@@ -31,6 +34,14 @@ class Measure:
 
     def loss(self) -> Loss:
         return self.tally.loss()
+
+    def alone(self, plan: Plan, settings: Settings) -> Loss:
+        """Compute what ``plan`` says and write nothing of it: the loss of a dry run."""
+        from qz.quantize.devices import arithmetic_on
+
+        arithmetic = arithmetic_on(settings.device)
+        self.finish(plan, arithmetic, settings.threads or arithmetic.threads)
+        return self.loss()
 
     def finish(self, plan: Plan, arithmetic: Arithmetic, threads: int) -> None:
         """Compute once more, without writing, what an earlier run of ``plan`` had finished already."""
@@ -172,3 +183,25 @@ def steps_of(original: Checkpoint) -> dict[str, Step]:
     architecture = examine(original, Wish(None), equal=lambda one, other: equal_tensors(original, one, other))
     plan = make_plan(original, architecture, None, 1 << 62)
     return {step.name: step for step in plan.steps}
+
+
+def original_checkpoint(folder: Folder, quantized: Checkpoint, subfolder: str | None = None) -> Checkpoint:
+    """The original in ``folder``; of a pipeline, the component that has the class of what was ``quantized``.
+
+    ``subfolder`` chooses between several such components. Raises MissingInput where there is none.
+    """
+    if "config.json" in folder.sizes() or "model_index.json" not in folder.sizes():
+        return open_checkpoint(folder)
+    index = read_json(read_file(folder, "model_index.json", MAX_CONFIG_BYTES), f"{folder.location}/model_index.json")
+    named = {
+        name for name, entry in index.items() if isinstance(entry, list) and entry[-1:] == [quantized.architecture]
+    }
+    wanted = (subfolder or "").strip("/")
+    name = wanted if wanted in named else min(named) if len(named) == 1 else None
+    if name is None:
+        there = ", ".join(quoted(name) for name in sorted(named)) or "none"
+        raise MissingInput(
+            f"{folder.location} is a pipeline, and which part of it is the original cannot be told (components with "
+            f"the class {quantized.architecture}: {there}). Name that folder with --against."
+        )
+    return open_checkpoint(folder.subfolder(name))
