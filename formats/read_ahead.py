@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MIB = 1 << 20
+AGAIN = 4
+"""Segments that are kept after they were fetched once more."""
 
 
 class Hasher(Protocol):
@@ -110,7 +112,7 @@ class ReadAhead:
                 try:
                     part[:] = segment.view[start : start + len(part)]
                 finally:
-                    self._let_go(segment, len(part))
+                    self._let_go(segment, segment.wanted_in(offset + done, offset + done + len(part)))
             else:
                 part[:] = self._fetch_again(segment)[start : start + len(part)]
             done += len(part)
@@ -173,18 +175,19 @@ class ReadAhead:
 
     def _fetch_again(self, segment: _Segment) -> memoryview:
         """The bytes of a segment that was given up, or is read a second time; compared with what was hashed."""
-        with self._change:
-            for kept in self._again:
-                if kept.stream is segment.stream and kept.number == segment.number:
-                    return kept.view
-        copy = _Segment(segment.stream, segment.number, segment.start, segment.stop, 0)
-        copy.buffer = bytearray(segment.stop - segment.start)
-        self._fetch(segment.stream.file.name, segment.start, copy.view)
-        if not segment.stream.same(copy):
-            raise self._differs(segment.stream)
-        with self._change:
-            self._again = [*self._again[-1:], copy]  # neighbours are often read next
-        return copy.view
+        with segment.again:  # one thread fetches for all that want it
+            with self._change:
+                for kept in self._again:
+                    if kept.stream is segment.stream and kept.number == segment.number:
+                        return kept.view
+            copy = _Segment(segment.stream, segment.number, segment.start, segment.stop)
+            copy.buffer = bytearray(segment.stop - segment.start)
+            self._fetch(segment.stream.file.name, segment.start, copy.view)
+            if not segment.stream.same(copy):
+                raise self._differs(segment.stream)
+            with self._change:
+                self._again = [*self._again[1 - AGAIN :], copy]  # neighbours are often read next
+            return copy.view
 
     def _raise(self) -> None:
         if self._failure is not None:
@@ -275,17 +278,23 @@ class _State(Enum):
 
 @dataclass(slots=True, eq=False)
 class _Segment:
-    """``unread``: announced bytes that were not read yet."""
+    """``wanted``: announced ranges in it, in order. ``unread``: how many of their bytes were not read yet."""
 
     stream: _Stream
     number: int
     start: int
     stop: int
-    unread: int
+    wanted: list[tuple[int, int]] = field(default_factory=list)
+    unread: int = 0
     state: _State = _State.WAITING
     hashed: bool = False
     readers: int = 0
     buffer: bytearray = field(default_factory=bytearray)
+    again: threading.Lock = field(default_factory=threading.Lock)
+
+    def wanted_in(self, start: int, stop: int) -> int:
+        """How many announced bytes lie in ``[start, stop)``."""
+        return sum(max(0, min(stop, last) - max(start, first)) for first, last in self.wanted)
 
     @property
     def view(self) -> memoryview:
@@ -298,12 +307,13 @@ class _Stream:
     def __init__(self, file: AheadFile, size: int) -> None:
         self.file, self.hasher, self.size = file, file.hasher, size
         self.segments = [
-            _Segment(self, number, start, min(start + size, file.size), 0)
+            _Segment(self, number, start, min(start + size, file.size))
             for number, start in enumerate(range(0, file.size, size))
         ]
         for start, stop in _merged(file.wanted):
             for segment in self.segments[start // size : -(-stop // size)]:
-                segment.unread += min(stop, segment.stop) - max(start, segment.start)
+                segment.wanted.append((max(start, segment.start), min(stop, segment.stop)))
+                segment.unread += segment.wanted[-1][1] - segment.wanted[-1][0]
         self.states: list[Hasher] = [self.hasher.copy()]
         self.seen = [(seen, hashlib.sha256()) for seen in file.seen]
         self.hashed, self.hashing, self.done = 0, False, not self.segments

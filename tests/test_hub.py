@@ -273,6 +273,32 @@ def test_a_reader_slower_than_the_network_holds_up_the_network(hub: HubServer) -
     assert hub.bytes_out["cdn"] <= SMALL.window
 
 
+def test_reads_that_were_not_announced_take_nothing_from_those_that_were(hub: HubServer) -> None:
+    hub.add("me/model", FILES)
+    folder = opened(hub)
+    half = len(WEIGHTS) // 2
+    ranges = [Range("model.safetensors", half + part.start, half + part.stop) for part in pieces(half, 50_000)]
+    folder.announce(ranges)
+    for place, part in enumerate(ranges):
+        beside = Range("model.safetensors", place * 20_000, place * 20_000 + 20_000)  # in order, in the other half
+        assert read(folder, beside) == WEIGHTS[beside.start : beside.stop]
+        assert read(folder, part) == WEIGHTS[part.start : part.stop]
+    folder.check()
+    assert hub.bytes_out["cdn"] <= len(WEIGHTS) + half
+
+
+def test_threads_that_want_the_same_again_fetch_it_once(hub: HubServer) -> None:
+    hub.add("me/model", FILES)
+    folder = opened(hub)
+    assert stream(folder) == WEIGHTS
+    hub.reset_counts()
+    hub.latency = 0.05
+    with ThreadPoolExecutor(8) as pool:
+        again = list(pool.map(lambda place: read(folder, Range("model.safetensors", place, place + 9)), range(8)))
+    assert again == [WEIGHTS[place : place + 9] for place in range(8)]
+    assert hub.requests["cdn"] == 1
+
+
 def test_closing_in_the_middle_ends_every_thread(hub: HubServer) -> None:
     hub.add("me/model", FILES)
     folder = opened(hub)
