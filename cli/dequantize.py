@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
+from qz.cli.pipeline import present_pipeline
 from qz.cli.progress import Display
-from qz.cli.report import present
+from qz.cli.report import present, present_existing
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
+    from qz.quantize.parts import Target
+    from qz.quantize.settings import Settings
+    from qz.quantize.summary import Source
 
 
 def dequantize(
@@ -22,6 +28,7 @@ def dequantize(
     dtype: options.TargetDTypeOpt = "auto",
     max_shard_size: options.MaxShardSizeOpt = options.DEFAULT_SHARD_SIZE,
     weights_only: options.WeightsOnlyOpt = False,
+    if_exists: options.IfExistsOpt = "error",
     overwrite: options.OverwriteOpt = False,
     resume: options.ResumeOpt = True,
     device: options.DeviceOpt = "auto",
@@ -32,13 +39,12 @@ def dequantize(
     quiet: options.QuietOpt = False,
 ) -> None:
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
-    from qz.formats.checkpoint import open_checkpoint
-    from qz.formats.source import enter, open_source, output_name
-    from qz.quantize.convert import Settings, Target, carry_out, goes_along
-    from qz.quantize.dequantize import plan_dequantization
-    from qz.quantize.measure import AgainstOriginal, original_checkpoint
-    from qz.quantize.summary import Source, summarize
+    from qz import UsageError
+    from qz.formats.pipeline import is_pipeline
+    from qz.formats.source import enter, open_source
+    from qz.quantize.settings import Settings
 
+    existing = options.existing_output(overwrite, if_exists)
     settings = Settings(
         None,
         dtype,
@@ -52,25 +58,108 @@ def dequantize(
     try:
         folder = enter(root, subfolder)
         folders.append(folder)
-        checkpoint = open_checkpoint(folder, variant)
-        plan = plan_dequantization(checkpoint, settings)
-        measure = None
-        if against is not None:
-            original = open_source(against)
-            folders.append(original)
-            measure = AgainstOriginal(original_checkpoint(original, checkpoint, subfolder))
-            measure.check(plan)
-        commit = folder.identity().get("commit")
-        origin = Source(source, commit, subfolder, checkpoint.library, plan.architecture.class_name)
-        target = Target(output or Path(output_name(source, subfolder, plan.architecture.dtype)), overwrite, resume)
-        carried = goes_along(checkpoint, root, settings)
-        if dry_run:
-            loss = measure.alone(plan, settings) if measure else None
-            summary = summarize(plan, origin, str(target.output), device=device, carried=carried, loss=loss)
-        else:
-            with Display("Dequantizing", quiet=quiet) as progress:
-                summary = carry_out(plan, origin, target, settings, progress, carried, measure)
+        run = Conversion(source, subfolder, root, folder, output, settings, variant, existing, resume, dry_run, quiet)
+        if is_pipeline(folder):
+            if against is not None:
+                raise UsageError("--against compares one model. Name a component with --subfolder, or leave it out.")
+            run.pipeline(as_json=as_json)
+            return
+        original = open_source(against) if against is not None else None
+        folders += [original] if original is not None else []
+        run.model(original, as_json=as_json)
     finally:
         for opened in folders:
             opened.close()
-    present(summary, as_json=as_json, quiet=quiet)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A quantized source and where to put what it becomes."""
+
+    source: str
+    subfolder: str | None
+    root: Folder
+    folder: Folder
+    output: Path | None
+    settings: Settings
+    variant: str | None
+    existing: options.IfExists
+    resume: bool
+    dry_run: bool
+    quiet: bool
+
+    def target(self, dtypes: Iterable[str]) -> Target:
+        """``output``, or a name made of the source's and the dtype."""
+        from qz.formats.source import output_name
+        from qz.quantize.parts import Target
+
+        names = set(dtypes)
+        suffix = names.pop() if len(names) == 1 else "dequantized"
+        output = self.output or Path(output_name(self.source, self.subfolder, suffix))
+        return Target(output, self.existing == "overwrite", self.resume)
+
+    def origin(self, library: str, architecture: str) -> Source:
+        from qz.quantize.summary import Source
+
+        return Source(self.source, self.folder.identity().get("commit"), self.subfolder, library, architecture)
+
+    def done(self, target: Target, *, as_json: bool) -> bool:
+        """Whether the output is there already, as ``--if-exists skip`` asks; then it is reported."""
+        from qz.quantize.request import up_to_date
+
+        if self.existing != "skip" or self.dry_run:
+            return False
+        record = up_to_date(target.output, self.folder, self.settings)
+        if record is not None:
+            present_existing(record, target.output, self.source, as_json=as_json)
+        return record is not None
+
+    def model(self, original: Folder | None, *, as_json: bool) -> None:
+        """One model, compared with its ``original`` if that is given."""
+        from qz.formats.checkpoint import open_checkpoint
+        from qz.quantize.convert import carry_out, goes_along
+        from qz.quantize.dequantize import plan_dequantization
+        from qz.quantize.measure import AgainstOriginal, original_checkpoint
+        from qz.quantize.summary import summarize
+
+        checkpoint = open_checkpoint(self.folder, self.variant)
+        plan = plan_dequantization(checkpoint, self.settings)
+        target = self.target([plan.architecture.dtype])
+        if self.done(target, as_json=as_json):
+            return
+        measure = None
+        if original is not None:
+            measure = AgainstOriginal(original_checkpoint(original, checkpoint, self.subfolder))
+            measure.check(plan)
+        origin = self.origin(checkpoint.library, plan.architecture.class_name)
+        carried = goes_along(checkpoint, self.root, self.settings)
+        if self.dry_run:
+            loss = measure.alone(plan, self.settings) if measure else None
+            place, device = str(target.output), self.settings.device
+            summary = summarize(plan, origin, place, device=device, carried=carried, loss=loss)
+        else:
+            with Display("Dequantizing", quiet=self.quiet) as progress:
+                summary = carry_out(plan, origin, target, self.settings, progress, carried, measure)
+        present(summary, as_json=as_json, quiet=self.quiet)
+
+    def pipeline(self, *, as_json: bool) -> None:
+        """All quantized components of a diffusers pipeline."""
+        from qz.formats.pipeline import open_pipeline
+        from qz.quantize.pipeline import carry_out_pipeline, plan_way_back, summarize_pipeline
+
+        pipeline = open_pipeline(self.folder, self.variant)
+        try:
+            plan = plan_way_back(pipeline, self.settings)
+            target = self.target(each.architecture.dtype for each in plan.plans.values())
+            if self.done(target, as_json=as_json):
+                return
+            origin = self.origin("diffusers", pipeline.class_name)
+            if self.dry_run:
+                place, device = str(target.output), self.settings.device
+                summary = summarize_pipeline(plan, origin, place, device=device)
+            else:
+                with Display("Dequantizing", quiet=self.quiet) as progress:
+                    summary = carry_out_pipeline(plan, origin, target, self.settings, progress)
+        finally:
+            pipeline.close()
+        present_pipeline(summary, as_json=as_json, quiet=self.quiet)

@@ -34,7 +34,7 @@ def present_pipeline(summary: PipelineSummary, *, as_json: bool, quiet: bool = F
     """The report of a pipeline: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
     for warning in summary.warnings:
         warn(warning)
-    components = [row(component) for component in summary.components]
+    components = [row(component) for component in summary.components if component.bytes]
     totals = report(summary)
     show(summary.as_json(), as_json=as_json, text=table(COLUMNS, components) + "\n\n" + facts(totals))
     if summary.dry_run:
@@ -43,13 +43,11 @@ def present_pipeline(summary: PipelineSummary, *, as_json: bool, quiet: bool = F
             say(table((Column("file", foldable=True), Column("bytes", right=True)), files))
         return
     rows = [markdown_table(COLUMNS, components), markdown_table((Column(""), Column("")), totals)]
-    write_step_summary(f"### qz: {summary.method}\n\n" + "\n\n".join(rows))
+    write_step_summary(f"### qz {summary.act}: {summary.method}\n\n" + "\n\n".join(rows))
 
 
 def row(component: ComponentSummary) -> tuple[str, ...]:
     """A component's cells."""
-    if not component.bytes:
-        return component.name, "", "", "", component.reason
     weights, memory = size(component.bytes), size(component.footprint_before)
     if not component.converted:
         return component.name, weights, memory, "–", component.reason
@@ -60,7 +58,7 @@ def row(component: ComponentSummary) -> tuple[str, ...]:
         component.name,
         f"{weights} → {size(component.bytes_output)}",
         f"{memory} → {size(component.footprint_after)}",
-        method if model.method != "none" else model.dtype,
+        f"{method} → {model.dtype}" if model.act == "dequantize" else method,
         component.reason,
     )
 
@@ -77,6 +75,9 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
     ]
+    others = [component.name for component in summary.components if not component.bytes]
+    if others:
+        rows.append(("as they are", ", ".join(others)))
     if not summary.dry_run:
         rate = summary.bytes_source / summary.seconds if summary.seconds else 0
         rows.append(("took", f"{summary.seconds:.1f} s on {summary.device} ({size(rate)}/s)"))

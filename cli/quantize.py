@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
-from qz.cli.output import markdown, plain, say, show, write_step_summary
 from qz.cli.pipeline import present_pipeline
 from qz.cli.progress import Display
-from qz.cli.report import present
+from qz.cli.report import present, present_existing
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
-    from qz.formats.record import Record
     from qz.quantize.methods import Method
     from qz.quantize.parts import Target
     from qz.quantize.pipeline_summary import PipelineSummary
@@ -163,7 +161,7 @@ class Conversion:
             plan = plan_pipeline(pipeline, settings)
             origin = self.origin("diffusers", pipeline.class_name)
             if self.dry_run:
-                return summarize_pipeline(plan, origin, str(target.output), settings, device=settings.device)
+                return summarize_pipeline(plan, origin, str(target.output), device=settings.device)
             with Display("Quantizing", quiet=self.quiet) as progress:
                 return carry_out_pipeline(plan, origin, target, settings, progress)
         finally:
@@ -180,13 +178,3 @@ def chosen_method(name: str, double_quant: bool, compute_dtype: str, threshold: 
             raise UsageError("--double-quant belongs to the 4-bit methods; int8 has no block statistics to quantize.")
         return Int8(threshold)
     return FourBit("fp4" if name == "fp4" else "nf4", double_quant, compute_dtype)
-
-
-def present_existing(record: Record, output: Path, source: str, *, as_json: bool) -> None:
-    """A run with nothing to do: the report of the one that made the output."""
-    from qz.quantize.request import as_report
-
-    text = f"{output} is up to date: made from the same source and settings, and complete. Nothing to do."
-    say(text, quiet=not as_json)
-    show(as_report(record, output, source), as_json=as_json, text=plain(text))
-    write_step_summary(f"### qz\n\n{markdown(text)}")

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from qz.cli.output import (
     Column,
     facts,
+    markdown,
     markdown_table,
     percent,
+    plain,
     quantity,
     say,
     show,
@@ -20,6 +22,9 @@ from qz.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qz.formats.record import Record
     from qz.quantize.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
 
@@ -50,6 +55,16 @@ def present(summary: Summary, *, as_json: bool, quiet: bool = False) -> None:
     if not summary.dry_run:
         page = f"### qz {summary.act}: {summary.method}\n\n" + markdown_table((Column(""), Column("")), rows)
         write_step_summary(page + (f"\n\n{markdown_table(LAYERS, layers)}" if layers else ""))
+
+
+def present_existing(record: Record, output: Path, source: str, *, as_json: bool) -> None:
+    """A run with nothing to do: the report of the one that made the output."""
+    from qz.quantize.request import as_report
+
+    text = f"{output} is up to date: made from the same source with the same settings, and complete. Nothing to do."
+    say(text, quiet=not as_json)
+    show(as_report(record, output, source), as_json=as_json, text=plain(text))
+    write_step_summary(f"### qz\n\n{markdown(text)}")
 
 
 def described(summary: Summary) -> list[tuple[str, str]]:

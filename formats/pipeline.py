@@ -42,12 +42,13 @@ class Component:
         return sum(self.checkpoint.sizes.values()) if self.checkpoint is not None else 0
 
     @property
-    def linear_share(self) -> float:
-        """Of the values, how many lie in matrices: linear layers, and embeddings."""
+    def convolutional_share(self) -> float:
+        """Of the values, how many lie in the kernels of convolutions, which are weights of three and more dimensions."""
         if self.checkpoint is None:
             return 0.0
-        matrices = sum(_count(tensor.shape) for tensor in self.checkpoint.tensors.values() if len(tensor.shape) == 2)
-        return matrices / max(self.parameters, 1)
+        tensors = self.checkpoint.tensors.values()
+        kernels = (each for each in tensors if len(each.shape) > 2 and each.name.endswith(".weight"))
+        return sum(_count(tensor.shape) for tensor in kernels) / max(self.parameters, 1)
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ from qz.quantize.methods import Method
 
 LARGE = 0.1
 """Share of the pipeline's weights from which a text encoder is worth it: a T5, not a CLIP."""
-LINEAR = 0.5
-"""Share of a component's weights in matrices below which it is mostly convolutional."""
+CONVOLUTIONAL = 0.5
+"""Share of a component's weights in convolutions, which stay as they are, from which it is hardly worth it."""
 
 Kind = Literal["denoiser", "text encoder", "CLIP encoder", "VAE", "other model", "no model"]
 
@@ -99,8 +99,8 @@ def _reason(component: Component, share: float) -> tuple[bool, str]:
         return False, "VAE: mostly convolutions, and every error in it is seen in the picture"
     if kind == "CLIP encoder":
         return False, f"CLIP encoder: {share:.0%} of the weights, little to gain"
-    if component.linear_share < LINEAR:
-        return False, f"mostly convolutional: {component.linear_share:.0%} of its weights are in matrices"
+    if component.convolutional_share >= CONVOLUTIONAL:
+        return False, f"mostly convolutional: {component.convolutional_share:.0%} of its weights"
     if kind != "denoiser" and share < LARGE:
         return False, f"small: {share:.0%} of the weights"
     return True, f"{'large ' if kind == 'text encoder' else ''}{kind}: {share:.0%} of the weights"

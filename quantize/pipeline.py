@@ -70,6 +70,37 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     return compose(pipeline, choices, plans)
 
 
+def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
+    """Dequantize every component that bitsandbytes quantized; the others are kept. Unsupported if there is none."""
+    from qz.quantize.dequantize import plan_dequantization
+
+    if settings.weights_only:
+        raise UsageError(
+            "--weights-only leaves out what a pipeline needs to be loaded. Use --subfolder for one component."
+        )
+    total = sum(component.parameters for component in pipeline.components)
+    choices: list[Choice] = []
+    plans: dict[str, Plan] = {}
+    for component in pipeline.components:
+        method = (component.quantization or {}).get("quant_method")
+        reason = (
+            "has no weights"
+            if component.checkpoint is None
+            else f"quantized with {method}"
+            if method
+            else "not quantized"
+        )
+        if component.checkpoint is not None and method == "bitsandbytes":
+            plans[component.name] = plan_dequantization(component.checkpoint, settings)
+            reason = "dequantized"
+        choices.append(Choice(component, None, reason, component.parameters / max(total, 1)))
+    if not plans:
+        raise Unsupported(
+            f"No component of {pipeline.folder.location} is quantized with bitsandbytes: nothing to dequantize."
+        )
+    return compose(pipeline, tuple(choices), plans)
+
+
 def compose(pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str, Plan]) -> PipelinePlan:
     """The plan of a whole pipeline from plans of some of its components; the others are kept."""
     kept = {each.name: _footprint(each) for each in pipeline.components if each.checkpoint and each.name not in plans}
@@ -89,7 +120,7 @@ def carry_out_pipeline(
     begun = time.monotonic()
     arithmetic = arithmetic_on(settings.device)
     root = plan.pipeline.folder
-    planned = summarize_pipeline(plan, source, str(target.output), settings, device=arithmetic.name)
+    planned = summarize_pipeline(plan, source, str(target.output), device=arithmetic.name)
     identity = {
         "": root.identity(),
         **{component.name: component.folder.identity() for component in plan.pipeline.components},
@@ -108,7 +139,6 @@ def carry_out_pipeline(
         plan,
         source,
         str(target.output),
-        settings,
         device=arithmetic.name,
         written=written.files,
         seconds=time.monotonic() - begun,
@@ -120,7 +150,6 @@ def summarize_pipeline(
     plan: PipelinePlan,
     source: Source,
     output: str,
-    settings: Settings,
     *,
     device: str,
     written: tuple[WrittenFile, ...] = (),
@@ -159,8 +188,6 @@ def summarize_pipeline(
     return PipelineSummary(
         source=source,
         output=output,
-        method=settings.method.name if settings.method else "none",
-        double_quant=bool(settings.method and settings.method.double_quant),
         device=device,
         dry_run=not written,
         components=tuple(components),

@@ -27,7 +27,7 @@ class ComponentSummary:
 
     @property
     def method(self) -> str:
-        """none also where the way back was gone: see ``converted``."""
+        """That it is quantized with, or was before it was dequantized; none if it is carried over."""
         return self.model.method if self.model is not None else "none"
 
     @property
@@ -77,8 +77,6 @@ class PipelineSummary:
 
     source: Source
     output: str
-    method: str
-    double_quant: bool
     device: str
     dry_run: bool
     components: tuple[ComponentSummary, ...]
@@ -93,6 +91,23 @@ class PipelineSummary:
     @property
     def models(self) -> tuple[Summary, ...]:
         return tuple(component.model for component in self.components if component.model is not None)
+
+    @property
+    def act(self) -> str:
+        """quantize or dequantize."""
+        return self.models[0].act
+
+    @property
+    def method(self) -> str:
+        """Of the converted components; more than one joined by ``+``, that of most parameters first."""
+        shares: dict[str, int] = {}
+        for model in self.models:
+            shares[model.method] = shares.get(model.method, 0) + model.quantized_parameters
+        return "+".join(sorted(shares, key=lambda method: (-shares[method], method)))
+
+    @property
+    def double_quant(self) -> bool:
+        return any(model.double_quant for model in self.models)
 
     @property
     def parameters(self) -> int:
@@ -130,6 +145,7 @@ class PipelineSummary:
         """The contract of ``--json``: the keys of a single model's report, and ``components``."""
         source = self.source
         return {
+            "act": self.act,
             "source": {
                 "location": source.location,
                 "revision": source.revision,
