@@ -43,7 +43,7 @@ class Component:
 
     @property
     def convolutional_share(self) -> float:
-        """Of the values, how many lie in the kernels of convolutions, which are weights of three and more dimensions."""
+        """Of the values, how many lie in convolutions: weights of three and more dimensions."""
         if self.checkpoint is None:
             return 0.0
         tensors = self.checkpoint.tensors.values()
