@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
 
@@ -52,37 +51,34 @@ def push(
     without being told to), OutputRefused (other weights are there), TryAgain (the branch changed meanwhile, or a rate
     limit), HubUnreachable.
     """
-    api = hub_api()
-    if not get_token():
-        raise PermissionRefused("Pushing needs a Hub token and there is none. Run `hf auth login`, or set HF_TOKEN.")
     local = LocalFolder(folder)
     try:
-        return _Push(api, local, to, source_private, progress).run(dry_run=dry_run)
+        return _Push(to, source_private, progress).run(local, dry_run=dry_run)
     finally:
         local.close()
+
+
+def require_possible(to: Destination, *, source_private: bool | None = None) -> None:
+    """Raise now what a push would raise after the work that comes before it: no token, or the wrong audience."""
+    pushing = _Push(to, source_private, ignore)
+    pushing.require_audience(pushing.target(), bool(source_private))
 
 
 class _Push:
     """One push. Nothing on the Hub changes before ``prepare``, and nothing shows before ``commit``."""
 
-    def __init__(
-        self,
-        api: HfApi,
-        local: LocalFolder,
-        to: Destination,
-        source_private: bool | None,
-        progress: Callable[[PushProgress], None],
-    ) -> None:
-        self.api, self.local, self.to, self.progress = api, local, to, progress
+    def __init__(self, to: Destination, source_private: bool | None, progress: Callable[[PushProgress], None]) -> None:
+        if not get_token():
+            raise PermissionRefused(
+                "Pushing needs a Hub token and there is none. Run `hf auth login`, or set HF_TOKEN."
+            )
+        self.api, self.to, self.progress = hub_api(), to, progress
         self.source_private = source_private
         self.repo_id = to.repo_id
         self.notes: list[str] = []
 
-    def run(self, *, dry_run: bool) -> PushResult:
-        own = self.verified()
-        if "/" not in self.repo_id:
-            with self.errors("Asking who you are"):
-                self.repo_id = f"{patiently(lambda: self.api.whoami(cache=True))['name']}/{self.repo_id}"
+    def run(self, local: LocalFolder, *, dry_run: bool) -> PushResult:
+        own = self.verified(local)
         names = {file.name for file in own.files}
         facts = facts_of(
             own.record.about if own.record else {},
@@ -91,17 +87,13 @@ class _Push:
             pipeline="model_index.json" in names,
         )
         facts, restricted = self.source(facts)
-        found = self.find(self.repo_id)
-        if found is not None:
-            self.repo_id = found.id
-        elif self.to.create_pr:
-            raise MissingInput(f"{self.repo_id} does not exist, so there is nothing to open a pull request on.")
+        found = self.target()
         self.require_audience(found, restricted)
         head = self.head(found)
         there = self.listed(head) if head else {}
         prefix = f"{self.to.folder}/" if self.to.folder else ""
         removed = self.superseded(own, there, prefix)
-        card = write_card(facts, self.repo_id, self.to.folder, self.card_there(there, head))
+        card = write_card(facts, self.repo_id, self.to.folder, self.card_there(local, there, head))
         files = [PushedFile(prefix + file.name, file.bytes) for file in own.files]
         files.append(PushedFile(README, len(card.encode())))
         result = PushResult(
@@ -147,15 +139,27 @@ class _Push:
     def errors(self, doing: str) -> AbstractContextManager[None]:
         return hub_errors(self.repo_id, doing, revision=self.to.branch, endpoint=self.api.endpoint)
 
-    def verified(self) -> OwnFiles:
-        total, done = sum(self.local.sizes().values()), 0
+    def target(self) -> ModelInfo | None:
+        """The repository, under its full and present name; None if it is yet to be made."""
+        if "/" not in self.repo_id:
+            with self.errors("Asking who you are"):
+                self.repo_id = f"{patiently(lambda: self.api.whoami(cache=True))['name']}/{self.repo_id}"
+        found = self.find(self.repo_id)
+        if found is not None:
+            self.repo_id = found.id
+        elif self.to.create_pr:
+            raise MissingInput(f"{self.repo_id} does not exist, so there is nothing to open a pull request on.")
+        return found
+
+    def verified(self, local: LocalFolder) -> OwnFiles:
+        total, done = sum(local.sizes().values()), 0
 
         def count(size: int) -> None:
             nonlocal done
             done += size
             self.progress(PushProgress("Verifying", 0, 0, min(done, total), total))
 
-        return own_files(self.local, count)
+        return own_files(local, count)
 
     def find(self, repo_id: str, revision: str | None = None) -> ModelInfo | None:
         with self.errors(f"Looking up {repo_id}"):
@@ -225,16 +229,16 @@ class _Push:
             )
         return tuple(old)
 
-    def card_there(self, there: dict[str, RepoFile], head: str | None) -> str | None:
+    def card_there(self, local: LocalFolder, there: dict[str, RepoFile], head: str | None) -> str | None:
         """The text that the card is written into: the repository's, else the folder's."""
         if README in there and head:
             folder = HubFolder(self.api, self.repo_id, head)
             data = bytearray(folder.sizes()[README])
             folder.read_into(README, 0, memoryview(data))
             folder.close()
-        elif README in self.local.sizes():
-            data = bytearray(self.local.sizes()[README])
-            self.local.read_into(README, 0, memoryview(data))
+        elif README in local.sizes():
+            data = bytearray(local.sizes()[README])
+            local.read_into(README, 0, memoryview(data))
         else:
             return None
         return data.decode("utf-8-sig", errors="replace")

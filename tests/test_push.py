@@ -35,7 +35,7 @@ from qz.formats.card_facts import CardFacts, facts_of, inherit
 from qz.formats.destination import Destination, PushResult
 from qz.formats.hub_session import Retries
 from qz.formats.hub_upload import PushProgress
-from qz.formats.publish import push
+from qz.formats.publish import push, require_possible
 from qz.formats.record import RECORD, WrittenFile, encode_record
 from qz.formats.safetensors import encode_header, layout
 
@@ -358,6 +358,19 @@ def test_the_caller_may_know_that_the_source_is_restricted(hub: HubServer, made:
     hub.add("me/new", {}, private=False)
     failure(lambda: push(made, to(), source_private=True), PermissionRefused)
     push(made, to())
+
+
+def test_what_cannot_be_pushed_is_known_before_the_work(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("me/open", {}, private=False)
+    require_possible(to("me/new"))
+    require_possible(to("me/open"), source_private=False)
+    require_possible(to("me/open", private=False), source_private=True)
+    failure(lambda: require_possible(to("me/open"), source_private=True), PermissionRefused)
+    failure(lambda: require_possible(to("me/open", private=True)), PermissionRefused)
+    failure(lambda: require_possible(to("me/none", create_pr=True)), MissingInput)
+    assert not WRITES & set(hub.requests)
+    monkeypatch.delenv("HF_TOKEN")
+    failure(lambda: require_possible(to("me/new")), PermissionRefused)
 
 
 def test_private_is_not_pushed_to_a_public_repository(hub: HubServer, made: Path) -> None:
