@@ -122,6 +122,10 @@ def _load_dtype(tensors: Mapping[str, Given], wish: Wish) -> str:
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     """The model on meta, by the class that config.json names, from the installed library only."""
+    import logging as standard
+
+    # diffusers imports bitsandbytes, which advises to install kernels that qz has no use for.
+    standard.getLogger("bitsandbytes.backends").setLevel(standard.ERROR)
     import diffusers
     from accelerate import init_empty_weights
     from diffusers.utils import logging
