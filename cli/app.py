@@ -6,6 +6,7 @@ import errno
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ import typer
 from qz import QzError
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say
+from qz.quantize import lean
 
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
@@ -82,6 +84,7 @@ class Interruption:
 
 def main() -> NoReturn:
     """The command ``qz``."""
+    lean.allow()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -190,5 +193,6 @@ def quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
