@@ -14,9 +14,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import typer
+import typer.main
 
 from qz import QzError
 from qz.cli.options import DebugOpt, VersionOpt
@@ -26,7 +26,12 @@ from qz.quantize import lean
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
 
-COMMANDS = ("quantize", "inspect", "dequantize", "push")
+COMMANDS = {
+    "quantize": "Quantize a model or a pipeline to 4 or 8 bit.",
+    "inspect": "Show what a checkpoint holds, and what is wrong with it.",
+    "dequantize": "Turn a quantized model back into an ordinary one.",
+    "push": "Publish a checkpoint on the Hub.",
+}
 DISTRIBUTIONS = {"accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "numpy", "torch", "transformers"}
 
 app = typer.Typer(
@@ -47,10 +52,10 @@ def everywhere(
     """Quantize Hugging Face models to 8 and 4 bit with bitsandbytes, and convert them back."""
 
 
-for command in COMMANDS:
+for command, short_help in COMMANDS.items():
     # The command modules are light: what they call is imported when they run.
     if importlib.util.find_spec(f"qz.cli.{command}"):
-        app.command(command)(getattr(importlib.import_module(f"qz.cli.{command}"), command))
+        app.command(command, short_help=short_help)(getattr(importlib.import_module(f"qz.cli.{command}"), command))
 
 
 class Interruption:
@@ -100,7 +105,7 @@ def run(args: Sequence[str]) -> int:
     quiet_libraries(debug)
     interruption = Interruption()
     try:
-        code = app(args=args, prog_name="qz", standalone_mode=False) if args else help_and_fail()
+        code = invoke(args or ["--help"])
         sys.stdout.flush()
     except SystemExit as error:  # shell completion, and Typer on a pipe that was closed
         return closed_pipe() if isinstance(error.__context__, OSError) else int(error.code or 0)
@@ -115,13 +120,14 @@ def run(args: Sequence[str]) -> int:
     if code == 130:  # also what Typer makes of KeyboardInterrupt
         code = interruption.exit_code
         report(code, interruption.message, as_json=as_json, trace=interruption.error if debug else None)
-    return int(code or 0)
+    return int(code or 0) if args else 2
 
 
-def help_and_fail() -> int:
-    """``qz`` alone: the help, and a usage error for scripts."""
-    app(args=["--help"], prog_name="qz", standalone_mode=False)
-    return 2
+def invoke(args: Sequence[str]) -> Any:
+    """Hand a command line to Typer. The app's own help is plain text: Rich would take half of the time it needs."""
+    group: Any = typer.main.get_command(app)
+    group.rich_markup_mode = None
+    return group.main(args=args, prog_name="qz", standalone_mode=False)
 
 
 def explain(error: Exception) -> tuple[int, str]:
