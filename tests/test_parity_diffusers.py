@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from converted import quantized
+from forward import output_of
 from reference import METHODS, config_of, differing_files, differing_tensors, diffusers_model
 from zoo import DIFFUSERS, build
 
@@ -74,50 +75,4 @@ def test_the_output_loads_without_naming_a_config_and_computes_the_same(
     theirs = diffusers_model(type(original), source, method, original.dtype)
     ours = diffusers_model(type(original), output, None, original.dtype)
     assert ours.get_memory_footprint() == summary.footprint_after
-    with torch.no_grad():
-        assert torch.equal(run(ours), run(theirs))
-
-
-def run(model: Any) -> torch.Tensor:
-    """A forward pass on a fixed input."""
-    torch.manual_seed(1)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape).to(model.dtype)
-
-    time = torch.tensor([0.5, 0.5]).to(model.dtype)
-    name = type(model).__name__
-    if name.startswith("Flux"):
-        inputs = {
-            "hidden_states": noise(2, 16, 64),
-            "encoder_hidden_states": noise(2, 6, 64),
-            "pooled_projections": noise(2, 64),
-            "timestep": time,
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(6, 3),
-        }
-    elif name.startswith("SD3"):
-        inputs = {
-            "hidden_states": noise(2, 4, 32, 32),
-            "encoder_hidden_states": noise(2, 6, 64),
-            "pooled_projections": noise(2, 64),
-            "timestep": time,
-        }
-    elif name.startswith("UNet"):
-        inputs = {"sample": noise(2, 4, 32, 32), "timestep": time, "encoder_hidden_states": noise(2, 6, 64)}
-    elif name.startswith("Wan"):
-        inputs = {
-            "hidden_states": noise(2, 16, 2, 8, 8),
-            "encoder_hidden_states": noise(2, 6, 64),
-            "timestep": torch.tensor([1, 1]),
-        }
-    else:
-        inputs = {
-            "hidden_states": noise(2, 16, 64),
-            "encoder_hidden_states": noise(2, 6, 64),
-            "encoder_hidden_states_mask": torch.ones(2, 6, dtype=torch.long),
-            "timestep": time,
-            "img_shapes": [[(1, 4, 4)]] * 2,
-        }
-    output: torch.Tensor = model(**inputs, return_dict=False)[0]
-    return output
+    assert torch.equal(output_of(ours), output_of(theirs))

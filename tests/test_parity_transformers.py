@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from converted import plan_of, quantized
+from forward import output_of
 from reference import METHODS, differing_files, differing_tensors, transformers_model
 from zoo import ODD, TRANSFORMERS, build
 
@@ -79,23 +80,7 @@ def test_the_output_loads_without_naming_a_config_and_computes_the_same(
     theirs = transformers_model(model_class, source, method)
     ours = model_class.from_pretrained(output, device_map="cpu")
     assert ours.get_memory_footprint() == summary.footprint_after
-    with torch.no_grad():
-        assert torch.equal(run(ours), run(theirs))
-
-
-def run(model: Any) -> torch.Tensor:
-    """A forward pass on a fixed input; the first output."""
-    torch.manual_seed(1)
-    tokens = torch.arange(12).reshape(2, 6) + 3
-    name = type(model).__name__
-    if name.startswith("Whisper"):
-        output = model(input_features=torch.randn(2, 8, 40).to(model.dtype), decoder_input_ids=tokens)
-    elif name.startswith("ViT"):
-        output = model(pixel_values=torch.randn(2, 3, 32, 32).to(model.dtype))
-    else:
-        output = model(input_ids=tokens)
-    first: torch.Tensor = output[0]
-    return first
+    assert torch.equal(output_of(ours), output_of(theirs))
 
 
 def test_sharded_sources_give_the_same_bytes(model: tuple[Any, Path], tmp_path: Path) -> None:
