@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import Unsupported
 from qz.formats.checkpoint import Checkpoint
+from qz.quantize.lean import lean_imports
 from qz.quantize.methods import Method
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ class Wish:
 
 
 def examine(
-    checkpoint: Checkpoint, wish: Wish, given: Mapping[str, Given] | None = None, equal: Callable[[str, str], bool] | None = None
+    checkpoint: Checkpoint,
+    wish: Wish,
+    given: Mapping[str, Given] | None = None,
+    equal: Callable[[str, str], bool] | None = None,
 ) -> Architecture:
     """Ask the checkpoint's library how it would load and save it.
 
@@ -142,16 +146,19 @@ def examine(
     Raises Unsupported when the installed library lacks the class or cannot handle the model, MalformedInput when
     tensors are missing or misshapen.
     """
-    tensors = given if given is not None else {
-        name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()
-    }
-    if checkpoint.library == "diffusers":
-        from qz.quantize import on_diffusers
+    tensors = (
+        given
+        if given is not None
+        else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    )
+    with lean_imports():
+        if checkpoint.library == "diffusers":
+            from qz.quantize import on_diffusers
 
-        return on_diffusers.examine(checkpoint, tensors, wish)
-    from qz.quantize import on_transformers
+            return on_diffusers.examine(checkpoint, tensors, wish)
+        from qz.quantize import on_transformers
 
-    return on_transformers.examine(checkpoint, tensors, wish, equal)
+        return on_transformers.examine(checkpoint, tensors, wish, equal)
 
 
 def torch_name(dtype: str, tensor: str) -> str:
