@@ -100,7 +100,7 @@ class Connection:
                 for count in self._attempt(file, start + done, view[done:]):
                     done += count
             except _Failed as failed:
-                refusals += failed.refused
+                refusals += failed.refused  # the first one says that a link has expired
                 if refusals > 1:
                     raise RangesNotServed(file.path) from None
                 # A connection that brings something each time may break as often as it likes.
@@ -136,10 +136,9 @@ class Connection:
     def _answer(self, file: RemoteFile, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
         """The answer that holds the bytes, after redirects."""
         url = self._links.get(file.path)
-        known = url is not None
+        at_hub = url is None
         if url is None:
             url = hf_hub_url(self.repo_id, file.path, revision=self.commit, endpoint=self.endpoint)
-        at_hub = not known
         for _ in range(MAX_HOPS):
             with self._request(url, headers, at_hub=at_hub) as response:
                 if at_hub:
@@ -152,7 +151,7 @@ class Connection:
                         at_hub, self._links[file.path] = False, target
                     url = target
                     continue
-                self._require_success(response, file, at_hub=at_hub, known=known)
+                self._require_success(response, file, at_hub=at_hub)
                 yield response
                 return
         raise _Failed("too many redirects")
@@ -179,7 +178,7 @@ class Connection:
         if etag is not None and etag.removeprefix("W/").strip('"') != file.digest:
             raise self._another(file, "a file with another hash")
 
-    def _require_success(self, response: httpx2.Response, file: RemoteFile, *, at_hub: bool, known: bool) -> None:
+    def _require_success(self, response: httpx2.Response, file: RemoteFile, *, at_hub: bool) -> None:
         status = response.status_code
         if status in (200, 206):
             return
@@ -189,7 +188,7 @@ class Connection:
             raise _Failed(f"the server answers {status}", status=status, wait=seconds_asked(response.headers))
         if not at_hub:
             self._links.pop(file.path, None)
-            raise _Failed(f"the link is refused ({status})", status=status, wait=0.0, refused=not known)
+            raise _Failed(f"the link is refused ({status})", status=status, wait=0.0, refused=True)
         response.read()
         hf_raise_for_status(response)
         raise _Failed(f"the server answers {status}", status=status)

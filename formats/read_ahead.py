@@ -89,7 +89,8 @@ class ReadAhead:
         self._held: set[_Segment] = set()
         self._fetching = 0
         self._moves = 0
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = None  # nothing may be read any more
+        self._broken: BaseException | None = None  # nothing more is fetched; what is there may be read
         self._closed = False
         self._again: list[_Segment] = []
         self._change = threading.Condition()
@@ -117,6 +118,11 @@ class ReadAhead:
                 part[:] = self._fetch_again(segment)[start : start + len(part)]
             done += len(part)
 
+    def settled(self, name: str) -> bool:
+        """Whether the whole file has arrived and has the promised hash."""
+        with self._change:
+            return self._streams[name].done
+
     def finish(self) -> None:
         """Fetch what is left without keeping it, and raise MalformedInput if a file's hash is not the promised one."""
         with self._change:
@@ -125,9 +131,11 @@ class ReadAhead:
             for segment in list(self._held):
                 self._release(segment)
             self._change.notify_all()
-            while self._failure is None and not self._closed and not all(s.done for s in self._streams.values()):
+            while not (self._failure or self._broken or self._closed or all(s.done for s in self._streams.values())):
                 self._change.wait()
             self._raise()
+            if self._broken is not None:
+                raise self._broken
 
     def close(self) -> None:
         """Stop the threads; what still waits gets an error."""
@@ -146,6 +154,8 @@ class ReadAhead:
             moves, since = self._moves, time.monotonic()
             while segment.state in (_State.WAITING, _State.FETCHING):
                 self._raise()
+                if self._broken is not None and (segment.failed or segment.state is _State.WAITING):
+                    raise self._broken
                 if self._closed:
                     raise TryAgain(f"Reading {self._where} was stopped.")
                 self._change.wait(self._pace.patience)
@@ -199,11 +209,19 @@ class ReadAhead:
         while (segment := self._take()) is not None:
             try:
                 self._fetch(segment.stream.file.name, segment.start, segment.view)
+            except BaseException as error:  # noqa: BLE001 - it is raised in the readers that get that far
                 with self._change:
-                    segment.state = _State.READY
+                    self._broken = self._broken or error
+                    segment.failed = True
                     self._fetching -= 1
-                    self._moves += 1
                     self._change.notify_all()
+                return
+            with self._change:
+                segment.state = _State.READY
+                self._fetching -= 1
+                self._moves += 1
+                self._change.notify_all()
+            try:
                 self._hash(segment.stream)
             except BaseException as error:  # noqa: BLE001 - it is raised in every reader
                 with self._change:
@@ -215,7 +233,7 @@ class ReadAhead:
         """The next segment, with a buffer; None when there is nothing left to do."""
         with self._change:
             while True:
-                if self._closed or self._failure is not None or self._next >= len(self._order):
+                if self._closed or self._failure or self._broken or self._next >= len(self._order):
                     return None
                 if self._free or self._made < self._most:
                     break
@@ -288,6 +306,7 @@ class _Segment:
     unread: int = 0
     state: _State = _State.WAITING
     hashed: bool = False
+    failed: bool = False
     readers: int = 0
     buffer: bytearray = field(default_factory=bytearray)
     again: threading.Lock = field(default_factory=threading.Lock)
