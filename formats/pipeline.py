@@ -13,6 +13,8 @@ from qz.formats.malformed import Malformed, quoted
 from qz.formats.weights import PICKLE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from qz.formats.folder import Folder
 
 INDEX = "model_index.json"
@@ -130,11 +132,20 @@ def _component(root: Folder, name: str, library: str, class_name: str, variant: 
             f"{folder.location} is a {class_name} with code of its own ({library}.py), which qz neither runs nor "
             "copies. Quantize the other components one by one with --subfolder."
         )
-    weights = any(file.endswith((".safetensors", ".msgpack", ".onnx")) or PICKLE.search(file) for file in sizes)
-    if not weights and not any(file.endswith(".safetensors.index.json") for file in sizes):
+    if not _has_weights(sizes):
         return Component(name, library, class_name, folder)
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
     return Component(name, library, class_name, folder, open_checkpoint(folder, variant if has_variant else None))
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    """Whether a component should have weights, and be it that they are missing: it has a config.json and no other's."""
+    names = set(names)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) or PICKLE.search(name) for name in names):
+        return True
+    return "config.json" in names and not any(
+        name.endswith("_config.json") for name in names - {"generation_config.json"}
+    )
 
 
 def _joined(folder: Folder, errors: dict[str, QzError]) -> QzError:

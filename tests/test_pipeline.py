@@ -1,0 +1,628 @@
+"""A whole pipeline becomes one folder that diffusers loads as it is, with the parts that are worth it quantized."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from transformers import T5EncoderModel
+
+import pipelines
+import reference
+from hub_server import connected
+from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError
+from qz.cli.dequantize import dequantize
+from qz.cli.quantize import quantize
+from qz.formats import files
+from qz.formats.checkpoint import Checkpoint, StoredTensor
+from qz.formats.folder import LocalFolder
+from qz.formats.pipeline import Component, Pipeline, open_pipeline
+from qz.formats.record import verify_record
+from qz.quantize.choice import choose
+from qz.quantize.methods import FourBit, Int8
+
+NF4 = FourBit("nf4")
+DENOISERS = {"flux": FluxTransformer2DModel, "sd3": SD3Transformer2DModel, "sdxl": UNet2DConditionModel}
+DTYPES = {"flux": torch.bfloat16, "sd3": torch.float16, "sdxl": torch.float32}
+CHOSEN = {"flux": {"transformer", "text_encoder_2"}, "sd3": {"transformer", "text_encoder_3"}, "sdxl": {"unet"}}
+NAMES = list(CHOSEN)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The three pipelines. Not to be changed by a test."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: getattr(pipelines, name)(root / name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """``qz quantize PIPELINE --nf4 --json`` of each: the output and the report. Not to be changed by a test."""
+    root = tmp_path_factory.mktemp("quantized")
+    return {name: (root / name, run(quantize, source, output=root / name)) for name, source in sources.items()}
+
+
+def run(command: Callable[..., None], source: Path | str, **options: Any) -> dict[str, Any]:
+    """The command in this process; its JSON."""
+    import contextlib
+    import io
+
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        command(str(source), **{"as_json": True, "quiet": True, "device": "cpu", **options})
+    report: dict[str, Any] = json.loads(stdout.getvalue())
+    return report
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def text_encoders(name: str) -> set[str]:
+    return {part for part in CHOSEN[name] if part.startswith("text_encoder")}
+
+
+def drawn(folder: Path, name: str, **parts: Any) -> np.ndarray:
+    """A picture by the pipeline in ``folder``, with ``parts`` loaded by the caller."""
+    for part in parts.values():
+        for module in part.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # that kernel wants widths that small models do not have
+                module.support_avx512bf16_for_cpu = False
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[name], **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    more = {} if name == "sdxl" else {"max_sequence_length": 32}
+    generator = torch.Generator("cpu").manual_seed(7)
+    picture = pipeline(
+        pipelines.PROMPT,
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        output_type="np",
+        generator=generator,
+        **more,
+    ).images[0]
+    assert np.isfinite(picture).all()
+    return np.asarray(picture)
+
+
+def denoiser_name(name: str) -> str:
+    return "unet" if name == "sdxl" else "transformer"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_output_draws_what_parts_draw_that_the_libraries_quantized_themselves(
+    name: str, sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    source, output = sources[name], quantized[name][0]
+    denoiser, model_class = denoiser_name(name), DENOISERS[name]
+    ours = {denoiser: reference.diffusers_model(model_class, output / denoiser, None, DTYPES[name])}
+    theirs = {denoiser: reference.diffusers_model(model_class, source / denoiser, "nf4", DTYPES[name])}
+    for part in text_encoders(name):
+        ours[part] = T5EncoderModel.from_pretrained(output / part, device_map="cpu")
+        theirs[part] = reference.transformers_model(T5EncoderModel, source / part, "nf4")
+    picture = drawn(output, name, **ours)
+    assert np.array_equal(picture, drawn(source, name, **theirs))
+    assert not np.array_equal(picture, drawn(source, name)), "quantization changed nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_component_is_byte_for_byte_what_its_library_saves(
+    name: str, sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    output = quantized[name][0]
+    denoiser = denoiser_name(name)
+    reference.diffusers_model(DENOISERS[name], sources[name] / denoiser, "nf4", DTYPES[name]).save_pretrained(
+        tmp_path / denoiser
+    )
+    assert not reference.differing_tensors(tmp_path / denoiser, output / denoiser)
+    for part in text_encoders(name):
+        reference.transformers_model(T5EncoderModel, sources[name] / part, "nf4").save_pretrained(tmp_path / part)
+        assert not reference.differing_files(tmp_path / part, output / part)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_else_is_carried_over_unchanged_and_nothing_more(
+    name: str, sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    source, output = contents(sources[name]), contents(quantized[name][0])
+    untouched = {path: data for path, data in output.items() if path.split("/")[0] not in CHOSEN[name]}
+    untouched.pop("qz.json")
+    assert untouched == {path: source[path] for path in untouched}
+    left = {path for path in source if path.split("/")[0] not in CHOSEN[name]} - untouched.keys()
+    assert left == {
+        "README.md",
+        "dev_grid.jpg",
+        "flux1-dev.safetensors",
+        "pipeline.py",
+        "vae/diffusion_pytorch_model.bin",
+    }
+    assert {
+        "model_index.json",
+        "LICENSE.md",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+    } <= untouched.keys()
+    assert not verify_record(LocalFolder(quantized[name][0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_report_has_a_row_for_each_component_and_totals_that_add_up(
+    name: str, sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    output, report = quantized[name]
+    index = json.loads((output / "model_index.json").read_text())
+    rows = {row["name"]: row for row in report["components"]}
+    assert rows.keys() == {key for key, value in index.items() if isinstance(value, list) and value[0]}
+    assert {part for part, row in rows.items() if row["converted"]} == CHOSEN[name]
+    assert all(row["reason"] for row in rows.values())
+    for total in ("bytes", "memory_footprint"):
+        for side in report[total].keys() - {"all_files"}:
+            assert report[total][side] == sum(row[total][side] for row in rows.values())
+    assert report["bytes"]["all_files"] == sum(
+        len(data) for path, data in contents(output).items() if path != "qz.json"
+    )
+    assert report["source"]["architecture"] == index["_class_name"]
+    assert {shard["name"] for shard in report["shards"]} == {
+        path for path in contents(output) if path.endswith(".safetensors")
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_footprint_is_the_sum_of_what_the_libraries_say(
+    name: str, sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    output, report = quantized[name]
+    index = json.loads((output / "model_index.json").read_text())
+    before = after = 0
+    for row in report["components"]:
+        if not row["bytes"]["source"]:
+            continue
+        part, (library, class_name) = row["name"], index[row["name"]]
+        model_class = getattr(__import__(library), class_name)
+        keywords = {"dtype": "auto"} if library == "transformers" else {"dtype": DTYPES[name]}
+        plain = model_class.from_pretrained(sources[name] / part, **keywords).get_memory_footprint()
+        before += plain
+        if not row["converted"]:
+            after += plain
+        elif library == "diffusers":
+            after += reference.diffusers_model(model_class, output / part, None, DTYPES[name]).get_memory_footprint()
+        else:
+            after += model_class.from_pretrained(output / part, device_map="cpu").get_memory_footprint()
+    assert report["memory_footprint"] == {"before": before, "after": after}
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(
+    sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    planned = run(quantize, sources["flux"], output=tmp_path / "out", dry_run=True)
+    done = quantized["flux"][1]
+    assert not list(tmp_path.iterdir())
+    differing = {key for key in planned if planned[key] != done[key]}
+    assert differing <= {"output", "dry_run", "seconds", "shards", "device"}
+    sizes = [{shard["name"]: shard["bytes"] for shard in report["shards"]} for report in (planned, done)]
+    assert sizes[0] == sizes[1]
+
+
+def test_the_user_decides_what_is_quantized_and_how(sources: dict[str, Path], tmp_path: Path) -> None:
+    report = run(
+        quantize,
+        sources["sd3"],
+        output=tmp_path / "out",
+        int8=True,
+        double_quant=True,
+        components="transformer",
+        component=["text_encoder_2=nf4", "text_encoder_3=none"],
+        skip=["transformer/proj_out"],
+    )
+    methods = {row["name"]: row["method"] for row in report["components"] if row["converted"]}
+    assert methods == {"transformer": "int8", "text_encoder_2": "nf4"}
+    assert report["method"] == "int8+nf4"
+    config = {part: reference.config_of(tmp_path / "out" / part) for part in ("transformer", "text_encoder_2")}
+    assert config["transformer"]["quantization_config"]["load_in_8bit"]
+    assert config["transformer"]["quantization_config"]["llm_int8_skip_modules"] == ["proj_out"]
+    assert config["text_encoder_2"]["quantization_config"]["bnb_4bit_use_double_quant"]
+    assert config["text_encoder_2"]["quantization_config"]["llm_int8_skip_modules"] is None
+    assert "quantization_config" not in reference.config_of(tmp_path / "out" / "text_encoder_3")
+    transformer = reference.tensors_of(tmp_path / "out" / "transformer")
+    assert transformer["proj_out.weight"].dtype == torch.float16
+
+
+def test_a_vae_is_quantized_where_the_user_insists_and_is_told_how_little_that_is(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(quantize, sources["flux"], output=tmp_path / "out", components="vae")
+    assert [row["name"] for row in report["components"] if row["converted"]] == ["vae"]
+    assert "vae: only" in capsys.readouterr().err
+    assert any(warning.startswith("vae: only") for warning in report["warnings"])
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[QzError], str]] = {
+    "no-such-component": ({"components": "transfromer"}, UsageError, "no component transfromer"),
+    "no-such-own-method": ({"component": ["te=int8"]}, UsageError, "no component te"),
+    "nothing-left": ({"component": ["transformer=none", "text_encoder_2=none"]}, UsageError, "--components"),
+    "without-weights": ({"components": "scheduler"}, UsageError, "no weights"),
+    "weights-only": ({"weights_only": True}, UsageError, "--weights-only"),
+    "skip-in-nothing": ({"skip": ["unet/proj_out"]}, UsageError, "no component unet"),
+    "no-such-variant": ({"variant": "fp16"}, MissingInput, "fp16"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    case: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    options, error, words = WRONG[case]
+    with pytest.raises(error, match=words):
+        run(quantize, sources["flux"], output=tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def changed(sources: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the FLUX-shaped pipeline that a test may change."""
+    return Path(shutil.copytree(sources["flux"], tmp_path / "flux"))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_component_that_is_not_there_is_named(changed: Path, tmp_path: Path) -> None:
+    shutil.rmtree(changed / "tokenizer_2")
+    with pytest.raises(MissingInput, match=r"names tokenizer_2, but there is no such folder"):
+        run(quantize, changed, output=tmp_path / "out")
+
+
+def test_all_damaged_components_are_named_at_once(changed: Path, tmp_path: Path) -> None:
+    (changed / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
+    (changed / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(MissingInput) as raised:
+        run(quantize, changed, output=tmp_path / "out")
+    assert "2 components" in str(raised.value)
+    assert "text_encoder" in str(raised.value)
+    assert "vae" in str(raised.value)
+
+
+def test_code_of_its_own_is_refused(changed: Path, tmp_path: Path) -> None:
+    rewrite(changed / "model_index.json", transformer=["my_transformer", "MyTransformer"])
+    (changed / "transformer" / "my_transformer.py").write_text("raise SystemExit\n")
+    with pytest.raises(Unsupported, match=r"my_transformer\.py"):
+        run(quantize, changed, output=tmp_path / "out")
+    rewrite(changed / "model_index.json", _class_name=["pipeline", "MyPipeline"])
+    with pytest.raises(Unsupported, match="code of its own"):
+        run(quantize, changed, output=tmp_path / "out")
+
+
+def test_names_that_lead_out_of_the_pipeline_are_refused(changed: Path, tmp_path: Path) -> None:
+    rewrite(changed / "model_index.json", **{"../flux/vae": ["diffusers", "AutoencoderKL"]})
+    with pytest.raises(MalformedInput, match="names a component"):
+        run(quantize, changed, output=tmp_path / "out")
+
+
+def test_a_class_that_the_library_lacks_is_refused_if_chosen_and_carried_over_if_not(
+    changed: Path, tmp_path: Path
+) -> None:
+    rewrite(changed / "transformer" / "config.json", _class_name="FluxOfTomorrowTransformer2DModel")
+    with pytest.raises(Unsupported, match="--component transformer=none"):
+        run(quantize, changed, output=tmp_path / "out")
+    run(quantize, changed, output=tmp_path / "out", component=["transformer=none"])
+    assert contents(tmp_path / "out" / "transformer") == contents(changed / "transformer")
+
+
+def test_pickles_alone_are_refused(changed: Path, tmp_path: Path) -> None:
+    (changed / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(MalformedInput, match="pickle"):
+        run(quantize, changed, output=tmp_path / "out")
+
+
+def test_a_variant_gets_the_plain_names_that_loaders_look_for(changed: Path, tmp_path: Path) -> None:
+    plain = run(quantize, changed, output=tmp_path / "plain", components="transformer")
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        for path in sorted((changed / part).glob("*.safetensors")):
+            head, dash, tail = path.name.partition("-")
+            path.rename(path.with_name(f"{head}.fp16-{tail}" if dash else path.name.replace(".saf", ".fp16.saf")))
+        for path in (changed / part).glob("*.safetensors.index.json"):
+            index = json.loads(path.read_text())
+            index["weight_map"] = {key: file.replace("-", ".fp16-", 1) for key, file in index["weight_map"].items()}
+            path.unlink()
+            path.with_name(path.name.replace("safetensors.", "safetensors.", 1).replace(
+                "index.json", "index.fp16.json"
+            )).write_text(json.dumps(index))  # fmt: skip
+    report = run(quantize, changed, output=tmp_path / "variant", components="transformer", variant="fp16")
+    assert report["bytes"]["output"] == plain["bytes"]["output"]
+    one, other = contents(tmp_path / "plain"), contents(tmp_path / "variant")
+    assert one.keys() == other.keys()
+    differing = {path for path in one if one[path] != other[path]} - {"qz.json"}
+    assert not {path for path in differing if not path.endswith(".index.json")}
+    T5EncoderModel.from_pretrained(tmp_path / "variant" / "text_encoder_2")
+
+
+class Stopped(Exception):
+    """The power cut of a test."""
+
+
+@pytest.mark.parametrize("moment", ["text_encoder_2/model.safetensors", "transformer/config.json", "vae/config.json"])
+def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(
+    moment: str,
+    sources: dict[str, Path],
+    quantized: dict[str, tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+
+    def stop(operation: str, path: str) -> None:
+        if operation == "rename" and path.endswith(moment):
+            raise Stopped
+
+    monkeypatch.setattr(files, "hook", stop)
+    with pytest.raises(Stopped):
+        run(quantize, sources["flux"], output=output)
+    assert not output.exists()
+    monkeypatch.setattr(files, "hook", lambda operation, path: None)
+    report = run(quantize, sources["flux"], output=output)
+    assert report["resumed"] is (moment != "text_encoder_2/model.safetensors")
+    assert contents(output) == contents(quantized["flux"][0])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_untouched_weights_of_some_size_are_not_copied_twice(
+    changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = changed / "text_encoder" / "model.safetensors"
+    config = changed / "text_encoder" / "config.json"
+    rewrite(config, vocab_size=60_000)
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    tensors[name] = torch.zeros(60_000, tensors[name].shape[1], dtype=torch.bfloat16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    copied: list[str] = []
+
+    def watch(operation: str, path: str) -> None:
+        if operation == "rename":
+            copied.append(path)
+            if "transformer" in path and path.endswith(".safetensors") and len(copied) < 100:
+                raise Stopped
+
+    monkeypatch.setattr(files, "hook", watch)
+    with pytest.raises(Stopped):
+        run(quantize, changed, output=tmp_path / "out")
+    copied[:] = [""] * 100
+    report = run(quantize, changed, output=tmp_path / "out")
+    assert report["resumed"]
+    assert not any(path.endswith("text_encoder/model.safetensors") for path in copied)
+    assert (tmp_path / "out" / "text_encoder" / "model.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_dequantize_undoes_it(
+    sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    output = quantized["flux"][0]
+    report = run(dequantize, output, output=tmp_path / "back")
+    assert report["act"] == "dequantize"
+    assert {row["name"] for row in report["components"] if row["converted"]} == CHOSEN["flux"]
+    back, source = contents(tmp_path / "back"), contents(sources["flux"])
+    kept = {path for path in back if path.split("/")[0] not in CHOSEN["flux"]} - {"qz.json"}
+    assert all(back[path] == source[path] for path in kept)
+    for part in CHOSEN["flux"]:
+        assert "quantization_config" not in reference.config_of(tmp_path / "back" / part)
+        one, other = reference.tensors_of(sources["flux"] / part), reference.tensors_of(tmp_path / "back" / part)
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert other[name].dtype == tensor.dtype
+            assert (other[name] - tensor).norm() <= 0.12 * tensor.norm(), name
+    drawn(tmp_path / "back", "flux")  # without a word about quantization, and without a GPU
+    with pytest.raises(Unsupported, match="nothing to dequantize"):
+        run(dequantize, tmp_path / "back", output=tmp_path / "again")
+    with pytest.raises(Unsupported, match="already quantized"):
+        run(quantize, output, output=tmp_path / "again")
+
+
+def test_a_second_run_with_nothing_to_do_says_so(
+    changed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    first = run(quantize, changed, output=output, if_exists="skip")
+    assert first["up_to_date"] is False
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
+    again = run(quantize, changed, output=output, if_exists="skip")
+    assert again["up_to_date"] is True
+    assert "up to date" in capsys.readouterr().err
+    assert "up to date" in (tmp_path / "page.md").read_text()
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    same = set(first) - {"up_to_date", "seconds", "resumed"}
+    assert {key: again[key] for key in same} == {key: first[key] for key in same}
+
+
+def test_skip_does_not_pass_off_another_output_as_done(changed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(quantize, changed, output=output)
+    for options in ({"fp4": True}, {"component": ["text_encoder_2=int8"]}, {"compute_dtype": "float16"}):
+        with pytest.raises(OutputRefused, match="differently"):
+            run(quantize, changed, output=output, if_exists="skip", **options)
+    weights = output / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(OutputRefused, match="damaged"):
+        run(quantize, changed, output=output, if_exists="skip")
+    weights.write_bytes(whole)
+    shard = next((changed / "transformer").glob("*-00001-of-*.safetensors"))
+    shard.write_bytes(shard.read_bytes())
+    with pytest.raises(OutputRefused, match="newer"):
+        run(quantize, changed, output=output, if_exists="skip")
+    run(quantize, changed, output=output, if_exists="overwrite")
+    assert run(quantize, changed, output=output, if_exists="skip")["up_to_date"]
+    with pytest.raises(OutputRefused, match="exists and is not empty"):
+        run(quantize, changed, output=output)
+
+
+def test_skip_refuses_what_qz_did_not_make(sources: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(OutputRefused, match="nothing in it says that qz made it"):
+        run(quantize, sources["flux"], output=tmp_path / "out", if_exists="skip")
+
+
+def test_the_table_and_the_page_of_a_job_have_a_row_for_each_model(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
+    quantize(str(sources["flux"]), output=tmp_path / "out", device="cpu")
+    table, page = capsys.readouterr().out, (tmp_path / "page.md").read_text()
+    for part in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        assert f"\n{part} " in table
+        assert part.replace("_", r"\_") in page
+    assert "denoiser" in table
+    assert "as they are  scheduler, tokenizer, tokenizer_2" in table
+
+
+def test_a_pipeline_on_the_hub_becomes_the_same_bytes(
+    sources: dict[str, Path],
+    quantized: dict[str, tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with connected(monkeypatch, tmp_path / "home") as hub:
+        hub.add("me/flux", contents(sources["flux"]))
+        output = tmp_path / "out"
+        report = run(quantize, "me/flux", output=output)
+        assert run(quantize, "me/flux", output=output, if_exists="skip")["up_to_date"]
+        hub.commit("me/flux", {"transformer/config.json": contents(sources["flux"])["transformer/config.json"] + b"\n"})
+        with pytest.raises(OutputRefused, match="commit"):
+            run(quantize, "me/flux", output=output, if_exists="skip")
+    assert len(report["source"]["revision"]) == 40
+    one, other = contents(output), contents(quantized["flux"][0])
+    assert {path: data for path, data in one.items() if path != "qz.json"} == {
+        path: data for path, data in other.items() if path != "qz.json"
+    }
+
+
+def test_pipeline_options_are_refused_for_one_model(sources: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a pipeline"):
+        run(quantize, sources["flux"], subfolder="transformer", components="transformer", output=tmp_path / "out")
+
+
+# What is chosen at the sizes of real pipelines
+
+SHAPES: dict[str, dict[str, tuple[str, str, float, float]]] = {
+    "FLUX.1-dev": {
+        "transformer": ("diffusers", "FluxTransformer2DModel", 11.9, 0),
+        "text_encoder": ("transformers", "CLIPTextModel", 0.123, 0),
+        "text_encoder_2": ("transformers", "T5EncoderModel", 4.76, 0),
+        "vae": ("diffusers", "AutoencoderKL", 0.084, 0.97),
+    },
+    "SD3-medium": {
+        "transformer": ("diffusers", "SD3Transformer2DModel", 2.03, 0),
+        "text_encoder": ("transformers", "CLIPTextModelWithProjection", 0.124, 0),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", 0.695, 0),
+        "text_encoder_3": ("transformers", "T5EncoderModel", 4.76, 0),
+        "vae": ("diffusers", "AutoencoderKL", 0.084, 0.97),
+    },
+    "SDXL": {
+        "unet": ("diffusers", "UNet2DConditionModel", 2.57, 0.13),
+        "text_encoder": ("transformers", "CLIPTextModel", 0.123, 0),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", 0.695, 0),
+        "vae": ("diffusers", "AutoencoderKL", 0.084, 0.97),
+    },
+    "SD1.5": {
+        "unet": ("diffusers", "UNet2DConditionModel", 0.86, 0.68),
+        "text_encoder": ("transformers", "CLIPTextModel", 0.123, 0),
+        "safety_checker": ("transformers", "CLIPSafetyChecker", 0.304, 0),
+        "vae": ("diffusers", "AutoencoderKL", 0.084, 0.97),
+    },
+    "Qwen-Image": {
+        "transformer": ("diffusers", "QwenImageTransformer2DModel", 20.4, 0),
+        "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration", 8.29, 0),
+        "vae": ("diffusers", "AutoencoderKLQwenImage", 0.127, 0.99),
+    },
+    "Wan2.2-I2V": {
+        "transformer": ("diffusers", "WanTransformer3DModel", 14.3, 0),
+        "transformer_2": ("diffusers", "WanTransformer3DModel", 14.3, 0),
+        "text_encoder": ("transformers", "UMT5EncoderModel", 5.68, 0),
+        "image_encoder": ("transformers", "CLIPVisionModel", 0.63, 0),
+        "vae": ("diffusers", "AutoencoderKLWan", 0.127, 0.99),
+    },
+    "PixArt-Sigma": {
+        "transformer": ("diffusers", "PixArtTransformer2DModel", 0.61, 0),
+        "text_encoder": ("transformers", "T5EncoderModel", 4.76, 0),
+        "vae": ("diffusers", "AutoencoderKL", 0.084, 0.97),
+    },
+    "StableAudio": {
+        "transformer": ("diffusers", "StableAudioDiTModel", 1.06, 0),
+        "text_encoder": ("transformers", "T5EncoderModel", 0.11, 0),
+        "projection_model": ("diffusers", "StableAudioProjectionModel", 0.001, 0),
+        "vae": ("diffusers", "AutoencoderOobleck", 0.156, 0.99),
+    },
+}
+REAL = {
+    "FLUX.1-dev": {"transformer", "text_encoder_2"},
+    "SD3-medium": {"transformer", "text_encoder_3"},
+    "SDXL": {"unet"},
+    "SD1.5": {"unet"},
+    "Qwen-Image": {"transformer", "text_encoder"},
+    "Wan2.2-I2V": {"transformer", "transformer_2", "text_encoder"},
+    "PixArt-Sigma": {"transformer", "text_encoder"},
+    "StableAudio": {"transformer"},
+}
+
+
+def shaped(name: str) -> Pipeline:
+    """A pipeline of the real one's sizes (10^9 parameters, share of convolutions), as its headers show it."""
+    folder: Any = SimpleNamespace(location=name)
+
+    def component(part: str, library: Any, class_name: str, billions: float, convolutions: float) -> Component:
+        sizes = {(round(billions * (1 - convolutions) * 1e6), 1000): "a.weight"}
+        sizes[(round(billions * convolutions * 1e6), 1000, 1, 1)] = "b.weight"
+        tensors = {n: StoredTensor(n, "BF16", shape, "f", 0, 0) for shape, n in sizes.items()}
+        checkpoint = Checkpoint(folder, {}, library, class_name, None, ("f",), {"f": 1}, tensors)
+        return Component(part, library, class_name, folder, checkpoint)
+
+    scheduler = Component("scheduler", "diffusers", "EulerDiscreteScheduler", folder)
+    return Pipeline(folder, name, (scheduler, *(component(part, *facts) for part, facts in SHAPES[name].items())))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_worth_it_at_the_size_of_real_pipelines(name: str) -> None:
+    choices = choose(shaped(name), NF4)
+    assert {choice.name for choice in choices if choice.method is not None} == REAL[name]
+    assert choices[0].reason == "has no weights"
+
+
+def test_a_method_of_its_own_adds_to_the_choice_and_none_takes_from_it() -> None:
+    choices = choose(shaped("FLUX.1-dev"), NF4, methods={"text_encoder": Int8(), "text_encoder_2": None})
+    methods = {choice.name: choice.method for choice in choices if choice.method is not None}
+    assert methods == {"transformer": NF4, "text_encoder": Int8()}
+
+
+def test_names_given_replace_the_choice() -> None:
+    choices = choose(shaped("FLUX.1-dev"), NF4, ("text_encoder_2",), {"vae": Int8()})
+    assert {choice.name for choice in choices if choice.method is not None} == {"text_encoder_2", "vae"}
+    assert {choice.name: choice.reason for choice in choices}["transformer"] == "not asked for"
+
+
+def test_the_readers_do_not_import_the_libraries() -> None:
+    for module in (choose, open_pipeline):
+        text = Path(inspect.getfile(module)).read_text()
+        assert "import torch" not in text
+        assert "import diffusers" not in text
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    yield
