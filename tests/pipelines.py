@@ -134,7 +134,8 @@ def sd3(folder: Path) -> Path:
     tokenizer, tokenizer_3 = clip_tokenizer(folder.with_name("clip-files")), t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=32, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64, out_channels=4, pos_embed_max_size=32,
+        joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64, out_channels=4,
+        pos_embed_max_size=32,
     )  # fmt: skip
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
@@ -155,7 +156,8 @@ def sdxl(folder: Path) -> Path:
     torch.manual_seed(2)
     tokenizer = clip_tokenizer(folder.with_name("clip-files"))
     unet = UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4, norm_num_groups=4,
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=8, transformer_layers_per_block=(1, 6), projection_class_embeddings_input_dim=80,

@@ -66,7 +66,8 @@ def diffusers_model(
     fp32 = model_class._keep_in_fp32_modules or []
     fp32 = [fp32] if isinstance(fp32, str) else fp32
     quantizer.preprocess_model(model=model, device_map=None, keep_in_fp32_modules=fp32)
-    unexpected = [name for name in state if name not in model.state_dict()]
+    known = model.state_dict().keys()
+    unexpected = [name for name in state if name not in known]
     load_model_dict_into_meta(
         model,
         state,
@@ -124,3 +125,25 @@ def differing_files(reference: Path, output: Path) -> list[str]:
 def config_of(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
+
+
+def dequantized_by_bitsandbytes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every quantized weight among ``tensors`` as bitsandbytes' own functions give it back, by name.
+
+    4-bit weights go through as one row: on CPUs with AVX-512, bitsandbytes 0.50.2 reads the scales of the wrong block
+    where a row is no multiple of the block size.
+    """
+    import bitsandbytes.functional as bnb
+
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".")
+        if last == "SCB":
+            found[f"{owner}.weight"] = bnb.int8_vectorwise_dequant(tensors[f"{owner}.weight"], tensor)
+        elif last.startswith("bitsandbytes__"):
+            weight = owner.removesuffix(".quant_state")
+            parts = {key: value for key, value in tensors.items() if key.startswith(f"{weight}.")}
+            state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+            shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+            found[weight] = bnb.dequantize_4bit(tensors[weight].view(torch.uint8), state).reshape(shape)
+    return found

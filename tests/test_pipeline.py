@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,11 @@ DENOISERS = {"flux": FluxTransformer2DModel, "sd3": SD3Transformer2DModel, "sdxl
 DTYPES = {"flux": torch.bfloat16, "sd3": torch.float16, "sdxl": torch.float32}
 CHOSEN = {"flux": {"transformer", "text_encoder_2"}, "sd3": {"transformer", "text_encoder_3"}, "sdxl": {"unet"}}
 NAMES = list(CHOSEN)
+
+
+@pytest.fixture(autouse=True)
+def _no_job_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -620,9 +625,3 @@ def test_the_readers_do_not_import_the_libraries() -> None:
         text = Path(inspect.getfile(module)).read_text()
         assert "import torch" not in text
         assert "import diffusers" not in text
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    yield
