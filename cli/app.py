@@ -74,6 +74,8 @@ class Interruption:
 
     def receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the cursor, which the progress bar has hidden
             os._exit(128 + number)
         self.signal = number
         raise self.error

@@ -42,6 +42,7 @@ def dequantize(
     from qz import UsageError
     from qz.formats.pipeline import is_pipeline
     from qz.formats.source import enter, open_source
+    from qz.formats.staging import refuse_now
     from qz.quantize.settings import Settings
 
     existing = options.existing_output(overwrite, if_exists)
@@ -58,6 +59,8 @@ def dequantize(
     try:
         folder = enter(root, subfolder)
         folders.append(folder)
+        if output is not None and existing != "skip" and not dry_run:
+            refuse_now(output, existing == "overwrite", [root])
         run = Conversion(source, subfolder, root, folder, output, settings, variant, existing, resume, dry_run, quiet)
         if is_pipeline(folder):
             if against is not None:

@@ -33,6 +33,11 @@ class Step(Protocol):
         """One that was just finished."""
         ...
 
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """Files that an interrupted run had finished, of how many; told once."""
+        ...
+
 
 class Display:
     """A callback for the core, safe to call from any thread. A context manager: the bar goes away with the run."""
@@ -63,12 +68,21 @@ class Display:
     def __call__(self, step: Step) -> None:
         if self.quiet:
             return
+        if step.kept is not None:
+            self.tell(f"Continuing: {step.kept[0]} of {step.kept[1]} shards are done.")
         if self.bar is not None:
             count = f"{step.weights}/{step.all_weights} {self.unit}s"
             self.bar.update(self.task, completed=step.bytes, total=step.all_bytes, count=count)
             return
         with self.lock:
             self.line(step)
+
+    def tell(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False)
+        else:
+            say(text)
 
     def line(self, step: Step) -> None:
         """A line when a shard is finished, and every ten seconds between."""

@@ -68,6 +68,7 @@ class _Step:
     bytes: int
     all_bytes: int
     shard: str | None = None
+    kept: tuple[int, int] | None = None
 
 
 def report(result: PushResult) -> list[tuple[str, str]]:

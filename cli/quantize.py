@@ -58,6 +58,7 @@ def quantize(
 
     from qz.formats.pipeline import is_pipeline
     from qz.formats.source import enter, open_source, output_name
+    from qz.formats.staging import refuse_now
     from qz.quantize.parts import Target
     from qz.quantize.request import up_to_date
     from qz.quantize.settings import Settings
@@ -90,6 +91,8 @@ def quantize(
         if record is not None:
             present_existing(record, target.output, source, as_json=as_json)
             return
+        if not dry_run:
+            refuse_now(target.output, target.overwrite, [root])
         run = Conversion(source, subfolder, root, folder, target, settings, variant, report, dry_run, quiet)
         if is_pipeline(folder):
             present_pipeline(run.pipeline(), as_json=as_json, quiet=quiet)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qz.formats.config import dump_json
@@ -121,7 +122,7 @@ def copy(carried: Sequence[Carried], section: Section, progress: Callable[[int],
         for each in files:
             if each.bytes > LARGEST_INDEX and each.name.endswith(("config.json", ".index.json")):
                 raise Malformed("json-malformed", f"{folder.location}/{each.file} is too large for such a file.")
-            section.copy_file(each.name, each.bytes, _reader(each), progress)
+            section.copy_file(each.name, each.bytes, _reader(each), progress, partial(folder.settled, each.file))
         folder.check()
 
 

@@ -47,6 +47,10 @@ class Folder(Protocol):
         """Tell, once, every range that will be read and in which order, so that it can be fetched ahead."""
         ...
 
+    def settled(self, file: str) -> bool:
+        """Whether all that was read of ``file`` so far is known to be right; raises MalformedInput if it is not."""
+        ...
+
     def check(self) -> None:
         """After the last read: raise MalformedInput if a file changed meanwhile or its hash is not the promised one."""
         ...
@@ -61,6 +65,10 @@ class Folder(Protocol):
 
     def subfolders(self) -> Sequence[str]:
         """Names of the folders inside."""
+        ...
+
+    def give_up(self) -> None:
+        """Reads that wait for something end with an error, now and later. Files stay open."""
         ...
 
     def close(self) -> None: ...
@@ -199,15 +207,21 @@ class LocalFolder:
     def announce(self, ranges: Sequence[Range]) -> None:
         """The kernel reads ahead by itself."""
 
+    def settled(self, file: str) -> bool:
+        where = os.path.join(self.location, file)
+        try:
+            found = os.stat(os.path.join(self._real, file))
+        except FileNotFoundError:
+            raise MissingInput(f"{where} vanished while it was read. Run again once it is back.") from None
+        except OSError as error:
+            raise _failure(error, where, "looked up") from None
+        if _mark(found) != self._marks.get(file, _mark(found)):
+            raise _changed(where)
+        return True
+
     def check(self) -> None:
         for file in sorted(self._read):
-            where = os.path.join(self.location, file)
-            try:
-                found = os.stat(os.path.join(self._real, file))
-            except OSError:
-                raise _changed(where) from None
-            if _mark(found) != self._marks[file]:
-                raise _changed(where)
+            self.settled(file)
 
     def identity(self) -> dict[str, Any]:
         files = {name: list(self._marks[name]) for name in self.sizes()}
@@ -226,6 +240,9 @@ class LocalFolder:
         inner = LocalFolder(Path(path), _roots=self._roots)
         inner.path, inner.location = self.path / name, os.path.join(self.location, name)
         return inner
+
+    def give_up(self) -> None:
+        """Reads of a disk end by themselves."""
 
     def close(self) -> None:
         with self._lock:

@@ -190,6 +190,12 @@ class HubFolder:
             streams, lambda name, start, view: self._fetch(files[name], start, view), self.location, self._pace
         )
 
+    def settled(self, file: str) -> bool:
+        local = self._cache.find(self._file(file))
+        if local is not None:
+            return local.settled(file)
+        return self._ahead is None or file not in self._ahead or self._ahead.settled(file)
+
     def check(self) -> None:
         if self._ahead is not None:
             self._ahead.finish()
@@ -211,6 +217,11 @@ class HubFolder:
         with ThreadPoolExecutor(4, thread_name_prefix="qz-hub") as pool:
             for _ in pool.map(fetch, list(files)):
                 pass
+
+    def give_up(self) -> None:
+        self._connection.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def close(self) -> None:
         self._connection.close()

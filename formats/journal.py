@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -36,11 +37,8 @@ class Journal:
         while True:
             self._descriptor = files.open_file(path, create=True)
             try:
-                if not files.try_lock(self._descriptor, path):
-                    raise TryAgain(
-                        f"Another qz is writing {path.name.removesuffix('.partial.journal')} in {path.parent}. "
-                        "Wait until it is done, or write elsewhere with -o/--output."
-                    )
+                if not self._lock():
+                    raise held_by_another(path)
                 if files.same_file(self._descriptor, path):  # else its owner finished and removed it meanwhile
                     self._read()
                     return
@@ -48,6 +46,14 @@ class Journal:
                 files.close(self._descriptor, path)
                 raise
             files.close(self._descriptor, path)
+
+    def _lock(self) -> bool:
+        """Take the lock; a second and a third time after a moment, for ``refuse_now`` looks at it by taking it."""
+        for _ in range(2):
+            if files.try_lock(self._descriptor, self.path):
+                return True
+            time.sleep(0.02)
+        return files.try_lock(self._descriptor, self.path)
 
     def _read(self) -> None:
         self._stop = files.size(self._descriptor, self.path)
@@ -106,6 +112,14 @@ class Journal:
         with self._adding:
             descriptor, self._descriptor = self._descriptor, -1
             files.close(descriptor, self.path)
+
+
+def held_by_another(path: Path) -> TryAgain:
+    """The error for a journal whose lock another process holds."""
+    return TryAgain(
+        f"Another qz is writing {path.name.removesuffix('.partial.journal')} in {path.parent}. "
+        "Wait until it is done, or write elsewhere with -o/--output."
+    )
 
 
 def _parse(line: bytes) -> Any:

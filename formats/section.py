@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from qz.formats.staging import ShardLayout, ShardWriter, Staging, WrittenFile
+from qz.formats.staging import Settled, ShardLayout, ShardWriter, Staging, WrittenFile
 
 
 class Section:
@@ -21,8 +21,8 @@ class Section:
         found = self._staging.finished.items()
         return {name.removeprefix(self._prefix): file for name, file in found if name.startswith(self._prefix)}
 
-    def open_shard(self, layout: ShardLayout) -> ShardWriter:
-        return self._staging.open_shard(replace(layout, file=self._prefix + layout.file))
+    def open_shard(self, layout: ShardLayout, settled: Settled = lambda: True) -> ShardWriter:
+        return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), settled)
 
     def write_file(self, name: str, data: bytes) -> WrittenFile:
         return self._staging.write_file(self._prefix + name, data)
@@ -33,5 +33,6 @@ class Section:
         size: int,
         read: Callable[[int, memoryview], None],
         progress: Callable[[int], None] | None = None,
+        settled: Settled = lambda: True,
     ) -> WrittenFile:
-        return self._staging.copy_file(self._prefix + name, size, read, progress)
+        return self._staging.copy_file(self._prefix + name, size, read, progress, settled)

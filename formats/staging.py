@@ -25,6 +25,8 @@ import json
 import os
 import re
 import stat
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -32,18 +34,45 @@ from typing import TYPE_CHECKING, Any, Self
 from qz import IOFailed, OutputRefused, QzError
 from qz.formats import files
 from qz.formats.descriptors import Descriptors
-from qz.formats.journal import Journal, describe_difference
+from qz.formats.folder import LocalFolder
+from qz.formats.interrupts import held
+from qz.formats.journal import Journal, describe_difference, held_by_another
 from qz.formats.output import beside, refuse_output, refuse_overlap
 from qz.formats.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.writer import TEMPORARY, Chunk, ShardLayout, ShardWriter, hash_file, read_back, write_chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+
+    from qz.formats.folder import Folder
 
 __all__ = ["ShardLayout", "ShardWriter", "Staging", "WrittenFile", "refuse_overlap"]
 
 RESUMABLE = 1 << 20
 """Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""
+
+
+def refuse_now(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None:
+    """Raise what would be raised later for what lies there at this moment, to spare the user a long planning.
+
+    Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
+    """
+    for source in sources:
+        if isinstance(source, LocalFolder):
+            refuse_overlap(source.path, output)
+    journal = beside(output, ".partial.journal")
+    descriptor = files.open_existing(journal)
+    if descriptor is None:
+        refuse_output(output, overwrite)
+        return
+    try:
+        if not files.try_lock(descriptor, journal) and files.same_file(descriptor, journal):
+            raise held_by_another(journal)
+    finally:
+        files.close(descriptor, journal)
+
+
+Settled = Callable[[], bool]
 
 
 class Staging:
@@ -82,6 +111,8 @@ class Staging:
         self._overwrite, self._about = overwrite, dict(about or {})
         self._descriptors = Descriptors()
         self._unfinished: set[str] = set()
+        self._unsettled: dict[str, tuple[WrittenFile, Settled]] = {}
+        self._settling = threading.Lock()
         self._written: dict[str, WrittenFile] = {}
         self._last: dict[str, bytes] = {}
         self._committed = False
@@ -90,13 +121,17 @@ class Staging:
             refuse_output(self.output, overwrite)
             self._refuse_stranger(journal)
         files.make_folder(self.output.parent)
-        self._journal = Journal(journal)
+        locked = False
         try:
-            self._recover()
-            refuse_output(self.output, overwrite)
-            self._prepare(json.loads(json.dumps(fingerprint)), needed, resume)
-        except BaseException:
-            self._leave()
+            with held():
+                self._journal = Journal(journal)
+                locked = True
+                self._recover()
+                refuse_output(self.output, overwrite)
+                self._prepare(json.loads(json.dumps(fingerprint)), needed, resume)
+        except BaseException as error:
+            if locked:
+                self._leave(error)
             raise
 
     def _refuse_stranger(self, journal: Path) -> None:
@@ -172,18 +207,36 @@ class Staging:
                 "Free some, or write to another disk with -o/--output."
             )
 
-    def open_shard(self, layout: ShardLayout) -> ShardWriter:
-        """Begin a shard; its space on disk is reserved. May be called, like ``finish``, while others are written."""
+    def open_shard(self, layout: ShardLayout, settled: Settled = lambda: True) -> ShardWriter:
+        """Begin a shard; its space on disk is reserved. May be called, like ``finish``, while others are written.
+
+        ``settled``: whether what the shard is made of is known to be right. A later run keeps no shard of which this
+        was never true. It may raise what is known to be wrong.
+        """
         self._require_new(layout.file)
         self._make_parent(self._partial / layout.file)
-        writer = ShardWriter(self._partial, layout, self._descriptors, self._shard_done)
+
+        def done(file: WrittenFile) -> None:
+            self._written[file.name] = file
+            self._unfinished.discard(file.name)
+            self._settle((file, settled))
+
+        writer = ShardWriter(self._partial, layout, self._descriptors, done)
         self._unfinished.add(layout.file)
         return writer
 
-    def _shard_done(self, file: WrittenFile) -> None:
-        self._journal.add(file)
-        self._written[file.name] = file
-        self._unfinished.discard(file.name)
+    def _settle(self, *new: tuple[WrittenFile, Settled]) -> None:
+        """Note in the journal what is finished and now settled."""
+        with self._settling:
+            self._unsettled |= {file.name: (file, settled) for file, settled in new}
+            for file, settled in list(self._unsettled.values()):
+                if settled():
+                    self._journal.add(file)
+                    del self._unsettled[file.name]
+
+    def distrust(self) -> None:
+        """Keep nothing for a later run: the source that the finished shards were made of is no more."""
+        self._journal.finished.clear()
 
     def _require_new(self, name: str) -> None:
         require_safe_name(name)
@@ -204,10 +257,12 @@ class Staging:
         size: int,
         read: Callable[[int, memoryview], None],
         progress: Callable[[int], None] | None = None,
+        settled: Settled = lambda: True,
     ) -> WrittenFile:
         """Add a file of ``size`` bytes, which ``read(offset, buffer)`` gives piece by piece; large ones are resumable.
 
         ``progress`` is given the bytes of each piece. Indexes and configs reach the disk last, as in ``write_file``.
+        ``settled``: see ``open_shard``.
         """
         if name in self.finished:
             return self.finished[name]
@@ -232,7 +287,7 @@ class Staging:
         written = self._store(name, pieces(), reserve=size)
         self._unfinished.discard(name)
         if size >= RESUMABLE:
-            self._journal.add(written)
+            self._settle((written, settled))
         return written
 
     def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
@@ -271,6 +326,7 @@ class Staging:
         if self._unfinished:
             raise RuntimeError(f"shards are not finished: {sorted(self._unfinished)}")
         self._descriptors.close_all()
+        self._settle()
         for file in self.finished.values():
             self._verify(file)
         for name in sorted(self._last, key=lambda name: (_rank(name), name)):
@@ -280,7 +336,8 @@ class Staging:
         found = dict(self._walk(self._partial))
         if found != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
-        self._publish()
+        with held():
+            self._publish()
         return written
 
     def _verify(self, file: WrittenFile) -> None:
@@ -324,12 +381,26 @@ class Staging:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._committed:
-            self._leave()
+            self._leave(error)
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note(f"{self.output} is complete.")
 
-    def _leave(self) -> None:
-        """Keep what a later run can use, remove the rest, unlock."""
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep what a later run can use, remove the rest, unlock; tell those who interrupted the run."""
+        with held():
+            self._tidy_up()
+        if isinstance(error, KeyboardInterrupt):
+            kept = len(self._journal.finished)
+            error.add_note(
+                f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept: run the same command again to "
+                "continue, or start over with --no-resume."
+                if kept
+                else "No shard was finished, so nothing is left behind: the same command starts over."
+            )
+
+    def _tidy_up(self) -> None:
         with suppress(QzError):
             self._descriptors.close_all()
             if self._journal.finished and files.kind(self._partial) == "folder":

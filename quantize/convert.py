@@ -20,7 +20,7 @@ from qz.quantize.plan import Plan, make_plan
 from qz.quantize.request import identity_of, wishes
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
-from qz.quantize.stream import Nowhere, Progress, Run
+from qz.quantize.stream import Arithmetic, Nowhere, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
 
 COMPARE_BYTES = 1 << 20
@@ -93,7 +93,7 @@ def carry_out(
         target,
         arithmetic,
         settings.threads or arithmetic.threads,
-        fingerprint=fingerprint(folder.identity(), settings, arithmetic.name),
+        fingerprint=fingerprint(folder.identity(), settings, arithmetic),
         about=about(summary.as_json(), folder, source.location, settings),
         progress=progress,
     )
@@ -150,9 +150,13 @@ def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return all(piece(first, start) == piece(second, start) for start in range(0, first.nbytes, COMPARE_BYTES))
 
 
-def fingerprint(source: dict[str, Any], settings: Settings, device: str) -> dict[str, Any]:
+def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmetic) -> dict[str, Any]:
     """What must be the same for a resumed run to write the same bytes. Threads are not part of it."""
-    return {"source": source, "settings": wishes(settings), "versions": library_versions(), "device": device}
+    from qz import __version__
+
+    versions = {"qz": __version__, **library_versions()}
+    device = f"{arithmetic.name} ({arithmetic.model})" if arithmetic.model else arithmetic.name
+    return {"source": source, "settings": wishes(settings), "versions": versions, "device": device}
 
 
 def about(summary: dict[str, Any], folder: Folder, location: str, settings: Settings) -> dict[str, Any]:

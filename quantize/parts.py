@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.carry import Carried, copy
 from qz.formats.folder import LocalFolder
+from qz.formats.malformed import Malformed
 from qz.formats.output import refuse_overlap
 from qz.formats.section import Section
-from qz.formats.staging import Staging, WrittenFile
+from qz.formats.staging import RESUMABLE, Staging, WrittenFile
 from qz.quantize.measure import Measure
 from qz.quantize.plan import Plan
 from qz.quantize.stream import Progress, Run
@@ -47,6 +49,12 @@ class Part:
         planned = self.plan.bytes_output if self.plan is not None else 0
         return planned + sum(each.bytes for each in self.carried) + sum(map(len, self.documents.values()))
 
+    @property
+    def resumable(self) -> int:
+        """How many files a resumed run need not make again."""
+        shards = len(self.plan.shards) if self.plan is not None else 0
+        return shards + sum(each.bytes >= RESUMABLE for each in self.carried)
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -77,17 +85,20 @@ def write_parts(
     ``sources`` must not overlap the output. ``fingerprint`` and ``about``: see ``Staging``. Raises what reading,
     computing and writing raise; finished shards stay for the next run with the same fingerprint.
     """
-    for folder in sources:
-        if isinstance(folder, LocalFolder):
-            refuse_overlap(folder.path, target.output)
-    with Staging(
-        target.output,
-        fingerprint,
-        needed=sum(part.bytes_output for part in parts),
-        overwrite=target.overwrite,
-        resume=target.resume,
-        about=about,
-    ) as staging:
+    local = [each for each in sources if isinstance(each, LocalFolder)]
+    for each in local:
+        refuse_overlap(each.path, target.output)
+    with (
+        Staging(
+            target.output,
+            fingerprint,
+            needed=sum(part.bytes_output for part in parts),
+            overwrite=target.overwrite,
+            resume=target.resume,
+            about=about,
+        ) as staging,
+        _trust(staging, local),
+    ):
         resumed = staging.resumed
         meter = _Meter(progress)
         sections = [Section(staging, part.name) for part in parts]
@@ -99,6 +110,8 @@ def write_parts(
         ]
         for part, section, run in zip(parts, sections, runs, strict=True):
             meter.expect(run, part.carried, section)
+        if resumed:
+            meter.go_on(len(staging.finished), sum(part.resumable for part in parts))
         for part, section, run in zip(parts, sections, runs, strict=True):
             copy(part.carried, section, meter.copied)
             if run is not None:
@@ -113,6 +126,17 @@ def write_parts(
                     folder.close()
         written = staging.commit()
     return Written(written, resumed)
+
+
+@contextmanager
+def _trust(staging: Staging, local: Sequence[LocalFolder]) -> Iterator[None]:
+    """If a local source changed, what was made of it is of no use: there will never be the same source again."""
+    try:
+        yield
+    except Malformed as error:
+        if local and error.kind == "changed":
+            staging.distrust()
+        raise
 
 
 def _folders(part: Part) -> list[Folder]:
@@ -141,6 +165,9 @@ class _Meter:
     def copied(self, nbytes: int) -> None:
         self.bytes += nbytes
         self.show(Progress(0, 0, 0, 0))
+
+    def go_on(self, kept: int, resumable: int) -> None:
+        self.progress(Progress(0, self.all_weights, 0, self.all_bytes, kept=(kept, resumable)))
 
     def finish(self, run: Run) -> None:
         self.weights += len(run.steps)

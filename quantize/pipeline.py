@@ -131,7 +131,7 @@ def carry_out_pipeline(
         target,
         arithmetic,
         settings.threads or arithmetic.threads,
-        fingerprint=fingerprint(identity, settings, arithmetic.name),
+        fingerprint=fingerprint(identity, settings, arithmetic),
         about=about(planned.as_json(), root, source.location, settings),
         progress=progress,
     )

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.formats.folder import Folder, Range
+from qz.formats.interrupts import held
 from qz.formats.section import Section
-from qz.formats.staging import ShardLayout, ShardWriter, Staging, WrittenFile
+from qz.formats.staging import Settled, ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.quantize.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.plan import Plan, Step
-from qz.quantize.reading import NUMPY, Bytes, Reader, assemble, reader, values
+from qz.quantize.reading import NUMPY, Bytes, Packed, Reader, assemble, reader, values
 from qz.quantize.watch import Watch
 
 QuantType = Literal["nf4", "fp4"]
@@ -76,13 +77,17 @@ class Arithmetic(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: weights and source bytes done, of how many; ``shard`` names one that was just finished."""
+    """How far a run is: weights and source bytes done, of how many; ``shard`` names one that was just finished.
+
+    ``kept``: how many files an earlier, interrupted run had finished, and of how many; told once, at the beginning.
+    """
 
     weights: int
     all_weights: int
     bytes: int
     all_bytes: int
     shard: str | None = None
+    kept: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -114,7 +119,7 @@ class Nowhere:
 
     finished: Mapping[str, WrittenFile] = MappingProxyType({})
 
-    def open_shard(self, layout: ShardLayout) -> _NoShard:
+    def open_shard(self, layout: ShardLayout, settled: Settled) -> _NoShard:  # noqa: ARG002 - as a staging area has it
         return _NoShard(layout.file)
 
 
@@ -139,7 +144,7 @@ class Run:
         folder: Folder,
         staging: Staging | Section | Nowhere,
         arithmetic: Arithmetic,
-        progress: Callable[[Progress], None] = lambda progress: None,
+        progress: Callable[[Progress], None] = lambda _: None,
         *,
         forgiving: bool = False,
         watch: Watch | None = None,
@@ -180,23 +185,44 @@ class Run:
         self.folder.announce(
             [Range(s.file, s.offset, s.offset + s.nbytes) for step in self.steps for s in step.sources]
         )
+        sources = self._sources()
         for home in self.left:
-            self.writers[home] = self.staging.open_shard(self.plan.shards[home])
+            self.writers[home] = self.staging.open_shard(self.plan.shards[home], self._settled(sources[home]))
         chunks = self._chunks()
         workers = [threading.Thread(target=self._work, args=(chunks,), daemon=True) for _ in range(max(1, threads))]
+        begun: list[threading.Thread] = []
         try:
             for worker in workers:
-                worker.start()
-            for worker in workers:
+                with held():  # one that is interrupted while it starts cannot be waited for
+                    worker.start()
+                    begun.append(worker)
+            for worker in begun:
                 while worker.is_alive():
                     worker.join(0.2)
+        except BaseException:
+            self.stop.set()
+            self.folder.give_up()
+            raise
         finally:
             self.stop.set()
-            for worker in workers:
+            for worker in begun:
                 worker.join()
         if self.errors:
             raise self.errors[0]
         self.folder.check()
+
+    def _sources(self) -> dict[int, set[str]]:
+        """Of each unfinished shard the files that it is made of."""
+        found: dict[int, set[str]] = {home: set() for home in self.left}
+        for step in self.steps:
+            for home in {self.plan.shard_of[saved.name] for saved in step.outputs} & found.keys():
+                for source in step.sources:
+                    parts = source.weight.parts.values() if isinstance(source, Packed) else ()
+                    found[home] |= {source.file, *(part.file for part in parts)}
+        return found
+
+    def _settled(self, files: set[str]) -> Callable[[], bool]:
+        return lambda: all(self.folder.settled(file) for file in files)
 
     def _open(self, saved: Saved) -> bool:
         """Whether an output still has to be written."""
@@ -231,7 +257,7 @@ class Run:
                     return
                 done = self._whole(chunk.work) if chunk.whole else self._part(chunk, buffers)
                 self._count(chunk, done)
-        except BaseException as error:  # handed to the caller's thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
             self.errors.append(error)
             self.stop.set()
 

@@ -466,6 +466,9 @@ class Remote:
 
     def announce(self, ranges: Sequence[Range]) -> None: ...
 
+    def settled(self, file: str) -> bool:
+        return True
+
     def check(self) -> None: ...
 
     def identity(self) -> dict[str, Any]:
@@ -476,6 +479,8 @@ class Remote:
 
     def subfolders(self) -> Sequence[str]:
         return ()
+
+    def give_up(self) -> None: ...
 
     def close(self) -> None: ...
 

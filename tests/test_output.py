@@ -169,6 +169,7 @@ class Step:
     bytes: int
     all_bytes: int
     shard: str | None = None
+    kept: tuple[int, int] | None = None
 
 
 def test_progress_in_a_log_is_one_line_per_shard(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +184,13 @@ def test_progress_in_a_log_is_one_line_per_shard(capsys: pytest.CaptureFixture[s
     assert "model-00001-of-00002.safetensors written" in err
 
 
+def test_a_run_that_continues_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display("Quantizing") as display:
+        display(Step(0, 10, 0, 10**7, kept=(3, 7)))
+        display(Step(1, 10, 10**6, 10**7))
+    assert capsys.readouterr().err == "Continuing: 3 of 7 shards are done.\n"
+
+
 def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Display("Quantizing", quiet=True) as display:
         display(Step(1, 1, 1, 1, "model.safetensors"))
@@ -195,7 +203,7 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
         "from qz.cli.progress import Display\n"
         "from types import SimpleNamespace as S\n"
         "with Display('Quantizing') as d:\n"
-        "    for i in range(50): d(S(weights=i, all_weights=50, bytes=i * 10**9, all_bytes=50 * 10**9, shard=None))\n"
+        "    for i in range(50): d(S(weights=i, all_weights=50, bytes=i * 10**9, all_bytes=50 * 10**9, shard=None, kept=None))\n"
     )
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
