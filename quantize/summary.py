@@ -140,7 +140,7 @@ def summarize(
 ) -> Summary:
     """Sum a plan up; ``written`` are the files of a finished run, none for a dry run."""
     architecture = plan.architecture
-    copied = {each.name for each in carried}
+    copied = {each.name for each in carried} - plan.files.keys()
     files = tuple(file for file in written if file.name not in copied)
     names = {layout.file for layout in plan.shards}
     quantized = plan.quantized
