@@ -8,6 +8,7 @@ from typing import Any
 from qz.formats.checkpoint import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
+from qz.quantize.dequantize import plan_dequantization
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.plan import Plan
 from qz.quantize.summary import Source, Summary
@@ -29,3 +30,10 @@ def quantized(source: Path, output: Path, method: str, **settings: Any) -> Summa
     plan = plan_of(source, method, **settings)
     origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
     return carry_out(plan, origin, Target(output), Settings(method_of(method), **settings))
+
+
+def dequantized(source: Path, output: Path, **settings: Any) -> Summary:
+    """``qz dequantize SOURCE -o OUTPUT``."""
+    plan = plan_dequantization(open_checkpoint(LocalFolder(source)), Settings(None, **settings))
+    origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
+    return carry_out(plan, origin, Target(output), Settings(None, **settings))
