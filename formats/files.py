@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +44,7 @@ def _c_function(*names: str) -> Any:
 _fallocate = _c_function("fallocate64", "fallocate")
 _sync_file_range = _c_function("sync_file_range")
 _SYNC_FILE_RANGE_WRITE = 2
+_asking = threading.Lock()
 _NOT_HERE = {errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY}
 _NOT_HERE |= {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a file system without locks
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -185,15 +187,23 @@ def write(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
             done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def start_writeback(descriptor: int, start: int, stop: int) -> None:
-    """Ask the kernel to begin storing these bytes, so that the fsync at the end finds little left to do."""
-    if _sync_file_range is not None and stop > start:
+def start_writeback(descriptor: int, start: int, stop: int, *, wait: bool = False) -> None:
+    """Ask the kernel to begin storing these bytes, so that the fsync at the end finds little left to do.
+
+    Asking waits where the disk is slower than the run. So one thread at a time asks, which keeps the disk busy, and the
+    others go on, unless they are to ``wait``: what they leave out is stored later.
+    """
+    if _sync_file_range is None or stop <= start or not _asking.acquire(blocking=wait):
+        return
+    try:
         _sync_file_range(
             ctypes.c_int(descriptor),
             ctypes.c_int64(start),
             ctypes.c_int64(stop - start),
             ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
         )
+    finally:
+        _asking.release()
 
 
 def read(descriptor: int, path: Path, buffer: memoryview, offset: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,12 @@ from qz.formats.record import PIECE, WrittenFile
 from qz.formats.safetensors import TensorInfo, encode_header, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 PAGE = 4096
+HASHED = PIECE // 2
+"""Bytes hashed at a time, while as many are read."""
 TEMPORARY = ".tmp"
 
 
@@ -174,23 +178,66 @@ def write_chunk(descriptor: int, path: Path, view: memoryview, start: int) -> Ch
     return Chunk(start, stop, checksum)
 
 
-def read_back(descriptor: int, path: Path, chunks: Iterable[Chunk]) -> str:
-    """The SHA-256 of a file that is all ``chunks``, in order; IOFailed if it does not read as it was written."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(PIECE))
-    for chunk in chunks:
-        checksum = 0
-        for start in range(chunk.start, chunk.stop, PIECE):
-            part = buffer[: min(PIECE, chunk.stop - start)]
-            got = files.read(descriptor, path, part, start)
-            checksum = page_checksum(part[:got], checksum)
-            digest.update(part)
-        if checksum != chunk.checksum:
-            raise IOFailed(
-                f"{path} reads back different from what was written at bytes {chunk.start:,} to {chunk.stop:,}. "
-                "Check the disk and the memory of this machine, then run the same command again."
-            )
-    return digest.hexdigest()
+def read_back(descriptor: int, path: Path, chunks: Sequence[Chunk]) -> str:
+    """The SHA-256 of a file that is all ``chunks``, in order; IOFailed if it does not read as it was written.
+
+    Meanwhile the kernel stores what is not stored yet, and a thread hashes what this one has read.
+    """
+    stop = chunks[-1].stop if chunks else 0
+    storing = threading.Thread(target=files.start_writeback, args=(descriptor, 0, stop), kwargs={"wait": True})
+    with ThreadPoolExecutor(1) as pool:
+        if stop > PIECE:
+            storing.start()
+        try:
+            hashing = _Hashing(pool)
+            for chunk in chunks:
+                checksum = 0
+                for start in range(chunk.start, chunk.stop, HASHED):
+                    part = hashing.buffer(min(HASHED, chunk.stop - start))
+                    got = files.read(descriptor, path, part, start)
+                    checksum = page_checksum(part[:got], checksum)
+                    hashing.add(part)
+                if checksum != chunk.checksum:
+                    raise IOFailed(
+                        f"{path} reads back different from what was written at bytes {chunk.start:,} to "
+                        f"{chunk.stop:,}. Check the disk and the memory of this machine, then run the same command "
+                        "again."
+                    )
+            return hashing.digest()
+        finally:
+            if stop > PIECE:
+                storing.join()
+
+
+class _Hashing:
+    """SHA-256 of long parts in another thread, while the next one is read into another buffer."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._sha256, self._pool = hashlib.sha256(), pool
+        self._buffers = [memoryview(bytearray(HASHED)) for _ in range(2)]
+        self._under_way: Future[None] | None = None
+
+    def buffer(self, length: int) -> memoryview:
+        """Memory that is not being hashed."""
+        return self._buffers[0][:length]
+
+    def add(self, part: memoryview) -> None:
+        """Hash what was read into ``buffer``."""
+        self._wait()
+        if len(part) < HASHED // 8:
+            self._sha256.update(part)
+        else:
+            self._under_way = self._pool.submit(self._sha256.update, part)
+            self._buffers.reverse()
+
+    def digest(self) -> str:
+        self._wait()
+        return self._sha256.hexdigest()
+
+    def _wait(self) -> None:
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
 
 
 def as_bytes(data: Any) -> memoryview:
