@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import T5EncoderModel
 
 import pipelines
 import reference
+from commands import contents, run
 from hub_server import connected
 from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError
 from qz.cli.dequantize import dequantize
@@ -56,22 +56,6 @@ def quantized(
     """``qz quantize PIPELINE --nf4 --json`` of each: the output and the report. Not to be changed by a test."""
     root = tmp_path_factory.mktemp("quantized")
     return {name: (root / name, run(quantize, source, output=root / name)) for name, source in sources.items()}
-
-
-def run(command: Callable[..., None], source: Path | str, **options: Any) -> dict[str, Any]:
-    """The command in this process; its JSON."""
-    import contextlib
-    import io
-
-    stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        command(str(source), **{"as_json": True, "quiet": True, "device": "cpu", **options})
-    report: dict[str, Any] = json.loads(stdout.getvalue())
-    return report
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def text_encoders(name: str) -> set[str]:
