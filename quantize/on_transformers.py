@@ -62,7 +62,14 @@ def examine(
     where = checkpoint.folder.location
     model_class = _model_class(checkpoint)
     model, missing, mismatched = _load(checkpoint, model_class, tensors, wish)
-    class_name = model_class.__name__
+    body_class = _body_class(model, missing)
+    head_missing: tuple[str, ...] = ()
+    if body_class is not None:
+        model, missing, mismatched = _load(checkpoint, body_class, tensors, wish)
+        head_missing = (
+            f"handled as a {body_class.__name__}: the head of {model_class.__name__}, which config.json names, is not stored",
+        )
+    class_name = type(model).__name__
     origins = _origins(model, tensors)
     turned = _turned(model, origins, tensors)
     checked(missing, [text for name, text in mismatched.items() if name not in turned], class_name, where)
@@ -122,7 +129,7 @@ def examine(
         ),
         dtype=load_dtype,
         documents=_documents(model, quantized, wish, skips),
-        notes=notes,
+        notes=head_missing + notes,
     )
 
 
@@ -148,6 +155,21 @@ def _model_class(checkpoint: Checkpoint) -> Any:
             "Try a newer version: pip install -U transformers."
         )
     return model_class
+
+
+def _body_class(model: Model, missing: set[str]) -> Any:
+    """The class of the model without its head, if all that is missing is the head; None otherwise.
+
+    Sentence encoders are stored this way, under a config that names the class they were trained in. They are loaded
+    with ``AutoModel``.
+    """
+    from transformers import MODEL_MAPPING
+
+    body_class = MODEL_MAPPING.get(type(model.config), None)
+    prefix = f"{model.base_model_prefix}."
+    if not missing or not isinstance(body_class, type) or isinstance(model, body_class):
+        return None
+    return None if any(name.startswith(prefix) for name in missing) else body_class
 
 
 def _load(
