@@ -89,7 +89,7 @@ def carry_out(
     summary = summarize(plan, source, str(target.output), device=arithmetic.name, carried=part.carried)
     written = write_parts(
         [part],
-        [folder],
+        [folder, *(measure.folders if measure else ())],
         target,
         arithmetic,
         settings.threads or arithmetic.threads,

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 class Measure:
     """A watch that adds up errors. Kept from run to run, it tells which weights are still to be measured."""
 
+    folders: tuple[Folder, ...] = ()
+    """What is read beside the plan's source."""
+
     def __init__(self) -> None:
         self.tally = Tally()
 
@@ -54,6 +57,8 @@ class Measure:
         }
         if left:
             Run(plan, plan.checkpoint.folder, Nowhere(), arithmetic, watch=self, only=left).convert(threads)
+        for folder in self.folders:
+            folder.check()
 
     def quantized(
         self,
@@ -128,7 +133,7 @@ class AgainstOriginal(Measure):
     def __init__(self, original: Checkpoint) -> None:
         """Raises Unsupported if ``original`` is quantized, and what planning raises."""
         super().__init__()
-        self.folder = original.folder
+        self.folder, self.folders = original.folder, (original.folder,)
         self.steps = steps_of(original)
         self.readers: dict[str, Reader] = {}
         self.whole: tuple[str, Bytes] | None = None

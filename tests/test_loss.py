@@ -1,0 +1,233 @@
+"""The loss that qz reports is the one that torch computes from the two checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import Qz
+from converted import method_of, plan_of, quantized
+from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
+from qz.formats.checkpoint import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.quantize.convert import Settings, Target, carry_out
+from qz.quantize.dequantize import plan_dequantization
+from qz.quantize.loss import Loss, Tally
+from qz.quantize.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
+from qz.quantize.summary import Source, Summary
+from reference import METHODS, tensors_of
+from zoo import build
+
+Tensors = dict[str, torch.Tensor]
+NAMES = ("llama-odd", "gpt2", "mixtral", "bert", "flux", "wan")
+
+
+def converted(plan: Any, output: Path, measure: Any, settings: Settings) -> Summary:
+    origin = Source("source", None, None, plan.checkpoint.library, plan.architecture.class_name)
+    return carry_out(plan, origin, Target(output), settings, measure=measure)
+
+
+def while_quantizing(source: Path, output: Path, method: str, **settings: Any) -> Loss:
+    """``qz quantize --report``."""
+    plan = plan_of(source, method, **settings)
+    loss = converted(plan, output, WhileQuantizing(), Settings(method_of(method), **settings)).loss
+    assert loss is not None
+    return loss
+
+
+def against(packed: Path, output: Path, original: Path, **settings: Any) -> Loss:
+    """``qz dequantize --against ORIGINAL``."""
+    plan = plan_dequantization(open_checkpoint(LocalFolder(packed)), Settings(None, **settings))
+    measure = AgainstOriginal(open_checkpoint(LocalFolder(original)))
+    measure.check(plan)
+    loss = converted(plan, output, measure, Settings(None, **settings)).loss
+    assert loss is not None
+    return loss
+
+
+def by_torch(
+    original: dict[str, torch.Tensor], again: dict[str, torch.Tensor], name: str
+) -> tuple[float, float, float]:
+    """Squared error, squared norm, and largest error of one weight."""
+    reference = original[name].double()
+    error = again[name].double() - reference
+    return float(error.square().sum()), float(reference.square().sum()), float(error.abs().max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_both_reports_are_what_torch_computes_from_the_files(name: str, method: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "source")
+    reported = while_quantizing(tmp_path / "source", tmp_path / "packed", method)
+    compared = against(tmp_path / "packed", tmp_path / "output", tmp_path / "source")
+
+    original, again = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "output")
+    for loss in (reported, compared):
+        assert loss.layers
+        sums = {layer.name: by_torch(original, again, f"{layer.name}.weight") for layer in loss.layers}
+        for layer in loss.layers:
+            error, norm, largest = sums[layer.name]
+            assert layer.relative_error == pytest.approx(math.sqrt(error / norm), rel=1e-9)
+            assert layer.snr_db == pytest.approx(10 * math.log10(norm / error), rel=1e-9)
+            assert layer.max_error == pytest.approx(largest, rel=1e-6)
+            assert layer.parameters == original[f"{layer.name}.weight"].numel()
+        error, norm = sum(each[0] for each in sums.values()), sum(each[1] for each in sums.values())
+        assert loss.total.relative_error == pytest.approx(math.sqrt(error / norm), rel=1e-9)
+        assert loss.total.max_error == pytest.approx(max(each[2] for each in sums.values()), rel=1e-6)
+        errors = [layer.relative_error for layer in loss.layers]
+        assert errors == sorted(errors, reverse=True), "worst first"
+    assert [layer.name for layer in reported.layers] == [layer.name for layer in compared.layers]
+
+
+@pytest.mark.parametrize("method", ["nf4", "nf4-double"])
+def test_measuring_changes_no_byte_and_does_not_depend_on_chunks(
+    method: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized(tiny_llama, tmp_path / "plain", method)
+    whole = while_quantizing(tiny_llama, tmp_path / "measured", method)
+    monkeypatch.setattr("qz.quantize.devices.Cpu.__init__.__defaults__", ("cpu", "", 1024, ()))
+    pieces = while_quantizing(tiny_llama, tmp_path / "pieces", method, threads=3)
+    bytes_of = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "measured", "pieces")}
+    assert len(set(bytes_of.values())) == 1
+    for one, other in zip(whole.layers, pieces.layers, strict=True):
+        assert one.name == other.name
+        assert one.relative_error == pytest.approx(other.relative_error, rel=1e-9)
+        assert one.max_error == other.max_error
+
+
+def test_the_loss_includes_what_a_cast_costs(tmp_path: Path) -> None:
+    """Against the original in float32, not against what float16 or bfloat16 made of it."""
+    build("llama-fp32").save_pretrained(tmp_path / "source")
+    reported = while_quantizing(tmp_path / "source", tmp_path / "packed", "int8", dtype="bfloat16")
+    compared = against(tmp_path / "packed", tmp_path / "output", tmp_path / "source")
+    assert compared.total.relative_error == pytest.approx(reported.total.relative_error, rel=1e-9)
+    exact = while_quantizing(tmp_path / "source", tmp_path / "fp32", "int8")
+    assert exact.total.relative_error < reported.total.relative_error
+
+
+@pytest.mark.parametrize("act", ["quantize", "dequantize"])
+def test_an_interrupted_run_reports_all_layers_when_it_is_resumed(
+    act: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"max_shard_bytes": 30_000}
+    quantized(tiny_llama, tmp_path / "packed", "nf4-double")
+
+    def run(output: str) -> Loss:
+        if act == "quantize":
+            return while_quantizing(tiny_llama, tmp_path / output, "nf4-double", **size)
+        return against(tmp_path / "packed", tmp_path / output, tiny_llama, **size)
+
+    expected = run("whole")
+    done: list[str] = []
+
+    def power_cut(operation: str, path: str) -> None:
+        if operation == "rename" and path.endswith(".safetensors"):
+            done.append(path)
+        if len(done) > 2:
+            raise OSError(5, "Input/output error", path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("qz.formats.files.hook", power_cut)
+        with pytest.raises(Exception, match="nput/output"):
+            run("output")
+    assert run("output") == expected
+
+
+def test_an_original_with_other_names_shapes_or_weights_is_noticed(tiny_llama: Path, tmp_path: Path) -> None:
+    quantized(tiny_llama, tmp_path / "packed", "nf4")
+    build("llama-odd").save_pretrained(tmp_path / "other shapes")
+    with pytest.raises(MalformedInput, match=r"is not the original of .*: it has .* as \["):
+        against(tmp_path / "packed", tmp_path / "output", tmp_path / "other shapes")
+    build("bert").save_pretrained(tmp_path / "other names")
+    with pytest.raises(MalformedInput, match=r"is not the original of .* not at all"):
+        against(tmp_path / "packed", tmp_path / "output", tmp_path / "other names")
+    with pytest.raises(Unsupported, match="already quantized"):
+        against(tmp_path / "packed", tmp_path / "output", tmp_path / "packed")
+    assert not (tmp_path / "output").exists()
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(tiny_llama, tmp_path / "other weights")
+    state = {name: torch.randn(tensor.shape).to(tensor.dtype) for name, tensor in tensors_of(tiny_llama).items()}
+    save_file(state, tmp_path / "other weights/model.safetensors", metadata={"format": "pt"})
+    plan = plan_dequantization(open_checkpoint(LocalFolder(tmp_path / "packed")), Settings(None))
+    measure = AgainstOriginal(open_checkpoint(LocalFolder(tmp_path / "other weights")))
+    summary = converted(plan, tmp_path / "output", measure, Settings(None))
+    assert any("nothing in common" in warning for warning in summary.warnings)
+
+
+def test_the_original_is_never_written_over(tiny_llama: Path, tmp_path: Path) -> None:
+    original = Path(shutil.copytree(tiny_llama, tmp_path / "original"))
+    quantized(original, tmp_path / "packed", "nf4")
+    with pytest.raises(OutputRefused):
+        against(tmp_path / "packed", original, original)
+    plan = plan_dequantization(open_checkpoint(LocalFolder(tmp_path / "packed")), Settings(None))
+    measure = AgainstOriginal(open_checkpoint(LocalFolder(original)))
+    origin = Source("source", None, None, "transformers", "LlamaForCausalLM")
+    with pytest.raises(OutputRefused):
+        carry_out(plan, origin, Target(original, overwrite=True), Settings(None), measure=measure)
+    assert tensors_of(original).keys() == tensors_of(tiny_llama).keys()
+
+
+def test_a_pipeline_as_original_is_searched_for_the_component(tmp_path: Path) -> None:
+    flux = build("flux")
+    flux.save_pretrained(tmp_path / "pipeline/transformer")
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": [None, None]}
+    (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index))
+    quantized(tmp_path / "pipeline/transformer", tmp_path / "packed", "nf4")
+    packed = open_checkpoint(LocalFolder(tmp_path / "packed"))
+    found = original_checkpoint(LocalFolder(tmp_path / "pipeline"), packed)
+    assert found.folder.location.endswith("transformer")
+
+    index["transformer_2"] = index["transformer"]
+    (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(MissingInput, match="'transformer', 'transformer_2'"):
+        original_checkpoint(LocalFolder(tmp_path / "pipeline"), packed)
+    assert original_checkpoint(LocalFolder(tmp_path / "pipeline"), packed, "transformer").tensors == found.tensors
+
+
+def test_what_is_no_number_comes_first_and_is_null_in_json() -> None:
+    tally = Tally()
+    memory = lambda _, nbytes: np.empty(nbytes, np.uint8)  # noqa: E731
+    ones = np.ones(4, np.float32)
+    tally.add("same.weight", ones, "F32", ones, "F32", memory)
+    tally.add("off.weight", ones, "F32", ones * 2, "F32", memory)
+    tally.add("zero.weight", ones * 0, "F32", ones * 0, "F32", memory)
+    tally.add("nan.weight", ones, "F32", ones * np.nan, "F32", memory)
+    loss = tally.loss()
+    assert [layer.name for layer in loss.layers] == ["nan", "off", "same", "zero"]
+    assert [layer["relative_error"] for layer in loss.as_json()["layers"]] == [None, 1.0, 0.0, 0.0]
+    assert [layer["snr_db"] for layer in loss.as_json()["layers"]] == [None, 0.0, None, None]
+    assert loss.unrelated
+    json.dumps(loss.as_json(), allow_nan=False)
+
+
+def test_the_commands_report_the_same_loss(qz: Qz, tiny_llama: Path) -> None:
+    first = qz("quantize", tiny_llama, "-o", "packed", "--report", "--json")
+    again = qz("dequantize", "packed", "--against", tiny_llama, "-o", "output", "--json")
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    reported, compared = json.loads(first.stdout)["loss"], json.loads(again.stdout)["loss"]
+    assert reported == compared
+    assert 0.05 < reported["total"]["relative_error"] < 0.15
+    assert set(reported["layers"][0]) == {"name", "parameters", "relative_error", "snr_db", "max_error"}
+
+    dry = qz("dequantize", "packed", "--against", tiny_llama, "-o", "nothing", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "relative error" in dry.stdout
+    assert reported["layers"][0]["name"] in dry.stdout
+    assert json.loads(qz("dequantize", "packed", "--dry-run", "--json").stdout)["loss"] is None
+
+
+def test_dequantized_values_are_never_better_than_they_are(tiny_llama: Path, tmp_path: Path) -> None:
+    """In float32 the report of a bfloat16 model is that of its bfloat16 values: nothing comes back by a wider dtype."""
+    quantized(tiny_llama, tmp_path / "packed", "nf4")
+    one = against(tmp_path / "packed", tmp_path / "one", tiny_llama)
+    two = against(tmp_path / "packed", tmp_path / "two", tiny_llama, dtype="float32")
+    assert one.total == two.total
