@@ -67,7 +67,7 @@ def examine(
     if body_class is not None:
         model, missing, mismatched = _load(checkpoint, body_class, tensors, wish)
         head_missing = (
-            f"handled as a {body_class.__name__}: the head of {model_class.__name__}, which config.json names, is not stored",
+            f"handled as a {body_class.__name__}: the head of {model_class.__name__}, as config.json names it, is absent",
         )
     class_name = type(model).__name__
     origins = _origins(model, tensors)
