@@ -94,7 +94,7 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
                 "copies. Quantize its components one by one with --subfolder."
             )
         raise Malformed("index-malformed", f"{where} has no _class_name, so no pipeline. Download it again.")
-    entries = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
+    entries = {name: value for name, value in index.items() if _is_component(name, value)}
     unsafe = [name for name in entries if not _NAME.fullmatch(name)]
     if unsafe:
         raise Malformed("unsafe-name", f"{where} names a component {quoted(unsafe[0])}. Do not use this pipeline.")
@@ -122,6 +122,12 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
             component.folder.close()
         raise
     return Pipeline(folder, class_name, tuple(components))
+
+
+def _is_component(name: str, value: Any) -> bool:
+    """Whether an entry of the index is a component: its library and class, which are null for one that is left out."""
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and not name.startswith("_") and all(isinstance(part, str) for part in value)
 
 
 def _component(root: Folder, name: str, library: str, class_name: str, variant: str | None) -> Component:

@@ -575,9 +575,11 @@ def shaped(name: str) -> Pipeline:
     folder: Any = SimpleNamespace(location=name)
 
     def component(part: str, library: Any, class_name: str, billions: float, convolutions: float) -> Component:
-        sizes = {(round(billions * (1 - convolutions) * 1e6), 1000): "a.weight"}
-        sizes[(round(billions * convolutions * 1e6), 1000, 1, 1)] = "b.weight"
-        tensors = {n: StoredTensor(n, "BF16", shape, "f", 0, 0) for shape, n in sizes.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            "linear.weight": (round(billions * (1 - convolutions) * 1e6), 1000),
+            "conv.weight": (round(billions * convolutions * 1e6), 1000, 1, 1),
+        }
+        tensors = {name: StoredTensor(name, "BF16", shape, "f", 0, 0) for name, shape in shapes.items()}
         checkpoint = Checkpoint(folder, {}, library, class_name, None, ("f",), {"f": 1}, tensors)
         return Component(part, library, class_name, folder, checkpoint)
 
