@@ -66,9 +66,7 @@ def examine(
     head_missing: tuple[str, ...] = ()
     if body_class is not None:
         model, missing, mismatched = _load(checkpoint, body_class, tensors, wish)
-        head_missing = (
-            f"handled as a {body_class.__name__}: the head of {model_class.__name__}, as config.json names it, is absent",
-        )
+        head_missing = (f"handled as a {body_class.__name__}: the weights lack the head of {model_class.__name__}",)
     class_name = type(model).__name__
     origins = _origins(model, tensors)
     turned = _turned(model, origins, tensors)
