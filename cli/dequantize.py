@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
+from qz.cli.hub import Publishing, fill_cache, publishing
 from qz.cli.pipeline import present_pipeline
 from qz.cli.progress import Display
 from qz.cli.report import present, present_existing
 
 if TYPE_CHECKING:
+    from qz.formats.destination import PushResult
     from qz.formats.folder import Folder
     from qz.quantize.parts import Target
     from qz.quantize.settings import Settings
@@ -33,6 +35,9 @@ def dequantize(
     resume: options.ResumeOpt = True,
     device: options.DeviceOpt = "auto",
     threads: options.ThreadsOpt = None,
+    download: options.DownloadOpt = False,
+    push: options.PushOpt = None,
+    public: options.PublicOpt = None,
     against: options.AgainstOpt = None,
     dry_run: options.DryRunOpt = False,
     as_json: options.JsonOpt = False,
@@ -61,7 +66,22 @@ def dequantize(
         folders.append(folder)
         if output is not None and existing != "skip" and not dry_run:
             refuse_now(output, existing == "overwrite", [root])
-        run = Conversion(source, subfolder, root, folder, output, settings, variant, existing, resume, dry_run, quiet)
+        publish = publishing(push, public, folder, dry_run=dry_run, quiet=quiet)
+        run = Conversion(
+            source,
+            subfolder,
+            root,
+            folder,
+            output,
+            settings,
+            variant,
+            existing,
+            resume,
+            download and not dry_run,
+            publish,
+            dry_run,
+            quiet,
+        )
         if is_pipeline(folder):
             if against is not None:
                 raise UsageError("--against compares one model. Name a component with --subfolder, or leave it out.")
@@ -88,6 +108,8 @@ class Conversion:
     variant: str | None
     existing: options.IfExists
     resume: bool
+    download: bool
+    publish: Publishing | None
     dry_run: bool
     quiet: bool
 
@@ -114,8 +136,12 @@ class Conversion:
             return False
         record = up_to_date(target.output, self.folder, self.settings)
         if record is not None:
-            present_existing(record, target.output, self.source, as_json=as_json)
+            present_existing(record, target.output, self.source, as_json=as_json, pushed=self.pushed(target))
         return record is not None
+
+    def pushed(self, target: Target) -> PushResult | None:
+        """What came of ``--push``."""
+        return self.publish(target.output) if self.publish else None
 
     def model(self, original: Folder | None, *, as_json: bool) -> None:
         """One model, compared with its ``original`` if that is given."""
@@ -126,6 +152,8 @@ class Conversion:
         from qz.quantize.summary import summarize
 
         checkpoint = open_checkpoint(self.folder, self.variant)
+        if self.download:
+            fill_cache([checkpoint], quiet=self.quiet)
         plan = plan_dequantization(checkpoint, self.settings)
         target = self.target([plan.architecture.dtype])
         if self.done(target, as_json=as_json):
@@ -143,7 +171,7 @@ class Conversion:
         else:
             with Display("Dequantizing", quiet=self.quiet) as progress:
                 summary = carry_out(plan, origin, target, self.settings, progress, carried, measure)
-        present(summary, as_json=as_json, quiet=self.quiet)
+        present(summary, as_json=as_json, quiet=self.quiet, pushed=self.pushed(target))
 
     def pipeline(self, *, as_json: bool) -> None:
         """All quantized components of a diffusers pipeline."""
@@ -152,6 +180,8 @@ class Conversion:
 
         pipeline = open_pipeline(self.folder, self.variant)
         try:
+            if self.download:
+                fill_cache([each.checkpoint for each in pipeline.components if each.checkpoint], quiet=self.quiet)
             plan = plan_way_back(pipeline, self.settings)
             target = self.target(each.architecture.dtype for each in plan.plans.values())
             if self.done(target, as_json=as_json):
@@ -165,4 +195,4 @@ class Conversion:
                     summary = carry_out_pipeline(plan, origin, target, self.settings, progress)
         finally:
             pipeline.close()
-        present_pipeline(summary, as_json=as_json, quiet=self.quiet)
+        present_pipeline(summary, as_json=as_json, quiet=self.quiet, pushed=self.pushed(target))

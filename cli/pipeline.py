@@ -17,8 +17,10 @@ from qz.cli.output import (
     warn,
     write_step_summary,
 )
+from qz.cli.report import push_text, with_push
 
 if TYPE_CHECKING:
+    from qz.formats.destination import PushResult
     from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 
 COLUMNS = (
@@ -30,13 +32,16 @@ COLUMNS = (
 )
 
 
-def present_pipeline(summary: PipelineSummary, *, as_json: bool, quiet: bool = False) -> None:
+def present_pipeline(
+    summary: PipelineSummary, *, as_json: bool, quiet: bool = False, pushed: PushResult | None = None
+) -> None:
     """The report of a pipeline: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
     for warning in summary.warnings:
         warn(warning)
     components = [row(component) for component in summary.components if component.bytes]
     totals = report(summary)
-    show(summary.as_json(), as_json=as_json, text=table(COLUMNS, components) + "\n\n" + facts(totals))
+    text = table(COLUMNS, components) + "\n\n" + facts(totals) + push_text(pushed)
+    show(with_push(summary.as_json(), pushed), as_json=as_json, text=text)
     if summary.dry_run:
         if not quiet and not as_json:
             files = [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]

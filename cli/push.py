@@ -51,7 +51,7 @@ def publish(
             if now.doing not in displays:
                 stack.close()
                 displays[now.doing] = stack.enter_context(Display(now.doing, unit="file", quiet=quiet))
-            displays[now.doing](_Step(now.files, now.all_files, now.bytes, now.all_bytes))
+            displays[now.doing](Step(now.files, now.all_files, now.bytes, now.all_bytes))
 
         result = hub.push(folder, to, dry_run=dry_run, source_private=source_private, progress=progress)
     for note in result.notes:
@@ -60,7 +60,7 @@ def publish(
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
     """Files of a push, counted where the display counts tensors."""
 
     weights: int

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
+from qz.cli.hub import fill_cache, publishing
 from qz.cli.pipeline import present_pipeline
 from qz.cli.progress import Display
 from qz.cli.report import present, present_existing
@@ -45,6 +46,9 @@ def quantize(
     resume: options.ResumeOpt = True,
     device: options.DeviceOpt = "auto",
     threads: options.ThreadsOpt = None,
+    download: options.DownloadOpt = False,
+    push: options.PushOpt = None,
+    public: options.PublicOpt = None,
     report: options.ReportOpt = False,
     dry_run: options.DryRunOpt = False,
     as_json: options.JsonOpt = False,
@@ -87,17 +91,24 @@ def quantize(
     folder = root
     try:
         folder = enter(root, subfolder)
+        publish = publishing(push, public, folder, dry_run=dry_run, quiet=quiet)
         record = up_to_date(target.output, folder, settings) if existing == "skip" and not dry_run else None
         if record is not None:
-            present_existing(record, target.output, source, as_json=as_json)
+            pushed = publish(target.output) if publish else None
+            present_existing(record, target.output, source, as_json=as_json, pushed=pushed)
             return
         if not dry_run:
             refuse_now(target.output, target.overwrite, [root])
-        run = Conversion(source, subfolder, root, folder, target, settings, variant, report, dry_run, quiet)
+        fetch = download and not dry_run
+        run = Conversion(source, subfolder, root, folder, target, settings, variant, fetch, report, dry_run, quiet)
         if is_pipeline(folder):
-            present_pipeline(run.pipeline(), as_json=as_json, quiet=quiet)
+            whole = run.pipeline()
+            pushed = publish(target.output) if publish else None
+            present_pipeline(whole, as_json=as_json, quiet=quiet, pushed=pushed)
         else:
-            present(run.model(), as_json=as_json, quiet=quiet)
+            model = run.model()
+            pushed = publish(target.output) if publish else None
+            present(model, as_json=as_json, quiet=quiet, pushed=pushed)
     finally:
         folder.close()
         root.close()
@@ -114,6 +125,7 @@ class Conversion:
     target: Target
     settings: Settings
     variant: str | None
+    download: bool
     report: bool
     dry_run: bool
     quiet: bool
@@ -137,6 +149,8 @@ class Conversion:
                 f"{self.folder.location} is one model, not a pipeline: leave out --components and --component."
             )
         checkpoint = open_checkpoint(self.folder, self.variant)
+        if self.download:
+            fill_cache([checkpoint], quiet=self.quiet)
         plan = plan_quantization(checkpoint, settings)
         origin = self.origin(checkpoint.library, plan.architecture.class_name)
         carried = goes_along(checkpoint, self.root, settings)
@@ -161,6 +175,8 @@ class Conversion:
             )
         pipeline = open_pipeline(self.folder, self.variant)
         try:
+            if self.download:
+                fill_cache([each.checkpoint for each in pipeline.components if each.checkpoint], quiet=self.quiet)
             plan = plan_pipeline(pipeline, settings)
             origin = self.origin("diffusers", pipeline.class_name)
             if self.dry_run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qz.cli.output import (
     Column,
@@ -24,6 +24,7 @@ from qz.cli.output import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qz.formats.destination import PushResult
     from qz.formats.record import Record
     from qz.quantize.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
@@ -39,7 +40,7 @@ LAYERS = (
 )
 
 
-def present(summary: Summary, *, as_json: bool, quiet: bool = False) -> None:
+def present(summary: Summary, *, as_json: bool, quiet: bool = False, pushed: PushResult | None = None) -> None:
     """The report of a conversion: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
     for warning in summary.warnings:
         warn(warning)
@@ -48,7 +49,7 @@ def present(summary: Summary, *, as_json: bool, quiet: bool = False) -> None:
     layers = worst_layers(summary.loss) if summary.loss else []
     if layers:
         text += f"\n\n{table(LAYERS, layers)}"
-    show(summary.as_json(), as_json=as_json, text=text)
+    show(with_push(summary.as_json(), pushed), as_json=as_json, text=text + push_text(pushed))
     if not quiet and not as_json and summary.dry_run:
         columns = (Column("file", foldable=True), Column("bytes", right=True))
         say(table(columns, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]))
@@ -57,13 +58,29 @@ def present(summary: Summary, *, as_json: bool, quiet: bool = False) -> None:
         write_step_summary(page + (f"\n\n{markdown_table(LAYERS, layers)}" if layers else ""))
 
 
-def present_existing(record: Record, output: Path, source: str, *, as_json: bool) -> None:
+def with_push(value: dict[str, Any], pushed: PushResult | None) -> dict[str, Any]:
+    """The JSON of a conversion, with that of the push that followed it."""
+    return {**value, "push": pushed.as_json()} if pushed is not None else value
+
+
+def push_text(pushed: PushResult | None) -> str:
+    if pushed is None:
+        return ""
+    from qz.cli.push import report
+
+    return f"\n\n{facts(report(pushed))}"
+
+
+def present_existing(
+    record: Record, output: Path, source: str, *, as_json: bool, pushed: PushResult | None = None
+) -> None:
     """A run with nothing to do: the report of the one that made the output."""
     from qz.quantize.request import as_report
 
     text = f"{output} is up to date: made from the same source with the same settings, and complete. Nothing to do."
     say(text, quiet=not as_json)
-    show(as_report(record, output, source), as_json=as_json, text=plain(text))
+    value = with_push(as_report(record, output, source), pushed)
+    show(value, as_json=as_json, text=plain(text) + push_text(pushed))
     write_step_summary(f"### qz\n\n{markdown(text)}")
 
 

@@ -191,10 +191,11 @@ class HubFolder:
         )
 
     def settled(self, file: str) -> bool:
+        if self._ahead is not None and file in self._ahead:
+            # Also where the file was downloaded in the middle: what came by ranges before that is hashed by the stream.
+            return self._ahead.settled(file)
         local = self._cache.find(self._file(file))
-        if local is not None:
-            return local.settled(file)
-        return self._ahead is None or file not in self._ahead or self._ahead.settled(file)
+        return local is None or local.settled(file)
 
     def check(self) -> None:
         if self._ahead is not None:

@@ -10,6 +10,8 @@ from qz import MissingInput
 from qz.formats.folder import LocalFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from qz.formats.folder import Folder
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -45,3 +47,20 @@ def output_name(source: str, subfolder: str | None, suffix: str) -> str:
     """The default output: the repository's or folder's name, the subfolder and the method, joined by dashes."""
     name = Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source.split("/")[-1]
     return "-".join([name or "model", *(subfolder.strip("/").split("/") if subfolder else ()), suffix])
+
+
+def download(folder: Folder, files: Iterable[str], progress: Callable[[str, int], None] | None = None) -> None:
+    """Fill the Hub cache with ``files`` of a repository's folder, to be read from there; a local folder has them.
+
+    ``progress(file, bytes)`` is called from several threads when a file is there.
+    """
+    if not isinstance(folder, LocalFolder):
+        from qz.formats.hub import HubFolder
+
+        assert isinstance(folder, HubFolder)
+        folder.download(files, progress)
+
+
+def is_restricted(folder: Folder) -> bool:
+    """Whether it is a repository that not everyone may read: private or gated."""
+    return bool(getattr(folder, "private", False) or getattr(folder, "gated", False))

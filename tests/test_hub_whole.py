@@ -152,6 +152,56 @@ def test_a_flux_shaped_pipeline_from_the_hub_to_the_hub(
     )
 
 
+def test_one_command_quantizes_and_publishes(hub: HubServer, llama: Path, qz: Command, tmp_path: Path) -> None:
+    hub.add("big/llama", files_of(llama))
+    done = qz("quantize", "big/llama", "--nf4", "-o", "nf4", "--push", "me/llama-nf4")
+    assert (done["code"], done["method"]) == (0, "nf4")
+    assert done["push"]["commit"] == hub.repos["me/llama-nf4"].head
+    assert hub.repos["me/llama-nf4"].private
+    again = qz("quantize", "big/llama", "--nf4", "-o", "nf4", "--if-exists", "skip", "--push", "me/llama-nf4")
+    assert (again["code"], again["push"]["bytes"]["uploaded"]) == (0, 0)
+    back = qz("dequantize", "me/llama-nf4", "-o", "back", "--push", "me/llama-back")
+    assert back["push"]["commit"] == hub.repos["me/llama-back"].head
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_work(
+    hub: HubServer, llama: Path, qz: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("big/llama", files_of(llama), gated="auto").granted.add("me")
+    hub.add("me/open", {})
+    hub.reset_counts()
+    assert qz("quantize", "big/llama", "-o", "out", "--push", "me/open")["code"] == 77
+    assert qz("quantize", "big/llama", "-o", "out", "--public")["code"] == 2
+    monkeypatch.delenv("HF_TOKEN")
+    assert qz("quantize", llama, "-o", "out", "--push", "me/new")["code"] == 77
+    assert hub.bytes_out["cdn"] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_with_push_makes_nothing_anywhere(hub: HubServer, llama: Path, qz: Command, tmp_path: Path) -> None:
+    hub.add("big/llama", files_of(llama))
+    done = qz("quantize", "big/llama", "--dry-run", "--push", "me/new", "--download")
+    assert (done["code"], done["dry_run"], "push" in done) == (0, True, False)
+    assert "me/new" not in hub.repos
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_fills_the_cache_once_and_reads_from_there(
+    hub: HubServer, llama: Path, flux: Path, qz: Command, tmp_path: Path
+) -> None:
+    hub.add("big/llama", files_of(llama))
+    assert qz("quantize", "big/llama", "--nf4", "-o", "one", "--download")["code"] == 0
+    cached = tmp_path / "home" / "hub" / "models--big--llama" / "snapshots" / hub.repos["big/llama"].head
+    assert weights(cached) == weights(llama)
+    hub.reset_counts()
+    assert qz("quantize", "big/llama", "--int8", "-o", "two")["code"] == 0
+    assert hub.bytes_out["cdn"] == 0
+    hub.add("big/flux", files_of(flux))
+    assert qz("quantize", "big/flux", "--nf4", "-o", "three", "--download", "--components", "transformer")["code"] == 0
+    qz("quantize", llama, "--nf4", "-o", "local")
+    assert differing(tmp_path / "local", tmp_path / "one") == []
+
+
 def test_what_came_from_a_gated_repository_is_not_made_public_by_mistake(
     hub: HubServer, llama: Path, qz: Command
 ) -> None:
