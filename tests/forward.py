@@ -29,6 +29,7 @@ def diffusers_output(model: Any) -> torch.Tensor:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(model.dtype)
 
+    inputs: dict[str, Any]
     time = torch.tensor([0.5, 0.5]).to(model.dtype)
     name = type(model).__name__
     if name.startswith("Flux"):
