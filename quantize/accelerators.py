@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from qz import TryAgain
 from qz.quantize.kernels import BLOCK_SIZE, NESTED_BLOCK_SIZE, NonFinite
 from qz.quantize.kernels_torch import DTYPES, tensor
+from qz.quantize.lean import lean_imports
 
 if TYPE_CHECKING:
     from qz.quantize.reading import Bytes
@@ -30,12 +31,14 @@ CHUNK_BYTES = 32 << 20
 """Source bytes of a chunk: enough for full speed over PCIe, and a power of two, to which torch rounds pinned memory."""
 LEAST_BYTES = 1 << 20
 """The smallest piece of a chunk that is tried when the device runs out of memory."""
-LANES = 4
-"""Chunks on one GPU at a time: one copied in, one computed, one copied out, one in reserve. Bounds its memory."""
-THREADS = 12
+LANES = 2
+"""Chunks on one GPU at a time: one copied in while one is computed and copied out. Bounds the memory used there."""
+THREADS = 8
 """Threads that read and write for one GPU; each holds about 1.3 chunks of page-locked memory."""
 
-Tensors = tuple[torch.Tensor, ...]
+Tensors = Sequence[torch.Tensor]
+Computed = tuple[torch.Tensor | None, Tensors]
+"""What must be finite, if anything, and the results."""
 
 
 class Accelerator:
@@ -78,7 +81,11 @@ class Accelerator:
     def cast(self, values: NDArray[Any], source: str, target: str, out: NDArray[Any]) -> None:
         """As ``torch.Tensor.to``. The libraries cast on the CPU, which differs in the bits it gives to NaN."""
         dtype = DTYPES[target]
-        if self._in_pieces(tensor(values, source), 1, lambda part: (part, part.to(dtype)), [(tensor(out, target), 1)]):
+
+        def compute(part: torch.Tensor) -> Computed:
+            return part, (part.to(dtype),)
+
+        if self._in_pieces(1, [(tensor(values, source), 1)], compute, [(tensor(out, target), 1)]):
             from qz.quantize import kernels
 
             kernels.cast(values, source, target, out)
@@ -86,71 +93,104 @@ class Accelerator:
     def quantize_4bit(
         self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
     ) -> NonFinite:
-        def compute(part: torch.Tensor) -> Tensors:
+        def compute(part: torch.Tensor) -> Computed:
             codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
-            return part, codes.view(-1), scales
+            return part, (codes.view(-1), scales)
 
         given = tensor(values, dtype)
         outs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), BLOCK_SIZE)]
-        return count(given) if self._in_pieces(given, 2 * BLOCK_SIZE, compute, outs) else NonFinite(0, -1)
+        return count(given) if self._in_pieces(2 * BLOCK_SIZE, [(given, 1)], compute, outs) else NonFinite(0, -1)
 
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
     ) -> NonFinite:
         columns = values.shape[1]
 
-        def compute(part: torch.Tensor) -> Tensors:
+        def compute(part: torch.Tensor) -> Computed:
             half = part.view(-1, columns).to(torch.float16)
             codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half, 0.0)
-            return half, codes.view(-1), scales
+            return half, (codes.view(-1), scales)
 
         given = tensor(values.reshape(-1), dtype)
         outs = [(torch.from_numpy(weight.reshape(-1)), 1), (torch.from_numpy(scb), columns)]
-        found = self._in_pieces(given, columns, compute, outs)
+        found = self._in_pieces(columns, [(given, 1)], compute, outs)
         return count(given.to(torch.float16)) if found else NonFinite(0, -1)
 
     def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]:
         """As ``functional.quantize_4bit(compress_statistics=True)``, on the first device, whichever the others are."""
         from bitsandbytes.functional import quantize_blockwise
 
-        def compute(whole: torch.Tensor) -> Tensors:
+        def compute(whole: torch.Tensor) -> Computed:
             offset = whole.mean()
             codes, state = quantize_blockwise(whole - offset, blocksize=NESTED_BLOCK_SIZE)
-            return whole, codes, state.absmax, offset.view(1)
+            return None, (codes, state.absmax, offset.view(1))
 
         nested = torch.empty(-(-absmax.size // NESTED_BLOCK_SIZE))
         codes, offset = torch.empty(absmax.size, dtype=torch.uint8), torch.empty(1)
         try:
             with self._whole, self._device_errors():
-                lane(self.devices[0]).run(torch.from_numpy(absmax), compute, (codes, nested, offset))
+                lane(self.devices[0]).run([torch.from_numpy(absmax)], compute, [codes, nested, offset])
         except torch.OutOfMemoryError:
             raise self._out_of_memory() from None
         return codes.numpy(), nested.numpy(), float(offset)
 
+    def dequantize_4bit(
+        self,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+        quant_type: QuantType,
+        blocksize: int,
+        dtype: str,
+        out: NDArray[Any],
+    ) -> None:
+        def compute(codes: torch.Tensor, scales: torch.Tensor) -> Computed:
+            length = min(2 * codes.numel(), values.numel())  # the last byte may hold one value
+            operation = torch.ops.bitsandbytes.dequantize_4bit
+            return None, (operation(codes, scales, blocksize, quant_type, [length], DTYPES[dtype]),)
+
+        values = tensor(out, dtype)
+        inputs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), blocksize)]
+        self._in_pieces(blocksize, inputs, compute, [(values, 1)])
+
+    def dequantize_int8(
+        self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any]
+    ) -> None:
+        columns = weight.shape[1]
+
+        def compute(codes: torch.Tensor, scales: torch.Tensor) -> Computed:
+            values = torch.ops.bitsandbytes.int8_vectorwise_dequant(codes.view(-1, columns), scales)
+            return None, (values.view(-1).to(DTYPES[dtype]),)
+
+        inputs = [(torch.from_numpy(weight.reshape(-1)), 1), (torch.from_numpy(scb), columns)]
+        self._in_pieces(columns, inputs, compute, [(tensor(out.reshape(-1), dtype), 1)])
+
     def _in_pieces(
         self,
-        values: torch.Tensor,
         unit: int,
-        compute: Callable[[torch.Tensor], Tensors],
+        inputs: Sequence[tuple[torch.Tensor, int]],
+        compute: Callable[..., Computed],
         outs: Sequence[tuple[torch.Tensor, int]],
     ) -> bool:
-        """Compute ``outs`` in pieces of whole units; whether any value that was computed with is not finite.
+        """Compute ``outs`` from ``inputs`` in pieces of whole units of values; whether one that counts is not finite.
 
-        ``compute`` returns the values it computed with, then the piece of each out. ``outs``: each with the number of
-        values that make one of its elements. A piece is the whole, unless that is large or memory is short.
+        Each tensor comes with the number of values that make one of its elements. A piece is the whole, unless that is
+        long or memory is short.
         """
+        wide = next(each for each, ratio in (*inputs, *outs) if ratio == 1)
+        total, itemsize = wide.numel(), wide.element_size()
         finite, start = True, 0
-        while start < values.numel():
-            length = max(unit, self._piece_bytes // values.element_size() // unit * unit)
-            stop = min(start + length, values.numel())
-            parts = tuple(out[start // ratio : -(-stop // ratio)] for out, ratio in outs)
+        while start < total:
+            length = max(unit, self._piece_bytes // itemsize // unit * unit)
+            stop = min(start + length, total)
+            given = [each[start // ratio : -(-stop // ratio)] for each, ratio in inputs]
+            parts = [each[start // ratio : -(-stop // ratio)] for each, ratio in outs]
             free = self._lanes.get()
             try:
                 with self._device_errors():
-                    finite = free.run(values[start:stop], compute, parts) and finite
+                    finite = free.run(given, compute, parts) and finite
                 start = stop
             except torch.OutOfMemoryError:
-                smaller = length * values.element_size() // 2
+                smaller = length * itemsize // 2
                 if smaller < LEAST_BYTES:
                     raise self._out_of_memory() from None
                 self._piece_bytes = min(self._piece_bytes, smaller)
@@ -183,7 +223,8 @@ class Accelerator:
 def _import_bitsandbytes() -> None:
     """Register its operations; what it says of a CPU kernel that nobody asked for is not for this command's user."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401
+    with lean_imports():
+        import bitsandbytes  # noqa: F401
 
 
 class Lane:
@@ -192,21 +233,18 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def run(self, values: torch.Tensor, compute: Callable[[torch.Tensor], Tensors], outs: Tensors) -> bool:
-        """Fill ``outs``, in host memory, from what ``compute`` makes of ``values``: what it checks, then the outs.
-
-        Returns whether all that it checks is finite.
-        """
-        checked, *results = compute(values.to(self.device))
+    def run(self, inputs: Tensors, compute: Callable[..., Computed], outs: Tensors) -> bool:
+        """Fill ``outs``, in host memory, with what ``compute`` makes of ``inputs``; whether all it checks is finite."""
+        checked, results = compute(*(each.to(self.device) for each in inputs))
         for out, result in zip(outs, results, strict=True):
             out.copy_(result)
-        return bool(torch.isfinite(extremes(checked)).all())
+        return checked is None or bool(torch.isfinite(extremes(checked)).all())
 
 
 class CudaLane(Lane):
     """A lane with a stream for its copies, so that they overlap with the kernels and copies of other lanes.
 
-    bitsandbytes launches its 4-bit and blockwise kernels on the default stream, whatever stream is current (0.50.2,
+    bitsandbytes launches its quantizing kernels on the default stream, whatever stream is current (0.50.2,
     backends/cuda/ops.py), and torch's streams do not wait for that one by themselves. So all kernels go there, between
     two events. They take microseconds a chunk; the copies take the time.
     """
@@ -216,22 +254,25 @@ class CudaLane(Lane):
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.extremes = torch.empty(2, pin_memory=True)
 
-    def run(self, values: torch.Tensor, compute: Callable[[torch.Tensor], Tensors], outs: Tensors) -> bool:
+    def run(self, inputs: Tensors, compute: Callable[..., Computed], outs: Tensors) -> bool:
         with torch.cuda.stream(self.stream):
-            held = torch.empty_like(values, device=self.device)
-            held.copy_(values, non_blocking=True)
+            there = [torch.empty_like(each, device=self.device) for each in inputs]
+            for held, each in zip(there, inputs, strict=True):
+                held.copy_(each, non_blocking=True)
             # A device that was lost is noticed here, by torch: bitsandbytes' own check ends the process.
             self.stream.synchronize()
         with torch.cuda.stream(torch.cuda.default_stream(self.device)):
-            checked, *results = compute(held)
-            results.append(extremes(checked))
+            checked, results = compute(*there)
+            bounds = None if checked is None else extremes(checked)
             computed = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(computed)
-            for out, result in zip((*outs, self.extremes), results, strict=True):
+            for out, result in zip(outs, results, strict=True):
                 out.copy_(result, non_blocking=True)
+            if bounds is not None:
+                self.extremes.copy_(bounds, non_blocking=True)
             self.stream.synchronize()
-        return bool(torch.isfinite(self.extremes).all())
+        return bounds is None or bool(torch.isfinite(self.extremes).all())
 
 
 def lane(device: torch.device) -> Lane:

@@ -59,6 +59,22 @@ class Cpu:
     def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]:
         return kernels.quantize_absmax(absmax)
 
+    def dequantize_4bit(
+        self,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+        quant_type: QuantType,
+        blocksize: int,
+        dtype: str,
+        out: NDArray[Any],
+    ) -> None:
+        kernels.dequantize_4bit(packed, absmax, quant_type, blocksize, dtype, out)
+
+    def dequantize_int8(
+        self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any]
+    ) -> None:
+        kernels.dequantize_int8(weight, scb, dtype, out)
+
 
 def arithmetic_on(device: str) -> Arithmetic:
     """The arithmetic of a ``--device``: ``auto``, ``cpu``, ``cuda[:N]``, ``xpu[:N]`` or ``mps``.

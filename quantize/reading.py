@@ -67,11 +67,31 @@ class Reader(Protocol):
         ...
 
 
-def reader(folder: Folder, source: Source) -> Reader:
+class Dequantizer(Protocol):
+    """Where quantized weights are computed back: ``qz.quantize.kernels``, or an ``Arithmetic``. The same bytes."""
+
+    def dequantize_4bit(
+        self,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+        quant_type: Literal["nf4", "fp4"],
+        blocksize: int,
+        dtype: str,
+        out: NDArray[Any],
+        /,
+    ) -> None: ...
+
+    def dequantize_int8(
+        self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any], /
+    ) -> None: ...
+
+
+def reader(folder: Folder, source: Source, dequantizer: Dequantizer = kernels) -> Reader:
     """The reader of a source; it holds what it needs of the whole tensor, so it should live as long as the work."""
     if isinstance(source, StoredTensor):
         return _Stored(folder, source)
-    return _Int8(folder, source) if source.weight.kind == "int8" else _FourBit(folder, source)
+    kind = _Int8 if source.weight.kind == "int8" else _FourBit
+    return kind(folder, source, dequantizer)
 
 
 def values(raw: Bytes, dtype: str) -> NDArray[Any]:
@@ -102,9 +122,9 @@ class _Stored:
 class _FourBit:
     """Whole blocks of 4-bit codes. Doubly quantized block statistics are dequantized once, for the whole tensor."""
 
-    def __init__(self, folder: Folder, source: Packed) -> None:
+    def __init__(self, folder: Folder, source: Packed, dequantizer: Dequantizer) -> None:
         assert source.weight.blocksize is not None  # planning refuses a weight without its quant state
-        self.folder, self.source = folder, source
+        self.folder, self.source, self.dequantizer = folder, source, dequantizer
         self.unit = source.weight.blocksize
         self.quant_type: Literal["nf4", "fp4"] = "nf4" if source.weight.kind == "nf4" else "fp4"
         self.lock = threading.Lock()
@@ -116,7 +136,8 @@ class _FourBit:
         codes = memory("source codes", -(-count // 2))
         self.folder.read_into(source.file, source.offset + start // 2, codes.data)
         raw = memory("raw", count * np.dtype(NUMPY[source.dtype]).itemsize)
-        kernels.dequantize_4bit(codes, absmax, self.quant_type, self.unit, source.dtype, raw.view(NUMPY[source.dtype]))
+        out = raw.view(NUMPY[source.dtype])
+        self.dequantizer.dequantize_4bit(codes, absmax, self.quant_type, self.unit, source.dtype, out)
         return raw, source.dtype
 
     def _absmax(self, first: int, last: int, memory: Memory) -> NDArray[np.float32]:
@@ -151,8 +172,8 @@ class _FourBit:
 class _Int8:
     """Whole rows of int8 codes."""
 
-    def __init__(self, folder: Folder, source: Packed) -> None:
-        self.folder, self.source = folder, source
+    def __init__(self, folder: Folder, source: Packed, dequantizer: Dequantizer) -> None:
+        self.folder, self.source, self.dequantizer = folder, source, dequantizer
         self.unit = max(source.shape[1], 1)
 
     def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
@@ -164,7 +185,7 @@ class _Int8:
         codes = memory("source codes", rows * columns)
         self.folder.read_into(source.file, source.offset + start, codes.data)
         raw = memory("raw", rows * columns * np.dtype(NUMPY[dtype]).itemsize)
-        kernels.dequantize_int8(
+        self.dequantizer.dequantize_int8(
             codes.view(np.int8).reshape(rows, columns),
             scb.view(np.float32),
             dtype,

@@ -74,6 +74,20 @@ class Arithmetic(Protocol):
 
     def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]: ...
 
+    def dequantize_4bit(
+        self,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+        quant_type: QuantType,
+        blocksize: int,
+        dtype: str,
+        out: NDArray[Any],
+    ) -> None: ...
+
+    def dequantize_int8(
+        self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any]
+    ) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -235,7 +249,7 @@ class Run:
                 yield _Chunk(_Work(step, 1), 0, 0, whole=True)
                 continue
             count = weight.count
-            opened = reader(self.folder, source)
+            opened = reader(self.folder, source, self.arithmetic)
             work = _Work(step, 0, opened)
             unit = _unit(step, self.plan, opened)
             widest = max(source.nbytes, count * _itemsize(source.dtype))
