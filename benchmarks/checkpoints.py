@@ -11,8 +11,20 @@ import numpy as np
 from qz.formats.safetensors import encode_header, layout
 from qz.formats.shards import file_names, index, index_name
 
-LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4}
-LLAMA_4B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 20, "num_attention_heads": 32, "num_key_value_heads": 32}
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+LLAMA_4B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
 SHARD_BYTES = 5 * 10**9
 
 
@@ -20,7 +32,9 @@ def llama(folder: Path, sizes: dict[str, int], vocabulary: int = 32_000) -> Path
     """A bf16 Llama with normally distributed weights; TinyLlama's shape has 1.1 B parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return write(folder, LlamaForCausalLM, LlamaConfig(**sizes, vocab_size=vocabulary, dtype="bfloat16"), "transformers")
+    return write(
+        folder, LlamaForCausalLM, LlamaConfig(**sizes, vocab_size=vocabulary, dtype="bfloat16"), "transformers"
+    )
 
 
 def flux(folder: Path, *, holes: bool) -> Path:
