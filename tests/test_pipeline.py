@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import inspect
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +22,7 @@ import pipelines
 import reference
 from commands import contents, run
 from hub_server import connected
-from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError
+from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats import files
@@ -365,6 +368,41 @@ def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(
     assert report["resumed"] is (moment != "text_encoder_2/model.safetensors")
     assert contents(output) == contents(quantized["flux"][0])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_ends_right(
+    sources: dict[str, Path],
+    quantized: dict[str, tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, writing = contents(quantized["flux"][0]), str(tmp_path)
+    seen: list[str] = []
+
+    def count(operation: str, path: str) -> None:
+        seen.append(operation)
+
+    def fail(number: int, operation: str, path: str) -> None:
+        seen.append(operation)
+        if len(seen) == number and path.startswith(writing) and operation != "close":
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "hook", count)
+    run(quantize, sources["flux"], output=tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    total = len(seen)
+    for number in range(total // 16, total, total // 8):
+        seen.clear()
+        monkeypatch.setattr(files, "hook", partial(fail, number))
+        with contextlib.suppress(IOFailed):
+            run(quantize, sources["flux"], output=tmp_path / "out", threads=1)
+        assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == expected
+        monkeypatch.setattr(files, "hook", count)
+        if not (tmp_path / "out").exists():
+            run(quantize, sources["flux"], output=tmp_path / "out")
+        assert contents(tmp_path / "out") == expected
+        shutil.rmtree(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
 
 
 def test_untouched_weights_of_some_size_are_not_copied_twice(
