@@ -92,7 +92,9 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
 
 
 def _introduction(facts: CardFacts) -> str:
-    model = f"[{facts.base_model}]({HUB}/{facts.base_model})" if facts.base_model else _plain(facts.source or "a model")
+    link = f"[{facts.base_model}]({HUB}/{facts.base_model})" if facts.base_model else ""
+    model = link if facts.commit or not facts.source else _plain(facts.source) + (f" (from {link})" if link else "")
+    model = model or "a model"
     of = f"the `{_plain(facts.subfolder)}` of {model}" if facts.subfolder else model
     at = f" (commit `{facts.commit[:12]}`)" if facts.commit else ""
     done = "converted back to" if facts.method == "none" else "quantized to"

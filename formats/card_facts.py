@@ -33,6 +33,8 @@ class CardFacts:
     method: str
     source: str | None = None
     commit: str | None = None
+    origin: str | None = None
+    """The repository that a local source was made from."""
     subfolder: str | None = None
     double_quant: bool = False
     dtype: str | None = None
@@ -55,7 +57,7 @@ class CardFacts:
 
     @property
     def base_model(self) -> str | None:
-        return self.source if self.commit else None
+        return self.source if self.commit else self.origin
 
     @property
     def bits(self) -> int | None:
@@ -78,6 +80,7 @@ def facts_of(
         method=method,
         source=_text(source.get("location")),
         commit=_text(source.get("revision")),
+        origin=_text(_mapping(about.get("origin")).get("location")),
         subfolder=_text(source.get("subfolder")),
         double_quant=bool(about.get("double_quant", quantization.get("bnb_4bit_use_double_quant"))),
         dtype=_text(about.get("dtype") or config.get("dtype") or config.get("torch_dtype")),

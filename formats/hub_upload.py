@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qz.formats.own_files import OwnFile
 
 AT_ONCE = 4
-"""Files that are uploaded at a time; more gain little, each is sent in parts by Xet."""
+"""Files that are uploaded at a time, without Xet."""
 CALLS = 64
 """Calls that upload large files, at most: the Hub limits their rate."""
 SMALL = 5_000_000
@@ -134,7 +134,7 @@ def upload(
         for blob in batch:
             state.done(blob)
 
-    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="qz-upload")
+    pool = ThreadPoolExecutor(1 if _has_xet() else AT_ONCE, thread_name_prefix="qz-upload")
     try:
         for future in as_completed([pool.submit(send, batch) for batch in _batches(blobs)]):
             future.result()
@@ -155,6 +155,11 @@ def _batches(blobs: Sequence[Blob]) -> Iterator[Sequence[Blob]]:
     step = -(-len(large) // CALLS) if large else 1
     for start in range(0, len(large), step):
         yield large[start : start + step]
+
+
+def _has_xet() -> bool:
+    """Whether huggingface_hub uploads with Xet, which sends the parts of a file in parallel itself."""
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
 class _State:
@@ -183,7 +188,7 @@ class _State:
         self._report(blob.path)
 
     def sent(self) -> int:
-        if not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet"):
+        if _has_xet():
             return sum(blob.bytes for blob in self._blobs)
         return sum(self._read.values())
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from qz import Unsupported
+from qz import QzError, Unsupported
 from qz.formats.carry import Carried, companions, terms
 from qz.formats.checkpoint import Checkpoint, StoredTensor
 from qz.formats.folder import Folder, LocalFolder
+from qz.formats.record import read_record
 from qz.quantize.architecture import Wish, examine, library_versions
 from qz.quantize.measure import Measure
 from qz.quantize.parts import Target as Target
@@ -97,7 +98,7 @@ def carry_out(
         about=about(summary.as_json(), folder, source.location, settings),
         progress=progress,
     )
-    return summarize(
+    done = summarize(
         plan,
         source,
         str(target.output),
@@ -108,6 +109,7 @@ def carry_out(
         resumed=written.resumed,
         loss=measure.loss() if measure else None,
     )
+    return replace(done, notes=(*done.notes, *arithmetic.notes))
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -159,6 +161,20 @@ def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmet
     return {"source": source, "settings": wishes(settings), "versions": versions, "device": device}
 
 
+def hub_origin(folder: Folder) -> dict[str, Any] | None:
+    """The repository that a folder which qz wrote comes from in the end: whose license it has, and who may see it."""
+    try:
+        record = read_record(folder)
+    except QzError:  # damaged; reading the checkpoint says so
+        return None
+    if record is None:
+        return None
+    origin, source = record.about.get("origin"), record.about.get("source")
+    if isinstance(origin, dict):
+        return origin
+    return source if isinstance(source, dict) and source.get("revision") else None
+
+
 def about(summary: dict[str, Any], folder: Folder, location: str, settings: Settings) -> dict[str, Any]:
     """What the record in the output says of how it was made; nothing private, so no local path."""
     from qz import __version__
@@ -166,5 +182,7 @@ def about(summary: dict[str, Any], folder: Folder, location: str, settings: Sett
     told = {key: value for key, value in summary.items() if key not in TRANSIENT}
     if isinstance(folder, LocalFolder):
         told["source"] = {**told["source"], "location": os.path.basename(os.path.realpath(location))}
+        if (origin := hub_origin(folder)) is not None:
+            told["origin"] = origin
     made_from = {"identity": identity_of(folder), "settings": wishes(settings)}
     return {"qz": __version__, "versions": library_versions(), **told, **made_from}

@@ -379,6 +379,20 @@ def test_a_file_without_ranges_is_downloaded_and_used(hub: HubServer) -> None:
     folder.close()
 
 
+def test_a_file_is_settled_when_all_of_it_was_hashed_and_not_before(hub: HubServer) -> None:
+    hub.add("me/model", FILES)
+    hub.fail("cdn", nth=3, ignore_range=True)  # the rest comes by a download
+    folder = opened(hub)
+    ranges = pieces(len(WEIGHTS))
+    folder.announce(ranges)
+    read(folder, ranges[0])
+    assert not folder.settled("model.safetensors")
+    for part in ranges[1:]:
+        read(folder, part)
+    folder.check()
+    assert folder.settled("model.safetensors")
+
+
 def test_a_link_that_refuses_ranges_leads_to_a_download(hub: HubServer) -> None:
     hub.add("me/model", FILES)
     hub.fail("cdn", times=2, status=403)

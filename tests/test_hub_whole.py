@@ -211,6 +211,8 @@ def test_what_came_from_a_gated_repository_is_not_made_public_by_mistake(
     refused = qz("push", "nf4", "me/open")
     assert (refused["code"], "--public" in refused["message"]) == (77, True)
     assert hub.commit_bodies == []
+    assert qz("dequantize", "nf4", "-o", "back")["code"] == 0
+    assert qz("push", "back", "me/open")["code"] == 77
     assert qz("push", "nf4", "me/open", "--public")["code"] == 0
 
 

@@ -354,6 +354,20 @@ def test_what_came_from_a_restricted_source_becomes_public_only_when_told(
     assert open_repo.head != before
 
 
+def test_what_was_made_of_a_local_copy_remembers_where_that_came_from(hub: HubServer, tmp_path: Path) -> None:
+    local = {**ABOUT["source"], "location": "my-nf4", "revision": None}
+    about = {**ABOUT, "source": local, "origin": {"location": "big/llama", "revision": COMMIT}}
+    made = make(tmp_path / "made", about=about)
+    hub.repos["big/llama"].gated = "auto"
+    hub.add("me/new", {}, private=False)
+    assert "--public" in failure(lambda: push(made, to()), PermissionRefused)
+    push(made, to(private=False))
+    head, text = card_of(hub)
+    assert (head["base_model"], head["license"]) == ("big/llama", "llama3")
+    assert "This is my-nf4 (from [big/llama]" in text
+    assert "qz quantize my-nf4" in text
+
+
 def test_the_caller_may_know_that_the_source_is_restricted(hub: HubServer, made: Path) -> None:
     hub.add("me/new", {}, private=False)
     failure(lambda: push(made, to(), source_private=True), PermissionRefused)
@@ -566,14 +580,22 @@ def test_a_license_link_inside_the_source_becomes_a_full_one() -> None:
     ("facts", "lines"),
     [
         (
-            CardFacts("diffusers", "FluxTransformer2DModel", "nf4", "big/flux", COMMIT, "transformer"),
+            CardFacts("diffusers", "FluxTransformer2DModel", "nf4", "big/flux", COMMIT, subfolder="transformer"),
             [
                 'transformer = FluxTransformer2DModel.from_pretrained("me/x", subfolder="transformer", torch_dtype=',
                 '"big/flux", transformer=transformer',
             ],
         ),
         (
-            CardFacts("transformers", "T5EncoderModel", "int8", "big/flux", COMMIT, "text_encoder_2", dtype="float16"),
+            CardFacts(
+                "transformers",
+                "T5EncoderModel",
+                "int8",
+                "big/flux",
+                COMMIT,
+                subfolder="text_encoder_2",
+                dtype="float16",
+            ),
             [
                 "from transformers import T5EncoderModel",
                 'text_encoder_2 = T5EncoderModel.from_pretrained("me/x", subfolder="text_encoder_2", dtype=torch.',
