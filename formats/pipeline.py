@@ -94,7 +94,7 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
                 "copies. Quantize its components one by one with --subfolder."
             )
         raise Malformed("index-malformed", f"{where} has no _class_name, so no pipeline. Download it again.")
-    entries = {name: value for name, value in index.items() if _is_component(name, value)}
+    entries = {name: value for name, value in index.items() if is_component(name, value)}
     unsafe = [name for name in entries if not _NAME.fullmatch(name)]
     if unsafe:
         raise Malformed("unsafe-name", f"{where} names a component {quoted(unsafe[0])}. Do not use this pipeline.")
@@ -124,7 +124,7 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     return Pipeline(folder, class_name, tuple(components))
 
 
-def _is_component(name: str, value: Any) -> bool:
+def is_component(name: str, value: Any) -> bool:
     """Whether an entry of the index is a component: its library and class, which are null for one that is left out."""
     pair = isinstance(value, list) and len(value) == 2
     return pair and not name.startswith("_") and all(isinstance(part, str) for part in value)
@@ -138,13 +138,13 @@ def _component(root: Folder, name: str, library: str, class_name: str, variant: 
             f"{folder.location} is a {class_name} with code of its own ({library}.py), which qz neither runs nor "
             "copies. Quantize the other components one by one with --subfolder."
         )
-    if not _has_weights(sizes):
+    if not has_weights(sizes):
         return Component(name, library, class_name, folder)
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
     return Component(name, library, class_name, folder, open_checkpoint(folder, variant if has_variant else None))
 
 
-def _has_weights(names: Iterable[str]) -> bool:
+def has_weights(names: Iterable[str]) -> bool:
     """Whether a component should have weights, and be it that they are missing: it has a config.json and no other's."""
     names = set(names)
     if any(name.endswith((".safetensors", ".safetensors.index.json")) or PICKLE.search(name) for name in names):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
 from qz.formats.config import read_json
+from qz.formats.folder import Range
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.problems import Problem, kind_of
 
@@ -83,7 +85,9 @@ def verify_record(folder: Folder, progress: Callable[[int], None] | None = None)
     if record is None:
         why = f"{folder.location} has no {RECORD}: qz did not write it, so there is nothing to compare it with."
         return (Problem("error", "record-missing", RECORD, why),)
-    found = [_verify(folder, file, progress) for file in record.files]
+    found: list[Problem | None] = []
+    for parent, files in groupby(record.files, key=lambda file: file.name.rpartition("/")[0]):
+        found += _verify_folder(folder, parent, list(files), progress)
     recorded = {file.name for file in record.files}
     found += [
         Problem("warning", "file-unrecorded", name, f"{name} was not there when qz finished {folder.location}.")
@@ -93,29 +97,56 @@ def verify_record(folder: Folder, progress: Callable[[int], None] | None = None)
     return tuple(problem for problem in found if problem is not None)
 
 
-def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:
+def _verify_folder(
+    root: Folder, parent: str, files: list[WrittenFile], progress: Callable[[int], None] | None
+) -> list[Problem | None]:
+    """The recorded files of one folder."""
     again = "Make the checkpoint again, or get an undamaged copy."
-    *parents, name = PurePosixPath(file.name).parts
-    digest = hashlib.sha256()
     try:
-        for parent in parents:
-            folder = folder.subfolder(parent)
-        size = folder.sizes().get(name)
+        folder = root
+        for name in PurePosixPath(parent).parts:
+            folder = folder.subfolder(name)
+        sizes = folder.sizes()
+    except QzError as error:
+        why = f"{error} {again}"
+        return [Problem("error", kind_of(error, "file-missing"), file.name, why) for file in files]
+    found: list[Problem | None] = []
+    whole: list[WrittenFile] = []
+    for file in files:
+        size = sizes.get(PurePosixPath(file.name).name)
         if size is None:
-            return Problem("error", "file-missing", file.name, f"{file.name} is missing. {again}")
-        if size != file.bytes:
+            found.append(Problem("error", "file-missing", file.name, f"{file.name} is missing. {again}"))
+        elif size != file.bytes:
             why = f"{file.name} is {size:,} bytes long; it was written with {file.bytes:,}. {again}"
-            return Problem("error", "size-differs", file.name, why)
-        buffer = memoryview(bytearray(min(PIECE, size)))
-        for start in range(0, size, PIECE):
-            piece = buffer[: min(PIECE, size - start)]
-            folder.read_into(name, start, piece)
+            found.append(Problem("error", "size-differs", file.name, why))
+        else:
+            whole.append(file)
+    folder.announce([piece for file in whole for piece in _pieces(file)])
+    found += (_verify(folder, file, progress) for file in whole)
+    if folder is not root:
+        folder.close()
+    return found
+
+
+def _pieces(file: WrittenFile) -> list[Range]:
+    name = PurePosixPath(file.name).name
+    return [Range(name, start, min(start + PIECE, file.bytes)) for start in range(0, file.bytes, PIECE)]
+
+
+def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(PIECE, file.bytes)))
+    try:
+        for part in _pieces(file):
+            piece = buffer[: part.stop - part.start]
+            folder.read_into(part.file, part.start, piece)
             digest.update(piece)
             if progress is not None:
                 progress(len(piece))
     except QzError as error:
         return Problem("error", kind_of(error, "file-missing"), file.name, str(error))
     if digest.hexdigest() != file.sha256:
+        again = "Make the checkpoint again, or get an undamaged copy."
         why = f"{file.name} has the SHA-256 {digest.hexdigest()}; it was written with {file.sha256}. {again}"
         return Problem("error", "hash-differs", file.name, why)
     return None

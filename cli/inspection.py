@@ -1,0 +1,185 @@
+"""The report of ``qz inspect``: facts, tables of dtypes, components and estimates, the tensors, and the problems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qz.cli.output import Column, facts, percent, quantity, say, show, size, table
+from qz.cli.tensors import COLUMNS, grouped, matching, single
+
+if TYPE_CHECKING:
+    from qz.formats.problems import Problem
+    from qz.quantize.estimate import Estimate
+    from qz.quantize.inspection import Inspection, Quantization, Verified
+    from qz.quantize.pipeline_inspection import ComponentInspection, PipelineInspection
+
+SHOWN = 20
+"""Problems that the report shows; the JSON has all."""
+NAMES = {"nf4": "nf4", "nf4_double_quant": "nf4 + double quant", "fp4": "fp4", "int8": "int8"}
+ESTIMATES = (
+    Column("quantized to"),
+    Column("on disk", right=True),
+    Column("in memory", right=True),
+    Column("parameters", right=True),
+)
+DTYPES = (
+    Column("stored as"),
+    Column("tensors", right=True),
+    Column("parameters", right=True),
+    Column("bytes", right=True),
+)
+COMPONENTS = (
+    Column("component"),
+    Column("class", foldable=True),
+    Column("parameters", right=True),
+    Column("on disk", right=True),
+    Column("in memory", right=True),
+    Column("quantization"),
+)
+
+
+def present(
+    found: Inspection | PipelineInspection, *, as_json: bool, listed: bool, pattern: str | None, quiet: bool = False
+) -> None:
+    """The report on stdout: the table or the JSON of the same value."""
+    if as_json:
+        value = found.as_json()
+        if listed:
+            value["tensors"] = matching(found.tensors, pattern)
+        show(value, as_json=True, text="")
+        return
+    show(None, as_json=False, text="\n\n".join(part for part in sections(found, listed, pattern) if part))
+    if not quiet and listed and pattern is None:
+        say("Like tensors are listed together; --filter '*' lists each.")
+
+
+def sections(found: Inspection | PipelineInspection, listed: bool, pattern: str | None) -> Iterable[str]:
+    """The parts of the report, those that say nothing left empty."""
+    components = getattr(found, "components", None)
+    yield facts(described(found, components))
+    if components:
+        yield table(COMPONENTS, [row(component) for component in components if component.model is not None])
+    if len(found.dtypes) > 1:
+        rows = [
+            (dtype, f"{share.tensors:,}", quantity(share.parameters), size(share.bytes))
+            for dtype, share in found.dtypes.items()
+        ]
+        yield table(DTYPES, rows)
+    if found.estimates:
+        yield estimated(found, components)
+    if listed:
+        tensors = matching(found.tensors, pattern)
+        rows_of = grouped if pattern is None else single
+        yield table(COLUMNS, rows_of(tensors)) if tensors else "no tensor matches"
+    yield complaints(found.problems)
+
+
+def described(
+    found: Inspection | PipelineInspection, components: Sequence[ComponentInspection] | None
+) -> list[tuple[str, str]]:
+    """What it is, as labels and values."""
+    source = found.source
+    place = source.location + (f" ({source.subfolder})" if source.subfolder else "")
+    rows = [("source", place + (f" at {source.revision[:12]}" if source.revision else ""))]
+    if source.architecture or source.library:
+        rows.append(("pipeline" if components is not None else "model", model_name(found)))
+    if found.parameters is not None and found.bytes is not None:
+        count = sum(share.tensors for share in found.dtypes.values())
+        rows.append(("parameters", f"{quantity(found.parameters)} in {count:,} {plural('tensor', count)}"))
+        shards = sum(file.tensors is not None for file in found.files)
+        dtypes = f", {next(iter(found.dtypes))}" if len(found.dtypes) == 1 else ""
+        rows.append(("on disk", f"{size(found.bytes)} in {shards:,} {plural('file', shards)}{dtypes}"))
+    elif found.files:
+        weights = [file for file in found.files if file.name.endswith(".safetensors")]
+        rows.append(("files", f"{len(found.files):,}, {len(weights):,} of them weights"))
+    if found.memory_footprint is not None:
+        about = "" if found.memory_footprint_exact else ", without buffers that are in no file"
+        rows.append(("in memory", size(found.memory_footprint) + about))
+    if found.quantization is not None:
+        rows += quantization(found.quantization, found.parameters or 0)
+    rows += [("tied", f"{name} = {stored}") for name, stored in found.ties.items()]
+    if components:
+        others = [component.name for component in components if component.model is None]
+        rows += [("no weights", ", ".join(others))] if others else []
+    if found.verified is not None:
+        rows.append(("verified", verification(found.verified)))
+    return rows
+
+
+def model_name(found: Inspection | PipelineInspection) -> str:
+    source = found.source
+    return f"{source.architecture or 'no class named'}" + (f" ({source.library})" if source.library else "")
+
+
+def plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def quantization(how: Quantization, parameters: int) -> list[tuple[str, str]]:
+    """How it is quantized."""
+    parts = [how.method + (" + double quant" if how.double_quant else "")]
+    parts += [f"blocks of {how.block_size}"] if how.block_size else []
+    parts += [f"computes in {how.compute_dtype}"] if how.compute_dtype else []
+    parts += [f"stored as {how.storage}"] if how.storage else []
+    parts += [f"outliers beyond {how.threshold:g} in fp16"] if how.threshold is not None else []
+    rows = [("quantization", ", ".join(parts))]
+    if how.quantized_parameters is not None:
+        share = percent(how.quantized_parameters, parameters)
+        count = how.quantized_tensors or 0
+        rows.append(("quantized", f"{share} of the parameters, {count:,} {plural('weight', count)}"))
+    if how.skipped is not None:
+        names = list(how.skipped)
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        rows.append(("skipped", shown or "nothing, not even what the library skips by default"))
+    return rows
+
+
+def verification(verified: Verified) -> str:
+    what = f"{verified.files:,} {plural('file', verified.files)}, {size(verified.bytes)} read"
+    return f"{what}: all as qz wrote them" if verified.intact else f"{what}: not as qz wrote them"
+
+
+def row(component: ComponentInspection) -> tuple[str, ...]:
+    """A component's cells."""
+    model = component.model
+    assert model is not None
+    how = model.quantization
+    method = "–" if how is None else how.method + (" + double quant" if how.double_quant else "")
+    if model.errors:
+        method = f"{len(model.errors)} {plural('error', len(model.errors))}, see below"
+    return (
+        component.name,
+        model.source.architecture or component.architecture,
+        quantity(model.parameters) if model.parameters is not None else "?",
+        size(model.bytes) if model.bytes is not None else "?",
+        size(model.memory_footprint) if model.memory_footprint is not None else "?",
+        method,
+    )
+
+
+def estimated(found: Inspection | PipelineInspection, components: Sequence[ComponentInspection] | None) -> str:
+    """What quantizing would give, and how sure that is."""
+    assert found.estimates is not None
+    rows = [estimate(NAMES.get(name, name), each, found.parameters or 0) for name, each in found.estimates.items()]
+    notes = []
+    if components:
+        chosen = [component.name for component in components if component.chosen]
+        notes.append(f"With {', '.join(chosen)} quantized.")
+    if not all(each.exact for each in found.estimates.values()):
+        notes.append("Estimated from names and shapes; --plan asks the model's library.")
+    return table(ESTIMATES, rows) + ("\n" + facts([("", " ".join(notes))]).lstrip() if notes else "")
+
+
+def estimate(name: str, each: Estimate, parameters: int) -> tuple[str, ...]:
+    return name, size(each.bytes), size(each.memory_footprint), percent(each.quantized_parameters, parameters)
+
+
+def complaints(problems: Sequence[Problem]) -> str:
+    """Problems, worst first, each with what to do."""
+    if not problems:
+        return ""
+    rows: list[tuple[str, Any]] = [(problem.severity, problem.message) for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        rows.append(("", f"… and {len(problems) - SHOWN} more, see --json"))
+    return facts(rows)
