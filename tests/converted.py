@@ -1,4 +1,4 @@
-"""Quantize a folder in this process, by the functions that the command calls."""
+"""Quantize a folder in this process, by the functions that the command calls; on the CPU unless told otherwise."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def plan_of(source: Path, method: str, **settings: Any) -> Plan:
 
 def quantized(source: Path, output: Path, method: str, **settings: Any) -> Summary:
     """``qz quantize SOURCE -o OUTPUT``."""
+    settings = {"device": "cpu"} | settings
     plan = plan_of(source, method, **settings)
     origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
     return carry_out(plan, origin, Target(output), Settings(method_of(method), **settings))
@@ -34,6 +35,7 @@ def quantized(source: Path, output: Path, method: str, **settings: Any) -> Summa
 
 def dequantized(source: Path, output: Path, **settings: Any) -> Summary:
     """``qz dequantize SOURCE -o OUTPUT``."""
+    settings = {"device": "cpu"} | settings
     plan = plan_dequantization(open_checkpoint(LocalFolder(source)), Settings(None, **settings))
     origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
     return carry_out(plan, origin, Target(output), Settings(None, **settings))

@@ -1,0 +1,489 @@
+"""FLUX-sized weights through qz and through diffusers, side by side on this machine's GPU, and the floor under both.
+
+    python benchmarks/gpu.py make FOLDER           11.9 B random weights in bfloat16, three shards, 23.8 GB
+    python benchmarks/gpu.py floor FOLDER OUTPUT   bytes over PCIe, page cache and disk, measured and added up
+    python benchmarks/gpu.py phases FOLDER OUTPUT  where qz's own time goes
+    python benchmarks/gpu.py compare FOLDER OUTPUT both, as whole processes, and their outputs tensor by tensor
+    python benchmarks/gpu.py forward OUTPUT        a forward pass of what qz wrote, eager and compiled
+
+Every command prints one JSON object per line. ``--size tiny`` makes a model of the same shape for a test of the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MB = 1 << 20
+FLUX = {"guidance_embeds": True}
+TINY = {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": [8, 12, 12],
+    "guidance_embeds": True,
+}
+SHARD_BYTES = {"flux": "10GB", "tiny": "200KB"}
+
+DIFFUSERS = """
+import sys, time
+begun = time.perf_counter()
+import torch
+from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
+imported = time.perf_counter()
+source, output, method = sys.argv[1:]
+options = {"load_in_8bit": True} if method == "int8" else {
+    "load_in_4bit": True, "bnb_4bit_quant_type": method, "bnb_4bit_compute_dtype": torch.bfloat16}
+model = FluxTransformer2DModel.from_pretrained(
+    source, quantization_config=BitsAndBytesConfig(**options), torch_dtype=torch.bfloat16)
+torch.cuda.synchronize()
+loaded = time.perf_counter()
+model.save_pretrained(output)
+print({"imports": imported - begun, "load": loaded - imported, "save": time.perf_counter() - loaded,
+       "torch_peak": torch.cuda.max_memory_allocated()})
+"""
+
+
+def say(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+def rounded(seconds: float) -> float:
+    return round(seconds, 2)
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Random weights like a trained model's, made on the GPU, in as many shards as diffusers would write."""
+    import torch
+    from accelerate import init_empty_weights
+    from diffusers import FluxTransformer2DModel
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with init_empty_weights():
+        model = FluxTransformer2DModel(**(FLUX if arguments.size == "flux" else TINY)).bfloat16()
+    model.save_config(folder)
+    state = model.state_dict()
+    split = split_torch_state_dict_into_shards(
+        state,
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES[arguments.size],
+    )
+    begun = time.perf_counter()
+
+    def write(item: tuple[str, list[str]]) -> None:
+        file, names = item
+        maker = torch.Generator(device).manual_seed(len(names))
+        tensors = {}
+        for name in names:
+            shape = state[name].shape
+            values = torch.randn(shape, generator=maker, device=device, dtype=torch.float32)
+            tensors[name] = values.mul_(0.02 if len(shape) > 1 else 0.1).to(torch.bfloat16).cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    with ThreadPoolExecutor(len(split.filename_to_tensors)) as pool:
+        list(pool.map(write, split.filename_to_tensors.items()))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    say(
+        made=str(folder),
+        shards=len(split.filename_to_tensors),
+        tensors=len(state),
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        seconds=rounded(time.perf_counter() - begun),
+    )
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def pieces(paths: list[Path], length: int) -> Iterator[tuple[Path, int, int]]:
+    for path in paths:
+        size = path.stat().st_size
+        yield from ((path, start, min(length, size - start)) for start in range(0, size, length))
+
+
+def shared(work: Callable[[Any], None], items: Iterator[Any], threads: int) -> float:
+    """Seconds that threads take to do all of the work."""
+    lock = threading.Lock()
+
+    def loop() -> None:
+        while True:
+            with lock:
+                item = next(items, None)
+            if item is None:
+                return
+            work(item)
+
+    begun = time.perf_counter()
+    workers = [threading.Thread(target=loop) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - begun
+
+
+def floor(arguments: argparse.Namespace) -> None:
+    """What the bytes alone cost: read from the page cache, over PCIe, written, hashed, stored."""
+    import torch
+
+    folder, output, length = arguments.folder, arguments.output, 32 * MB
+    source = sum(path.stat().st_size for path in shards_of(folder))
+    local = threading.local()
+
+    def buffer() -> torch.Tensor:
+        if not hasattr(local, "buffer"):
+            local.buffer = torch.empty(length, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        held: torch.Tensor = local.buffer
+        return held
+
+    opened = {path: os.open(path, os.O_RDONLY) for path in shards_of(folder)}
+
+    def read(item: tuple[Path, int, int]) -> None:
+        path, start, size = item
+        os.preadv(opened[path], [memoryview(buffer().numpy())[:size]], start)
+
+    for threads in (1, 4, 8, 12, 16):
+        seconds = shared(read, pieces(shards_of(folder), length), threads)
+        say(floor="read page cache into pinned", threads=threads, gb_per_s=rounded(source / seconds / 1e9))
+    if torch.cuda.is_available():
+        begun = time.perf_counter()
+        pinned = torch.empty(512 * MB, dtype=torch.uint8, pin_memory=True)
+        say(floor="pin 512 MB", seconds=round(time.perf_counter() - begun, 3))
+        there = torch.empty(512 * MB, dtype=torch.uint8, device="cuda")
+        for name, target, origin in (("host to device", there, pinned), ("device to host", pinned, there)):
+            target.copy_(origin)
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            for _ in range(8):
+                target.copy_(origin, non_blocking=True)
+            torch.cuda.synchronize()
+            say(floor=f"{name}, pinned", gb_per_s=rounded(8 * pinned.numel() / (time.perf_counter() - begun) / 1e9))
+        del there
+    output.mkdir(parents=True, exist_ok=True)
+    total = arguments.megabytes * MB
+    for threads, files in ((1, 1), (8, 1), (2, 2), (8, 4)):
+        paths = [output / f"floor-{number}" for number in range(files)]
+        descriptors = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for path in paths]
+        for descriptor in descriptors:
+            os.posix_fallocate(descriptor, 0, total // files)
+        items = ((number % files, number // files * 8 * MB) for number in range(total // (8 * MB)))
+
+        def write(item: tuple[int, int], descriptors: list[int] = descriptors) -> None:
+            os.pwrite(descriptors[item[0]], memoryview(buffer().numpy())[: 8 * MB], item[1])
+
+        written = shared(write, items, threads)
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(files) as pool:
+            list(pool.map(os.fsync, descriptors))
+        synced = time.perf_counter() - begun
+        say(
+            floor="write page cache, then fsync",
+            threads=threads,
+            files=files,
+            gb=round(total / 1e9, 2),
+            write_gb_per_s=rounded(total / written / 1e9),
+            with_fsync_gb_per_s=rounded(total / (written + synced) / 1e9),
+        )
+        for descriptor, path in zip(descriptors, paths, strict=True):
+            os.close(descriptor)
+            path.unlink()
+    data = os.urandom(64 * MB)
+    begun = time.perf_counter()
+    hashlib.sha256(data).hexdigest()
+    say(floor="sha256, one thread", gb_per_s=rounded(len(data) / (time.perf_counter() - begun) / 1e9))
+    for descriptor in opened.values():
+        os.close(descriptor)
+
+
+PHASES = """
+import json, sys, time
+mark = last = time.perf_counter()
+times = {}
+def lap(name):
+    global last
+    now = time.perf_counter(); times[name] = round(now - last, 3); last = now
+from pathlib import Path
+from qz.quantize import devices, lean; lap("import qz's first parts")
+devices.wake("auto")
+import torch; lap("import torch")
+lean.allow()
+from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
+from qz.quantize.methods import FourBit, Int8
+from qz.quantize.summary import Source
+from qz.quantize.stream import Run
+from qz.formats.checkpoint import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.formats import writer
+lap("import qz")
+source, output, method = sys.argv[1:4]
+settings = Settings(Int8() if method == "int8" else FourBit(method), max_shard_bytes=int(float(sys.argv[4]) * 10**9))
+checkpoint = open_checkpoint(LocalFolder(Path(source))); lap("open")
+plan = plan_quantization(checkpoint, settings); lap("plan")
+arithmetic = devices.arithmetic_on("auto"); lap("arithmetic_on")
+def timed(cls, name):
+    original = getattr(cls, name)
+    def wrapped(self, *a, **k):
+        begun = time.perf_counter()
+        try: return original(self, *a, **k)
+        finally:
+            spent[name] = spent.get(name, 0) + time.perf_counter() - begun
+            calls.append((name, begun, time.perf_counter()))
+    setattr(cls, name, wrapped)
+spent, calls = {}, []
+operations = ["quantize_4bit", "quantize_int8", "cast", "buffer"]
+shards = writer.ShardWriter
+for cls, names in ((LocalFolder, ["read_into"]), (type(arithmetic), operations), (shards, ["write", "finish"])):
+    for name in names:
+        if hasattr(cls, name) and not (cls.__name__ == "Cpu" and name == "buffer"): timed(cls, name)
+sync = writer.files.sync
+def timed_sync(*a):
+    begun = time.perf_counter(); sync(*a); spent["fsync"] = spent.get("fsync", 0) + time.perf_counter() - begun
+writer.files.sync = timed_sync
+convert = Run.convert
+def timed_convert(self, threads):
+    begun = time.perf_counter(); convert(self, threads); times["of it convert"] = round(time.perf_counter() - begun, 3)
+    times["of it until the last write"] = round(max(e for n, b, e in calls if n == "write") - begun, 3)
+Run.convert = timed_convert
+summary = carry_out(plan, Source(source, None, None, "diffusers", "x"), Target(Path(output), overwrite=True), settings)
+lap("carry out")
+times["whole"] = round(last - mark, 3)
+print(json.dumps({"phases": times, "device": arithmetic.name, "threads": arithmetic.threads,
+    "thread seconds": {k: round(v, 2) for k, v in spent.items()}}))
+"""
+
+
+def phases(arguments: argparse.Namespace) -> None:
+    """The time of the parts of one run in one process, with the imports one by one."""
+    command = [sys.executable, "-c", PHASES, str(arguments.folder), str(arguments.output), arguments.method]
+    subprocess.run([*command, arguments.max_shard_size], check=True)
+    shutil.rmtree(arguments.output)
+
+
+class Watch:
+    """The largest anonymous memory of a process and the largest use of the GPU's while it runs."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.anonymous, self.shared, self.gpu = process, 0, 0, 0
+        self.handles: list[Any] = []
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self.nvml = pynvml
+            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
+        except ImportError as error:  # no GPU: a test of this script
+            say(no_gpu=str(error))
+        self.idle = self.used()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+
+    def used(self) -> int:
+        return sum(self.nvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self.handles)
+
+    def look(self) -> None:
+        while self.process.poll() is None:
+            try:
+                lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            except (OSError, ProcessLookupError):
+                break
+            sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+            self.anonymous = max(self.anonymous, int(sizes.get("RssAnon", 0)) * 1024)
+            self.shared = max(self.shared, int(sizes.get("RssShmem", 0)) * 1024)
+            self.gpu = max(self.gpu, self.used() - self.idle)
+            time.sleep(0.02)
+
+
+def whole(name: str, command: list[str]) -> dict[str, Any]:
+    """Run a command as a process of its own and say what it took."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watch = Watch(process)
+    stdout, stderr = process.communicate()
+    seconds = time.perf_counter() - begun
+    if process.returncode:
+        sys.exit(f"{name} failed with {process.returncode}:\n{stdout[-2000:]}\n{stderr[-4000:]}")
+    facts = {
+        "run": name,
+        "seconds": rounded(seconds),
+        "host_anonymous_gb": rounded(watch.anonymous / 1e9),
+        "host_shared_gb": rounded(watch.shared / 1e9),
+        "gpu_gb": rounded(watch.gpu / 1e9),
+    }
+    lines = stdout.strip().splitlines()
+    if lines and lines[-1].startswith("{'imports'"):
+        facts["parts"] = {key: round(value, 2) for key, value in ast.literal_eval(lines[-1]).items()}
+    elif lines and lines[-1].startswith("{"):
+        summary = json.loads(stdout)
+        facts |= {"device": summary["device"], "inside": summary["seconds"], "bytes": summary["bytes"]}
+    say(**facts)
+    return facts
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """diffusers and qz in turn, from a warm cache; the best of each, and the outputs compared tensor by tensor."""
+    method, theirs, ours = arguments.method, arguments.output / "diffusers", arguments.output / "qz"
+    best: dict[str, float] = {}
+    for _ in range(arguments.repeat):
+        for path in shards_of(arguments.folder):
+            with path.open("rb") as file:
+                while file.read(64 * MB):
+                    pass
+        runs = {
+            "diffusers": [sys.executable, "-c", DIFFUSERS, str(arguments.folder), str(theirs), method],
+        }
+        common = [sys.executable, "-m", "qz", "quantize", str(arguments.folder), f"--{method}", "--json", "--quiet"]
+        for size in arguments.max_shard_size:
+            ours_here = ["-o", str(ours), "--device", arguments.device, "--max-shard-size", size]
+            runs["qz" if size == "5GB" else f"qz, shards of {size}"] = [*common, *ours_here]
+        if arguments.only:
+            runs = {name: command for name, command in runs.items() if name.startswith(arguments.only)}
+        for name, command in runs.items():
+            shutil.rmtree(theirs if name == "diffusers" else ours, ignore_errors=True)
+            facts = whole(f"{name} {method}", command)
+            best[name] = min(best.get(name, 1e9), facts["seconds"])
+    if theirs.exists() and ours.exists():
+        ratios = {name: rounded(best["diffusers"] / seconds) for name, seconds in best.items()}
+        say(compare=method, best=best, ratios=ratios, **differences(theirs, ours))
+    for path in (theirs, *(() if arguments.keep else (ours,))):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def differences(one: Path, other: Path) -> dict[str, Any]:
+    """How many tensors two checkpoints have, and which differ in name, dtype, shape or any byte."""
+    import torch
+    from safetensors import safe_open
+
+    def tensors(folder: Path) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for path in shards_of(folder):
+            opened = safe_open(path, "pt")
+            found.update(dict.fromkeys(list(opened.keys()), opened))
+        return found
+
+    first, second = tensors(one), tensors(other)
+
+    def same(name: str) -> bool:
+        mine, his = first[name].get_tensor(name), second[name].get_tensor(name)
+        if (mine.dtype, mine.shape) != (his.dtype, his.shape):
+            return False
+        return torch.equal(mine.reshape(-1).view(torch.uint8), his.reshape(-1).view(torch.uint8))
+
+    both = sorted(first.keys() & second.keys())
+    with ThreadPoolExecutor(8) as pool:
+        equal = list(pool.map(same, both))
+    different = [name for name, good in zip(both, equal, strict=True) if not good]
+    return {"tensors": len(both), "only_in_one": sorted(first.keys() ^ second.keys())[:5], "different": different[:5]}
+
+
+def forward(arguments: argparse.Namespace) -> None:
+    """Load with plain ``from_pretrained`` and run one step for a 1024 × 1024 image; its memory, eager and compiled."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    begun = time.perf_counter()
+    model = FluxTransformer2DModel.from_pretrained(arguments.output, torch_dtype=torch.bfloat16)
+    config = model.config
+    device = next(model.parameters()).device
+    tokens, words = (4096, 512) if config.num_layers == 19 else (64, 16)
+    inputs = {
+        "hidden_states": torch.randn(1, tokens, config.in_channels),
+        "encoder_hidden_states": torch.randn(1, words, config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([3.5]),
+        "img_ids": torch.zeros(tokens, 3),
+        "txt_ids": torch.zeros(words, 3),
+    }
+    inputs = {name: value.to(device, torch.bfloat16) for name, value in inputs.items()}
+    say(
+        loaded=str(arguments.output),
+        seconds=rounded(time.perf_counter() - begun),
+        footprint=model.get_memory_footprint(),
+    )
+
+    def timed(count: int) -> float:
+        times = []
+        for _ in range(count):
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                result = model(**inputs, return_dict=False)[0]
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        assert torch.isfinite(result).all()
+        return sorted(times)[len(times) // 2]
+
+    timed(1)
+    eager = timed(5)
+    say(
+        forward="eager",
+        seconds=round(eager, 4),
+        torch_allocated_gb=rounded(torch.cuda.max_memory_allocated() / 1e9),
+        torch_reserved_gb=rounded(torch.cuda.max_memory_reserved() / 1e9),
+        finite=True,
+    )
+    if arguments.compile:
+        begun = time.perf_counter()
+        if arguments.compile == "blocks":
+            model.compile_repeated_blocks(fullgraph=True)
+        else:
+            model.compile(fullgraph=True)
+        timed(1)
+        first = time.perf_counter() - begun
+        say(forward=f"compiled ({arguments.compile}, fullgraph)", first=rounded(first), seconds=round(timed(5), 4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for command in (make, floor, phases, compare, forward):
+        sub = commands.add_parser(command.__name__)
+        sub.set_defaults(command=command)
+        if command is not forward:
+            sub.add_argument("folder", type=Path)
+        if command is make:
+            sub.add_argument("--size", choices=("flux", "tiny"), default="flux")
+        else:
+            sub.add_argument("output", type=Path)
+        if command is floor:
+            sub.add_argument("--megabytes", type=int, default=6144)
+        if command in (phases, compare):
+            sub.add_argument("--method", choices=("nf4", "fp4", "int8"), default="nf4")
+        if command is phases:
+            sub.add_argument("--max-shard-size", default="5", help="in GB, of 10^9 bytes")
+        if command is compare:
+            sub.add_argument("--repeat", type=int, default=2)
+            sub.add_argument("--only", choices=("diffusers", "qz"))
+            sub.add_argument("--keep", action="store_true", help="keep what qz wrote")
+            sub.add_argument("--device", default="auto")
+            sub.add_argument("--max-shard-size", nargs="+", default=["5GB"])
+        if command is forward:
+            sub.add_argument("--compile", choices=("whole", "blocks"))
+    arguments = parser.parse_args()
+    arguments.command(arguments)
+
+
+if __name__ == "__main__":
+    main()
