@@ -63,6 +63,7 @@ def quantize(
     from qz.formats.pipeline import is_pipeline
     from qz.formats.source import enter, open_source, output_name
     from qz.formats.staging import refuse_now
+    from qz.quantize.devices import wake
     from qz.quantize.parts import Target
     from qz.quantize.request import up_to_date
     from qz.quantize.settings import Settings
@@ -99,6 +100,7 @@ def quantize(
             return
         if not dry_run:
             refuse_now(target.output, target.overwrite, [root])
+            wake(device)
         fetch = download and not dry_run
         run = Conversion(source, subfolder, root, folder, target, settings, variant, fetch, report, dry_run, quiet)
         if is_pipeline(folder):

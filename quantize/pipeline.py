@@ -135,7 +135,7 @@ def carry_out_pipeline(
         about=about(planned.as_json(), root, source.location, settings),
         progress=progress,
     )
-    return summarize_pipeline(
+    done = summarize_pipeline(
         plan,
         source,
         str(target.output),
@@ -144,6 +144,7 @@ def carry_out_pipeline(
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
     )
+    return replace(done, notes=arithmetic.notes)
 
 
 def summarize_pipeline(

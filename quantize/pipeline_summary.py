@@ -87,6 +87,8 @@ class PipelineSummary:
     """All weight files; in a dry run with the hash left empty."""
     seconds: float
     resumed: bool = False
+    notes: tuple[str, ...] = ()
+    """What the user should know about the device that was chosen."""
 
     @property
     def models(self) -> tuple[Summary, ...]:
@@ -139,7 +141,7 @@ class PipelineSummary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(text for component in self.components for text in component.warnings)
+        return (*(text for component in self.components for text in component.warnings), *self.notes)
 
     def as_json(self) -> dict[str, Any]:
         """The contract of ``--json``: the keys of a single model's report, and ``components``."""
