@@ -93,7 +93,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
     helps: dict[str, set[str]] = {}
     for command in GROUP.commands.values():
         for param in command.params:
-            for name in param.opts:
+            for name in param.opts if param.param_type_name == "option" else ():
                 helps.setdefault(name, set()).add(param.help)
     assert {name for name, texts in helps.items() if len(texts) > 1} <= {"--subfolder", "--dtype", "--revision"}
 
