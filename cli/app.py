@@ -71,6 +71,8 @@ class Interruption:
             # What a parent told us to ignore, as nohup and background jobs of a script do, stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.receive)
+        signal.signal(signal.SIGALRM, self.again)
+        sys.unraisablehook = self.dropped
 
     def receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
@@ -78,6 +80,16 @@ class Interruption:
                 os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the cursor, which the progress bar has hidden
             os._exit(128 + number)
         self.signal = number
+        raise self.error
+
+    def dropped(self, found: sys.UnraisableHookArgs) -> None:
+        """The interrupt met code in which Python drops exceptions, such as a finalizer: raise it again in a moment."""
+        if found.exc_value is self.error:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            sys.__unraisablehook__(found)
+
+    def again(self, *_: object) -> None:
         raise self.error
 
     @property

@@ -27,7 +27,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -60,6 +60,7 @@ def refuse_now(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None
     for source in sources:
         if isinstance(source, LocalFolder):
             refuse_overlap(source.path, output)
+    output = Path(os.path.realpath(output.parent)) / output.name
     journal = beside(output, ".partial.journal")
     descriptor = files.open_existing(journal)
     if descriptor is None:
@@ -389,7 +390,8 @@ class Staging:
 
     def _leave(self, error: BaseException | None) -> None:
         """Keep what a later run can use, remove the rest, unlock; tell those who interrupted the run."""
-        with held():
+        interrupted = isinstance(error, KeyboardInterrupt)
+        with nullcontext() if interrupted else held():  # the signal after an interrupt is not to wait
             self._tidy_up()
         if isinstance(error, KeyboardInterrupt):
             kept = len(self._journal.finished)

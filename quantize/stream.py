@@ -180,6 +180,8 @@ class Run:
         self.written: dict[str, WrittenFile] = dict(staging.finished)
         self.lock = threading.Lock()
         self.stop = threading.Event()
+        self.idle = threading.Condition()
+        self.working = 0
         self.errors: list[BaseException] = []
         self.left: dict[int, int] = {}
         for home in plan.shard_of.values():
@@ -204,26 +206,29 @@ class Run:
             self.writers[home] = self.staging.open_shard(self.plan.shards[home], self._settled(sources[home]))
         chunks = self._chunks()
         workers = [threading.Thread(target=self._work, args=(chunks,), daemon=True) for _ in range(max(1, threads))]
-        begun: list[threading.Thread] = []
         try:
             for worker in workers:
-                with held():  # one that is interrupted while it starts cannot be waited for
+                with held():  # so that each one that works is counted
                     worker.start()
-                    begun.append(worker)
-            for worker in begun:
-                while worker.is_alive():
-                    worker.join(0.2)
+                    with self.idle:
+                        self.working += 1
+            self._wait()
         except BaseException:
             self.stop.set()
             self.folder.give_up()
             raise
         finally:
             self.stop.set()
-            for worker in begun:
-                worker.join()
+            self._wait()
         if self.errors:
             raise self.errors[0]
         self.folder.check()
+
+    def _wait(self) -> None:
+        """Until no worker works. ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11)."""
+        with self.idle:
+            while self.working > 0:
+                self.idle.wait(0.2)
 
     def _sources(self) -> dict[int, set[str]]:
         """Of each unfinished shard the files that it is made of."""
@@ -274,6 +279,10 @@ class Run:
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
             self.errors.append(error)
             self.stop.set()
+        finally:
+            with self.idle:
+                self.working -= 1
+                self.idle.notify_all()
 
     def _part(self, chunk: _Chunk, buffers: _Buffers) -> int:
         """Read, compute and write one chunk; the bytes read."""
