@@ -5,20 +5,24 @@ Only what changes which weights are quantized, or their dtype by more than a few
 
 from __future__ import annotations
 
-_WAN = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "rope")
+_FLOW = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+_WAN = (*_FLOW, "rope")
 _JOY = ("time_embedder", "norm1", "norm2", "norm_out")
 _KANDINSKY6 = ("time_embeddings", "pooled_bias", "modulation")
 
 DIFFUSERS_FLOAT32: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        ("AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "ChronoEditTransformer3DModel",
-         "SkyReelsV2Transformer3DModel", "WanTransformer3DModel", "WanVACETransformer3DModel"), _WAN),
+    "AnyFlowFARTransformer3DModel": _FLOW,
+    "AnyFlowTransformer3DModel": _FLOW,
+    "ChronoEditTransformer3DModel": _FLOW,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "WanTransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": _WAN,
     "AutoencoderKLMiniMaxH3": ("encoder", "quant_conv", "norm1", "norm2", "norm_out", "scale1", "scale2"),
     "AutoencoderKLMiniMaxH3Audio": ("encoder", "decoder", "pre_block", "dec_in_proj", "mean_proj", "logs_proj"),
     "CosmosControlNetModel": ("learnable_pos_embed",),
     "CosmosTransformer3DModel": ("learnable_pos_embed",),
     "Flux3Transformer2DModel": ("norm_q", "norm_k"),
-    "HeliosTransformer3DModel": (*_WAN[:-1], "history_key_scale"),
+    "HeliosTransformer3DModel": (*_FLOW, "history_key_scale"),
     "JoyImageEditPlusTransformer3DModel": _JOY,
     "JoyImageEditTransformer3DModel": _JOY,
     "Kandinsky5Transformer3DModel": ("time_embeddings", "modulation", "visual_modulation", "text_modulation"),
@@ -50,7 +54,7 @@ FLOAT32: dict[str, tuple[str, ...]] = {
     "deepseek_v4": ("attn_hc", "ffn_hc", "hc_head", "input_layernorm", "norm", "post_attention_layernorm", "sinks"),
     "flint": ("gate.weight", "sinks"),
     "kyutai_speech_to_text": ("codec_model",),
-    "nemotron3_5_transcribe": ("audio_tower", "multi_modal_projector"),
+    "nemo_speechlm": ("audio_tower", "multi_modal_projector"),
     "voxtral": ("embed_positions",),
 }
 """``_keep_in_fp32_modules_strict`` by model type: float32 in any 16-bit model. Router biases are so in all of them."""
