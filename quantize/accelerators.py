@@ -38,7 +38,7 @@ THREADS = 8
 
 Tensors = Sequence[torch.Tensor]
 Computed = tuple[torch.Tensor | None, Tensors]
-"""What must be finite, if anything, and the results."""
+"""What must be finite, if anything, and the results, each of one dimension and at least as long as asked for."""
 
 
 class Accelerator:
@@ -144,13 +144,12 @@ class Accelerator:
         out: NDArray[Any],
     ) -> None:
         def compute(codes: torch.Tensor, scales: torch.Tensor) -> Computed:
-            length = min(2 * codes.numel(), values.numel())  # the last byte may hold one value
+            length = 2 * codes.numel()  # one more than there are, if the last byte holds one value
             operation = torch.ops.bitsandbytes.dequantize_4bit
-            return None, (operation(codes, scales, blocksize, quant_type, [length], DTYPES[dtype]),)
+            return None, (operation(codes, scales, blocksize, quant_type, [length], DTYPES[dtype]).view(-1),)
 
-        values = tensor(out, dtype)
         inputs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), blocksize)]
-        self._in_pieces(blocksize, inputs, compute, [(values, 1)])
+        self._in_pieces(blocksize, inputs, compute, [(tensor(out, dtype), 1)])
 
     def dequantize_int8(
         self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any]
@@ -237,7 +236,7 @@ class Lane:
         """Fill ``outs``, in host memory, with what ``compute`` makes of ``inputs``; whether all it checks is finite."""
         checked, results = compute(*(each.to(self.device) for each in inputs))
         for out, result in zip(outs, results, strict=True):
-            out.copy_(result)
+            out.copy_(result[: out.numel()])
         return checked is None or bool(torch.isfinite(extremes(checked)).all())
 
 
@@ -268,7 +267,7 @@ class CudaLane(Lane):
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(computed)
             for out, result in zip(outs, results, strict=True):
-                out.copy_(result, non_blocking=True)
+                out.copy_(result[: out.numel()], non_blocking=True)
             if bounds is not None:
                 self.extremes.copy_(bounds, non_blocking=True)
             self.stream.synchronize()
