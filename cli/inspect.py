@@ -31,7 +31,7 @@ def inspect(
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
 ) -> None:
-    """Show what a model, a pipeline or a .safetensors file is, what quantizing would give, and what is wrong with it."""
+    """Show what a model, pipeline or .safetensors file is, what quantizing would give, and what is wrong with it."""
     from qz.cli.inspection import present
 
     path = Path(source).expanduser()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qz.cli.output import Column, facts, percent, quantity, say, show, size, table
+from qz.cli.output import Column, facts, fold, percent, quantity, say, show, size, table, terminal_width
 from qz.cli.tensors import COLUMNS, grouped, matching, single
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def present(
         return
     show(None, as_json=False, text="\n\n".join(part for part in sections(found, listed, pattern) if part))
     if not quiet and listed and pattern is None:
-        say("Like tensors are listed together; --filter '*' lists each.")
+        note = "Tensors of like layers share a line; --filter '*' lists each."
+        say("\n".join(fold(note, terminal_width() or len(note))))
 
 
 def sections(found: Inspection | PipelineInspection, listed: bool, pattern: str | None) -> Iterable[str]:

@@ -220,14 +220,19 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
     if not isinstance(class_name, str):
         problems.add("index-malformed", INDEX, why="it has no _class_name, so no pipeline")
         class_name = None
-    entries = {}
+    entries: dict[str, tuple[str, str]] = {}
+    unsafe: list[str] = []
     for name, value in index.items():
         if not is_component(name, value):
             continue
         if name.isidentifier() and name.isascii():
             entries[name] = (value[0], value[1])
         else:
-            problems.add("unsafe-name", INDEX, name=quoted(name))
+            unsafe.append(name)
+    for name in unsafe:
+        problems.add("unsafe-name", INDEX, name=quoted(name))
+    if class_name is not None and not entries and not unsafe:
+        problems.add("index-malformed", INDEX, why="it names no component")
     return class_name, entries
 
 
