@@ -152,10 +152,11 @@ class LocalFolder:
                 except OSError as error:
                     raise _failure(error, where, "read") from None
                 if count == 0:
+                    self.settled(file)
                     raise Malformed(
                         "truncated",
                         f"{where} ends at byte {offset + done}, before byte {offset + len(view)}: it is "
-                        "truncated, or changed while it was read. Download it again.",
+                        "truncated. Download it again.",
                     )
                 done += count
 

@@ -134,6 +134,7 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: in
     before, after = dict(_flatten(old)), dict(_flatten(new))
     absent = object()
     keys = [key for key in sorted(before | after) if before.get(key, absent) != after.get(key, absent)]
+    keys.sort(key=lambda key: key not in before or key not in after)  # what both have says most
     shown = [f"{key}: {_short(before.get(key))} → {_short(after.get(key))}" for key in keys[:most]]
     return ", ".join(shown) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
