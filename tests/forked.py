@@ -57,7 +57,7 @@ class Running:
 
     def __init__(self, connection: socket.socket) -> None:
         self._file: IO[str] = connection.makefile("r")
-        self._connection = connection
+        self.socket = connection
         self.pid = int(json.loads(self._file.readline())["pid"])
         self.begun = time.monotonic()
 
@@ -67,7 +67,7 @@ class Running:
             os.kill(self.pid, number)
 
     def wait(self) -> Ended:
-        with self._connection, self._file:
+        with self.socket, self._file:
             found = json.loads(self._file.readline())
         return Ended(**{**found, "operations": tuple(found["operations"])})
 
