@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -54,8 +53,7 @@ def everywhere(
 
 for command, short_help in COMMANDS.items():
     # The command modules are light: what they call is imported when they run.
-    if importlib.util.find_spec(f"qz.cli.{command}"):
-        app.command(command, short_help=short_help)(getattr(importlib.import_module(f"qz.cli.{command}"), command))
+    app.command(command, short_help=short_help)(getattr(importlib.import_module(f"qz.cli.{command}"), command))
 
 
 class Interruption:

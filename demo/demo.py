@@ -85,12 +85,13 @@ def encode(folder: Path) -> tuple[Any, int]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice on optional CPU kernels
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModel.from_pretrained(folder).eval()
+    footprint = model.get_memory_footprint()  # before the first forward, which casts biases to the compute dtype
     batch = tokenizer([*QUERIES, *SENTENCES], padding=True, return_tensors="pt")
     with torch.inference_mode():
         hidden = model(**batch).last_hidden_state.float()
     mask = batch["attention_mask"].unsqueeze(-1)
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
-    return vectors[: len(QUERIES)] @ vectors[len(QUERIES) :].T, model.get_memory_footprint()
+    return vectors[: len(QUERIES)] @ vectors[len(QUERIES) :].T, footprint
 
 
 def main() -> None:
@@ -99,6 +100,7 @@ def main() -> None:
     fetch()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     qz("quantize", str(MODEL), "--nf4", "--output", str(OUTPUT))
+    qz("inspect", str(OUTPUT))
 
     print("\nWhich sentence is nearest? The original and the quantized model, both loaded with from_pretrained:\n")
     before, footprint_before = encode(MODEL)

@@ -132,10 +132,11 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path) -> None:
     """Word for word, on tiny models that lie where the names lead. Publishing is tested with its own server."""
     place = tmp_path / "here"
     shutil.copytree(flux, place)
-    for line in shell_lines(page):
+    prepared = PREPARED.get(named(page), "").split("\n")
+    for line in (*filter(None, map(str.strip, prepared)), *shell_lines(page)):
         if line.startswith("qz push"):
             continue
-        if line.startswith("qz "):
+        if line.startswith(("qz ", "mkdir ")):
             result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", line],
                 cwd=place,

@@ -203,7 +203,8 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
         "from qz.cli.progress import Display\n"
         "from types import SimpleNamespace as S\n"
         "with Display('Quantizing') as d:\n"
-        "    for i in range(50): d(S(weights=i, all_weights=50, bytes=i * 10**9, all_bytes=50 * 10**9, shard=None, kept=None))\n"
+        "    for i in range(50):\n"
+        "        d(S(weights=i, all_weights=50, bytes=i * 10**9, all_bytes=50 * 10**9, shard=None, kept=None))\n"
     )
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
