@@ -285,3 +285,20 @@ def test_nothing_of_a_repository_without_access_is_made(
     refused = qz("quantize", "big/llama")
     assert (refused["code"], "gated" in refused["message"]) == (77, True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", [["--nf4", "--double-quant"], ["--int8"]], ids=["nf4-double", "int8"])
+def test_the_way_back_is_streamed_and_compared_with_an_original_on_the_hub(
+    hub: HubServer, llama: Path, qz: Command, method: list[str], tmp_path: Path
+) -> None:
+    made = qz("quantize", llama, *method, "--report", "-o", "packed", "--max-shard-size", "4MB")
+    hub.add("big/llama", files_of(llama))
+    hub.add("me/packed", files_of(tmp_path / "packed"))
+    done = qz("dequantize", "me/packed", "--against", "big/llama", "-o", "back")
+    assert done["loss"] == made["loss"]
+    # Scales lie apart from their codes, and are fetched once more where the stream has passed them.
+    shards = len(list((tmp_path / "packed").glob("*.safetensors"))) + 4
+    most = 2 * weights(tmp_path / "packed") + weights(llama) + shards * 65_536
+    assert hub.bytes_out["cdn"] <= most
+    qz("dequantize", "packed", "-o", "local")
+    assert differing(tmp_path / "local", tmp_path / "back") == []
