@@ -151,7 +151,7 @@ def explain(error: Exception) -> tuple[int, str]:
         context = getattr(error, "ctx", None)
         hint = f"\nRun `{context.command_path} --help` for what there is." if context else ""
         return error.exit_code, error.format_message().replace("Value error, ", "") + hint
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return 75, f"Out of memory: {text}. Close other programs, or use --threads 1 or --device cpu."
     if isinstance(error, PermissionError):
         return 77, f"{describe(error)}. Check the permissions of that path."

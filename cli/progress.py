@@ -58,7 +58,11 @@ class Display:
         if not self.quiet and sys.stderr.isatty():
             self.bar = bar()
             self.task = self.bar.add_task(self.doing, total=None, count="")
-            self.bar.start()
+            try:
+                self.bar.start()
+            except BaseException:  # an interrupt that comes early must not leave a bar, and no cursor
+                self.bar.stop()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -30,6 +30,8 @@ from qz.quantize.reading import NUMPY, Bytes, Packed, Reader, assemble, reader, 
 from qz.quantize.watch import Watch
 
 QuantType = Literal["nf4", "fp4"]
+WHOLE_BYTES = 48 << 20
+"""How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
 
 
 class Arithmetic(Protocol):
@@ -180,6 +182,8 @@ class Run:
         self.written: dict[str, WrittenFile] = dict(staging.finished)
         self.lock = threading.Lock()
         self.stop = threading.Event()
+        self.room = threading.Condition()
+        self.in_memory = 0
         self.idle = threading.Condition()
         self.working = 0
         self.errors: list[BaseException] = []
@@ -305,9 +309,23 @@ class Run:
         return source.nbytes * chunk.stop // max(weight.count, 1) - source.nbytes * chunk.start // max(weight.count, 1)
 
     def _whole(self, work: _Work) -> int:
-        """A weight that cannot be cut, because it is merged, split or turned."""
+        """A weight that cannot be cut, because it is merged, split or turned. Large ones take turns."""
+        target = SAFETENSORS_NAMES[work.step.weight.dtype]
+        done = sum(source.nbytes for source in work.step.sources)
+        nbytes = max(done, work.step.weight.count * _itemsize(target))
+        with self.room:
+            self.room.wait_for(lambda: not self.in_memory or self.in_memory + nbytes <= WHOLE_BYTES)
+            self.in_memory += nbytes
+        try:
+            self._at_once(work, target)
+        finally:
+            with self.room:
+                self.in_memory -= nbytes
+                self.room.notify_all()
+        return done
+
+    def _at_once(self, work: _Work, target: str) -> None:
         step, weight = work.step, work.step.weight
-        target = SAFETENSORS_NAMES[weight.dtype]
         raw = assemble(self.folder, weight, step.sources)
         buffers, original = _Buffers(self.arithmetic), (values(raw, target), target)
         if not weight.quantized:
@@ -318,7 +336,6 @@ class Run:
             if self.plan.method is not None and self.plan.method.double_quant:
                 work.absmax = np.empty(-(-weight.count // BLOCK_SIZE), np.float32)
             self._quantize(work, original[0], 0, buffers, original)
-        return sum(source.nbytes for source in step.sources)
 
     def _quantize(
         self, work: _Work, values: NDArray[Any], start: int, buffers: _Buffers, original: tuple[NDArray[Any], str]
