@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -110,11 +111,13 @@ class Server:
         only: tuple[str, ...] = (),
         before: str = "",
         environment: dict[str, str] | None = None,
+        terminal: str = "",
     ) -> Running:
         """``qz ARGUMENTS`` in ``cwd``.
 
         At operation ``at`` (from 0; of the kinds ``only``, if any) the Python source ``act`` is executed, where
         ``operation`` and ``path`` are known; ``before`` is executed before the run.
+        With ``terminal``, a path such as ``/dev/pts/7``, the run has that one instead of pipes.
         """
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
@@ -126,6 +129,7 @@ class Server:
             "only": only,
             "before": before,
             "environment": environment or {},
+            "terminal": terminal,
         }
         connection.sendall(json.dumps(wish).encode() + b"\n")
         return Running(connection)
@@ -199,6 +203,8 @@ def supervise(connection: socket.socket) -> None:
             try:
                 connection.close()
                 code = perform(wish, *(stream.fileno() for stream in streams))
+            except BaseException:
+                os.write(streams[1].fileno(), traceback.format_exc().encode())
             finally:
                 os._exit(code)
         file.write(json.dumps({"pid": child}) + "\n")
@@ -218,8 +224,13 @@ def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> 
 
     os.chdir(wish["cwd"])
     os.environ.update(wish["environment"])
+    if wish["terminal"]:
+        os.setsid()
+        stdin = stdout = stderr = os.open(wish["terminal"], os.O_RDWR)  # its controlling terminal from now on
+        os.dup2(stdin, 0)
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     log: list[str] = []
 
     def hook(operation: str, path: str) -> None:

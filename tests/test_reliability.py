@@ -5,15 +5,21 @@ Each run is the whole command in a process of its own, see ``forked``. The write
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import random
 import re
 import select
 import shutil
 import signal
+import struct
+import subprocess
+import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +29,9 @@ import pytest
 
 from forked import EACCES, EIO, ENOSPC, INTERRUPT, TERMINATE, Ended, Server
 from hub_server import OWNER, HubServer
+from qz.formats.folder import LocalFolder
+from qz.formats.record import verify_record
+from qz.formats.safetensors import encode_header, layout
 
 CODES = {0, 1, 2, 65, 66, 69, 73, 74, 75, 77, 78, 130, 143}
 """Documented in docs/reference/exit-codes.md; 1 is a bug, which no test here forgives unless it made one."""
@@ -204,8 +213,8 @@ def test_100_kills_at_random_moments_then_the_same_bytes(
     kill_at_random(server, run, place, expected, 100)
 
 
-SMALL = ("quantize", "small", "-o", "out", "--max-shard-size", "40KB", "--threads", "1")
-SMALL += ("--skip", "mlp", "--skip", "k_proj", "--skip", "v_proj")  # two linears are enough to see every operation
+TWO_LINEARS = ("--skip", "mlp", "--skip", "k_proj", "--skip", "v_proj")  # enough to see every operation
+SMALL = ("quantize", "small", "-o", "out", "--max-shard-size", "40KB", "--threads", "1", *TWO_LINEARS)
 
 
 @pytest.fixture
@@ -410,7 +419,7 @@ def test_of_8_concurrent_starts_one_works_and_the_others_are_told_at_once(
     wait = "while not os.path.exists('go'): time.sleep(0.01)"
     for _ in range(5):
         runs = [server.start(*QUANTIZE, cwd=place, at=0, only=("reserve",), act=wait) for _ in range(8)]
-        done = []
+        done: list[Ended] = []
         while len(done) < 7:  # one is at work until we say so
             readable, _, _ = select.select([run.socket for run in runs], [], [], 20)
             assert readable, "fewer than seven were refused"
@@ -656,3 +665,375 @@ def test_an_interrupt_while_the_hub_is_silent_ends_soon(
     assert left_beside(place) <= {"out.partial", "out.partial.journal"}
     assert server.run(*HUB, cwd=place).code == 0
     assert same_weights(place / "out", expected["nf4"])
+
+
+# Exit codes and messages
+
+CASES: dict[str, tuple[int, tuple[str, ...], dict[str, Any], str]] = {
+    "a bug": (
+        1,
+        QUANTIZE,
+        {"act": "raise ZeroDivisionError(os.environ['HF_TOKEN'])", "at": 40},
+        "report what it shows",
+    ),
+    "a bug while planning": (
+        1,
+        QUANTIZE,
+        {"before": "import qz.quantize.plan as p; p.shard_layout = None"},
+        "Run the command again with --debug",
+    ),
+    "two methods": (2, (*QUANTIZE, "--nf4", "--int8"), {}, "exclude each other"),
+    "an impossible skip": (2, (*QUANTIZE, "--skip", "layers.(0"), {}, "regular expression"),
+    "a truncated source": (65, ("quantize", "short", "-o", "out"), {}, "model.safetensors"),
+    "a source that is not finite": (65, ("quantize", "nan", "-o", "out"), {}, "--keep-nonfinite"),
+    "no source": (66, ("quantize", "./nowhere", "-o", "out"), {}, "./nowhere does not exist"),
+    "no such repository": (66, ("quantize", "big/nothing", "-o", "out"), {}, "big/nothing"),
+    "no Hub": (
+        69,
+        ("quantize", "big/nothing", "-o", "out"),
+        {"before": "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True"},
+        "HF_HUB_OFFLINE is set",
+    ),
+    "an output that exists": (73, (*QUANTIZE, "-o", "taken"), {}, "--overwrite"),
+    "a disk that is full": (74, QUANTIZE, {"act": ENOSPC, "at": 5, "only": ("write",)}, "Free some space"),
+    "a broken disk": (74, QUANTIZE, {"act": EIO, "at": 1, "only": ("fsync",)}, "run the same command again"),
+    "another run": (75, (*QUANTIZE, "-o", "busy"), {}, "Wait until it is done"),
+    "no memory": (75, QUANTIZE, {"act": "raise MemoryError", "at": 40}, "--threads 1"),
+    "an output without permission": (77, QUANTIZE, {"act": EACCES, "at": 0, "only": ("open",)}, "permissions"),
+    "a source without permission": (77, QUANTIZE, {"before": "os.seteuid(65534)"}, "ermission"),
+    "a quantized source": (78, ("quantize", "quantized", "-o", "out"), {}, "qz dequantize"),
+    "a plain source": (78, ("dequantize", "source", "-o", "out"), {}, "qz quantize"),
+    "Ctrl-C": (
+        130,
+        QUANTIZE,
+        {"act": INTERRUPT, "at": 5, "only": ("rename",)},
+        "run the same command again to continue",
+    ),
+    "SIGTERM": (
+        143,
+        QUANTIZE,
+        {"act": TERMINATE, "at": 5, "only": ("rename",)},
+        "run the same command again to continue",
+    ),
+}
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_end_has_its_code_its_advice_and_its_json_and_never_the_token(
+    server: Server, place: Path, models: Path, case: str, debug: bool
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    code, command, how, words = CASES[case]
+    if case == "a source without permission" and os.geteuid():
+        pytest.skip("only root can become someone else")
+    (place / "taken").mkdir()
+    (place / "taken/config.json").write_text("{}")
+    if "short" in command or "nan" in command:
+        name = command[1]
+        (place / name).mkdir()
+        for path in (models / "small").iterdir():
+            if "safetensors" not in path.name:
+                shutil.copy(path, place / name)
+        tensors = {
+            key: tensor for path in (models / "small").glob("*.safetensors") for key, tensor in load_file(path).items()
+        }
+        if name == "nan":
+            tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
+        save_file(tensors, place / name / "model.safetensors", metadata={"format": "pt"})
+        if name == "short":
+            os.truncate(place / name / "model.safetensors", 100_000)
+    before = state(place)
+    with open(place / "busy.partial.journal", "w") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        ended = server.run(*command, "--json", *(["--debug"] if debug else []), cwd=place, **how)
+    (place / "busy.partial.journal").unlink()
+    assert ended.code == code, ended.stderr
+    assert OWNER not in ended.stdout + ended.stderr
+    assert ("Traceback" in ended.stderr) == debug
+    assert words in " ".join(ended.error)
+    assert len(ended.error) <= 5
+    last = json.loads(ended.stdout.splitlines()[-1])
+    assert last.keys() == {"type", "code", "message"}
+    assert (last["type"], last["code"]) == ("exit_error", code)
+    assert words in last["message"]
+    clear_partial(place)
+    assert state(place) == before
+
+
+def test_a_token_is_in_no_file_and_no_message_of_a_run_from_a_private_repository(
+    server: Server, place: Path, hub: HubServer, models: Path
+) -> None:
+    files = {path.name: path for path in (models / "small").iterdir()}
+    hub.add("me/secret", files, private=True)
+    command = ("quantize", "me/secret", "-o", "out", "--max-shard-size", "40KB", "--json", "--debug")
+    killed = server.run(*command, cwd=place, at=3, only=("rename",))
+    failed = server.run(*command, cwd=place, at=30, act="raise OSError(5, os.environ['HF_TOKEN'], path)")
+    ended = [killed, failed, server.run(*command, cwd=place)]
+    assert [each.code for each in ended] == [-signal.SIGKILL, 74, 0]
+    assert not any(OWNER in each.stdout + each.stderr for each in ended)
+    (place / "source").unlink()
+    (place / "small").unlink()
+    (place / "quantized").unlink()
+    assert not [path for path in place.rglob("*") if path.is_file() and OWNER.encode() in path.read_bytes()]
+
+
+# Limits
+
+
+def test_64_descriptors_are_enough_for_500_shards_in_and_out(server: Server, place: Path) -> None:
+    save_llama(place / "many", layers=72, shard="1KB")
+    sources = len(list((place / "many").glob("*.safetensors")))
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+    command = ("quantize", "many", "-o", "out", "--max-shard-size", "2KB", "--threads", "8")
+    ended = server.run(*command, "--quiet", cwd=place, before=few)
+    check(ended)
+    assert ended.code == 0, ended.stderr
+    assert sources > 500
+    assert len(list((place / "out").glob("*.safetensors"))) > 500
+    assert verify_record(LocalFolder(place / "out")) == ()
+
+
+def test_an_output_where_nothing_may_be_written_is_a_question_of_permission(server: Server, place: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can become someone else")
+    shutil.copytree(place / "source", place / "open")
+    for path in (place, place / "open", *(place / "open").iterdir()):
+        path.chmod(0o755)
+    ended = server.run("quantize", "open", "-o", "out", cwd=place, before="os.seteuid(65534)")
+    check(ended)
+    assert ended.code == 77
+    assert "cannot open" in ended.stderr
+    assert "write elsewhere with -o/--output" in ended.stderr
+    assert left_beside(place) == {"open"}
+
+
+def sparse_model(folder: Path, config: Any, model_class: Any) -> tuple[int, int]:
+    """A checkpoint in bfloat16 of zeros that take no place on disk; its bytes, and those of its largest tensor."""
+    import torch
+
+    with torch.device("meta"):
+        state = model_class(config).state_dict()
+    tensors = layout((name, "BF16", tuple(tensor.shape)) for name, tensor in state.items())
+    header = encode_header(tensors)
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + tensors[-1].stop)
+    config.architectures = [model_class.__name__]
+    config.save_pretrained(folder)
+    return tensors[-1].stop, max(tensor.nbytes for tensor in tensors)
+
+
+BOUNDED = """
+import re, resource
+found = re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+limit = int(found[1]) * 1024 + {more}
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+"""
+
+
+def anonymous(pid: int) -> int:
+    """RssAnon in bytes, 0 if the process is gone."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(found.group(1)) * 1024 if found else 0
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_memory_stays_below_three_times_the_largest_tensor_and_256_mb(server: Server, place: Path, shape: str) -> None:
+    """Llama streams in chunks; GPT-2's weights are turned, so each is in memory as a whole: one at a time."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if shape == "llama":
+        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 8}
+        config = LlamaConfig(**sizes, vocab_size=1000, tie_word_embeddings=False, dtype="bfloat16")
+        total, largest = sparse_model(place / "model", config, LlamaForCausalLM)
+    else:
+        config = GPT2Config(n_embd=2560, n_layer=4, n_head=8, vocab_size=1000, dtype="bfloat16")
+        total, largest = sparse_model(place / "model", config, GPT2LMHeadModel)
+    allowed = 3 * largest + 256 * 1_000_000
+    assert total > allowed, "the model would fit into the bound"
+    command = ("quantize", "model", "-o", "out", "--threads", "8", "--quiet")
+    running = server.start(*command, cwd=place, before=BOUNDED.format(more=allowed))
+    begun = peak = anonymous(running.pid)
+    while (now := anonymous(running.pid)) > 0:
+        peak = max(peak, now)
+        time.sleep(0.002)
+    ended = running.wait()
+    check(ended)
+    assert ended.code == 0, ended.stderr
+    assert peak - begun < allowed
+    print(f"{shape}: {peak - begun:,} of {allowed:,} bytes allowed, source {total:,}")
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_do_not_change_a_byte(run: Run, place: Path, expected: dict[str, dict[str, str]], way: str) -> None:
+    for threads in (1, 4, 8):
+        assert run(*WAYS[way], "--threads", str(threads)).code == 0
+        assert contents(place / "out") == expected[way]
+        clear(place)
+
+
+def test_hash_seeds_do_not_change_a_byte(place: Path, expected: dict[str, dict[str, str]]) -> None:
+    """The real command, in five fresh processes."""
+    for seed, way in zip("01234", [*WAYS, "nf4-double"], strict=True):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_TOKEN": OWNER, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "qz", *WAYS[way]]
+        ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert contents(place / "out") == expected[way]
+        clear(place)
+
+
+# Real file systems
+
+
+def test_real_disks_of_20_sizes_and_the_same_command_once_there_is_room(
+    server: Server, place: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    mounted = place / "mounted"
+    mounted.mkdir()
+    whole = sum(path.stat().st_size for path in (place / "source").iterdir())
+    codes = []
+    for number in range(1, 21):
+        size = whole * number // 16 // 4096 * 4096
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not allowed here")
+        try:
+            # Without the look at the free space beforehand, the disk is full somewhere in the middle.
+            blind = "import qz.formats.files as f; f.free_bytes = lambda _: 1 << 50; f._fallocate = None"
+            command = (*QUANTIZE, "-o", "mounted/out")
+            ended = server.run(*command, cwd=place, before=blind if number % 2 else "")
+            check(ended)
+            codes.append(ended.code)
+            assert ended.code in (0, 74), ended.stderr
+            if ended.code == 74:
+                assert "pace" in ended.stderr
+                assert re.search(r"needs [\d,]+ bytes, [\d,]+ are free", ended.stderr), ended.stderr
+                assert not (mounted / "out").exists()
+                subprocess.run(["mount", "-o", "remount,size=64m", str(mounted)], check=True)
+                again = server.run(*command, cwd=place)
+                check(again)
+                assert again.code == 0, again.stderr
+            assert contents(mounted / "out") == expected["nf4"]
+            assert {path.name for path in mounted.iterdir()} == {"out"}
+        finally:
+            subprocess.run(["umount", str(mounted)], check=True)
+    assert set(codes) == {0, 74}
+
+
+def test_what_a_run_wrote_can_be_verified_and_a_flipped_bit_is_found(run: Run, place: Path) -> None:
+    assert run(*QUANTIZE).code == 0
+    assert run("inspect", "out", "--verify").code == 0
+    file = max((place / "out").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 4
+    file.write_bytes(data)
+    ended = run("inspect", "out", "--verify")
+    assert ended.code == 65
+    assert file.name in ended.stderr + ended.stdout
+
+
+# A terminal
+
+
+def in_terminal(server: Server, place: Path, command: tuple[str, ...], key_at: str = "") -> tuple[int, str]:
+    """Run in a terminal, and press Ctrl-C when a text appears: the exit code, and all that was shown."""
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    before = termios.tcgetattr(other)
+    environment = {"TERM": "xterm-256color"}
+    running = server.start(*command, cwd=place, terminal=os.ttyname(other), environment=environment)
+    shown, pressed = b"", not key_at
+    while True:
+        readable: list[int] = select.select([main, running.socket.fileno()], [], [], 60)[0]
+        if main in readable:
+            shown += os.read(main, 65536)
+            if not pressed and key_at.encode() in shown:
+                os.write(main, b"\x03")
+                pressed = True
+        elif readable:
+            break
+        else:
+            raise TimeoutError(shown.decode())
+    assert termios.tcgetattr(other) == before
+    os.close(main)
+    os.close(other)
+    assert pressed, shown.decode()
+    return running.wait().code, shown.decode()
+
+
+def last_lines(shown: str) -> list[str]:
+    """The lines that can be read in the end: without colours, and without a bar that was erased."""
+    plain = re.sub(r"[^\n]*\n(\x1b\[\?25h)?\r?\x1b\[1A\x1b\[2K", "", shown)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", plain).replace("\r\n", "\n").strip().split("\n")
+
+
+@pytest.mark.parametrize("moment", ["Quantizing", "B/s"])
+def test_ctrl_c_during_the_progress_bar_leaves_a_clean_terminal_and_the_next_run_continues(
+    server: Server, place: Path, moment: str
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 8}
+    config = LlamaConfig(**sizes, vocab_size=1000, tie_word_embeddings=False, dtype="bfloat16")
+    sparse_model(place / "model", config, LlamaForCausalLM)
+    command = ("quantize", "model", "-o", "out", "--max-shard-size", "5MB", "--threads", "1")
+    code, shown = in_terminal(server, place, command, moment)
+    assert code == 130, shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, shown  # the cursor is there again
+    error = last_lines(shown)[-1]
+    assert error.startswith("Error: Interrupted."), shown
+    code, shown = in_terminal(server, place, command)
+    assert code == 0, shown
+    if kept := re.search(r"(\d+) finished shards? (is|are) kept", error):
+        assert f"Continuing: {kept.group(1)} of " in shown
+    else:
+        assert moment == "Quantizing"
+    assert last_lines(shown)[-1].startswith("took "), shown
+    assert verify_record(LocalFolder(place / "out")) == ()
+    assert left_beside(place) == {"model", "out"}
+
+
+# Long runs: make soak
+
+
+@pytest.mark.soak
+def test_1000_kills_at_random_moments_then_the_same_bytes(
+    server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    kill_at_random(server, run, place, expected, 1000)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("error", [(ENOSPC, 74), (EIO, 74), (EACCES, 77)], ids=["ENOSPC", "EIO", "EACCES"])
+def test_each_error_at_every_operation(
+    run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]], error: tuple[str, int]
+) -> None:
+    fail_everywhere(run, place, small, (error,))
+
+
+@pytest.mark.soak
+def test_8_real_commands_at_once_20_rounds(place: Path, expected: dict[str, dict[str, str]]) -> None:
+    command = [sys.executable, "-m", "qz", *QUANTIZE]
+    environment = {**os.environ, "HF_TOKEN": OWNER, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for _ in range(20):
+        runs = [
+            subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for _ in range(8)
+        ]
+        codes = sorted(each.wait() for each in runs)
+        assert codes[0] == 0
+        assert set(codes[1:]) <= {73, 75}
+        assert contents(place / "out") == expected["nf4"]
+        assert left_beside(place) == {"out"}
+        clear(place)
