@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from qz.quantize.inspection import Inspection, Quantization, Verified
     from qz.quantize.pipeline_inspection import ComponentInspection, PipelineInspection
 
+LOW_COVERAGE = 0.5
 SHOWN = 20
 """Problems that the report shows; the JSON has all."""
-NAMES = {"nf4": "nf4", "nf4_double_quant": "nf4 + double quant", "fp4": "fp4", "int8": "int8"}
+NAMES = {"nf4_double_quant": "nf4 + double"}
 ESTIMATES = (
-    Column("quantized to"),
+    Column("quantized"),
     Column("on disk", right=True),
     Column("in memory", right=True),
-    Column("parameters", right=True),
+    Column("share", right=True),
 )
 DTYPES = (
     Column("stored as"),
@@ -164,12 +165,15 @@ def estimated(found: Inspection | PipelineInspection, components: Sequence[Compo
     assert found.estimates is not None
     rows = [estimate(NAMES.get(name, name), each, found.parameters or 0) for name, each in found.estimates.items()]
     notes = []
+    if max(each.quantized_parameters for each in found.estimates.values()) < LOW_COVERAGE * (found.parameters or 0):
+        notes.append("Most parameters would stay: only linear layers are quantized, not embeddings or fused experts.")
     if components:
         chosen = [component.name for component in components if component.chosen]
         notes.append(f"With {', '.join(chosen)} quantized.")
     if not all(each.exact for each in found.estimates.values()):
         notes.append("Estimated from names and shapes; --plan asks the model's library.")
-    return table(ESTIMATES, rows) + ("\n" + facts([("", " ".join(notes))]).lstrip() if notes else "")
+    lines = [line for note in notes for line in fold(note, terminal_width() or len(note))]
+    return "\n".join([table(ESTIMATES, rows), *lines])
 
 
 def estimate(name: str, each: Estimate, parameters: int) -> tuple[str, ...]:

@@ -1,17 +1,16 @@
 """What quantizing would give, in bytes on disk and in memory, from headers alone and without a library's code.
 
-Which tensors are linear layers is the rule's guess (``structure.py``); what each of them becomes, and what the headers
-in front of them take, is exact.
+Which tensors are linear layers is the rule's guess (``structure.py``); what each of them becomes is exact, and so is
+the header in front of them while they fit in one file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qz.formats import shards
-from qz.formats.safetensors import BITS, encode_header, layout
+from qz.formats.safetensors import BITS
 from qz.quantize.methods import FourBit, Int8, Method, Part
 from qz.quantize.structure import TORCH_NAMES, Value
 
@@ -25,8 +24,10 @@ METHODS: dict[str, Method] = {
     "int8": Int8(),
 }
 MAX_SHARD_BYTES = 5 * 10**9
-MEASURED = 8_000
+MEASURED = 20_000
 """Of so many tensors the headers are laid out to know their length; of more, it is taken from these."""
+_RANK = {dtype: -place for place, dtype in enumerate(BITS)}
+_AROUND = len(',"":{"dtype":"","shape":[],"data_offsets":[,]}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,40 +43,35 @@ class Estimate:
     exact: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor of the output."""
-
-    name: str
-    part: Part
-    nbytes: int
-    group: int
+_Stored = tuple[str, Part, int, int]
+"""A tensor of the output: its name, dtype and shape, bytes, and the number of the tensor that it was made from."""
 
 
 def estimate(values: Sequence[Value], method: Method, library: Library) -> Estimate:
     """What the model would be, quantized with ``method`` under the library's default skips, in shards of 5 GB."""
     stored: list[_Stored] = []
     footprint = quantized = 0
-    alike: dict[tuple[tuple[int, ...], str], tuple[Part, ...]] = {}
+    alike: dict[tuple[tuple[int, ...], str], list[tuple[Part, int]]] = {}
     for number, value in enumerate(values):
         if not value.linear:
             footprint += value.nbytes
-            stored.append(_Stored(value.name, Part("", value.dtype, value.shape), value.nbytes, number))
+            stored.append((value.name, Part("", value.dtype, value.shape), value.nbytes, number))
             continue
         footprint += method.footprint(value.count)
         quantized += value.count
         key = (value.shape, value.dtype)
         if key not in alike:
-            alike[key] = method.parts(value.shape, TORCH_NAMES[value.dtype])
+            alike[key] = [(part, _nbytes(part)) for part in method.parts(value.shape, TORCH_NAMES[value.dtype])]
         path = value.name.removesuffix("weight")
-        stored += (_Stored(path + part.suffix, part, _nbytes(part), number) for part in alike[key])
-    total = sum(each.nbytes for each in stored)
-    return Estimate(total + _headers(stored, library), footprint, quantized)
+        stored += [(path + part.suffix, part, nbytes, number) for part, nbytes in alike[key]]
+    total = sum(nbytes for _, _, nbytes, _ in stored)
+    return Estimate(total + _headers(stored, total, library), footprint, quantized)
 
 
-def unquantized(values: Sequence[Value], library: Library) -> Estimate:
-    """The same model as it is loaded, without quantization."""
-    return estimate([replace(value, linear=False) for value in values], METHODS["nf4"], library)
+def estimates(values: Sequence[Value], library: Library) -> dict[str, Estimate]:
+    """By every method. The two 4-bit types differ in codes and in the letters of their names, in no length."""
+    found = {name: estimate(values, METHODS[name], library) for name in ("nf4", "nf4_double_quant", "int8")}
+    return {name: found[name if name in found else "nf4"] for name in METHODS}
 
 
 def _nbytes(part: Part) -> int:
@@ -85,30 +81,40 @@ def _nbytes(part: Part) -> int:
     return bits // 8
 
 
-def _headers(stored: Sequence[_Stored], library: Library) -> int:
-    """Bytes of all headers: in natural order for transformers, in the file's for diffusers, split as they do it."""
+def _headers(stored: Sequence[_Stored], total: int, library: Library) -> int:
+    """Bytes of all headers. Those of several files may be a few bytes off: each library has an order of its own."""
     if len(stored) > MEASURED:
-        step = len(stored) // MEASURED + 1
-        return _headers(stored[::step], library) * len(stored) // len(stored[::step])
-    grouped = library == "diffusers"
-    ordered = stored if grouped else sorted(stored, key=lambda each: _natural(each.name))
-    items = [
-        shards.Item(each.name, each.nbytes, each.group if grouped else place) for place, each in enumerate(ordered)
-    ]
-    parts = {each.name: each.part for each in stored}
-    return sum(_header([(name, parts[name]) for name in names]) for names in shards.split(items, MAX_SHARD_BYTES))
-
-
-def _header(tensors: Sequence[tuple[str, Part]]) -> int:
-    """As ``plan.shard_layout`` lays them out: those of variable length last."""
-    placed = layout((name, part.dtype, part.shape) for name, part in tensors if not part.variable)
-    end = placed[-1].stop if placed else 0
-    last = layout((name, part.dtype, part.shape) for name, part in tensors if part.variable)
-    return len(
-        encode_header([*placed, *(replace(info, start=info.start + end, stop=info.stop + end) for info in last)])
+        sample = stored[:: len(stored) // MEASURED + 1]
+        return _headers(sample, total, library) * len(stored) // len(sample)
+    return (
+        sum(map(_header, _split(stored, together=library == "diffusers")))
+        if total > MAX_SHARD_BYTES
+        else _header(stored)
     )
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """``model.layers.10`` after ``model.layers.9``, nearly as transformers' ``dot_natural_key`` sorts."""
-    return [(not part.isdigit(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
+def _split(stored: Sequence[_Stored], *, together: bool) -> Iterator[list[_Stored]]:
+    """Shards of at most ``MAX_SHARD_BYTES``, a quantized weight and what belongs to it ``together`` or not."""
+    current: list[_Stored] = []
+    size, last = 0, -1
+    for each in stored:
+        if size + each[2] > MAX_SHARD_BYTES and current and not (together and each[3] == last):
+            yield current
+            current, size = [], 0
+        current.append(each)
+        size, last = size + each[2], each[3]
+    yield current
+
+
+def _header(tensors: Iterable[_Stored]) -> int:
+    """The length that ``encode_header`` gives them in ``plan.shard_layout``'s order: those of variable length last."""
+    length = len('{"__metadata__":{"format":"pt"}}')
+    position = 0
+    for name, part, nbytes, _ in sorted(tensors, key=lambda each: (each[1].variable, _RANK[each[1].dtype], each[0])):
+        rank = len(part.shape)
+        shape = len(str(part.shape)) - rank - 1 - (rank == 1) if rank else 0  # without brackets and spaces
+        length += len(name) + len(part.dtype) + shape + len(f"{position}{position + nbytes}") + _AROUND
+        if not name.isascii() or '"' in name or "\\" in name:
+            length += len(name.encode()) - len(name) + name.count('"') + name.count("\\")
+        position += nbytes
+    return 8 + length + -length % 8

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 from qz import MalformedInput, QzError
 from qz.formats.problems import Problem, worst_first
-from qz.quantize.architecture import SAFETENSORS_NAMES, Architecture, Wish, examine
-from qz.quantize.estimate import METHODS, Estimate, estimate
-from qz.quantize.structure import WIDTHS, Value
+from qz.quantize.estimate import METHODS, Estimate
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint import Checkpoint
@@ -48,36 +46,23 @@ def _of_quantized(found: Inspection, checkpoint: Checkpoint) -> Inspection:
 
 
 def _of_plain(found: Inspection, checkpoint: Checkpoint) -> Inspection:
-    from qz.quantize.convert import equal_tensors
+    from qz.quantize.convert import plan_quantization
+    from qz.quantize.settings import Settings
 
-    # Every method takes the same weights, so one plan gives the figures of all.
-    wish = Wish(METHODS["nf4"])
-    architecture = examine(checkpoint, wish, equal=lambda one, other: equal_tensors(checkpoint, one, other))
-    values = planned_values(architecture)
+    plans = {name: plan_quantization(checkpoint, Settings(method)) for name, method in METHODS.items()}
+    architecture = plans["nf4"].architecture
     return replace(
         found,
         parameters=architecture.parameters,
         memory_footprint=architecture.footprint.before,
         memory_footprint_exact=True,
-        estimates={name: _exact(architecture, values, name, checkpoint) for name in METHODS},
+        estimates={
+            name: Estimate(
+                bytes=sum(shard.size for shard in plan.shards),
+                memory_footprint=plan.architecture.footprint.after,
+                quantized_parameters=sum(weight.count for weight in plan.quantized),
+                exact=True,
+            )
+            for name, plan in plans.items()
+        },
     )
-
-
-def planned_values(architecture: Architecture) -> list[Value]:
-    """The tensors that the library would save, in its order, as the rule describes them."""
-    values = []
-    for saved in architecture.saved:
-        weight = saved.weight
-        if saved.part == "weight":
-            dtype = SAFETENSORS_NAMES[weight.dtype]
-            values.append(Value(saved.name, dtype, weight.shape, weight.count * WIDTHS[dtype], linear=True))
-        elif not saved.part:
-            values.append(Value(saved.name, saved.dtype, saved.shape, saved.nbytes))
-    return values
-
-
-def _exact(architecture: Architecture, values: list[Value], name: str, checkpoint: Checkpoint) -> Estimate:
-    method = METHODS[name]
-    sizes = estimate(values, method, checkpoint.library)
-    less = sum(value.nbytes - method.footprint(value.count) for value in values if value.linear)
-    return replace(sizes, memory_footprint=architecture.footprint.before - less, exact=True)

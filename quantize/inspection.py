@@ -19,7 +19,7 @@ from qz.formats.quantization_config import Settings, read_settings
 from qz.formats.quantized import QuantizedWeight, read_quantized
 from qz.formats.record import read_record, verify_record
 from qz.formats.shards import index_name
-from qz.quantize.estimate import METHODS, Estimate, estimate
+from qz.quantize.estimate import Estimate, estimates
 from qz.quantize.structure import FLOATS, Plain, ties, values
 
 REMOTE_STATES = 16
@@ -205,9 +205,7 @@ def _described(
     broken = any(problem.severity == "error" for problem in problems)
     settings = read_settings(checkpoint.config, Problems(""))
     quantization = _quantization(settings, weights)
-    estimates = None
-    if quantization is None and not broken:
-        estimates = {name: estimate(loaded, method, checkpoint.library) for name, method in METHODS.items()}
+    given = estimates(loaded, checkpoint.library) if quantization is None and not broken else None
     packed = sum(weight.parts["weight"].nbytes for weight in weights.values())
     footprint = packed + sum(value.nbytes for value in loaded if value.name not in weights)
     recorded = None if broken else _recorded_footprint(checkpoint, footprint)
@@ -220,7 +218,7 @@ def _described(
         quantization=quantization,
         memory_footprint=footprint if recorded is None else recorded,
         memory_footprint_exact=recorded is not None,
-        estimates=estimates,
+        estimates=given,
         ties=ties(checkpoint.library, checkpoint.architecture, checkpoint.config, checkpoint.tensors),
         files=_files(checkpoint),
         problems=problems,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,14 +17,14 @@ from converted import method_of, plan_of
 from qz.formats.checkpoint import Checkpoint, open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.pipeline import open_pipeline
+from qz.formats.safetensors import encode_header, layout
 from qz.quantize.architecture import Wish, examine
 from qz.quantize.choice import choose
 from qz.quantize.estimate import METHODS, estimate
-from qz.quantize.exact import planned_values
 from qz.quantize.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED
 from qz.quantize.inspection import Origin, inspect_model, look_at, plain
 from qz.quantize.methods import FourBit
-from qz.quantize.structure import Value, ties, values
+from qz.quantize.structure import TORCH_NAMES, Value, ties, values
 
 MODELS = [*zoo.TRANSFORMERS, *zoo.DIFFUSERS]
 NAMES = {"nf4": "nf4", "nf4_double_quant": "nf4-double", "fp4": "fp4", "int8": "int8"}
@@ -59,8 +60,8 @@ def test_the_rule_takes_the_weights_that_the_library_takes(name: str, saved: Cal
     taken = {source for weight in plan.quantized for source in weight.sources}
     found = by_rule(plan.checkpoint)
     assert {value.name for value in found if value.linear} == taken
-    dtypes = {each.name: each.dtype for each in planned_values(plan.architecture)}
-    assert {value.name: value.dtype for value in found} == dtypes
+    dtypes = {saved.name: saved.weight.dtype for saved in plan.architecture.saved if saved.part in ("", "weight")}
+    assert {value.name: TORCH_NAMES.get(value.dtype, "int64") for value in found} == dtypes
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -113,11 +114,30 @@ def test_a_pipelines_components_are_estimated_like_single_models(tmp_path: Path)
 
 
 def test_headers_of_huge_models_are_taken_from_a_sample_and_nearly_right() -> None:
-    found = [Value(f"model.layers.{n}.mlp.up_proj.weight", "BF16", (64, 64), 8192, linear=True) for n in range(4000)]
+    found = [Value(f"model.layers.{n}.mlp.up_proj.weight", "BF16", (64, 64), 8192, linear=True) for n in range(8000)]
     sampled = estimate(found, METHODS["nf4"], "transformers")
-    halves = [estimate(found[start : start + 2000], METHODS["nf4"], "transformers") for start in (0, 2000)]
+    halves = [estimate(found[start : start + 4000], METHODS["nf4"], "transformers") for start in (0, 4000)]
     assert sampled.bytes == pytest.approx(sum(half.bytes for half in halves), rel=0.01)
     assert sampled.memory_footprint == sum(half.memory_footprint for half in halves)
+
+
+def test_odd_names_and_shapes_take_the_room_that_they_take_in_a_header() -> None:
+    names = ["ä.weight", 'q"uote', "back\\slash", "scalar", "empty", "plain.weight"]
+    shapes: list[tuple[int, ...]] = [(3, 5), (7,), (1, 1, 1), (), (0, 4), (10, 200)]
+    found = [Value(name, "F32", shape, 4 * math.prod(shape)) for name, shape in zip(names, shapes, strict=True)]
+    placed = layout((value.name, value.dtype, value.shape) for value in found)
+    assert estimate(found, METHODS["nf4"], "diffusers").bytes == len(encode_header(placed)) + placed[-1].stop
+
+
+def test_the_headers_of_several_shards_are_counted() -> None:
+    found = [Value(f"layers.{n}.up.weight", "BF16", (20_000, 20_000), 800_000_000, linear=True) for n in range(40)]
+    for method in METHODS.values():
+        whole, data = (
+            estimate(found, method, "diffusers"),
+            sum(estimate([each], method, "diffusers").bytes for each in found),
+        )
+        assert whole.bytes > 5 * 10**9
+        assert 0 < data - whole.bytes < 40 * 100
 
 
 def test_what_is_said_of_families_is_what_the_libraries_say() -> None:
