@@ -314,8 +314,10 @@ def _recorded_footprint(checkpoint: Checkpoint, least: int) -> int | None:
         record = read_record(checkpoint.folder)
     except QzError:
         return None
-    sizes = checkpoint.folder.sizes()
-    if record is None or any(sizes.get(file.name) != file.bytes for file in record.files):
+    if record is None:
+        return None
+    recorded = {file.name: file.bytes for file in record.files}
+    if any(recorded.get(name) != size for name, size in checkpoint.sizes.items()):
         return None
     footprint = record.about.get("memory_footprint")
     after = footprint.get("after") if isinstance(footprint, dict) else None
