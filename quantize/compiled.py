@@ -78,3 +78,23 @@ def float_of(_: Any, value: Any) -> Any:  # noqa: ARG001
         return builder.bitcast(arguments[0], context.get_value_type(types.float32))
 
     return types.float32(types.uint32), generate
+
+
+@intrinsic
+def bits_64(_: Any, value: Any) -> Any:  # noqa: ARG001
+    """The bits of a float64, as int64."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.int64))
+
+    return types.int64(types.float64), generate
+
+
+@intrinsic
+def double_of(_: Any, value: Any) -> Any:  # noqa: ARG001
+    """The float64 of these bits."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float64))
+
+    return types.float64(types.int64), generate

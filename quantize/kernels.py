@@ -230,15 +230,15 @@ def cast(values: Array, source_dtype: str, target_dtype: str, out: Array) -> Non
     _backend.cast(values, source_dtype, target_dtype, out)
 
 
-def error_sums(original: Array, dtype: str, dequantized: Array) -> tuple[float, float, float]:
+def error_sums(original: Array, dtype: str, dequantized: Array, of: str = "F32") -> tuple[float, float, float]:
     """Sum of squared differences, sum of squared originals, and largest absolute difference, in float64.
 
-    ``original``: 1-D of ``dtype``. ``dequantized``: float32 of the same length. Sums of chunks may be added up; their
-    last bits depend on the chunks and the backend.
+    ``original``: 1-D of ``dtype``. ``dequantized``: as many values, of the dtype ``of``. Sums of chunks may be added
+    up; their last bits depend on the chunks and the backend. A NaN among ``dequantized`` makes the first and last NaN.
     """
     _check(original, (original.size,), _BITS[dtype], "original")
-    _check(dequantized, (original.size,), np.float32, "dequantized")
-    squares, total, largest = _backend.error_sums(original, dtype, dequantized)
+    _check(dequantized, (original.size,), _BITS[of], "dequantized")
+    squares, total, largest = _backend.error_sums(original, dtype, dequantized, of)
     return float(squares), float(total), float(largest)
 
 

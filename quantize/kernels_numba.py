@@ -13,13 +13,13 @@ import numpy.typing as npt
 from numba import types
 
 from qz.quantize import blocks, quant_maps
-from qz.quantize.compiled import array, bits, compiled, float_of, inlined
+from qz.quantize.compiled import array, bits, bits_64, compiled, double_of, float_of, inlined
 
 _Array = npt.NDArray[Any]
 
 _NON_FINITE = types.UniTuple(types.int64, 2)
 _SUMS = types.UniTuple(types.float64, 3)
-_U8, _F32 = array(types.uint8), array(types.float32)
+_U8, _U16, _F32 = array(types.uint8), array(types.uint16), array(types.float32)
 _U8_OUT, _U16_OUT, _F32_OUT = (array(dtype, output=True) for dtype in (types.uint8, types.uint16, types.float32))
 
 
@@ -236,38 +236,44 @@ def _cast_16(values: Any, to_bf16: Any, out: Any) -> bool:
     return nan == 0
 
 
-@inlined
-def _sums(original: Any, dequantized: Any) -> tuple[float, float, float]:
-    squares, total, largest = 0.0, 0.0, 0.0
+# The largest of several magnitudes is found among their bits, as integers: these have the same order, with NaN above
+# all, and LLVM compares them as vectors.
+
+
+@compiled(_SUMS(_F32, _F32), fastmath={"reassoc"})
+def _error_sums_f32(original: Any, dequantized: Any) -> tuple[float, float, float]:
+    squares, total, largest = 0.0, 0.0, np.int64(0)
     for i in range(original.size):
         x = np.float64(original[i])
         difference = np.float64(dequantized[i]) - x
         squares += difference * difference
         total += x * x
-        largest = max(largest, abs(difference))
-    return squares, total, largest
+        largest = max(largest, bits_64(abs(difference)))
+    return squares, total, double_of(largest)
 
 
-@compiled(_SUMS(_F32, _F32), fastmath={"reassoc"})
-def _error_sums_f32(original: Any, dequantized: Any) -> tuple[float, float, float]:
-    return _sums(original, dequantized)
+@compiled(_SUMS(_U16, _U16), fastmath={"reassoc"})
+def _error_sums_bf16(original: Any, dequantized: Any) -> tuple[float, float, float]:
+    squares, total, largest = 0.0, 0.0, np.int64(0)
+    for i in range(original.size):
+        x = np.float64(_of_bf16(original[i]))
+        difference = np.float64(_of_bf16(dequantized[i])) - x
+        squares += difference * difference
+        total += x * x
+        largest = max(largest, bits_64(abs(difference)))
+    return squares, total, double_of(largest)
 
 
-@compiled(_SUMS(array(types.uint16), types.boolean, _F32), fastmath={"reassoc"})
-def _error_sums_16(original: Any, bf16: Any, dequantized: Any) -> tuple[float, float, float]:
-    values = np.empty(4096, np.float32)
-    squares, total, largest = 0.0, 0.0, 0.0
-    for start in range(0, original.size, 4096):
-        source = original[start : start + 4096]
-        if bf16:
-            for i in range(source.size):
-                values[i] = _of_bf16(source[i])
-        else:
-            for i in range(source.size):
-                values[i] = _of_f16(source[i])
-        more = _sums(values[: source.size], dequantized[start : start + 4096])
-        squares, total, largest = squares + more[0], total + more[1], max(largest, more[2])
-    return squares, total, largest
+@compiled(_SUMS(_U16, _U16), fastmath={"reassoc"})
+def _error_sums_f16(original: Any, dequantized: Any) -> tuple[float, float, float]:
+    squares, total, largest = 0.0, 0.0, np.int64(0)
+    for i in range(original.size):
+        x = np.float64(_of_f16(original[i]))
+        difference = np.float64(_of_f16(dequantized[i])) - x
+        squares += difference * difference
+        total += x * x
+        largest = max(largest, bits_64(abs(difference)))
+    return squares, total, double_of(largest)
 
 
 def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, absmax: _Array) -> tuple[int, int]:
@@ -326,7 +332,11 @@ def cast(values: _Array, source_dtype: str, target_dtype: str, out: _Array) -> N
         kernels_torch.cast(values, source_dtype, target_dtype, out)
 
 
-def error_sums(original: _Array, dtype: str, dequantized: _Array) -> tuple[float, float, float]:
-    if dtype == "F32":
-        return _error_sums_f32(original, dequantized)
-    return _error_sums_16(original, dtype == "BF16", dequantized)
+def error_sums(original: _Array, dtype: str, dequantized: _Array, of: str) -> tuple[float, float, float]:
+    if dtype == of != "F32":
+        return (_error_sums_bf16 if dtype == "BF16" else _error_sums_f16)(original, dequantized)
+    return _error_sums_f32(_wide(original, dtype), _wide(dequantized, of))
+
+
+def _wide(values: _Array, dtype: str) -> _Array:
+    return values if dtype == "F32" else quant_maps.widen(values, dtype)

@@ -110,15 +110,15 @@ def quantize_blockwise(values: _Array, blocksize: int, out: _Array, absmax: _Arr
         absmax[start // blocksize : start // blocksize + scales.numel()] = scales.numpy()
 
 
-def error_sums(original: _Array, dtype: str, dequantized: _Array) -> tuple[float, float, float]:
-    squares, total, largest = 0.0, 0.0, 0.0
+def error_sums(original: _Array, dtype: str, dequantized: _Array, of: str) -> tuple[float, float, float]:
+    squares, total, largest = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
     for start in range(0, original.size, _CHUNK):
         reference = tensor(original[start : start + _CHUNK], dtype).double()
-        difference = tensor(dequantized[start : start + _CHUNK], "F32").double() - reference
+        difference = tensor(dequantized[start : start + _CHUNK], of).double() - reference
         squares += float(difference.square().sum())
         total += float(reference.square().sum())
-        largest = max(largest, float(difference.abs().max()))
-    return squares, total, largest
+        largest = torch.maximum(largest, difference.abs().max())
+    return squares, total, float(largest)
 
 
 def cast(values: _Array, source_dtype: str, target_dtype: str, out: _Array) -> None:

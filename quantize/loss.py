@@ -11,11 +11,9 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qz.quantize import kernels
-from qz.quantize.reading import Memory
 
 UNRELATED = 0.9
 """Relative error from which on two models have nothing in common: that of unrelated weights is about 1.4."""
@@ -78,16 +76,12 @@ class Tally:
         self.sums: dict[str, tuple[int, float, float, float]] = {}
         self.lock = threading.Lock()
 
-    def add(self, name: str, original: NDArray[Any], dtype: str, values: NDArray[Any], of: str, memory: Memory) -> None:
+    def add(self, name: str, original: NDArray[Any], dtype: str, values: NDArray[Any], of: str) -> None:
         """Add a chunk of the weight ``name``: its ``original`` values of ``dtype``, and the dequantized ones of ``of``.
 
         Both 1-D, as kernels see them: float32, or the bits of float16 and bfloat16.
         """
-        if of != "F32":
-            wide = memory("wide", values.size * 4).view(np.float32)
-            kernels.cast(values, of, "F32", wide)
-            values = wide
-        squares, total, largest = kernels.error_sums(original, dtype, values)
+        squares, total, largest = kernels.error_sums(original, dtype, values, of)
         with self.lock:
             before = self.sums.get(name, (0, 0.0, 0.0, 0.0))
             top = largest if math.isnan(largest) else max(before[3], largest)

@@ -124,7 +124,7 @@ class WhileQuantizing(Measure):
             kernels.dequantize_4bit(codes, scales, method.quant_type, BLOCK_SIZE, dtype, again)
         else:
             kernels.dequantize_int8(codes, scales, dtype, again.reshape(codes.shape))
-        self.tally.add(step.name, *original, again, dtype, memory)
+        self.tally.add(step.name, *original, again, dtype)
 
 
 class AgainstOriginal(Measure):
@@ -159,7 +159,7 @@ class AgainstOriginal(Measure):
             raise Unsupported(
                 f"{self.folder.location} holds {quoted(name)} as {dtype}. Compare with float32, float16 or bfloat16."
             )
-        self.tally.add(name, original.view(NUMPY[dtype]), dtype, *values, memory)
+        self.tally.add(name, original.view(NUMPY[dtype]), dtype, *values)
 
     def _original(self, step: Step, start: int, stop: int, memory: Memory) -> tuple[Bytes, str]:
         name = step.name

@@ -542,6 +542,19 @@ def test_error_sums_measure_the_difference(dtype: str, backend: str) -> None:
     assert largest == np.abs(difference).max()
 
 
+@each_dtype
+def test_error_sums_take_both_sides_in_the_same_dtype(dtype: str, backend: str) -> None:
+    one, other = random_values(10_001, dtype), random_values(10_001, dtype)[::-1].copy()
+    squares, total, largest = kernels.error_sums(one, dtype, other, dtype)
+    original = to_torch(one, dtype).double()
+    difference = to_torch(other, dtype).double() - original
+    assert squares == pytest.approx(float(difference.square().sum()), rel=1e-12)
+    assert total == pytest.approx(float(original.square().sum()), rel=1e-12)
+    assert largest == float(difference.abs().max())
+    other[7] = to_numpy(torch.tensor([float("nan")], dtype=DTYPES[dtype]))[0]
+    assert all(np.isnan(each) for each in kernels.error_sums(one, dtype, other, dtype)[::2])
+
+
 def python(code: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True

@@ -195,12 +195,11 @@ def test_a_pipeline_as_original_is_searched_for_the_component(tmp_path: Path) ->
 
 def test_what_is_no_number_comes_first_and_is_null_in_json() -> None:
     tally = Tally()
-    memory = lambda _, nbytes: np.empty(nbytes, np.uint8)  # noqa: E731
     ones = np.ones(4, np.float32)
-    tally.add("same.weight", ones, "F32", ones, "F32", memory)
-    tally.add("off.weight", ones, "F32", ones * 2, "F32", memory)
-    tally.add("zero.weight", ones * 0, "F32", ones * 0, "F32", memory)
-    tally.add("nan.weight", ones, "F32", ones * np.nan, "F32", memory)
+    tally.add("same.weight", ones, "F32", ones, "F32")
+    tally.add("off.weight", ones, "F32", ones * 2, "F32")
+    tally.add("zero.weight", ones * 0, "F32", ones * 0, "F32")
+    tally.add("nan.weight", ones, "F32", ones * np.nan, "F32")
     loss = tally.loss()
     assert [layer.name for layer in loss.layers] == ["nan", "off", "same", "zero"]
     assert [layer["relative_error"] for layer in loss.as_json()["layers"]] == [None, 1.0, 0.0, 0.0]
