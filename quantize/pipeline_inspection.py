@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.formats.pipeline import INDEX, Component, Pipeline, has_weights, is_component
 from qz.formats.problems import Problem, Problems, kind_of, worst_first
+from qz.formats.record import read_record
 from qz.quantize.choice import choose
 from qz.quantize.estimate import METHODS, Estimate
 from qz.quantize.inspection import (
@@ -194,11 +195,34 @@ def inspect_pipeline(
         inner.close()
     found = PipelineInspection(
         source=replace(origin, library="diffusers", architecture=class_name),
-        components=tuple(components),
+        components=_as_recorded(components, folder),
         estimates=None,
         own_problems=worst_first((*problems.worst_first(), *missing)),
     )
     return found if found.errors else _with_estimates(found, folder, looks)
+
+
+def _as_recorded(components: Sequence[ComponentInspection], folder: Folder) -> tuple[ComponentInspection, ...]:
+    """With the footprints that qz recorded when it wrote the pipeline, where a component's weights are still as then."""
+    try:
+        record = read_record(folder)
+    except QzError:
+        record = None
+    listed = record.about.get("components") if record is not None else None
+    if record is None or not isinstance(listed, list):
+        return tuple(components)
+    sizes = {file.name: file.bytes for file in record.files}
+    told = {each.get("name"): each.get("memory_footprint") for each in listed if isinstance(each, dict)}
+    found = []
+    for component in components:
+        model, footprint = component.model, told.get(component.name)
+        after = footprint.get("after") if isinstance(footprint, dict) else None
+        if model is not None and not model.errors and type(after) is int and after >= (model.memory_footprint or 0):
+            weights = [file for file in model.files if file.tensors is not None]
+            if all(sizes.get(f"{component.name}/{file.name}") == file.bytes for file in weights):
+                model = replace(model, memory_footprint=after, memory_footprint_exact=True)
+        found.append(replace(component, model=model))
+    return tuple(found)
 
 
 def _gone(name: str, error: QzError) -> Problem:

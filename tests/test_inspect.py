@@ -407,6 +407,9 @@ def test_a_component_of_a_verified_pipeline_is_checked_by_the_pipelines_record(
     found = told(inspect(tmp_path / "out", "--verify", "--json", "--quiet"))
     assert found["verified"]["intact"]
     assert found["quantization"]["method"] == "nf4"
+    assert found["memory_footprint_exact"]
+    exact = told(inspect(tmp_path / "out", "--plan", "--json"))
+    assert found["memory_footprint"] == exact["memory_footprint"]
     assert told(inspect(tmp_path / "out", "--subfolder", "transformer", "--verify", "--json"))["verified"]["intact"]
 
 
