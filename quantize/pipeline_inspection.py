@@ -203,7 +203,7 @@ def inspect_pipeline(
 
 
 def _as_recorded(components: Sequence[ComponentInspection], folder: Folder) -> tuple[ComponentInspection, ...]:
-    """With the footprints that qz recorded when it wrote the pipeline, where a component's weights are still as then."""
+    """With the footprints that qz recorded when it wrote the pipeline, where the weights are still as then."""
     try:
         record = read_record(folder)
     except QzError:
