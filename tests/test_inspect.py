@@ -467,6 +467,39 @@ def test_a_malformed_checkpoint_is_reported_safely_by_the_command(name: str, pla
     assert (done.stdout + done.stderr).replace("\n", "").isprintable()
 
 
+INDEXES: dict[str, tuple[Any, str]] = {
+    "a list": ([], "json-malformed"),
+    "100,000 lists deep": ("[" * 100_000, "json-malformed"),
+    "no class": ({"vae": ["diffusers", "AutoencoderKL"]}, "index-malformed"),
+    "no component": ({"_class_name": "FluxPipeline"}, "index-malformed"),
+    "a component outside": ({"_class_name": "X", "../vae": ["diffusers", "AutoencoderKL"]}, "unsafe-name"),
+    "a component that is the folder": ({"_class_name": "X", ".": ["diffusers", "AutoencoderKL"]}, "unsafe-name"),
+    "a component that steers the terminal": ({"_class_name": "\x1b[2J", "\x1b[2J": ["a", "b"]}, "unsafe-name"),
+    "3,000 components that are not there": (
+        {"_class_name": "X", **{f"c{n}": ["diffusers", "Y"] for n in range(3000)}},
+        "component-missing",
+    ),
+    "a component of 5,000 letters": ({"_class_name": "X", "a" * 5000: ["diffusers", "Y"]}, "component-missing"),
+    "a pipeline and a component of its own code": (
+        {"_class_name": ["pipe", "Evil"], "unet": ["unet", "Evil"]},
+        "component-missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_malformed_pipeline_is_reported_safely(name: str, tmp_path: Path, inspect: Inspect) -> None:
+    index, kind = INDEXES[name]
+    (tmp_path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+    for arguments in ((), ("--json",), ("--plan", "--tensors")):
+        code, out, err = inspect(tmp_path, *arguments)
+        assert code == 65
+        assert "Internal error" not in err
+        assert (out + err).replace("\n", "").isprintable()
+        if "--json" in arguments:
+            assert json.loads(out.splitlines()[0])["problems"][0]["kind"] == kind
+
+
 def test_names_that_steer_a_terminal_are_spelled_out(models: Path, tmp_path: Path, inspect: Inspect) -> None:
     evil = "\x1b[2J\u202e[red]x::"
     shutil.copytree(models / "llama-tied", tmp_path / "x")
