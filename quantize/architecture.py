@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,10 @@ def examine(
         if given is not None
         else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
     )
-    with lean_imports():
+    needed = ("scipy",) if checkpoint.library == "transformers" else ()
+    if "timm" in json.dumps(checkpoint.config):
+        needed = (*needed, "torchvision")
+    with lean_imports(keep=needed):
         if checkpoint.library == "diffusers":
             from qz.quantize import on_diffusers
 

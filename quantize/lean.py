@@ -9,7 +9,7 @@ torch 2.13: transformers' Llama 2.3 → 0.9, diffusers' Flux 3.0 → 1.1, bitsan
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -17,6 +17,11 @@ from types import ModuleType
 from typing import Any
 
 COMPILER = "torch._dynamo"
+OPTIONAL = ("peft", "scipy", "sklearn", "torchaudio", "torchvision", "triton")
+"""What the libraries import where it is installed, for adapters, losses, assisted generation, images, other kernels.
+
+Building a model needs none of it, but for some of transformers: losses that match by scipy, and timm by torchvision.
+"""
 _allowed = False
 
 
@@ -27,8 +32,11 @@ def allow() -> None:
 
 
 @contextmanager
-def lean_imports() -> Iterator[None]:
-    """Inside, where it is allowed, what is imported for the first time leaves the compiler out."""
+def lean_imports(keep: Container[str] = ()) -> Iterator[None]:
+    """Inside, where it is allowed, what is imported for the first time leaves out the compiler and what is optional.
+
+    ``keep``: of ``OPTIONAL``, what must not be left out.
+    """
     import torch
 
     if not _allowed or COMPILER in sys.modules:
@@ -47,6 +55,10 @@ def lean_imports() -> Iterator[None]:
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
+        for name in OPTIONAL:
+            if name not in sys.modules and name not in keep and not (name == "triton" and torch.version.xpu):
+                sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say that there is none
+                stack.callback(sys.modules.pop, name, None)
         yield
 
 
