@@ -33,7 +33,7 @@ LEAST_BYTES = 1 << 20
 """The smallest piece of a chunk that is tried when the device runs out of memory."""
 LANES = 2
 """Chunks on one GPU at a time: one copied in while one is computed and copied out. Bounds the memory used there."""
-THREADS = 8
+THREADS = 12
 """Threads that read and write for one GPU; each holds about 1.3 chunks of page-locked memory."""
 
 Tensors = Sequence[torch.Tensor]

@@ -70,8 +70,7 @@ def test_what_the_cpu_wrote_loads_here_and_differs_only_as_documented(name: str,
     counts = counted_differences(tensors_of(on_cpu), tensors_of(on_gpu), method)
     print(f"\ncpu against gpu: {name} {method}: {counts}")
     other = library_model(model, on_gpu, None)
-    for one, two in zip(loaded.state_dict().values(), other.state_dict().values(), strict=True):
-        assert one.shape == two.shape
+    assert loaded.state_dict().keys() == other.state_dict().keys()
 
 
 def counted_differences(cpu: dict[str, torch.Tensor], gpu: dict[str, torch.Tensor], method: str) -> dict[str, int]:
