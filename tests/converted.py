@@ -30,7 +30,10 @@ def quantized(source: Path, output: Path, method: str, **settings: Any) -> Summa
     settings = {"device": "cpu"} | settings
     plan = plan_of(source, method, **settings)
     origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
-    return carry_out(plan, origin, Target(output), Settings(method_of(method), **settings))
+    try:
+        return carry_out(plan, origin, Target(output), Settings(method_of(method), **settings))
+    finally:
+        plan.checkpoint.folder.close()
 
 
 def dequantized(source: Path, output: Path, **settings: Any) -> Summary:
@@ -38,4 +41,7 @@ def dequantized(source: Path, output: Path, **settings: Any) -> Summary:
     settings = {"device": "cpu"} | settings
     plan = plan_dequantization(open_checkpoint(LocalFolder(source)), Settings(None, **settings))
     origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
-    return carry_out(plan, origin, Target(output), Settings(None, **settings))
+    try:
+        return carry_out(plan, origin, Target(output), Settings(None, **settings))
+    finally:
+        plan.checkpoint.folder.close()

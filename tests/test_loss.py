@@ -31,7 +31,11 @@ NAMES = ("llama-odd", "gpt2", "mixtral", "bert", "flux", "wan")
 
 def converted(plan: Any, output: Path, measure: Any, settings: Settings) -> Summary:
     origin = Source("source", None, None, plan.checkpoint.library, plan.architecture.class_name)
-    return carry_out(plan, origin, Target(output), settings, measure=measure)
+    try:
+        return carry_out(plan, origin, Target(output), settings, measure=measure)
+    finally:
+        for folder in (plan.checkpoint.folder, *measure.folders):
+            folder.close()
 
 
 def while_quantizing(source: Path, output: Path, method: str, **settings: Any) -> Loss:
