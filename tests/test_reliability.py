@@ -21,7 +21,8 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,18 +178,33 @@ def clear(place: Path) -> None:
 # Kills
 
 
+class Moments:
+    """Random moments of a run, on a machine whose other work makes it sometimes fast and sometimes slow."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.typical = 0.1
+
+    def wait(self) -> None:
+        time.sleep(self.typical * self.random.uniform(0.3, 1.05))
+
+    def learn(self, ended: Ended) -> None:
+        """From a run that was not disturbed."""
+        self.typical = 0.7 * self.typical + 0.3 * ended.seconds
+
+
 def kill_at_random(server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]], kills: int) -> None:
     """Runs killed at random moments, one to three times each, then completed by the same command."""
-    chosen = random.Random(7)
+    moments = Moments(7)
     landed, resumed, kept = 0, 0, set()
     while landed < kills:
-        way = chosen.choice(list(WAYS))
+        way = moments.random.choice(list(WAYS))
         command, clean = WAYS[way], True
-        for _ in range(chosen.randint(1, 3)):
+        for _ in range(moments.random.randint(1, 3)):
             if (place / "out").exists():
                 break
             running = server.start(*command, cwd=place)
-            time.sleep(chosen.uniform(0.02, 0.11))
+            moments.wait()
             running.kill()
             ended = running.wait()
             assert ended.code in (0, -signal.SIGKILL)
@@ -199,6 +215,8 @@ def kill_at_random(server: Server, run: Run, place: Path, expected: dict[str, di
             clear(place)
             continue
         done = finish(run, place, command, expected[way])
+        if done is not None:
+            moments.learn(done)
         if done is not None and (found := re.search(r"Continuing: (\d+) of (\d+) shards are done", done.stderr)):
             resumed += 1
             kept.add(found.group(1))
@@ -213,8 +231,8 @@ def test_100_kills_at_random_moments_then_the_same_bytes(
     kill_at_random(server, run, place, expected, 100)
 
 
-TWO_LINEARS = ("--skip", "mlp", "--skip", "k_proj", "--skip", "v_proj")  # enough to see every operation
-SMALL = ("quantize", "small", "-o", "out", "--max-shard-size", "40KB", "--threads", "1", *TWO_LINEARS)
+ONE_LINEAR = ("--skip", "mlp", "--skip", "k_proj", "--skip", "v_proj", "--skip", "o_proj")  # has every operation
+SMALL = ("quantize", "small", "-o", "out", "--max-shard-size", "60KB", "--threads", "1", *ONE_LINEAR)
 
 
 @pytest.fixture
@@ -245,7 +263,7 @@ def test_a_kill_at_every_change_of_the_disk_in_a_resumed_run_then_the_same_bytes
 ) -> None:
     expected, operations = small
     renames = [path for path in operations if path.startswith("rename") and path.endswith(".safetensors")]
-    assert len(renames) == 3
+    assert len(renames) == 3, renames
     assert run(*SMALL, at=2, only=("rename",)).code == -signal.SIGKILL  # the first shard is finished
     with tempfile.TemporaryDirectory(dir=tmp_path.parent) as saved:
         for name in ("out.partial", "out.partial.journal"):
@@ -271,40 +289,58 @@ def test_a_kill_at_every_change_of_the_disk_in_a_resumed_run_then_the_same_bytes
 
 
 def fail_everywhere(
-    run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]], errors: tuple[tuple[str, int], ...]
+    run: Run,
+    place: Path,
+    small: tuple[dict[str, str], tuple[str, ...]],
+    errors: tuple[tuple[str, int], ...],
+    rarely: tuple[str, ...] = (),
 ) -> None:
-    """Every operation of a run fails once, with each of ``errors`` or, if they are few, with the next."""
+    """Every operation of a run fails once, with the next of ``errors``; of the kinds ``rarely``, every fourth does."""
     expected, operations = small
-    seen = set()
+    seen: Counter[str] = Counter()
     for number, operation in enumerate(operations):
-        for act, code in errors if len(errors) == 1 else [errors[number % len(errors)]]:
-            ended = run(*SMALL, "--json", at=number, act=act)
-            assert ended.code == code, f"{operation}: {ended.stderr}"
-            told = json.loads(ended.stdout.splitlines()[-1])
-            assert told["type"] == "exit_error"
-            assert told["code"] == code
-            kind, path = operation.split(" ", 1)
-            assert Path(path).name in told["message"]
-            seen.add(kind)
-            finish(run, place, SMALL, expected)
-            clear(place)
-    assert seen >= {"write", "fsync", "rename", "read", "open", "close", "reserve", "lock", "truncate", "mkdir", "list"}
+        kind, path = operation.split(" ", 1)
+        seen[kind] += 1
+        if kind in rarely and seen[kind] % 4:
+            continue
+        act, code = errors[number % len(errors)]
+        ended = run(*SMALL, "--json", at=number, act=act)
+        assert ended.code == code, f"{operation}: {ended.stderr}"
+        told = json.loads(ended.stdout.splitlines()[-1])
+        assert told["type"] == "exit_error"
+        assert told["code"] == code
+        assert Path(path).name in told["message"]
+        finish(run, place, SMALL, expected)
+        clear(place)
+    assert seen.keys() >= {
+        "write",
+        "fsync",
+        "rename",
+        "read",
+        "open",
+        "close",
+        "reserve",
+        "lock",
+        "truncate",
+        "mkdir",
+        "list",
+    }
 
 
 def test_an_error_at_every_operation_is_told_and_leaves_nothing_half_done(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)))
+    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), rarely=("stat", "read"))
 
 
 def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(
     run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    """The fifth read of weights fails, as on a disk with a bad sector."""
+    """A read of weights fails, as on a disk with a bad sector."""
     broken = """
 import qz.formats.folder as f
 def preadv(descriptor, buffers, offset, real=os.preadv, count=[0]):
-    count[0] += ".safetensors" in os.readlink(f"/proc/self/fd/{descriptor}")
+    count[0] += "/source/model" in os.readlink(f"/proc/self/fd/{descriptor}")
     if count[0] == 20: raise OSError(5, os.strerror(5))
     return real(descriptor, buffers, offset)
 os.preadv = preadv
@@ -321,13 +357,13 @@ os.preadv = preadv
 def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
     server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    chosen = random.Random(3)
+    moments = Moments(3)
     codes = []
     for _ in range(30):
-        way = chosen.choice(list(WAYS))
-        number = chosen.choice([signal.SIGINT, signal.SIGTERM])
+        way = moments.random.choice(list(WAYS))
+        number = moments.random.choice([signal.SIGINT, signal.SIGTERM])
         running = server.start(*WAYS[way], cwd=place)
-        time.sleep(chosen.uniform(0.03, 0.1))
+        moments.wait()
         running.kill(number)
         ended = running.wait()
         codes.append(ended.code)
@@ -346,7 +382,9 @@ def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
                 files = contents(place / "out.partial")
                 assert len(files) == int(kept.group(1))
                 assert files.items() <= expected[way].items()
-        finish(run, place, WAYS[way], expected[way])
+        done = finish(run, place, WAYS[way], expected[way])
+        if done is not None:
+            moments.learn(done)
         clear(place)
     assert codes.count(130) > 3
     assert codes.count(143) > 3
@@ -882,15 +920,19 @@ def test_threads_do_not_change_a_byte(run: Run, place: Path, expected: dict[str,
         clear(place)
 
 
-def test_hash_seeds_do_not_change_a_byte(place: Path, expected: dict[str, dict[str, str]]) -> None:
-    """The real command, in five fresh processes."""
-    for seed, way in zip("01234", [*WAYS, "nf4-double"], strict=True):
+def seeded(place: Path, expected: dict[str, dict[str, str]], seeds: str, ways: Sequence[str]) -> None:
+    """The real command in fresh processes. (The other tests' server has a seed of its own, which changes.)"""
+    for seed, way in zip(seeds, ways, strict=True):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_TOKEN": OWNER, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "qz", *WAYS[way]]
         ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
         assert contents(place / "out") == expected[way]
         clear(place)
+
+
+def test_hash_seeds_do_not_change_a_byte(place: Path, expected: dict[str, dict[str, str]]) -> None:
+    seeded(place, expected, "12", ["nf4-double", "dequantize"])
 
 
 # Real file systems
@@ -1020,6 +1062,12 @@ def test_each_error_at_every_operation(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]], error: tuple[str, int]
 ) -> None:
     fail_everywhere(run, place, small, (error,))
+
+
+@pytest.mark.soak
+def test_5_hash_seeds_do_not_change_a_byte(place: Path, expected: dict[str, dict[str, str]]) -> None:
+    for way in WAYS:
+        seeded(place, expected, "01234", [way] * 5)
 
 
 @pytest.mark.soak
