@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from qz.formats.checkpoint import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.dequantize import plan_dequantization
+from qz.quantize.measure import Measure
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.plan import Plan
 from qz.quantize.summary import Source, Summary
@@ -27,21 +29,19 @@ def plan_of(source: Path, method: str, **settings: Any) -> Plan:
 
 def quantized(source: Path, output: Path, method: str, **settings: Any) -> Summary:
     """``qz quantize SOURCE -o OUTPUT``."""
-    settings = {"device": "cpu"} | settings
-    plan = plan_of(source, method, **settings)
-    origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
-    try:
-        return carry_out(plan, origin, Target(output), Settings(method_of(method), **settings))
-    finally:
-        plan.checkpoint.folder.close()
+    wanted = Settings(method_of(method), **{"device": "cpu"} | settings)
+    with closing(LocalFolder(source)) as folder:
+        return carried_out(plan_quantization(open_checkpoint(folder), wanted), output, wanted)
 
 
 def dequantized(source: Path, output: Path, **settings: Any) -> Summary:
     """``qz dequantize SOURCE -o OUTPUT``."""
-    settings = {"device": "cpu"} | settings
-    plan = plan_dequantization(open_checkpoint(LocalFolder(source)), Settings(None, **settings))
-    origin = Source(str(source), None, None, plan.checkpoint.library, plan.architecture.class_name)
-    try:
-        return carry_out(plan, origin, Target(output), Settings(None, **settings))
-    finally:
-        plan.checkpoint.folder.close()
+    wanted = Settings(None, **{"device": "cpu"} | settings)
+    with closing(LocalFolder(source)) as folder:
+        return carried_out(plan_dequantization(open_checkpoint(folder), wanted), output, wanted)
+
+
+def carried_out(plan: Plan, output: Path, settings: Settings, measure: Measure | None = None) -> Summary:
+    checkpoint = plan.checkpoint
+    origin = Source(checkpoint.folder.location, None, None, checkpoint.library, plan.architecture.class_name)
+    return carry_out(plan, origin, Target(output), settings, measure=measure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 import torch
 
 from conftest import Qz
-from converted import method_of, plan_of, quantized
+from converted import carried_out, method_of, quantized
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint import open_checkpoint
-from qz.formats.folder import LocalFolder
-from qz.quantize.convert import Settings, Target, carry_out
+from qz.formats.folder import Folder, LocalFolder
+from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.dequantize import plan_dequantization
 from qz.quantize.loss import Loss, Tally
 from qz.quantize.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
@@ -26,32 +27,44 @@ from reference import METHODS, tensors_of
 from zoo import build
 
 Tensors = dict[str, torch.Tensor]
+FOLDERS: list[Folder] = []
 NAMES = ("llama-odd", "gpt2", "mixtral", "bert", "flux", "wan")
 
 
-def converted(plan: Any, output: Path, measure: Any, settings: Settings) -> Summary:
-    origin = Source("source", None, None, plan.checkpoint.library, plan.architecture.class_name)
-    try:
-        return carry_out(plan, origin, Target(output), settings, measure=measure)
-    finally:
-        for folder in (plan.checkpoint.folder, *measure.folders):
-            folder.close()
+@pytest.fixture(autouse=True)
+def close_folders() -> Iterator[None]:
+    yield
+    while FOLDERS:
+        FOLDERS.pop().close()
+
+
+def opened(path: Path) -> LocalFolder:
+    """A folder that is closed after the test."""
+    folder = LocalFolder(path)
+    FOLDERS.append(folder)
+    return folder
 
 
 def while_quantizing(source: Path, output: Path, method: str, **settings: Any) -> Loss:
     """``qz quantize --report``."""
-    plan = plan_of(source, method, **settings)
-    loss = converted(plan, output, WhileQuantizing(), Settings(method_of(method), **settings)).loss
+    wanted = Settings(method_of(method), device="cpu", **settings)
+    plan = plan_quantization(open_checkpoint(opened(source)), wanted)
+    loss = carried_out(plan, output, wanted, WhileQuantizing()).loss
     assert loss is not None
     return loss
 
 
-def against(packed: Path, output: Path, original: Path, **settings: Any) -> Loss:
+def against(packed: Path, output: Path, original: Path, **settings: Any) -> Summary:
     """``qz dequantize --against ORIGINAL``."""
-    plan = plan_dequantization(open_checkpoint(LocalFolder(packed)), Settings(None, **settings))
-    measure = AgainstOriginal(open_checkpoint(LocalFolder(original)))
+    wanted = Settings(None, device="cpu", **settings)
+    plan = plan_dequantization(open_checkpoint(opened(packed)), wanted)
+    measure = AgainstOriginal(open_checkpoint(opened(original)))
     measure.check(plan)
-    loss = converted(plan, output, measure, Settings(None, **settings)).loss
+    return carried_out(plan, output, wanted, measure)
+
+
+def loss_against(packed: Path, output: Path, original: Path, **settings: Any) -> Loss:
+    loss = against(packed, output, original, **settings).loss
     assert loss is not None
     return loss
 
@@ -70,7 +83,7 @@ def by_torch(
 def test_both_reports_are_what_torch_computes_from_the_files(name: str, method: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "source")
     reported = while_quantizing(tmp_path / "source", tmp_path / "packed", method)
-    compared = against(tmp_path / "packed", tmp_path / "output", tmp_path / "source")
+    compared = loss_against(tmp_path / "packed", tmp_path / "output", tmp_path / "source")
 
     original, again = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "output")
     for loss in (reported, compared):
@@ -110,7 +123,7 @@ def test_the_loss_includes_what_a_cast_costs(tmp_path: Path) -> None:
     """Against the original in float32, not against what float16 or bfloat16 made of it."""
     build("llama-fp32").save_pretrained(tmp_path / "source")
     reported = while_quantizing(tmp_path / "source", tmp_path / "packed", "int8", dtype="bfloat16")
-    compared = against(tmp_path / "packed", tmp_path / "output", tmp_path / "source")
+    compared = loss_against(tmp_path / "packed", tmp_path / "output", tmp_path / "source")
     assert compared.total.relative_error == pytest.approx(reported.total.relative_error, rel=1e-9)
     exact = while_quantizing(tmp_path / "source", tmp_path / "fp32", "int8")
     assert exact.total.relative_error < reported.total.relative_error
@@ -126,7 +139,7 @@ def test_an_interrupted_run_reports_all_layers_when_it_is_resumed(
     def run(output: str) -> Loss:
         if act == "quantize":
             return while_quantizing(tiny_llama, tmp_path / output, "nf4-double", **size)
-        return against(tmp_path / "packed", tmp_path / output, tiny_llama, **size)
+        return loss_against(tmp_path / "packed", tmp_path / output, tiny_llama, **size)
 
     expected = run("whole")
     done: list[str] = []
@@ -161,9 +174,7 @@ def test_an_original_with_other_names_shapes_or_weights_is_noticed(tiny_llama: P
     shutil.copytree(tiny_llama, tmp_path / "other weights")
     state = {name: torch.randn(tensor.shape).to(tensor.dtype) for name, tensor in tensors_of(tiny_llama).items()}
     save_file(state, tmp_path / "other weights/model.safetensors", metadata={"format": "pt"})
-    plan = plan_dequantization(open_checkpoint(LocalFolder(tmp_path / "packed")), Settings(None))
-    measure = AgainstOriginal(open_checkpoint(LocalFolder(tmp_path / "other weights")))
-    summary = converted(plan, tmp_path / "output", measure, Settings(None))
+    summary = against(tmp_path / "packed", tmp_path / "output", tmp_path / "other weights")
     assert any("nothing in common" in warning for warning in summary.warnings)
 
 
@@ -172,8 +183,8 @@ def test_the_original_is_never_written_over(tiny_llama: Path, tmp_path: Path) ->
     quantized(original, tmp_path / "packed", "nf4")
     with pytest.raises(OutputRefused):
         against(tmp_path / "packed", original, original)
-    plan = plan_dequantization(open_checkpoint(LocalFolder(tmp_path / "packed")), Settings(None))
-    measure = AgainstOriginal(open_checkpoint(LocalFolder(original)))
+    plan = plan_dequantization(open_checkpoint(opened(tmp_path / "packed")), Settings(None))
+    measure = AgainstOriginal(open_checkpoint(opened(original)))
     origin = Source("source", None, None, "transformers", "LlamaForCausalLM")
     with pytest.raises(OutputRefused):
         carry_out(plan, origin, Target(original, overwrite=True), Settings(None), measure=measure)
@@ -186,15 +197,18 @@ def test_a_pipeline_as_original_is_searched_for_the_component(tmp_path: Path) ->
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": [None, None]}
     (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index))
     quantized(tmp_path / "pipeline/transformer", tmp_path / "packed", "nf4")
-    packed = open_checkpoint(LocalFolder(tmp_path / "packed"))
-    found = original_checkpoint(LocalFolder(tmp_path / "pipeline"), packed)
+    packed = open_checkpoint(opened(tmp_path / "packed"))
+    found = original_checkpoint(opened(tmp_path / "pipeline"), packed)
+    FOLDERS.append(found.folder)
     assert found.folder.location.endswith("transformer")
 
     index["transformer_2"] = index["transformer"]
     (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index))
     with pytest.raises(MissingInput, match="'transformer', 'transformer_2'"):
-        original_checkpoint(LocalFolder(tmp_path / "pipeline"), packed)
-    assert original_checkpoint(LocalFolder(tmp_path / "pipeline"), packed, "transformer").tensors == found.tensors
+        original_checkpoint(opened(tmp_path / "pipeline"), packed)
+    again = original_checkpoint(opened(tmp_path / "pipeline"), packed, "transformer")
+    FOLDERS.append(again.folder)
+    assert again.tensors == found.tensors
 
 
 def test_what_is_no_number_comes_first_and_is_null_in_json() -> None:
@@ -231,6 +245,6 @@ def test_the_commands_report_the_same_loss(qz: Qz, tiny_llama: Path) -> None:
 def test_dequantized_values_are_never_better_than_they_are(tiny_llama: Path, tmp_path: Path) -> None:
     """In float32 the report of a bfloat16 model is that of its bfloat16 values: nothing comes back by a wider dtype."""
     quantized(tiny_llama, tmp_path / "packed", "nf4")
-    one = against(tmp_path / "packed", tmp_path / "one", tiny_llama)
-    two = against(tmp_path / "packed", tmp_path / "two", tiny_llama, dtype="float32")
+    one = loss_against(tmp_path / "packed", tmp_path / "one", tiny_llama)
+    two = loss_against(tmp_path / "packed", tmp_path / "two", tiny_llama, dtype="float32")
     assert one.total == two.total
