@@ -19,6 +19,7 @@ import typer.main
 import yaml
 
 import pipelines
+from conftest import Qz
 from hub_server import OWNER, HubServer
 from qz import QzError
 from qz.cli.app import app
@@ -154,6 +155,14 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path) -> None:
             assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         else:
             assert line.startswith(("pip install", "make ")), f"{line!r} is not run by this test"
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect"])
+def test_every_key_of_the_json_is_documented(command: str, tiny_llama: Path, tmp_path: Path, qz: Qz) -> None:
+    result = qz(command, tiny_llama, *(["--dry-run"] if command == "quantize" else ["--tensors"]), "--json")
+    page = (ROOT / "docs/reference/json.md").read_text()
+    documented = {name.split(".")[0] for name in re.findall(r"`([a-z_0-9.]+)`", page)}
+    assert set(json.loads(result.stdout)) <= documented
 
 
 def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
