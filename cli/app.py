@@ -20,7 +20,7 @@ import typer.main
 from qz import QzError
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say
-from qz.quantize import lean
+from qz.quantize import lean, lost
 
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
@@ -102,7 +102,12 @@ class Interruption:
 def main() -> NoReturn:
     """The command ``qz``."""
     lean.allow()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if lost.kept:  # tidying up would abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: Sequence[str]) -> int:

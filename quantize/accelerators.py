@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import torch  # noqa: TID253 (this module is imported lazily)
 from numpy.typing import NDArray
 
 from qz import TryAgain
+from qz.quantize import lost
 from qz.quantize.kernels import BLOCK_SIZE, NESTED_BLOCK_SIZE, NonFinite
 from qz.quantize.kernels_torch import DTYPES, tensor
 from qz.quantize.lean import lean_imports
@@ -50,16 +52,17 @@ class Accelerator:
 
     def __init__(self, devices: Sequence[torch.device], name: str, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Tries an operation of bitsandbytes on each device, and raises what that raises."""
-        _import_bitsandbytes()
         self.devices, self.name, self.chunk_bytes = tuple(devices), name, chunk_bytes
         self.model = model_of(self.devices[0])
         self.notes: tuple[str, ...] = ()
         self._piece_bytes = chunk_bytes
         self._whole = threading.Lock()
+        self._buffers: list[weakref.ref[NDArray[np.uint8]]] = []
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
-        for device in self.devices:
-            codes, _ = torch.ops.bitsandbytes.quantize_4bit(torch.ones(64, device=device), 64, "nf4", torch.uint8)
-            codes.cpu()
+        with lean_imports():  # each operation looks for the compiler when it is called for the first time
+            _import_bitsandbytes()
+            for device in self.devices:
+                _try_operations(device)
         for _ in range(LANES):
             for device in self.devices:
                 self._lanes.put(lane(device))
@@ -73,9 +76,11 @@ class Accelerator:
         """Page-locked memory, which a GPU copies from and to by itself; ordinary memory where that is refused."""
         if self.devices[0].type == "cuda":
             try:
-                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+                pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
             except RuntimeError:  # a limit of this system; slower, and just as right
-                pass
+                return np.empty(nbytes, np.uint8)
+            self._buffers = [each for each in self._buffers if each() is not None] + [weakref.ref(pinned)]
+            return pinned
         return np.empty(nbytes, np.uint8)
 
     def cast(self, values: NDArray[Any], source: str, target: str, out: NDArray[Any]) -> None:
@@ -204,6 +209,7 @@ class Accelerator:
         try:
             yield
         except torch.AcceleratorError as error:
+            lost.kept += [self, *(each() for each in self._buffers)]
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TryAgain(
                 f"{self.name} ({self.model}) stopped working: {first_line}. What is finished is kept: run the same "
@@ -222,8 +228,20 @@ class Accelerator:
 def _import_bitsandbytes() -> None:
     """Register its operations; what it says of a CPU kernel that nobody asked for is not for this command's user."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    with lean_imports():
-        import bitsandbytes  # noqa: F401
+    import bitsandbytes  # noqa: F401
+
+
+def _try_operations(device: torch.device) -> None:
+    """Run everything once, so that what does not work shows before anything is written."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    operations = torch.ops.bitsandbytes
+    ones = torch.ones(1, BLOCK_SIZE, device=device)
+    codes, scales = operations.quantize_4bit(ones, BLOCK_SIZE, "nf4", torch.uint8)
+    operations.dequantize_4bit(codes, scales, BLOCK_SIZE, "nf4", [BLOCK_SIZE], torch.float32)
+    quantize_blockwise(scales, blocksize=NESTED_BLOCK_SIZE)
+    rows, statistics, _ = operations.int8_vectorwise_quant(ones.half(), 0.0)
+    operations.int8_vectorwise_dequant(rows, statistics).cpu()
 
 
 class Lane:
