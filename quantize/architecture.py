@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qz import Unsupported
-from qz.formats.checkpoint import Checkpoint
-from qz.quantize.lean import lean_imports
 from qz.quantize.methods import Method
 
 if TYPE_CHECKING:
@@ -133,38 +130,6 @@ class Wish:
     default_skips: bool = True
 
 
-def examine(
-    checkpoint: Checkpoint,
-    wish: Wish,
-    given: Mapping[str, Given] | None = None,
-    equal: Callable[[str, str], bool] | None = None,
-) -> Architecture:
-    """Ask the checkpoint's library how it would load and save it.
-
-    ``given`` replaces the checkpoint's own names, dtypes and shapes (dequantize shows the weights as they will be);
-    ``equal`` compares two checkpoint tensors, asked only where two tied weights are both stored.
-
-    Raises Unsupported when the installed library lacks the class or cannot handle the model, MalformedInput when
-    tensors are missing or misshapen.
-    """
-    tensors = (
-        given
-        if given is not None
-        else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    )
-    needed = ("scipy",) if checkpoint.library == "transformers" else ()
-    if "timm" in json.dumps(checkpoint.config):
-        needed = (*needed, "torchvision")
-    with lean_imports(keep=needed):
-        if checkpoint.library == "diffusers":
-            from qz.quantize import on_diffusers
-
-            return on_diffusers.examine(checkpoint, tensors, wish)
-        from qz.quantize import on_transformers
-
-        return on_transformers.examine(checkpoint, tensors, wish, equal)
-
-
 def torch_name(dtype: str, tensor: str) -> str:
     """The torch name of a safetensors dtype; Unsupported for fp8 and other dtypes no model class loads as weights."""
     try:
@@ -229,10 +194,3 @@ def checked(missing: set[str], mismatched: list[str], class_name: str, where: st
         f"{where} does not fit {class_name}: {shown}. Check `architectures` or `_class_name` in config.json, "
         "or download the checkpoint again."
     )
-
-
-def library_versions() -> dict[str, Any]:
-    """Versions that decide the bytes of an output."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "bitsandbytes", "transformers", "diffusers")}

@@ -8,15 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from qz import QzError, Unsupported
+from qz import QzError
 from qz.formats.carry import Carried, companions, terms
-from qz.formats.checkpoint import Checkpoint, StoredTensor
+from qz.formats.checkpoint import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.record import read_record
-from qz.quantize.architecture import Wish, examine, library_versions
+from qz.quantize.architecture import Wish
+from qz.quantize.libraries import examine, library_versions
 from qz.quantize.measure import Measure
 from qz.quantize.parts import Target as Target
 from qz.quantize.parts import model_part, write_parts
+from qz.quantize.plain import equal_tensors, refuse_quantized
 from qz.quantize.plan import Plan, make_plan
 from qz.quantize.request import identity_of, wishes
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
@@ -24,7 +26,6 @@ from qz.quantize.settings import Settings as Settings
 from qz.quantize.stream import Arithmetic, Nowhere, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
 
-COMPARE_BYTES = 1 << 20
 TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
 """Of a summary, what differs from run to run."""
 
@@ -110,46 +111,6 @@ def carry_out(
         loss=measure.loss() if measure else None,
     )
     return replace(done, notes=(*done.notes, *arithmetic.notes))
-
-
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already."""
-    config = checkpoint.config.get("quantization_config")
-    where = checkpoint.folder.location
-    if isinstance(config, dict):
-        method = str(config.get("quant_method", "an unknown method"))
-        bits = " (4 bit)" if config.get("load_in_4bit") else " (8 bit)" if config.get("load_in_8bit") else ""
-        hint = (
-            f"Run `qz dequantize {where}` first, or start from the original weights."
-            if method == "bitsandbytes"
-            else "Start from the original weights."
-        )
-        raise Unsupported(f"{where} is already quantized with {method}{bits}. {hint}")
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype.startswith(("F8", "F4", "F6")):
-            raise Unsupported(
-                f"{where} holds {tensor.dtype} weights ({tensor.name}); bitsandbytes quantizes 16- and 32-bit floats "
-                "only. Start from the bfloat16 weights of this model."
-            )
-        if ".quant_state.bitsandbytes__" in tensor.name:
-            raise Unsupported(
-                f"{where} is already quantized with bitsandbytes ({tensor.name}), though config.json does not say so. "
-                f"Run `qz inspect {where}`."
-            )
-
-
-def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two stored tensors hold the same bytes, compared piece by piece."""
-    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-
-    def piece(tensor: StoredTensor, start: int) -> bytes:
-        buffer = bytearray(min(COMPARE_BYTES, tensor.nbytes - start))
-        checkpoint.folder.read_into(tensor.file, tensor.offset + start, memoryview(buffer))
-        return bytes(buffer)
-
-    return all(piece(first, start) == piece(second, start) for start in range(0, first.nbytes, COMPARE_BYTES))
 
 
 def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmetic) -> dict[str, Any]:

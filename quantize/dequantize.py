@@ -14,19 +14,12 @@ from qz.formats.checkpoint import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.problems import Problem, as_error
 from qz.formats.quantized import QuantizedWeight, read_quantized
-from qz.quantize.architecture import (
-    FLOATS,
-    SAFETENSORS_NAMES,
-    Architecture,
-    Footprint,
-    Given,
-    Wish,
-    examine,
-    torch_name,
-)
-from qz.quantize.convert import Settings, equal_tensors
+from qz.quantize.architecture import FLOATS, SAFETENSORS_NAMES, Architecture, Footprint, Given, Wish, torch_name
+from qz.quantize.libraries import examine
+from qz.quantize.plain import equal_tensors
 from qz.quantize.plan import Plan, make_plan
 from qz.quantize.reading import Packed, Source, elements
+from qz.quantize.settings import Settings
 
 DAMAGED = frozenset(
     (

@@ -14,9 +14,11 @@ from qz.formats.config import read_json
 from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize import kernels
-from qz.quantize.architecture import SAFETENSORS_NAMES, Wish, examine
+from qz.quantize.architecture import SAFETENSORS_NAMES, Wish
+from qz.quantize.libraries import examine
 from qz.quantize.loss import Loss, Tally
 from qz.quantize.methods import BLOCK_SIZE, FourBit, Method
+from qz.quantize.plain import equal_tensors, refuse_quantized
 from qz.quantize.plan import Plan, Step, make_plan
 from qz.quantize.reading import NUMPY, Bytes, Memory, Reader, assemble, reader
 from qz.quantize.settings import Settings
@@ -182,8 +184,6 @@ class AgainstOriginal(Measure):
 
 def steps_of(original: Checkpoint) -> dict[str, Step]:
     """How the original's weights are read, by the name under which the library saves them."""
-    from qz.quantize.convert import equal_tensors, refuse_quantized
-
     refuse_quantized(original)
     architecture = examine(original, Wish(None), equal=lambda one, other: equal_tensors(original, one, other))
     plan = make_plan(original, architecture, None, 1 << 62)

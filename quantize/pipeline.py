@@ -11,9 +11,10 @@ from qz import QzError, Unsupported, UsageError
 from qz.formats import carry
 from qz.formats.pipeline import INDEX, Component, Pipeline
 from qz.formats.record import WrittenFile
-from qz.quantize.architecture import Footprint, Wish, examine
+from qz.quantize.architecture import Footprint, Wish
 from qz.quantize.choice import Choice, choose
 from qz.quantize.convert import about, fingerprint, plan_quantization
+from qz.quantize.libraries import examine
 from qz.quantize.methods import Method
 from qz.quantize.parts import Part, Target, model_part, write_parts
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary

@@ -18,11 +18,12 @@ from qz.formats.checkpoint import Checkpoint, open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.pipeline import open_pipeline
 from qz.formats.safetensors import encode_header, layout
-from qz.quantize.architecture import Wish, examine
+from qz.quantize.architecture import Wish
 from qz.quantize.choice import choose
 from qz.quantize.estimate import METHODS, estimate
 from qz.quantize.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED
 from qz.quantize.inspection import Origin, inspect_model, look_at, plain
+from qz.quantize.libraries import examine
 from qz.quantize.methods import FourBit
 from qz.quantize.structure import TORCH_NAMES, Value, ties, values
 

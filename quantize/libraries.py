@@ -1,0 +1,50 @@
+"""Ask the library that a checkpoint belongs to: the one way from here to transformers and diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qz.formats.checkpoint import Checkpoint
+from qz.quantize.architecture import Architecture, Given, Wish, torch_name
+from qz.quantize.lean import lean_imports
+
+
+def examine(
+    checkpoint: Checkpoint,
+    wish: Wish,
+    given: Mapping[str, Given] | None = None,
+    equal: Callable[[str, str], bool] | None = None,
+) -> Architecture:
+    """Ask the checkpoint's library how it would load and save it.
+
+    ``given`` replaces the checkpoint's own names, dtypes and shapes (dequantize shows the weights as they will be);
+    ``equal`` compares two checkpoint tensors, asked only where two tied weights are both stored.
+
+    Raises Unsupported when the installed library lacks the class or cannot handle the model, MalformedInput when
+    tensors are missing or misshapen.
+    """
+    tensors = (
+        given
+        if given is not None
+        else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    )
+    needed = ("scipy",) if checkpoint.library == "transformers" else ()
+    if "timm" in json.dumps(checkpoint.config):
+        needed = (*needed, "torchvision")
+    with lean_imports(keep=needed):
+        if checkpoint.library == "diffusers":
+            from qz.quantize import on_diffusers
+
+            return on_diffusers.examine(checkpoint, tensors, wish)
+        from qz.quantize import on_transformers
+
+        return on_transformers.examine(checkpoint, tensors, wish, equal)
+
+
+def library_versions() -> dict[str, Any]:
+    """Versions that decide the bytes of an output."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "bitsandbytes", "transformers", "diffusers")}
