@@ -1,10 +1,10 @@
 """FLUX-sized weights through qz and through diffusers, side by side on this machine's GPU, and the floor under both.
 
-    python benchmarks/gpu.py make FOLDER           11.9 B random weights in bfloat16, three shards, 23.8 GB
-    python benchmarks/gpu.py floor FOLDER OUTPUT   bytes over PCIe, page cache and disk, measured and added up
-    python benchmarks/gpu.py phases FOLDER OUTPUT  where qz's own time goes
-    python benchmarks/gpu.py compare FOLDER OUTPUT both, as whole processes, and their outputs tensor by tensor
-    python benchmarks/gpu.py forward OUTPUT        a forward pass of what qz wrote, eager and compiled
+    python -m benchmarks.gpu make FOLDER           11.9 B random weights in bfloat16, three shards, 23.8 GB
+    python -m benchmarks.gpu floor FOLDER OUTPUT   bytes over PCIe, page cache and disk, measured and added up
+    python -m benchmarks.gpu phases FOLDER OUTPUT  where qz's own time goes
+    python -m benchmarks.gpu compare FOLDER OUTPUT both, as whole processes, and their outputs tensor by tensor
+    python -m benchmarks.gpu forward OUTPUT        a forward pass of what qz wrote, eager and compiled
 
 Every command prints one JSON object per line. ``--size tiny`` makes a model of the same shape for a test of the script.
 """
