@@ -35,7 +35,7 @@ LEAST_BYTES = 1 << 20
 """The smallest piece of a chunk that is tried when the device runs out of memory."""
 LANES = 2
 """Chunks on one GPU at a time: one copied in while one is computed and copied out. Bounds the memory used there."""
-THREADS = 12
+THREADS = 8
 """Threads that read and write for one GPU; each holds about 1.3 chunks of page-locked memory."""
 
 Tensors = Sequence[torch.Tensor]
