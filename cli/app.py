@@ -103,7 +103,9 @@ def main() -> NoReturn:
     """The command ``qz``."""
     lean.allow()
     code = run(sys.argv[1:])
-    if lost.kept:  # tidying up would abort
+    # Tidying up after a lost GPU would abort. And of an interrupt that met code in a string, as dataclasses execute it,
+    # Python remembers that nobody handled it there, and ends itself by SIGINT whatever the exit code (3.11).
+    if lost.kept or code > 128:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -131,9 +133,12 @@ def run(args: Sequence[str]) -> int:
     except BrokenPipeError:
         return closed_pipe()
     except Exception as error:  # noqa: BLE001  the one place that turns them into text
-        code, message = explain(error)
-        report(code, message, as_json=as_json, trace=error if debug else None)
-        return code
+        if interruption.signal is None:
+            code, message = explain(error)
+            report(code, message, as_json=as_json, trace=error if debug else None)
+            return code
+        interruption.error.__context__ = error  # what the interrupt became on its way, in a library being imported
+        code = 130
     if code == 130:  # also what Typer makes of KeyboardInterrupt
         code = interruption.exit_code
         report(code, interruption.message, as_json=as_json, trace=interruption.error if debug else None)
