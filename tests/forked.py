@@ -134,6 +134,14 @@ class Server:
         connection.sendall(json.dumps(wish).encode() + b"\n")
         return Running(connection)
 
+    def warm(self, *arguments: str | Path, cwd: Path) -> None:
+        """Run the command in the server itself, once: later runs find imported what it imported."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self.address)
+            wish = {"warm": [str(argument) for argument in arguments], "cwd": str(cwd)}
+            connection.sendall(json.dumps(wish).encode() + b"\n")
+            assert connection.makefile("r").readline() == "0\n"
+
     def run(self, *arguments: str | Path, **how: Any) -> Ended:
         """Start, and wait for the end."""
         return self.start(*arguments, **how).wait()
@@ -146,7 +154,6 @@ def serve(address: str) -> None:
     import gc
 
     warm()
-    assert len(os.listdir("/proc/self/task")) == 1, "a server with threads cannot fork"
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
@@ -156,14 +163,31 @@ def serve(address: str) -> None:
     print("ready", flush=True)
     while True:
         connection, _ = listener.accept()
-        if os.fork() == 0:
-            try:
-                listener.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                supervise(connection)
-            finally:
-                os._exit(0)
-        connection.close()
+        with connection, connection.makefile("rw") as file:
+            wish = json.loads(file.readline())
+            if "warm" in wish:
+                file.write(f"{in_the_server(wish['warm'], wish['cwd'])}\n")
+            elif os.fork() == 0:
+                try:
+                    listener.close()
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    supervise(wish, file)
+                finally:
+                    os._exit(0)
+
+
+def in_the_server(arguments: list[str], folder: str) -> int:
+    """Run a command here, in silence; afterwards there is still one thread, and signals do what they did."""
+    import io
+
+    from qz.cli.app import run
+
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = run(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    assert len(os.listdir("/proc/self/task")) == 1, "a server with threads cannot fork"
+    return code
 
 
 def warm() -> None:
@@ -174,48 +198,42 @@ def warm() -> None:
     import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qz.cli.app import run
-
     tqdm.tqdm.monitor_interval = 0  # its thread
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(**sizes, vocab_size=64, tie_word_embeddings=False, dtype="bfloat16")
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained("source")
-            for method in (["--nf4"], ["--nf4", "--double-quant"], ["--fp4"], ["--int8"]):
-                assert run(["quantize", "source", *method, "-o", "out", "--overwrite", "--threads", "1"]) == 0
-                assert run(["dequantize", "out", "-o", "back", "--overwrite", "--threads", "1"]) == 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        with contextlib.redirect_stderr(io.StringIO()):
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(f"{folder}/source")
+        for method in (["--nf4"], ["--nf4", "--double-quant"], ["--fp4"], ["--int8"]):
+            command = ["quantize", "source", *method, "-o", "out", "--overwrite", "--threads", "1"]
+            assert in_the_server(command, folder) == 0
+            assert in_the_server(["dequantize", "out", "-o", "back", "--overwrite", "--threads", "1"], folder) == 0
 
 
-def supervise(connection: socket.socket) -> None:
-    """Read one wish, fork a process that does it, and tell how it ended."""
-    with connection.makefile("rw") as file:
-        wish = json.loads(file.readline())
-        streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed with this process
-        begun = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                connection.close()
-                code = perform(wish, *(stream.fileno() for stream in streams))
-            except BaseException:
-                os.write(streams[1].fileno(), traceback.format_exc().encode())
-            finally:
-                os._exit(code)
-        file.write(json.dumps({"pid": child}) + "\n")
-        file.flush()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        seconds = time.monotonic() - begun
-        for stream in streams:
-            stream.seek(0)
-        stdout, stderr, operations = (stream.read().decode(errors="replace") for stream in streams)
-        ended = {"code": code, "stdout": stdout, "stderr": stderr, "seconds": seconds}
-        file.write(json.dumps({**ended, "operations": operations.splitlines()}) + "\n")
+def supervise(wish: dict[str, Any], file: IO[str]) -> None:
+    """Fork a process that does the wish, and tell how it ended."""
+    streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed with this process
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            code = perform(wish, *(stream.fileno() for stream in streams))
+        except BaseException:
+            os.write(streams[1].fileno(), traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    file.write(json.dumps({"pid": child}) + "\n")
+    file.flush()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seconds = time.monotonic() - begun
+    for stream in streams:
+        stream.seek(0)
+    stdout, stderr, operations = (stream.read().decode(errors="replace") for stream in streams)
+    ended = {"code": code, "stdout": stdout, "stderr": stderr, "seconds": seconds}
+    file.write(json.dumps({**ended, "operations": operations.splitlines()}) + "\n")
+    file.flush()
 
 
 def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> int:

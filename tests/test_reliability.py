@@ -512,6 +512,43 @@ def clear_partial(place: Path) -> None:
     (place / "out.partial.journal").unlink(missing_ok=True)
 
 
+# Pipelines
+
+
+@pytest.fixture(scope="module")
+def pipeline(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``flux``, a small pipeline, and ``nf4``, what an undisturbed run makes of it."""
+    import pipelines
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipelines.flux(folder / "flux")
+    server.warm("quantize", "flux", "-o", "nf4", "--threads", "1", cwd=folder)
+    return folder
+
+
+def kill_a_pipeline(server: Server, place: Path, pipeline: Path, every: int) -> None:
+    """At every so many changes of the disk, then the same command."""
+    (place / "flux").symlink_to(pipeline / "flux")
+    expected, command = contents(pipeline / "nf4"), ("quantize", "flux", "-o", "out", "--threads", "2")
+    number, resumed = 0, 0
+    while (killed := server.run(*command, cwd=place, at=number, only=CHANGES)).code != 0:
+        assert killed.code == -signal.SIGKILL
+        if not (place / "out").exists():
+            again = server.run(*command, cwd=place)
+            check(again)
+            assert again.code == 0
+            resumed += "Continuing: " in again.stderr
+        assert contents(place / "out") == expected
+        shutil.rmtree(place / "out")
+        clear_partial(place)
+        number += every
+    assert resumed
+
+
+def test_kills_during_a_pipeline_then_the_same_bytes(server: Server, place: Path, pipeline: Path) -> None:
+    kill_a_pipeline(server, place, pipeline, every=29)
+
+
 # A source that changes
 
 CHANGED: dict[str, tuple[str, int, str]] = {
@@ -1063,6 +1100,37 @@ def test_1000_kills_at_random_moments_then_the_same_bytes(
     server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
     kill_at_random(server, run, place, expected, 1000)
+
+
+@pytest.mark.soak
+def test_a_kill_at_every_change_of_the_disk_by_a_pipeline(server: Server, place: Path, pipeline: Path) -> None:
+    kill_a_pipeline(server, place, pipeline, every=1)
+
+
+@pytest.mark.soak
+def test_interrupts_at_any_moment_of_a_real_process_imports_and_all(
+    place: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    """But for the first moments, in which Python itself still starts."""
+    moments = random.Random(1)
+    for _ in range(60):
+        number = moments.choice([signal.SIGINT, signal.SIGTERM])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qz", *QUANTIZE],
+            cwd=place,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(moments.uniform(0.2, 5))
+        process.send_signal(number)
+        stderr = process.communicate()[1]
+        started = "Error: Interrupted." in stderr
+        assert process.returncode in ((128 + number,) if started else (0, 73, -number)), stderr
+        if (place / "out").exists():
+            assert contents(place / "out") == expected["nf4"]
+            clear(place)
 
 
 @pytest.mark.soak
