@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+import weakref
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class LocalFolder:
         self._sizes: dict[str, int] | None = None
         self._folders: tuple[str, ...] = ()
         self._open: OrderedDict[str, _Open] = OrderedDict()
+        weakref.finalize(self, _close_all, self._open)  # descriptors are numbers: nobody else would close them
         self._marks: dict[str, _Mark] = {}
         self._read: set[str] = set()
         self._lock = threading.Lock()
@@ -247,8 +249,7 @@ class LocalFolder:
 
     def close(self) -> None:
         with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1].descriptor)
+            _close_all(self._open)
 
 
 _Mark = tuple[int, int, int, int]
@@ -258,6 +259,11 @@ _Mark = tuple[int, int, int, int]
 class _Open:
     descriptor: int
     users: int = 0
+
+
+def _close_all(opened: OrderedDict[str, _Open]) -> None:
+    while opened:
+        os.close(opened.popitem()[1].descriptor)
 
 
 def _mark(found: os.stat_result) -> _Mark:

@@ -154,7 +154,8 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, change:
         path.unlink()
     if change == "replace":
         path.write_bytes(b"abcd")
-    with pytest.raises(MalformedInput, match="x changed while it was read"):
+    kind, words = (MissingInput, "vanished") if change == "delete" else (MalformedInput, "changed")
+    with pytest.raises(kind, match=f"x {words} while it was read"):
         folder.check()
 
 
