@@ -43,7 +43,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "int8": (*QUANTIZE, "--int8"),
     "dequantize": ("dequantize", "quantized", "-o", "out", "--max-shard-size", "40KB", "--threads", "2"),
 }
-CHANGES = ("write", "fsync", "rename", "truncate", "unlink", "rmdir", "mkdir", "open", "reserve")
+STORES = ("write", "fsync", "rename")
+CHANGES = (*STORES, "truncate", "unlink", "rmdir", "mkdir", "open", "reserve")
 """Operations after which the disk differs, or may."""
 Run = Callable[..., Ended]
 
@@ -245,34 +246,32 @@ def small(run: Run, place: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     return expected, ended.operations
 
 
-def test_a_kill_at_every_change_of_the_disk_then_the_same_bytes(
-    run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
-) -> None:
+def kill_at_every(kinds: tuple[str, ...], run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]) -> None:
     expected, operations = small
-    total = sum(operation.split()[0] in CHANGES for operation in operations)
+    total = sum(operation.split()[0] in kinds for operation in operations)
     assert total > 40
     for number in range(total):
-        assert run(*SMALL, at=number, only=CHANGES).code == -signal.SIGKILL
+        assert run(*SMALL, at=number, only=kinds).code == -signal.SIGKILL
         assert not (place / "out").exists() or contents(place / "out") == expected
         finish(run, place, SMALL, expected)
         clear(place)
 
 
-def test_a_kill_at_every_change_of_the_disk_in_a_resumed_run_then_the_same_bytes(
-    run: Run, place: Path, tmp_path: Path, small: tuple[dict[str, str], tuple[str, ...]]
+def kill_a_resumed_run_at_every(
+    kinds: tuple[str, ...], run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
     expected, operations = small
     renames = [path for path in operations if path.startswith("rename") and path.endswith(".safetensors")]
     assert len(renames) == 3, renames
     assert run(*SMALL, at=2, only=("rename",)).code == -signal.SIGKILL  # the first shard is finished
-    with tempfile.TemporaryDirectory(dir=tmp_path.parent) as saved:
+    with tempfile.TemporaryDirectory(dir=place.parent) as saved:
         for name in ("out.partial", "out.partial.journal"):
             (place / name).rename(Path(saved) / name)
         number = 0
         while True:
             shutil.copytree(Path(saved) / "out.partial", place / "out.partial")
             shutil.copy(Path(saved) / "out.partial.journal", place)
-            ended = run(*SMALL, at=number, only=CHANGES)
+            ended = run(*SMALL, at=number, only=kinds)
             if ended.code == 0:
                 break
             assert ended.code == -signal.SIGKILL
@@ -283,6 +282,18 @@ def test_a_kill_at_every_change_of_the_disk_in_a_resumed_run_then_the_same_bytes
     assert "Continuing: 1 of 3 shards are done." in ended.stderr
     assert contents(place / "out") == expected
     assert number > 30
+
+
+def test_a_kill_at_every_write_sync_and_rename_then_the_same_bytes(
+    run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
+) -> None:
+    kill_at_every(STORES, run, place, small)
+
+
+def test_a_kill_at_every_write_sync_and_rename_of_a_resumed_run_then_the_same_bytes(
+    run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
+) -> None:
+    kill_a_resumed_run_at_every(STORES, run, place, small)
 
 
 # Failing operations
@@ -330,7 +341,7 @@ def fail_everywhere(
 def test_an_error_at_every_operation_is_told_and_leaves_nothing_half_done(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), rarely=("stat", "read"))
+    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), rarely=("stat", "read", "write"))
 
 
 def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(
@@ -1100,6 +1111,15 @@ def test_1000_kills_at_random_moments_then_the_same_bytes(
     server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
     kill_at_random(server, run, place, expected, 1000)
+
+
+@pytest.mark.soak
+def test_a_kill_at_every_change_of_the_disk_then_the_same_bytes(
+    run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
+) -> None:
+    kill_at_every(CHANGES, run, place, small)
+    clear(place)
+    kill_a_resumed_run_at_every(CHANGES, run, place, small)
 
 
 @pytest.mark.soak
