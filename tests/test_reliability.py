@@ -740,7 +740,10 @@ def test_bytes_that_arrived_wrong_never_get_into_an_output_not_even_by_resuming(
         assert same_weights(place / "out", expected)
         clear_partial(place)
         shutil.rmtree(place / "out")
-    assert codes == [-signal.SIGKILL] * 4 + [65]
+    # How many renames come before the hash is known depends on the machine's speed; the first does, the 99th never.
+    assert codes[0] == -signal.SIGKILL
+    assert codes[-1] == 65
+    assert set(codes) == {-signal.SIGKILL, 65}
 
 
 @pytest.mark.usefixtures("repository")
