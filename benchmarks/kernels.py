@@ -166,7 +166,8 @@ def main() -> None:
     if options.json:
         print(json.dumps([asdict(figure) for figure in figures], indent=2))
         return
-    print(f"({options.rows}, {options.cols}), one thread, {kernels.BACKEND}; GB/s of input (back: of output)\n")
+    backend = kernels.backend().__name__.rpartition("_")[2]
+    print(f"({options.rows}, {options.cols}), one thread, {backend}; GB/s of input (back: of output)\n")
     print(f"{'kernel':<16}{'qz':>8}{'bnb':>8}{'ratio':>8}{'target':>8}  bytes")
     for figure in figures:
         target = "" if figure.target is None else f"{figure.target:.0f}×"

@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ import typer.main
 from qz import QzError
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say
-from qz.quantize import lean, lost
+from qz.quantize import lean
 
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
@@ -103,13 +104,12 @@ def main() -> NoReturn:
     """The command ``qz``."""
     lean.allow()
     code = run(sys.argv[1:])
-    # Tidying up after a lost GPU would abort. And of an interrupt that met code in a string, as dataclasses execute it,
-    # Python remembers that nobody handled it there, and ends itself by SIGINT whatever the exit code (3.11).
-    if lost.kept or code > 128:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
+    # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def run(args: Sequence[str]) -> int:

@@ -20,7 +20,6 @@ import torch  # noqa: TID253 (this module is imported lazily)
 from numpy.typing import NDArray
 
 from qz import TryAgain
-from qz.quantize import lost
 from qz.quantize.kernels import BLOCK_SIZE, NESTED_BLOCK_SIZE, NonFinite
 from qz.quantize.kernels_torch import DTYPES, tensor
 from qz.quantize.lean import lean_imports
@@ -37,6 +36,9 @@ LANES = 2
 """Chunks on one GPU at a time: one copied in while one is computed and copied out. Bounds the memory used there."""
 THREADS = 8
 """Threads that read and write for one GPU; each holds about 1.3 chunks of page-locked memory."""
+
+_of_lost: list[object] = []
+"""Memory of a GPU that stopped working: to free it throws where nothing can catch. The command ends without that."""
 
 Tensors = Sequence[torch.Tensor]
 Computed = tuple[torch.Tensor | None, Tensors]
@@ -209,7 +211,7 @@ class Accelerator:
         try:
             yield
         except torch.AcceleratorError as error:
-            lost.kept += [self, *(each() for each in self._buffers)]
+            _of_lost.extend([self, *(each() for each in self._buffers)])
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TryAgain(
                 f"{self.name} ({self.model}) stopped working: {first_line}. What is finished is kept: run the same "

@@ -13,6 +13,7 @@ import importlib
 import os
 import threading
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = [
-    "BACKEND",
     "BLOCK_SIZE",
     "NESTED_BLOCK_SIZE",
     "QUANT_MAPS",
     "NonFinite",
+    "backend",
     "cast",
     "dequantize_4bit",
     "dequantize_absmax",
@@ -50,18 +51,18 @@ NESTED_BLOCK_SIZE: Final = 256
 _BITS: Final = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32}
 
 
-def _choose_backend() -> tuple[str, ModuleType]:
-    """numba if it can be imported; ``QZ_KERNELS=torch`` forces the other one, which gives the same bytes."""
+@cache
+def backend() -> ModuleType:
+    """The module that computes: numba's if that can be imported, unless ``QZ_KERNELS`` is ``torch``; the same bytes.
+
+    Chosen at the first call of a kernel, because importing numba takes a quarter of a second that a GPU has no use for.
+    """
     if os.environ.get("QZ_KERNELS") != "torch":
         try:
-            return "numba", importlib.import_module("qz.quantize.kernels_numba")
+            return importlib.import_module("qz.quantize.kernels_numba")
         except ImportError:
             pass
-    return "torch", importlib.import_module("qz.quantize.kernels_torch")
-
-
-BACKEND: str
-BACKEND, _backend = _choose_backend()
+    return importlib.import_module("qz.quantize.kernels_torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,8 @@ def quantize_4bit(
     _check(values, (n,), _BITS[dtype], "values")
     _check(packed, (-(-n // 2),), np.uint8, "packed")
     _check(absmax, (-(-n // BLOCK_SIZE),), np.float32, "absmax")
-    count, first = _backend.quantize_4bit(values, dtype, quant_type, packed, absmax)
-    if count and BACKEND != "torch":
+    count, first = backend().quantize_4bit(values, dtype, quant_type, packed, absmax)
+    if count:
         _requantize_4bit(values, dtype, quant_type, packed, absmax)
     return NonFinite(count, first)
 
@@ -122,8 +123,8 @@ def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFi
     _check(scb, (rows,), np.float32, "scb")
     if not values.size:
         raise ValueError(f"quantize_int8 needs at least one row and one column, got {values.shape}")
-    count, first = _backend.quantize_int8(values, dtype, weight, scb)
-    if count and BACKEND != "torch":
+    count, first = backend().quantize_int8(values, dtype, weight, scb)
+    if count:
         _requantize_int8(values, dtype, weight, scb)
     return NonFinite(count, first)
 
@@ -156,7 +157,7 @@ def dequantize_4bit(
     _check(absmax, (-(-n // blocksize),), np.float32, "absmax")
     if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise ValueError(f"invalid block size {blocksize}")
-    _backend.dequantize_4bit(packed, absmax, quant_type, blocksize, dtype, out)
+    backend().dequantize_4bit(packed, absmax, quant_type, blocksize, dtype, out)
 
 
 def dequantize_int8(weight: Array, scb: Array, dtype: str, out: Array) -> None:
@@ -168,7 +169,7 @@ def dequantize_int8(weight: Array, scb: Array, dtype: str, out: Array) -> None:
     _check(weight, (rows, cols), np.int8, "weight")
     _check(scb, (rows,), np.float32, "scb")
     _check(out, (rows, cols), _BITS[dtype], "out")
-    _backend.dequantize_int8(weight, scb, dtype, out)
+    backend().dequantize_int8(weight, scb, dtype, out)
 
 
 _one_thread = threading.Lock()
@@ -202,7 +203,7 @@ def quantize_absmax(absmax: Array) -> tuple[Array, Array, float]:
         return out.numpy(), state.absmax.numpy(), float(offset)
     quantized = np.empty(n, np.uint8)
     nested = np.empty(-(-n // NESTED_BLOCK_SIZE), np.float32)
-    _backend.quantize_blockwise(centred, NESTED_BLOCK_SIZE, quantized, nested)
+    backend().quantize_blockwise(centred, NESTED_BLOCK_SIZE, quantized, nested)
     return quantized, nested, float(offset)
 
 
@@ -227,7 +228,7 @@ def cast(values: Array, source_dtype: str, target_dtype: str, out: Array) -> Non
     if source_dtype == target_dtype:
         np.copyto(out, values)
         return
-    _backend.cast(values, source_dtype, target_dtype, out)
+    backend().cast(values, source_dtype, target_dtype, out)
 
 
 def error_sums(original: Array, dtype: str, dequantized: Array, of: str = "F32") -> tuple[float, float, float]:
@@ -238,7 +239,7 @@ def error_sums(original: Array, dtype: str, dequantized: Array, of: str = "F32")
     """
     _check(original, (original.size,), _BITS[dtype], "original")
     _check(dequantized, (original.size,), _BITS[of], "dequantized")
-    squares, total, largest = _backend.error_sums(original, dtype, dequantized, of)
+    squares, total, largest = backend().error_sums(original, dtype, dequantized, of)
     return float(squares), float(total), float(largest)
 
 

@@ -3,7 +3,7 @@
 transformers, diffusers and bitsandbytes decorate functions for ``torch.compile`` when they are imported, and so pull in
 ``torch._dynamo``, ``torch._inductor`` and sympy; transformers adds ``torch.distributed``'s tensors. The command builds
 models on the meta device and calls eager operations only, in a process that ends with it. Measured in CPU seconds with
-torch 2.13: transformers' Llama 2.3 → 0.9, diffusers' Flux 3.0 → 1.1, bitsandbytes 1.9 → 0.03.
+torch 2.13: transformers' Llama 2.3 → 0.9, diffusers' Flux 3.0 → 0.5, bitsandbytes 1.9 → 0.03.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from types import ModuleType
 from typing import Any
 
 COMPILER = "torch._dynamo"
-OPTIONAL = ("peft", "scipy", "sklearn", "torchaudio", "torchvision", "triton")
-"""What the libraries import where it is installed, for adapters, losses, assisted generation, images, other kernels.
+OPTIONAL = ("peft", "scipy", "sklearn", "torchaudio", "torchvision", "transformers", "triton")
+"""What the libraries import where it is installed: for adapters, losses, assisted generation, images, other kernels,
+and, in diffusers, the text encoders of pipelines.
 
-Building a model needs none of it, but for some of transformers: losses that match by scipy, and timm by torchvision.
+Building a model needs none of it, but for a few: see ``qz.quantize.libraries``.
 """
 _allowed = False
 

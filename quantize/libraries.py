@@ -10,6 +10,9 @@ from qz.formats.checkpoint import Checkpoint
 from qz.quantize.architecture import Architecture, Given, Wish, torch_name
 from qz.quantize.lean import lean_imports
 
+OF_TRANSFORMERS = ("AutoencoderRAE",)
+"""Models of diffusers that are built from models of transformers (0.42.1)."""
+
 
 def examine(
     checkpoint: Checkpoint,
@@ -30,10 +33,7 @@ def examine(
         if given is not None
         else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
     )
-    needed = ("scipy",) if checkpoint.library == "transformers" else ()
-    if "timm" in json.dumps(checkpoint.config):
-        needed = (*needed, "torchvision")
-    with lean_imports(keep=needed):
+    with lean_imports(keep=_needed(checkpoint)):
         if checkpoint.library == "diffusers":
             from qz.quantize import on_diffusers
 
@@ -41,6 +41,16 @@ def examine(
         from qz.quantize import on_transformers
 
         return on_transformers.examine(checkpoint, tensors, wish, equal)
+
+
+def _needed(checkpoint: Checkpoint) -> set[str]:
+    """Packages that building this model needs: transformers has losses that match by scipy, timm takes torchvision."""
+    needed = {"scipy", "transformers"} if checkpoint.library == "transformers" else set()
+    if checkpoint.config.get("_class_name") in OF_TRANSFORMERS:
+        needed.add("transformers")
+    if "timm" in json.dumps(checkpoint.config):
+        needed.add("torchvision")
+    return needed
 
 
 def library_versions() -> dict[str, Any]:

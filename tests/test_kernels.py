@@ -54,8 +54,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip(f"qz.quantize.kernels_{name}")
-    monkeypatch.setattr(kernels, "BACKEND", name)
-    monkeypatch.setattr(kernels, "_backend", module)
+    monkeypatch.setattr(kernels, "backend", lambda: module)
 
 
 def to_torch(values: Array, dtype: str) -> torch.Tensor:
@@ -392,7 +391,7 @@ def test_every_step_of_the_nested_map_is_exact(backend: str) -> None:
     values[:, 0] = 1
     codes, state = bnb_functional.quantize_blockwise(torch.from_numpy(values.reshape(-1)), blocksize=256)
     out, absmax = np.empty(values.size, np.uint8), np.empty(len(values), np.float32)
-    kernels._backend.quantize_blockwise(values.reshape(-1), 256, out, absmax)
+    kernels.backend().quantize_blockwise(values.reshape(-1), 256, out, absmax)
     assert same(out, codes.numpy())
     assert same(absmax, state.absmax.numpy())
 
@@ -564,11 +563,11 @@ def python(code: str, **environment: str) -> str:
 
 def test_the_kernels_need_no_torch_to_be_imported() -> None:
     pytest.importorskip("numba")
-    code = "import sys; from qz.quantize import kernels; print(kernels.BACKEND, 'torch' in sys.modules)"
-    assert python(code) == "numba False"
+    code = "import sys; from qz.quantize import kernels; print(kernels.backend().__name__, 'torch' in sys.modules)"
+    assert python(code) == "qz.quantize.kernels_numba False"
 
 
 def test_without_numba_torch_computes() -> None:
-    code = "import sys; sys.modules['numba'] = None; from qz.quantize import kernels; print(kernels.BACKEND)"
-    assert python(code) == "torch"
-    assert python("from qz.quantize import kernels; print(kernels.BACKEND)", QZ_KERNELS="torch") == "torch"
+    code = "from qz.quantize import kernels; print(kernels.backend().__name__)"
+    assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.kernels_torch"
+    assert python(code, QZ_KERNELS="torch") == "qz.quantize.kernels_torch"

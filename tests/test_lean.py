@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from converted import quantized
+from qz.quantize.libraries import OF_TRANSFORMERS
 from reference import differing_files
 from zoo import build
 
@@ -21,7 +23,9 @@ from qz.cli.app import run
 from qz.quantize import lean
 lean.allow()
 assert run(sys.argv[1:]) == 0
-real = {name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.tensor") if name in sys.modules}
+unused = "diffusers" if "transformers" in sys.modules else "transformers"
+unwanted = (unused, "torch._dynamo", "torch._inductor", "torch.distributed.tensor")
+real = {name for name in unwanted if name in sys.modules}
 assert not real, real
 import torch
 assert torch.compile is not lean._unchanged and torch.distributed.is_available()
@@ -37,6 +41,36 @@ def test_a_lean_process_writes_the_same_folder(qz: Qz, name: str, tmp_path: Path
     done = qz("quantize", "source", "-o", "there", "--quiet")
     assert done.returncode == 0, done.stderr
     assert differing_files(tmp_path / "here", tmp_path / "there") == []
+
+
+def test_a_model_of_diffusers_that_contains_one_of_transformers_gets_it(qz: Qz, tmp_path: Path) -> None:
+    """Planning another one leaves transformers out: half of diffusers' import time."""
+    from diffusers import AutoencoderRAE
+
+    AutoencoderRAE(
+        encoder_hidden_size=64,
+        encoder_num_hidden_layers=1,
+        decoder_hidden_size=64,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=128,
+        encoder_input_size=28,
+    ).save_pretrained(tmp_path / "source")
+    quantized(tmp_path / "source", tmp_path / "here", "nf4")
+    done = qz("quantize", "source", "-o", "there", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert differing_files(tmp_path / "here", tmp_path / "there") == []
+
+
+def test_no_other_model_of_diffusers_needs_transformers() -> None:
+    import diffusers
+
+    needy = set()
+    for path in (Path(diffusers.__file__).parent / "models").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"^\s*(from|import) transformers\b", text, re.MULTILINE):
+            needy |= set(re.findall(r"^class (\w+)\(.*ModelMixin", text, re.MULTILINE))
+    assert needy == set(OF_TRANSFORMERS)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "flux"])
