@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def arithmetic_on(device: str) -> Arithmetic:
     ``notes`` says why. Raises UsageError for a device that is not there, Unsupported for one that bitsandbytes cannot
     use, TryAgain for one without memory.
     """
-    if device == "cpu":
+    if device == "cpu" or (device == "auto" and not _may_have_a_gpu()):
         return Cpu()
     if device != "auto":
         return _accelerator(device)
@@ -117,6 +118,17 @@ def arithmetic_on(device: str) -> Arithmetic:
         return _accelerator("cuda")
     except QzError as error:
         return Cpu(notes=(f"computed on the CPU: {error}",))
+
+
+def _may_have_a_gpu() -> bool:
+    """False where there is neither NVIDIA's driver nor AMD's, so that torch need not be imported to find none."""
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _accelerator(device: str) -> Accelerator:

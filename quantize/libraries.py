@@ -1,12 +1,12 @@
-"""Ask the library that a checkpoint belongs to: the one way from here to transformers and diffusers."""
+"""Ask the library that a checkpoint belongs to, once: the one way from here to transformers and diffusers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from qz.formats.checkpoint import Checkpoint
+from qz.quantize import remembered
 from qz.quantize.architecture import Architecture, Given, Wish, torch_name
 from qz.quantize.lean import lean_imports
 
@@ -33,14 +33,28 @@ def examine(
         if given is not None
         else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
     )
+    question = remembered.question(checkpoint, tensors, wish, library_versions())
+    if (known := remembered.recall(question)) is not None:
+        return known
+    compared = False
+
+    def compare(one: str, other: str) -> bool:
+        nonlocal compared
+        compared = True
+        return equal is not None and equal(one, other)
+
     with lean_imports(keep=_needed(checkpoint)):
         if checkpoint.library == "diffusers":
             from qz.quantize import on_diffusers
 
-            return on_diffusers.examine(checkpoint, tensors, wish)
-        from qz.quantize import on_transformers
+            architecture = on_diffusers.examine(checkpoint, tensors, wish)
+        else:
+            from qz.quantize import on_transformers
 
-        return on_transformers.examine(checkpoint, tensors, wish, equal)
+            architecture = on_transformers.examine(checkpoint, tensors, wish, compare if equal else None)
+    if not compared:
+        remembered.keep(question, architecture)
+    return architecture
 
 
 def _needed(checkpoint: Checkpoint) -> set[str]:
@@ -53,7 +67,7 @@ def _needed(checkpoint: Checkpoint) -> set[str]:
     return needed
 
 
-def library_versions() -> dict[str, Any]:
+def library_versions() -> dict[str, str]:
     """Versions that decide the bytes of an output."""
     from importlib.metadata import version
 

@@ -42,6 +42,7 @@ from qz.quantize.transformers_internals import (
     dot_natural_key,
     get_keys_to_not_convert,
     get_model_conversion_mapping,
+    no_init_weights,
     remove_tied_weights_from_state_dict,
     rename_source_key,
     revert_weight_conversion,
@@ -185,7 +186,8 @@ def _load(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory(prefix="qz-") as folder:
+        # Without initial values for weights that have none: torch would import sympy for them.
+        with tempfile.TemporaryDirectory(prefix="qz-") as folder, no_init_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             model, info = model_class.from_pretrained(

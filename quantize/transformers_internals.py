@@ -19,6 +19,7 @@ try:
         rename_source_key,
         revert_weight_conversion,
     )
+    from transformers.initialization import no_init_weights
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
@@ -38,6 +39,7 @@ __all__ = [
     "dot_natural_key",
     "get_keys_to_not_convert",
     "get_model_conversion_mapping",
+    "no_init_weights",
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
     "revert_weight_conversion",

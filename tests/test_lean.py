@@ -15,6 +15,8 @@ from qz.quantize.libraries import OF_TRANSFORMERS
 from reference import differing_files
 from zoo import build
 
+pytestmark = pytest.mark.usefixtures("no_memory")
+
 Qz = Callable[..., subprocess.CompletedProcess[str]]
 
 SHOWS_MODULES = """
@@ -32,6 +34,11 @@ assert torch.compile is not lean._unchanged and torch.distributed.is_available()
 import torch._dynamo
 assert hasattr(torch._dynamo, "optimize")
 """
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QZ_CACHE", "")
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe", "gpt2", "whisper", "flux", "unet"])

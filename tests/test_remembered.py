@@ -1,0 +1,170 @@
+"""What a library said is used again for the same question, and for no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qz as package
+from qz.formats.checkpoint import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.quantize import remembered
+from qz.quantize.architecture import Saved, Wish
+from qz.quantize.libraries import examine
+from qz.quantize.methods import FourBit, Int8, Method
+from reference import differing_files
+from zoo import DIFFUSERS, TRANSFORMERS, build
+
+Qz = Callable[..., subprocess.CompletedProcess[str]]
+
+ANSWERED = """
+import sys
+from qz.cli.app import run
+assert run(sys.argv[1:]) == 0
+print("asked" if "torch" in sys.modules else "remembered")
+"""
+DOUBLE = FourBit("fp4", double_quant=True)
+GRID = [
+    *((name, DOUBLE) for name in (*TRANSFORMERS, *DIFFUSERS)),
+    *(("llama-untied", method) for method in (None, FourBit("nf4"), Int8())),
+]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QZ_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "architectures"
+
+
+@pytest.fixture
+def source(tmp_path: Path, tiny_llama: Path) -> Path:
+    shutil.copytree(tiny_llama, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def answered(source: Path, *options: str, cwd: Path | None = None) -> str:
+    """Whether a dry run in a process of its own asked the library, or remembered what it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERED, "quantize", str(source), "--dry-run", "--quiet", *options],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "method"), GRID, ids=str)
+def test_what_is_recalled_is_what_was_said(name: str, method: Method | None, cache: Path, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "source")
+    checkpoint = open_checkpoint(LocalFolder(tmp_path / "source"))
+    said = examine(checkpoint, Wish(method))
+    if not cache.exists():  # it holds functions of the library, which cannot be kept
+        assert any(saved.weight.conversion for saved in said.saved)
+        return
+    [kept] = cache.iterdir()
+    recalled = remembered.recall(kept.name)
+    assert recalled == said
+    assert recalled is not None
+    assert _sharing(recalled.saved) == _sharing(said.saved)
+
+
+def _sharing(saved: tuple[Saved, ...]) -> list[int]:
+    first: dict[int, int] = {}
+    return [first.setdefault(id(each.weight), number) for number, each in enumerate(saved)]
+
+
+def test_a_second_run_imports_no_library_and_writes_the_same_folder(
+    source: Path, tmp_path: Path, cache: Path, qz: Qz
+) -> None:
+    first = qz("quantize", source, "-o", "first", "--quiet")
+    assert first.returncode == 0, first.stderr
+    assert len(list(cache.iterdir())) == 1
+    assert answered(source) == "remembered"
+    second = qz("quantize", source, "-o", "second", "--quiet")
+    assert second.returncode == 0, second.stderr
+    assert differing_files(tmp_path / "first", tmp_path / "second") == []
+
+
+def test_another_wish_config_or_tensor_is_another_question(source: Path, cache: Path) -> None:
+    assert answered(source) == "asked"
+    assert answered(source, "--max-shard-size", "1MB", "--threads", "1") == "remembered"
+    for options in (["--int8"], ["--fp4"], ["--double-quant"], ["--dtype", "float16"], ["--skip", "q_proj"]):
+        assert answered(source, *options) == "asked", options
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    assert answered(source) == "asked"
+    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
+    assert answered(source) == "asked"
+    assert answered(source) == "remembered"
+    assert len(list(cache.iterdir())) == 8
+
+
+def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) -> None:
+    root = Path(package.__file__).resolve().parent
+    shutil.copytree(root, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
+    assert answered(source, cwd=tmp_path) == "asked"
+    assert answered(source, cwd=tmp_path) == "remembered"
+    os.utime(tmp_path / "qz" / "quantize" / "on_transformers.py", ns=(1, 1))
+    assert answered(source, cwd=tmp_path) == "asked"
+    assert answered(source, cwd=tmp_path) == "remembered"
+    assert len(list(cache.iterdir())) == 1
+    assert answered(source) == "asked"  # another installation, whose code may differ
+
+
+def test_answers_that_depend_on_values_are_not_kept(tmp_path: Path, cache: Path) -> None:
+    """Both sides of a tie are stored: whether they are tied depends on their values."""
+    from safetensors.torch import load_file, save_file
+
+    build("llama-tied").save_pretrained(tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    assert [answered(tmp_path / "source") for _ in range(2)] == ["asked", "asked"]
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "folder"])
+def test_a_damaged_answer_is_asked_for_again(damage: str, source: Path, cache: Path) -> None:
+    assert answered(source) == "asked"
+    [kept] = cache.iterdir()
+    data = kept.read_bytes()
+    if damage == "folder":
+        kept.unlink()
+        kept.mkdir()
+    else:
+        changed = data.replace(b'"quantized_', b'"quantised_', 1).replace(b"F32", b"F16", 1)
+        kept.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "changed": changed}[damage])
+    assert answered(source) == "asked"
+    assert answered(source) == ("asked" if damage == "folder" else "remembered")
+
+
+@pytest.mark.parametrize("chosen", ["", "/dev/null/nowhere", "/proc/nowhere"])
+def test_where_nothing_can_be_kept_the_library_is_asked(
+    chosen: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QZ_CACHE", chosen)
+    assert [answered(source) for _ in range(2)] == ["asked", "asked"]
+
+
+def test_the_oldest_answers_make_room(source: Path, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    for number in range(remembered.MOST):
+        path = cache / f"{number:064x}"
+        path.write_bytes(b"old")
+        os.utime(path, ns=(number, number))
+    assert answered(source) == "asked"
+    names = {path.name for path in cache.iterdir()}
+    assert len(names) == remembered.MOST
+    assert f"{0:064x}" not in names
+    assert f"{1:064x}" in names
+    assert answered(source) == "remembered"
