@@ -66,6 +66,8 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.error = KeyboardInterrupt()
+        self.late = False
+        """Set when the command has come to its end, which an interrupt no longer changes."""
         for number in (signal.SIGINT, signal.SIGTERM):
             # What a parent told us to ignore, as nohup and background jobs of a script do, stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -78,8 +80,9 @@ class Interruption:
             if sys.stderr.isatty():
                 os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the cursor, which the progress bar has hidden
             os._exit(128 + number)
-        self.signal = number
-        raise self.error
+        if not self.late:
+            self.signal = number
+            raise self.error
 
     def dropped(self, found: sys.UnraisableHookArgs) -> None:
         """The interrupt met code in which Python drops exceptions, such as a finalizer: raise it again in a moment."""
@@ -126,6 +129,7 @@ def run(args: Sequence[str]) -> int:
     try:
         code = invoke(args or ["--help"])
         sys.stdout.flush()
+        interruption.late = True
     except SystemExit as error:  # shell completion, and Typer on a pipe that was closed
         return closed_pipe() if isinstance(error.__context__, OSError) else int(error.code or 0)
     except (KeyboardInterrupt, typer.Abort):
@@ -134,6 +138,7 @@ def run(args: Sequence[str]) -> int:
         return closed_pipe()
     except Exception as error:  # noqa: BLE001  the one place that turns them into text
         if interruption.signal is None:
+            interruption.late = True
             code, message = explain(error)
             report(code, message, as_json=as_json, trace=error if debug else None)
             return code

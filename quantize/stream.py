@@ -33,6 +33,9 @@ QuantType = Literal["nf4", "fp4"]
 WHOLE_BYTES = 48 << 20
 """How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
 
+FINISHING = 8
+"""Shards that are read back, hashed and stored at a time, beside the work on others."""
+
 
 class Arithmetic(Protocol):
     """Where the numbers are computed. Thread-safe; arrays are in host memory; see ``qz.quantize.kernels``."""
@@ -186,6 +189,9 @@ class Run:
         self.in_memory = 0
         self.idle = threading.Condition()
         self.working = 0
+        self.alone = True
+        """One thread does everything, one after the other."""
+        self.finishers = threading.Semaphore(FINISHING)
         self.errors: list[BaseException] = []
         self.left: dict[int, int] = {}
         for home in plan.shard_of.values():
@@ -209,13 +215,10 @@ class Run:
         for home in self.left:
             self.writers[home] = self.staging.open_shard(self.plan.shards[home], self._settled(sources[home]))
         chunks = self._chunks()
-        workers = [threading.Thread(target=self._work, args=(chunks,), daemon=True) for _ in range(max(1, threads))]
+        self.alone = threads <= 1
         try:
-            for worker in workers:
-                with held():  # so that each one that works is counted
-                    worker.start()
-                    with self.idle:
-                        self.working += 1
+            for _ in range(max(1, threads)):
+                self._begin(self._work, chunks)
             self._wait()
         except BaseException:
             self.stop.set()
@@ -228,8 +231,33 @@ class Run:
             raise self.errors[0]
         self.folder.check()
 
+    def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Let a thread of its own work; what it raises stops the others."""
+        with held():  # so that each one that works is counted
+            with self.idle:
+                self.working += 1
+            try:
+                threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True).start()
+            except BaseException:
+                self._ended()
+                raise
+
+    def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
+            self.errors.append(error)
+            self.stop.set()
+        finally:
+            self._ended()
+
+    def _ended(self) -> None:
+        with self.idle:
+            self.working -= 1
+            self.idle.notify_all()
+
     def _wait(self) -> None:
-        """Until no worker works. ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11)."""
+        """Until no thread works. ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11)."""
         with self.idle:
             while self.working > 0:
                 self.idle.wait(0.2)
@@ -272,21 +300,13 @@ class Run:
 
     def _work(self, chunks: Iterator[_Chunk]) -> None:
         buffers = _Buffers(self.arithmetic)
-        try:
-            while not self.stop.is_set():
-                with self.lock:
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                done = self._whole(chunk.work) if chunk.whole else self._part(chunk, buffers)
-                self._count(chunk, done)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
-            self.errors.append(error)
-            self.stop.set()
-        finally:
-            with self.idle:
-                self.working -= 1
-                self.idle.notify_all()
+        while not self.stop.is_set():
+            with self.lock:
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            done = self._whole(chunk.work) if chunk.whole else self._part(chunk, buffers)
+            self._count(chunk, done)
 
     def _part(self, chunk: _Chunk, buffers: _Buffers) -> int:
         """Read, compute and write one chunk; the bytes read."""
@@ -403,9 +423,23 @@ class Run:
                     if self.left[home] == 0:
                         ready.append(home)
         for home in ready:
-            written = self.writers.pop(home).finish()
-            self.written[written.name] = written
-            self._report(written.name)
+            if self.alone:
+                self._finish(self.writers.pop(home))
+            else:
+                self.finishers.acquire()
+                self._begin(self._finish_beside, self.writers.pop(home))
+
+    def _finish(self, writer: ShardWriter | _NoShard) -> None:
+        written = writer.finish()
+        self.written[written.name] = written
+        self._report(written.name)
+
+    def _finish_beside(self, writer: ShardWriter | _NoShard) -> None:
+        """Complete a shard while others are worked on: reading it back, hashing and storing it takes a while."""
+        try:
+            self._finish(writer)
+        finally:
+            self.finishers.release()
 
     def _companions(self, work: _Work) -> None:
         """The small tensors beside a weight: maps, nested statistics, quant state, weight format."""

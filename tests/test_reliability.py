@@ -351,7 +351,8 @@ def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(
     broken = """
 import qz.formats.folder as f
 def preadv(descriptor, buffers, offset, real=os.preadv, count=[0]):
-    count[0] += "/source/model" in os.readlink(f"/proc/self/fd/{descriptor}")
+    wanted = "/source/model" in os.readlink(f"/proc/self/fd/{descriptor}")
+    count[0] += wanted
     if count[0] >= 20: raise OSError(5, os.strerror(5))
     return real(descriptor, buffers, offset)
 os.preadv = preadv
