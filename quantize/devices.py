@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qz import QzError, TryAgain, Unsupported, UsageError
 from qz.quantize import kernels
 from qz.quantize.kernels import NonFinite
+from qz.quantize.lean import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -108,10 +109,10 @@ def arithmetic_on(device: str) -> Arithmetic:
     """
     if device == "cpu" or (device == "auto" and not _may_have_a_gpu()):
         return Cpu()
+    with uncollected():
+        import torch
     if device != "auto":
         return _accelerator(device)
-    import torch
-
     if not torch.cuda.is_available():
         return Cpu()
     try:
