@@ -239,6 +239,7 @@ from qz.formats.folder import LocalFolder
 from qz.formats import writer
 lap("import qz")
 source, output, method = sys.argv[1:4]
+writer.files.durable = sys.argv[5] == "fsync"
 settings = Settings(Int8() if method == "int8" else FourBit(method), max_shard_bytes=int(float(sys.argv[4]) * 10**9))
 checkpoint = open_checkpoint(LocalFolder(Path(source))); lap("open")
 plan = plan_quantization(checkpoint, settings); lap("plan")
@@ -266,6 +267,7 @@ convert = Run.convert
 def timed_convert(self, threads):
     begun = time.perf_counter(); convert(self, threads); times["of it convert"] = round(time.perf_counter() - begun, 3)
     times["of it until the last write"] = round(max(e for n, b, e in calls if n == "write") - begun, 3)
+    times["shards completed"] = [[round(b - begun, 2), round(e - begun, 2)] for n, b, e in calls if n == "finish"]
 Run.convert = timed_convert
 summary = carry_out(plan, Source(source, None, None, "diffusers", "x"), Target(Path(output), overwrite=True), settings)
 lap("carry out")
@@ -278,7 +280,7 @@ print(json.dumps({"phases": times, "device": arithmetic.name, "threads": arithme
 def phases(arguments: argparse.Namespace) -> None:
     """The time of the parts of one run in one process, with the imports one by one."""
     command = [sys.executable, "-c", PHASES, str(arguments.folder), str(arguments.output), arguments.method]
-    subprocess.run([*command, arguments.max_shard_size], check=True)
+    subprocess.run([*command, arguments.max_shard_size, "no fsync" if arguments.no_fsync else "fsync"], check=True)
     shutil.rmtree(arguments.output)
 
 
@@ -345,7 +347,8 @@ def whole(name: str, command: list[str]) -> dict[str, Any]:
 def compare(arguments: argparse.Namespace) -> None:
     """diffusers and qz in turn, from a warm cache; the best of each, and the outputs compared tensor by tensor.
 
-    The first run of qz has to ask diffusers about the model, later ones remember what it said.
+    The first run of qz has to ask diffusers about the model, later ones remember what it said. diffusers does not wait
+    for the disk, so ``--no-fsync`` is what compares with it.
     """
     method, theirs, ours = arguments.method, arguments.output / "diffusers", arguments.output / "qz"
     memory = arguments.output / "cache"
@@ -366,6 +369,7 @@ def compare(arguments: argparse.Namespace) -> None:
             if number == 0:
                 runs[f"qz, shards of {size}, first"] = command
             runs[f"qz, shards of {size}"] = command
+            runs[f"qz, shards of {size}, no fsync"] = [*command, "--no-fsync"]
         if arguments.only:
             runs = {name: command for name, command in runs.items() if name.startswith(arguments.only)}
         for name, command in runs.items():
@@ -481,6 +485,7 @@ def main() -> None:
             sub.add_argument("--method", choices=("nf4", "fp4", "int8"), default="nf4")
         if command is phases:
             sub.add_argument("--max-shard-size", default="5", help="in GB, of 10^9 bytes")
+            sub.add_argument("--no-fsync", action="store_true")
         if command is compare:
             sub.add_argument("--repeat", type=int, default=2)
             sub.add_argument("--only", choices=("diffusers", "qz"))

@@ -33,6 +33,7 @@ def dequantize(
     if_exists: options.IfExistsOpt = "error",
     overwrite: options.OverwriteOpt = False,
     resume: options.ResumeOpt = True,
+    fsync: options.FsyncOpt = True,
     device: options.DeviceOpt = "auto",
     threads: options.ThreadsOpt = None,
     download: options.DownloadOpt = False,
@@ -45,9 +46,11 @@ def dequantize(
 ) -> None:
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
     from qz import UsageError
+    from qz.formats import files
     from qz.formats.pipeline import is_pipeline
     from qz.formats.source import enter, open_source
     from qz.formats.staging import refuse_now
+    from qz.quantize.devices import wake
     from qz.quantize.settings import Settings
 
     existing = options.existing_output(overwrite, if_exists)
@@ -59,6 +62,9 @@ def dequantize(
         threads=threads or 0,
         weights_only=weights_only,
     )
+    files.durable = fsync
+    if not dry_run:
+        wake(device)
     root = open_source(source, None, revision)
     folders: list[Folder] = [root]
     try:

@@ -317,6 +317,15 @@ ResumeOpt = Annotated[
     bool,
     flag("--resume/--no-resume", help="Continue an interrupted run of the same command, or start over.", panel=OUTPUT),
 ]
+FsyncOpt = Annotated[
+    bool,
+    flag(
+        "--fsync/--no-fsync",
+        help="Wait until the disk has stored everything, or leave that to the kernel, as cp and the libraries do: "
+        "faster, and complete, but a power cut soon afterwards may damage the output.",
+        panel=OUTPUT,
+    ),
+]
 
 DeviceOpt = Annotated[
     str,

@@ -44,6 +44,7 @@ def quantize(
     if_exists: options.IfExistsOpt = "error",
     overwrite: options.OverwriteOpt = False,
     resume: options.ResumeOpt = True,
+    fsync: options.FsyncOpt = True,
     device: options.DeviceOpt = "auto",
     threads: options.ThreadsOpt = None,
     download: options.DownloadOpt = False,
@@ -60,6 +61,7 @@ def quantize(
     four_bit_too = name == "int8" and any(each in ("nf4", "fp4") for each in own.values())
     method = chosen_method(name, double_quant and not four_bit_too, compute_dtype, threshold)
 
+    from qz.formats import files
     from qz.formats.pipeline import is_pipeline
     from qz.formats.source import enter, open_source, output_name
     from qz.formats.staging import refuse_now
@@ -88,6 +90,7 @@ def quantize(
     )
     existing = options.existing_output(overwrite, if_exists)
     target = Target(output or Path(output_name(source, subfolder, name)), existing == "overwrite", resume)
+    files.durable = fsync
     root = open_source(source, None, revision)
     folder = root
     try:

@@ -30,6 +30,8 @@ def _no_hook(operation: str, path: str) -> None:
 
 hook: Callable[[str, str], None] = _no_hook
 """Called with the name of each operation and its path, before the operation."""
+durable = True
+"""Whether ``sync`` and ``sync_folder`` wait for the disk. Cleared for a whole process, by ``--no-fsync``."""
 
 
 def _c_function(*names: str) -> Any:
@@ -193,7 +195,7 @@ def start_writeback(descriptor: int, start: int, stop: int, *, wait: bool = Fals
     Asking waits where the disk is slower than the run. So one thread at a time asks, which keeps the disk busy, and the
     others go on, unless they are to ``wait``: what they leave out is stored later.
     """
-    if _sync_file_range is None or stop <= start or not _asking.acquire(blocking=wait):
+    if not durable or _sync_file_range is None or stop <= start or not _asking.acquire(blocking=wait):
         return
     try:
         _sync_file_range(
@@ -229,12 +231,17 @@ def truncate(descriptor: int, path: Path, size: int) -> None:
 
 
 def sync(descriptor: int, path: Path) -> None:
+    """Wait until the disk has stored the file, unless the process is not to be ``durable``."""
+    if not durable:
+        return
     with _operation("fsync", path):
         os.fsync(descriptor)
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable; nothing where the file system has no such operation."""
+    """The same for the names in a folder; nothing where the file system has no such operation."""
+    if not durable:
+        return
     with _operation("fsync", path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         try:

@@ -363,6 +363,18 @@ os.preadv = preadv
     finish(run, place, QUANTIZE, expected["nf4"])
 
 
+@pytest.mark.parametrize("way", ["nf4", "nf4-double", "dequantize"])
+def test_without_fsync_the_output_is_the_same_and_the_disk_is_not_waited_for(
+    run: Run, place: Path, expected: dict[str, dict[str, str]], way: str
+) -> None:
+    ended = run(*WAYS[way], "--no-fsync")
+    assert ended.code == 0, ended.stderr
+    assert not any(operation.startswith("fsync ") for operation in ended.operations)
+    assert contents(place / "out") == expected[way]
+    clear(place)
+    assert any(operation.startswith("fsync ") for operation in run(*WAYS[way]).operations)
+
+
 # Signals
 
 
