@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.checkpoints import LLAMA_1B, flux, llama
-from benchmarks.whole import QZ, pairs, run
+from benchmarks.whole import QZ, rounds, run
 
 REFERENCE = """
 import sys, torch
@@ -43,26 +43,16 @@ def against_the_library(place: Path, count: int) -> None:
     original, output = llama(place / "llama-1b", LLAMA_1B), place / "out"
     for method in METHODS:
         source = packed(original, method)
-        pairs(
-            f"1.1 B Llama, {method}",
-            count,
-            lambda source=source: run([*QZ, "dequantize", str(source), "-o", str(output), "-q"], output),
-            lambda source=source: run([sys.executable, "-c", REFERENCE, str(source), str(output)], output),
-            "transformers",
-        )
+        ours = [*QZ, "dequantize", str(source), "-o", str(output), "-q"]
+        theirs = [sys.executable, "-c", REFERENCE, str(source), str(output)]
+        rounds(f"1.1 B Llama, {method}", count, output, {"qz": ours, "transformers": theirs})
 
 
 def cost_of_the_report(place: Path, count: int) -> None:
     source, output = llama(place / "llama-1b", LLAMA_1B), place / "out"
     for method, flags in METHODS.items():
         command = [*QZ, "quantize", str(source), *flags, "-o", str(output), "-q"]
-        pairs(
-            f"--report, {method}",
-            count,
-            lambda command=command: run(command, output),
-            lambda command=command: run([*command, "--report"], output),
-            "with --report",
-        )
+        rounds(f"--report, {method}", count, output, {"without": command, "with --report": [*command, "--report"]})
 
 
 def memory(place: Path) -> None:
@@ -82,15 +72,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["library", "report"])
     parser.add_argument("--place", type=Path, default=Path(".bench"))
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}", flush=True)
     arguments.place.mkdir(parents=True, exist_ok=True)
     for what in arguments.what:
         if what == "library":
-            against_the_library(arguments.place, arguments.pairs)
+            against_the_library(arguments.place, arguments.rounds)
         elif what == "report":
-            cost_of_the_report(arguments.place, arguments.pairs)
+            cost_of_the_report(arguments.place, arguments.rounds)
         else:
             memory(arguments.place)
         shutil.rmtree(arguments.place / "out", ignore_errors=True)

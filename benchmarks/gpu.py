@@ -391,7 +391,7 @@ def differences(one: Path, other: Path) -> dict[str, Any]:
     def tensors(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for path in shards_of(folder):
-            opened = safe_open(path, "pt")
+            opened: Any = safe_open(path, "pt")
             found.update(dict.fromkeys(list(opened.keys()), opened))
         return found
 

@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def terabyte(folder: Path) -> Path:
         norms = [(f"{path}.{which}_layernorm.weight", "BF16", (HIDDEN,)) for which in ("input", "post_attention")]
         feed = [(f"{path}.mlp.{which}_proj.weight", "BF16", (inner, HIDDEN)) for which in ("gate", "up")]
         last = [("model.embed_tokens.weight", "BF16", (128_256, HIDDEN))] if layer == LAYERS - 1 else []
-        for number, entries in enumerate(([*attention, *norms], [*feed, *last])):
+        halves: list[list[tuple[str, str, tuple[int, ...]]]] = [[*attention, *norms], [*feed, *last]]
+        for number, entries in enumerate(halves):
             name = f"model-{2 * layer + number + 1:05d}-of-{2 * LAYERS:05d}.safetensors"
             placed = layout(entries)
             header = encode_header(placed)
@@ -115,9 +117,10 @@ def rule() -> None:
 def disagreement(library: str, name: str, model: Any, config: dict[str, Any], state: dict[str, Any]) -> float:
     """The share of the parameters about which the rule and the library disagree."""
     from qz.formats.checkpoint import Checkpoint, StoredTensor
-    from qz.quantize.architecture import SAFETENSORS_NAMES, Wish, examine
+    from qz.quantize.architecture import SAFETENSORS_NAMES, Wish
     from qz.quantize.estimate import METHODS
     from qz.quantize.inspection import plain
+    from qz.quantize.libraries import examine
     from qz.quantize.structure import values
 
     del model
@@ -150,7 +153,7 @@ def of_diffusers() -> Iterator[tuple[str, Maker]]:
 
     for name in dir(diffusers):
         if name.endswith("Model") or name.startswith(("Autoencoder", "UNet", "VQ")):
-            yield name, lambda name=name: build(name)
+            yield name, partial(build, name)
 
 
 def of_transformers() -> Iterator[tuple[str, Maker]]:
@@ -184,7 +187,7 @@ def of_transformers() -> Iterator[tuple[str, Maker]]:
             for name in [names] if isinstance(names, str) else names:
                 found.setdefault(name, model_type)
     for name, model_type in found.items():
-        yield name, lambda name=name, model_type=model_type: build(name, model_type)
+        yield name, partial(build, name, model_type)
 
 
 def shrink(config: Any) -> None:

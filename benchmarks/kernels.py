@@ -114,7 +114,8 @@ def eight_bit(weight: torch.Tensor, dtype: str, pairs: int) -> list[Figure]:
     reference = theirs()
 
     def theirs_back() -> torch.Tensor:
-        return bnb_functional.int8_vectorwise_dequant(reference.data, reference.SCB).to(weight.dtype)
+        values: torch.Tensor = bnb_functional.int8_vectorwise_dequant(reference.data, reference.SCB)
+        return values.to(weight.dtype)
 
     ours()
     ours_back()

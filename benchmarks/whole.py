@@ -1,4 +1,4 @@
-"""Whole processes on the CPU, in pairs: qz against the libraries and against ``cp``, and its peak memory.
+"""Whole processes on the CPU, in turn: qz against the libraries and against ``cp``, and its peak memory.
 
     python -m benchmarks.whole llama     a 1.1 B bf16 Llama to NF4 and INT8, against transformers' load and save
     python -m benchmarks.whole cp        8.6 GB of bf16 to NF4, against ``cp`` of the source, both with a warm cache
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,28 +77,34 @@ def watch(pid: int, peak: list[int]) -> None:
         time.sleep(0.005)
 
 
-def pairs(name: str, count: int, ours: Callable[[], Figure], theirs: Callable[[], Figure], other: str) -> None:
-    """Alternate, after a warm-up of ours; print medians and the ratio pair by pair."""
-    ours()
-    results = [(ours(), theirs()) for _ in range(count)]
-    ratio = statistics.median(their.wall / our.wall for our, their in results)
-    cpu = statistics.median(their.cpu / our.cpu for our, their in results)
-    for who, figures in (("qz", [our for our, _ in results]), (other, [their for _, their in results])):
-        wall, used = (statistics.median(getattr(f, key) for f in figures) for key in ("wall", "cpu"))
-        peak = max(figure.anonymous for figure in figures)
-        print(f"{name:24} {who:14} {wall:7.2f} s wall {used:7.2f} s CPU {peak / 1e9:6.2f} GB anonymous", flush=True)
-    print(f"{name:24} {other} ÷ qz: {ratio:.2f}× wall, {cpu:.2f}× CPU (medians of {count} pairs)", flush=True)
+def rounds(name: str, count: int, output: Path, commands: dict[str, list[str]]) -> None:
+    """Every command in turn, after a warm-up of the first; print medians, and ratios of the last to each in a round."""
+    *_, other = commands
+    run(next(iter(commands.values())), output)
+    results = [{who: run(command, output) for who, command in commands.items()} for _ in range(count)]
+    for who in commands:
+        wall, used = (statistics.median(getattr(each[who], key) for each in results) for key in ("wall", "cpu"))
+        peak = max(each[who].anonymous for each in results)
+        line = f"{name:20} {who:22} {wall:7.2f} s wall {used:7.2f} s CPU {peak / 1e9:6.2f} GB anonymous"
+        if who != other:
+            slower, busier = (
+                statistics.median(getattr(each[other], key) / getattr(each[who], key) for each in results)
+                for key in ("wall", "cpu")
+            )
+            line += f"; {other} ÷ this: {slower:.2f}× wall, {busier:.2f}× CPU"
+        print(line, flush=True)
 
 
 def against_transformers(place: Path, count: int) -> None:
     source, output = llama(place / "llama-1b", LLAMA_1B), place / "out"
     for method in ("nf4", "int8"):
-        pairs(
+        ours = [*QZ, "quantize", str(source), f"--{method}", "-o", str(output), "-q"]
+        theirs = [sys.executable, "-c", REFERENCE, str(source), str(output), method]
+        rounds(
             f"1.1 B Llama, {method}",
             count,
-            lambda method=method: run([*QZ, "quantize", str(source), f"--{method}", "-o", str(output), "-q"], output),
-            lambda method=method: run([sys.executable, "-c", REFERENCE, str(source), str(output), method], output),
-            "transformers",
+            output,
+            {"qz": ours, "qz, the first time": ["env", "QZ_CACHE=", *ours], "transformers": theirs},
         )
 
 
@@ -109,13 +114,9 @@ def against_cp(place: Path, count: int) -> None:
         with file.open("rb", buffering=0) as stream:  # into the page cache
             while stream.read(1 << 24):
                 pass
-    pairs(
-        "8.6 GB bf16, nf4",
-        count,
-        lambda: run([*QZ, "quantize", str(source), "-o", str(output), "-q"], output),
-        lambda: run(["cp", "-r", str(source), str(output)], output),
-        "cp",
-    )
+    ours = [*QZ, "quantize", str(source), "-o", str(output), "-q"]
+    cp = ["cp", "-r", str(source), str(output)]
+    rounds("8.6 GB bf16, nf4", count, output, {"qz": ours, "qz, no fsync": [*ours, "--no-fsync"], "cp": cp})
 
 
 def memory(place: Path) -> None:
@@ -145,15 +146,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["start", "llama", "cp", "memory"])
     parser.add_argument("--place", type=Path, default=Path(".bench"))
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}", flush=True)
     arguments.place.mkdir(parents=True, exist_ok=True)
     for what in arguments.what:
         if what == "llama":
-            against_transformers(arguments.place, arguments.pairs)
+            against_transformers(arguments.place, arguments.rounds)
         elif what == "cp":
-            against_cp(arguments.place, arguments.pairs)
+            against_cp(arguments.place, arguments.rounds)
         elif what == "memory":
             memory(arguments.place)
         else:
