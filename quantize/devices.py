@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 4 << 20
 """Source bytes a CPU thread works on at a time: small enough to stay in its cache."""
+TAKEN = ("out of memory", "busy or unavailable")
+"""What CUDA says where other processes leave too little memory: for a tensor, or for its own context."""
 NVIDIA_DRIVER = "https://www.nvidia.com/drivers"
 TORCH_BUILDS = "https://pytorch.org/get-started/locally"
 
@@ -148,10 +150,10 @@ def _accelerator(device: str) -> Accelerator:
         return Accelerator(devices, device)
     except (RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in first_line:
+        if isinstance(error, torch.OutOfMemoryError) or any(each in first_line for each in TAKEN):
             raise TryAgain(
-                f"{device} has no memory left ({first_line}). End what else uses it and run the same command again, or "
-                "use --device cpu."
+                f"{device} has no memory left for this ({first_line}). End what else uses it and run the same command "
+                "again, or use --device cpu."
             ) from error
         raise Unsupported(
             f"bitsandbytes does not work on {device} here: {first_line}. `python -m bitsandbytes` tells more; "
