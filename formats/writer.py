@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PAGE = 4096
-HASHED = PIECE // 2
-"""Bytes hashed at a time, while as many are read."""
+HASHED = 2 * PIECE
+"""Bytes hashed at a time, at most, while as many are read: handing over less keeps threads waiting for each other."""
 TEMPORARY = ".tmp"
 
 
@@ -189,7 +189,7 @@ def read_back(descriptor: int, path: Path, chunks: Sequence[Chunk]) -> str:
         if stop > PIECE:
             storing.start()
         try:
-            hashing = _Hashing(pool)
+            hashing = _Hashing(pool, max((chunk.stop - chunk.start for chunk in chunks), default=0))
             for chunk in chunks:
                 checksum = 0
                 for start in range(chunk.start, chunk.stop, HASHED):
@@ -212,9 +212,10 @@ def read_back(descriptor: int, path: Path, chunks: Sequence[Chunk]) -> str:
 class _Hashing:
     """SHA-256 of long parts in another thread, while the next one is read into another buffer."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, longest: int) -> None:
+        """``longest``: bytes of the longest part."""
         self._sha256, self._pool = hashlib.sha256(), pool
-        self._buffers = [memoryview(bytearray(HASHED)) for _ in range(2)]
+        self._buffers = [memoryview(bytearray(min(longest, HASHED))) for _ in range(2)]
         self._under_way: Future[None] | None = None
 
     def buffer(self, length: int) -> memoryview:
@@ -224,7 +225,7 @@ class _Hashing:
     def add(self, part: memoryview) -> None:
         """Hash what was read into ``buffer``."""
         self._wait()
-        if len(part) < HASHED // 8:
+        if len(part) < PIECE // 16:
             self._sha256.update(part)
         else:
             self._under_way = self._pool.submit(self._sha256.update, part)

@@ -187,7 +187,7 @@ class Moments:
         self.typical = 0.1
 
     def wait(self) -> None:
-        time.sleep(self.typical * self.random.uniform(0.3, 1.05))
+        time.sleep(self.typical * self.random.uniform(0.1, 0.9))
 
     def learn(self, ended: Ended) -> None:
         """From a run that was not disturbed."""
@@ -213,6 +213,7 @@ def kill_at_random(server: Server, run: Run, place: Path, expected: dict[str, di
             clean = clean and ended.code == 0
             assert not (place / "out").exists() or contents(place / "out") == expected[way]
         if clean:
+            moments.learn(ended)
             clear(place)
             continue
         done = finish(run, place, command, expected[way])
@@ -406,9 +407,7 @@ def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
                 files = contents(place / "out.partial")
                 assert len(files) == int(kept.group(1))
                 assert files.items() <= expected[way].items()
-        done = finish(run, place, WAYS[way], expected[way])
-        if done is not None:
-            moments.learn(done)
+        moments.learn(finish(run, place, WAYS[way], expected[way]) or ended)
         clear(place)
     assert codes.count(130) > 3
     assert codes.count(143) > 3
