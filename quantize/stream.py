@@ -32,7 +32,6 @@ from qz.quantize.watch import Watch
 QuantType = Literal["nf4", "fp4"]
 WHOLE_BYTES = 48 << 20
 """How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
-
 FINISHING = 8
 """Shards that are read back, hashed and stored at a time, beside the work on others."""
 
@@ -423,11 +422,16 @@ class Run:
                     if self.left[home] == 0:
                         ready.append(home)
         for home in ready:
+            writer = self.writers.pop(home)
             if self.alone:
-                self._finish(self.writers.pop(home))
-            else:
-                self.finishers.acquire()
-                self._begin(self._finish_beside, self.writers.pop(home))
+                self._finish(writer)
+                continue
+            self.finishers.acquire()
+            try:
+                self._begin(self._finish_beside, writer)
+            except BaseException:
+                self.finishers.release()
+                raise
 
     def _finish(self, writer: ShardWriter | _NoShard) -> None:
         written = writer.finish()
