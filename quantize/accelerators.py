@@ -25,8 +25,8 @@ from qz.quantize.kernels_torch import DTYPES, tensor
 from qz.quantize.lean import lean_imports
 
 if TYPE_CHECKING:
+    from qz.quantize.methods import QuantType
     from qz.quantize.reading import Bytes
-    from qz.quantize.stream import QuantType
 
 CHUNK_BYTES = 32 << 20
 """Source bytes of a chunk: enough for full speed over PCIe, and a power of two, to which torch rounds pinned memory."""

@@ -14,6 +14,7 @@ from qz.formats.checkpoint import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.record import read_record
 from qz.quantize.architecture import Wish
+from qz.quantize.arithmetic import Arithmetic
 from qz.quantize.libraries import examine, library_versions
 from qz.quantize.measure import Measure
 from qz.quantize.parts import Target as Target
@@ -23,7 +24,7 @@ from qz.quantize.plan import Plan, make_plan
 from qz.quantize.request import identity_of, wishes
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
-from qz.quantize.stream import Arithmetic, Nowhere, Progress, Run
+from qz.quantize.stream import Nowhere, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
 
 TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")

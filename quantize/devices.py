@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import torch
 
     from qz.quantize.accelerators import Accelerator
+    from qz.quantize.arithmetic import Arithmetic
+    from qz.quantize.methods import QuantType
     from qz.quantize.reading import Bytes
-    from qz.quantize.stream import Arithmetic, QuantType
 
 CHUNK_BYTES = 4 << 20
 """Source bytes a CPU thread works on at a time: small enough to stay in its cache."""

@@ -25,7 +25,7 @@ from qz.quantize.settings import Settings
 from qz.quantize.watch import Values
 
 if TYPE_CHECKING:
-    from qz.quantize.stream import Arithmetic
+    from qz.quantize.arithmetic import Arithmetic
 
 
 class Measure:

@@ -20,7 +20,7 @@ from qz.quantize.stream import Progress, Run
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
-    from qz.quantize.stream import Arithmetic
+    from qz.quantize.arithmetic import Arithmetic
 
 
 @dataclass(frozen=True, slots=True)

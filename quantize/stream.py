@@ -12,85 +12,28 @@ import threading
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.formats.folder import Folder, Range
-from qz.formats.interrupts import held
 from qz.formats.section import Section
 from qz.formats.staging import Settled, ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.quantize.architecture import SAFETENSORS_NAMES, Saved
-from qz.quantize.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
+from qz.quantize.arithmetic import Arithmetic
+from qz.quantize.crew import Crew
+from qz.quantize.kernels import QUANT_MAPS, dequantize_absmax, nested_quant_map
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.plan import Plan, Step
 from qz.quantize.reading import NUMPY, Bytes, Packed, Reader, assemble, reader, values
 from qz.quantize.watch import Watch
 
-QuantType = Literal["nf4", "fp4"]
 WHOLE_BYTES = 48 << 20
 """How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
 FINISHING = 8
 """Shards that are read back, hashed and stored at a time, beside the work on others."""
-
-
-class Arithmetic(Protocol):
-    """Where the numbers are computed. Thread-safe; arrays are in host memory; see ``qz.quantize.kernels``."""
-
-    @property
-    def name(self) -> str:
-        """The device, as ``--device`` names it."""
-        ...
-
-    @property
-    def model(self) -> str:
-        """What an accelerator calls itself, which decides its bytes; empty for the CPU."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about the choice of this device."""
-        ...
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Source bytes of a chunk."""
-        ...
-
-    @property
-    def threads(self) -> int:
-        """How many threads keep it busy."""
-        ...
-
-    def buffer(self, nbytes: int) -> Bytes: ...
-
-    def cast(self, values: NDArray[Any], source: str, target: str, out: NDArray[Any]) -> None: ...
-
-    def quantize_4bit(
-        self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
-    ) -> NonFinite: ...
-
-    def quantize_int8(
-        self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
-    ) -> NonFinite: ...
-
-    def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]: ...
-
-    def dequantize_4bit(
-        self,
-        packed: Bytes,
-        absmax: NDArray[np.float32],
-        quant_type: QuantType,
-        blocksize: int,
-        dtype: str,
-        out: NDArray[Any],
-    ) -> None: ...
-
-    def dequantize_int8(
-        self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any]
-    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +126,12 @@ class Run:
         self.writers: dict[int, ShardWriter | _NoShard] = {}
         self.written: dict[str, WrittenFile] = dict(staging.finished)
         self.lock = threading.Lock()
-        self.stop = threading.Event()
+        self.crew = Crew()
         self.room = threading.Condition()
         self.in_memory = 0
-        self.idle = threading.Condition()
-        self.working = 0
         self.alone = True
         """One thread does everything, one after the other."""
         self.finishers = threading.Semaphore(FINISHING)
-        self.errors: list[BaseException] = []
         self.left: dict[int, int] = {}
         for home in plan.shard_of.values():
             if plan.shards[home].file not in self.written:
@@ -217,49 +157,18 @@ class Run:
         self.alone = threads <= 1
         try:
             for _ in range(max(1, threads)):
-                self._begin(self._work, chunks)
-            self._wait()
+                self.crew.begin(self._work, chunks)
+            self.crew.wait()
         except BaseException:
-            self.stop.set()
+            self.crew.stop.set()
             self.folder.give_up()
             raise
         finally:
-            self.stop.set()
-            self._wait()
-        if self.errors:
-            raise self.errors[0]
+            self.crew.stop.set()
+            self.crew.wait()
+        if self.crew.errors:
+            raise self.crew.errors[0]
         self.folder.check()
-
-    def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Let a thread of its own work; what it raises stops the others."""
-        with held():  # so that each one that works is counted
-            with self.idle:
-                self.working += 1
-            try:
-                threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True).start()
-            except BaseException:
-                self._ended()
-                raise
-
-    def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
-        try:
-            work(*arguments)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
-            self.errors.append(error)
-            self.stop.set()
-        finally:
-            self._ended()
-
-    def _ended(self) -> None:
-        with self.idle:
-            self.working -= 1
-            self.idle.notify_all()
-
-    def _wait(self) -> None:
-        """Until no thread works. ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11)."""
-        with self.idle:
-            while self.working > 0:
-                self.idle.wait(0.2)
 
     def _sources(self) -> dict[int, set[str]]:
         """Of each unfinished shard the files that it is made of."""
@@ -299,7 +208,7 @@ class Run:
 
     def _work(self, chunks: Iterator[_Chunk]) -> None:
         buffers = _Buffers(self.arithmetic)
-        while not self.stop.is_set():
+        while not self.crew.stop.is_set():
             with self.lock:
                 chunk = next(chunks, None)
             if chunk is None:
@@ -428,7 +337,7 @@ class Run:
                 continue
             self.finishers.acquire()
             try:
-                self._begin(self._finish_beside, writer)
+                self.crew.begin(self._finish_beside, writer)
             except BaseException:
                 self.finishers.release()
                 raise
