@@ -226,20 +226,21 @@ def lap(name):
     global last
     now = time.perf_counter(); times[name] = round(now - last, 3); last = now
 from pathlib import Path
-from qz.quantize import devices, lean; lap("import qz's first parts")
+from qz.quantize.compute import devices
+from qz.quantize.libraries import lean_imports; lap("import qz's first parts")
 devices.wake("auto")
 import torch; lap("import torch")
-lean.allow()
+lean_imports.allow()
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.summary import Source
-from qz.quantize.stream import Run
-from qz.formats.checkpoint import open_checkpoint
+from qz.quantize.streaming.run import Run
+from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.formats import writer
+from qz.formats.output import shard_writer
 lap("import qz")
 source, output, method = sys.argv[1:4]
-writer.files.durable = sys.argv[5] == "fsync"
+shard_writer.disk.durable = sys.argv[5] == "fsync"
 settings = Settings(Int8() if method == "int8" else FourBit(method), max_shard_bytes=int(float(sys.argv[4]) * 10**9))
 checkpoint = open_checkpoint(LocalFolder(Path(source))); lap("open")
 plan = plan_quantization(checkpoint, settings); lap("plan")
@@ -255,14 +256,14 @@ def timed(cls, name):
     setattr(cls, name, wrapped)
 spent, calls = {}, []
 operations = ["quantize_4bit", "quantize_int8", "cast", "buffer"]
-shards = writer.ShardWriter
+shards = shard_writer.ShardWriter
 for cls, names in ((LocalFolder, ["read_into"]), (type(arithmetic), operations), (shards, ["write", "finish"])):
     for name in names:
         if hasattr(cls, name) and not (cls.__name__ == "Cpu" and name == "buffer"): timed(cls, name)
-sync = writer.files.sync
+sync = shard_writer.disk.sync
 def timed_sync(*a):
     begun = time.perf_counter(); sync(*a); spent["fsync"] = spent.get("fsync", 0) + time.perf_counter() - begun
-writer.files.sync = timed_sync
+shard_writer.disk.sync = timed_sync
 convert = Run.convert
 def timed_convert(self, threads):
     begun = time.perf_counter(); convert(self, threads); times["of it convert"] = round(time.perf_counter() - begun, 3)

@@ -116,12 +116,12 @@ def rule() -> None:
 
 def disagreement(library: str, name: str, model: Any, config: dict[str, Any], state: dict[str, Any]) -> float:
     """The share of the parameters about which the rule and the library disagree."""
-    from qz.formats.checkpoint import Checkpoint, StoredTensor
-    from qz.quantize.architecture import SAFETENSORS_NAMES, Wish
-    from qz.quantize.estimate import METHODS
-    from qz.quantize.inspection import plain
-    from qz.quantize.libraries import examine
-    from qz.quantize.structure import values
+    from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+    from qz.quantize.inspection.estimate import METHODS
+    from qz.quantize.inspection.linear_layers import values
+    from qz.quantize.inspection.model import plain
+    from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Wish
+    from qz.quantize.libraries.examine import examine
 
     del model
     tensors = {
@@ -162,7 +162,7 @@ def of_transformers() -> Iterator[tuple[str, Maker]]:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from qz.quantize.transformers_internals import (
+    from qz.quantize.libraries.transformers_internals import (
         get_model_conversion_mapping,
         remove_tied_weights_from_state_dict,
         revert_weight_conversion,

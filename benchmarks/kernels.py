@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qz.quantize import kernels
+from qz.quantize.compute import kernels
 
 Array = npt.NDArray[Any]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

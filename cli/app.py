@@ -21,7 +21,7 @@ import typer.main
 from qz import QzError
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say
-from qz.quantize import lean
+from qz.quantize.libraries import lean_imports
 
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
@@ -105,7 +105,7 @@ class Interruption:
 
 def main() -> NoReturn:
     """The command ``qz``."""
-    lean.allow()
+    lean_imports.allow()
     code = run(sys.argv[1:])
     # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
     # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
-from qz.cli.hub import Publishing, fill_cache, publishing
-from qz.cli.pipeline import present_pipeline
+from qz.cli.pipeline_report import present_pipeline
 from qz.cli.progress import Display
 from qz.cli.report import present, present_existing
+from qz.cli.transfer import Publishing, fill_cache, publishing
 
 if TYPE_CHECKING:
-    from qz.formats.destination import PushResult
     from qz.formats.folder import Folder
-    from qz.quantize.parts import Target
+    from qz.formats.publish.destination import PushResult
     from qz.quantize.settings import Settings
+    from qz.quantize.streaming.output_parts import Target
     from qz.quantize.summary import Source
 
 
@@ -46,11 +46,11 @@ def dequantize(
 ) -> None:
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
     from qz import UsageError
-    from qz.formats import files
-    from qz.formats.pipeline import is_pipeline
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.output import disk
+    from qz.formats.output.staging import refuse_now
     from qz.formats.source import enter, open_source
-    from qz.formats.staging import refuse_now
-    from qz.quantize.devices import wake
+    from qz.quantize.compute.devices import wake
     from qz.quantize.settings import Settings
 
     existing = options.existing_output(overwrite, if_exists)
@@ -62,7 +62,7 @@ def dequantize(
         threads=threads or 0,
         weights_only=weights_only,
     )
-    files.durable = fsync
+    disk.durable = fsync
     if not dry_run:
         wake(device)
     root = open_source(source, None, revision)
@@ -122,7 +122,7 @@ class Conversion:
     def target(self, dtypes: Iterable[str]) -> Target:
         """``output``, or a name made of the source's and the dtype."""
         from qz.formats.source import output_name
-        from qz.quantize.parts import Target
+        from qz.quantize.streaming.output_parts import Target
 
         names = set(dtypes)
         suffix = names.pop() if len(names) == 1 else "dequantized"
@@ -136,7 +136,7 @@ class Conversion:
 
     def done(self, target: Target, *, as_json: bool) -> bool:
         """Whether the output is there already, as ``--if-exists skip`` asks; then it is reported."""
-        from qz.quantize.request import up_to_date
+        from qz.quantize.up_to_date import up_to_date
 
         if self.existing != "skip" or self.dry_run:
             return False
@@ -151,10 +151,10 @@ class Conversion:
 
     def model(self, original: Folder | None, *, as_json: bool) -> None:
         """One model, compared with its ``original`` if that is given."""
-        from qz.formats.checkpoint import open_checkpoint
+        from qz.formats.checkpoint.survey import open_checkpoint
         from qz.quantize.convert import carry_out, goes_along
-        from qz.quantize.dequantize import plan_dequantization
-        from qz.quantize.measure import AgainstOriginal, original_checkpoint
+        from qz.quantize.planning.dequantization import plan_dequantization
+        from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
         from qz.quantize.summary import summarize
 
         checkpoint = open_checkpoint(self.folder, self.variant)
@@ -181,7 +181,7 @@ class Conversion:
 
     def pipeline(self, *, as_json: bool) -> None:
         """All quantized components of a diffusers pipeline."""
-        from qz.formats.pipeline import open_pipeline
+        from qz.formats.checkpoint.pipeline import open_pipeline
         from qz.quantize.pipeline import carry_out_pipeline, plan_way_back, summarize_pipeline
 
         pipeline = open_pipeline(self.folder, self.variant)

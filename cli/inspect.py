@@ -13,10 +13,10 @@ from qz.cli import options
 
 if TYPE_CHECKING:
     from qz import QzError
+    from qz.formats.checkpoint.problems import Problem
     from qz.formats.folder import Folder
-    from qz.formats.problems import Problem
-    from qz.quantize.inspection import Inspection, Verified
-    from qz.quantize.pipeline_inspection import PipelineInspection
+    from qz.quantize.inspection.pipeline import PipelineInspection
+    from qz.quantize.inspection.report import Inspection, Verified
 
 
 def inspect(
@@ -49,7 +49,8 @@ def single_file(path: Path, source: str, subfolder: str | None, *, verify: bool)
     """One file that was named itself."""
     from qz import UsageError
     from qz.formats.folder import LocalFolder
-    from qz.quantize.inspection import Origin, inspect_file
+    from qz.quantize.inspection.model import inspect_file
+    from qz.quantize.inspection.report import Origin
 
     if subfolder is not None or verify:
         raise UsageError(f"{source} is a file: --subfolder and --verify need the folder that it lies in.")
@@ -71,9 +72,10 @@ def folder_or_repository(
     quiet: bool,
 ) -> Inspection | PipelineInspection:
     """A model or a whole pipeline, here or on the Hub."""
-    from qz.formats.pipeline import is_pipeline
+    from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.source import enter, open_source
-    from qz.quantize.inspection import Origin, inspect_model, look_at
+    from qz.quantize.inspection.model import inspect_model, look_at
+    from qz.quantize.inspection.report import Origin
 
     root = open_source(source, None, revision)
     folders = [root]
@@ -83,7 +85,7 @@ def folder_or_repository(
         folders.append(folder)
         origin = Origin(source, folder.identity().get("commit"), subfolder)
         if is_pipeline(folder):
-            from qz.quantize.pipeline_inspection import inspect_pipeline
+            from qz.quantize.inspection.pipeline import inspect_pipeline
 
             found = inspect_pipeline(folder, origin, variant, plan=plan)
         else:
@@ -99,8 +101,8 @@ def folder_or_repository(
 def verified(folder: Folder, root: Folder, *, quiet: bool) -> tuple[Verified, tuple[Problem, ...]]:
     """Every byte against the record of the folder, or of the repository that it lies in, if only that has one."""
     from qz.cli.progress import Display
-    from qz.formats.record import RECORD
-    from qz.quantize.inspection import recorded_bytes, verify
+    from qz.formats.output.record import RECORD
+    from qz.quantize.inspection.model import recorded_bytes, verify
 
     if RECORD not in folder.sizes() and RECORD in root.sizes():
         folder = root

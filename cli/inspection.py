@@ -9,10 +9,10 @@ from qz.cli.output import Column, facts, fold, percent, quantity, say, show, siz
 from qz.cli.tensors import COLUMNS, grouped, matching, single
 
 if TYPE_CHECKING:
-    from qz.formats.problems import Problem
-    from qz.quantize.estimate import Estimate
-    from qz.quantize.inspection import Inspection, Quantization, Verified
-    from qz.quantize.pipeline_inspection import ComponentInspection, PipelineInspection
+    from qz.formats.checkpoint.problems import Problem
+    from qz.quantize.inspection.estimate import Estimate
+    from qz.quantize.inspection.pipeline import ComponentInspection, PipelineInspection
+    from qz.quantize.inspection.report import Inspection, Quantization, Verified
 
 LOW_COVERAGE = 0.5
 SHOWN = 20

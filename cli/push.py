@@ -12,8 +12,8 @@ from qz.cli.output import facts, say, show, size
 from qz.cli.progress import Display
 
 if TYPE_CHECKING:
-    from qz.formats.destination import Destination, PushResult
-    from qz.formats.hub_upload import PushProgress
+    from qz.formats.publish.destination import Destination, PushResult
+    from qz.formats.publish.upload import PushProgress
 
 
 def push(
@@ -30,7 +30,7 @@ def push(
     quiet: options.QuietOpt = False,
 ) -> None:
     """Publish a checkpoint on the Hub: verified first, then weights and config in one commit, with a model card."""
-    from qz.formats.destination import Destination
+    from qz.formats.publish.destination import Destination
 
     private = None if public is None else not public
     to = Destination(repo_id, subfolder or "", branch, create_pr, private, message, replace)
@@ -42,7 +42,7 @@ def publish(
     folder: Path, to: Destination, *, dry_run: bool = False, quiet: bool = False, source_private: bool | None = None
 ) -> PushResult:
     """Push with its progress and notes on stderr. Raises what ``qz.formats.publish.push`` raises."""
-    from qz.formats import publish as hub
+    from qz.formats.publish import push as hub
 
     with ExitStack() as stack:
         displays: dict[str, Display] = {}

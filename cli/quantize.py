@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
-from qz.cli.hub import fill_cache, publishing
-from qz.cli.pipeline import present_pipeline
+from qz.cli.pipeline_report import present_pipeline
 from qz.cli.progress import Display
 from qz.cli.report import present, present_existing
+from qz.cli.transfer import fill_cache, publishing
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
     from qz.quantize.methods import Method
-    from qz.quantize.parts import Target
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.settings import Settings
+    from qz.quantize.streaming.output_parts import Target
     from qz.quantize.summary import Source, Summary
 
 
@@ -61,14 +61,14 @@ def quantize(
     four_bit_too = name == "int8" and any(each in ("nf4", "fp4") for each in own.values())
     method = chosen_method(name, double_quant and not four_bit_too, compute_dtype, threshold)
 
-    from qz.formats import files
-    from qz.formats.pipeline import is_pipeline
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.output import disk
+    from qz.formats.output.staging import refuse_now
     from qz.formats.source import enter, open_source, output_name
-    from qz.formats.staging import refuse_now
-    from qz.quantize.devices import wake
-    from qz.quantize.parts import Target
-    from qz.quantize.request import up_to_date
+    from qz.quantize.compute.devices import wake
     from qz.quantize.settings import Settings
+    from qz.quantize.streaming.output_parts import Target
+    from qz.quantize.up_to_date import up_to_date
 
     settings = Settings(
         method,
@@ -90,7 +90,7 @@ def quantize(
     )
     existing = options.existing_output(overwrite, if_exists)
     target = Target(output or Path(output_name(source, subfolder, name)), existing == "overwrite", resume)
-    files.durable = fsync
+    disk.durable = fsync
     root = open_source(source, None, revision)
     folder = root
     try:
@@ -143,9 +143,9 @@ class Conversion:
     def model(self) -> Summary:
         """One model. Raises UsageError for options that are for pipelines."""
         from qz import UsageError
-        from qz.formats.checkpoint import open_checkpoint
+        from qz.formats.checkpoint.survey import open_checkpoint
         from qz.quantize.convert import carry_out, goes_along, plan_quantization
-        from qz.quantize.measure import WhileQuantizing
+        from qz.quantize.streaming.measure import WhileQuantizing
         from qz.quantize.summary import summarize
 
         settings, target = self.settings, self.target
@@ -169,7 +169,7 @@ class Conversion:
     def pipeline(self) -> PipelineSummary:
         """All components of a diffusers pipeline."""
         from qz import UsageError
-        from qz.formats.pipeline import open_pipeline
+        from qz.formats.checkpoint.pipeline import open_pipeline
         from qz.quantize.pipeline import carry_out_pipeline, plan_pipeline, summarize_pipeline
 
         settings, target = self.settings, self.target

@@ -24,9 +24,9 @@ from qz.cli.output import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qz.formats.destination import PushResult
-    from qz.formats.record import Record
-    from qz.quantize.loss import LayerLoss, Loss
+    from qz.formats.output.record import Record
+    from qz.formats.publish.destination import PushResult
+    from qz.quantize.streaming.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
 
 WORST = 10
@@ -75,7 +75,7 @@ def present_existing(
     record: Record, output: Path, source: str, *, as_json: bool, pushed: PushResult | None = None
 ) -> None:
     """A run with nothing to do: the report of the one that made the output."""
-    from qz.quantize.request import as_report
+    from qz.quantize.up_to_date import as_report
 
     text = f"{output} is up to date: made from the same source with the same settings, and complete. Nothing to do."
     say(text, quiet=not as_json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qz.cli.output import Column, size
 
 if TYPE_CHECKING:
-    from qz.quantize.inspection import Tensor
+    from qz.quantize.inspection.report import Tensor
 
 COLUMNS = (
     Column("tensor", foldable=True),

@@ -28,7 +28,7 @@ def open_source(source: str, subfolder: str | None = None, revision: str | None 
     if path.exists() or path.is_symlink():
         folder = LocalFolder(path)
     elif _REPO_ID.fullmatch(source):
-        from qz.formats.hub import open_repo
+        from qz.formats.hub.repository import open_repo
 
         folder = open_repo(source, revision=revision)
     else:
@@ -55,7 +55,7 @@ def download(folder: Folder, files: Iterable[str], progress: Callable[[str, int]
     ``progress(file, bytes)`` is called from several threads when a file is there.
     """
     if not isinstance(folder, LocalFolder):
-        from qz.formats.hub import HubFolder
+        from qz.formats.hub.repository import HubFolder
 
         assert isinstance(folder, HubFolder)
         folder.download(files, progress)

@@ -9,23 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 from qz import QzError
-from qz.formats.carry import Carried, companions, terms
-from qz.formats.checkpoint import Checkpoint
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.record import read_record
-from qz.quantize.architecture import Wish
-from qz.quantize.arithmetic import Arithmetic
-from qz.quantize.libraries import examine, library_versions
-from qz.quantize.measure import Measure
-from qz.quantize.parts import Target as Target
-from qz.quantize.parts import model_part, write_parts
-from qz.quantize.plain import equal_tensors, refuse_quantized
-from qz.quantize.plan import Plan, make_plan
-from qz.quantize.request import identity_of, wishes
+from qz.formats.output.companions import Carried, companions, terms
+from qz.formats.output.record import read_record
+from qz.quantize.compute.arithmetic import Arithmetic
+from qz.quantize.libraries.architecture import Wish
+from qz.quantize.libraries.examine import examine, library_versions
+from qz.quantize.planning.plan import Plan, make_plan
+from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
-from qz.quantize.stream import Nowhere, Progress, Run
+from qz.quantize.streaming.measure import Measure
+from qz.quantize.streaming.output_parts import Target as Target
+from qz.quantize.streaming.output_parts import model_part, write_parts
+from qz.quantize.streaming.run import Nowhere, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
+from qz.quantize.up_to_date import identity_of, wishes
 
 TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
 """Of a summary, what differs from run to run."""
@@ -48,7 +48,7 @@ def plan_quantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
 
 def nonfinite_modules(plan: Plan, settings: Settings) -> list[str]:
     """Paths of the linears whose weight cannot be quantized, found by reading the whole source once."""
-    from qz.quantize.devices import arithmetic_on
+    from qz.quantize.compute.devices import arithmetic_on
 
     arithmetic = arithmetic_on(settings.device)
     run = Run(plan, plan.checkpoint.folder, Nowhere(), arithmetic, forgiving=True)
@@ -83,7 +83,7 @@ def carry_out(
 
     Raises what reading, computing and writing raise; finished shards stay for the next run with the same settings.
     """
-    from qz.quantize.devices import arithmetic_on
+    from qz.quantize.compute.devices import arithmetic_on
 
     begun = time.monotonic()
     folder = plan.checkpoint.folder

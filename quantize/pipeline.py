@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from qz import QzError, Unsupported, UsageError
-from qz.formats import carry
-from qz.formats.pipeline import INDEX, Component, Pipeline
-from qz.formats.record import WrittenFile
-from qz.quantize.architecture import Footprint, Wish
-from qz.quantize.choice import Choice, choose
+from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
+from qz.formats.output import companions
+from qz.formats.output.record import WrittenFile
 from qz.quantize.convert import about, fingerprint, plan_quantization
-from qz.quantize.libraries import examine
+from qz.quantize.libraries.architecture import Footprint, Wish
+from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import Method
-from qz.quantize.parts import Part, Target, model_part, write_parts
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
-from qz.quantize.plan import Plan
+from qz.quantize.planning.components import Choice, choose
+from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
-from qz.quantize.stream import Progress
+from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
+from qz.quantize.streaming.run import Progress
 from qz.quantize.summary import Source, summarize
 
 _COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)\Z")
@@ -39,17 +39,17 @@ class PipelinePlan:
     def parts(self) -> tuple[Part, ...]:
         """The folders of the output: its root, and one for each component."""
         root = self.pipeline.folder
-        index = carry.Carried(root, INDEX, INDEX, root.sizes()[INDEX])
-        parts = [Part("", None, (index, *carry.terms(root)))]
+        index = companions.Carried(root, INDEX, INDEX, root.sizes()[INDEX])
+        parts = [Part("", None, (index, *companions.terms(root)))]
         for component in (choice.component for choice in self.choices):
             if component.name in self.plans:
-                companions = carry.companions(component.folder)
-                parts.append(model_part(self.plans[component.name], companions, component.name))
+                small_files = companions.companions(component.folder)
+                parts.append(model_part(self.plans[component.name], small_files, component.name))
             elif component.checkpoint is not None:
-                carried, documents = carry.weights(component.checkpoint)
+                carried, documents = companions.weights(component.checkpoint)
                 parts.append(Part(component.name, None, carried, documents))
             else:
-                parts.append(Part(component.name, None, carry.settings(component.folder)))
+                parts.append(Part(component.name, None, companions.settings(component.folder)))
         return tuple(parts)
 
 
@@ -73,7 +73,7 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
 
 def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     """Dequantize every component that bitsandbytes quantized; the others are kept. Unsupported if there is none."""
-    from qz.quantize.dequantize import plan_dequantization
+    from qz.quantize.planning.dequantization import plan_dequantization
 
     if settings.weights_only:
         raise UsageError(
@@ -116,7 +116,7 @@ def carry_out_pipeline(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> PipelineSummary:
     """Write the whole pipeline under one commit; see ``qz.quantize.convert.carry_out``."""
-    from qz.quantize.devices import arithmetic_on
+    from qz.quantize.compute.devices import arithmetic_on
 
     begun = time.monotonic()
     arithmetic = arithmetic_on(settings.device)

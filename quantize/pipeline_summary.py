@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qz.formats.record import WrittenFile
+from qz.formats.output.record import WrittenFile
 from qz.quantize.summary import Source, Summary
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qz.formats.carry import Carried
-from qz.formats.record import WrittenFile
-from qz.quantize.loss import Loss
-from qz.quantize.plan import Plan
-from qz.quantize.reading import Packed
+from qz.formats.output.companions import Carried
+from qz.formats.output.record import WrittenFile
+from qz.quantize.planning.plan import Plan
+from qz.quantize.planning.sources import Packed
+from qz.quantize.streaming.loss import Loss
 
 LOW_COVERAGE = 0.5
 

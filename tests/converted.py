@@ -6,13 +6,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from qz.formats.checkpoint import open_checkpoint
+from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
-from qz.quantize.dequantize import plan_dequantization
-from qz.quantize.measure import Measure
 from qz.quantize.methods import FourBit, Int8, Method
-from qz.quantize.plan import Plan
+from qz.quantize.planning.dequantization import plan_dequantization
+from qz.quantize.planning.plan import Plan
+from qz.quantize.streaming.measure import Measure
 from qz.quantize.summary import Source, Summary
 
 

@@ -1,7 +1,7 @@
 """The real command in processes that start in milliseconds: a server imports everything once, and forks for each run.
 
-A run can be told what to do at its N-th operation on files (``qz.formats.files.hook``), and killed from outside at any
-time. The server forks while it has one thread; it has computed before, but with a single OpenMP thread.
+A run can be told what to do at its N-th operation on files (``qz.formats.output.disk.hook``), and killed from outside
+at any time. The server forks while it has one thread; it has computed before, but with a single OpenMP thread.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def supervise(wish: dict[str, Any], file: IO[str]) -> None:
 
 def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> int:
     from qz.cli.app import run
-    from qz.formats import files
+    from qz.formats.output import disk
 
     os.chdir(wish["cwd"])
     os.environ.update(wish["environment"])
@@ -257,7 +257,7 @@ def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> 
             if len(log) == wish["at"] + 1:
                 exec(wish["act"], {**globals(), "operation": operation, "path": path})
 
-    files.hook = hook
+    disk.hook = hook
     exec(wish["before"], dict(globals()))
     code = run(wish["arguments"])
     sys.stdout.flush()

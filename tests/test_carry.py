@@ -19,10 +19,9 @@ from hub_server import connected
 from qz import IOFailed, MalformedInput
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
-from qz.formats import carry, files
 from qz.formats.folder import LocalFolder
-from qz.formats.section import Section
-from qz.formats.staging import Staging
+from qz.formats.output import companions, disk
+from qz.formats.output.staging import Section, Staging
 
 TEXT = "The quick brown fox jumps over the lazy dog. Small boats on a blue lake."
 TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
@@ -73,14 +72,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", GOES)
 def test_goes_along(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
-    assert [each.name for each in carry.companions(LocalFolder(tmp_path))] == [name]
+    assert [each.name for each in companions.companions(LocalFolder(tmp_path))] == [name]
 
 
 @pytest.mark.parametrize("name", STAYS)
 def test_stays_behind(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
-    assert not carry.companions(LocalFolder(tmp_path))
-    assert not carry.settings(LocalFolder(tmp_path))
+    assert not companions.companions(LocalFolder(tmp_path))
+    assert not companions.settings(LocalFolder(tmp_path))
 
 
 def test_every_tokenizer_file_that_transformers_knows_goes_along() -> None:
@@ -94,7 +93,7 @@ def test_every_tokenizer_file_that_transformers_knows_goes_along() -> None:
     utils = importlib.import_module("transformers.utils")
     names |= {utils.FEATURE_EXTRACTOR_NAME, utils.PROCESSOR_NAME, utils.VIDEO_PROCESSOR_NAME, utils.CHAT_TEMPLATE_FILE}
     assert len(names) > 20
-    allowed = (carry.TOKENIZER, carry.PROCESSOR)
+    allowed = (companions.TOKENIZER, companions.PROCESSOR)
     assert not {name for name in names if not any(pattern.fullmatch(name) for pattern in allowed)}
 
 
@@ -173,9 +172,9 @@ def test_the_modules_of_sentence_transformers_go_along(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_text("weights")
         (tmp_path / name / "pytorch_model.bin").write_text("pickle")
-    assert not carry.companions(LocalFolder(tmp_path))
+    assert not companions.companions(LocalFolder(tmp_path))
     (tmp_path / "modules.json").write_text("[]")
-    names = {each.name for each in carry.companions(LocalFolder(tmp_path))}
+    names = {each.name for each in companions.companions(LocalFolder(tmp_path))}
     assert names == {
         "modules.json", "1_Pooling/config.json", "1_Pooling/model.safetensors", "2_Dense/config.json",
         "2_Dense/model.safetensors",
@@ -189,20 +188,20 @@ def test_links_out_of_the_folder_do_not_go_along(tmp_path: Path) -> None:
     (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
     (folder / "additional_chat_templates").symlink_to(tmp_path, target_is_directory=True)
     try:
-        found = carry.companions(LocalFolder(folder))
+        found = companions.companions(LocalFolder(folder))
     except MalformedInput:
         return
     assert not found
 
 
-def carried(folder: LocalFolder, name: str) -> carry.Carried:
-    return carry.Carried(folder, name, name, folder.sizes()[name])
+def carried(folder: LocalFolder, name: str) -> companions.Carried:
+    return companions.Carried(folder, name, name, folder.sizes()[name])
 
 
-def copied_and_stopped(output: Path, those: list[carry.Carried]) -> None:
+def copied_and_stopped(output: Path, those: list[companions.Carried]) -> None:
     """A run that copies and then ends without a commit."""
     with Staging(output, {}, needed=0) as staging:
-        carry.copy(those, Section(staging, "part"))
+        companions.copy(those, Section(staging, "part"))
     assert not output.exists()
 
 
@@ -219,7 +218,7 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> No
         done.append(nbytes)
 
     with Staging(tmp_path / "out", {}, needed=0) as staging, pytest.raises(MalformedInput, match="changed"):
-        carry.copy([carried(folder, "tokenizer.json")], Section(staging, ""), change)
+        companions.copy([carried(folder, "tokenizer.json")], Section(staging, ""), change)
     assert sum(done) == 10_000_000
     assert not (tmp_path / "out").exists()
 
@@ -235,11 +234,11 @@ def test_large_copies_are_kept_for_the_next_run_and_small_ones_are_made_again(
     both = [carried(folder, "tokenizer.json"), carried(folder, "vocab.txt")]
     copied_and_stopped(tmp_path / "out", both)
     renamed: list[str] = []
-    monkeypatch.setattr(files, "hook", lambda operation, path: renamed.append(path) if operation == "rename" else None)
+    monkeypatch.setattr(disk, "hook", lambda operation, path: renamed.append(path) if operation == "rename" else None)
     copied: list[int] = []
     with Staging(tmp_path / "out", {}, needed=0) as staging:
         assert staging.resumed
-        carry.copy(both, Section(staging, "part"), copied.append)
+        companions.copy(both, Section(staging, "part"), copied.append)
         staging.write_file("config.json", b"{}")
         staging.commit()
     assert copied == [5]
@@ -257,7 +256,7 @@ def test_a_copy_that_was_damaged_between_two_runs_is_found(tmp_path: Path) -> No
     staged = tmp_path / "out.partial" / "part" / "tokenizer.json"
     staged.write_bytes(b"x" + staged.read_bytes()[1:])
     with Staging(tmp_path / "out", {}, needed=0) as staging:
-        carry.copy([carried(folder, "tokenizer.json")], Section(staging, "part"))
+        companions.copy([carried(folder, "tokenizer.json")], Section(staging, "part"))
         with pytest.raises(IOFailed, match="damaged"):
             staging.commit()
     assert not (tmp_path / "out").exists()

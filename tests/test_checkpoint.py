@@ -18,10 +18,10 @@ import pytest
 from safetensors import safe_open
 
 from qz import IOFailed, MalformedInput, MissingInput, Unsupported
-from qz.formats.checkpoint import Checkpoint, open_checkpoint, survey, survey_file
-from qz.formats.config import dump_json, read_json
+from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
 from qz.formats.folder import MAX_OPEN, LocalFolder, Range
-from qz.formats.quantized import read_quantized
+from qz.formats.json_files import dump_json, read_json
 from qz.formats.safetensors import encode_header, layout
 
 
@@ -568,9 +568,9 @@ def test_reading_a_checkpoint_imports_no_framework(tmp_path: Path) -> None:
     model(tmp_path / "model")
     code = f"""
 import pathlib, sys
-from qz.formats.checkpoint import open_checkpoint
+from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.formats.quantized import read_quantized
+from qz.formats.checkpoint.quantized import read_quantized
 read_quantized(open_checkpoint(LocalFolder(pathlib.Path({str(tmp_path / "model")!r}))))
 heavy = ("torch", "numpy", "transformers", "diffusers", "huggingface_hub", "safetensors", "rich", "concurrent.futures")
 print([name for name in heavy if name in sys.modules])

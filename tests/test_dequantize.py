@@ -20,7 +20,7 @@ from conftest import Qz
 from converted import dequantized, quantized
 from forward import output_of
 from qz import MalformedInput, Unsupported
-from qz.quantize import kernels
+from qz.quantize.compute import kernels
 from reference import (
     METHODS,
     config_of,
@@ -195,7 +195,7 @@ def test_bytes_depend_neither_on_threads_nor_on_chunks(
     packed = tmp_path / "packed"
     quantized(tiny_llama, packed, method)
     dequantized(packed, tmp_path / "one", threads=1)
-    monkeypatch.setattr("qz.quantize.devices.Cpu.__init__.__defaults__", ("cpu", "", chunk, ()))
+    monkeypatch.setattr("qz.quantize.compute.cpu.Cpu.__init__.__defaults__", ("cpu", "", chunk, ()))
     dequantized(packed, tmp_path / "two", threads=3)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 

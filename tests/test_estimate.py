@@ -14,18 +14,19 @@ import torch
 import pipelines
 import zoo
 from converted import method_of, plan_of
-from qz.formats.checkpoint import Checkpoint, open_checkpoint
+from qz.formats.checkpoint.pipeline import open_pipeline
+from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.formats.pipeline import open_pipeline
 from qz.formats.safetensors import encode_header, layout
-from qz.quantize.architecture import Wish
-from qz.quantize.choice import choose
-from qz.quantize.estimate import METHODS, estimate
-from qz.quantize.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED
-from qz.quantize.inspection import Origin, inspect_model, look_at, plain
-from qz.quantize.libraries import examine
+from qz.quantize.inspection.estimate import METHODS, estimate
+from qz.quantize.inspection.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED
+from qz.quantize.inspection.linear_layers import TORCH_NAMES, Value, ties, values
+from qz.quantize.inspection.model import inspect_model, look_at, plain
+from qz.quantize.inspection.report import Origin
+from qz.quantize.libraries.architecture import Wish
+from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import FourBit
-from qz.quantize.structure import TORCH_NAMES, Value, ties, values
+from qz.quantize.planning.components import choose
 
 MODELS = [*zoo.TRANSFORMERS, *zoo.DIFFUSERS]
 NAMES = {"nf4": "nf4", "nf4_double_quant": "nf4-double", "fp4": "fp4", "int8": "int8"}
@@ -169,7 +170,7 @@ def test_no_class_of_diffusers_that_keeps_modules_in_float32_is_forgotten() -> N
 
 def test_the_rule_needs_no_framework() -> None:
     code = (
-        "import sys, qz.quantize.estimate, qz.quantize.inspection, qz.quantize.pipeline_inspection;"
+        "import sys, qz.quantize.inspection.estimate, qz.quantize.inspection.model, qz.quantize.inspection.pipeline;"
         "print(sorted({'torch', 'transformers', 'diffusers', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

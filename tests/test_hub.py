@@ -25,11 +25,11 @@ import pytest
 import qz as package
 from hub_server import OWNER, READER, Blob, HubServer, connected
 from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, UsageError
-from qz.formats.checkpoint import open_checkpoint
+from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Range
-from qz.formats.hub import HubFolder, open_repo
-from qz.formats.hub_session import Retries
-from qz.formats.read_ahead import AheadFile, Pace, ReadAhead
+from qz.formats.hub.read_ahead import AheadFile, Pace, ReadAhead
+from qz.formats.hub.repository import HubFolder, open_repo
+from qz.formats.hub.session import Retries
 from qz.formats.safetensors import encode_header, layout
 
 QUICK = Retries(attempts=3, first_wait=0.01, longest_wait=0.02, longest_asked=2)
@@ -645,7 +645,7 @@ def test_a_failure_while_headers_are_read_is_not_blamed_on_the_checkpoint(hub: H
 def test_the_environment_alone_decides_where_the_hub_is(hub: HubServer, tmp_path: Path) -> None:
     hub.add("me/model", FILES, private=True)
     script = (
-        "from qz.formats.hub import open_repo\n"
+        "from qz.formats.hub.repository import open_repo\n"
         "folder = open_repo('me/model')\n"
         "data = bytearray(8); folder.read_into('model.safetensors', 0, memoryview(data))\n"
         "print(data.hex(), folder.private)\n"

@@ -26,7 +26,7 @@ from converted import quantized
 from hub_server import HubServer, connected
 from qz.cli.app import run
 from qz.cli.tensors import pattern_of, ranges
-from qz.formats.problems import ERRORS
+from qz.formats.checkpoint.problems import ERRORS
 from qz.formats.safetensors import encode_header, layout
 from reference import diffusers_model, transformers_model
 from test_malformed import FOLDERS, build, place

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
-from qz.quantize import kernels, quant_maps
-from qz.quantize.kernels import NonFinite
+from qz.quantize.compute import kernels, tables
+from qz.quantize.compute.kernels import NonFinite
 
 Array = npt.NDArray[Any]
 QuantType = Literal["nf4", "fp4"]
@@ -122,8 +122,8 @@ def ordered(bits: Array) -> Array:
 def test_quant_maps_and_bounds_are_those_of_bitsandbytes(quant_type: QuantType) -> None:
     assert same(kernels.QUANT_MAPS[quant_type], bnb_functional.get_4bit_type(quant_type, device="cpu").numpy())
     bounds, order = reference_ops._get_4bit_quantize_bounds(quant_type, torch.device("cpu"))
-    assert same(quant_maps.bounds(quant_type), bounds.numpy())
-    assert quant_maps.order(quant_type).tolist() == order.tolist()
+    assert same(tables.bounds(quant_type), bounds.numpy())
+    assert tables.order(quant_type).tolist() == order.tolist()
 
 
 def test_nested_quant_map_is_that_of_bitsandbytes() -> None:
@@ -137,9 +137,9 @@ def test_nested_quant_map_is_that_of_bitsandbytes() -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_cut_point_is_exact(dtype: str, quant_type: QuantType) -> None:
     """A block for every finite absmax, with the values on both sides of every cut; the rest follows by monotony."""
-    limit = quant_maps.infinity_bits(dtype)
+    limit = tables.infinity_bits(dtype)
     absmax = np.arange(limit, dtype=np.uint16)
-    cuts = quant_maps.cut_points(quant_type, dtype)[:limit, :15].astype(np.int32)
+    cuts = tables.cut_points(quant_type, dtype)[:limit, :15].astype(np.int32)
     sides = np.concatenate([cuts - 1, cuts, cuts + 1, cuts + 2], axis=1)
     largest = absmax.astype(np.int32)[:, None]
     sides = np.clip(sides, ~largest, largest).astype(np.int16)
@@ -152,7 +152,7 @@ def test_every_cut_point_is_exact(dtype: str, quant_type: QuantType) -> None:
 @each_quant_type
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_bit_pattern_is_exact_under_many_scales(dtype: str, quant_type: QuantType, backend: str) -> None:
-    limit = quant_maps.infinity_bits(dtype)
+    limit = tables.infinity_bits(dtype)
     patterns = np.arange(65536, dtype=np.uint16)
     magnitude = patterns & 0x7FFF
     generator = np.random.default_rng(1)
@@ -169,7 +169,7 @@ def test_float32_is_exact_next_to_every_midpoint(quant_type: QuantType, backend:
     generator = np.random.default_rng(2)
     scales = np.exp2(generator.uniform(-148, 127, 4000)).astype(np.float32)
     scales[:6] = [1e-38, 1.4e-45, 1.1754944e-38, 3.4e38, 1.0, 0.0]
-    middle = quant_maps.bounds(quant_type)[None, :] * scales[:, None]
+    middle = tables.bounds(quant_type)[None, :] * scales[:, None]
     blocks = np.zeros((len(scales), 64), np.float32)
     blocks[:, 0] = scales
     for i, steps in enumerate((-1, 0, 1)):
@@ -268,7 +268,7 @@ def test_int8_rounds_ties_to_even(dtype: str, backend: str) -> None:
 
 def test_int8_rounds_float32_to_float16_as_torch_does(backend: str) -> None:
     """Midpoints between float16 neighbours, normal and subnormal, ± 1 ulp, and the edge of overflow at 65,520."""
-    half = quant_maps.magnitudes("F16")[: 0x7C00 - 1]
+    half = tables.magnitudes("F16")[: 0x7C00 - 1]
     middle = (half[:-1] + half[1:]) / 2
     near = np.concatenate([(middle.view(np.int32) + step).view(np.float32) for step in (-1, 0, 1)])
     signed = np.concatenate([near, -near])
@@ -564,10 +564,10 @@ def python(code: str, **environment: str) -> str:
 def test_the_kernels_need_no_torch_to_be_imported() -> None:
     pytest.importorskip("numba")
     code = "import sys; from qz.quantize import kernels; print(kernels.backend().__name__, 'torch' in sys.modules)"
-    assert python(code) == "qz.quantize.kernels_numba False"
+    assert python(code) == "qz.quantize.compute.numba_kernels False"
 
 
 def test_without_numba_torch_computes() -> None:
     code = "from qz.quantize import kernels; print(kernels.backend().__name__)"
-    assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.kernels_torch"
-    assert python(code, QZ_KERNELS="torch") == "qz.quantize.kernels_torch"
+    assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.compute.torch_kernels"
+    assert python(code, QZ_KERNELS="torch") == "qz.quantize.compute.torch_kernels"

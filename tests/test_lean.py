@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from converted import quantized
-from qz.quantize.libraries import OF_TRANSFORMERS
+from qz.quantize.libraries.examine import OF_TRANSFORMERS
 from reference import differing_files
 from zoo import build
 
@@ -22,15 +22,15 @@ Qz = Callable[..., subprocess.CompletedProcess[str]]
 SHOWS_MODULES = """
 import sys
 from qz.cli.app import run
-from qz.quantize import lean
-lean.allow()
+from qz.quantize.libraries import lean_imports
+lean_imports.allow()
 assert run(sys.argv[1:]) == 0
 unused = "diffusers" if "transformers" in sys.modules else "transformers"
 unwanted = (unused, "torch._dynamo", "torch._inductor", "torch.distributed.tensor")
 real = {name for name in unwanted if name in sys.modules}
 assert not real, real
 import torch
-assert torch.compile is not lean._unchanged and torch.distributed.is_available()
+assert torch.compile is not lean_imports._unchanged and torch.distributed.is_available()
 import torch._dynamo
 assert hasattr(torch._dynamo, "optimize")
 """

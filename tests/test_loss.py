@@ -16,12 +16,12 @@ import torch
 from conftest import Qz
 from converted import carried_out, method_of, quantized
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
-from qz.formats.checkpoint import open_checkpoint
+from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
-from qz.quantize.dequantize import plan_dequantization
-from qz.quantize.loss import Loss, Tally
-from qz.quantize.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
+from qz.quantize.planning.dequantization import plan_dequantization
+from qz.quantize.streaming.loss import Loss, Tally
+from qz.quantize.streaming.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
 from qz.quantize.summary import Source, Summary
 from reference import METHODS, tensors_of
 from zoo import build
@@ -109,7 +109,7 @@ def test_measuring_changes_no_byte_and_does_not_depend_on_chunks(
 ) -> None:
     quantized(tiny_llama, tmp_path / "plain", method)
     whole = while_quantizing(tiny_llama, tmp_path / "measured", method)
-    monkeypatch.setattr("qz.quantize.devices.Cpu.__init__.__defaults__", ("cpu", "", 1024, ()))
+    monkeypatch.setattr("qz.quantize.compute.cpu.Cpu.__init__.__defaults__", ("cpu", "", 1024, ()))
     pieces = while_quantizing(tiny_llama, tmp_path / "pieces", method, threads=3)
     bytes_of = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "measured", "pieces")}
     assert len(set(bytes_of.values())) == 1
@@ -151,7 +151,7 @@ def test_an_interrupted_run_reports_all_layers_when_it_is_resumed(
             raise OSError(5, "Input/output error", path)
 
     with monkeypatch.context() as broken:
-        broken.setattr("qz.formats.files.hook", power_cut)
+        broken.setattr("qz.formats.output.disk.hook", power_cut)
         with pytest.raises(Exception, match="nput/output"):
             run("output")
     assert run("output") == expected

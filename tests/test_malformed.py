@@ -18,10 +18,10 @@ import pytest
 import safetensors
 
 from qz import QzError
-from qz.formats.checkpoint import open_checkpoint, survey
+from qz.formats.checkpoint.problems import ERRORS, WARNINGS, Problem, worst_first
+from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.survey import open_checkpoint, survey
 from qz.formats.folder import LocalFolder
-from qz.formats.problems import ERRORS, WARNINGS, Problem, worst_first
-from qz.formats.quantized import read_quantized
 from qz.formats.safetensors import Header, encode_header, layout, read_header
 
 CORPUS = Path(__file__).parent / "malformed"

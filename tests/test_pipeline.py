@@ -25,13 +25,13 @@ from hub_server import connected
 from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
-from qz.formats import files
-from qz.formats.checkpoint import Checkpoint, StoredTensor
+from qz.formats.checkpoint.pipeline import Component, Pipeline, open_pipeline
+from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.folder import LocalFolder
-from qz.formats.pipeline import Component, Pipeline, open_pipeline
-from qz.formats.record import verify_record
-from qz.quantize.choice import choose
+from qz.formats.output import disk
+from qz.formats.output.record import verify_record
 from qz.quantize.methods import FourBit, Int8
+from qz.quantize.planning.components import choose
 
 NF4 = FourBit("nf4")
 DENOISERS = {"flux": FluxTransformer2DModel, "sd3": SD3Transformer2DModel, "sdxl": UNet2DConditionModel}
@@ -359,11 +359,11 @@ def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(
         if operation == "rename" and path.endswith(moment):
             raise Stopped
 
-    monkeypatch.setattr(files, "hook", stop)
+    monkeypatch.setattr(disk, "hook", stop)
     with pytest.raises(Stopped):
         run(quantize, sources["flux"], output=output)
     assert not output.exists()
-    monkeypatch.setattr(files, "hook", lambda operation, path: None)
+    monkeypatch.setattr(disk, "hook", lambda operation, path: None)
     report = run(quantize, sources["flux"], output=output)
     assert report["resumed"] is (moment != "text_encoder_2/model.safetensors")
     assert contents(output) == contents(quantized["flux"][0])
@@ -387,17 +387,17 @@ def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_end
         if len(seen) == number and path.startswith(writing) and operation != "close":
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(files, "hook", count)
+    monkeypatch.setattr(disk, "hook", count)
     run(quantize, sources["flux"], output=tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     total = len(seen)
     for number in range(total // 16, total, total // 8):
         seen.clear()
-        monkeypatch.setattr(files, "hook", partial(fail, number))
+        monkeypatch.setattr(disk, "hook", partial(fail, number))
         with contextlib.suppress(IOFailed):
             run(quantize, sources["flux"], output=tmp_path / "out", threads=1)
         assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == expected
-        monkeypatch.setattr(files, "hook", count)
+        monkeypatch.setattr(disk, "hook", count)
         if not (tmp_path / "out").exists():
             run(quantize, sources["flux"], output=tmp_path / "out")
         assert contents(tmp_path / "out") == expected
@@ -425,7 +425,7 @@ def test_untouched_weights_of_some_size_are_not_copied_twice(
             if "transformer" in path and path.endswith(".safetensors") and len(copied) < 100:
                 raise Stopped
 
-    monkeypatch.setattr(files, "hook", watch)
+    monkeypatch.setattr(disk, "hook", watch)
     with pytest.raises(Stopped):
         run(quantize, changed, output=tmp_path / "out")
     copied[:] = [""] * 100

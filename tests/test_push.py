@@ -29,14 +29,15 @@ from qz import (
     TryAgain,
     UsageError,
 )
-from qz.formats import hub_session, publish
-from qz.formats.card import snippet, write_card
-from qz.formats.card_facts import CardFacts, facts_of, inherit
-from qz.formats.destination import Destination, PushResult
-from qz.formats.hub_session import Retries
-from qz.formats.hub_upload import PushProgress
-from qz.formats.publish import push, require_possible
-from qz.formats.record import RECORD, WrittenFile, encode_record
+from qz.formats.hub import session
+from qz.formats.hub.session import Retries
+from qz.formats.output.record import RECORD, WrittenFile, encode_record
+from qz.formats.publish import push as push_module
+from qz.formats.publish.card import snippet, write_card
+from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
+from qz.formats.publish.destination import Destination, PushResult
+from qz.formats.publish.push import push, require_possible
+from qz.formats.publish.upload import PushProgress
 from qz.formats.safetensors import encode_header, layout
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -74,7 +75,7 @@ ABOUT: dict[str, Any] = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    for module in (hub_session, publish):
+    for module in (session, push_module):
         monkeypatch.setattr(module, "ASKING", Retries(attempts=4, first_wait=0.01))
     with connected(monkeypatch, tmp_path / "home", multipart_from=900_000, part_size=400_000) as hub:
         card = b"---\nlicense: llama3\nlanguage: en\npipeline_tag: text-generation\n---\n# Llama\n"

@@ -31,7 +31,7 @@ import pytest
 from forked import EACCES, EIO, ENOSPC, INTERRUPT, TERMINATE, Ended, Server
 from hub_server import OWNER, HubServer
 from qz.formats.folder import LocalFolder
-from qz.formats.record import verify_record
+from qz.formats.output.record import verify_record
 from qz.formats.safetensors import encode_header, layout
 
 CODES = {0, 1, 2, 65, 66, 69, 73, 74, 75, 77, 78, 130, 143}
@@ -648,7 +648,7 @@ OTHER: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "another device": (
         (),
-        "import qz.quantize.devices as d; d.arithmetic_on = lambda _, gpu=d.Cpu('cuda', 'NVIDIA H100'): gpu",
+        "import qz.quantize.compute.devices as d; d.arithmetic_on = lambda _, gpu=d.Cpu('cuda', 'NVIDIA H100'): gpu",
         'device: "cpu" → "cuda (NVIDIA H100)"',
     ),
 }
@@ -737,7 +737,7 @@ def test_bytes_that_arrived_wrong_never_get_into_an_output_not_even_by_resuming(
     expected = contents(place / "out")
     shutil.rmtree(place / "out")
     hub.add("big/one", {path.name: path.read_bytes() for path in one.iterdir()})
-    slowly = "import qz.formats.read_ahead as r; r.Pace = lambda p=r.Pace: p(segment=16384, connections=1)"
+    slowly = "import qz.formats.hub.read_ahead as r; r.Pace = lambda p=r.Pace: p(segment=16384, connections=1)"
     codes = []
     for number in (2, 3, 4, 5, 99):
         fault = hub.fail("cdn", nth=3, times=1, corrupt=True)  # in the embeddings, which stay as they are
@@ -789,7 +789,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], dict[str, Any], str]] = {
     "a bug while planning": (
         1,
         QUANTIZE,
-        {"before": "import qz.quantize.plan as p; p.shard_layout = None"},
+        {"before": "import qz.quantize.planning.plan as p; p.shard_layout = None"},
         "Run the command again with --debug",
     ),
     "two methods": (2, (*QUANTIZE, "--nf4", "--int8"), {}, "exclude each other"),
@@ -1024,7 +1024,7 @@ def test_real_disks_of_20_sizes_and_the_same_command_once_there_is_room(
             pytest.skip("mounting is not allowed here")
         try:
             # Without the look at the free space beforehand, the disk is full somewhere in the middle.
-            blind = "import qz.formats.files as f; f.free_bytes = lambda _: 1 << 50; f._fallocate = None"
+            blind = "import qz.formats.output.disk as f; f.free_bytes = lambda _: 1 << 50; f._fallocate = None"
             command = (*QUANTIZE, "-o", "mounted/out")
             ended = server.run(*command, cwd=place, before=blind if number % 2 else "")
             check(ended)

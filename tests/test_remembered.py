@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import qz as package
-from qz.formats.checkpoint import open_checkpoint
+from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.quantize import remembered
-from qz.quantize.architecture import Saved, Wish
-from qz.quantize.libraries import examine
+from qz.quantize.libraries import answer_cache
+from qz.quantize.libraries.architecture import Saved, Wish
+from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import FourBit, Int8, Method
 from reference import differing_files
 from zoo import DIFFUSERS, TRANSFORMERS, build
@@ -72,7 +72,7 @@ def test_what_is_recalled_is_what_was_said(name: str, method: Method | None, cac
         assert any(saved.weight.conversion for saved in said.saved)
         return
     [kept] = cache.iterdir()
-    recalled = remembered.recall(kept.name)
+    recalled = answer_cache.recall(kept.name)
     assert recalled == said
     assert recalled is not None
     assert _sharing(recalled.saved) == _sharing(said.saved)
@@ -158,13 +158,13 @@ def test_where_nothing_can_be_kept_the_library_is_asked(
 
 def test_the_oldest_answers_make_room(source: Path, cache: Path) -> None:
     cache.mkdir(parents=True)
-    for number in range(remembered.MOST):
+    for number in range(answer_cache.MOST):
         path = cache / f"{number:064x}"
         path.write_bytes(b"old")
         os.utime(path, ns=(number, number))
     assert answered(source) == "asked"
     names = {path.name for path in cache.iterdir()}
-    assert len(names) == remembered.MOST
+    assert len(names) == answer_cache.MOST
     assert f"{0:064x}" not in names
     assert f"{1:064x}" in names
     assert answered(source) == "remembered"

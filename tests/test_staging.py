@@ -28,14 +28,14 @@ import pytest
 from safetensors import safe_open
 
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
-from qz.formats import files, staging
-from qz.formats.descriptors import Descriptors
 from qz.formats.folder import LocalFolder
-from qz.formats.journal import Journal
-from qz.formats.record import read_record, verify_record
+from qz.formats.output import disk, staging
+from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.journal import Journal
+from qz.formats.output.record import read_record, verify_record
+from qz.formats.output.shard_writer import HASHED, page_checksum
+from qz.formats.output.staging import ShardLayout, Staging, refuse_overlap
 from qz.formats.safetensors import TensorInfo, encode_header, layout
-from qz.formats.staging import ShardLayout, Staging, refuse_overlap
-from qz.formats.writer import HASHED, page_checksum
 
 Array = np.ndarray[Any, Any]
 FINGERPRINT = {"source": {"commit": "0123abcd"}, "method": "nf4", "device": "cpu", "skip": ("lm_head",)}
@@ -120,11 +120,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @contextmanager
 def hooked(hook: Callable[[str, str], None]) -> Iterator[None]:
-    before, files.hook = files.hook, hook
+    before, disk.hook = disk.hook, hook
     try:
         yield
     finally:
-        files.hook = before
+        disk.hook = before
 
 
 class At:
@@ -848,7 +848,7 @@ class Disk:
     """What of a folder survives a power cut: the data of files as of their last fsync, and their names.
 
     Names are either durable ``at once``, or ``late``, when their folder is synced; but even then folders may appear,
-    and files disappear, earlier. To be called before each operation of the writer, as ``files.hook`` is.
+    and files disappear, earlier. To be called before each operation of the writer, as ``disk.hook`` is.
     """
 
     def __init__(self, root: Path, names: str) -> None:
@@ -907,13 +907,13 @@ def test_a_power_cut_at_any_operation_is_recovered(
     if overwrite:
         make(root / "out", config=b'{"old": 1}')
         old = contents(root / "out")
-    disk = Disk(root, names)
+    platter = Disk(root, names)
     resumed = set()
 
     def cut(operation: str, path: str) -> None:
-        disk(operation, path)
-        files.hook, watching = lambda operation, path: None, files.hook
-        disk.restore(state)
+        platter(operation, path)
+        disk.hook, watching = lambda operation, path: None, disk.hook
+        platter.restore(state)
         output = state / "out"
         assert_absent_or_complete(output, reference, old)
         if not output.exists() or contents(output) == old:
@@ -924,7 +924,7 @@ def test_a_power_cut_at_any_operation_is_recovered(
         assert contents(output) == reference, f"{operation} {path}"
         assert_nothing_beside(output)
         shutil.rmtree(state)
-        files.hook = watching
+        disk.hook = watching
 
     with hooked(cut):
         make(root / "out", overwrite=overwrite)
@@ -1074,7 +1074,7 @@ def test_real_file_systems_of_20_sizes(tmp_path: Path, reference: dict[str, byte
 def test_a_file_system_without_reservation_is_fine(
     tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_fallocate", None)
+    monkeypatch.setattr(disk, "_fallocate", None)
     make(tmp_path / "out")
     assert contents(tmp_path / "out") == reference
 

@@ -1,0 +1,89 @@
+"""Whole pipelines for ``qz quantize`` and ``qz dequantize``: a row for each component, and the total."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qz.cli.output import (
+    Column,
+    facts,
+    markdown_table,
+    percent,
+    quantity,
+    say,
+    show,
+    size,
+    table,
+    warn,
+    write_step_summary,
+)
+from qz.cli.report import push_text, with_push
+
+if TYPE_CHECKING:
+    from qz.formats.publish.destination import PushResult
+    from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
+
+COLUMNS = (
+    Column("component"),
+    Column("weights", right=True),
+    Column("in memory", right=True),
+    Column("method"),
+    Column("why", foldable=True),
+)
+
+
+def present_pipeline(
+    summary: PipelineSummary, *, as_json: bool, quiet: bool = False, pushed: PushResult | None = None
+) -> None:
+    """The report of a pipeline: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
+    for warning in summary.warnings:
+        warn(warning)
+    components = [row(component) for component in summary.components if component.bytes]
+    totals = report(summary)
+    text = table(COLUMNS, components) + "\n\n" + facts(totals) + push_text(pushed)
+    show(with_push(summary.as_json(), pushed), as_json=as_json, text=text)
+    if summary.dry_run:
+        if not quiet and not as_json:
+            files = [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]
+            say(table((Column("file", foldable=True), Column("bytes", right=True)), files))
+        return
+    rows = [markdown_table(COLUMNS, components), markdown_table((Column(""), Column("")), totals)]
+    write_step_summary(f"### qz {summary.act}: {summary.method}\n\n" + "\n\n".join(rows))
+
+
+def row(component: ComponentSummary) -> tuple[str, ...]:
+    """A component's cells."""
+    weights, memory = size(component.bytes), size(component.footprint_before)
+    if not component.converted:
+        return component.name, weights, memory, "–", component.reason
+    model = component.model
+    assert model is not None
+    method = model.method + (" + double quant" if model.double_quant else "")
+    return (
+        component.name,
+        f"{weights} → {size(component.bytes_output)}",
+        f"{memory} → {size(component.footprint_after)}",
+        f"{method} → {model.dtype}" if model.act == "dequantize" else method,
+        component.reason,
+    )
+
+
+def report(summary: PipelineSummary) -> list[tuple[str, str]]:
+    """The whole as labels and values."""
+    share = percent(summary.quantized_parameters, summary.parameters)
+    saved = f"{size(summary.bytes_source)} → {size(summary.bytes_output)}"
+    rows = [
+        ("source", summary.source.location),
+        ("pipeline", str(summary.source.architecture)),
+        ("output", summary.output + (" (dry run: nothing written)" if summary.dry_run else "")),
+        ("parameters", f"{quantity(summary.parameters)}, {share} of them quantized"),
+        ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
+        ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
+    ]
+    others = [component.name for component in summary.components if not component.bytes]
+    if others:
+        rows.append(("as they are", ", ".join(others)))
+    if not summary.dry_run:
+        rate = summary.bytes_source / summary.seconds if summary.seconds else 0
+        rows.append(("took", f"{summary.seconds:.1f} s on {summary.device} ({size(rate)}/s)"))
+    return rows

@@ -1,0 +1,174 @@
+"""A diffusers pipeline: model_index.json, and a folder for each component that it names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qz import MissingInput, QzError, Unsupported
+from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, read_file
+from qz.formats.checkpoint.weights import PICKLE
+from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.malformed import Malformed, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qz.formats.folder import Folder
+
+INDEX = "model_index.json"
+_NAME = re.compile(r"[A-Za-z0-9_]+")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a pipeline. ``checkpoint`` is None if it has no weights: a scheduler, tokenizer or processor."""
+
+    name: str
+    library: str
+    """As model_index.json has it: diffusers, transformers, or a module of diffusers' pipelines."""
+    class_name: str
+    folder: Folder
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Values of all stored tensors; of 4-bit weights, their packed bytes."""
+        if self.checkpoint is None:
+            return 0
+        return sum(_count(tensor.shape) for tensor in self.checkpoint.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.checkpoint.sizes.values()) if self.checkpoint is not None else 0
+
+    @property
+    def convolutional_share(self) -> float:
+        """Of the values, how many lie in convolutions: weights of three and more dimensions."""
+        if self.checkpoint is None:
+            return 0.0
+        tensors = self.checkpoint.tensors.values()
+        kernels = (each for each in tensors if len(each.shape) > 2 and each.name.endswith(".weight"))
+        return sum(_count(tensor.shape) for tensor in kernels) / max(self.parameters, 1)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The quantization_config, if it is quantized."""
+        config = self.checkpoint.config.get("quantization_config") if self.checkpoint is not None else None
+        return config if isinstance(config, dict) else None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What model_index.json says, and the components that are there, in its order."""
+
+    folder: Folder
+    class_name: str
+    components: tuple[Component, ...]
+
+    def close(self) -> None:
+        for component in self.components:
+            component.folder.close()
+        self.folder.close()
+
+
+def is_pipeline(folder: Folder) -> bool:
+    """Whether a folder is a whole pipeline, not one model."""
+    return INDEX in folder.sizes() and "config.json" not in folder.sizes()
+
+
+def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
+    """The pipeline in ``folder`` with the headers of its weights. Of each component the ``variant`` is taken if it has
+    one, as diffusers does.
+
+    Raises MissingInput, MalformedInput or Unsupported (code of its own), one error for all components.
+    """
+    where = f"{folder.location}/{INDEX}"
+    index = read_json(read_file(folder, INDEX, MAX_BYTES), where)
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        if isinstance(class_name, list):
+            raise Unsupported(
+                f"{where} names a pipeline with code of its own ({quoted(str(class_name))}), which qz neither runs nor "
+                "copies. Quantize its components one by one with --subfolder."
+            )
+        raise Malformed("index-malformed", f"{where} has no _class_name, so no pipeline. Download it again.")
+    entries = {name: value for name, value in index.items() if is_component(name, value)}
+    unsafe = [name for name in entries if not _NAME.fullmatch(name)]
+    if unsafe:
+        raise Malformed("unsafe-name", f"{where} names a component {quoted(unsafe[0])}. Do not use this pipeline.")
+    missing = sorted(entries.keys() - set(folder.subfolders()))
+    if missing:
+        raise MissingInput(
+            f"{where} names {', '.join(missing)}, but there is no such folder. Download the whole pipeline."
+        )
+    components: list[Component] = []
+    errors: dict[str, QzError] = {}
+    try:
+        for name, (library, component_class) in entries.items():
+            try:
+                components.append(_component(folder, name, str(library), str(component_class), variant))
+            except QzError as error:
+                errors[name] = error
+        if errors:
+            raise _joined(folder, errors)
+        if variant is not None and not any(
+            each.checkpoint and each.checkpoint.variant == variant for each in components
+        ):
+            raise MissingInput(f"No component of {folder.location} has weights of the variant {quoted(variant)}.")
+    except BaseException:
+        for component in components:
+            component.folder.close()
+        raise
+    return Pipeline(folder, class_name, tuple(components))
+
+
+def is_component(name: str, value: Any) -> bool:
+    """Whether an entry of the index is a component: its library and class, which are null for one that is left out."""
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and not name.startswith("_") and all(isinstance(part, str) for part in value)
+
+
+def _component(root: Folder, name: str, library: str, class_name: str, variant: str | None) -> Component:
+    folder = root.subfolder(name)
+    sizes = folder.sizes()
+    if f"{library}.py" in sizes or f"{library}.py" in root.sizes():
+        raise Unsupported(
+            f"{folder.location} is a {class_name} with code of its own ({library}.py), which qz neither runs nor "
+            "copies. Quantize the other components one by one with --subfolder."
+        )
+    if not has_weights(sizes):
+        return Component(name, library, class_name, folder)
+    has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
+    return Component(name, library, class_name, folder, open_checkpoint(folder, variant if has_variant else None))
+
+
+def has_weights(names: Iterable[str]) -> bool:
+    """Whether a component should have weights, and be it that they are missing: it has a config.json and no other's."""
+    names = set(names)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) or PICKLE.search(name) for name in names):
+        return True
+    return "config.json" in names and not any(
+        name.endswith("_config.json") for name in names - {"generation_config.json"}
+    )
+
+
+def _joined(folder: Folder, errors: dict[str, QzError]) -> QzError:
+    first = next(iter(errors.values()))
+    if len(errors) == 1:
+        return first
+    lines = [str(error).splitlines()[0] for error in errors.values()]
+    more = [f"Also: {', '.join(list(errors)[3:])}."] if len(lines) > 3 else []
+    kind = next(kind for kind in type(first).__mro__ if kind.__module__ == "qz")
+    error: QzError = kind(
+        "\n".join([f"{folder.location} has {len(errors)} components with problems:", *lines[:3], *more])
+    )
+    return error
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,305 @@
+"""Open a checkpoint lazily: its config, its index, and the header of every shard; no weight is read.
+
+:func:`survey` collects everything that is wrong in one pass; :func:`open_checkpoint` raises it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qz import MissingInput, QzError
+from qz.formats.checkpoint.problems import Problem, Problems, as_error
+from qz.formats.checkpoint.weights import (
+    Library,
+    architecture_of,
+    find_weights,
+    is_shard_name,
+    library_of,
+    original_layout,
+    unused_files,
+)
+from qz.formats.folder import Folder, LocalFolder
+from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.malformed import quoted
+from qz.formats.safetensors import Header, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint", "read_file", "survey", "survey_file"]
+
+MAX_CONFIG_BYTES = MAX_BYTES
+MAX_INDEX_BYTES = 50_000_000
+MAX_SHARDS = 10_000
+THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and where it lies: ``offset`` counts from the start of ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder's headers say. ``files`` are the weight files in order of their number, ``tensors`` in file order.
+
+    ``variant`` names the set of weights (``fp16``; None is the plain one), ``index`` is the index file's object if the
+    checkpoint is sharded, and ``header_metadata`` the ``__metadata__`` of every file.
+    """
+
+    folder: Folder
+    config: dict[str, Any]
+    library: Library
+    architecture: str | None
+    variant: str | None
+    files: tuple[str, ...]
+    sizes: dict[str, int]
+    tensors: dict[str, StoredTensor]
+    index: dict[str, Any] | None = None
+    header_metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
+    """The checkpoint in ``folder``, or one error that names all of its: MissingInput, MalformedInput, Unsupported, …"""
+    checkpoint, problems = survey(folder, variant)
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors or checkpoint is None:
+        raise as_error(folder.location, errors)
+    return checkpoint
+
+
+def survey(folder: Folder, variant: str | None = None) -> tuple[Checkpoint | None, tuple[Problem, ...]]:
+    """What could be read of the checkpoint in ``folder``, and everything that is wrong with it, worst first.
+
+    ``variant`` names one of several sets of weights, such as ``fp16``; without it the plain one is taken, or the only
+    one there is. Never raises for a bad checkpoint, only for a folder that cannot be listed.
+    """
+    found = _Survey(folder)
+    checkpoint = found.run(variant)
+    return checkpoint, found.problems.worst_first()
+
+
+def survey_file(folder: Folder, file: str) -> tuple[dict[str, StoredTensor], dict[str, str], tuple[Problem, ...]]:
+    """One .safetensors file by itself: its tensors, its metadata, and what is wrong with it."""
+    found = _Survey(folder)
+    headers = found.headers([file])
+    tensors = found.tensors([file], headers, {})
+    found.other_tools(file, tensors)
+    return tensors, headers[file].metadata if headers else {}, found.problems.worst_first()
+
+
+def read_file(folder: Folder, file: str, limit: int) -> bytes:
+    """A whole small file; of one larger than ``limit`` bytes only ``limit + 1``, which is enough to refuse it."""
+    size = folder.sizes().get(file)
+    if size is None:
+        folder.read_into(file, 0, memoryview(bytearray(1)))  # says why it is not among the files
+        raise MissingInput(f"{folder.location}/{file} does not exist.")
+    buffer = bytearray(min(size, limit + 1))
+    folder.read_into(file, 0, memoryview(buffer))
+    return bytes(buffer)
+
+
+class _Survey:
+    """One pass over one folder."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.sizes = folder.sizes()
+        self.problems = Problems(folder.location)
+
+    def path(self, file: str) -> str:
+        return f"{self.folder.location}/{file}"
+
+    def run(self, variant: str | None) -> Checkpoint | None:
+        config = self.config()
+        library = library_of(config) if config is not None else None
+        if config is None or library is None:
+            return None
+        architecture = architecture_of(config, library)
+        self.code(config, library)
+        weights = find_weights(self.folder, library, architecture, variant, self.problems)
+        index = self.index(weights.index) if weights and weights.index else None
+        if weights is None or (index is None and weights.single is None):
+            return None
+        weight_map: dict[str, str] = index["weight_map"] if index else {}
+        files = tuple(sorted(set(weight_map.values()))) if weights.single is None else (weights.single,)
+        headers = self.headers(files)
+        tensors = self.tensors(files, headers, weight_map)
+        if index and weights.index:
+            self.reconcile(weights.index, weight_map, headers, tensors)
+            if len(headers) == len(files):
+                self.metadata(weights.index, index, library, tensors)
+        unused_files(self.folder, library, weights.variant, files, self.problems)
+        if not tensors and len(headers) == len(files):
+            self.problems.add("no-tensors", files[0])
+        if library == "diffusers":
+            self.other_tools(files[0], tensors)
+        return Checkpoint(
+            folder=self.folder,
+            config=config,
+            library=library,
+            architecture=architecture,
+            variant=weights.variant,
+            files=files,
+            sizes={file: self.sizes[file] for file in headers},
+            tensors=tensors,
+            index=index,
+            header_metadata={file: header.metadata for file, header in headers.items()},
+        )
+
+    def config(self) -> dict[str, Any] | None:
+        """config.json, or None with the reason why there is none that can be used."""
+        if "config.json" not in self.sizes and self.no_model():
+            return None
+        try:
+            config = read_json(read_file(self.folder, "config.json", MAX_CONFIG_BYTES), self.path("config.json"))
+        except QzError as error:
+            self.problems.add_error(error, "config.json", missing="config-missing")
+            return None
+        if library_of(config) is None:
+            self.problems.add("library-unknown", "config.json")
+        return config
+
+    def no_model(self) -> bool:
+        """Whether a folder without config.json is a well-known thing that is no model."""
+        weights = sorted(name for name in self.sizes if name.endswith(".safetensors"))
+        if "model_index.json" in self.sizes:
+            inside = ", ".join(self.folder.subfolders()) or "none"
+            self.problems.add("pipeline-root", "model_index.json", inside=inside)
+        elif "adapter_config.json" in self.sizes:
+            self.problems.add("adapter-only", "adapter_config.json")
+        elif any(name.endswith(".gguf") for name in self.sizes) and not weights:
+            self.problems.add("gguf-only", min(name for name in self.sizes if name.endswith(".gguf")))
+        elif weights:
+            header = self.header(weights[0])
+            return isinstance(header, Header) and self.other_tools(weights[0], header.tensors)
+        else:
+            return False
+        return True
+
+    def other_tools(self, file: str, names: Iterable[str]) -> bool:
+        facts = original_layout(names)
+        if facts:
+            self.problems.add("original-layout", file, **facts)
+        return bool(facts)
+
+    def code(self, config: Mapping[str, Any], library: Library) -> None:
+        scripts = sorted(name for name in self.sizes if name.endswith(".py"))
+        if "auto_map" in config or scripts:
+            named = f" ({', '.join(quoted(name, 40) for name in scripts[:3])})" if scripts else ""
+            where = "config.json" if "auto_map" in config else scripts[0]
+            self.problems.add("custom-code", where, named=named, library=library)
+
+    def index(self, name: str) -> dict[str, Any] | None:
+        """The index with a weight_map that is safe to follow, or None."""
+        try:
+            index = read_json(read_file(self.folder, name, MAX_INDEX_BYTES), self.path(name), limit=MAX_INDEX_BYTES)
+        except QzError as error:
+            self.problems.add_error(error, name, missing="index-missing", name=name, count="its")
+            return None
+        weight_map = index.get("weight_map")
+        why = None
+        if not isinstance(weight_map, dict) or not weight_map:
+            why = "it has no weight_map that says which shard holds which tensor"
+        elif not all(isinstance(file, str) for file in weight_map.values()):
+            why = "its weight_map holds something else than file names"
+        elif len(set(weight_map.values())) > MAX_SHARDS:
+            why = f"it names more than {MAX_SHARDS} shards"
+        if why:
+            self.problems.add("index-malformed", name, why=why)
+            return None
+        unsafe = sorted(file for file in set(index["weight_map"].values()) if not is_shard_name(file))
+        for file in unsafe:
+            self.problems.add("unsafe-name", name, name=quoted(file))
+        return None if unsafe else index
+
+    def headers(self, files: Sequence[str]) -> dict[str, Header]:
+        """The headers that can be read, in the order of ``files``."""
+        if len(files) > 1 and not isinstance(self.folder, LocalFolder):  # far away: waiting dominates
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(THREADS) as pool:
+                found = list(pool.map(self.header, files))
+        else:
+            found = [self.header(file) for file in files]
+        headers: dict[str, Header] = {}
+        for file, header in zip(files, found, strict=True):
+            if isinstance(header, Header):
+                headers[file] = header
+            else:
+                self.problems.add_error(header, file, missing="shard-missing")
+        return headers
+
+    def header(self, file: str) -> Header | QzError:
+        def read(offset: int, length: int) -> bytearray:
+            buffer = bytearray(length)
+            self.folder.read_into(file, offset, memoryview(buffer))
+            return buffer
+
+        try:
+            if file not in self.sizes:
+                read_file(self.folder, file, 1)
+            return read_header(read, self.sizes[file], self.path(file))
+        except QzError as error:
+            return error
+
+    def tensors(
+        self, files: Iterable[str], headers: Mapping[str, Header], weight_map: Mapping[str, str]
+    ) -> dict[str, StoredTensor]:
+        """Every tensor; one that lies in two shards is taken from the one that the index names."""
+        tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            if file not in headers:
+                continue
+            start = headers[file].data_start
+            for info in headers[file].tensors.values():
+                name = info.name
+                if name in tensors:
+                    self.problems.add(
+                        "tensor-twice", quoted(name), name=quoted(name), first=tensors[name].file, second=file
+                    )
+                    if weight_map.get(name) != file:
+                        continue
+                    del tensors[name]
+                tensors[name] = StoredTensor(name, info.dtype, info.shape, file, start + info.start, info.nbytes)
+        return tensors
+
+    def reconcile(
+        self,
+        index: str,
+        weight_map: Mapping[str, str],
+        headers: Mapping[str, Header],
+        tensors: Mapping[str, StoredTensor],
+    ) -> None:
+        """The index against the headers. What is in a shard that cannot be read is not counted as absent."""
+        where = self.path(index)
+        for name, file in weight_map.items():
+            found = tensors.get(name)
+            if found is None and file in headers:
+                self.problems.add("tensor-absent", quoted(name), where=where, name=quoted(name), file=file)
+            elif found is not None and found.file != file:
+                facts = {"where": where, "name": quoted(name), "file": file, "held": found.file}
+                self.problems.add("tensor-elsewhere", quoted(name), **facts)
+        for name, held in tensors.items():
+            if name not in weight_map:
+                facts = {"where": where, "name": quoted(name), "held": held.file}
+                self.problems.add("tensor-unindexed", quoted(name), **facts)
+
+    def metadata(
+        self, name: str, index: Mapping[str, Any], library: Library, tensors: Mapping[str, StoredTensor]
+    ) -> None:
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict):
+            said, held = metadata.get("total_size"), sum(tensor.nbytes for tensor in tensors.values())
+            if said is not None and said != held:
+                self.problems.add("index-total-size", name, said=quoted(str(said), 30), held=held)
+        elif library == "diffusers":
+            self.problems.add("index-metadata", name)

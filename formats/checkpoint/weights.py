@@ -1,0 +1,180 @@
+"""Which files of a folder hold the weights, by the names under which transformers and diffusers look for them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from qz import MissingInput, QzError
+from qz.formats.malformed import UNSAFE_TEXT, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from qz.formats.checkpoint.problems import Problems
+    from qz.formats.folder import Folder
+
+Library = Literal["transformers", "diffusers"]
+
+STEMS: dict[Library, str] = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+VARIANTS = ("bf16", "fp16", "fp32")
+"""Which variant to take if there are no plain weights: the first of these, else the first by name."""
+
+PICKLE = re.compile(r"\.(?:bin|pt|pth|ckpt|pkl)\Z", re.IGNORECASE)
+_NUMBERED = re.compile(r"-\d{5}-of-\d{5}.*\.safetensors")
+_VARIANT = r"(?:\.(?P<variant>[A-Za-z0-9_]+))?"
+
+# How other tools name tensors: a name that shows it, the tool, the library that can read it, and with what.
+_ORIGINAL = (
+    (re.compile(r"(?:model\.diffusion_model\.)?(?:double|single)_blocks\.\d+\.(?:img|txt|linear|mod|norm)"),
+     "Black Forest Labs' own code (or ComfyUI)", "FluxTransformer2DModel.from_single_file()"),
+    (re.compile(r"(?:model\.diffusion_model\.)?joint_blocks\.\d+\."), "Stability's own code (or ComfyUI)",
+     "SD3Transformer2DModel.from_single_file()"),
+    (re.compile(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders)\."),
+     "an original Stable Diffusion checkpoint (or ComfyUI)", "StableDiffusionPipeline.from_single_file()"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Either an ``index`` or a ``single`` file, by name, and the ``variant`` that they are of."""
+
+    index: str | None
+    single: str | None
+    variant: str | None
+
+
+def find_weights(
+    folder: Folder, library: Library, architecture: str | None, variant: str | None, problems: Problems
+) -> Weights | None:
+    """The weights that ``library`` would load, or None with the reason among ``problems``."""
+    sizes = folder.sizes()
+    stem = STEMS[library]
+    singles, indexes = _candidates(stem, sizes)
+    there = {**singles, **indexes}
+    if variant not in there:
+        if variant is not None:
+            known = ", ".join(sorted(name for name in there if name)) or "none"
+            problems.add("variant-missing", variant, name=quoted(variant), there=known)
+            return None
+        if not there:
+            _no_weights(folder, library, architecture, problems)
+            return None
+        variant = min((name for name in there if name), key=_preference)
+        problems.add("variant-only", there[variant], variant=variant)
+    index, single = indexes.get(variant), singles.get(variant)
+    if index and single:
+        # diffusers looks for the index first, transformers for the single file.
+        taken, left = (index, single) if library == "diffusers" else (single, index)
+        problems.add("two-layouts", left, taken=taken, left=left, library=library)
+        index, single = (index, None) if library == "diffusers" else (None, single)
+    return Weights(index, single, variant)
+
+
+def _preference(variant: str) -> tuple[int, str]:
+    return VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS), variant
+
+
+def _candidates(stem: str, names: Iterable[str]) -> tuple[dict[str | None, str], dict[str | None, str]]:
+    """The single files and the indexes among ``names``, by variant, wherever a library has ever put the variant."""
+    single = re.compile(rf"{stem}{_VARIANT}\.safetensors")
+    index = [
+        re.compile(rf"{stem}\.safetensors\.index{_VARIANT}\.json"),
+        re.compile(rf"{stem}\.safetensors{_VARIANT}\.index\.json"),
+        re.compile(rf"{stem}{_VARIANT}\.safetensors\.index\.json"),
+    ]
+    singles: dict[str | None, str] = {}
+    indexes: dict[str | None, str] = {}
+    for name in sorted(names):
+        if match := single.fullmatch(name):
+            singles[match["variant"]] = name
+        elif match := next(filter(None, (form.fullmatch(name) for form in index)), None):
+            indexes.setdefault(match["variant"], name)
+    return singles, indexes
+
+
+def _no_weights(folder: Folder, library: Library, architecture: str | None, problems: Problems) -> None:
+    """Say what is there instead."""
+    stem = STEMS[library]
+    name = f"{stem}.safetensors"
+    for expected in (name, f"{name}.index.json"):
+        try:
+            folder.read_into(expected, 0, memoryview(bytearray(1)))
+        except MissingInput:
+            continue
+        except QzError as error:  # something is there, and is no file
+            problems.add_error(error, expected, missing="weights-missing")
+            return
+    names = sorted(folder.sizes())
+    shards = [each for each in names if each.startswith(stem) and _NUMBERED.search(each)]
+    others = [each for each in names if each.endswith(".safetensors")]
+    pickles = [each for each in names if PICKLE.search(each)]
+    if shards:
+        problems.add("index-missing", f"{name}.index.json", name=f"{name}.index.json", count=len(shards))
+    elif others:
+        found = ", ".join(quoted(each, 60) for each in others[:3])
+        instead = f", but {found}. Rename it if it is in {library}'s own layout; convert it if it is another tool's"
+        problems.add("weights-missing", name, name=name, library=library, instead=instead)
+    elif pickles:
+        command = _conversion(library, architecture, folder.location)
+        problems.add("pickle-only", pickles[0], name=quoted(pickles[0], 40), command=command)
+    else:
+        problems.add("weights-missing", name, name=name, library=library, instead=", nor other weights. Download them")
+
+
+def _conversion(library: Library, architecture: str | None, location: str) -> str:
+    """The command that turns pickles into safetensors. It will be pasted into a shell: only plain names get into it."""
+    name = architecture if architecture and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", architecture) else "AutoModel"
+    remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}(?:/(.+))?", location)
+    folder, inner = remote.groups("") if remote else (location, "")
+    source = f"'{folder}', subfolder='{inner}'" if inner else f"'{folder}'"
+    if not re.fullmatch(r"[A-Za-z0-9_./@ -]*", folder + inner):
+        source = "'FOLDER'"
+    return f"python -c \"from {library} import {name} as M; M.from_pretrained({source}).save_pretrained('NEW')\""
+
+
+def original_layout(names: Iterable[str]) -> dict[str, str] | None:
+    """Whether tensors are named as another tool names them: the tool, an example, and how to convert them."""
+    for name in names:
+        for pattern, tool, loader in _ORIGINAL:
+            if pattern.match(name):
+                return {"tool": tool, "example": quoted(name), "library": "diffusers", "loader": f"diffusers' {loader}"}
+    return None
+
+
+def unused_files(
+    folder: Folder, library: Library, variant: str | None, used: Iterable[str], problems: Problems
+) -> None:
+    """Weight files of this set that nothing refers to, and pickles."""
+    used = set(used)
+    prefix = STEMS[library] + (f".{variant}" if variant else "")
+    weights = re.compile(re.escape(prefix) + r"(?:-\d{5}-of-\d{5})?\.safetensors")
+    for name in sorted(folder.sizes()):
+        if name not in used and weights.fullmatch(name):
+            problems.add("file-unused", name)
+        elif PICKLE.search(name):
+            problems.add("pickle-files", name)
+
+
+def is_shard_name(name: Any) -> bool:
+    """Whether ``name`` is a plain file name that a shard may have."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or len(name.encode("utf-8", "replace")) > 255:
+        return False
+    return "/" not in name and "\\" not in name and not UNSAFE_TEXT.search(name)
+
+
+def library_of(config: Mapping[str, Any]) -> Library | None:
+    """The library whose config.json this is."""
+    if isinstance(config.get("_class_name"), str):
+        return "diffusers"
+    if isinstance(config.get("model_type"), str) or architecture_of(config, "transformers"):
+        return "transformers"
+    return None
+
+
+def architecture_of(config: Mapping[str, Any], library: Library) -> str | None:
+    """The class that the config names."""
+    named = config.get("_class_name") if library == "diffusers" else config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else named
+    return first if isinstance(first, str) else None

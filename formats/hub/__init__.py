@@ -1,0 +1,1 @@
+"""Repositories on the Hugging Face Hub, read by byte ranges."""

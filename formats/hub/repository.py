@@ -1,0 +1,331 @@
+"""Model repositories on the Hub as folders to read: by byte ranges, from the cache where it has the file.
+
+Everything is read at one commit, which is looked up once. Small files are fetched whole and compared with their hash.
+Of weight files only the asked bytes are fetched, until ``announce`` says what will be read; then each of those files is
+streamed whole, and ``check`` tells whether every one had the hash that the Hub lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from qz import HubUnreachable, MissingInput
+from qz.formats.folder import LocalFolder
+from qz.formats.hub.cache import CachedFiles
+from qz.formats.hub.errors import hub_errors
+from qz.formats.hub.ranges import Connection, RangesNotServed, RemoteFile, differs
+from qz.formats.hub.read_ahead import AheadFile, ReadAhead, Seen
+from qz.formats.hub.session import hub_api, patiently
+from qz.formats.malformed import Malformed, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from huggingface_hub import HfApi
+
+    from qz.formats.folder import Range
+    from qz.formats.hub.read_ahead import Pace
+    from qz.formats.hub.session import Retries
+
+HEAD = 1 << 16
+"""Bytes fetched at the first look into a weight file: most headers fit."""
+WHOLE = 1 << 20
+"""LFS files up to this size are fetched whole, like everything that is not LFS (10 MB at most on the Hub)."""
+KEPT = 32 << 20
+"""Bytes of heads and small files that are kept."""
+
+
+def open_repo(
+    repo_id: str, *, revision: str | None = None, retries: Retries | None = None, pace: Pace | None = None
+) -> HubFolder:
+    """The root folder of a model repository at the commit that ``revision`` (default: main) names now.
+
+    With HF_HUB_OFFLINE set, what the cache has of it. Raises MissingInput (no such repository or revision, or it is
+    private), PermissionRefused, HubUnreachable, TryAgain, UsageError (not a repository name).
+    """
+    api = hub_api()
+    if is_offline_mode():
+        return _cached(api, repo_id, revision)
+    with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=api.endpoint):
+        info = patiently(lambda: api.model_info(repo_id, revision=revision), retries)
+    if info.sha is None:
+        raise HubUnreachable(f"{api.endpoint} names no commit of {repo_id}: is it a Hub? Check HF_ENDPOINT.")
+    card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
+    folder = HubFolder(api, info.id, info.sha, retries=retries, pace=pace)
+    folder.revision, folder.private, folder.gated = revision, info.private, info.gated
+    folder.license = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    return folder
+
+
+def _cached(api: HfApi, repo_id: str, revision: str | None) -> HubFolder:
+    with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=api.endpoint):
+        try:
+            snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise HubUnreachable(
+                f"{repo_id} is not in the Hub cache and HF_HUB_OFFLINE is set. Unset it, or run "
+                f"`hf download {repo_id}` first."
+            ) from None
+    return HubFolder(api, repo_id, snapshot.name, snapshot=snapshot)
+
+
+class HubFolder:
+    """A folder of a model repository at one commit; a ``Folder``. ``private`` and ``gated`` are None if unknown."""
+
+    revision: str | None = None
+    private: bool | None = None
+    gated: str | bool | None = None
+    license: Mapping[str, Any] = MappingProxyType({})
+    """license, license_name and license_link of the repository's card, as far as given."""
+
+    def __init__(
+        self,
+        api: HfApi,
+        repo_id: str,
+        commit: str,
+        path: str = "",
+        *,
+        snapshot: Path | None = None,
+        retries: Retries | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        self.repo_id, self.commit, self.path = repo_id, commit, path
+        self.location = f"{repo_id}@{commit[:12]}" + (f"/{path}" if path else "")
+        self._api, self._snapshot, self._retries, self._pace = api, snapshot, retries, pace
+        self._connection = Connection(repo_id, commit, api.endpoint, retries)
+        self._files: dict[str, RemoteFile] | None = None
+        self._folders: tuple[str, ...] = ()
+        self._cache = CachedFiles(repo_id, commit, api.endpoint)
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._seen: dict[str, list[Seen]] = {}
+        self._ahead: ReadAhead | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def bytes_received(self) -> int:
+        """What came over the network by ranges so far."""
+        return self._connection.bytes_received
+
+    def sizes(self) -> Mapping[str, int]:
+        return {name: file.size for name, file in self._listed().items()}
+
+    def subfolders(self) -> Sequence[str]:
+        self._listed()
+        return self._folders
+
+    def subfolder(self, name: str) -> HubFolder:
+        if any(part in ("", ".", "..") or "\0" in part for part in name.split("/")):
+            raise Malformed("unsafe-name", f"{quoted(name)} is not a folder inside {self.location}.")
+        path = f"{self.path}/{name}" if self.path else name
+        inner = HubFolder(
+            self._api,
+            self.repo_id,
+            self.commit,
+            path,
+            snapshot=self._snapshot,
+            retries=self._retries,
+            pace=self._pace,
+        )
+        inner.revision, inner.private, inner.gated, inner.license = (
+            self.revision,
+            self.private,
+            self.gated,
+            self.license,
+        )
+        try:
+            inner.sizes()
+        except MissingInput:
+            there = ", ".join(self.subfolders()) or "none"
+            raise MissingInput(f"{self.location} has no folder {quoted(name)}. Folders there: {there}.") from None
+        return inner
+
+    def identity(self) -> dict[str, Any]:
+        return {"repository": self.repo_id, "commit": self.commit, "subfolder": self.path}
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        remote, view = self._file(file), buffer.cast("B")
+        if offset + len(view) > remote.size:
+            raise Malformed(
+                "truncated",
+                f"{self.location}/{file} ends at byte {remote.size}, before byte {offset + len(view)}: it is "
+                "truncated. Ask the repository's owner.",
+            )
+        local = self._cache.find(remote)
+        if local is not None:
+            local.read_into(file, offset, view)
+        elif self._ahead is not None and file in self._ahead:
+            self._ahead.read_into(file, offset, view)
+        elif remote.sha256 is None or remote.size <= WHOLE:
+            view[:] = memoryview(self._whole(remote))[offset : offset + len(view)]
+        elif len(view) == remote.size:
+            self._fetch(remote, 0, view)
+            self._require_digest(remote, view)
+        else:
+            self._read_part(remote, offset, view)
+
+    def announce(self, ranges: Sequence[Range]) -> None:
+        wanted: dict[str, list[tuple[int, int]]] = {}
+        for range_ in ranges:
+            if self._cache.find(self._file(range_.file)) is None:
+                wanted.setdefault(range_.file, []).append((range_.start, range_.stop))
+        if self._ahead is not None:
+            self._ahead.finish()
+            self._ahead.close()
+        files = self._listed()
+        streams = [
+            AheadFile(name, files[name].size, files[name].hasher(), files[name].digest, spans, self._seen.get(name, ()))
+            for name, spans in wanted.items()
+        ]
+        self._ahead = ReadAhead(
+            streams, lambda name, start, view: self._fetch(files[name], start, view), self.location, self._pace
+        )
+
+    def settled(self, file: str) -> bool:
+        if self._ahead is not None and file in self._ahead:
+            # Also where the file was downloaded in the middle: what came by ranges before that is hashed by the stream.
+            return self._ahead.settled(file)
+        local = self._cache.find(self._file(file))
+        return local is None or local.settled(file)
+
+    def check(self) -> None:
+        if self._ahead is not None:
+            self._ahead.finish()
+        for folder in self._cache.folders():
+            folder.check()
+
+    def download(self, files: Iterable[str], progress: Callable[[str, int], None] | None = None) -> None:
+        """Fill the Hub cache with ``files`` (those already there are kept) and read them from there.
+
+        ``progress(file, bytes)`` is called, from several threads, when a file has arrived and has the right hash.
+        """
+
+        def fetch(name: str) -> None:
+            remote = self._file(name)
+            self._cache.fetch(remote)
+            if progress:
+                progress(name, remote.size)
+
+        with ThreadPoolExecutor(4, thread_name_prefix="qz-hub") as pool:
+            for _ in pool.map(fetch, list(files)):
+                pass
+
+    def give_up(self) -> None:
+        self._connection.close()
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def close(self) -> None:
+        self._connection.close()
+        if self._ahead is not None:
+            self._ahead.close()
+        for folder in self._cache.folders():
+            folder.close()
+
+    # What there is
+
+    def _listed(self) -> dict[str, RemoteFile]:
+        with self._lock:
+            if self._files is None:
+                self._list_snapshot() if self._snapshot else self._list_hub()
+            return self._files or {}
+
+    def _list_hub(self) -> None:
+        files: dict[str, RemoteFile] = {}
+        folders: list[str] = []
+        with hub_errors(self.repo_id, f"Listing {self.location}", revision=self.commit, endpoint=self._api.endpoint):
+            for entry in self._api.list_repo_tree(self.repo_id, self.path or None, revision=self.commit):
+                name = entry.path.removeprefix(f"{self.path}/" if self.path else "")
+                if "/" in name:
+                    continue
+                if isinstance(entry, RepoFile):
+                    sha256 = entry.lfs.sha256 if entry.lfs else None
+                    files[name] = RemoteFile(entry.path, entry.size, entry.blob_id, sha256)
+                else:
+                    folders.append(name)
+        self._files, self._folders = files, tuple(sorted(folders))
+
+    def _list_snapshot(self) -> None:
+        """Offline there is what is in the cache, and no promised hash."""
+        assert self._snapshot is not None
+        folder = LocalFolder(self._snapshot)
+        if self.path:
+            folder = folder.subfolder(self.path)
+        prefix = f"{self.path}/" if self.path else ""
+        self._files = {name: RemoteFile(prefix + name, size, "", None) for name, size in folder.sizes().items()}
+        self._cache.adopt(folder, self._files.values())
+        self._folders = tuple(folder.subfolders())
+
+    def _file(self, name: str) -> RemoteFile:
+        try:
+            return self._listed()[name]
+        except KeyError:
+            offline = " in the cache, and HF_HUB_OFFLINE is set" if self._snapshot else ""
+            raise MissingInput(f"{self.location}/{name} does not exist{offline}.") from None
+
+    # What comes by ranges
+
+    def _fetch(self, remote: RemoteFile, start: int, view: memoryview) -> None:
+        try:
+            self._connection.fetch(remote, start, view)
+        except RangesNotServed:
+            self._cache.fetch(remote).read_into(remote.name, start, view)
+
+    def _read_part(self, remote: RemoteFile, offset: int, view: memoryview) -> None:
+        done = 0
+        if offset < HEAD:
+            head = self._head(remote)
+            done = min(len(view), len(head) - offset)
+            view[:done] = memoryview(head)[offset : offset + done]
+        if done < len(view):
+            self._fetch(remote, offset + done, view[done:])
+            self._remember(remote, offset + done, view[done:])
+
+    def _head(self, remote: RemoteFile) -> bytes:
+        with self._lock:
+            head = self._kept.get(remote.path)
+        if head is None:
+            fetched = bytearray(min(HEAD, remote.size))
+            self._fetch(remote, 0, memoryview(fetched))
+            self._remember(remote, 0, memoryview(fetched))
+            head = self._keep(remote, bytes(fetched))
+        return head
+
+    def _whole(self, remote: RemoteFile) -> bytes:
+        with self._lock:
+            data = self._kept.get(remote.path)
+        if data is None:
+            fetched = bytearray(remote.size)
+            if remote.size:
+                self._fetch(remote, 0, memoryview(fetched))
+            self._require_digest(remote, memoryview(fetched))
+            data = self._keep(remote, bytes(fetched))
+        return data
+
+    def _keep(self, remote: RemoteFile, data: bytes) -> bytes:
+        with self._lock:
+            self._kept[remote.path] = data
+            while len(self._kept) > 1 and sum(map(len, self._kept.values())) > KEPT:
+                self._kept.popitem(last=False)
+        return data
+
+    def _remember(self, remote: RemoteFile, start: int, view: memoryview) -> None:
+        """What was read now must be what is hashed later, when the file is streamed."""
+        seen = Seen(start, start + len(view), hashlib.sha256(view).digest())
+        with self._lock:
+            self._seen.setdefault(remote.name, []).append(seen)
+
+    def _require_digest(self, remote: RemoteFile, view: memoryview) -> None:
+        hasher = remote.hasher()
+        hasher.update(view)
+        if hasher.hexdigest() != remote.digest:
+            raise differs(f"{self.location}/{remote.name}", remote.digest)

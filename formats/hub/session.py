@@ -1,0 +1,90 @@
+"""huggingface_hub as a command uses it: its API object, quiet and with timeouts, and patience with a busy server."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from logging import ERROR
+from typing import TYPE_CHECKING, TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, logging
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exported by name only
+    disable_progress_bars,
+    parse_ratelimit_headers,
+)
+
+from qz import __version__
+from qz.formats.hub.errors import BUSY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How often a request is made that brings nothing new, and the seconds between, doubled each time."""
+
+    attempts: int = 6
+    first_wait: float = 0.5
+    longest_wait: float = 8.0
+    longest_asked: float = 300.0
+    """The longest ``Retry-After`` that is waited for."""
+
+    def wait(self, failures: int) -> float:
+        """Seconds before the next attempt, somewhat random so that connections do not come back together."""
+        return min(self.longest_wait, self.first_wait * 2.0 ** (failures - 1)) * random.uniform(0.7, 1)  # noqa: S311
+
+
+ASKING = Retries(attempts=4)
+"""For questions that a person waits for."""
+
+
+def hub_api() -> HfApi:
+    """The Hub at HF_ENDPOINT, with the token of the environment or of ``hf auth login``."""
+    if not {"HF_DEBUG", "HF_HUB_VERBOSITY"} & os.environ.keys():
+        logging.set_verbosity(ERROR)  # its warnings quote links, and what goes wrong is raised
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
+        disable_progress_bars()  # progress is a callback
+    session = get_session()
+    if session.timeout == httpx2.Timeout(None):
+        session.timeout = httpx2.Timeout(300.0, connect=10.0)  # a large commit takes the Hub a while
+    return HfApi(library_name="qz", library_version=__version__)
+
+
+def patiently(ask: Callable[[], T], retries: Retries | None = None) -> T:
+    """What ``ask`` returns, asked again when the Hub is busy or the connection fails; for what may be asked twice."""
+    retries, failures = retries or ASKING, 0
+    while True:
+        try:
+            return ask()
+        except (HfHubHTTPError, httpx2.TransportError) as error:
+            failures += 1
+            wait = None
+            if isinstance(error, HfHubHTTPError):
+                wait = seconds_asked(error.response.headers)
+                if error.response.status_code not in BUSY and error.response.status_code < 500:
+                    raise
+            if failures >= retries.attempts or (wait or 0) > retries.longest_asked:
+                raise
+            time.sleep(retries.wait(failures) if wait is None else wait)
+
+
+def seconds_asked(headers: Mapping[str, str]) -> float | None:
+    """How long an answer asks to wait: its ``Retry-After``, or the end of the rate limit's window."""
+    after = headers.get("retry-after", "").strip()
+    if after.isdigit():
+        return float(after)
+    if after:
+        try:
+            return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+        except ValueError:
+            return None
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None

@@ -1,0 +1,1 @@
+"""Outputs in the making: staged, journaled, verified, renamed into place."""

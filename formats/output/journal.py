@@ -1,0 +1,152 @@
+"""The journal beside an output in the making: what was asked for, and which shards are done. Holding it is the lock.
+
+``<output>.partial.journal`` is made before ``<output>.partial/`` and removed after everything else, so that whoever
+finds a ``.partial`` finds its journal. A line is a CRC-32 and a JSON object: the fingerprint of the run first, then
+each finished shard.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qz import TryAgain
+from qz.formats.output import disk
+from qz.formats.output.record import WrittenFile, as_written
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+class Journal:
+    """An open, locked journal. ``add`` may be called from several threads."""
+
+    fingerprint: dict[str, Any] | None
+    """What the earlier run was asked for; None if there was none, or its journal cannot be trusted."""
+    finished: dict[str, WrittenFile]
+
+    def __init__(self, path: Path) -> None:
+        """Raise TryAgain at once if another process holds it."""
+        self.path = path
+        self._adding = threading.Lock()
+        while True:
+            self._descriptor = disk.open_file(path, create=True)
+            try:
+                if not self._lock():
+                    raise held_by_another(path)
+                if disk.same_file(self._descriptor, path):  # else its owner finished and removed it meanwhile
+                    self._read()
+                    return
+            except BaseException:
+                disk.close(self._descriptor, path)
+                raise
+            disk.close(self._descriptor, path)
+
+    def _lock(self) -> bool:
+        """Take the lock; a second and a third time after a moment, for ``refuse_now`` looks at it by taking it."""
+        for _ in range(2):
+            if disk.try_lock(self._descriptor, self.path):
+                return True
+            time.sleep(0.02)
+        return disk.try_lock(self._descriptor, self.path)
+
+    def _read(self) -> None:
+        self._stop = disk.size(self._descriptor, self.path)
+        text = bytearray(self._stop)
+        disk.read(self._descriptor, self.path, memoryview(text), 0)
+        self.fingerprint, self.finished = None, {}
+        lines = bytes(text).split(b"\n")
+        torn = len(lines.pop())
+        try:
+            entries: list[Any] = [_parse(line) for line in lines[:-1]]
+            try:
+                entries += [_parse(line) for line in lines[-1:]]
+            except ValueError:  # power went while the last line was written
+                torn += len(lines[-1]) + 1
+            fingerprint = entries[0]["fingerprint"]
+            finished = [as_written(entry) for entry in entries[1:]]
+        except (ValueError, LookupError, TypeError):
+            return
+        if isinstance(fingerprint, dict):
+            self.fingerprint = fingerprint
+            self.finished = {file.name: file for file in finished if file.sha256}
+            self._stop -= torn
+            if torn:
+                disk.truncate(self._descriptor, self.path, self._stop)
+
+    def start(self, fingerprint: Mapping[str, Any]) -> None:
+        """Forget whatever it held, and begin anew."""
+        disk.truncate(self._descriptor, self.path, 0)
+        self.finished, self._stop = {}, 0
+        self._append({"fingerprint": fingerprint})
+
+    def add(self, file: WrittenFile) -> None:
+        """Note a finished file, durably."""
+        with self._adding:
+            self._append(asdict(file))
+            self.finished[file.name] = file
+
+    def forget(self, name: str) -> None:
+        """Note that a finished file is no good after all."""
+        with self._adding:
+            self.finished.pop(name, None)
+            self._append(asdict(WrittenFile(name, 0, "")))
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        text = json.dumps(entry, sort_keys=True).encode()
+        line = b"%08x %b\n" % (zlib.crc32(text), text)
+        disk.write(self._descriptor, self.path, memoryview(line), self._stop)
+        disk.sync(self._descriptor, self.path)
+        self._stop += len(line)
+
+    def remove(self) -> None:
+        disk.remove(self.path)
+
+    def close(self) -> None:
+        """Give up the lock. A late ``add`` fails: it must not hit a number used for another file."""
+        with self._adding:
+            descriptor, self._descriptor = self._descriptor, -1
+            disk.close(descriptor, self.path)
+
+
+def held_by_another(path: Path) -> TryAgain:
+    """The error for a journal whose lock another process holds."""
+    return TryAgain(
+        f"Another qz is writing {path.name.removesuffix('.partial.journal')} in {path.parent}. "
+        "Wait until it is done, or write elsewhere with -o/--output."
+    )
+
+
+def _parse(line: bytes) -> Any:
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise ValueError("not as it was written")
+    return json.loads(text)
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
+    """``key: old → new`` of the values that differ, nested keys joined by dots."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    absent = object()
+    keys = [key for key in sorted(before | after) if before.get(key, absent) != after.get(key, absent)]
+    keys.sort(key=lambda key: key not in before or key not in after)  # what both have says most
+    shown = [f"{key}: {_short(before.get(key))} → {_short(after.get(key))}" for key in keys[:most]]
+    return ", ".join(shown) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,168 @@
+"""``qz.json``, the one file qz adds to a checkpoint: every other file's size and SHA-256, to check them again later.
+
+Loaders take files by name and never look at this one. It holds names, sizes, hashes, and what the caller says about the
+making of the checkpoint: no path, host or user of the machine that made it, and the same bytes for the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from qz import QzError
+from qz.formats.checkpoint.problems import Problem, kind_of
+from qz.formats.folder import Range
+from qz.formats.json_files import read_json
+from qz.formats.malformed import Malformed, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from qz.formats.folder import Folder
+
+RECORD = "qz.json"
+PIECE = 4 << 20
+"""Bytes read or written at once: small enough for a cache, large enough for the cost of the calls to vanish."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A file as it was written: its name relative to the output, its size, and its SHA-256 in hexadecimal."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a checkpoint was when it was finished. ``about``: how it was made, as JSON values."""
+
+    files: tuple[WrittenFile, ...]
+    about: Mapping[str, Any]
+
+
+def encode_record(files: Iterable[WrittenFile], about: Mapping[str, Any]) -> bytes:
+    """The record's JSON, whatever the order of ``files``."""
+    listed = [asdict(file) for file in sorted(files, key=lambda file: file.name)]
+    return (json.dumps({"version": 1, "about": dict(about), "files": listed}, indent=2) + "\n").encode()
+
+
+def read_record(folder: Folder) -> Record | None:
+    """The record of a checkpoint, or None if there is none; Malformed if it is damaged."""
+    size = folder.sizes().get(RECORD)
+    if size is None:
+        return None
+    where = f"{folder.location}/{RECORD}"
+    if size > 10_000_000:
+        raise Malformed("record-malformed", f"{where} is {size} bytes long, which is too large for such a file.")
+    data = bytearray(size)
+    folder.read_into(RECORD, 0, memoryview(data))
+    value = read_json(bytes(data), where)
+    about, listed = value.get("about"), value.get("files")
+    if value.get("version") != 1 or not isinstance(about, dict) or not isinstance(listed, list):
+        raise Malformed("record-malformed", f"{where} is not a record of version 1. A newer qz may read it.")
+    try:
+        return Record(tuple(as_written(entry) for entry in listed), about)
+    except (ValueError, TypeError, LookupError) as error:
+        raise Malformed("record-malformed", f"{where} is damaged ({error}). Make the checkpoint again.") from None
+
+
+def verify_record(folder: Folder, progress: Callable[[int], None] | None = None) -> tuple[Problem, ...]:
+    """Read every recorded file again and compare. ``progress`` is given the bytes of each piece read.
+
+    Problems are returned, not raised: no or a damaged record, files that are missing, of another size or SHA-256, and,
+    as a warning, weights that are not recorded.
+    """
+    try:
+        record = read_record(folder)
+    except QzError as error:
+        return (Problem("error", kind_of(error, "record-missing"), RECORD, str(error)),)
+    if record is None:
+        why = f"{folder.location} has no {RECORD}: qz did not write it, so there is nothing to compare it with."
+        return (Problem("error", "record-missing", RECORD, why),)
+    found: list[Problem | None] = []
+    for parent, files in groupby(record.files, key=lambda file: file.name.rpartition("/")[0]):
+        found += _verify_folder(folder, parent, list(files), progress)
+    recorded = {file.name for file in record.files}
+    found += [
+        Problem("warning", "file-unrecorded", name, f"{name} was not there when qz finished {folder.location}.")
+        for name in sorted(folder.sizes())
+        if name.endswith(".safetensors") and name not in recorded
+    ]
+    return tuple(problem for problem in found if problem is not None)
+
+
+def _verify_folder(
+    root: Folder, parent: str, files: list[WrittenFile], progress: Callable[[int], None] | None
+) -> list[Problem | None]:
+    """The recorded files of one folder."""
+    again = "Make the checkpoint again, or get an undamaged copy."
+    try:
+        folder = root
+        for name in PurePosixPath(parent).parts:
+            folder = folder.subfolder(name)
+        sizes = folder.sizes()
+    except QzError as error:
+        why = f"{error} {again}"
+        return [Problem("error", kind_of(error, "file-missing"), file.name, why) for file in files]
+    found: list[Problem | None] = []
+    whole: list[WrittenFile] = []
+    for file in files:
+        size = sizes.get(PurePosixPath(file.name).name)
+        if size is None:
+            found.append(Problem("error", "file-missing", file.name, f"{file.name} is missing. {again}"))
+        elif size != file.bytes:
+            why = f"{file.name} is {size:,} bytes long; it was written with {file.bytes:,}. {again}"
+            found.append(Problem("error", "size-differs", file.name, why))
+        else:
+            whole.append(file)
+    folder.announce([piece for file in whole for piece in _pieces(file)])
+    found += (_verify(folder, file, progress) for file in whole)
+    if folder is not root:
+        folder.close()
+    return found
+
+
+def _pieces(file: WrittenFile) -> list[Range]:
+    name = PurePosixPath(file.name).name
+    return [Range(name, start, min(start + PIECE, file.bytes)) for start in range(0, file.bytes, PIECE)]
+
+
+def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(PIECE, file.bytes)))
+    try:
+        for part in _pieces(file):
+            piece = buffer[: part.stop - part.start]
+            folder.read_into(part.file, part.start, piece)
+            digest.update(piece)
+            if progress is not None:
+                progress(len(piece))
+    except QzError as error:
+        return Problem("error", kind_of(error, "file-missing"), file.name, str(error))
+    if digest.hexdigest() != file.sha256:
+        again = "Make the checkpoint again, or get an undamaged copy."
+        why = f"{file.name} has the SHA-256 {digest.hexdigest()}; it was written with {file.sha256}. {again}"
+        return Problem("error", "hash-differs", file.name, why)
+    return None
+
+
+def as_written(entry: Mapping[str, Any]) -> WrittenFile:
+    """A file from its JSON; ValueError, TypeError or LookupError if it is not one, or names one outside the folder."""
+    file = WrittenFile(entry["name"], entry["bytes"], entry["sha256"])
+    if [type(value) for value in (file.name, file.bytes, file.sha256)] != [str, int, str]:
+        raise TypeError("an entry is not a file")
+    require_safe_name(file.name)
+    return file
+
+
+def require_safe_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is a relative path that stays inside the folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise ValueError(f"{quoted(name)} does not name a file inside the folder")

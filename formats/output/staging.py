@@ -1,0 +1,458 @@
+"""An output in the making: everything is staged in ``<output>.partial/``, checked, and renamed into place at the end.
+
+What lies beside the output, and what the next run makes of it (each step is durable before the next begins):
+
+==  ==========================================  =======================================================
+    on disk (J = ``<output>.partial.journal``)  next run
+==  ==========================================  =======================================================
+1   J                                           begins anew
+2   J, ``.partial/`` with finished shards       continues: finished shards are kept, all else is removed
+3   J, ``.partial/``, ``.partial.old/``,        renames ``.partial.old`` back to the output, then as 2
+    no output (only when overwriting)
+4   J, output, ``.partial.old/``                removes ``.partial.old`` and J: the output is the new one
+5   J, output                                   removes J: done
+6   output                                      –
+==  ==========================================  =======================================================
+
+J is the lock as well, held by the kernel for the process: it is made first and removed last, so a ``.partial`` without
+J is not ours and is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from qz import IOFailed, OutputRefused, QzError
+from qz.formats.folder import LocalFolder
+from qz.formats.output import disk
+from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.journal import Journal, describe_difference, held_by_another
+from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
+from qz.formats.output.refusals import beside, refuse_output, refuse_overlap
+from qz.formats.output.shard_writer import TEMPORARY, Chunk, ShardLayout, ShardWriter, hash_file, read_back, write_chunk
+from qz.formats.output.signals import held
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+
+    from qz.formats.folder import Folder
+
+__all__ = ["ShardLayout", "ShardWriter", "Staging", "WrittenFile", "refuse_overlap"]
+
+RESUMABLE = 1 << 20
+"""Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""
+
+
+def refuse_now(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None:
+    """Raise what would be raised later for what lies there at this moment, to spare the user a long planning.
+
+    Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
+    """
+    for source in sources:
+        if isinstance(source, LocalFolder):
+            refuse_overlap(source.path, output)
+    output = Path(os.path.realpath(output.parent)) / output.name
+    journal = beside(output, ".partial.journal")
+    descriptor = disk.open_existing(journal)
+    if descriptor is None:
+        refuse_output(output, overwrite)
+        return
+    try:
+        if not disk.try_lock(descriptor, journal) and disk.same_file(descriptor, journal):
+            raise held_by_another(journal)
+    finally:
+        disk.close(descriptor, journal)
+
+
+Settled = Callable[[], bool]
+
+
+class Staging:
+    """A context manager around the making of one output. Without ``commit`` there is no output.
+
+    After an exception, finished shards stay for the next run with the same fingerprint; all else is removed.
+    """
+
+    finished: Mapping[str, WrittenFile]
+    """Shards that an earlier, interrupted run with the same fingerprint completed."""
+    resumed: bool
+
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: Mapping[str, Any],
+        *,
+        needed: int,
+        overwrite: bool = False,
+        resume: bool = True,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Lock the output, refuse what cannot work, and find what an earlier run has done.
+
+        ``fingerprint``: JSON values; what must be the same for a resumed run to give the same bytes. ``needed``: bytes
+        of the whole output. ``about``: JSON values for the record in the output, nothing private.
+
+        Raises OutputRefused (it exists; an interrupted run with another fingerprint is there), TryAgain (another run
+        holds it), IOFailed (too little space), PermissionRefused.
+        """
+        self.output = Path(os.path.realpath(output.parent)) / output.name
+        if not output.name or output.name == "..":
+            raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
+        self._partial = beside(self.output, ".partial")
+        self._aside = beside(self.output, ".partial.old")
+        self._overwrite, self._about = overwrite, dict(about or {})
+        self._descriptors = Descriptors()
+        self._unfinished: set[str] = set()
+        self._unsettled: dict[str, tuple[WrittenFile, Settled]] = {}
+        self._settling = threading.Lock()
+        self._written: dict[str, WrittenFile] = {}
+        self._last: dict[str, bytes] = {}
+        self._committed = False
+        journal = beside(self.output, ".partial.journal")
+        if disk.kind(journal) is None:
+            refuse_output(self.output, overwrite)
+            self._refuse_stranger(journal)
+        disk.make_folder(self.output.parent)
+        locked = False
+        try:
+            with held():
+                self._journal = Journal(journal)
+                locked = True
+                self._recover()
+                refuse_output(self.output, overwrite)
+                self._prepare(json.loads(json.dumps(fingerprint)), needed, resume)
+        except BaseException as error:
+            if locked:
+                self._leave(error)
+            raise
+
+    def _refuse_stranger(self, journal: Path) -> None:
+        for path in (self._partial, self._aside):
+            before = disk.status(path)
+            if before is None or disk.kind(journal) is not None:
+                continue
+            after = disk.status(path)
+            if after is not None and os.path.samestat(before, after) and disk.kind(journal) is None:
+                raise OutputRefused(
+                    f"{path} exists, and it is not an interrupted run of qz. Move it away, or write elsewhere with "
+                    "-o/--output."
+                )
+
+    def _recover(self) -> None:
+        """Finish or take back an exchange of old and new output that a crash interrupted."""
+        if disk.kind(self._aside) is None:
+            return
+        if disk.kind(self.output) is None:
+            disk.rename(self._aside, self.output)
+            disk.sync_folder(self.output.parent)
+        elif disk.kind(self._partial) is None:
+            disk.remove(self._aside)
+        else:
+            raise OutputRefused(
+                f"{self._aside} is the output that an interrupted run was replacing, and {self.output} exists again. "
+                "Move one of them away."
+            )
+
+    def _prepare(self, fingerprint: dict[str, Any], needed: int, resume: bool) -> None:
+        journal = self._journal
+        if disk.kind(self._partial) not in {None, "folder"}:
+            raise OutputRefused(f"{self._partial} is not a folder. Move it away.")
+        found = {name: file for name, file in journal.finished.items() if self._has(file)}
+        if resume and found and journal.fingerprint != fingerprint:
+            raise OutputRefused(
+                f"{self._partial} holds an interrupted run that differs: "
+                f"{describe_difference(journal.fingerprint or {}, fingerprint)}. "
+                "Repeat that run to continue it, or start over with --no-resume."
+            )
+        if not resume or journal.fingerprint != fingerprint:
+            found, journal.finished = {}, {}
+        self.resumed, self.finished = bool(found), found
+        self._written = dict(found)
+        if found:
+            self._sweep(keep=found.keys())
+        else:
+            disk.remove(self._partial)
+        self._require_space(needed - sum(file.bytes for file in found.values()))
+        if not found:
+            journal.start(fingerprint)
+            disk.sync_folder(self.output.parent)
+            disk.make_folder(self._partial)
+            disk.sync_folder(self.output.parent)
+
+    def _has(self, file: WrittenFile) -> bool:
+        found = disk.status(self._partial / file.name)
+        return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == file.bytes
+
+    def _sweep(self, keep: Collection[str], prefix: str = "") -> None:
+        for entry in disk.names(self._partial / prefix):
+            name = prefix + entry
+            if any(kept.startswith(f"{name}/") for kept in keep) and disk.kind(self._partial / name) == "folder":
+                self._sweep(keep, f"{name}/")
+            elif name not in keep:
+                disk.remove(self._partial / name)
+
+    def _require_space(self, needed: int) -> None:
+        free = disk.free_bytes(self.output.parent)
+        if needed > free:
+            raise IOFailed(
+                f"Not enough space for {self.output}: it needs {needed:,} bytes, {free:,} are free. "
+                "Free some, or write to another disk with -o/--output."
+            )
+
+    def open_shard(self, layout: ShardLayout, settled: Settled = lambda: True) -> ShardWriter:
+        """Begin a shard; its space on disk is reserved. May be called, like ``finish``, while others are written.
+
+        ``settled``: whether what the shard is made of is known to be right. A later run keeps no shard of which this
+        was never true. It may raise what is known to be wrong.
+        """
+        self._require_new(layout.file)
+        self._make_parent(self._partial / layout.file)
+
+        def done(file: WrittenFile) -> None:
+            self._written[file.name] = file
+            self._unfinished.discard(file.name)
+            self._settle((file, settled))
+
+        writer = ShardWriter(self._partial, layout, self._descriptors, done)
+        self._unfinished.add(layout.file)
+        return writer
+
+    def _settle(self, *new: tuple[WrittenFile, Settled]) -> None:
+        """Note in the journal what is finished and now settled."""
+        with self._settling:
+            self._unsettled |= {file.name: (file, settled) for file, settled in new}
+            for file, settled in list(self._unsettled.values()):
+                if settled():
+                    self._journal.add(file)
+                    del self._unsettled[file.name]
+
+    def distrust(self) -> None:
+        """Keep nothing for a later run: the source that the finished shards were made of is no more."""
+        self._journal.finished.clear()
+
+    def _require_new(self, name: str) -> None:
+        require_safe_name(name)
+        if name in self._written or name in self._unfinished or name in self._last or name == RECORD:
+            raise ValueError(f"{name} is in the output already")
+
+    def write_file(self, name: str, data: bytes) -> WrittenFile:
+        """Add a small file, ``component/x.json`` allowed. Indexes and configs reach the disk last, in ``commit``."""
+        self._require_new(name)
+        if _rank(name):
+            self._last[name] = data
+            return WrittenFile(name, len(data), _sha256(data))
+        return self._store(name, [memoryview(data)])
+
+    def copy_file(
+        self,
+        name: str,
+        size: int,
+        read: Callable[[int, memoryview], None],
+        progress: Callable[[int], None] | None = None,
+        settled: Settled = lambda: True,
+    ) -> WrittenFile:
+        """Add a file of ``size`` bytes, which ``read(offset, buffer)`` gives piece by piece; large ones are resumable.
+
+        ``progress`` is given the bytes of each piece. Indexes and configs reach the disk last, as in ``write_file``.
+        ``settled``: see ``open_shard``.
+        """
+        if name in self.finished:
+            return self.finished[name]
+        if _rank(name):
+            data = bytearray(size)
+            read(0, memoryview(data))
+            if progress is not None:
+                progress(size)
+            return self.write_file(name, bytes(data))
+        self._require_new(name)
+
+        def pieces() -> Iterator[memoryview]:
+            buffer = memoryview(bytearray(min(PIECE, size)))
+            for start in range(0, size, PIECE):
+                piece = buffer[: min(PIECE, size - start)]
+                read(start, piece)
+                yield piece
+                if progress is not None:
+                    progress(len(piece))
+
+        self._unfinished.add(name)
+        written = self._store(name, pieces(), reserve=size)
+        self._unfinished.discard(name)
+        if size >= RESUMABLE:
+            self._settle((written, settled))
+        return written
+
+    def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
+        path = self._partial / name
+        temporary = path.with_name(path.name + TEMPORARY)
+        self._make_parent(path)
+        chunks: list[Chunk] = []
+        size = 0
+        descriptor = disk.open_file(temporary, create=True)
+        try:
+            if reserve:
+                disk.reserve(descriptor, temporary, reserve)
+            for piece in pieces:
+                chunks.append(write_chunk(descriptor, temporary, piece, size))
+                size += len(piece)
+            written = WrittenFile(name, size, read_back(descriptor, temporary, chunks))
+            disk.sync(descriptor, temporary)
+        finally:
+            disk.close(descriptor, temporary)
+        disk.rename(temporary, path)
+        disk.sync_folder(path.parent)
+        self._written[name] = written
+        return written
+
+    def _make_parent(self, path: Path) -> None:
+        if path.parent == self._partial:
+            return
+        disk.make_folder(path.parent)
+        for folder in path.parents[1:]:
+            disk.sync_folder(folder)
+            if folder == self._partial:
+                break
+
+    def commit(self) -> tuple[WrittenFile, ...]:
+        """Check everything, write what comes last, and rename the whole into place. All files but the record."""
+        if self._unfinished:
+            raise RuntimeError(f"shards are not finished: {sorted(self._unfinished)}")
+        self._descriptors.close_all()
+        self._settle()
+        for file in self.finished.values():
+            self._verify(file)
+        for name in sorted(self._last, key=lambda name: (_rank(name), name)):
+            self._store(name, [memoryview(self._last[name])])
+        written = tuple(sorted(self._written.values(), key=lambda file: file.name))
+        self._store(RECORD, [memoryview(encode_record(written, self._about))])  # makes the names of all files durable
+        found = dict(self._walk(self._partial))
+        if found != {file.name: file.bytes for file in self._written.values()}:
+            raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
+        with held():
+            self._publish()
+        return written
+
+    def _verify(self, file: WrittenFile) -> None:
+        if not self._has(file) or hash_file(self._partial / file.name) != file.sha256:
+            self._journal.forget(file.name)
+            raise IOFailed(
+                f"{self._partial / file.name}, made by an earlier run, is damaged. Run the same command again: "
+                "it makes this file anew and keeps the others."
+            )
+
+    def _walk(self, folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for name in disk.names(folder):
+            if disk.kind(folder / name) == "folder":
+                yield from self._walk(folder / name, f"{prefix}{name}/")
+            else:
+                status = disk.status(folder / name)
+                yield prefix + name, status.st_size if status else -1
+
+    def _publish(self) -> None:
+        refuse_output(self.output, self._overwrite)
+        replaced = disk.kind(self.output) is not None and bool(disk.names(self.output))
+        try:
+            if replaced:
+                disk.rename(self.output, self._aside)
+            disk.rename(self._partial, self.output)
+            self._committed = True
+        except BaseException:
+            if replaced and disk.kind(self.output) is None:
+                disk.rename(self._aside, self.output)
+            raise
+        try:
+            disk.sync_folder(self.output.parent)
+            disk.remove(self._aside)
+            self._journal.remove()
+            disk.sync_folder(self.output.parent)
+        except QzError as error:
+            raise type(error)(f"{self.output} is complete, but tidying up failed: {error}") from error
+        finally:
+            self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self._committed:
+            self._leave(error)
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note(f"{self.output} is complete.")
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep what a later run can use, remove the rest, unlock; tell those who interrupted the run."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        with nullcontext() if interrupted else held():  # the signal after an interrupt is not to wait
+            self._tidy_up()
+        if isinstance(error, KeyboardInterrupt):
+            kept = len(self._journal.finished)
+            error.add_note(
+                f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept: run the same command again to "
+                "continue, or start over with --no-resume."
+                if kept
+                else "No shard was finished, so nothing is left behind: the same command starts over."
+            )
+
+    def _tidy_up(self) -> None:
+        with suppress(QzError):
+            self._descriptors.close_all()
+            if self._journal.finished and disk.kind(self._partial) == "folder":
+                self._sweep(keep=self._journal.finished.keys())
+            else:
+                disk.remove(self._partial)
+                if disk.kind(self._aside) is None:
+                    self._journal.remove()
+        with suppress(QzError):
+            self._journal.close()
+
+
+def _rank(name: str) -> int:
+    """0 for what may be written at once; the later a loader would look for it, the later it is written."""
+    base = name.rpartition("/")[2]
+    if re.search(r"\.index(\.[^.]+)?\.json$", base):
+        return 1
+    return 0 if base not in {"config.json", "model_index.json"} else 2 if base == "config.json" else 3
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Section:
+    """What is written here lands in the folder ``name`` of the output, or in the output itself where it is empty."""
+
+    def __init__(self, staging: Staging, name: str) -> None:
+        self._staging = staging
+        self._prefix = f"{name}/" if name else ""
+
+    @property
+    def finished(self) -> Mapping[str, WrittenFile]:
+        """Shards of this folder that an earlier, interrupted run completed, by their name in it."""
+        found = self._staging.finished.items()
+        return {name.removeprefix(self._prefix): file for name, file in found if name.startswith(self._prefix)}
+
+    def open_shard(self, layout: ShardLayout, settled: Settled = lambda: True) -> ShardWriter:
+        return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), settled)
+
+    def write_file(self, name: str, data: bytes) -> WrittenFile:
+        return self._staging.write_file(self._prefix + name, data)
+
+    def copy_file(
+        self,
+        name: str,
+        size: int,
+        read: Callable[[int, memoryview], None],
+        progress: Callable[[int], None] | None = None,
+        settled: Settled = lambda: True,
+    ) -> WrittenFile:
+        return self._staging.copy_file(self._prefix + name, size, read, progress, settled)

@@ -1,0 +1,1 @@
+"""Checkpoints on their way to the Hub: what is sent, the model card, the upload."""

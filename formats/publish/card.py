@@ -1,0 +1,207 @@
+"""The model card of a converted checkpoint: where it comes from, what was done, and how to load it.
+
+What qz writes stands between two comments, one pair for each folder of the repository; all other text is kept. The YAML
+head gets the keys that it lacks.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+from huggingface_hub import CardData, ModelCard
+
+from qz import MalformedInput
+from qz.formats.malformed import UNSAFE_TEXT
+from qz.formats.publish.card_facts import HUB, CardFacts
+
+LISTED = 30
+"""Skipped modules that are named, at most."""
+
+
+def write_card(facts: CardFacts, repo_id: str, folder: str = "", existing: str | None = None) -> str:
+    """The README.md of ``repo_id`` whose ``folder`` holds the checkpoint; ``existing`` is the text that is there.
+
+    Raises MalformedInput if the YAML head of the existing text cannot be read.
+    """
+    begin, end = (f"<!-- qz:{word}{' ' + folder if folder else ''} -->" for word in ("begin", "end"))
+    section = f"{begin}\n{_section(facts, repo_id, folder)}\n{end}"
+    if existing is None or not existing.strip():
+        name = facts.base_model.split("/")[-1] if facts.base_model else repo_id.split("/")[-1]
+        title = f"# {_plain(name)}, {in_words(facts)}"
+        card = ModelCard(f"---\nlibrary_name: {facts.library}\n---\n\n{title}\n\n{section}\n")
+    else:
+        try:
+            card = ModelCard(existing)
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            first = str(error).split("\n", 1)[0]
+            raise MalformedInput(
+                f"The README.md of {repo_id} has a YAML head that cannot be read ({first}). Repair it, then push again."
+            ) from None
+        text = card.text
+        if begin in text and end in text[text.index(begin) :]:
+            start = text.index(begin)
+            stop = text.index(end, start) + len(end)
+            card.text = text[:start] + section + text[stop:]
+        else:
+            card.text = text.rstrip() + f"\n\n{section}\n"
+    _complete(card.data, facts)
+    return str(card)
+
+
+def _complete(data: CardData, facts: CardFacts) -> None:
+    """Add to the head what it does not say yet."""
+    wanted: dict[str, Any] = {**facts.inherited, "library_name": facts.library}
+    if facts.base_model:
+        wanted["base_model"] = facts.base_model
+        if facts.bits:
+            wanted["base_model_relation"] = "quantized"
+    licensed = data.get("license") is not None
+    for key, value in wanted.items():
+        foreign = (key.startswith("license") and licensed) or (
+            key == "base_model_relation" and data.get("base_model") != facts.base_model
+        )
+        if data.get(key) is None and not foreign:
+            data[key] = value
+    if facts.bits:
+        tags = [str(tag) for tag in data.get("tags") or ()]
+        new = ("bitsandbytes", f"{facts.bits}-bit", facts.method)
+        data["tags"] = tags + [tag for tag in new if tag not in tags]
+
+
+def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
+    parts = [
+        _introduction(facts),
+        _sizes(facts),
+        _skips(facts),
+        "## Use",
+        _fenced("python", snippet(facts, repo_id, folder)),
+    ]
+    if facts.losses:
+        parts += [
+            "## Loss",
+            "Relative error of the quantized weights (Frobenius norm), largest first.",
+            _table([(f"`{_plain(name)}`", f"{loss:.4f}") for name, loss in facts.losses[:LISTED]], "module", "error"),
+        ]
+    if facts.command or facts.versions:
+        parts.append("## How it was made")
+        parts.append(_fenced("sh", " ".join(facts.command.split())) if facts.command else "")
+        parts.append(", ".join(f"{name} {version}" for name, version in facts.versions.items()))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _introduction(facts: CardFacts) -> str:
+    link = f"[{facts.base_model}]({HUB}/{facts.base_model})" if facts.base_model else ""
+    model = link if facts.commit or not facts.source else _plain(facts.source) + (f" (from {link})" if link else "")
+    model = model or "a model"
+    of = f"the `{_plain(facts.subfolder)}` of {model}" if facts.subfolder else model
+    at = f" (commit `{facts.commit[:12]}`)" if facts.commit else ""
+    done = "converted back to" if facts.method == "none" else "quantized to"
+    what = facts.dtype or "floats" if facts.method == "none" else in_words(facts)
+    return f"This is {of}{at}, {done} {what} with [qz](https://github.com/qz-dev/qz)."
+
+
+def in_words(facts: CardFacts) -> str:
+    """The method as a title has it."""
+    if not facts.bits:
+        return facts.dtype or "as it is"
+    name = {"nf4": "NF4 (4 bit)", "fp4": "FP4 (4 bit)", "int8": "LLM.int8() (8 bit)"}[facts.method]
+    return name + (" with double quantization" if facts.double_quant else "")
+
+
+def _sizes(facts: CardFacts) -> str:
+    if facts.components:
+        parts = [
+            (f"`{_plain(c.name)}`", _plain(c.architecture), c.method, *map(_size, c.bytes)) for c in facts.components
+        ]
+        return _table(parts, "component", "class", "method", "before", "after") + "\n\n" + _totals(facts)
+    return _totals(facts)
+
+
+def _totals(facts: CardFacts) -> str:
+    rows = [
+        (label, *map(_size, pair))
+        for label, pair in (("weights on disk", facts.bytes), ("memory footprint", facts.footprint))
+        if pair
+    ]
+    parts = [_table(rows, "", "before", "after")] if rows else []
+    if facts.parameters and facts.bits:
+        total, quantized = facts.parameters
+        rest = f"; all else is {facts.dtype}." if facts.dtype else "."
+        parts.append(f"{quantized / max(total, 1):.1%} of {total:,} parameters are quantized{rest}")
+    return "\n\n".join(parts)
+
+
+def _skips(facts: CardFacts) -> str:
+    if not facts.skipped:
+        return ""
+    names = ", ".join(f"`{_plain(name)}`" for name in facts.skipped[:LISTED])
+    more = f" and {len(facts.skipped) - LISTED} more" if len(facts.skipped) > LISTED else ""
+    return f"Linear layers left as they are: {names}{more}."
+
+
+def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
+    """Python that loads the checkpoint from ``repo_id``; a part of a pipeline is loaded inside its pipeline."""
+    name = facts.architecture if facts.architecture.isidentifier() else "AutoModel"
+    where = f'"{repo_id}"' + (f', subfolder="{folder}"' if folder else "")
+    dtype = (facts.compute_dtype or facts.dtype or "bfloat16").removeprefix("torch.")
+    role = (facts.subfolder or folder).rsplit("/", 1)[-1]
+    if facts.pipeline:
+        return "\n".join(
+            [
+                "import torch",
+                "from diffusers import DiffusionPipeline",
+                "",
+                f"pipeline = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.{dtype})",
+                "pipeline.enable_model_cpu_offload()",
+            ]
+        )
+    if facts.library == "diffusers" or re.match(r"(text|image)_encoder", role):
+        role = role if role.isidentifier() else "unet" if name.startswith("UNet") else "transformer"
+        pipeline = facts.base_model or "owner/pipeline"
+        dtype_key = "torch_dtype" if facts.library == "diffusers" else "dtype"
+        both = facts.library == "diffusers"
+        imports = (
+            [f"from diffusers import DiffusionPipeline, {name}"]
+            if both
+            else ["from diffusers import DiffusionPipeline", f"from transformers import {name}"]
+        )
+        return "\n".join(
+            [
+                "import torch",
+                *imports,
+                "",
+                f"{role} = {name}.from_pretrained({where}, {dtype_key}=torch.{dtype})",
+                "pipeline = DiffusionPipeline.from_pretrained(",
+                f'    "{pipeline}", {role}={role}, torch_dtype=torch.{dtype}',
+                ")",
+                "pipeline.enable_model_cpu_offload()",
+            ]
+        )
+    lines = [f"from transformers import {'AutoTokenizer, ' if facts.tokenizer else ''}{name}", ""]
+    lines.append(f'model = {name}.from_pretrained({where}, device_map="auto")')
+    if facts.tokenizer:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where})")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def _table(rows: list[tuple[str, ...]], *head: str) -> str:
+    lines = [head, tuple("---" + ":" * (n > 0) for n in range(len(head))), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{UNSAFE_TEXT.sub(lambda c: c[0] if c[0] == chr(10) else ' ', text).replace('```', '')}\n```"
+
+
+def _plain(text: str) -> str:
+    """Text from a checkpoint that cannot become markup."""
+    return re.sub(r"[`<>\[\]|\\]", "", UNSAFE_TEXT.sub(" ", text))[:120]

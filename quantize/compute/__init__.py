@@ -1,0 +1,1 @@
+"""The arithmetic: kernels for the CPU and for GPUs, and which device runs them."""

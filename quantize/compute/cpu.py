@@ -1,0 +1,70 @@
+"""The arithmetic of the CPU: this package's own kernels, in the calling thread."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz.quantize.compute import kernels
+from qz.quantize.compute.kernels import NonFinite
+
+if TYPE_CHECKING:
+    from qz.quantize.compute.arrays import Bytes
+    from qz.quantize.methods import QuantType
+
+CHUNK_BYTES = 4 << 20
+"""Source bytes a CPU thread works on at a time: small enough to stay in its cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """``qz.quantize.compute.kernels`` in the calling thread."""
+
+    name: str = "cpu"
+    model: str = ""
+    chunk_bytes: int = CHUNK_BYTES
+    notes: tuple[str, ...] = ()
+    """What the user should know about the choice of this device."""
+
+    @property
+    def threads(self) -> int:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def buffer(self, nbytes: int) -> Bytes:
+        return np.empty(nbytes, np.uint8)
+
+    def cast(self, values: NDArray[Any], source: str, target: str, out: NDArray[Any]) -> None:
+        kernels.cast(values, source, target, out)
+
+    def quantize_4bit(
+        self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
+    ) -> NonFinite:
+        return kernels.quantize_4bit(values, dtype, quant_type, packed, absmax)
+
+    def quantize_int8(
+        self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
+    ) -> NonFinite:
+        return kernels.quantize_int8(values, dtype, weight, scb)
+
+    def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]:
+        return kernels.quantize_absmax(absmax)
+
+    def dequantize_4bit(
+        self,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+        quant_type: QuantType,
+        blocksize: int,
+        dtype: str,
+        out: NDArray[Any],
+    ) -> None:
+        kernels.dequantize_4bit(packed, absmax, quant_type, blocksize, dtype, out)
+
+    def dequantize_int8(
+        self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any]
+    ) -> None:
+        kernels.dequantize_int8(weight, scb, dtype, out)

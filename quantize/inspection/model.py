@@ -1,0 +1,234 @@
+"""What a checkpoint is, as dataclasses that the table and the JSON are two renderings of: from headers alone.
+
+Nothing here imports torch or a library of models; ``exact.py`` asks them, where ``--plan`` wants it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qz import QzError
+from qz.formats.checkpoint.problems import Problem, Problems, worst_first
+from qz.formats.checkpoint.quantization_config import Settings, read_settings
+from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
+from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
+from qz.formats.folder import Folder, LocalFolder
+from qz.formats.output.record import read_record, verify_record
+from qz.formats.shards import index_name
+from qz.quantize.inspection.estimate import estimates
+from qz.quantize.inspection.linear_layers import FLOATS, Plain, ties, values
+from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
+
+REMOTE_STATES = 16
+"""How many quant states are read of a checkpoint far away: each may cost a request of its own."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was read of a folder: ``checkpoint`` is None if there is none, or none that can be read."""
+
+    folder: Folder
+    checkpoint: Checkpoint | None
+    weights: Mapping[str, QuantizedWeight]
+    problems: tuple[Problem, ...]
+
+
+def look_at(folder: Folder, variant: str | None = None) -> Look:
+    """Read config, index, headers and quant states. Raises only for a folder that cannot be looked into."""
+    checkpoint, problems = survey(folder, variant)
+    if checkpoint is None:
+        return Look(folder, None, {}, problems)
+    weights, more = read_quantized(checkpoint, states=None if isinstance(folder, LocalFolder) else REMOTE_STATES)
+    return Look(folder, checkpoint, weights, worst_first((*problems, *more)))
+
+
+def inspect_model(look: Look, origin: Origin, *, plan: bool = False) -> Inspection:
+    """What was looked at. With ``plan`` the model's library is asked, which is exact and takes seconds."""
+    checkpoint = look.checkpoint
+    if checkpoint is None:
+        return _unread(look.folder, origin, look.problems)
+    origin = replace(origin, library=checkpoint.library, architecture=checkpoint.architecture)
+    found = _described(checkpoint, origin, look.weights, look.problems)
+    if plan and not found.errors:
+        from qz.quantize.inspection.planned_figures import with_plan
+
+        found = with_plan(found, checkpoint, look.weights)
+    return found
+
+
+def inspect_file(folder: Folder, name: str, origin: Origin) -> Inspection:
+    """One .safetensors file by itself: without a config, so nothing is known of a model."""
+    tensors, metadata, problems = survey_file(folder, name)
+    sizes = {file: size for file, size in folder.sizes().items() if file == name}
+    if not tensors:
+        return replace(_unread(folder, origin, problems), files=tuple(File(*each) for each in sizes.items()))
+    alone = Checkpoint(folder, {}, "transformers", None, None, (name,), sizes, tensors, None, {name: metadata})
+    weights, more = read_quantized(alone)
+    more = tuple(problem for problem in more if not problem.kind.startswith("quantization-config"))
+    found = _described(alone, origin, weights, worst_first((*problems, *more)))
+    return replace(found, estimates=None)
+
+
+def _unread(folder: Folder, origin: Origin, problems: tuple[Problem, ...]) -> Inspection:
+    """What can be said of a folder whose checkpoint cannot be found or read."""
+    files = [File(name, size) for name, size in folder.sizes().items() if name.endswith((".safetensors", ".json"))]
+    nothing: dict[str, Any] = {}
+    return Inspection(origin, None, None, None, nothing, None, None, False, None, nothing, tuple(files), problems, ())
+
+
+def _described(
+    checkpoint: Checkpoint, origin: Origin, weights: Mapping[str, QuantizedWeight], problems: tuple[Problem, ...]
+) -> Inspection:
+    tensors = _tensors(checkpoint, weights)
+    loaded = values(checkpoint.library, checkpoint.architecture, checkpoint.config, plain(checkpoint, weights))
+    broken = any(problem.severity == "error" for problem in problems)
+    settings = read_settings(checkpoint.config, Problems(""))
+    quantization = _quantization(settings, weights)
+    given = estimates(loaded, checkpoint.library) if quantization is None and not broken else None
+    packed = sum(weight.parts["weight"].nbytes for weight in weights.values())
+    footprint = packed + sum(value.nbytes for value in loaded if value.name not in weights)
+    recorded = None if broken else _recorded_footprint(checkpoint, footprint)
+    return Inspection(
+        source=origin,
+        format="safetensors" if checkpoint.index is None else "sharded safetensors",
+        parameters=sum(tensor.parameters for tensor in tensors),
+        bytes=sum(checkpoint.sizes.values()),
+        dtypes=_dtypes(tensors),
+        quantization=quantization,
+        memory_footprint=footprint if recorded is None else recorded,
+        memory_footprint_exact=recorded is not None,
+        estimates=given,
+        ties=ties(checkpoint.library, checkpoint.architecture, checkpoint.config, checkpoint.tensors),
+        files=_files(checkpoint),
+        problems=problems,
+        tensors=tensors,
+    )
+
+
+def plain(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> list[Plain]:
+    """The tensors as they would be without quantization; what belongs to quantized weights is left out."""
+    companions = {part.name for weight in weights.values() for part in weight.parts.values()}
+    found = []
+    for name, tensor in checkpoint.tensors.items():
+        weight = weights.get(name)
+        if weight is not None:
+            dtype = FLOATS.get(weight.dtype or "float16", "F16")
+            shape = weight.shape if weight.shape is not None else (weight.elements, 1)
+            found.append(Plain(name, dtype, shape, weight.elements * (4 if dtype == "F32" else 2)))
+        elif name not in companions:
+            found.append(Plain(name, tensor.dtype, tensor.shape, tensor.nbytes))
+    return found
+
+
+def _tensors(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> tuple[Tensor, ...]:
+    owners = {part.name: weight for weight in weights.values() for part in weight.parts.values()}
+    found = []
+    for name, tensor in checkpoint.tensors.items():
+        owner = owners.get(name)
+        own = owner is not None and owner.name == name
+        found.append(
+            Tensor(
+                name=name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                bytes=tensor.nbytes,
+                file=tensor.file,
+                parameters=math.prod(tensor.shape) if owner is None else owner.elements if own else 0,
+                quantized=owner.kind if owner is not None and own else None,
+                original=owner.shape if owner is not None and own else None,
+                part_of=owner.name if owner is not None and not own else None,
+            )
+        )
+    return tuple(found)
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> dict[str, Share]:
+    """By stored dtype, the one of most bytes first."""
+    counts: dict[str, list[int]] = {}
+    for tensor in tensors:
+        count = counts.setdefault(tensor.dtype, [0, 0, 0])
+        count[0] += 1
+        count[1] += tensor.parameters
+        count[2] += tensor.bytes
+    return {dtype: Share(*counts[dtype]) for dtype in sorted(counts, key=lambda dtype: (-counts[dtype][2], dtype))}
+
+
+def _quantization(settings: Settings, weights: Mapping[str, QuantizedWeight]) -> Quantization | None:
+    if settings.method not in (None, "bitsandbytes"):
+        return Quantization(str(settings.method))
+    if not weights:
+        return None
+    counts: Counter[str] = Counter()
+    for weight in weights.values():
+        counts[weight.kind] += weight.elements
+    four_bit = [weight for weight in weights.values() if weight.kind != "int8"]
+    blocks = Counter(weight.blocksize for weight in four_bit if weight.blocksize is not None)
+    return Quantization(
+        method="+".join(kind for kind, _ in counts.most_common()),
+        double_quant=any(weight.double_quant for weight in four_bit),
+        block_size=blocks.most_common(1)[0][0] if blocks else None,
+        compute_dtype=settings.compute_dtype if four_bit and settings.present else None,
+        storage=settings.storage if four_bit and settings.present else None,
+        threshold=settings.threshold if len(four_bit) < len(weights) else None,
+        skipped=settings.skipped,
+        quantized_parameters=sum(counts.values()),
+        quantized_tensors=len(weights),
+    )
+
+
+def _files(checkpoint: Checkpoint) -> tuple[File, ...]:
+    """config.json, the index, then the weights in their order."""
+    sizes = checkpoint.folder.sizes()
+    small = [name for name in sizes if name == "config.json" or name.startswith(index_name(checkpoint.library)[:-5])]
+    tensors = Counter(tensor.file for tensor in checkpoint.tensors.values())
+    return (
+        *(File(name, sizes[name]) for name in small if name in sizes),
+        *(File(name, checkpoint.sizes[name], tensors[name]) for name in checkpoint.files if name in checkpoint.sizes),
+    )
+
+
+def _recorded_footprint(checkpoint: Checkpoint, least: int) -> int | None:
+    """The footprint that qz computed when it wrote the checkpoint, if the files still have the sizes of then."""
+    try:
+        record = read_record(checkpoint.folder)
+    except QzError:
+        return None
+    if record is None:
+        return None
+    recorded = {file.name: file.bytes for file in record.files}
+    if any(recorded.get(name) != size for name, size in checkpoint.sizes.items()):
+        return None
+    footprint = record.about.get("memory_footprint")
+    after = footprint.get("after") if isinstance(footprint, dict) else None
+    return after if type(after) is int and after >= least else None
+
+
+def recorded_bytes(folder: Folder) -> tuple[int, ...]:
+    """The sizes of the files that ``verify`` will read, in its order."""
+    try:
+        record = read_record(folder)
+    except QzError:
+        return ()
+    return tuple(file.bytes for file in record.files) if record is not None else ()
+
+
+def verify(folder: Folder, progress: Callable[[int], None]) -> tuple[Verified, tuple[Problem, ...]]:
+    """Compare every file with the record that qz left. ``progress`` is given the bytes of each piece read."""
+    read = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal read
+        read += nbytes
+        progress(nbytes)
+
+    problems = verify_record(folder, count)
+    try:
+        record = read_record(folder)
+    except QzError:
+        record = None
+    files = len(record.files) if record is not None else 0
+    return Verified(files, read, not any(problem.severity == "error" for problem in problems)), problems

@@ -1,0 +1,68 @@
+"""What a model's own library says of its footprint and of each method, instead of the rule: ``qz inspect --plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qz import MalformedInput, QzError
+from qz.formats.checkpoint.problems import Problem, worst_first
+from qz.quantize.inspection.estimate import METHODS, Estimate
+
+if TYPE_CHECKING:
+    from qz.formats.checkpoint.quantized import QuantizedWeight
+    from qz.formats.checkpoint.survey import Checkpoint
+    from qz.quantize.inspection.report import Inspection
+
+
+def with_plan(found: Inspection, checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> Inspection:
+    """``found`` with exact figures. What keeps the library from giving them becomes a problem: an error if the tensors
+    do not fit the class, a warning if the installed library does not have it."""
+    try:
+        if weights:
+            return _of_quantized(found, checkpoint)
+        if found.quantization is not None:
+            return found
+        return _of_plain(found, checkpoint)
+    except MalformedInput as error:
+        problem = Problem("error", "class-mismatch", "config.json", str(error))
+    except QzError as error:
+        problem = Problem("warning", "no-plan", "config.json", f"{error} So the figures are estimates.")
+    return replace(found, problems=worst_first((*found.problems, problem)))
+
+
+def _of_quantized(found: Inspection, checkpoint: Checkpoint) -> Inspection:
+    from qz.quantize.planning.dequantization import plan_dequantization
+    from qz.quantize.settings import Settings
+
+    architecture = plan_dequantization(checkpoint, Settings(None)).architecture
+    return replace(
+        found,
+        parameters=architecture.parameters,
+        memory_footprint=architecture.footprint.before,
+        memory_footprint_exact=True,
+    )
+
+
+def _of_plain(found: Inspection, checkpoint: Checkpoint) -> Inspection:
+    from qz.quantize.convert import plan_quantization
+    from qz.quantize.settings import Settings
+
+    plans = {name: plan_quantization(checkpoint, Settings(method)) for name, method in METHODS.items()}
+    architecture = plans["nf4"].architecture
+    return replace(
+        found,
+        parameters=architecture.parameters,
+        memory_footprint=architecture.footprint.before,
+        memory_footprint_exact=True,
+        estimates={
+            name: Estimate(
+                bytes=sum(shard.size for shard in plan.shards),
+                memory_footprint=plan.architecture.footprint.after,
+                quantized_parameters=sum(weight.count for weight in plan.quantized),
+                exact=True,
+            )
+            for name, plan in plans.items()
+        },
+    )

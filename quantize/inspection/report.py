@@ -1,0 +1,128 @@
+"""What a checkpoint is, as dataclasses that the table and the JSON are two renderings of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qz.formats.checkpoint.problems import Problem, worst_first
+from qz.quantize.inspection.estimate import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What was looked at. ``revision`` is a commit on the Hub; library and class are None where no config says them."""
+
+    location: str
+    revision: str | None
+    subfolder: str | None
+    library: str | None = None
+    architecture: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What is stored in one dtype."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a checkpoint is quantized. What only bitsandbytes has is None for other methods.
+
+    ``skipped`` is None where the config leaves it to the library's defaults.
+    """
+
+    method: str
+    double_quant: bool | None = None
+    block_size: int | None = None
+    compute_dtype: str | None = None
+    storage: str | None = None
+    threshold: float | None = None
+    skipped: tuple[str, ...] | None = None
+    quantized_parameters: int | None = None
+    quantized_tensors: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the checkpoint; ``tensors`` is None for one that is no weight file."""
+
+    name: str
+    bytes: int
+    tensors: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A stored tensor. Of a quantized weight ``quantized`` is its kind, and ``original`` the shape before."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    file: str
+    parameters: int
+    """Values of the model: two for a byte of 4-bit codes, none for what belongs to a quantized weight."""
+    quantized: str | None = None
+    original: tuple[int, ...] | None = None
+    part_of: str | None = None
+    """The quantized weight that this belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was compared with the record that qz left. ``intact``: nothing differs, nothing is missing."""
+
+    files: int
+    bytes: int
+    intact: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model, or a single file, is. Figures that are not known are None."""
+
+    source: Origin
+    format: str | None
+    parameters: int | None
+    bytes: int | None
+    dtypes: Mapping[str, Share]
+    quantization: Quantization | None
+    memory_footprint: int | None
+    memory_footprint_exact: bool
+    estimates: Mapping[str, Estimate] | None
+    ties: Mapping[str, str]
+    files: tuple[File, ...]
+    problems: tuple[Problem, ...]
+    tensors: tuple[Tensor, ...]
+    verified: Verified | None = None
+
+    def with_verified(self, verified: Verified, problems: tuple[Problem, ...]) -> Inspection:
+        return replace(self, verified=verified, problems=worst_first((*self.problems, *problems)))
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.severity == "error")
+
+    def as_json(self) -> dict[str, Any]:
+        """The contract of ``--json``; ``tensors`` comes with ``--tensors`` only."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "dtypes": self.dtypes,
+            "quantization": self.quantization,
+            "memory_footprint": self.memory_footprint,
+            "memory_footprint_exact": self.memory_footprint_exact,
+            "estimates": self.estimates,
+            "ties": self.ties,
+            "files": self.files,
+            "problems": self.problems,
+            "verified": self.verified,
+        }

@@ -1,0 +1,151 @@
+"""Architectures that a library was asked for before, kept on disk: planning again needs neither it nor torch.
+
+Importing a library takes most of a short run, and its answer depends on little: the config, the names, dtypes and
+shapes of the tensors, what is wished for, and the library's own code. All of that is compared before an answer is used,
+the code by the size and time of every file of it that was loaded. An answer that depends on values of weights, or that
+holds the library's own functions, is not kept.
+
+Answers lie in ``$QZ_CACHE/architectures``, by default in the user's cache directory; nothing is kept if ``QZ_CACHE`` is
+empty. What cannot be read, or does not have the checksum it was written with, counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.quantize.libraries.architecture import Architecture, Footprint, Given, Saved, Weight, Wish
+
+MOST = 256
+"""Answers that are kept, the newest."""
+CODE = ("accelerate", "diffusers", "qz", "timm", "transformers")
+"""Packages whose loaded files must be the same; of the others, the version and the place."""
+GENERATION_CONFIG = "generation_config.json"
+
+
+def question(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish, versions: Mapping[str, str]) -> str:
+    """A name for what a library is asked: the SHA-256 of all that it is told, and of which library it is."""
+    generation = GENERATION_CONFIG in checkpoint.folder.sizes()
+    asked = {
+        "python": sys.version,
+        "versions": dict(versions),
+        "places": [found.origin if (found := find_spec(name)) else None for name in (*CODE, *versions)],
+        "library": checkpoint.library,
+        "config": checkpoint.config,
+        "generation": read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES).hex() if generation else None,
+        "tensors": [(name, given.dtype, given.shape, given.linear) for name, given in tensors.items()],
+        "method": wish.method and [type(wish.method).__name__, wish.method.config()],
+        "wish": [wish.dtype, wish.skips, wish.default_skips],
+    }
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def recall(question: str) -> Architecture | None:
+    """The answer to an earlier question; None if there is none, or the code that gave it has changed."""
+    folder = _folder()
+    if folder is None:
+        return None
+    try:
+        checksum, body = (folder / question).read_bytes().split(b"\n", 1)
+        if hashlib.sha256(body).hexdigest().encode() != checksum:
+            return None
+        kept = json.loads(body)
+        if any(_state(path) != state for path, state in kept["code"].items()):
+            return None
+    except (OSError, ValueError):
+        return None
+    return _decoded(kept["architecture"])
+
+
+def keep(question: str, architecture: Architecture) -> None:
+    """Keep an answer that can be kept, if there is room; in the process that got it from the library."""
+    folder, encoded = _folder(), _encoded(architecture)
+    if folder is None or encoded is None:
+        return
+    with suppress(OSError):
+        body = json.dumps({"code": _code(), "architecture": encoded}).encode()
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, delete=False) as file:
+            try:
+                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+                file.close()
+                os.replace(file.name, folder / question)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        for old in sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime_ns)[MOST:]:
+            old.unlink()
+
+
+def _folder() -> Path | None:
+    chosen = os.environ.get("QZ_CACHE")
+    if chosen == "":
+        return None
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(chosen or os.path.join(caches, "qz"), "architectures")
+
+
+def _code() -> dict[str, list[int]]:
+    """Path → state of the files of ``CODE`` that are loaded. Raises OSError if one cannot be looked at."""
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in CODE]
+    return {path: _state(path) for module in modules if (path := getattr(module, "__file__", None))}
+
+
+def _state(path: str) -> list[int]:
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _encoded(architecture: Architecture) -> dict[str, Any] | None:
+    """JSON values; None where a weight is made by the library's functions. Outputs of one weight go on sharing it."""
+    weights = {id(saved.weight): saved.weight for saved in architecture.saved}
+    if any(weight.conversion is not None for weight in weights.values()):
+        return None
+    number = {key: number for number, key in enumerate(weights)}
+    return {
+        "class_name": architecture.class_name,
+        "weights": [(w.name, w.sources, w.dtype, w.shape, w.quantized, w.transposed) for w in weights.values()],
+        "saved": [
+            (s.name, s.dtype, s.shape, number[id(s.weight)], s.nbytes, s.part, s.variable, s.storage)
+            for s in architecture.saved
+        ],
+        "kept_linears": dict(architecture.kept_linears),
+        "dropped": architecture.dropped,
+        "parameters": architecture.parameters,
+        "counted_parameters": architecture.counted_parameters,
+        "footprint": (architecture.footprint.before, architecture.footprint.after),
+        "dtype": architecture.dtype,
+        "documents": {name: data.decode() for name, data in architecture.documents.items()},
+        "notes": architecture.notes,
+    }
+
+
+def _decoded(kept: dict[str, Any]) -> Architecture:
+    weights = [
+        Weight(name, tuple(sources), dtype, tuple(shape), quantized, transposed)
+        for name, sources, dtype, shape, quantized, transposed in kept["weights"]
+    ]
+    return Architecture(
+        class_name=kept["class_name"],
+        saved=tuple(
+            Saved(name, dtype, tuple(shape), weights[number], nbytes, part, variable, storage)
+            for name, dtype, shape, number, nbytes, part, variable, storage in kept["saved"]
+        ),
+        kept_linears=kept["kept_linears"],
+        dropped=tuple(kept["dropped"]),
+        parameters=kept["parameters"],
+        counted_parameters=kept["counted_parameters"],
+        footprint=Footprint(*kept["footprint"]),
+        dtype=kept["dtype"],
+        documents={name: text.encode() for name, text in kept["documents"].items()},
+        notes=tuple(kept["notes"]),
+    )

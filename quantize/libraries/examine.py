@@ -1,0 +1,74 @@
+"""Ask the library that a checkpoint belongs to, once: the one way from here to transformers and diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.quantize.libraries import answer_cache
+from qz.quantize.libraries.architecture import Architecture, Given, Wish, torch_name
+from qz.quantize.libraries.lean_imports import lean_imports
+
+OF_TRANSFORMERS = ("AutoencoderRAE",)
+"""Models of diffusers that are built from models of transformers (0.42.1)."""
+
+
+def examine(
+    checkpoint: Checkpoint,
+    wish: Wish,
+    given: Mapping[str, Given] | None = None,
+    equal: Callable[[str, str], bool] | None = None,
+) -> Architecture:
+    """Ask the checkpoint's library how it would load and save it.
+
+    ``given`` replaces the checkpoint's own names, dtypes and shapes (dequantize shows the weights as they will be);
+    ``equal`` compares two checkpoint tensors, asked only where two tied weights are both stored.
+
+    Raises Unsupported when the installed library lacks the class or cannot handle the model, MalformedInput when
+    tensors are missing or misshapen.
+    """
+    tensors = (
+        given
+        if given is not None
+        else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    )
+    question = answer_cache.question(checkpoint, tensors, wish, library_versions())
+    if (known := answer_cache.recall(question)) is not None:
+        return known
+    compared = False
+
+    def compare(one: str, other: str) -> bool:
+        nonlocal compared
+        compared = True
+        return equal is not None and equal(one, other)
+
+    with lean_imports(keep=_needed(checkpoint)):
+        if checkpoint.library == "diffusers":
+            from qz.quantize.libraries import on_diffusers
+
+            architecture = on_diffusers.examine(checkpoint, tensors, wish)
+        else:
+            from qz.quantize.libraries import on_transformers
+
+            architecture = on_transformers.examine(checkpoint, tensors, wish, compare if equal else None)
+    if not compared:
+        answer_cache.keep(question, architecture)
+    return architecture
+
+
+def _needed(checkpoint: Checkpoint) -> set[str]:
+    """Packages that building this model needs: transformers has losses that match by scipy, timm takes torchvision."""
+    needed = {"scipy", "transformers"} if checkpoint.library == "transformers" else set()
+    if checkpoint.config.get("_class_name") in OF_TRANSFORMERS:
+        needed.add("transformers")
+    if "timm" in json.dumps(checkpoint.config):
+        needed.add("torchvision")
+    return needed
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that decide the bytes of an output."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "bitsandbytes", "transformers", "diffusers")}

@@ -1,0 +1,149 @@
+"""Which components of a pipeline are worth quantizing, and why: decided from names, configs and headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qz import Unsupported, UsageError
+from qz.formats.checkpoint.pipeline import Component, Pipeline
+from qz.quantize.methods import Method
+
+LARGE = 0.1
+"""Share of the pipeline's weights from which a text encoder is worth it: a T5, not a CLIP."""
+CONVOLUTIONAL = 0.5
+"""Share of a component's weights in convolutions, which stay as they are, from which it is hardly worth it."""
+
+Kind = Literal["denoiser", "text encoder", "CLIP encoder", "VAE", "other model", "no model"]
+
+_AUTOENCODER = re.compile(r"Autoencoder|VQModel|ConsistencyDecoder|VQGAN|MoVQ")
+_DENOISER = re.compile(r"transformer|unet|prior|decoder|dit")
+_DENOISER_CLASS = re.compile(r"Transformer|UNet|Prior|DiT")
+_CLIP = re.compile(r"(?:chinese_|alt)?clip|siglip|clap|align|blip", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What happens to a component: quantized by ``method``, or kept as it is where that is None, and why."""
+
+    component: Component
+    method: Method | None
+    reason: str
+    share: float
+    """Of the pipeline's weights, 0 to 1."""
+
+    @property
+    def name(self) -> str:
+        return self.component.name
+
+
+def kind_of(component: Component) -> Kind:
+    """What a component is for."""
+    checkpoint = component.checkpoint
+    if checkpoint is None:
+        return "no model"
+    name = checkpoint.architecture or component.class_name
+    if checkpoint.library == "diffusers":
+        if _AUTOENCODER.search(name) or component.name.startswith(("vae", "vqvae", "movq", "vqgan")):
+            return "VAE"
+        return "denoiser" if _DENOISER.match(component.name) or _DENOISER_CLASS.search(name) else "other model"
+    if _CLIP.match(str(checkpoint.config.get("model_type", ""))) or _CLIP.match(name):
+        return "CLIP encoder"
+    return "text encoder"
+
+
+def choose(
+    pipeline: Pipeline,
+    method: Method,
+    only: tuple[str, ...] | None = None,
+    methods: Mapping[str, Method | None] | None = None,
+) -> tuple[Choice, ...]:
+    """What to do with each component, in the pipeline's order.
+
+    ``only`` names those to quantize with ``method``, instead of the ones that are worth it; ``methods`` gives some a
+    method of their own, or None to keep them. Raises UsageError for a name that is no component with weights, and
+    Unsupported where nothing is worth quantizing.
+    """
+    methods = dict(methods or {})
+    _require_models(pipeline, (*(only or ()), *(name for name, own in methods.items() if own is not None)))
+    _require_known(pipeline, methods)
+    total = sum(component.parameters for component in pipeline.components)
+    choices = []
+    for component in pipeline.components:
+        share = component.parameters / max(total, 1)
+        if component.name in methods:
+            own = methods[component.name]
+            choices.append(Choice(component, own, "as asked" if own is not None else "left alone as asked", share))
+        elif only is not None:
+            wanted = component.name in only
+            reason = "as asked" if wanted else "not asked for" if component.checkpoint else _reason(component, share)[1]
+            choices.append(Choice(component, method if wanted else None, reason, share))
+        else:
+            worth, reason = _reason(component, share)
+            choices.append(Choice(component, method if worth else None, reason, share))
+    if any(choice.method is not None for choice in choices):
+        return tuple(choices)
+    return _despite_convolutions(pipeline, method, choices)
+
+
+def _reason(component: Component, share: float) -> tuple[bool, str]:
+    """Whether a component is worth quantizing, and why, or why not."""
+    kind = kind_of(component)
+    if kind == "no model":
+        return False, "has no weights"
+    if component.quantization is not None:
+        return False, f"already quantized with {component.quantization.get('quant_method', 'another method')}"
+    if kind == "VAE":
+        return False, "VAE: mostly convolutions, and every error in it is seen in the picture"
+    if kind == "CLIP encoder":
+        return False, f"CLIP encoder: {share:.0%} of the weights, little to gain"
+    if component.convolutional_share >= CONVOLUTIONAL:
+        return False, f"mostly convolutional: {component.convolutional_share:.0%} of its weights"
+    if kind != "denoiser" and share < LARGE:
+        return False, f"small: {share:.0%} of the weights"
+    return True, f"{'large ' if kind == 'text encoder' else ''}{kind}: {share:.0%} of the weights"
+
+
+def _despite_convolutions(pipeline: Pipeline, method: Method, choices: list[Choice]) -> tuple[Choice, ...]:
+    """Nothing is worth it by the rules: then at least the denoisers, unless the user has decided otherwise."""
+    open_ones = [
+        choice
+        for choice in choices
+        if kind_of(choice.component) == "denoiser" and choice.reason.startswith("mostly convolutional")
+    ]
+    if not open_ones:
+        quantized = [choice.name for choice in choices if choice.component.quantization is not None]
+        where = pipeline.folder.location
+        if quantized:
+            raise Unsupported(
+                f"{where}: {', '.join(quantized)} is already quantized, and nothing else is worth it. Run "
+                f"`qz dequantize {where}` first, or name a component with --components."
+            )
+        names = ", ".join(component.name for component in pipeline.components if component.checkpoint)
+        raise UsageError(f"{where}: nothing to quantize. Name components with --components (there are: {names}).")
+    return tuple(
+        Choice(choice.component, method, f"denoiser, {choice.reason}", choice.share) if choice in open_ones else choice
+        for choice in choices
+    )
+
+
+def _require_known(pipeline: Pipeline, names: Mapping[str, object]) -> None:
+    there = [component.name for component in pipeline.components]
+    unknown = sorted(names.keys() - set(there))
+    if unknown:
+        raise UsageError(
+            f"{pipeline.folder.location} has no component {unknown[0]}. Components there: {', '.join(there)}."
+        )
+
+
+def _require_models(pipeline: Pipeline, names: tuple[str, ...]) -> None:
+    _require_known(pipeline, dict.fromkeys(names))
+    models = [component.name for component in pipeline.components if component.checkpoint is not None]
+    without = [name for name in names if name not in models]
+    if without:
+        raise UsageError(
+            f"{without[0]} of {pipeline.folder.location} has no weights to quantize. "
+            f"Components with weights: {', '.join(models)}."
+        )

@@ -1,0 +1,163 @@
+"""Plan the way back: every weight that bitsandbytes quantized becomes an ordinary one, whoever saved the checkpoint.
+
+The library is shown the checkpoint as it will be, so class, names, tied weights and config come out as for a plain one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from qz import MalformedInput, QzError, Unsupported
+from qz.formats.checkpoint.problems import Problem, as_error
+from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.malformed import quoted
+from qz.quantize.compute.arrays import elements
+from qz.quantize.libraries.architecture import (
+    FLOATS,
+    SAFETENSORS_NAMES,
+    Architecture,
+    Footprint,
+    Given,
+    Wish,
+    torch_name,
+)
+from qz.quantize.libraries.examine import examine
+from qz.quantize.planning.plan import Plan, make_plan
+from qz.quantize.planning.sources import Packed, Source
+from qz.quantize.planning.unquantized import equal_tensors
+from qz.quantize.settings import Settings
+
+DAMAGED = frozenset(
+    (
+        "companion-malformed",
+        "companion-missing",
+        "companion-orphan",
+        "nested-absmax-missing",
+        "quant-state-malformed",
+        "quant-state-mismatch",
+    )
+)
+"""Problems without whose solution the values are not known. Others (a config that differs, a storage or a split that
+the library cannot load) keep a loader from its work, but not this."""
+
+
+def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
+    """The plan of a quantized checkpoint's way back; ``settings.dtype`` auto is the dtype before quantization.
+
+    Raises Unsupported if the checkpoint is not quantized, or by another method than bitsandbytes', MalformedInput
+    where companions of a weight are missing or do not fit it.
+    """
+    weights = quantized_weights(checkpoint)
+    before = dtype_before(checkpoint, weights)
+    dtype = before if settings.dtype == "auto" else settings.dtype
+    sources: dict[str, Source] = {}
+    companions = {part.name for weight in weights.values() for part in weight.parts.values()}
+    for name, tensor in checkpoint.tensors.items():
+        if name in weights:
+            sources[name] = packed(weights[name])
+        elif name not in companions:
+            sources[name] = tensor
+    given = {
+        name: Given(torch_name(source.dtype, name), source.shape, linear=name in weights)
+        for name, source in sources.items()
+    }
+
+    def equal(one: str, other: str) -> bool:
+        return one not in weights and other not in weights and equal_tensors(checkpoint, one, other)
+
+    architecture = examine(checkpoint, Wish(None, dtype), given, equal)
+    refuse_codes(checkpoint, architecture, sources)
+    same = architecture if dtype == before else examine(checkpoint, Wish(None, before), given, equal)
+    footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
+    architecture = replace(architecture, footprint=footprint)
+    return make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
+
+
+def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
+    """What bitsandbytes quantized, by name; raises for everything that keeps it from being dequantized."""
+    weights, problems = read_quantized(checkpoint)
+    where = checkpoint.folder.location
+    kinds = {problem.kind: problem for problem in problems}
+    if "quantized-by-other" in kinds:
+        method = checkpoint.config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
+        raise Unsupported(
+            f"{where} is quantized with {quoted(str(method), 40)}, not with bitsandbytes. Start from the original "
+            "model, or dequantize it with the library that made it."
+        )
+    if "fp8-weights" in kinds:
+        name = quoted(kinds["fp8-weights"].where)
+        raise Unsupported(
+            f"{where} holds weights in 8-bit floating point ({name}), which bitsandbytes does not make. Start from the "
+            "bfloat16 weights of this model."
+        )
+    damaged = [problem for problem in problems if problem.kind in DAMAGED]
+    if damaged:
+        raise as_error(where, damaged)
+    if not weights:
+        raise nothing_quantized(checkpoint, problems)
+    return weights
+
+
+def nothing_quantized(checkpoint: Checkpoint, problems: tuple[Problem, ...]) -> QzError:
+    """The error for a checkpoint without a quantized weight; its config may say otherwise."""
+    where = checkpoint.folder.location
+    if any(problem.kind.startswith("quantization-config") for problem in problems):
+        return MalformedInput(
+            f"{where}/config.json says that the model is quantized, but none of its weights is. Remove "
+            "`quantization_config` from it if the weights are right, or download the checkpoint again."
+        )
+    return Unsupported(f"{where} is not quantized: there is nothing to dequantize. `qz quantize {where}` quantizes it.")
+
+
+def packed(weight: QuantizedWeight) -> Packed:
+    """The weight as a source. int8 is dequantized to float32, 4 bit to the dtype of its quant state."""
+    assert weight.shape is not None  # a quant state that is missing was an error
+    return Packed(weight, SAFETENSORS_NAMES[weight.dtype or "float32"], weight.shape)
+
+
+def dtype_before(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> str:
+    """torch dtype name of the weights before: of the quant states the one of most values; int8 leaves it to the config.
+
+    diffusers' configs do not say it. Then it is what the tensors have that are not quantized; some of those may be
+    float32 in a 16-bit model, for models keep parts of them so.
+    """
+    counts: Counter[str] = Counter()
+    for weight in weights.values():
+        if weight.dtype is not None:
+            counts[weight.dtype] += weight.elements
+    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    said = said.removeprefix("torch.") if isinstance(said, str) else None
+    if not counts and said in FLOATS:
+        return str(said)
+    if not counts:
+        companions = {part.name for weight in weights.values() for part in weight.parts.values()}
+        for name, tensor in checkpoint.tensors.items():
+            if name not in companions and (dtype := torch_name(tensor.dtype, name)) in FLOATS:
+                counts[dtype] += elements(tensor.shape)
+        if len(counts) > 1:
+            del counts["float32"]
+    return counts.most_common(1)[0][0] if counts else "float16"
+
+
+def refuse_codes(checkpoint: Checkpoint, architecture: Architecture, sources: Mapping[str, Source]) -> None:
+    """Raise MalformedInput for codes that would pass as weights: int8 without its scales has the weight's shape."""
+    for saved in architecture.saved:
+        source = sources[saved.weight.sources[0]]
+        if saved.name.endswith(".weight") and source.dtype in ("I8", "U8"):
+            raise MalformedInput(
+                f"{checkpoint.folder.location}/{source.file}: {quoted(source.name)} holds {source.dtype} codes, but "
+                "nothing that says what they stand for. Quantize the original again, or download this again."
+            )
+
+
+def footprint_before(architecture: Architecture, sources: Mapping[str, Source]) -> int:
+    """``get_memory_footprint()`` of the quantized model: of a quantized weight it counts the codes only."""
+    before = architecture.footprint.after
+    for saved in architecture.saved:
+        source = sources[saved.weight.sources[0]]
+        if isinstance(source, Packed) and len(saved.weight.sources) == 1:
+            before += source.nbytes - saved.nbytes
+    return before

@@ -1,0 +1,48 @@
+"""A plain checkpoint: not quantized yet, and its stored tensors compared where the library would."""
+
+from __future__ import annotations
+
+from qz import Unsupported
+from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+
+COMPARE_BYTES = 1 << 20
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already."""
+    config = checkpoint.config.get("quantization_config")
+    where = checkpoint.folder.location
+    if isinstance(config, dict):
+        method = str(config.get("quant_method", "an unknown method"))
+        bits = " (4 bit)" if config.get("load_in_4bit") else " (8 bit)" if config.get("load_in_8bit") else ""
+        hint = (
+            f"Run `qz dequantize {where}` first, or start from the original weights."
+            if method == "bitsandbytes"
+            else "Start from the original weights."
+        )
+        raise Unsupported(f"{where} is already quantized with {method}{bits}. {hint}")
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype.startswith(("F8", "F4", "F6")):
+            raise Unsupported(
+                f"{where} holds {tensor.dtype} weights ({tensor.name}); bitsandbytes quantizes 16- and 32-bit floats "
+                "only. Start from the bfloat16 weights of this model."
+            )
+        if ".quant_state.bitsandbytes__" in tensor.name:
+            raise Unsupported(
+                f"{where} is already quantized with bitsandbytes ({tensor.name}), though config.json does not say so. "
+                f"Run `qz inspect {where}`."
+            )
+
+
+def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors hold the same bytes, compared piece by piece."""
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+
+    def piece(tensor: StoredTensor, start: int) -> bytes:
+        buffer = bytearray(min(COMPARE_BYTES, tensor.nbytes - start))
+        checkpoint.folder.read_into(tensor.file, tensor.offset + start, memoryview(buffer))
+        return bytes(buffer)
+
+    return all(piece(first, start) == piece(second, start) for start in range(0, first.nbytes, COMPARE_BYTES))

@@ -1,0 +1,1 @@
+"""Carrying out a plan: reading, computing and writing in bounded memory."""

@@ -1,0 +1,173 @@
+"""Carry plans out: one or several, each into its folder of one output, together with what goes along unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qz.formats.folder import LocalFolder
+from qz.formats.malformed import Malformed
+from qz.formats.output.companions import Carried, copy
+from qz.formats.output.refusals import refuse_overlap
+from qz.formats.output.staging import RESUMABLE, Section, Staging, WrittenFile
+from qz.quantize.planning.plan import Plan
+from qz.quantize.streaming.measure import Measure
+from qz.quantize.streaming.run import Progress, Run
+
+if TYPE_CHECKING:
+    from qz.formats.folder import Folder
+    from qz.quantize.compute.arithmetic import Arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to put the result, and what to do with what is there."""
+
+    output: Path
+    overwrite: bool = False
+    resume: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One folder of the output, or the output itself where ``name`` is empty: what is converted into it, and copied."""
+
+    name: str = ""
+    plan: Plan | None = None
+    carried: tuple[Carried, ...] = ()
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files to write beside those of the plan."""
+    measure: Measure | None = None
+    """Measures what the conversion loses, while it is under way."""
+
+    @property
+    def bytes_output(self) -> int:
+        planned = self.plan.bytes_output if self.plan is not None else 0
+        return planned + sum(each.bytes for each in self.carried) + sum(map(len, self.documents.values()))
+
+    @property
+    def resumable(self) -> int:
+        """How many files a resumed run need not make again."""
+        shards = len(self.plan.shards) if self.plan is not None else 0
+        return shards + sum(each.bytes >= RESUMABLE for each in self.carried)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a run wrote. ``resumed``: it went on where an earlier one had stopped."""
+
+    files: tuple[WrittenFile, ...]
+    resumed: bool
+
+
+def model_part(plan: Plan, carried: Iterable[Carried] = (), name: str = "", measure: Measure | None = None) -> Part:
+    """A converted model with what goes along, but for what the plan writes itself."""
+    return Part(name, plan, tuple(each for each in carried if each.name not in plan.files), measure=measure)
+
+
+def write_parts(
+    parts: Sequence[Part],
+    sources: Iterable[Folder],
+    target: Target,
+    arithmetic: Arithmetic,
+    threads: int,
+    *,
+    fingerprint: Mapping[str, Any],
+    about: Mapping[str, Any],
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Written:
+    """Write all parts under one commit: afterwards the output is complete and checked, or absent.
+
+    ``sources`` must not overlap the output. ``fingerprint`` and ``about``: see ``Staging``. Raises what reading,
+    computing and writing raise; finished shards stay for the next run with the same fingerprint.
+    """
+    local = [each for each in sources if isinstance(each, LocalFolder)]
+    for each in local:
+        refuse_overlap(each.path, target.output)
+    with (
+        Staging(
+            target.output,
+            fingerprint,
+            needed=sum(part.bytes_output for part in parts),
+            overwrite=target.overwrite,
+            resume=target.resume,
+            about=about,
+        ) as staging,
+        _trust(staging, local),
+    ):
+        resumed = staging.resumed
+        meter = _Meter(progress)
+        sections = [Section(staging, part.name) for part in parts]
+        runs = [
+            Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, watch=part.measure)
+            if part.plan
+            else None
+            for part, section in zip(parts, sections, strict=True)
+        ]
+        for part, section, run in zip(parts, sections, runs, strict=True):
+            meter.expect(run, part.carried, section)
+        if resumed:
+            meter.go_on(len(staging.finished), sum(part.resumable for part in parts))
+        for part, section, run in zip(parts, sections, runs, strict=True):
+            copy(part.carried, section, meter.copied)
+            if run is not None:
+                run.convert(threads)
+                meter.finish(run)
+            if part.plan is not None and part.measure is not None:
+                part.measure.finish(part.plan, arithmetic, threads)
+            for name, data in {**(part.plan.files if part.plan else {}), **part.documents}.items():
+                section.write_file(name, data)
+            if part.name:  # what it holds to read ahead is of no more use
+                for folder in _folders(part):
+                    folder.close()
+        written = staging.commit()
+    return Written(written, resumed)
+
+
+@contextmanager
+def _trust(staging: Staging, local: Sequence[LocalFolder]) -> Iterator[None]:
+    """If a local source changed, what was made of it is of no use: there will never be the same source again."""
+    try:
+        yield
+    except Malformed as error:
+        if local and error.kind == "changed":
+            staging.distrust()
+        raise
+
+
+def _folders(part: Part) -> list[Folder]:
+    folders = [part.plan.checkpoint.folder] if part.plan is not None else []
+    return [*folders, *(each.folder for each in part.carried)]
+
+
+class _Meter:
+    """Several runs and copies as one progress."""
+
+    def __init__(self, progress: Callable[[Progress], None]) -> None:
+        self.progress = progress
+        self.weights = self.all_weights = self.bytes = self.all_bytes = 0
+
+    def expect(self, run: Run | None, carried: Iterable[Carried], section: Section) -> None:
+        finished = section.finished
+        self.all_bytes += sum(each.bytes for each in carried if each.name not in finished)
+        if run is not None:
+            self.all_weights += len(run.steps)
+            self.all_bytes += run.all_bytes
+
+    def show(self, step: Progress) -> None:
+        weights, done = self.weights + step.weights, self.bytes + step.bytes
+        self.progress(Progress(weights, self.all_weights, done, self.all_bytes, step.shard))
+
+    def copied(self, nbytes: int) -> None:
+        self.bytes += nbytes
+        self.show(Progress(0, 0, 0, 0))
+
+    def go_on(self, kept: int, resumable: int) -> None:
+        self.progress(Progress(0, self.all_weights, 0, self.all_bytes, kept=(kept, resumable)))
+
+    def finish(self, run: Run) -> None:
+        self.weights += len(run.steps)
+        self.bytes += run.all_bytes

@@ -1,0 +1,162 @@
+"""What a step reads: tensors as they are stored, and weights that bitsandbytes quantized, as values in chunks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz.formats.checkpoint.survey import StoredTensor
+from qz.formats.folder import Folder
+from qz.quantize.compute import kernels
+from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, elements
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
+from qz.quantize.planning.sources import Packed, Source
+
+
+class Reader(Protocol):
+    """Reads one source in chunks, from any thread."""
+
+    unit: int
+    """Values that cannot be parted: a chunk starts at a multiple of it."""
+
+    def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
+        """The bytes of values ``[start, stop)``, and their dtype: the source's own, or ``target`` if that is exact."""
+        ...
+
+
+class Dequantizer(Protocol):
+    """Where quantized weights are computed back: ``compute.kernels``, or an ``Arithmetic``. The same bytes."""
+
+    def dequantize_4bit(
+        self,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+        quant_type: Literal["nf4", "fp4"],
+        blocksize: int,
+        dtype: str,
+        out: NDArray[Any],
+        /,
+    ) -> None: ...
+
+    def dequantize_int8(
+        self, weight: NDArray[np.int8], scb: NDArray[np.float32], dtype: str, out: NDArray[Any], /
+    ) -> None: ...
+
+
+def reader(folder: Folder, source: Source, dequantizer: Dequantizer = kernels) -> Reader:
+    """The reader of a source; it holds what it needs of the whole tensor, so it should live as long as the work."""
+    if isinstance(source, StoredTensor):
+        return _Stored(folder, source)
+    kind = _Int8 if source.weight.kind == "int8" else _FourBit
+    return kind(folder, source, dequantizer)
+
+
+class _Stored:
+    unit = 1
+
+    def __init__(self, folder: Folder, source: StoredTensor) -> None:
+        self.folder, self.source = folder, source
+        self.size = source.nbytes // max(elements(source.shape), 1)
+
+    def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
+        raw = memory("raw", (stop - start) * self.size)
+        self.folder.read_into(self.source.file, self.source.offset + start * self.size, raw.data)
+        return raw, self.source.dtype
+
+
+class _FourBit:
+    """Whole blocks of 4-bit codes. Doubly quantized block statistics are dequantized once, for the whole tensor."""
+
+    def __init__(self, folder: Folder, source: Packed, dequantizer: Dequantizer) -> None:
+        assert source.weight.blocksize is not None  # planning refuses a weight without its quant state
+        self.folder, self.source, self.dequantizer = folder, source, dequantizer
+        self.unit = source.weight.blocksize
+        self.quant_type: Literal["nf4", "fp4"] = "nf4" if source.weight.kind == "nf4" else "fp4"
+        self.lock = threading.Lock()
+        self.absmax: NDArray[np.float32] | None = None
+
+    def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
+        source, count = self.source, stop - start
+        absmax = self._absmax(start // self.unit, -(-stop // self.unit), memory)
+        codes = memory("source codes", -(-count // 2))
+        self.folder.read_into(source.file, source.offset + start // 2, codes.data)
+        raw = memory("raw", count * np.dtype(NUMPY[source.dtype]).itemsize)
+        out = raw.view(NUMPY[source.dtype])
+        self.dequantizer.dequantize_4bit(codes, absmax, self.quant_type, self.unit, source.dtype, out)
+        return raw, source.dtype
+
+    def _absmax(self, first: int, last: int, memory: Memory) -> NDArray[np.float32]:
+        """The scales of blocks ``[first, last)``."""
+        weight = self.source.weight
+        if not weight.double_quant:
+            raw = memory("source absmax", (last - first) * 4)
+            stored = weight.parts["absmax"]
+            self.folder.read_into(stored.file, stored.offset + first * 4, raw.data)
+            return raw.view(np.float32)
+        assert weight.nested_offset is not None
+        assert weight.nested_blocksize is not None
+        with self.lock:
+            if self.absmax is None:
+                self.absmax = kernels.dequantize_absmax(
+                    self._part("absmax"),
+                    self._part("nested_absmax").view(np.float32),
+                    self._part("nested_quant_map").view(np.float32),
+                    weight.nested_offset,
+                    weight.nested_blocksize,
+                )
+        absmax: NDArray[np.float32] = self.absmax[first:last]
+        return absmax
+
+    def _part(self, name: str) -> Bytes:
+        stored = self.source.weight.parts[name]
+        raw = np.empty(stored.nbytes, np.uint8)
+        self.folder.read_into(stored.file, stored.offset, raw.data)
+        return raw
+
+
+class _Int8:
+    """Whole rows of int8 codes."""
+
+    def __init__(self, folder: Folder, source: Packed, dequantizer: Dequantizer) -> None:
+        self.folder, self.source, self.dequantizer = folder, source, dequantizer
+        self.unit = max(source.shape[1], 1)
+
+    def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
+        source, scales = self.source, self.source.weight.parts["SCB"]
+        dtype = target if target in NUMPY else source.dtype
+        rows, columns = (stop - start) // self.unit, source.shape[1]
+        scb = memory("source scb", rows * 4)
+        self.folder.read_into(scales.file, scales.offset + start // self.unit * 4, scb.data)
+        codes = memory("source codes", rows * columns)
+        self.folder.read_into(source.file, source.offset + start, codes.data)
+        raw = memory("raw", rows * columns * np.dtype(NUMPY[dtype]).itemsize)
+        self.dequantizer.dequantize_int8(
+            codes.view(np.int8).reshape(rows, columns),
+            scb.view(np.float32),
+            dtype,
+            raw.view(NUMPY[dtype]).reshape(rows, columns),
+        )
+        return raw, dtype
+
+
+def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes:
+    """A weight that is merged, split or turned, in its dtype: its sources in memory at once, through torch."""
+    import torch
+
+    dtype = getattr(torch, weight.dtype)
+    target = SAFETENSORS_NAMES[weight.dtype]
+    tensors = {}
+    for source in sources:
+        count = elements(source.shape)
+        raw, stored = reader(folder, source).read(0, count, target, lambda _, nbytes: np.empty(nbytes, np.uint8))
+        tensor = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[stored])).reshape(source.shape)
+        tensors[source.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
+    if weight.transposed:
+        tensor = tensor.T
+    assembled: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return assembled

@@ -1,0 +1,424 @@
+"""The streaming pipeline: chunks of the source are read, cast, quantized and written, in bounded memory.
+
+Every worker thread holds one chunk at a time: it reads the chunk by offset, computes with the GIL released, and writes
+the results at their known offsets. A tensor is never in memory as a whole, except where its layout must change
+(``Conv1D``, the library's own merges and splits).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz import MalformedInput
+from qz.formats.folder import Folder, Range
+from qz.formats.output.staging import Section, Settled, ShardLayout, ShardWriter, Staging, WrittenFile
+from qz.quantize.compute.arithmetic import Arithmetic
+from qz.quantize.compute.arrays import NUMPY, Bytes, values
+from qz.quantize.compute.kernels import QUANT_MAPS, dequantize_absmax, nested_quant_map
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved
+from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
+from qz.quantize.planning.plan import Plan, Step
+from qz.quantize.planning.sources import Packed
+from qz.quantize.streaming.observer import Watch
+from qz.quantize.streaming.readers import Reader, assemble, reader
+from qz.quantize.streaming.workers import Crew
+
+WHOLE_BYTES = 48 << 20
+"""How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
+FINISHING = 8
+"""Shards that are read back, hashed and stored at a time, beside the work on others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: weights and source bytes done, of how many; ``shard`` names one that was just finished.
+
+    ``kept``: how many files an earlier, interrupted run had finished, and of how many; told once, at the beginning.
+    """
+
+    weights: int
+    all_weights: int
+    bytes: int
+    all_bytes: int
+    shard: str | None = None
+    kept: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class _Work:
+    """A step under way."""
+
+    step: Step
+    chunks: int
+    reader: Reader | None = None
+    """Of the one source; None where there are several, or the whole is read at once."""
+    nonfinite: int = 0
+    first: int = -1
+    absmax: NDArray[np.float32] | None = None
+    """All of the weight's absmax values, kept for double quantization."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Values ``[start, stop)`` of a work's one source tensor, or the whole of a work that cannot be cut."""
+
+    work: _Work
+    start: int
+    stop: int
+    whole: bool = False
+
+
+class Nowhere:
+    """A staging area that keeps nothing: the pipeline as a reading of the source."""
+
+    finished: Mapping[str, WrittenFile] = MappingProxyType({})
+
+    def open_shard(self, layout: ShardLayout, settled: Settled) -> _NoShard:  # noqa: ARG002 - as a staging area has it
+        return _NoShard(layout.file)
+
+
+@dataclass(frozen=True, slots=True)
+class _NoShard:
+    file: str
+
+    def write(self, tensor: str, data: Any, offset: int = 0) -> None: ...
+
+    def write_variable(self, tensor: str, data: bytes) -> None: ...
+
+    def finish(self) -> WrittenFile:
+        return WrittenFile(self.file, 0, "")
+
+
+class Run:
+    """One conversion of a plan into a staging area, by several threads."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Folder,
+        staging: Staging | Section | Nowhere,
+        arithmetic: Arithmetic,
+        progress: Callable[[Progress], None] = lambda _: None,
+        *,
+        forgiving: bool = False,
+        watch: Watch | None = None,
+        only: Container[str] | None = None,
+    ) -> None:
+        """``forgiving``: weights with values that are not finite are noted in ``nonfinite``, not refused.
+
+        ``watch`` sees what is computed. ``only`` names the weights to convert, into ``Nowhere``: no shard is complete.
+        """
+        self.plan = plan
+        self.folder = folder
+        self.staging = staging
+        self.arithmetic = arithmetic
+        self.progress = progress
+        self.forgiving = forgiving
+        self.watch = watch
+        self.nonfinite: set[str] = set()
+        self.writers: dict[int, ShardWriter | _NoShard] = {}
+        self.written: dict[str, WrittenFile] = dict(staging.finished)
+        self.lock = threading.Lock()
+        self.crew = Crew()
+        self.room = threading.Condition()
+        self.in_memory = 0
+        self.alone = True
+        """One thread does everything, one after the other."""
+        self.finishers = threading.Semaphore(FINISHING)
+        self.left: dict[int, int] = {}
+        for home in plan.shard_of.values():
+            if plan.shards[home].file not in self.written:
+                self.left[home] = self.left.get(home, 0) + 1
+        self.steps = [
+            step
+            for step in plan.steps
+            if any(self._open(saved) for saved in step.outputs) and (only is None or step.weight.name in only)
+        ]
+        self.all_bytes = sum(source.nbytes for step in self.steps for source in step.sources)
+        self.bytes_done = 0
+        self.weights_done = 0
+
+    def convert(self, threads: int) -> None:
+        """Write every unfinished shard, then check that the source did not change while it was read."""
+        self.folder.announce(
+            [Range(s.file, s.offset, s.offset + s.nbytes) for step in self.steps for s in step.sources]
+        )
+        sources = self._sources()
+        for home in self.left:
+            self.writers[home] = self.staging.open_shard(self.plan.shards[home], self._settled(sources[home]))
+        chunks = self._chunks()
+        self.alone = threads <= 1
+        try:
+            for _ in range(max(1, threads)):
+                self.crew.begin(self._work, chunks)
+            self.crew.wait()
+        except BaseException:
+            self.crew.stop.set()
+            self.folder.give_up()
+            raise
+        finally:
+            self.crew.stop.set()
+            self.crew.wait()
+        if self.crew.errors:
+            raise self.crew.errors[0]
+        self.folder.check()
+
+    def _sources(self) -> dict[int, set[str]]:
+        """Of each unfinished shard the files that it is made of."""
+        found: dict[int, set[str]] = {home: set() for home in self.left}
+        for step in self.steps:
+            for home in {self.plan.shard_of[saved.name] for saved in step.outputs} & found.keys():
+                for source in step.sources:
+                    parts = source.weight.parts.values() if isinstance(source, Packed) else ()
+                    found[home] |= {source.file, *(part.file for part in parts)}
+        return found
+
+    def _settled(self, files: set[str]) -> Callable[[], bool]:
+        return lambda: all(self.folder.settled(file) for file in files)
+
+    def _open(self, saved: Saved) -> bool:
+        """Whether an output still has to be written."""
+        return self.plan.shard_of[saved.name] in self.left
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        for step in self.steps:
+            weight, source = step.weight, step.sources[0]
+            if weight.conversion is not None or weight.transposed:
+                yield _Chunk(_Work(step, 1), 0, 0, whole=True)
+                continue
+            count = weight.count
+            opened = reader(self.folder, source, self.arithmetic)
+            work = _Work(step, 0, opened)
+            unit = _unit(step, self.plan, opened)
+            widest = max(source.nbytes, count * _itemsize(source.dtype))
+            length = max(unit, self.arithmetic.chunk_bytes * count // max(widest, 1) // unit * unit)
+            starts = range(0, count, length) if count else [0]
+            work.chunks = len(starts)
+            if weight.quantized and self.plan.method is not None and self.plan.method.double_quant:
+                work.absmax = np.empty(-(-count // BLOCK_SIZE), np.float32)
+            for start in starts:
+                yield _Chunk(work, start, min(start + length, count))
+
+    def _work(self, chunks: Iterator[_Chunk]) -> None:
+        buffers = _Buffers(self.arithmetic)
+        while not self.crew.stop.is_set():
+            with self.lock:
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            done = self._whole(chunk.work) if chunk.whole else self._part(chunk, buffers)
+            self._count(chunk, done)
+
+    def _part(self, chunk: _Chunk, buffers: _Buffers) -> int:
+        """Read, compute and write one chunk; the bytes read."""
+        step, weight, source = chunk.work.step, chunk.work.step.weight, chunk.work.step.sources[0]
+        count = chunk.stop - chunk.start
+        target = SAFETENSORS_NAMES[weight.dtype]
+        assert chunk.work.reader is not None
+        raw, dtype = chunk.work.reader.read(chunk.start, chunk.stop, target, buffers.get)
+        original = (values(raw, dtype), dtype)
+        if dtype != target:
+            cast = buffers.get("cast", count * _itemsize(target))
+            self.arithmetic.cast(values(raw, dtype), dtype, target, cast.view(NUMPY[target]))
+            raw = cast
+        if weight.quantized:
+            self._quantize(chunk.work, values(raw, target), chunk.start, buffers, original)
+        else:
+            self._write(step.outputs[0], raw, chunk.start * raw.nbytes // max(count, 1))
+            if self.watch is not None and step.act == "dequantize":
+                self.watch.dequantized(step, chunk.start, (values(raw, target), target), buffers.get)
+        return source.nbytes * chunk.stop // max(weight.count, 1) - source.nbytes * chunk.start // max(weight.count, 1)
+
+    def _whole(self, work: _Work) -> int:
+        """A weight that cannot be cut, because it is merged, split or turned. Large ones take turns."""
+        target = SAFETENSORS_NAMES[work.step.weight.dtype]
+        done = sum(source.nbytes for source in work.step.sources)
+        nbytes = max(done, work.step.weight.count * _itemsize(target))
+        with self.room:
+            self.room.wait_for(lambda: not self.in_memory or self.in_memory + nbytes <= WHOLE_BYTES)
+            self.in_memory += nbytes
+        try:
+            self._at_once(work, target)
+        finally:
+            with self.room:
+                self.in_memory -= nbytes
+                self.room.notify_all()
+        return done
+
+    def _at_once(self, work: _Work, target: str) -> None:
+        step, weight = work.step, work.step.weight
+        raw = assemble(self.folder, weight, step.sources)
+        buffers, original = _Buffers(self.arithmetic), (values(raw, target), target)
+        if not weight.quantized:
+            self._write(step.outputs[0], raw, 0)
+            if self.watch is not None and step.act == "dequantize":
+                self.watch.dequantized(step, 0, original, buffers.get)
+        else:
+            if self.plan.method is not None and self.plan.method.double_quant:
+                work.absmax = np.empty(-(-weight.count // BLOCK_SIZE), np.float32)
+            self._quantize(work, original[0], 0, buffers, original)
+
+    def _quantize(
+        self, work: _Work, values: NDArray[Any], start: int, buffers: _Buffers, original: tuple[NDArray[Any], str]
+    ) -> None:
+        """Quantize ``values`` of the dtype of the weight, which were ``original`` before the cast, and write them."""
+        weight, method = work.step.weight, self.plan.method
+        dtype = SAFETENSORS_NAMES[weight.dtype]
+        outputs = {saved.part: saved for saved in work.step.outputs}
+        if isinstance(method, FourBit):
+            packed = buffers.get("packed", -(-len(values) // 2))
+            blocks = -(-len(values) // BLOCK_SIZE)
+            first_block = start // BLOCK_SIZE
+            absmax = (
+                work.absmax[first_block : first_block + blocks]
+                if work.absmax is not None
+                else buffers.get("absmax", blocks * 4).view(np.float32)
+            )
+            found = self.arithmetic.quantize_4bit(values, dtype, method.quant_type, packed, absmax)
+            self._write(outputs["weight"], packed, start // 2)
+            if work.absmax is None:
+                self._write(outputs["weight.absmax"], absmax, first_block * 4)
+            if self.watch is not None:
+                self.watch.quantized(work.step, method, start, original, packed, absmax, buffers.get)
+        else:
+            columns = weight.shape[1]
+            rows = len(values) // columns
+            codes = buffers.get("codes", len(values)).view(np.int8).reshape(rows, columns)
+            scb = buffers.get("scb", rows * 4).view(np.float32)
+            found = self.arithmetic.quantize_int8(values.reshape(rows, columns), dtype, codes, scb)
+            self._write(outputs["weight"], codes, start)
+            self._write(outputs["SCB"], scb, start // columns * 4)
+            if self.watch is not None and method is not None:
+                self.watch.quantized(work.step, method, start, original, codes, scb, buffers.get)
+        if found.count:
+            with self.lock:
+                first = start + found.first
+                work.first = first if work.first < 0 else min(work.first, first)
+                work.nonfinite += found.count
+
+    def _count(self, chunk: _Chunk, nbytes: int) -> None:
+        """Book a finished chunk; complete its weight and its shards when it was their last."""
+        work = chunk.work
+        with self.lock:
+            work.chunks -= 1
+            self.bytes_done += nbytes
+            last = work.chunks == 0
+        if last:
+            self._complete(work)
+        self._report(None)
+
+    def _complete(self, work: _Work) -> None:
+        if work.nonfinite:
+            if not self.forgiving:
+                raise _nonfinite(work, self.plan)
+            self.nonfinite.add(work.step.weight.name)
+        if work.step.weight.quantized:
+            self._companions(work)
+        ready = []
+        with self.lock:
+            self.weights_done += 1
+            for saved in work.step.outputs:
+                home = self.plan.shard_of[saved.name]
+                if home in self.left:
+                    self.left[home] -= 1
+                    if self.left[home] == 0:
+                        ready.append(home)
+        for home in ready:
+            writer = self.writers.pop(home)
+            if self.alone:
+                self._finish(writer)
+                continue
+            self.finishers.acquire()
+            try:
+                self.crew.begin(self._finish_beside, writer)
+            except BaseException:
+                self.finishers.release()
+                raise
+
+    def _finish(self, writer: ShardWriter | _NoShard) -> None:
+        written = writer.finish()
+        self.written[written.name] = written
+        self._report(written.name)
+
+    def _finish_beside(self, writer: ShardWriter | _NoShard) -> None:
+        """Complete a shard while others are worked on: reading it back, hashing and storing it takes a while."""
+        try:
+            self._finish(writer)
+        finally:
+            self.finishers.release()
+
+    def _companions(self, work: _Work) -> None:
+        """The small tensors beside a weight: maps, nested statistics, quant state, weight format."""
+        weight, method = work.step.weight, self.plan.method
+        outputs = {saved.part: saved for saved in work.step.outputs}
+        if not isinstance(method, FourBit):
+            self._write(outputs["weight_format"], np.zeros(1, np.uint8), 0)
+            return
+        self._write(outputs["weight.quant_map"], QUANT_MAPS[method.quant_type], 0)
+        state = outputs[f"weight.quant_state.bitsandbytes__{method.quant_type}"]
+        if work.absmax is None:
+            self._write(state, np.frombuffer(method.quant_state(weight.shape, weight.dtype), np.uint8), 0)
+            return
+        absmax, nested_absmax, offset = self.arithmetic.quantize_absmax(work.absmax)
+        work.absmax = None
+        if self.watch is not None:
+            again = dequantize_absmax(absmax, nested_absmax, nested_quant_map(), offset, NESTED_BLOCK_SIZE)
+            self.watch.settled(work.step, method, again)
+        self._write(outputs["weight.absmax"], absmax, 0)
+        self._write(outputs["weight.nested_absmax"], nested_absmax, 0)
+        self._write(outputs["weight.nested_quant_map"], nested_quant_map(), 0)
+        if self._open(state):
+            writer = self.writers[self.plan.shard_of[state.name]]
+            writer.write_variable(state.name, method.quant_state(weight.shape, weight.dtype, offset))
+
+    def _write(self, saved: Saved, data: NDArray[Any], offset: int) -> None:
+        """Write bytes of an output tensor, unless an earlier run finished its shard."""
+        if self._open(saved):
+            self.writers[self.plan.shard_of[saved.name]].write(saved.name, memoryview(data).cast("B"), offset)
+
+    def _report(self, shard: str | None) -> None:
+        self.progress(Progress(self.weights_done, len(self.steps), self.bytes_done, self.all_bytes, shard))
+
+
+class _Buffers:
+    """One thread's reusable memory, by use."""
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self.arithmetic = arithmetic
+        self.held: dict[str, Bytes] = {}
+
+    def get(self, use: str, nbytes: int) -> Bytes:
+        held = self.held.get(use)
+        if held is None or held.nbytes < nbytes:
+            held = self.held[use] = self.arithmetic.buffer(nbytes)
+        return held[:nbytes]
+
+
+def _unit(step: Step, plan: Plan, source: Reader) -> int:
+    """Values that must stay in one chunk: a row for int8, a double block (whole bytes) for 4 bit, one otherwise."""
+    if not step.weight.quantized:
+        return source.unit
+    return math.lcm(source.unit, 2 * BLOCK_SIZE if isinstance(plan.method, FourBit) else step.weight.shape[1])
+
+
+def _itemsize(dtype: str) -> int:
+    return np.dtype(NUMPY[dtype]).itemsize if dtype in NUMPY else 1
+
+
+def _nonfinite(work: _Work, plan: Plan) -> MalformedInput:
+    weight = work.step.weight
+    position = tuple(int(i) for i in np.unravel_index(work.first, weight.shape))
+    beyond = ", or beyond float16's range," if plan.method is not None and plan.method.bits == 8 else ""
+    return MalformedInput(
+        f"{weight.sources[0]} holds {work.nonfinite} values that are NaN or infinite{beyond} the first at {position}; "
+        "quantized, they would spoil their blocks. Repair the weights, or use --keep-nonfinite to leave such tensors "
+        "unquantized."
+    )

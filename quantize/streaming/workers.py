@@ -1,0 +1,51 @@
+"""Threads that work side by side until all are done; what one of them raises stops the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from qz.formats.output.signals import held
+
+
+class Crew:
+    """What works looks at ``stop`` between two pieces of its work. ``begin`` may be called by a thread of the crew."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.errors: list[BaseException] = []
+        """What was raised, in its order."""
+        self._idle = threading.Condition()
+        self._working = 0
+
+    def begin(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Let a thread of its own work."""
+        with held():  # so that each one that works is counted
+            with self._idle:
+                self._working += 1
+            try:
+                threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True).start()
+            except BaseException:
+                self._ended()
+                raise
+
+    def wait(self) -> None:
+        """Until no thread works. ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11)."""
+        with self._idle:
+            while self._working > 0:
+                self._idle.wait(0.2)
+
+    def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits, who raises it
+            self.errors.append(error)
+            self.stop.set()
+        finally:
+            self._ended()
+
+    def _ended(self) -> None:
+        with self._idle:
+            self._working -= 1
+            self._idle.notify_all()
