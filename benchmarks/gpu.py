@@ -285,7 +285,7 @@ def phases(arguments: argparse.Namespace) -> None:
     shutil.rmtree(arguments.output)
 
 
-class Watch:
+class Observer:
     """The largest anonymous memory of a process and the largest use of the GPU's while it runs."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -323,7 +323,7 @@ def whole(name: str, command: list[str]) -> dict[str, Any]:
     """Run a command as a process of its own and say what it took."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watch = Watch(process)
+    watch = Observer(process)
     stdout, stderr = process.communicate()
     seconds = time.perf_counter() - begun
     if process.returncode:

@@ -87,7 +87,7 @@ def speed(place: Path) -> None:
         )
 
 
-class Nowhere:
+class DiscardOutput:
     """A folder without files, for checkpoints that exist as headers only."""
 
     location = "a default config"
@@ -120,7 +120,7 @@ def disagreement(library: str, name: str, model: Any, config: dict[str, Any], st
     from qz.quantize.inspection.estimate import METHODS
     from qz.quantize.inspection.linear_layers import values
     from qz.quantize.inspection.model import plain
-    from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Wish
+    from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, LoadRequest
     from qz.quantize.libraries.examine import examine
 
     del model
@@ -128,8 +128,8 @@ def disagreement(library: str, name: str, model: Any, config: dict[str, Any], st
         key: StoredTensor(key, SAFETENSORS_NAMES[str(each.dtype)[6:]], tuple(each.shape), "x", 0, each.nbytes)
         for key, each in state.items()
     }
-    checkpoint = Checkpoint(Nowhere(), config, library, name, None, ("x",), {"x": 1}, tensors)  # type: ignore[arg-type]
-    saved = examine(checkpoint, Wish(METHODS["nf4"])).saved
+    checkpoint = Checkpoint(DiscardOutput(), config, library, name, None, ("x",), {"x": 1}, tensors)  # type: ignore[arg-type]
+    saved = examine(checkpoint, LoadRequest(METHODS["nf4"])).saved
     theirs = {source for each in saved if each.part for source in each.weight.sources}
     found = values(checkpoint.library, name, config, plain(checkpoint, {}))
     ours = {value.name for value in found if value.linear}

@@ -48,9 +48,9 @@ def dequantize(
     from qz import UsageError
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.output import disk
-    from qz.formats.output.staging import refuse_now
+    from qz.formats.output.staging import check_output
     from qz.formats.source import enter, open_source
-    from qz.quantize.compute.devices import wake
+    from qz.quantize.compute.devices import prewarm_cuda
     from qz.quantize.settings import Settings
 
     existing = options.existing_output(overwrite, if_exists)
@@ -64,14 +64,14 @@ def dequantize(
     )
     disk.durable = fsync
     if not dry_run:
-        wake(device)
+        prewarm_cuda(device)
     root = open_source(source, None, revision)
     folders: list[Folder] = [root]
     try:
         folder = enter(root, subfolder)
         folders.append(folder)
         if output is not None and existing != "skip" and not dry_run:
-            refuse_now(output, existing == "overwrite", [root])
+            check_output(output, existing == "overwrite", [root])
         publish = publishing(push, public, folder, dry_run=dry_run, quiet=quiet)
         run = Conversion(
             source,
@@ -152,7 +152,7 @@ class Conversion:
     def model(self, original: Folder | None, *, as_json: bool) -> None:
         """One model, compared with its ``original`` if that is given."""
         from qz.formats.checkpoint.survey import open_checkpoint
-        from qz.quantize.convert import carry_out, goes_along
+        from qz.quantize.convert import carry_out, companion_files
         from qz.quantize.planning.dequantization import plan_dequantization
         from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
         from qz.quantize.summary import summarize
@@ -169,7 +169,7 @@ class Conversion:
             measure = AgainstOriginal(original_checkpoint(original, checkpoint, self.subfolder))
             measure.check(plan)
         origin = self.origin(checkpoint.library, plan.architecture.class_name)
-        carried = goes_along(checkpoint, self.root, self.settings)
+        carried = companion_files(checkpoint, self.root, self.settings)
         if self.dry_run:
             loss = measure.alone(plan, self.settings) if measure else None
             place, device = str(target.output), self.settings.device

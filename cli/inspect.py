@@ -74,7 +74,7 @@ def folder_or_repository(
     """A model or a whole pipeline, here or on the Hub."""
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.source import enter, open_source
-    from qz.quantize.inspection.model import inspect_model, look_at
+    from qz.quantize.inspection.model import inspect_model, read_folder
     from qz.quantize.inspection.report import Origin
 
     root = open_source(source, None, revision)
@@ -89,7 +89,7 @@ def folder_or_repository(
 
             found = inspect_pipeline(folder, origin, variant, plan=plan)
         else:
-            found = inspect_model(look_at(folder, variant), origin, plan=plan)
+            found = inspect_model(read_folder(folder, variant), origin, plan=plan)
         if verify:
             found = found.with_verified(*verified(folder, root, quiet=quiet))
         return found

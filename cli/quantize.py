@@ -63,9 +63,9 @@ def quantize(
 
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.output import disk
-    from qz.formats.output.staging import refuse_now
+    from qz.formats.output.staging import check_output
     from qz.formats.source import enter, open_source, output_name
-    from qz.quantize.compute.devices import wake
+    from qz.quantize.compute.devices import prewarm_cuda
     from qz.quantize.settings import Settings
     from qz.quantize.streaming.output_parts import Target
     from qz.quantize.up_to_date import up_to_date
@@ -102,8 +102,8 @@ def quantize(
             present_existing(record, target.output, source, as_json=as_json, pushed=pushed)
             return
         if not dry_run:
-            refuse_now(target.output, target.overwrite, [root])
-            wake(device)
+            check_output(target.output, target.overwrite, [root])
+            prewarm_cuda(device)
         fetch = download and not dry_run
         run = Conversion(source, subfolder, root, folder, target, settings, variant, fetch, report, dry_run, quiet)
         if is_pipeline(folder):
@@ -144,7 +144,7 @@ class Conversion:
         """One model. Raises UsageError for options that are for pipelines."""
         from qz import UsageError
         from qz.formats.checkpoint.survey import open_checkpoint
-        from qz.quantize.convert import carry_out, goes_along, plan_quantization
+        from qz.quantize.convert import carry_out, companion_files, plan_quantization
         from qz.quantize.streaming.measure import WhileQuantizing
         from qz.quantize.summary import summarize
 
@@ -158,7 +158,7 @@ class Conversion:
             fill_cache([checkpoint], quiet=self.quiet)
         plan = plan_quantization(checkpoint, settings)
         origin = self.origin(checkpoint.library, plan.architecture.class_name)
-        carried = goes_along(checkpoint, self.root, settings)
+        carried = companion_files(checkpoint, self.root, settings)
         measure = WhileQuantizing() if self.report else None
         if self.dry_run:
             loss = measure.alone(plan, settings) if measure else None

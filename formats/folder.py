@@ -48,7 +48,7 @@ class Folder(Protocol):
         """Tell, once, every range that will be read and in which order, so that it can be fetched ahead."""
         ...
 
-    def settled(self, file: str) -> bool:
+    def is_verified(self, file: str) -> bool:
         """Whether all that was read of ``file`` so far is known to be right; raises MalformedInput if it is not."""
         ...
 
@@ -154,7 +154,7 @@ class LocalFolder:
                 except OSError as error:
                     raise _failure(error, where, "read") from None
                 if count == 0:
-                    self.settled(file)
+                    self.is_verified(file)
                     raise Malformed(
                         "truncated",
                         f"{where} ends at byte {offset + done}, before byte {offset + len(view)}: it is "
@@ -210,7 +210,7 @@ class LocalFolder:
     def announce(self, ranges: Sequence[Range]) -> None:
         """The kernel reads ahead by itself."""
 
-    def settled(self, file: str) -> bool:
+    def is_verified(self, file: str) -> bool:
         where = os.path.join(self.location, file)
         try:
             found = os.stat(os.path.join(self._real, file))
@@ -224,7 +224,7 @@ class LocalFolder:
 
     def check(self) -> None:
         for file in sorted(self._read):
-            self.settled(file)
+            self.is_verified(file)
 
     def identity(self) -> dict[str, Any]:
         files = {name: list(self._marks[name]) for name in self.sizes()}

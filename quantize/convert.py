@@ -11,10 +11,10 @@ from typing import Any
 from qz import QzError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.output.companions import Carried, companions, terms
+from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
 from qz.quantize.compute.arithmetic import Arithmetic
-from qz.quantize.libraries.architecture import Wish
+from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
@@ -23,9 +23,9 @@ from qz.quantize.settings import Settings as Settings
 from qz.quantize.streaming.measure import Measure
 from qz.quantize.streaming.output_parts import Target as Target
 from qz.quantize.streaming.output_parts import model_part, write_parts
-from qz.quantize.streaming.run import Nowhere, Progress, Run
+from qz.quantize.streaming.run import DiscardOutput, Progress, Run
 from qz.quantize.summary import Source, Summary, summarize
-from qz.quantize.up_to_date import identity_of, wishes
+from qz.quantize.up_to_date import identity_of, settings_fingerprint
 
 TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
 """Of a summary, what differs from run to run."""
@@ -34,15 +34,15 @@ TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
 def plan_quantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, or cannot be."""
     refuse_quantized(checkpoint)
-    wish = Wish(settings.method, settings.dtype, settings.skips, settings.default_skips)
+    request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips)
 
-    def planned(wish: Wish) -> Plan:
-        architecture = examine(checkpoint, wish, equal=lambda one, other: equal_tensors(checkpoint, one, other))
+    def planned(request: LoadRequest) -> Plan:
+        architecture = examine(checkpoint, request, equal=lambda one, other: equal_tensors(checkpoint, one, other))
         return make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes)
 
-    plan = planned(wish)
+    plan = planned(request)
     if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
-        plan = planned(replace(wish, skips=(*wish.skips, *modules)))
+        plan = planned(replace(request, skips=(*request.skips, *modules)))
     return plan
 
 
@@ -51,12 +51,12 @@ def nonfinite_modules(plan: Plan, settings: Settings) -> list[str]:
     from qz.quantize.compute.devices import arithmetic_on
 
     arithmetic = arithmetic_on(settings.device)
-    run = Run(plan, plan.checkpoint.folder, Nowhere(), arithmetic, forgiving=True)
+    run = Run(plan, plan.checkpoint.folder, DiscardOutput(), arithmetic, allow_nonfinite=True)
     run.convert(settings.threads or arithmetic.threads)
     return sorted(weight.removesuffix(".weight") for weight in run.nonfinite)
 
 
-def goes_along(checkpoint: Checkpoint, root: Folder, settings: Settings) -> tuple[Carried, ...]:
+def companion_files(checkpoint: Checkpoint, root: Folder, settings: Settings) -> tuple[Companion, ...]:
     """What is copied beside the converted weights, so that the output works wherever the original did.
 
     ``root`` is the repository, if ``checkpoint`` lies in a folder of it: its licence covers that folder too.
@@ -74,7 +74,7 @@ def carry_out(
     target: Target,
     settings: Settings,
     progress: Callable[[Progress], None] = lambda _: None,
-    carried: tuple[Carried, ...] = (),
+    carried: tuple[Companion, ...] = (),
     measure: Measure | None = None,
 ) -> Summary:
     """Write what the plan says, and ``carried`` beside it. Afterwards the output is complete and checked, or absent.
@@ -120,7 +120,7 @@ def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmet
 
     versions = {"qz": __version__, **library_versions()}
     device = f"{arithmetic.name} ({arithmetic.model})" if arithmetic.model else arithmetic.name
-    return {"source": source, "settings": wishes(settings), "versions": versions, "device": device}
+    return {"source": source, "settings": settings_fingerprint(settings), "versions": versions, "device": device}
 
 
 def hub_origin(folder: Folder) -> dict[str, Any] | None:
@@ -146,5 +146,5 @@ def about(summary: dict[str, Any], folder: Folder, location: str, settings: Sett
         told["source"] = {**told["source"], "location": os.path.basename(os.path.realpath(location))}
         if (origin := hub_origin(folder)) is not None:
             told["origin"] = origin
-    made_from = {"identity": identity_of(folder), "settings": wishes(settings)}
+    made_from = {"identity": identity_of(folder), "settings": settings_fingerprint(settings)}
     return {"qz": __version__, "versions": library_versions(), **told, **made_from}

@@ -12,7 +12,7 @@ from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
 from qz.quantize.convert import about, fingerprint, plan_quantization
-from qz.quantize.libraries.architecture import Footprint, Wish
+from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import Method
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
@@ -39,7 +39,7 @@ class PipelinePlan:
     def parts(self) -> tuple[Part, ...]:
         """The folders of the output: its root, and one for each component."""
         root = self.pipeline.folder
-        index = companions.Carried(root, INDEX, INDEX, root.sizes()[INDEX])
+        index = companions.Companion(root, INDEX, INDEX, root.sizes()[INDEX])
         parts = [Part("", None, (index, *companions.terms(root)))]
         for component in (choice.component for choice in self.choices):
             if component.name in self.plans:
@@ -242,7 +242,7 @@ def _footprint(component: Component) -> Footprint:
     assert checkpoint is not None
     if component.quantization is None:
         try:
-            return examine(checkpoint, Wish(None)).footprint
+            return examine(checkpoint, LoadRequest(None)).footprint
         except QzError:  # carried over unseen: whether it can be loaded is not the question here
             pass
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not _COMPANION.search(tensor.name))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qz.formats.output.companions import Carried
+from qz.formats.output.companions import Companion
 from qz.formats.output.record import WrittenFile
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.sources import Packed
@@ -133,7 +133,7 @@ def summarize(
     *,
     device: str,
     written: Iterable[WrittenFile] = (),
-    carried: Iterable[Carried] = (),
+    carried: Iterable[Companion] = (),
     seconds: float = 0.0,
     resumed: bool = False,
     loss: Loss | None = None,

@@ -19,10 +19,10 @@ COUNTED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Files of a local source that can change what is made of it."""
 
 
-def wishes(settings: Settings) -> dict[str, Any]:
-    """The settings that decide the bytes, as JSON values. Device, threads and versions are no wishes."""
+def settings_fingerprint(settings: Settings) -> dict[str, Any]:
+    """The settings that decide the bytes, as JSON values. Device, threads and versions do not."""
     return {
-        "method": method_wish(settings.method),
+        "method": method_fingerprint(settings.method),
         "dtype": settings.dtype,
         "skips": list(settings.skips),
         "default_skips": settings.default_skips,
@@ -30,11 +30,11 @@ def wishes(settings: Settings) -> dict[str, Any]:
         "keep_nonfinite": settings.keep_nonfinite,
         "weights_only": settings.weights_only,
         "components": list(settings.components) if settings.components is not None else None,
-        "component_methods": {name: method_wish(method) for name, method in settings.component_methods.items()},
+        "component_methods": {name: method_fingerprint(method) for name, method in settings.component_methods.items()},
     }
 
 
-def method_wish(method: Method | None) -> dict[str, Any] | None:
+def method_fingerprint(method: Method | None) -> dict[str, Any] | None:
     return None if method is None else {"name": method.name, **method.config()}
 
 
@@ -69,7 +69,7 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
     except QzError as error:
         raise OutputRefused(f"{output} exists, but cannot be checked: {error} {instead}") from error
     then = {"source": record.about.get("identity"), "settings": record.about.get("settings")}
-    now = {"source": identity_of(folder), "settings": wishes(settings)}
+    now = {"source": identity_of(folder), "settings": settings_fingerprint(settings)}
     if then != now:
         raise OutputRefused(
             f"{output} was made from another source or differently: {describe_difference(then, now)}. {instead}"

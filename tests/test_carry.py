@@ -194,11 +194,11 @@ def test_links_out_of_the_folder_do_not_go_along(tmp_path: Path) -> None:
     assert not found
 
 
-def carried(folder: LocalFolder, name: str) -> companions.Carried:
-    return companions.Carried(folder, name, name, folder.sizes()[name])
+def carried(folder: LocalFolder, name: str) -> companions.Companion:
+    return companions.Companion(folder, name, name, folder.sizes()[name])
 
 
-def copied_and_stopped(output: Path, those: list[companions.Carried]) -> None:
+def copied_and_stopped(output: Path, those: list[companions.Companion]) -> None:
     """A run that copies and then ends without a commit."""
     with Staging(output, {}, needed=0) as staging:
         companions.copy(those, Section(staging, "part"))

@@ -467,7 +467,7 @@ class Remote:
 
     def announce(self, ranges: Sequence[Range]) -> None: ...
 
-    def settled(self, file: str) -> bool:
+    def is_verified(self, file: str) -> bool:
         return True
 
     def check(self) -> None: ...

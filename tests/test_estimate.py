@@ -21,9 +21,9 @@ from qz.formats.safetensors import encode_header, layout
 from qz.quantize.inspection.estimate import METHODS, estimate
 from qz.quantize.inspection.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED
 from qz.quantize.inspection.linear_layers import TORCH_NAMES, Value, ties, values
-from qz.quantize.inspection.model import inspect_model, look_at, plain
+from qz.quantize.inspection.model import inspect_model, plain, read_folder
 from qz.quantize.inspection.report import Origin
-from qz.quantize.libraries.architecture import Wish
+from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import FourBit
 from qz.quantize.planning.components import choose
@@ -68,7 +68,7 @@ def test_the_rule_takes_the_weights_that_the_library_takes(name: str, saved: Cal
 
 @pytest.mark.parametrize("name", MODELS)
 def test_estimates_are_the_plans_figures(name: str, saved: Callable[[str], Path]) -> None:
-    found = inspect_model(look_at(LocalFolder(saved(name))), Origin(name, None, None))
+    found = inspect_model(read_folder(LocalFolder(saved(name))), Origin(name, None, None))
     assert found.estimates is not None
     for key, method in NAMES.items():
         plan, guess = plan_of(saved(name), method), found.estimates[key]
@@ -83,7 +83,7 @@ def test_estimates_are_the_plans_figures(name: str, saved: Callable[[str], Path]
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5-encoder", "gpt2", "mixtral", "whisper", "wan"])
 def test_with_the_plan_every_figure_is_exact(name: str, saved: Callable[[str], Path]) -> None:
-    found = inspect_model(look_at(LocalFolder(saved(name))), Origin(name, None, None), plan=True)
+    found = inspect_model(read_folder(LocalFolder(saved(name))), Origin(name, None, None), plan=True)
     loaded = type(zoo.build(name)).from_pretrained(saved(name), torch_dtype=DTYPES.get(name, "auto"))
     assert found.memory_footprint == loaded.get_memory_footprint()
     assert found.memory_footprint_exact
@@ -109,7 +109,7 @@ def test_a_pipelines_components_are_estimated_like_single_models(tmp_path: Path)
         if choice.method is not None:
             checkpoint = choice.component.checkpoint
             assert checkpoint is not None
-            architecture = examine(checkpoint, Wish(method_of("nf4")))
+            architecture = examine(checkpoint, LoadRequest(method_of("nf4")))
             taken = {source for saved in architecture.saved if saved.part for source in saved.weight.sources}
             assert {value.name for value in by_rule(checkpoint) if value.linear} == taken
     pipeline.close()

@@ -386,11 +386,11 @@ def test_a_file_is_settled_when_all_of_it_was_hashed_and_not_before(hub: HubServ
     ranges = pieces(len(WEIGHTS))
     folder.announce(ranges)
     read(folder, ranges[0])
-    assert not folder.settled("model.safetensors")
+    assert not folder.is_verified("model.safetensors")
     for part in ranges[1:]:
         read(folder, part)
     folder.check()
-    assert folder.settled("model.safetensors")
+    assert folder.is_verified("model.safetensors")
 
 
 def test_a_link_that_refuses_ranges_leads_to_a_download(hub: HubServer) -> None:

@@ -16,7 +16,7 @@ import qz as package
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.libraries import answer_cache
-from qz.quantize.libraries.architecture import Saved, Wish
+from qz.quantize.libraries.architecture import LoadRequest, Saved
 from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import FourBit, Int8, Method
 from reference import differing_files
@@ -67,7 +67,7 @@ def answered(source: Path, *options: str, cwd: Path | None = None) -> str:
 def test_what_is_recalled_is_what_was_said(name: str, method: Method | None, cache: Path, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "source")
     checkpoint = open_checkpoint(LocalFolder(tmp_path / "source"))
-    said = examine(checkpoint, Wish(method))
+    said = examine(checkpoint, LoadRequest(method))
     if not cache.exists():  # it holds functions of the library, which cannot be kept
         assert any(saved.weight.conversion for saved in said.saved)
         return

@@ -118,7 +118,7 @@ class ReadAhead:
                 part[:] = self._fetch_again(segment)[start : start + len(part)]
             done += len(part)
 
-    def settled(self, name: str) -> bool:
+    def is_verified(self, name: str) -> bool:
         """Whether the whole file has arrived and has the promised hash."""
         with self._change:
             return self._streams[name].done

@@ -190,12 +190,12 @@ class HubFolder:
             streams, lambda name, start, view: self._fetch(files[name], start, view), self.location, self._pace
         )
 
-    def settled(self, file: str) -> bool:
+    def is_verified(self, file: str) -> bool:
         if self._ahead is not None and file in self._ahead:
             # Also where the file was downloaded in the middle: what came by ranges before that is hashed by the stream.
-            return self._ahead.settled(file)
+            return self._ahead.is_verified(file)
         local = self._cache.find(self._file(file))
-        return local is None or local.settled(file)
+        return local is None or local.is_verified(file)
 
     def check(self) -> None:
         if self._ahead is not None:

@@ -56,7 +56,7 @@ MODULE_FILE = re.compile(r"config\.json|model\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class Companion:
     """A file to copy unchanged: ``file`` of ``folder`` becomes ``name``, relative to a folder of the output."""
 
     folder: Folder
@@ -65,7 +65,7 @@ class Carried:
     bytes: int
 
 
-def companions(folder: Folder) -> tuple[Carried, ...]:
+def companions(folder: Folder) -> tuple[Companion, ...]:
     """What makes the model in ``folder`` usable where its weights alone are not."""
     found = _matching(folder, (TOKENIZER, PROCESSOR, GENERATION, SENTENCES, TERMS))
     inside = folder.subfolders()
@@ -77,17 +77,17 @@ def companions(folder: Folder) -> tuple[Carried, ...]:
     return tuple(found)
 
 
-def terms(folder: Folder) -> tuple[Carried, ...]:
+def terms(folder: Folder) -> tuple[Companion, ...]:
     """The licence and notices in ``folder``."""
     return tuple(_matching(folder, (TERMS,)))
 
 
-def settings(folder: Folder) -> tuple[Carried, ...]:
+def settings(folder: Folder) -> tuple[Companion, ...]:
     """All of a component without weights: a scheduler, tokenizer or processor."""
     return (*_matching(folder, (SETTINGS,)), *companions(folder))
 
 
-def weights(checkpoint: Checkpoint) -> tuple[tuple[Carried, ...], dict[str, bytes]]:
+def weights(checkpoint: Checkpoint) -> tuple[tuple[Companion, ...], dict[str, bytes]]:
     """A whole component with weights: files to copy, and an index to write if they are of a variant.
 
     A variant's files get the plain names, which loaders look for by themselves, and which its index has to say.
@@ -103,7 +103,7 @@ def weights(checkpoint: Checkpoint) -> tuple[tuple[Carried, ...], dict[str, byte
         else:
             places = {name: plain_name(file, variant) for name, file in checkpoint.index["weight_map"].items()}
             documents[f"{stem}.safetensors.index.json"] = dump_json({**checkpoint.index, "weight_map": places})
-    plain = [Carried(folder, name, plain_name(name, variant), sizes[name]) for name in names]
+    plain = [Companion(folder, name, plain_name(name, variant), sizes[name]) for name in names]
     config = _matching(folder, (re.compile(r"config\.json"),))
     return (*config, *companions(folder), *plain), documents
 
@@ -113,7 +113,7 @@ def plain_name(file: str, variant: str | None) -> str:
     return re.sub(rf"\.{re.escape(variant)}(?=[.-])", "", file, count=1) if variant else file
 
 
-def copy(carried: Sequence[Carried], section: Section, progress: Callable[[int], None] | None = None) -> None:
+def copy(carried: Sequence[Companion], section: Section, progress: Callable[[int], None] | None = None) -> None:
     """Stream the files into the output, and check that their folders did not change meanwhile."""
     folders = {id(each.folder): each.folder for each in carried}
     for key, folder in folders.items():
@@ -122,16 +122,16 @@ def copy(carried: Sequence[Carried], section: Section, progress: Callable[[int],
         for each in files:
             if each.bytes > LARGEST_INDEX and each.name.endswith(("config.json", ".index.json")):
                 raise Malformed("json-malformed", f"{folder.location}/{each.file} is too large for such a file.")
-            section.copy_file(each.name, each.bytes, _reader(each), progress, partial(folder.settled, each.file))
+            section.copy_file(each.name, each.bytes, _reader(each), progress, partial(folder.is_verified, each.file))
         folder.check()
 
 
-def _reader(carried: Carried) -> Callable[[int, memoryview], None]:
+def _reader(carried: Companion) -> Callable[[int, memoryview], None]:
     return lambda offset, buffer: carried.folder.read_into(carried.file, offset, buffer)
 
 
-def _matching(folder: Folder, patterns: Iterable[re.Pattern[str]], prefix: str = "") -> list[Carried]:
+def _matching(folder: Folder, patterns: Iterable[re.Pattern[str]], prefix: str = "") -> list[Companion]:
     sizes = folder.sizes()
     allowed = list(patterns)
     names = [name for name in sizes if any(pattern.fullmatch(name) for pattern in allowed)]
-    return [Carried(folder, name, prefix + name, sizes[name]) for name in names]
+    return [Companion(folder, name, prefix + name, sizes[name]) for name in names]

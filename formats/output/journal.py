@@ -48,7 +48,7 @@ class Journal:
             disk.close(self._descriptor, path)
 
     def _lock(self) -> bool:
-        """Take the lock; a second and a third time after a moment, for ``refuse_now`` looks at it by taking it."""
+        """Take the lock; a second and a third time after a moment, for ``check_output`` looks at it by taking it."""
         for _ in range(2):
             if disk.try_lock(self._descriptor, self.path):
                 return True

@@ -10,7 +10,7 @@ from qz.formats.output import disk
 from qz.formats.output.record import RECORD
 
 
-def beside(output: Path, suffix: str) -> Path:
+def sibling(output: Path, suffix: str) -> Path:
     """A name beside the output, on the same file system."""
     return output.with_name(output.name + suffix)
 
@@ -38,7 +38,7 @@ def refuse_overlap(source: Path, output: Path) -> None:
     """Raise OutputRefused if the output, or what is staged beside it, is the source, inside it, or around it."""
     real_source = Path(os.path.realpath(source))
     real_output = Path(os.path.realpath(output))
-    for place in (real_output, beside(real_output, ".partial"), beside(real_output, ".partial.old")):
+    for place in (real_output, sibling(real_output, ".partial"), sibling(real_output, ".partial.old")):
         if _within(place, real_source) or _within(real_source, place):
             raise OutputRefused(
                 f"The output {output} and the source {source} overlap. Choose a folder outside it with -o/--output."

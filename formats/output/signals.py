@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM waits until the end of the block; a second one ends the waiting at once.
 
     Both reach the handlers that were there before, if those are Python's. Off the main thread, where no handler ever

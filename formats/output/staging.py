@@ -38,9 +38,9 @@ from qz.formats.output import disk
 from qz.formats.output.descriptors import Descriptors
 from qz.formats.output.journal import Journal, describe_difference, held_by_another
 from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
-from qz.formats.output.refusals import beside, refuse_output, refuse_overlap
+from qz.formats.output.refusals import refuse_output, refuse_overlap, sibling
 from qz.formats.output.shard_writer import TEMPORARY, Chunk, ShardLayout, ShardWriter, hash_file, read_back, write_chunk
-from qz.formats.output.signals import held
+from qz.formats.output.signals import defer_signals
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -53,7 +53,7 @@ RESUMABLE = 1 << 20
 """Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""
 
 
-def refuse_now(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None:
+def check_output(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None:
     """Raise what would be raised later for what lies there at this moment, to spare the user a long planning.
 
     Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
@@ -62,7 +62,7 @@ def refuse_now(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None
         if isinstance(source, LocalFolder):
             refuse_overlap(source.path, output)
     output = Path(os.path.realpath(output.parent)) / output.name
-    journal = beside(output, ".partial.journal")
+    journal = sibling(output, ".partial.journal")
     descriptor = disk.open_existing(journal)
     if descriptor is None:
         refuse_output(output, overwrite)
@@ -74,7 +74,7 @@ def refuse_now(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None
         disk.close(descriptor, journal)
 
 
-Settled = Callable[[], bool]
+IsVerified = Callable[[], bool]
 
 
 class Staging:
@@ -108,24 +108,24 @@ class Staging:
         self.output = Path(os.path.realpath(output.parent)) / output.name
         if not output.name or output.name == "..":
             raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
-        self._partial = beside(self.output, ".partial")
-        self._aside = beside(self.output, ".partial.old")
+        self._partial = sibling(self.output, ".partial")
+        self._aside = sibling(self.output, ".partial.old")
         self._overwrite, self._about = overwrite, dict(about or {})
         self._descriptors = Descriptors()
         self._unfinished: set[str] = set()
-        self._unsettled: dict[str, tuple[WrittenFile, Settled]] = {}
+        self._unverified: dict[str, tuple[WrittenFile, IsVerified]] = {}
         self._settling = threading.Lock()
         self._written: dict[str, WrittenFile] = {}
         self._last: dict[str, bytes] = {}
         self._committed = False
-        journal = beside(self.output, ".partial.journal")
+        journal = sibling(self.output, ".partial.journal")
         if disk.kind(journal) is None:
             refuse_output(self.output, overwrite)
-            self._refuse_stranger(journal)
+            self._refuse_foreign_partial(journal)
         disk.make_folder(self.output.parent)
         locked = False
         try:
-            with held():
+            with defer_signals():
                 self._journal = Journal(journal)
                 locked = True
                 self._recover()
@@ -136,7 +136,7 @@ class Staging:
                 self._leave(error)
             raise
 
-    def _refuse_stranger(self, journal: Path) -> None:
+    def _refuse_foreign_partial(self, journal: Path) -> None:
         for path in (self._partial, self._aside):
             before = disk.status(path)
             if before is None or disk.kind(journal) is not None:
@@ -209,11 +209,11 @@ class Staging:
                 "Free some, or write to another disk with -o/--output."
             )
 
-    def open_shard(self, layout: ShardLayout, settled: Settled = lambda: True) -> ShardWriter:
+    def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         """Begin a shard; its space on disk is reserved. May be called, like ``finish``, while others are written.
 
-        ``settled``: whether what the shard is made of is known to be right. A later run keeps no shard of which this
-        was never true. It may raise what is known to be wrong.
+        ``is_verified``: whether what the shard is made of is known to be right. A later run keeps no shard of which
+        this was never true. It may raise what is known to be wrong.
         """
         self._require_new(layout.file)
         self._make_parent(self._partial / layout.file)
@@ -221,20 +221,20 @@ class Staging:
         def done(file: WrittenFile) -> None:
             self._written[file.name] = file
             self._unfinished.discard(file.name)
-            self._settle((file, settled))
+            self._note_verified((file, is_verified))
 
         writer = ShardWriter(self._partial, layout, self._descriptors, done)
         self._unfinished.add(layout.file)
         return writer
 
-    def _settle(self, *new: tuple[WrittenFile, Settled]) -> None:
+    def _note_verified(self, *new: tuple[WrittenFile, IsVerified]) -> None:
         """Note in the journal what is finished and now settled."""
         with self._settling:
-            self._unsettled |= {file.name: (file, settled) for file, settled in new}
-            for file, settled in list(self._unsettled.values()):
-                if settled():
+            self._unverified |= {file.name: (file, is_verified) for file, is_verified in new}
+            for file, is_verified in list(self._unverified.values()):
+                if is_verified():
                     self._journal.add(file)
-                    del self._unsettled[file.name]
+                    del self._unverified[file.name]
 
     def distrust(self) -> None:
         """Keep nothing for a later run: the source that the finished shards were made of is no more."""
@@ -259,12 +259,12 @@ class Staging:
         size: int,
         read: Callable[[int, memoryview], None],
         progress: Callable[[int], None] | None = None,
-        settled: Settled = lambda: True,
+        is_verified: IsVerified = lambda: True,
     ) -> WrittenFile:
         """Add a file of ``size`` bytes, which ``read(offset, buffer)`` gives piece by piece; large ones are resumable.
 
         ``progress`` is given the bytes of each piece. Indexes and configs reach the disk last, as in ``write_file``.
-        ``settled``: see ``open_shard``.
+        ``is_verified``: see ``open_shard``.
         """
         if name in self.finished:
             return self.finished[name]
@@ -289,7 +289,7 @@ class Staging:
         written = self._store(name, pieces(), reserve=size)
         self._unfinished.discard(name)
         if size >= RESUMABLE:
-            self._settle((written, settled))
+            self._note_verified((written, is_verified))
         return written
 
     def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
@@ -328,7 +328,7 @@ class Staging:
         if self._unfinished:
             raise RuntimeError(f"shards are not finished: {sorted(self._unfinished)}")
         self._descriptors.close_all()
-        self._settle()
+        self._note_verified()
         for file in self.finished.values():
             self._verify(file)
         for name in sorted(self._last, key=lambda name: (_rank(name), name)):
@@ -338,7 +338,7 @@ class Staging:
         found = dict(self._walk(self._partial))
         if found != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
-        with held():
+        with defer_signals():
             self._publish()
         return written
 
@@ -392,7 +392,7 @@ class Staging:
     def _leave(self, error: BaseException | None) -> None:
         """Keep what a later run can use, remove the rest, unlock; tell those who interrupted the run."""
         interrupted = isinstance(error, KeyboardInterrupt)
-        with nullcontext() if interrupted else held():  # the signal after an interrupt is not to wait
+        with nullcontext() if interrupted else defer_signals():  # the signal after an interrupt is not to wait
             self._tidy_up()
         if isinstance(error, KeyboardInterrupt):
             kept = len(self._journal.finished)
@@ -441,8 +441,8 @@ class Section:
         found = self._staging.finished.items()
         return {name.removeprefix(self._prefix): file for name, file in found if name.startswith(self._prefix)}
 
-    def open_shard(self, layout: ShardLayout, settled: Settled = lambda: True) -> ShardWriter:
-        return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), settled)
+    def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
+        return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), is_verified)
 
     def write_file(self, name: str, data: bytes) -> WrittenFile:
         return self._staging.write_file(self._prefix + name, data)
@@ -453,6 +453,6 @@ class Section:
         size: int,
         read: Callable[[int, memoryview], None],
         progress: Callable[[int], None] | None = None,
-        settled: Settled = lambda: True,
+        is_verified: IsVerified = lambda: True,
     ) -> WrittenFile:
-        return self._staging.copy_file(self._prefix + name, size, read, progress, settled)
+        return self._staging.copy_file(self._prefix + name, size, read, progress, is_verified)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qz import QzError, TryAgain, Unsupported, UsageError
 from qz.quantize.compute.cpu import Cpu
-from qz.quantize.libraries.lean_imports import uncollected
+from qz.quantize.libraries.lean_imports import gc_paused
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ NVIDIA_DRIVER = "https://www.nvidia.com/drivers"
 TORCH_BUILDS = "https://pytorch.org/get-started/locally"
 
 
-def wake(device: str) -> None:
+def prewarm_cuda(device: str) -> None:
     """Let the driver make its context for the first GPU while the libraries are imported: it takes a third of a second.
 
     In a thread that imports nothing, so that it cannot get in the way of the imports. What fails here fails again where
@@ -53,7 +53,7 @@ def arithmetic_on(device: str) -> Arithmetic:
     """
     if device == "cpu" or (device == "auto" and not _may_have_a_gpu()):
         return Cpu()
-    with uncollected():
+    with gc_paused():
         import torch
     if device != "auto":
         return _accelerator(device)

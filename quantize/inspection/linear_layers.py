@@ -84,7 +84,7 @@ def values(
         )
         dtype = rule.dtype(tensor.name) if tensor.dtype in WIDTHS else tensor.dtype
         nbytes = tensor.nbytes if dtype == tensor.dtype else tensor.count * WIDTHS[dtype]
-        shape = tensor.shape[::-1] if linear and rule.turned else tensor.shape
+        shape = tensor.shape[::-1] if linear and rule.transposed else tensor.shape
         found.append(Value(tensor.name, dtype, shape, nbytes, linear))
     return tuple(found)
 
@@ -92,7 +92,7 @@ def values(
 class _Diffusers:
     """Every linear layer is quantized, but for those in modules that the class keeps in float32."""
 
-    turned = False
+    transposed = False
 
     def __init__(self, architecture: str | None, tensors: Iterable[Plain]) -> None:
         counts: Counter[str] = Counter()
@@ -119,7 +119,7 @@ class _Transformers:
     def __init__(self, config: Mapping[str, Any], tensors: Iterable[Plain]) -> None:
         types = set(model_types(config))
         model_type = str(config.get("model_type"))
-        self.turned = model_type in CONV1D
+        self.transposed = model_type in CONV1D
         self.own_linears = bool(types & OWN_LINEARS)
         self.fuses = model_type not in UNFUSED
         said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")

@@ -28,7 +28,7 @@ REMOTE_STATES = 16
 
 
 @dataclass(frozen=True)
-class Look:
+class FolderReading:
     """What was read of a folder: ``checkpoint`` is None if there is none, or none that can be read."""
 
     folder: Folder
@@ -37,16 +37,16 @@ class Look:
     problems: tuple[Problem, ...]
 
 
-def look_at(folder: Folder, variant: str | None = None) -> Look:
+def read_folder(folder: Folder, variant: str | None = None) -> FolderReading:
     """Read config, index, headers and quant states. Raises only for a folder that cannot be looked into."""
     checkpoint, problems = survey(folder, variant)
     if checkpoint is None:
-        return Look(folder, None, {}, problems)
+        return FolderReading(folder, None, {}, problems)
     weights, more = read_quantized(checkpoint, states=None if isinstance(folder, LocalFolder) else REMOTE_STATES)
-    return Look(folder, checkpoint, weights, worst_first((*problems, *more)))
+    return FolderReading(folder, checkpoint, weights, worst_first((*problems, *more)))
 
 
-def inspect_model(look: Look, origin: Origin, *, plan: bool = False) -> Inspection:
+def inspect_model(look: FolderReading, origin: Origin, *, plan: bool = False) -> Inspection:
     """What was looked at. With ``plan`` the model's library is asked, which is exact and takes seconds."""
     checkpoint = look.checkpoint
     if checkpoint is None:

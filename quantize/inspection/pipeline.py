@@ -15,7 +15,7 @@ from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.output.record import read_record
 from qz.quantize.inspection.estimate import METHODS, Estimate
-from qz.quantize.inspection.model import Look, inspect_model, look_at
+from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
 from qz.quantize.planning.components import choose
 
@@ -170,7 +170,7 @@ def inspect_pipeline(
     if scripts:
         named = f" ({', '.join(quoted(name, 40) for name in scripts[:3])})"
         problems.add("custom-code", scripts[0], named=named, library="diffusers")
-    looks: dict[str, Look | None] = {}
+    looks: dict[str, FolderReading | None] = {}
     components: list[ComponentInspection] = []
     for name, (library, component_class) in entries.items():
         try:
@@ -250,17 +250,19 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
     return class_name, entries
 
 
-def _look(folder: Folder, variant: str | None) -> Look | None:
+def _look(folder: Folder, variant: str | None) -> FolderReading | None:
     """What is in a component's folder, None if it is one without weights. As diffusers does, the ``variant`` is taken
     of those that have it."""
     sizes = folder.sizes()
     if not has_weights(sizes):
         return None
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
-    return look_at(folder, variant if has_variant else None)
+    return read_folder(folder, variant if has_variant else None)
 
 
-def _with_estimates(found: PipelineInspection, folder: Folder, looks: Mapping[str, Look | None]) -> PipelineInspection:
+def _with_estimates(
+    found: PipelineInspection, folder: Folder, looks: Mapping[str, FolderReading | None]
+) -> PipelineInspection:
     """What ``qz quantize`` would make of the pipeline: components that are worth it, the others as they are."""
     parts = []
     for component in found.components:

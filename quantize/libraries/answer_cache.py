@@ -23,7 +23,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
-from qz.quantize.libraries.architecture import Architecture, Footprint, Given, Saved, Weight, Wish
+from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequest, Saved, TensorSpec, Weight
 
 MOST = 256
 """Answers that are kept, the newest."""
@@ -32,7 +32,9 @@ CODE = ("accelerate", "diffusers", "qz", "timm", "transformers")
 GENERATION_CONFIG = "generation_config.json"
 
 
-def question(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish, versions: Mapping[str, str]) -> str:
+def question(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest, versions: Mapping[str, str]
+) -> str:
     """A name for what a library is asked: the SHA-256 of all that it is told, and of which library it is."""
     generation = GENERATION_CONFIG in checkpoint.folder.sizes()
     asked = {
@@ -43,8 +45,8 @@ def question(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish, v
         "config": checkpoint.config,
         "generation": read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES).hex() if generation else None,
         "tensors": [(name, given.dtype, given.shape, given.linear) for name, given in tensors.items()],
-        "method": wish.method and [type(wish.method).__name__, wish.method.config()],
-        "wish": [wish.dtype, wish.skips, wish.default_skips],
+        "method": request.method and [type(request.method).__name__, request.method.config()],
+        "request": [request.dtype, request.skips, request.default_skips],
     }
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 

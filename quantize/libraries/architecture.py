@@ -39,7 +39,7 @@ Conversion = Callable[[Mapping[str, "torch.Tensor"]], Mapping[str, "torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class TensorSpec:
     """A checkpoint tensor as the library is shown it: a torch dtype name and a shape."""
 
     dtype: str
@@ -120,7 +120,7 @@ class Architecture:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class LoadRequest:
     """What the user asks of the architecture."""
 
     method: Method | None
@@ -175,11 +175,11 @@ def document(text: str) -> bytes:
     return text.encode("utf-8")
 
 
-def skip_list(defaults: list[str], wish: Wish) -> list[str] | None:
+def skip_list(defaults: list[str], request: LoadRequest) -> list[str] | None:
     """``llm_int8_skip_modules`` to write: None when the library's own defaults are meant."""
-    if wish.default_skips and not wish.skips:
+    if request.default_skips and not request.skips:
         return None
-    return list(dict.fromkeys([*(sorted(defaults) if wish.default_skips else ()), *wish.skips]))
+    return list(dict.fromkeys([*(sorted(defaults) if request.default_skips else ()), *request.skips]))
 
 
 def checked(missing: set[str], mismatched: list[str], class_name: str, where: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries import answer_cache
-from qz.quantize.libraries.architecture import Architecture, Given, Wish, torch_name
+from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec, torch_name
 from qz.quantize.libraries.lean_imports import lean_imports
 
 OF_TRANSFORMERS = ("AutoencoderRAE",)
@@ -16,8 +16,8 @@ OF_TRANSFORMERS = ("AutoencoderRAE",)
 
 def examine(
     checkpoint: Checkpoint,
-    wish: Wish,
-    given: Mapping[str, Given] | None = None,
+    request: LoadRequest,
+    given: Mapping[str, TensorSpec] | None = None,
     equal: Callable[[str, str], bool] | None = None,
 ) -> Architecture:
     """Ask the checkpoint's library how it would load and save it.
@@ -31,9 +31,12 @@ def examine(
     tensors = (
         given
         if given is not None
-        else {name: Given(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in checkpoint.tensors.items()}
+        else {
+            name: TensorSpec(torch_name(tensor.dtype, name), tensor.shape)
+            for name, tensor in checkpoint.tensors.items()
+        }
     )
-    question = answer_cache.question(checkpoint, tensors, wish, library_versions())
+    question = answer_cache.question(checkpoint, tensors, request, library_versions())
     if (known := answer_cache.recall(question)) is not None:
         return known
     compared = False
@@ -47,11 +50,11 @@ def examine(
         if checkpoint.library == "diffusers":
             from qz.quantize.libraries import on_diffusers
 
-            architecture = on_diffusers.examine(checkpoint, tensors, wish)
+            architecture = on_diffusers.examine(checkpoint, tensors, request)
         else:
             from qz.quantize.libraries import on_transformers
 
-            architecture = on_transformers.examine(checkpoint, tensors, wish, compare if equal else None)
+            architecture = on_transformers.examine(checkpoint, tensors, request, compare if equal else None)
     if not compared:
         answer_cache.keep(question, architecture)
     return architecture

@@ -29,7 +29,7 @@ _allowed = False
 
 
 def allow() -> None:
-    """Say that this process runs no model of its own: a library imported lean is not fit for ``torch.compile``."""
+    """Say that this process runs no model: a library imported this way must not be used with ``torch.compile``."""
     global _allowed
     _allowed = True
 
@@ -40,7 +40,7 @@ def lean_imports(keep: Container[str] = ()) -> Iterator[None]:
 
     ``keep``: of ``OPTIONAL``, what must not be left out.
     """
-    with uncollected():
+    with gc_paused():
         import torch
 
     if not _allowed or COMPILER in sys.modules:
@@ -48,7 +48,7 @@ def lean_imports(keep: Container[str] = ()) -> Iterator[None]:
         return
     finder = _NoCompilerFinder()
     with ExitStack() as stack:
-        stack.enter_context(uncollected())
+        stack.enter_context(gc_paused())
         sys.meta_path.insert(0, finder)
         stack.callback(_forget_stand_ins, torch)
         stack.callback(sys.meta_path.remove, finder)
@@ -71,7 +71,7 @@ def lean_imports(keep: Container[str] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Inside, where it is allowed, no garbage is collected: imports make a million objects, and all of them stay.
 
     To look through them again and again took a quarter of the time.

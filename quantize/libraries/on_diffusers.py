@@ -19,10 +19,10 @@ from qz.quantize.libraries.architecture import (
     SAFETENSORS_NAMES,
     Architecture,
     Footprint,
-    Given,
+    LoadRequest,
     Saved,
+    TensorSpec,
     Weight,
-    Wish,
     checked,
     document,
     expand,
@@ -30,10 +30,10 @@ from qz.quantize.libraries.architecture import (
 )
 
 
-def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) -> Architecture:
+def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> Architecture:
     """See ``qz.quantize.libraries.architecture.examine``."""
 
-    load_dtype = _load_dtype(tensors, wish)
+    load_dtype = _load_dtype(tensors, request)
     model, class_name = _build(checkpoint, getattr(torch, load_dtype))
     sources = _sources(model, tensors)
     state = model.state_dict()
@@ -49,7 +49,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) ->
         checkpoint.folder.location,
     )
     fp32 = _listed(model._keep_in_fp32_modules)
-    linears, kept = _select(model, wish, fp32)
+    linears, kept = _select(model, request, fp32)
 
     def dtype_of(name: str) -> str:
         given = found[name].dtype
@@ -66,7 +66,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) ->
         for weight in [weights[f"{path}.weight"]]
     }
     saved = []
-    for name, (owner, part, variable, tensor) in expand(state, quantized, wish.method).items():
+    for name, (owner, part, variable, tensor) in expand(state, quantized, request.method).items():
         weight = quantized[owner.removesuffix(".weight")] if part else weights[owner]
         dtype = str(tensor.dtype).removeprefix("torch.") if part else weight.dtype
         nbytes = tensor.numel() * getattr(torch, dtype).itemsize
@@ -81,7 +81,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) ->
         for name, buffer in model.named_buffers()
     )
     before = sum(sizes.values()) + buffers
-    packed = sum(wish.method.footprint(w.count) - sizes[w.name] for w in quantized.values() if wish.method)
+    packed = sum(request.method.footprint(w.count) - sizes[w.name] for w in quantized.values() if request.method)
     return Architecture(
         class_name=class_name,
         saved=tuple(saved),
@@ -91,11 +91,11 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, Given], wish: Wish) ->
         counted_parameters=sum(parameter.numel() for parameter in parameters.values()),
         footprint=Footprint(before, before + packed),
         dtype=load_dtype,
-        documents=_documents(model, wish),
+        documents=_documents(model, request),
     )
 
 
-def _sources(model: Any, tensors: Mapping[str, Given]) -> dict[str, str]:
+def _sources(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Model name → checkpoint name; attention layers had other names before diffusers 0.17."""
     names = {name: name for name in tensors}
     model._fix_state_dict_keys_on_load(names)
@@ -106,10 +106,10 @@ def _listed(names: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
-def _load_dtype(tensors: Mapping[str, Given], wish: Wish) -> str:
+def _load_dtype(tensors: Mapping[str, TensorSpec], request: LoadRequest) -> str:
     """``auto`` keeps the checkpoint's own dtype, the one most of its values have; diffusers would force float16."""
-    if wish.dtype != "auto":
-        return wish.dtype
+    if request.dtype != "auto":
+        return request.dtype
     counts: dict[str, int] = {}
     for given in tensors.values():
         if given.dtype in FLOATS:
@@ -157,14 +157,14 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     return model, str(name)
 
 
-def _select(model: Any, wish: Wish, fp32: list[str]) -> tuple[list[str], dict[str, str]]:
+def _select(model: Any, request: LoadRequest, fp32: list[str]) -> tuple[list[str], dict[str, str]]:
     """Linears to quantize, and those to keep with the reason.
 
     The library's rule: a key matches a leaf's name, a whole path, or ``key.`` anywhere in the path. Without user
     skips only ``_keep_in_fp32_modules`` count.
     """
 
-    if wish.method is None:
+    if request.method is None:
         return [], {}
 
     def matches(keys: list[str] | tuple[str, ...], path: str) -> bool:
@@ -176,7 +176,7 @@ def _select(model: Any, wish: Wish, fp32: list[str]) -> tuple[list[str], dict[st
     for path, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
-        if matches(wish.skips, path):
+        if matches(request.skips, path):
             kept[path] = "skipped on request"
         elif matches(fp32, path):
             kept[path] = "kept in float32 by the model"
@@ -185,14 +185,14 @@ def _select(model: Any, wish: Wish, fp32: list[str]) -> tuple[list[str], dict[st
     return linears, kept
 
 
-def _documents(model: Any, wish: Wish) -> dict[str, bytes]:
+def _documents(model: Any, request: LoadRequest) -> dict[str, bytes]:
     """config.json as ``save_pretrained`` writes it, without ``_name_or_path``, which would leak a local path."""
     from diffusers import BitsAndBytesConfig
 
-    if wish.method is not None:
-        skips = skip_list([], wish)
+    if request.method is not None:
+        skips = skip_list([], request)
         if skips is not None:  # the library extends the user's list in place
             skips += _listed(model._keep_in_fp32_modules)
-        config = BitsAndBytesConfig(**wish.method.config(), llm_int8_skip_modules=skips)
+        config = BitsAndBytesConfig(**request.method.config(), llm_int8_skip_modules=skips)
         model.register_to_config(quantization_config=config)
     return {"config.json": document(model.to_json_string())}

@@ -24,10 +24,10 @@ from qz.quantize.libraries.architecture import (
     Architecture,
     Conversion,
     Footprint,
-    Given,
+    LoadRequest,
     Saved,
+    TensorSpec,
     Weight,
-    Wish,
     checked,
     document,
     expand,
@@ -55,25 +55,25 @@ Model = Any
 
 def examine(
     checkpoint: Checkpoint,
-    tensors: Mapping[str, Given],
-    wish: Wish,
+    tensors: Mapping[str, TensorSpec],
+    request: LoadRequest,
     equal: Callable[[str, str], bool] | None = None,
 ) -> Architecture:
     """See ``qz.quantize.libraries.architecture.examine``."""
     where = checkpoint.folder.location
     model_class = _model_class(checkpoint)
-    model, missing, mismatched = _load(checkpoint, model_class, tensors, wish)
+    model, missing, mismatched = _load(checkpoint, model_class, tensors, request)
     body_class = _body_class(model, missing)
     head_missing: tuple[str, ...] = ()
     if body_class is not None:
-        model, missing, mismatched = _load(checkpoint, body_class, tensors, wish)
+        model, missing, mismatched = _load(checkpoint, body_class, tensors, request)
         head_missing = (f"handled as a {body_class.__name__}: the weights lack the head of {model_class.__name__}",)
     class_name = type(model).__name__
     origins = _origins(model, tensors)
-    turned = _turned(model, origins, tensors)
-    checked(missing, [text for name, text in mismatched.items() if name not in turned], class_name, where)
+    transposed_weights = _transposed_weights(model, origins, tensors)
+    checked(missing, [text for name, text in mismatched.items() if name not in transposed_weights], class_name, where)
     load_dtype = _name(model.config.dtype)
-    linears, kept, skips = _select(model, wish)
+    linears, kept, skips = _select(model, request)
     origins = _tie(model, origins, equal)
 
     in_fp32 = list(model._get_dtype_plan(model.config.dtype))
@@ -99,8 +99,8 @@ def examine(
         if name not in set(model._keys_to_ignore_on_save or ())
     }
     state = remove_tied_weights_from_state_dict(state, model)
-    entries = expand(state, quantized, wish.method)
-    saved, notes = _saved(model, entries, quantized, origins, tensors, turned)
+    entries = expand(state, quantized, request.method)
+    saved, notes = _saved(model, entries, quantized, origins, tensors, transposed_weights)
 
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())
@@ -112,8 +112,8 @@ def examine(
         dropped=tuple(sorted(set(tensors) - used)),
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         counted_parameters=sum(
-            wish.method.counted(parameter.numel())
-            if wish.method and name.removesuffix(".weight") in quantized
+            request.method.counted(parameter.numel())
+            if request.method and name.removesuffix(".weight") in quantized
             else parameter.numel()
             for name, parameter in parameters.items()
         ),
@@ -121,13 +121,13 @@ def examine(
             before,
             before
             + sum(
-                wish.method.footprint(weight.count) - parameters[weight.name].nbytes
+                request.method.footprint(weight.count) - parameters[weight.name].nbytes
                 for weight in quantized.values()
-                if wish.method
+                if request.method
             ),
         ),
         dtype=load_dtype,
-        documents=_documents(model, quantized, wish, skips),
+        documents=_documents(model, quantized, request, skips),
         notes=head_missing + notes,
     )
 
@@ -172,7 +172,7 @@ def _body_class(model: Model, missing: set[str]) -> Any:
 
 
 def _load(
-    checkpoint: Checkpoint, model_class: Any, tensors: Mapping[str, Given], wish: Wish
+    checkpoint: Checkpoint, model_class: Any, tensors: Mapping[str, TensorSpec], request: LoadRequest
 ) -> tuple[Model, set[str], dict[str, str]]:
     """The model on meta, with the names that its loader missed, and those it found in another shape, with that."""
     from transformers import GenerationConfig
@@ -195,7 +195,7 @@ def _load(
                 config=model_class.config_class.from_pretrained(folder),
                 state_dict=state,
                 device_map="meta",
-                dtype=wish.dtype,
+                dtype=request.dtype,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -226,7 +226,7 @@ class _Origin:
     conversion: Conversion | None = None
 
 
-def _origins(model: Model, tensors: Mapping[str, Given]) -> dict[str, _Origin]:
+def _origins(model: Model, tensors: Mapping[str, TensorSpec]) -> dict[str, _Origin]:
     """State dict name → its sources, by the steps of ``convert_and_load_state_dict_in_model``.
 
     A source that matches a converter is collected with the others of its target; any other is only renamed, and the
@@ -281,7 +281,7 @@ class _Forward:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-def _turned(model: Model, origins: Mapping[str, _Origin], tensors: Mapping[str, Given]) -> set[str]:
+def _transposed_weights(model: Model, origins: Mapping[str, _Origin], tensors: Mapping[str, TensorSpec]) -> set[str]:
     """Weights of ``Conv1D`` modules that are given as (out, in)."""
 
     found = set()
@@ -319,10 +319,10 @@ def _tie(model: Model, origins: dict[str, _Origin], equal: Callable[[str, str], 
     return complete
 
 
-def _select(model: Model, wish: Wish) -> tuple[dict[str, bool], dict[str, str], list[str] | None]:
+def _select(model: Model, request: LoadRequest) -> tuple[dict[str, bool], dict[str, str], list[str] | None]:
     """Linears to quantize (path → stored transposed), linears to keep (path → why), and the skip list to write."""
 
-    if wish.method is None:
+    if request.method is None:
         return {}, {}, None
     patched = {type(module).__name__ for module in model.modules()} & set(MODULES_TO_PATCH_FOR_QUANTIZATION)
     if patched:
@@ -332,14 +332,14 @@ def _select(model: Model, wish: Wish) -> tuple[dict[str, bool], dict[str, str], 
         )
     defaults = get_keys_to_not_convert(model)
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    if not wish.default_skips and tied:
+    if not request.default_skips and tied:
         raise UsageError(
             f"--no-default-skips would quantize the tied weights {', '.join(sorted(tied))}, and the result could not "
             "run. Leave it out, or untie the weights first."
         )
     fp32 = list(model._keep_in_fp32_modules or ())
-    patterns = list(dict.fromkeys([*(defaults if wish.default_skips else ()), *fp32, *wish.skips]))
-    for pattern in wish.skips:
+    patterns = list(dict.fromkeys([*(defaults if request.default_skips else ()), *fp32, *request.skips]))
+    for pattern in request.skips:
         try:
             re.compile(pattern)
         except re.error as error:
@@ -353,7 +353,7 @@ def _select(model: Model, wish: Wish) -> tuple[dict[str, bool], dict[str, str], 
             kept[path] = f"a {type(module).__name__}, which transformers does not quantize"
         elif should_convert_module(path, patterns):
             linears[path] = isinstance(module, Conv1D)
-        elif not should_convert_module(path, list(wish.skips)):
+        elif not should_convert_module(path, list(request.skips)):
             kept[path] = "skipped on request"
         elif not should_convert_module(path, fp32):
             kept[path] = "kept in float32 by the model"
@@ -361,7 +361,7 @@ def _select(model: Model, wish: Wish) -> tuple[dict[str, bool], dict[str, str], 
             kept[path] = "tied to another weight"
         else:
             kept[path] = "output layer"
-    return linears, kept, skip_list(defaults, wish)
+    return linears, kept, skip_list(defaults, request)
 
 
 def _saved(
@@ -369,8 +369,8 @@ def _saved(
     entries: dict[str, tuple[str, str, bool, torch.Tensor]],
     quantized: Mapping[str, Weight],
     origins: Mapping[str, _Origin],
-    tensors: Mapping[str, Given],
-    turned: set[str],
+    tensors: Mapping[str, TensorSpec],
+    transposed_weights: set[str],
 ) -> tuple[tuple[Saved, ...], tuple[str, ...]]:
     """The output's tensors in the order and under the names of ``save_pretrained``.
 
@@ -399,7 +399,7 @@ def _saved(
         elif state_name is not None:
             origin = origins[state_name]
             conversion = _Renamed(origin.conversion, state_name, name) if origin.conversion else None
-            transposed = state_name in turned
+            transposed = state_name in transposed_weights
             weight = Weight(name, origin.sources, dtype, shape, transposed=transposed, conversion=conversion)
         elif name in tensors and tensors[name].shape == shape:
             weight = Weight(name, (name,), dtype, shape)
@@ -472,7 +472,9 @@ class _Backward:
         return reverted
 
 
-def _documents(model: Model, quantized: Mapping[str, Weight], wish: Wish, skips: list[str] | None) -> dict[str, bytes]:
+def _documents(
+    model: Model, quantized: Mapping[str, Weight], request: LoadRequest, skips: list[str] | None
+) -> dict[str, bytes]:
     """config.json and generation_config.json as ``save_pretrained`` writes them."""
     from transformers import BitsAndBytesConfig
 
@@ -483,8 +485,8 @@ def _documents(model: Model, quantized: Mapping[str, Weight], wish: Wish, skips:
     ]
     model.config.dtype = _name(floats[0] if floats else model.config.dtype)
     model.config.architectures = [type(model).__name__]
-    if wish.method is not None:
-        model.config.quantization_config = BitsAndBytesConfig(**wish.method.config(), llm_int8_skip_modules=skips)
+    if request.method is not None:
+        model.config.quantization_config = BitsAndBytesConfig(**request.method.config(), llm_int8_skip_modules=skips)
     documents = {}
     with tempfile.TemporaryDirectory(prefix="qz-") as folder:
         try:

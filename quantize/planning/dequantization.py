@@ -20,8 +20,8 @@ from qz.quantize.libraries.architecture import (
     SAFETENSORS_NAMES,
     Architecture,
     Footprint,
-    Given,
-    Wish,
+    LoadRequest,
+    TensorSpec,
     torch_name,
 )
 from qz.quantize.libraries.examine import examine
@@ -61,16 +61,16 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
         elif name not in companions:
             sources[name] = tensor
     given = {
-        name: Given(torch_name(source.dtype, name), source.shape, linear=name in weights)
+        name: TensorSpec(torch_name(source.dtype, name), source.shape, linear=name in weights)
         for name, source in sources.items()
     }
 
     def equal(one: str, other: str) -> bool:
         return one not in weights and other not in weights and equal_tensors(checkpoint, one, other)
 
-    architecture = examine(checkpoint, Wish(None, dtype), given, equal)
+    architecture = examine(checkpoint, LoadRequest(None, dtype), given, equal)
     refuse_codes(checkpoint, architecture, sources)
-    same = architecture if dtype == before else examine(checkpoint, Wish(None, before), given, equal)
+    same = architecture if dtype == before else examine(checkpoint, LoadRequest(None, before), given, equal)
     footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
     architecture = replace(architecture, footprint=footprint)
     return make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)

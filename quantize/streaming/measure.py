@@ -15,7 +15,7 @@ from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory
-from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Wish
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, LoadRequest
 from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import BLOCK_SIZE, FourBit, Method
 from qz.quantize.planning.plan import Plan, Step, make_plan
@@ -51,7 +51,7 @@ class Measure:
 
     def finish(self, plan: Plan, arithmetic: Arithmetic, threads: int) -> None:
         """Compute once more, without writing, what an earlier run of ``plan`` had finished already."""
-        from qz.quantize.streaming.run import Nowhere, Run
+        from qz.quantize.streaming.run import DiscardOutput, Run
 
         left = {
             step.weight.name
@@ -59,7 +59,7 @@ class Measure:
             if step.act != "keep" and step.weight.count and step.name not in self.tally.sums
         }
         if left:
-            Run(plan, plan.checkpoint.folder, Nowhere(), arithmetic, watch=self, only=left).convert(threads)
+            Run(plan, plan.checkpoint.folder, DiscardOutput(), arithmetic, observer=self, only=left).convert(threads)
         for folder in self.folders:
             folder.check()
 
@@ -74,7 +74,7 @@ class Measure:
         memory: Memory,
     ) -> None: ...
 
-    def settled(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None: ...
+    def absmax_known(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None: ...
 
     def dequantized(self, step: Step, start: int, values: Values, memory: Memory) -> None: ...
 
@@ -104,7 +104,7 @@ class WhileQuantizing(Measure):
             with self.lock:
                 self.held.setdefault(step.weight.name, []).append(kept)
 
-    def settled(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None:
+    def absmax_known(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None:
         with self.lock:
             held = self.held.pop(step.weight.name, [])
         for start, original, codes in held:
@@ -186,7 +186,7 @@ class AgainstOriginal(Measure):
 def steps_of(original: Checkpoint) -> dict[str, Step]:
     """How the original's weights are read, by the name under which the library saves them."""
     refuse_quantized(original)
-    architecture = examine(original, Wish(None), equal=lambda one, other: equal_tensors(original, one, other))
+    architecture = examine(original, LoadRequest(None), equal=lambda one, other: equal_tensors(original, one, other))
     plan = make_plan(original, architecture, None, 1 << 62)
     return {step.name: step for step in plan.steps}
 

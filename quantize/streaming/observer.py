@@ -15,7 +15,7 @@ Values = tuple[NDArray[Any], str]
 """A 1-D array as kernels see it, float32 or the bits of 16-bit floats, and its dtype."""
 
 
-class Watch(Protocol):
+class Observer(Protocol):
     """Sees every chunk of a run, from the run's threads. Arrays are valid during the call only."""
 
     def quantized(
@@ -34,7 +34,7 @@ class Watch(Protocol):
         """
         ...
 
-    def settled(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None:
+    def absmax_known(self, step: Step, method: FourBit, absmax: NDArray[np.float32]) -> None:
         """The whole weight's absmax as a loader will see it after double quantization."""
         ...
 

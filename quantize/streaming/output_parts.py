@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
-from qz.formats.output.companions import Carried, copy
+from qz.formats.output.companions import Companion, copy
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.staging import RESUMABLE, Section, Staging, WrittenFile
 from qz.quantize.planning.plan import Plan
@@ -37,7 +37,7 @@ class Part:
 
     name: str = ""
     plan: Plan | None = None
-    carried: tuple[Carried, ...] = ()
+    carried: tuple[Companion, ...] = ()
     documents: Mapping[str, bytes] = field(default_factory=dict)
     """Small files to write beside those of the plan."""
     measure: Measure | None = None
@@ -63,7 +63,7 @@ class Written:
     resumed: bool
 
 
-def model_part(plan: Plan, carried: Iterable[Carried] = (), name: str = "", measure: Measure | None = None) -> Part:
+def model_part(plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None) -> Part:
     """A converted model with what goes along, but for what the plan writes itself."""
     return Part(name, plan, tuple(each for each in carried if each.name not in plan.files), measure=measure)
 
@@ -102,7 +102,7 @@ def write_parts(
         meter = _Meter(progress)
         sections = [Section(staging, part.name) for part in parts]
         runs = [
-            Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, watch=part.measure)
+            Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, observer=part.measure)
             if part.plan
             else None
             for part, section in zip(parts, sections, strict=True)
@@ -150,7 +150,7 @@ class _Meter:
         self.progress = progress
         self.weights = self.all_weights = self.bytes = self.all_bytes = 0
 
-    def expect(self, run: Run | None, carried: Iterable[Carried], section: Section) -> None:
+    def expect(self, run: Run | None, carried: Iterable[Companion], section: Section) -> None:
         finished = section.finished
         self.all_bytes += sum(each.bytes for each in carried if each.name not in finished)
         if run is not None:

@@ -144,7 +144,7 @@ class _Int8:
 
 
 def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes:
-    """A weight that is merged, split or turned, in its dtype: its sources in memory at once, through torch."""
+    """A weight that is merged, split or transposed, in its dtype: its sources in memory at once, through torch."""
     import torch
 
     dtype = getattr(torch, weight.dtype)

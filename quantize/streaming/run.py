@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.formats.folder import Folder, Range
-from qz.formats.output.staging import Section, Settled, ShardLayout, ShardWriter, Staging, WrittenFile
+from qz.formats.output.staging import IsVerified, Section, ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.compute.arrays import NUMPY, Bytes, values
 from qz.quantize.compute.kernels import QUANT_MAPS, dequantize_absmax, nested_quant_map
@@ -27,9 +27,9 @@ from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Packed
-from qz.quantize.streaming.observer import Watch
+from qz.quantize.streaming.observer import Observer
 from qz.quantize.streaming.readers import Reader, assemble, reader
-from qz.quantize.streaming.workers import Crew
+from qz.quantize.streaming.workers import Workers
 
 WHOLE_BYTES = 48 << 20
 """How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
@@ -76,17 +76,17 @@ class _Chunk:
     whole: bool = False
 
 
-class Nowhere:
+class DiscardOutput:
     """A staging area that keeps nothing: the pipeline as a reading of the source."""
 
     finished: Mapping[str, WrittenFile] = MappingProxyType({})
 
-    def open_shard(self, layout: ShardLayout, settled: Settled) -> _NoShard:  # noqa: ARG002 - as a staging area has it
-        return _NoShard(layout.file)
+    def open_shard(self, layout: ShardLayout, is_verified: IsVerified) -> _DiscardedShard:  # noqa: ARG002 - as a staging area has it
+        return _DiscardedShard(layout.file)
 
 
 @dataclass(frozen=True, slots=True)
-class _NoShard:
+class _DiscardedShard:
     file: str
 
     def write(self, tensor: str, data: Any, offset: int = 0) -> None: ...
@@ -104,30 +104,31 @@ class Run:
         self,
         plan: Plan,
         folder: Folder,
-        staging: Staging | Section | Nowhere,
+        staging: Staging | Section | DiscardOutput,
         arithmetic: Arithmetic,
         progress: Callable[[Progress], None] = lambda _: None,
         *,
-        forgiving: bool = False,
-        watch: Watch | None = None,
+        allow_nonfinite: bool = False,
+        observer: Observer | None = None,
         only: Container[str] | None = None,
     ) -> None:
-        """``forgiving``: weights with values that are not finite are noted in ``nonfinite``, not refused.
+        """``allow_nonfinite``: weights with values that are not finite are noted in ``nonfinite``, not refused.
 
-        ``watch`` sees what is computed. ``only`` names the weights to convert, into ``Nowhere``: no shard is complete.
+        ``observer`` sees what is computed. ``only`` names the weights to convert, into ``DiscardOutput``: no shard is
+        complete.
         """
         self.plan = plan
         self.folder = folder
         self.staging = staging
         self.arithmetic = arithmetic
         self.progress = progress
-        self.forgiving = forgiving
-        self.watch = watch
+        self.allow_nonfinite = allow_nonfinite
+        self.observer = observer
         self.nonfinite: set[str] = set()
-        self.writers: dict[int, ShardWriter | _NoShard] = {}
+        self.writers: dict[int, ShardWriter | _DiscardedShard] = {}
         self.written: dict[str, WrittenFile] = dict(staging.finished)
         self.lock = threading.Lock()
-        self.crew = Crew()
+        self.workers = Workers()
         self.room = threading.Condition()
         self.in_memory = 0
         self.alone = True
@@ -158,17 +159,17 @@ class Run:
         self.alone = threads <= 1
         try:
             for _ in range(max(1, threads)):
-                self.crew.begin(self._work, chunks)
-            self.crew.wait()
+                self.workers.begin(self._work, chunks)
+            self.workers.wait()
         except BaseException:
-            self.crew.stop.set()
+            self.workers.stop.set()
             self.folder.give_up()
             raise
         finally:
-            self.crew.stop.set()
-            self.crew.wait()
-        if self.crew.errors:
-            raise self.crew.errors[0]
+            self.workers.stop.set()
+            self.workers.wait()
+        if self.workers.errors:
+            raise self.workers.errors[0]
         self.folder.check()
 
     def _sources(self) -> dict[int, set[str]]:
@@ -182,7 +183,7 @@ class Run:
         return found
 
     def _settled(self, files: set[str]) -> Callable[[], bool]:
-        return lambda: all(self.folder.settled(file) for file in files)
+        return lambda: all(self.folder.is_verified(file) for file in files)
 
     def _open(self, saved: Saved) -> bool:
         """Whether an output still has to be written."""
@@ -209,7 +210,7 @@ class Run:
 
     def _work(self, chunks: Iterator[_Chunk]) -> None:
         buffers = _Buffers(self.arithmetic)
-        while not self.crew.stop.is_set():
+        while not self.workers.stop.is_set():
             with self.lock:
                 chunk = next(chunks, None)
             if chunk is None:
@@ -233,12 +234,12 @@ class Run:
             self._quantize(chunk.work, values(raw, target), chunk.start, buffers, original)
         else:
             self._write(step.outputs[0], raw, chunk.start * raw.nbytes // max(count, 1))
-            if self.watch is not None and step.act == "dequantize":
-                self.watch.dequantized(step, chunk.start, (values(raw, target), target), buffers.get)
+            if self.observer is not None and step.act == "dequantize":
+                self.observer.dequantized(step, chunk.start, (values(raw, target), target), buffers.get)
         return source.nbytes * chunk.stop // max(weight.count, 1) - source.nbytes * chunk.start // max(weight.count, 1)
 
     def _whole(self, work: _Work) -> int:
-        """A weight that cannot be cut, because it is merged, split or turned. Large ones take turns."""
+        """A weight that cannot be cut, because it is merged, split or transposed. Large ones take turns."""
         target = SAFETENSORS_NAMES[work.step.weight.dtype]
         done = sum(source.nbytes for source in work.step.sources)
         nbytes = max(done, work.step.weight.count * _itemsize(target))
@@ -259,8 +260,8 @@ class Run:
         buffers, original = _Buffers(self.arithmetic), (values(raw, target), target)
         if not weight.quantized:
             self._write(step.outputs[0], raw, 0)
-            if self.watch is not None and step.act == "dequantize":
-                self.watch.dequantized(step, 0, original, buffers.get)
+            if self.observer is not None and step.act == "dequantize":
+                self.observer.dequantized(step, 0, original, buffers.get)
         else:
             if self.plan.method is not None and self.plan.method.double_quant:
                 work.absmax = np.empty(-(-weight.count // BLOCK_SIZE), np.float32)
@@ -286,8 +287,8 @@ class Run:
             self._write(outputs["weight"], packed, start // 2)
             if work.absmax is None:
                 self._write(outputs["weight.absmax"], absmax, first_block * 4)
-            if self.watch is not None:
-                self.watch.quantized(work.step, method, start, original, packed, absmax, buffers.get)
+            if self.observer is not None:
+                self.observer.quantized(work.step, method, start, original, packed, absmax, buffers.get)
         else:
             columns = weight.shape[1]
             rows = len(values) // columns
@@ -296,8 +297,8 @@ class Run:
             found = self.arithmetic.quantize_int8(values.reshape(rows, columns), dtype, codes, scb)
             self._write(outputs["weight"], codes, start)
             self._write(outputs["SCB"], scb, start // columns * 4)
-            if self.watch is not None and method is not None:
-                self.watch.quantized(work.step, method, start, original, codes, scb, buffers.get)
+            if self.observer is not None and method is not None:
+                self.observer.quantized(work.step, method, start, original, codes, scb, buffers.get)
         if found.count:
             with self.lock:
                 first = start + found.first
@@ -317,7 +318,7 @@ class Run:
 
     def _complete(self, work: _Work) -> None:
         if work.nonfinite:
-            if not self.forgiving:
+            if not self.allow_nonfinite:
                 raise _nonfinite(work, self.plan)
             self.nonfinite.add(work.step.weight.name)
         if work.step.weight.quantized:
@@ -338,17 +339,17 @@ class Run:
                 continue
             self.finishers.acquire()
             try:
-                self.crew.begin(self._finish_beside, writer)
+                self.workers.begin(self._finish_beside, writer)
             except BaseException:
                 self.finishers.release()
                 raise
 
-    def _finish(self, writer: ShardWriter | _NoShard) -> None:
+    def _finish(self, writer: ShardWriter | _DiscardedShard) -> None:
         written = writer.finish()
         self.written[written.name] = written
         self._report(written.name)
 
-    def _finish_beside(self, writer: ShardWriter | _NoShard) -> None:
+    def _finish_beside(self, writer: ShardWriter | _DiscardedShard) -> None:
         """Complete a shard while others are worked on: reading it back, hashing and storing it takes a while."""
         try:
             self._finish(writer)
@@ -369,9 +370,9 @@ class Run:
             return
         absmax, nested_absmax, offset = self.arithmetic.quantize_absmax(work.absmax)
         work.absmax = None
-        if self.watch is not None:
+        if self.observer is not None:
             again = dequantize_absmax(absmax, nested_absmax, nested_quant_map(), offset, NESTED_BLOCK_SIZE)
-            self.watch.settled(work.step, method, again)
+            self.observer.absmax_known(work.step, method, again)
         self._write(outputs["weight.absmax"], absmax, 0)
         self._write(outputs["weight.nested_absmax"], nested_absmax, 0)
         self._write(outputs["weight.nested_quant_map"], nested_quant_map(), 0)

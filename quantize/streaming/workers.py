@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from qz.formats.output.signals import held
+from qz.formats.output.signals import defer_signals
 
 
-class Crew:
-    """What works looks at ``stop`` between two pieces of its work. ``begin`` may be called by a thread of the crew."""
+class Workers:
+    """What works looks at ``stop`` between two pieces of its work. ``begin`` may be called by one of the workers."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -21,7 +21,7 @@ class Crew:
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> None:
         """Let a thread of its own work."""
-        with held():  # so that each one that works is counted
+        with defer_signals():  # so that each one that works is counted
             with self._idle:
                 self._working += 1
             try:
