@@ -446,14 +446,75 @@ def test_a_folder_that_is_not_empty_is_refused_naming_overwrite(tmp_path: Path) 
     assert contents(tmp_path) == {"out/config.json": b"mine"}
 
 
-@pytest.mark.parametrize("held", [{"thesis.tex"}, {"config.json", ".git"}])
-def test_overwrite_replaces_checkpoints_only(tmp_path: Path, held: set[str]) -> None:
-    (tmp_path / "out").mkdir()
-    for name in held:
-        (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(OutputRefused, match="does not remove it"):
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "LICENSE")
+PIPELINE = ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json")
+
+
+@pytest.mark.parametrize(
+    ("held", "named"),
+    [
+        (("thesis.tex",), "thesis.tex"),
+        (("config.json", ".git/HEAD"), ".git/"),
+        (("config.json", "src/a.js", "photos/b.jpg"), "photos/"),
+        (("qz.json", "src/a.js"), "qz.json"),
+        ((*MODEL, "notes.txt"), "notes.txt"),
+        ((*MODEL, "runs/1/events"), "runs/"),
+        ((*MODEL, "src/config.json"), "src/"),
+        ((*MODEL, "model.safetensors.bak"), "model.safetensors.bak"),
+        ((*MODEL, "pytorch_model.bin"), "pytorch_model.bin"),
+        ((*PIPELINE, "unet/sample.png"), "unet/sample.png"),
+        ((*PIPELINE, "vae/deep/config.json"), "vae/deep/"),
+        (("config.json",), "no weights"),
+        (("model_index.json", "LICENSE"), "no weights"),
+    ],
+)
+def test_overwrite_removes_nothing_that_is_not_a_checkpoint(tmp_path: Path, held: tuple[str, ...], named: str) -> None:
+    put(tmp_path / "out", held)
+    with pytest.raises(OutputRefused, match="does not remove") as caught:
         make(tmp_path / "out", overwrite=True)
-    assert set(os.listdir(tmp_path / "out")) == held
+    assert named in str(caught.value)
+    assert set(contents(tmp_path / "out")) == set(held)
+    assert_nothing_beside(tmp_path / "out")
+
+
+@pytest.mark.parametrize("extra", ["notes.txt", "README.md", "tokenizer.json", "part/mine", "mine/", "link"])
+def test_overwrite_beside_files_that_qz_did_not_write_is_refused(tmp_path: Path, extra: str) -> None:
+    make(tmp_path / "out")
+    if extra == "link":
+        (tmp_path / "out/link").symlink_to(tmp_path)
+    elif extra.endswith("/"):
+        (tmp_path / "out" / extra).mkdir()
+    else:
+        (tmp_path / "out" / extra).write_text("mine")
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputRefused, match=extra):
+        make(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+    assert (tmp_path / "out" / extra).exists()
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        MODEL,
+        PIPELINE,
+        ("config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "1_Pooling/config.json"),
+        (*MODEL, "additional_chat_templates/tool.jinja"),
+    ],
+)
+def test_overwrite_replaces_what_is_nothing_but_a_checkpoint(
+    tmp_path: Path, reference: dict[str, bytes], held: tuple[str, ...]
+) -> None:
+    put(tmp_path / "out", held)
+    make(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == reference
+    assert_nothing_beside(tmp_path / "out")
+
+
+def put(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
 
 
 @pytest.mark.parametrize("target", ["folder", "nowhere"])

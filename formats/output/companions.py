@@ -54,6 +54,27 @@ TEMPLATE = re.compile(r"[A-Za-z0-9_-]+\.jinja")
 MODULE = re.compile(r"\d+_[A-Za-z]+")
 MODULE_FILE = re.compile(r"config\.json|model\.safetensors")
 
+_VARIANT = r"(?:\.[A-Za-z0-9_]+)?"
+WEIGHT_FILE = re.compile(
+    rf"(?:{'|'.join(STEMS.values())}){_VARIANT}(?:-\d{{5}}-of-\d{{5}})?{_VARIANT}\.safetensors"
+    rf"|(?:{'|'.join(STEMS.values())}){_VARIANT}\.safetensors(?:\.index{_VARIANT}|{_VARIANT}\.index)\.json"
+)
+"""Weights and their index, under every name that a library has ever given them."""
+CHECKPOINT_FILE = re.compile(
+    "|".join(
+        f"(?:{pattern.pattern})"
+        for pattern in (
+            WEIGHT_FILE,
+            SETTINGS,
+            TOKENIZER,
+            PROCESSOR,
+            GENERATION,
+            SENTENCES,
+            re.compile("model_index.json"),
+        )
+    )
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Companion:
@@ -75,6 +96,14 @@ def companions(folder: Folder) -> tuple[Companion, ...]:
         for name in filter(MODULE.fullmatch, inside):
             found += _matching(folder.subfolder(name), (MODULE_FILE, TOKENIZER), f"{name}/")
     return tuple(found)
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name, which may lie in a folder inside, belongs to a model or pipeline."""
+    parent, _, base = name.rpartition("/")
+    if parent.rpartition("/")[2] == TEMPLATES:
+        return TEMPLATE.fullmatch(base) is not None
+    return CHECKPOINT_FILE.fullmatch(base) is not None or TERMS.fullmatch(base) is not None
 
 
 def terms(folder: Folder) -> tuple[Companion, ...]:

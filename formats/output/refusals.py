@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from qz import OutputRefused
+from qz import OutputRefused, QzError
+from qz.formats.folder import LocalFolder
+from qz.formats.malformed import quoted
 from qz.formats.output import disk
-from qz.formats.output.record import RECORD
+from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
+from qz.formats.output.record import RECORD, read_record
+
+MOST_NAMED = 3
+"""Files in the way that a refusal names."""
 
 
 def sibling(output: Path, suffix: str) -> Path:
@@ -26,12 +33,71 @@ def refuse_output(output: Path, overwrite: bool) -> None:
         raise OutputRefused(f"{output} exists and is not a folder. Choose another with -o/--output.")
     if os.path.ismount(output):
         raise OutputRefused(f"{output} is a mount point: it cannot be replaced. Choose a folder in it: -o {output}/…")
-    held = disk.names(output)
-    if held and not overwrite:
+    if not disk.names(output):
+        return
+    if not overwrite:
         raise OutputRefused(f"{output} exists and is not empty. Replace it with --overwrite, or choose -o/--output.")
-    if held and (".git" in held or not {"config.json", "model_index.json", RECORD} & set(held)):
-        what_else = "a git repository" if ".git" in held else "not a checkpoint (it has no config.json)"
-        raise OutputRefused(f"{output} is {what_else}: --overwrite does not remove it. Choose another folder.")
+    _require_checkpoint(output)
+
+
+def _require_checkpoint(output: Path) -> None:
+    """Raise OutputRefused, naming what is in the way, unless the folder holds a checkpoint and nothing else.
+
+    With a record of qz, what it lists is the checkpoint; without, what is named as the libraries name it.
+    """
+    recorded = _recorded(output)
+    files: list[str] = []
+    foreign: list[str] = []
+    for name in _walk(output, recorded):
+        belongs = name in recorded if recorded else not name.endswith("/") and is_checkpoint_file(name)
+        (files if belongs else foreign).append(name)
+        if len(foreign) > MOST_NAMED:
+            break
+    if foreign:
+        shown = ", ".join(quoted(name, 60) for name in foreign[:MOST_NAMED])
+        more = " and more" if len(foreign) > MOST_NAMED else ""
+        raise OutputRefused(
+            f"{output} holds what is not part of a checkpoint: {shown}{more}. --overwrite does not remove such files. "
+            "Move them away, or choose another folder with -o/--output."
+        )
+    if not recorded and not any(WEIGHT_FILE.fullmatch(name.rpartition("/")[2]) for name in files):
+        raise OutputRefused(
+            f"{output} is not a checkpoint (it holds no weights): --overwrite does not remove it. "
+            "Choose another folder with -o/--output."
+        )
+
+
+def _recorded(output: Path) -> frozenset[str]:
+    """What qz wrote there, by its own record; nothing if there is none, or it cannot be read."""
+    folder = LocalFolder(output)
+    try:
+        record = read_record(folder)
+    except QzError:
+        return frozenset()
+    finally:
+        folder.close()
+    return frozenset({RECORD, *(file.name for file in record.files)}) if record else frozenset()
+
+
+def _walk(root: Path, recorded: frozenset[str], prefix: str = "") -> Iterator[str]:
+    """Every file below ``root``; of a folder that is empty, or not one of a checkpoint, its name and a slash."""
+    for base in disk.names(root / prefix):
+        name = prefix + base
+        if disk.kind(root / name) != "folder":
+            yield name
+        elif not disk.names(root / name) or not _is_checkpoint_folder(root, name, recorded):
+            yield f"{name}/"
+        else:
+            yield from _walk(root, recorded, f"{name}/")
+
+
+def _is_checkpoint_folder(root: Path, name: str, recorded: frozenset[str]) -> bool:
+    if recorded:
+        return any(file.startswith(f"{name}/") for file in recorded)
+    parent, _, base = name.rpartition("/")
+    if base == TEMPLATES:
+        return parent.count("/") == 0
+    return not parent and (MODULE.fullmatch(base) is not None or disk.kind(root / "model_index.json") == "file")
 
 
 def refuse_overlap(source: Path, output: Path) -> None:
