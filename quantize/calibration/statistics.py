@@ -1,0 +1,240 @@
+"""Statistics of the inputs of a model's linears: the file that calibration writes and quantization reads.
+
+A safetensors file with ``__metadata__`` ``{"format": "qz-importance", "version": "1", …}``, and for every linear weight
+of shape (out, in), by its name in the model:
+
+- ``NAME.in_sum2``, F32 [in]: the sum over all tokens of each input's square;
+- ``NAME.counts``, I64 []: how many tokens those were.
+
+Hessians lie in files beside it, named in its metadata under ``hessians``, a JSON object: ``files`` (file → SHA-256) and
+``of`` (weight → [file, tensor]; linears with the same input share a tensor). Each is ``NAME.hessian``, F32 [in, in]:
+the sum over all tokens of the outer product of the input with itself. Its diagonal is ``in_sum2``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz.formats.folder import Folder, LocalFolder
+from qz.formats.json_files import read_json
+from qz.formats.malformed import Malformed, quoted
+from qz.formats.output import disk
+from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
+
+FORMAT = "qz-importance"
+VERSION = "1"
+SUM2, COUNTS, HESSIAN = ".in_sum2", ".counts", ".hessian"
+MAX_FILE_BYTES = 1 << 31
+MAX_INPUTS = 1 << 20
+MAX_HESSIAN_INPUTS = 1 << 16
+"""The Hessian of more inputs would take 16 GiB and more."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class InputSums:
+    """What was seen at the input of one linear: float32[in] sums of squares over so many tokens."""
+
+    sum2: Floats
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HessianPlace:
+    """Where a weight's Hessian lies: a file beside the statistics, and a tensor in it."""
+
+    file: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A file of statistics. ``sums`` by the weights' names; Hessians are read when they are asked for."""
+
+    location: str
+    sha256: str
+    """Of the file, which holds the hashes of the Hessians' files."""
+    sums: Mapping[str, InputSums]
+    hessians: Mapping[str, HessianPlace] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    folder: Folder | None = field(default=None, compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that any linear saw."""
+        return max((each.tokens for each in self.sums.values()), default=0)
+
+    def hessian(self, name: str) -> Floats | None:
+        """float32[in, in] of the weight ``name``, or None; Malformed if it does not fit its sums."""
+        place = self.hessians.get(name)
+        if place is None or self.folder is None:
+            return None
+        where = f"{self.folder.location}/{place.file}"
+        header = _header(self.folder, place.file)
+        info = header.tensors.get(place.tensor)
+        inputs = self.sums[name].sum2.size
+        if info is None or info.dtype != "F32" or info.shape != (inputs, inputs):
+            found = f"{info.dtype} {list(info.shape)}" if info else "missing"
+            raise _malformed(f"{where}: {quoted(place.tensor)} is {found}, not F32 [{inputs}, {inputs}]")
+        values = _read(self.folder, place.file, header, info).view(np.float32).reshape(inputs, inputs)
+        if not np.allclose(
+            values.diagonal(), self.sums[name].sum2, rtol=1e-2, atol=1e-6 * float(values.max(initial=0))
+        ):
+            raise _malformed(f"{where}: the diagonal of {quoted(place.tensor)} is not what {self.location} says it is")
+        return values
+
+
+def read_statistics(path: Path) -> Statistics:
+    """The statistics in the file at ``path``. Raises MissingInput, or Malformed that says what is wrong with it."""
+    folder = LocalFolder(path.parent)
+    size = folder.sizes().get(path.name, 0)
+    header = _header(folder, path.name)
+    if header.metadata.get("format") != FORMAT:
+        raise _malformed(f"{path} is not a file of input statistics (its format is not {FORMAT})")
+    if header.metadata.get("version") != VERSION:
+        version = quoted(header.metadata.get("version", ""))
+        raise _malformed(f"{path} has version {version} of its format, and this qz reads {VERSION}")
+    if size > MAX_FILE_BYTES:
+        raise _malformed(f"{path} is {size:,} bytes long, which is too large for such a file")
+    sums: dict[str, InputSums] = {}
+    for info in header.tensors.values():
+        name, suffix = info.name.rpartition(".")[::2]
+        if f".{suffix}" == SUM2:
+            sums[name] = _sums(folder, path, header, info, header.tensors.get(name + COUNTS))
+        elif f".{suffix}" != COUNTS or name + SUM2 not in header.tensors:
+            raise _malformed(f"{path} contains {quoted(info.name)}, which is no statistic")
+    if not sums:
+        raise _malformed(f"{path} contains no statistics")
+    hessians, files = _places(header.metadata, path, sums)
+    missing = sorted(set(files) - folder.sizes().keys())
+    if missing:
+        raise _malformed(f"{path} needs {missing[0]} beside it, which is missing")
+    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder)
+
+
+def write_statistics(
+    path: Path,
+    sums: Mapping[str, InputSums],
+    metadata: Mapping[str, str],
+    hessians: Mapping[str, HessianPlace] | None = None,
+    hessian_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write the file at ``path``, replacing one that is there, at once. ``hessian_files``: name → SHA-256.
+
+    ``metadata`` says how the statistics were made; nothing private belongs there.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, each in sums.items():
+        tensors[name + SUM2] = np.ascontiguousarray(each.sum2, np.float32)
+        tensors[name + COUNTS] = np.array(each.tokens, np.int64)
+    told = {"format": FORMAT, "version": VERSION, **metadata}
+    if hessians:
+        places = {name: [place.file, place.tensor] for name, place in sorted(hessians.items())}
+        told["hessians"] = json.dumps({"files": dict(sorted((hessian_files or {}).items())), "of": places})
+    _write(path, tensors, told)
+
+
+def write_hessians(path: Path, hessians: Mapping[str, Floats]) -> str:
+    """Write a file of Hessians, by the name of the (first) weight they belong to; its SHA-256."""
+    return _write(path, {name + HESSIAN: np.ascontiguousarray(values, np.float32) for name, values in hessians.items()})
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> str:
+    dtypes = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}
+    infos = layout((name, dtypes[values.dtype], values.shape) for name, values in tensors.items())
+    header = encode_header(infos, metadata or {"format": "pt"})
+    pieces: Iterable[memoryview] = (
+        memoryview(header),
+        *(memoryview(tensors[info.name].reshape(-1)).cast("B") for info in infos if info.nbytes),
+    )
+    digest, position = hashlib.sha256(), 0
+    partial = path.with_name(f"{path.name}.partial")
+    descriptor = disk.open_file(partial, create=True)
+    try:
+        disk.truncate(descriptor, partial, 0)
+        for piece in pieces:
+            disk.write(descriptor, partial, piece, position)
+            digest.update(piece)
+            position += len(piece)
+        disk.sync(descriptor, partial)
+    finally:
+        disk.close(descriptor, partial)
+    disk.rename(partial, path)
+    disk.sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def _header(folder: Folder, file: str) -> Header:
+    where = f"{folder.location}/{file}"
+
+    def read(offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        folder.read_into(file, offset, memoryview(data))
+        return data
+
+    size = folder.sizes().get(file)
+    if size is None:
+        folder.read_into(file, 0, memoryview(bytearray(1)))  # says why it is not among the files
+        size = 0
+    return read_header(read, size, where)
+
+
+def _read(folder: Folder, file: str, header: Header, info: TensorInfo) -> NDArray[np.uint8]:
+    raw = np.empty(info.nbytes, np.uint8)
+    folder.read_into(file, header.data_start + info.start, memoryview(raw))
+    return raw
+
+
+def _sums(folder: Folder, path: Path, header: Header, info: TensorInfo, counts: TensorInfo | None) -> InputSums:
+    if info.dtype != "F32" or len(info.shape) != 1 or not 0 < info.shape[0] <= MAX_INPUTS:
+        raise _malformed(f"{path}: {quoted(info.name)} is {info.dtype} {list(info.shape)}, not F32 [inputs]")
+    if counts is None or counts.dtype != "I64" or counts.shape not in ((), (1,)):
+        raise _malformed(f"{path}: {quoted(info.name)} comes without the I64 number of its tokens ({COUNTS})")
+    values = _read(folder, path.name, header, info).view(np.float32)
+    tokens = int(_read(folder, path.name, header, counts).view(np.int64)[0])
+    check_sums(values, tokens, f"{path}: {quoted(info.name)}")
+    return InputSums(values, tokens)
+
+
+def check_sums(values: NDArray[np.floating[Any]], tokens: float, where: str) -> None:
+    """Raise Malformed unless these are sums of squares over a number of tokens."""
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise _malformed(f"{where} contains values that are no sums of squares (negative, NaN or infinite)")
+    if tokens < 0:
+        raise _malformed(f"{where} was summed over {tokens} tokens")
+
+
+def _places(
+    metadata: Mapping[str, str], path: Path, sums: Mapping[str, InputSums]
+) -> tuple[dict[str, HessianPlace], Mapping[str, str]]:
+    if "hessians" not in metadata:
+        return {}, {}
+    told = read_json(metadata["hessians"].encode(), f"{path}: hessians")
+    files, places = told.get("files"), told.get("of")
+    if not isinstance(files, dict) or not isinstance(places, dict):
+        raise _malformed(f"{path}: its list of Hessians has no files")
+    found = {}
+    for name, place in places.items():
+        fits = isinstance(place, list) and len(place) == 2 and all(isinstance(part, str) for part in place)
+        if not fits or place[0] not in files or name not in sums or sums[name].sum2.size > MAX_HESSIAN_INPUTS:
+            raise _malformed(f"{path}: the Hessian of {quoted(name)} is listed without its file, or without its sums")
+        found[name] = HessianPlace(*place)
+    return found, files
+
+
+def _malformed(why: str) -> Malformed:
+    return Malformed("statistics-malformed", f"{why}. Make it again with `qz calibrate`.")
