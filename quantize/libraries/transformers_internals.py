@@ -1,13 +1,31 @@
 """The parts of transformers that are not public API, in one place; refused clearly where a version lacks them.
 
-Names at save, and the steps of loading that renames and merges take, have no public form in transformers 5.
+Names at save, and the steps of loading that renames and merges take, have no public form in transformers 5; neither
+have the lists of a model's class that say what is kept in float32, tied, or not saved.
 """
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
 import transformers
 
 from qz import Unsupported
+
+KNOWN = "transformers>=5.23,<6"
+
+
+def _unknown(error: Exception) -> Unsupported:
+    return Unsupported(
+        f"transformers {transformers.__version__} is laid out differently from the versions qz knows ({error}). "
+        f"Install one that it knows: pip install '{KNOWN}', or a newer qz."
+    )
+
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,23 +43,87 @@ try:
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 except ImportError as error:
-    raise Unsupported(
-        f"transformers {transformers.__version__} is laid out differently from the versions qz knows ({error}). "
-        "Install one that it knows: pip install 'transformers>=5.17,<5.24'."
-    ) from error
+    raise _unknown(error) from error
 
 __all__ = [
     "MODULES_TO_PATCH_FOR_QUANTIZATION",
     "Conv1D",
     "WeightConverter",
     "WeightRenaming",
-    "build_glob_alternation",
+    "default_skips",
     "dot_natural_key",
-    "get_keys_to_not_convert",
+    "float32_modules",
     "get_model_conversion_mapping",
+    "ignored_on_save",
+    "kept_in_float32",
     "no_init_weights",
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
     "revert_weight_conversion",
     "should_convert_module",
+    "storage_of",
+    "tied_weights",
+    "weight_conversions",
 ]
+
+
+@contextmanager
+def _known_layout() -> Iterator[None]:
+    """Inside, an attribute or argument that a version lacks becomes a refusal that names it."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise _unknown(error) from error
+
+
+def default_skips(model: Any) -> list[str]:
+    """The modules that the library leaves alone where a config names none.
+
+    They are asked of a model whose weights are not tied yet, as ``from_pretrained`` does: a tied head is not among the
+    parameters, and then another one is the last, which stays as it is.
+    """
+    with _known_layout(), ExitStack() as stack:
+        stack.enter_context(no_init_weights())
+        for context in type(model).get_init_context(model.config.dtype, False, False, None):
+            stack.enter_context(context)
+        untied = type(model)(copy.deepcopy(model.config))
+        keys: list[str] = get_keys_to_not_convert(untied)
+        return keys
+
+
+def float32_modules(model: Any) -> list[str]:
+    """Patterns of the modules that are never quantized, and float32 in a float16 model."""
+    with _known_layout():
+        return list(model._keep_in_fp32_modules or ())
+
+
+def kept_in_float32(model: Any) -> Callable[[str], Any]:
+    """Whether a parameter of this name is loaded as float32, whatever the model's dtype."""
+    with _known_layout():
+        patterns = list(model._get_dtype_plan(model.config.dtype))
+    return build_glob_alternation(patterns)[0].search if patterns else re.compile(r"(?!)").search
+
+
+def ignored_on_save(model: Any) -> set[str]:
+    """Names of the state dict that ``save_pretrained`` leaves out."""
+    with _known_layout():
+        return set(model._keys_to_ignore_on_save or ())
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Tied name → the name that it is tied to; the model's own mapping, which ``tie`` changes."""
+    with _known_layout():
+        tied: dict[str, str] = model.all_tied_weights_keys
+        return tied
+
+
+def weight_conversions(model: Any) -> list[Any]:
+    """Renamings and converters that were at work when the model was loaded, and are undone when it is saved."""
+    with _known_layout():
+        return list(model._weight_conversions)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tensors have in common that share memory; meta tensors have no address."""
+    with _known_layout():
+        return int(tensor.untyped_storage()._cdata)
