@@ -13,10 +13,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 COUNT ?= 10000000
+CPU ?= native
 
 help:
 	@echo "make demo    quantize a real trained model and show that it still works"
-	@echo "make test    lint, types, layers and tests (also: make check)"
+	@echo "make test    lint, types, layers and tests (also: make check; CPU=portable tests as if without AVX-512)"
 	@echo "make bench   the figures of benchmarks/README.md, on this machine"
 	@echo "make docs    the generated command reference, and every link checked"
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer)"
@@ -46,7 +47,7 @@ layers: $(READY)
 	$(BIN)/lint-imports
 
 test: lint types layers
-	$(PYTEST) -n $(WORKERS) -m "not fuzz and not soak"
+	QZ_TEST_CPU=$(CPU) $(PYTEST) -n $(WORKERS) -m "not fuzz and not soak"
 
 check: test
 

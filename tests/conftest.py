@@ -13,6 +13,10 @@ import pytest
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("QZ_TEST_CPU") == "portable":
+    import portable_cpu
+
+    portable_cpu.pretend()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -131,7 +131,7 @@ def dequantized_by_bitsandbytes(tensors: dict[str, torch.Tensor]) -> dict[str, t
     """Every quantized weight among ``tensors`` as bitsandbytes' own functions give it back, by name.
 
     4-bit weights go through as one row: on CPUs with AVX-512, bitsandbytes 0.50.2 reads the scales of the wrong block
-    where a row is no multiple of the block size.
+    where a row is no multiple of the block size. Of FP4's second zero see ``with_one_zero``.
     """
     import bitsandbytes.functional as bnb
 
@@ -145,5 +145,19 @@ def dequantized_by_bitsandbytes(tensors: dict[str, torch.Tensor]) -> dict[str, t
             parts = {key: value for key, value in tensors.items() if key.startswith(f"{weight}.")}
             state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
             shape, state.shape = state.shape, torch.Size([state.shape.numel()])
-            found[weight] = bnb.dequantize_4bit(tensors[weight].view(torch.uint8), state).reshape(shape)
+            values = bnb.dequantize_4bit(tensors[weight].view(torch.uint8), state)
+            if state.quant_type == "fp4":
+                values = with_one_zero(values.reshape(-1), tensors[weight].view(torch.uint8))
+            found[weight] = values.reshape(shape)
     return found
+
+
+def with_one_zero(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Flat FP4 values with +0.0 for code 8, as the quant map has it.
+
+    bitsandbytes 0.50.2 gives -0.0 in its portable code (and on GPUs) and +0.0 in its AVX-512 and torch code.
+    """
+    octets = packed.reshape(-1)
+    is_second_zero = torch.stack([octets >> 4, octets & 15], 1).reshape(-1)[: values.numel()] == 8
+    assert not values[is_second_zero].any()
+    return torch.where(is_second_zero, values.abs(), values)

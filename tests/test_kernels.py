@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
+import platform
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -22,8 +26,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
+import portable_cpu
 from qz.quantize.compute import kernels, tables
 from qz.quantize.compute.kernels import NonFinite
+from reference import with_one_zero
 
 Array = npt.NDArray[Any]
 QuantType = Literal["nf4", "fp4"]
@@ -53,8 +59,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip(f"qz.quantize.kernels_{name}")
-    monkeypatch.setattr(kernels, "backend", lambda: module)
+    monkeypatch.setattr(kernels, "backend", lambda: importlib.import_module(f"qz.quantize.compute.{name}_kernels"))
 
 
 def to_torch(values: Array, dtype: str) -> torch.Tensor:
@@ -316,6 +321,8 @@ def dequantize_4bit(packed: Array, absmax: Array, quant_type: QuantType, blocksi
     return out
 
 
+# Of rows of 4,096 values and blocks below 2,048, bitsandbytes uses AVX-512 where the CPU has it; of rows of two values,
+# its portable code on every CPU.
 @each_dtype
 @each_quant_type
 @pytest.mark.parametrize("blocksize", BLOCK_SIZES)
@@ -324,11 +331,36 @@ def test_4bit_dequantization_is_exact(blocksize: int, dtype: str, quant_type: Qu
     blocks = 16384 // blocksize
     absmax = np.exp2(np.random.default_rng(5).uniform(-30, 20, blocks)).astype(np.float32)
     absmax[0] = 0
-    theirs = torch.ops.bitsandbytes.dequantize_4bit(
-        torch.from_numpy(packed), torch.from_numpy(absmax), blocksize, quant_type, (4, 4096), DTYPES[dtype]
-    )
     ours = dequantize_4bit(packed, absmax, quant_type, blocksize, dtype, 16384)
-    assert same(ours, to_numpy(theirs).reshape(-1))
+    for columns in (4096, 2):
+        theirs = torch.ops.bitsandbytes.dequantize_4bit(
+            torch.from_numpy(packed),
+            torch.from_numpy(absmax),
+            blocksize,
+            quant_type,
+            (16384 // columns, columns),
+            DTYPES[dtype],
+        ).reshape(-1)
+        expected = with_one_zero(theirs, torch.from_numpy(packed)) if quant_type == "fp4" else theirs
+        assert same(ours, to_numpy(expected))
+
+
+@each_dtype
+@pytest.mark.parametrize("columns", [2, 4096])
+def test_the_second_zero_of_fp4_is_that_of_the_quant_map_whatever_bitsandbytes_makes_of_it(
+    columns: int, dtype: str, backend: str
+) -> None:
+    """bitsandbytes' sign depends on the CPU and on the length of a row; qz's bytes are the same everywhere."""
+    packed, absmax = np.full(4096, 0x88, np.uint8), np.full(128, 3, np.float32)
+    assert math.copysign(1, kernels.QUANT_MAPS["fp4"][8]) == 1
+    ours = dequantize_4bit(packed, absmax, "fp4", 64, dtype, 8192)
+    assert not ours.any(), "all bits are zero, the sign as well"
+    theirs = torch.ops.bitsandbytes.dequantize_4bit(
+        torch.from_numpy(packed), torch.from_numpy(absmax), 64, "fp4", (8192 // columns, columns), DTYPES[dtype]
+    )
+    assert not theirs.any(), "a zero of either sign"
+    if columns == 2:
+        assert bool(theirs.signbit().all()), "the portable code gives -0.0; qz's documentation says so"
 
 
 @each_dtype
@@ -562,12 +594,66 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_the_kernels_need_no_torch_to_be_imported() -> None:
-    pytest.importorskip("numba")
-    code = "import sys; from qz.quantize import kernels; print(kernels.backend().__name__, 'torch' in sys.modules)"
+    code = (
+        "import sys; from qz.quantize.compute import kernels; print(kernels.backend().__name__, 'torch' in sys.modules)"
+    )
     assert python(code) == "qz.quantize.compute.numba_kernels False"
 
 
 def test_without_numba_torch_computes() -> None:
-    code = "from qz.quantize import kernels; print(kernels.backend().__name__)"
+    code = "from qz.quantize.compute import kernels; print(kernels.backend().__name__)"
     assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.compute.torch_kernels"
     assert python(code, QZ_KERNELS="torch") == "qz.quantize.compute.torch_kernels"
+
+
+on_x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names a CPU of this kind")
+
+DIGEST = """
+import hashlib, sys
+import numpy as np
+from qz.quantize.compute import kernels
+
+random = np.random.default_rng(0)
+digest = hashlib.sha256()
+for dtype in ("BF16", "F16", "F32"):
+    values = random.standard_normal(64 * 300 + 21).astype(np.float32)
+    if dtype != "F32":
+        wide, values = values, np.empty(values.size, np.uint16)
+        kernels.cast(wide, "F32", dtype, values)
+    for quant_type in ("nf4", "fp4"):
+        packed, absmax = np.empty(-(-values.size // 2), np.uint8), np.empty(301, np.float32)
+        kernels.quantize_4bit(values, dtype, quant_type, packed, absmax)
+        back = np.empty_like(values)
+        kernels.dequantize_4bit(packed, absmax, quant_type, 64, dtype, back)
+        for array in (packed, absmax, back, *kernels.quantize_absmax(absmax)[:2]):
+            digest.update(array.tobytes())
+    rows = np.ascontiguousarray(values[: 97 * 130].reshape(97, 130))
+    weight, scb = np.empty(rows.shape, np.int8), np.empty(97, np.float32)
+    kernels.quantize_int8(rows, dtype, weight, scb)
+    back = np.empty_like(rows)
+    kernels.dequantize_int8(weight, scb, dtype, back)
+    for array in (weight, scb, back):
+        digest.update(array.tobytes())
+print(digest.hexdigest())
+"""
+
+
+@on_x86_64
+def test_code_for_older_cpus_gives_the_same_bytes() -> None:
+    """AVX2, and nothing beyond SSE2, against torch's code."""
+    expected = python(DIGEST, QZ_KERNELS="torch")
+    for cpu, features in (("haswell", portable_cpu.ENVIRONMENT["NUMBA_CPU_FEATURES"]), ("x86-64", "")):
+        assert python(DIGEST, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features) == expected
+
+
+@on_x86_64
+def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
+    code = """
+import numpy as np
+from qz.quantize.compute import kernels, numba_kernels
+assert numba_kernels.cast(np.zeros(64, np.uint16), "BF16", "F16", np.empty(64, np.uint16)) is None
+"""
+    for made, cpu in enumerate(("x86-64", "haswell"), start=1):
+        for _ in range(2):
+            python(code, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
+            assert len(list(tmp_path.rglob("*._cast_16-*.nbc"))) == made

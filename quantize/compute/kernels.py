@@ -145,11 +145,16 @@ def _requantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> No
 def dequantize_4bit(
     packed: Array, absmax: Array, quant_type: Literal["nf4", "fp4"], blocksize: int, dtype: str, out: Array
 ) -> None:
-    """``out`` = quant map × absmax, in float32, then rounded to ``dtype``.
+    """``out`` = quant map × absmax, in float32, then rounded to ``dtype``: the same bits on every CPU.
 
     ``out``: 1-D of n values. ``packed``: uint8[ceil(n / 2)]. ``absmax``: float32[ceil(n / blocksize)], by flat blocks.
-    As bitsandbytes' generic path. Its AVX-512 path differs where it is wrong: it takes absmax row by row, which is
-    another block if the row length is no multiple of the block size, and it flushes bfloat16 subnormals to zero.
+    bitsandbytes 0.50.2 has three ways on CPUs: AVX-512, portable C++, and torch (odd rows; with AVX-512 also blocks of
+    2,048 and more). qz equals all of them to the last bit, except for:
+
+    - FP4's code 8, its second zero: portable C++ makes -0.0 of it, the others +0.0. qz takes +0.0, which the quant map
+      has, so that a file depends neither on the CPU nor on the length of a row.
+    - AVX-512 where it is wrong: it takes absmax row by row, which is another block if the row length is no multiple of
+      the block size, and it flushes bfloat16 subnormals to zero.
     """
     n = out.size
     _check(out, (n,), _BITS[dtype], "out")
