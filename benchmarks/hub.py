@@ -1,6 +1,6 @@
 """Quantizing straight from a Hub: bytes over the network, peak memory, peak disk, and time, against a local folder.
 
-The Hub is ``tests/hub_server.py`` in a process of its own on 127.0.0.1, so the network is as fast as a loop-back is.
+The Hub is ``tests/hub_server`` in a process of its own on 127.0.0.1, so the network is as fast as a loop-back is.
 
     python benchmarks/hub.py FOLDER [--model llama-1b|flux-holes] [--method nf4] [--remote-only]
 
@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         place = Path(scratch)
         server = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "hub_server.py", asked.folder], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "hub_server", asked.folder], cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True
         )
         assert server.stdout is not None
         url = server.stdout.readline().strip()

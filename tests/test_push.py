@@ -30,7 +30,7 @@ from qz import (
     UsageError,
 )
 from qz.formats.hub import session
-from qz.formats.hub.session import Retries
+from qz.formats.hub.patience import Retries
 from qz.formats.output.record import RECORD, WrittenFile, encode_record
 from qz.formats.publish import push as push_module
 from qz.formats.publish.card import snippet, write_card

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from qz import __version__
 from qz.formats.folder import LocalFolder
 from qz.formats.hub.errors import hub_errors
-from qz.formats.hub.ranges import RemoteFile, differs
+from qz.formats.hub.remote_file import RemoteFile, differs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

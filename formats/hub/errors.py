@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from contextlib import contextmanager
 from json import JSONDecodeError
 from typing import TYPE_CHECKING
@@ -11,44 +12,62 @@ from typing import TYPE_CHECKING
 import httpx2
 from huggingface_hub import errors, get_token
 
-from qz import HubUnreachable, IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, UsageError
-from qz.formats.malformed import UNSAFE_TEXT
+from qz import (
+    HubUnreachable,
+    IOFailed,
+    MalformedInput,
+    MissingInput,
+    PermissionRefused,
+    QzError,
+    TryAgain,
+    Unsupported,
+    UsageError,
+)
+from qz.formats.malformed import UNSAFE_TEXT, Malformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses that another attempt may not get."""
-_SECRET = re.compile(r"hf_\w+|https?://\S+\?\S*|Bearer\s+\S+")
+RETRYABLE = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+"""Failures of a connection that another one may not have."""
+_SECRET = re.compile(r"hf_\w+|https?://\S+\?\S*|Bearer\s+\S+|\b(?:Signature|Policy|Key-Pair-Id|X-Amz-\w+)=\S+")
+
+
+class Signal(Exception):
+    """One part of this room tells another something; not an error yet, so the boundary lets it pass."""
 
 
 @contextmanager
 def hub_errors(
     repo_id: str, doing: str, *, revision: str | None = None, endpoint: str = "", transport: bool = True
 ) -> Iterator[None]:
-    """Turn what goes wrong inside into an error of the package.
+    """Turn whatever goes wrong inside into an error of the package: what huggingface_hub and httpx may raise for an
+    answer is of no foreseeable kind.
 
-    ``doing`` begins the message: "Reading me/model". With ``transport`` false, failures of the connection pass through,
-    for a caller that tries again.
+    ``doing`` begins the message: "Reading me/model". With ``transport`` false, failures of the connection that another
+    attempt may not have pass through.
     """
     try:
         yield
-    except QzError:
+    except (QzError, Signal, MemoryError):
         raise
-    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
-        if not transport and isinstance(error, httpx2.TransportError):
+    except Exception as error:
+        if not transport and isinstance(error, RETRYABLE):
             raise
         meant = meaning(error, repo_id, doing, revision=revision, endpoint=endpoint)
         if meant is None:
             raise
-        # The original may quote a signed link, so it is not shown as the cause.
+        # The original may quote a signed link, so it is not shown as the cause, but made harmless, for --debug.
+        meant.add_note("".join(_without_secrets(line) for line in traceback.format_exception(error)))
         raise meant from None
 
 
 def meaning(
     error: BaseException, repo_id: str, doing: str, *, revision: str | None = None, endpoint: str = ""
 ) -> QzError | None:
-    """The error of the package for ``error``; None if it is none of the Hub's and so a bug."""
+    """The error of the package for ``error``; None for what the local system refuses, which says so itself."""
     page = f"{endpoint or 'https://huggingface.co'}/{repo_id}"
     while error.__cause__ and isinstance(error, _WRAPPERS) and not isinstance(error, errors.HfHubHTTPError):
         error = error.__cause__  # what huggingface_hub wraps says more than the wrapping
@@ -73,7 +92,24 @@ def meaning(
         return HubUnreachable(f"{doing} failed: {endpoint or page} does not answer as a Hub does. Check HF_ENDPOINT.")
     if isinstance(error, ValueError) and "LFS batch" in str(error):
         return HubUnreachable(f"{doing} failed: the Hub does not take the files. Try again later; see {page}.")
-    return None
+    if isinstance(error, ValueError) and "too large" in str(error):
+        return Unsupported(
+            f"{doing} failed: files of more than 50 GB are served over Xet only. Run `pip install hf_xet`, and unset "
+            "HF_HUB_DISABLE_XET, then try again."
+        )
+    if isinstance(error, UnicodeEncodeError) and not (get_token() or "").isascii():
+        return PermissionRefused(
+            f"{doing} failed: the Hub token contains a character that no token has. Copy it into HF_TOKEN again, or "
+            "run `hf auth login`."
+        )
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+        return None
+    if isinstance(error, OSError) and "onsistency check" in str(error):
+        return Malformed("changed", f"{doing} failed: another number of bytes arrived than the Hub lists. Try again.")
+    return HubUnreachable(
+        f"{doing} failed: the answer of {endpoint or page} cannot be used ({type(error).__name__}: "
+        f"{harmless(str(error))[:120]}). Check HF_ENDPOINT and the proxy settings, or try again later."
+    )
 
 
 _WRAPPERS = (RuntimeError, ValueError, errors.LocalEntryNotFoundError)
@@ -103,6 +139,11 @@ def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: s
         )
     if status in (404, 410):
         return MissingInput(f"{doing} failed: the Hub does not have it ({status}{said}). See {page}.")
+    if status == 401 and get_token():
+        return PermissionRefused(
+            f"{doing} was refused ({status}{said}): the Hub does not accept your token. It may have expired or been "
+            "revoked: create one at https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN."
+        )
     if status in (401, 402, 403):
         return PermissionRefused(f"{doing} was refused ({status}{said}). {login}; see {page}.")
     if status in (409, 412):
@@ -120,12 +161,20 @@ def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: s
 
 def _said(error: errors.HfHubHTTPError) -> str:
     """What the server says, one line, without links or anything that looks like a token."""
-    text = UNSAFE_TEXT.sub(" ", error.server_message or "")
-    text = " ".join(_SECRET.sub("…", text).split())
+    text = harmless(error.server_message or "")
     return f": {text[:200].rstrip('.')}" if text else ""
 
 
 def reason(error: httpx2.HTTPError) -> str:
     if isinstance(error, httpx2.TimeoutException):
         return "no answer in time"
-    return _SECRET.sub("…", UNSAFE_TEXT.sub(" ", str(error))) or type(error).__name__
+    return harmless(str(error))[:200] or type(error).__name__
+
+
+def harmless(text: str) -> str:
+    """``text`` on one line, without signed links, tokens, or characters that do something to a terminal."""
+    return " ".join(UNSAFE_TEXT.sub(" ", _without_secrets(text)).split())
+
+
+def _without_secrets(text: str) -> str:
+    return _SECRET.sub("…", text)

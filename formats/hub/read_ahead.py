@@ -16,10 +16,12 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 from qz import TryAgain
-from qz.formats.malformed import Malformed
+from qz.formats.hub.remote_file import differs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from qz.formats.malformed import Malformed
 
 MIB = 1 << 20
 AGAIN = 4
@@ -280,11 +282,7 @@ class ReadAhead:
                 self._change.notify_all()
 
     def _differs(self, stream: _Stream) -> Malformed:
-        return Malformed(
-            "changed",
-            f"{self._where}/{stream.file.name} arrived with another content than the Hub lists (expected hash "
-            f"{stream.file.digest}). Nothing was made of it. Run the same command again.",
-        )
+        return differs(f"{self._where}/{stream.file.name}", stream.file.digest)
 
 
 class _State(Enum):

@@ -23,9 +23,10 @@ from qz import HubUnreachable, MissingInput
 from qz.formats.folder import LocalFolder
 from qz.formats.hub.cache import CachedFiles
 from qz.formats.hub.errors import hub_errors
-from qz.formats.hub.ranges import Connection, RangesNotServed, RemoteFile, differs
 from qz.formats.hub.read_ahead import AheadFile, ReadAhead, Seen
+from qz.formats.hub.remote_file import RemoteFile, differs
 from qz.formats.hub.session import hub_api, patiently
+from qz.formats.hub.ways import Ways
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from qz.formats.folder import Range
+    from qz.formats.hub.patience import Retries
     from qz.formats.hub.read_ahead import Pace
-    from qz.formats.hub.session import Retries
 
 HEAD = 1 << 16
 """Bytes fetched at the first look into a weight file: most headers fit."""
@@ -102,7 +103,7 @@ class HubFolder:
         self.repo_id, self.commit, self.path = repo_id, commit, path
         self.location = f"{repo_id}@{commit[:12]}" + (f"/{path}" if path else "")
         self._api, self._snapshot, self._retries, self._pace = api, snapshot, retries, pace
-        self._connection = Connection(repo_id, commit, api.endpoint, retries)
+        self._ways = Ways(repo_id, commit, api.endpoint, retries)
         self._files: dict[str, RemoteFile] | None = None
         self._folders: tuple[str, ...] = ()
         self._cache = CachedFiles(repo_id, commit, api.endpoint)
@@ -114,7 +115,7 @@ class HubFolder:
     @property
     def bytes_received(self) -> int:
         """What came over the network by ranges so far."""
-        return self._connection.bytes_received
+        return self._ways.bytes_received
 
     def sizes(self) -> Mapping[str, int]:
         return {name: file.size for name, file in self._listed().items()}
@@ -168,7 +169,7 @@ class HubFolder:
         elif remote.sha256 is None or remote.size <= WHOLE:
             view[:] = memoryview(self._whole(remote))[offset : offset + len(view)]
         elif len(view) == remote.size:
-            self._fetch(remote, 0, view)
+            self._ways.fetch(remote, 0, view)
             self._require_digest(remote, view)
         else:
             self._read_part(remote, offset, view)
@@ -187,7 +188,7 @@ class HubFolder:
             for name, spans in wanted.items()
         ]
         self._ahead = ReadAhead(
-            streams, lambda name, start, view: self._fetch(files[name], start, view), self.location, self._pace
+            streams, lambda name, start, view: self._ways.fetch(files[name], start, view), self.location, self._pace
         )
 
     def is_verified(self, file: str) -> bool:
@@ -220,12 +221,12 @@ class HubFolder:
                 pass
 
     def give_up(self) -> None:
-        self._connection.close()
+        self._ways.close()
         if self._ahead is not None:
             self._ahead.close()
 
     def close(self) -> None:
-        self._connection.close()
+        self._ways.close()
         if self._ahead is not None:
             self._ahead.close()
         for folder in self._cache.folders():
@@ -249,7 +250,7 @@ class HubFolder:
                     continue
                 if isinstance(entry, RepoFile):
                     sha256 = entry.lfs.sha256 if entry.lfs else None
-                    files[name] = RemoteFile(entry.path, entry.size, entry.blob_id, sha256)
+                    files[name] = RemoteFile(entry.path, entry.size, entry.blob_id, sha256, entry.xet_hash)
                 else:
                     folders.append(name)
         self._files, self._folders = files, tuple(sorted(folders))
@@ -274,12 +275,6 @@ class HubFolder:
 
     # What comes by ranges
 
-    def _fetch(self, remote: RemoteFile, start: int, view: memoryview) -> None:
-        try:
-            self._connection.fetch(remote, start, view)
-        except RangesNotServed:
-            self._cache.fetch(remote).read_into(remote.name, start, view)
-
     def _read_part(self, remote: RemoteFile, offset: int, view: memoryview) -> None:
         done = 0
         if offset < HEAD:
@@ -287,7 +282,7 @@ class HubFolder:
             done = min(len(view), len(head) - offset)
             view[:done] = memoryview(head)[offset : offset + done]
         if done < len(view):
-            self._fetch(remote, offset + done, view[done:])
+            self._ways.fetch(remote, offset + done, view[done:])
             self._remember(remote, offset + done, view[done:])
 
     def _head(self, remote: RemoteFile) -> bytes:
@@ -295,7 +290,7 @@ class HubFolder:
             head = self._kept.get(remote.path)
         if head is None:
             fetched = bytearray(min(HEAD, remote.size))
-            self._fetch(remote, 0, memoryview(fetched))
+            self._ways.fetch(remote, 0, memoryview(fetched))
             self._remember(remote, 0, memoryview(fetched))
             head = self._keep(remote, bytes(fetched))
         return head
@@ -306,7 +301,7 @@ class HubFolder:
         if data is None:
             fetched = bytearray(remote.size)
             if remote.size:
-                self._fetch(remote, 0, memoryview(fetched))
+                self._ways.fetch(remote, 0, memoryview(fetched))
             self._require_digest(remote, memoryview(fetched))
             data = self._keep(remote, bytes(fetched))
         return data

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import time
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from logging import ERROR
 from typing import TYPE_CHECKING, TypeVar
@@ -20,26 +18,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exp
 
 from qz import __version__
 from qz.formats.hub.errors import BUSY
+from qz.formats.hub.patience import TOLD_FROM, Retries, log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Retries:
-    """How often a request is made that brings nothing new, and the seconds between, doubled each time."""
-
-    attempts: int = 6
-    first_wait: float = 0.5
-    longest_wait: float = 8.0
-    longest_asked: float = 300.0
-    """The longest ``Retry-After`` that is waited for."""
-
-    def wait(self, failures: int) -> float:
-        """Seconds before the next attempt, somewhat random so that connections do not come back together."""
-        return min(self.longest_wait, self.first_wait * 2.0 ** (failures - 1)) * random.uniform(0.7, 1)  # noqa: S311
 
 
 ASKING = Retries(attempts=4)
@@ -73,18 +57,21 @@ def patiently(ask: Callable[[], T], retries: Retries | None = None) -> T:
                     raise
             if failures >= retries.attempts or (wait or 0) > retries.longest_asked:
                 raise
+            if wait is not None and wait >= TOLD_FROM:
+                log.warning("The Hub asks to wait (it limits the rate of requests): going on in %.0f s.", wait)
             time.sleep(retries.wait(failures) if wait is None else wait)
 
 
 def seconds_asked(headers: Mapping[str, str]) -> float | None:
-    """How long an answer asks to wait: its ``Retry-After``, or the end of the rate limit's window."""
+    """How long an answer asks to wait: its ``Retry-After``, or the end of the rate limit's window and a second more,
+    because that end is rounded down."""
     after = headers.get("retry-after", "").strip()
-    if after.isdigit():
-        return float(after)
-    if after:
-        try:
+    if after.isascii() and after.isdigit():
+        return float(after[:9])
+    try:
+        if after:
             return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
-        except ValueError:
-            return None
-    limit = parse_ratelimit_headers(headers)
-    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+        limit = parse_ratelimit_headers(headers)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return limit.reset_in_seconds + 1.0 if limit and limit.remaining == 0 else None

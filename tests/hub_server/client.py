@@ -1,0 +1,60 @@
+"""huggingface_hub in this process, talking to a Hub of the tests."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hub_server.server import OWNER, HubServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import pytest
+
+
+class Hurried:
+    """The module ``time`` for huggingface_hub's own back-off, which is not what these tests are about."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(min(seconds, 0.01))
+
+
+@contextmanager
+def connected(monkeypatch: pytest.MonkeyPatch, home: Path, **options: Any) -> Iterator[HubServer]:
+    """A Hub that huggingface_hub in this process talks to, as with HF_ENDPOINT, HF_HOME and HF_TOKEN, without Xet.
+
+    The library reads the environment once, when it is first imported, so its constants are set as well.
+    """
+    from huggingface_hub import close_session, constants, file_download
+    from huggingface_hub.utils import _http
+
+    with HubServer(**options) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(home))
+        monkeypatch.setenv("HF_TOKEN", OWNER)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", Hurried())
+        close_session()
+        yield hub
+        close_session()
