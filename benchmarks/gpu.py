@@ -238,9 +238,10 @@ from qz.quantize.streaming.run import Run
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.output import shard_writer
+from qz.formats.output.disk import Disk
 lap("import qz")
 source, output, method = sys.argv[1:4]
-shard_writer.disk.durable = sys.argv[5] == "fsync"
+disk = Disk(durable=sys.argv[5] == "fsync")
 settings = Settings(Int8() if method == "int8" else FourBit(method), max_shard_bytes=int(float(sys.argv[4]) * 10**9))
 checkpoint = open_checkpoint(LocalFolder(Path(source))); lap("open")
 plan = plan_quantization(checkpoint, settings); lap("plan")
@@ -270,7 +271,8 @@ def timed_convert(self, threads):
     times["of it until the last write"] = round(max(e for n, b, e in calls if n == "write") - begun, 3)
     times["shards completed"] = [[round(b - begun, 2), round(e - begun, 2)] for n, b, e in calls if n == "finish"]
 Run.convert = timed_convert
-summary = carry_out(plan, Source(source, None, None, "diffusers", "x"), Target(Path(output), overwrite=True), settings)
+target = Target(Path(output), overwrite=True, disk=disk)
+summary = carry_out(plan, Source(source, None, None, "diffusers", "x"), target, settings)
 lap("carry out")
 times["whole"] = round(last - mark, 3)
 print(json.dumps({"phases": times, "device": arithmetic.name, "threads": arithmetic.threads,

@@ -15,6 +15,7 @@ from qz.cli.transfer import Publishing, fill_cache, publishing
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
+    from qz.formats.output.disk import Disk
     from qz.formats.publish.destination import PushResult
     from qz.quantize.settings import Settings
     from qz.quantize.streaming.output_parts import Target
@@ -47,7 +48,7 @@ def dequantize(
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
     from qz import UsageError
     from qz.formats.checkpoint.pipeline import is_pipeline
-    from qz.formats.output import disk
+    from qz.formats.output.disk import Disk
     from qz.formats.output.staging import check_output
     from qz.formats.source import enter, open_source
     from qz.quantize.compute.devices import prewarm_cuda
@@ -62,7 +63,7 @@ def dequantize(
         threads=threads or 0,
         weights_only=weights_only,
     )
-    disk.durable = fsync
+    disk = Disk(durable=fsync)
     if not dry_run:
         prewarm_cuda(device)
     root = open_source(source, None, revision)
@@ -71,7 +72,7 @@ def dequantize(
         folder = enter(root, subfolder)
         folders.append(folder)
         if output is not None and existing != "skip" and not dry_run:
-            check_output(output, existing == "overwrite", [root])
+            check_output(output, existing == "overwrite", [root], disk)
         publish = publishing(push, public, folder, dry_run=dry_run, quiet=quiet)
         run = Conversion(
             source,
@@ -83,6 +84,7 @@ def dequantize(
             variant,
             existing,
             resume,
+            disk,
             download and not dry_run,
             publish,
             dry_run,
@@ -114,6 +116,7 @@ class Conversion:
     variant: str | None
     existing: options.IfExists
     resume: bool
+    disk: Disk
     download: bool
     publish: Publishing | None
     dry_run: bool
@@ -127,7 +130,7 @@ class Conversion:
         names = set(dtypes)
         suffix = names.pop() if len(names) == 1 else "dequantized"
         output = self.output or Path(output_name(self.source, self.subfolder, suffix))
-        return Target(output, self.existing == "overwrite", self.resume)
+        return Target(output, self.existing == "overwrite", self.resume, self.disk)
 
     def origin(self, library: str, architecture: str) -> Source:
         from qz.quantize.summary import Source

@@ -62,7 +62,7 @@ def quantize(
     method = chosen_method(name, double_quant and not four_bit_too, compute_dtype, threshold)
 
     from qz.formats.checkpoint.pipeline import is_pipeline
-    from qz.formats.output import disk
+    from qz.formats.output.disk import Disk
     from qz.formats.output.staging import check_output
     from qz.formats.source import enter, open_source, output_name
     from qz.quantize.compute.devices import prewarm_cuda
@@ -89,8 +89,8 @@ def quantize(
         },
     )
     existing = options.existing_output(overwrite, if_exists)
-    target = Target(output or Path(output_name(source, subfolder, name)), existing == "overwrite", resume)
-    disk.durable = fsync
+    place = output or Path(output_name(source, subfolder, name))
+    target = Target(place, existing == "overwrite", resume, Disk(durable=fsync))
     root = open_source(source, None, revision)
     folder = root
     try:
@@ -102,7 +102,7 @@ def quantize(
             present_existing(record, target.output, source, as_json=as_json, pushed=pushed)
             return
         if not dry_run:
-            check_output(target.output, target.overwrite, [root])
+            check_output(target.output, target.overwrite, [root], target.disk)
             prewarm_cuda(device)
         fetch = download and not dry_run
         run = Conversion(source, subfolder, root, folder, target, settings, variant, fetch, report, dry_run, quiet)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qz import OutputRefused, QzError
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.output import disk
+from qz.formats.output.disk import Disk
 from qz.formats.output.journal import describe_difference
 from qz.formats.output.record import RECORD, Record, read_record
 from qz.quantize.methods import Method
@@ -51,6 +51,7 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
     Raises OutputRefused if there is one that differs: another source, other settings, damaged, not made by qz, or, as
     ``make`` sees it, older than a file of a local source.
     """
+    disk = Disk()
     if disk.kind(output) is None or (disk.kind(output) == "folder" and not disk.names(output)):
         return None
     instead = "Replace it with --if-exists overwrite, or choose another -o/--output."

@@ -1,7 +1,7 @@
 """The real command in processes that start in milliseconds: a server imports everything once, and forks for each run.
 
-A run can be told what to do at its N-th operation on files (``qz.formats.output.disk.hook``), and killed from outside
-at any time. The server forks while it has one thread; it has computed before, but with a single OpenMP thread.
+A run can be told what to do at its N-th operation on files (the hook of ``qz.formats.output.disk.Disk``), and killed
+from outside at any time. The server forks while it has one thread; it has computed before, but with one OpenMP thread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -238,7 +239,7 @@ def supervise(wish: dict[str, Any], file: IO[str]) -> None:
 
 def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> int:
     from qz.cli.app import run
-    from qz.formats.output import disk
+    from qz.formats.output.disk import Disk
 
     os.chdir(wish["cwd"])
     os.environ.update(wish["environment"])
@@ -257,7 +258,7 @@ def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> 
             if len(log) == wish["at"] + 1:
                 exec(wish["act"], {**globals(), "operation": operation, "path": path})
 
-    disk.hook = hook
+    Disk.__init__ = partialmethod(Disk.__init__, hook=hook)  # type: ignore[assignment,method-assign]
     exec(wish["before"], dict(globals()))
     code = run(wish["arguments"])
     sys.stdout.flush()

@@ -20,7 +20,8 @@ from qz import IOFailed, MalformedInput
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
-from qz.formats.output import companions, disk
+from qz.formats.output import companions
+from qz.formats.output.disk import Disk
 from qz.formats.output.staging import Section, Staging
 
 TEXT = "The quick brown fox jumps over the lazy dog. Small boats on a blue lake."
@@ -223,9 +224,7 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_large_copies_are_kept_for_the_next_run_and_small_ones_are_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_copies_are_kept_for_the_next_run_and_small_ones_are_made_again(tmp_path: Path) -> None:
     source = tmp_path / "model"
     source.mkdir()
     (source / "tokenizer.json").write_bytes(bytes(range(256)) * 8_000)
@@ -234,9 +233,9 @@ def test_large_copies_are_kept_for_the_next_run_and_small_ones_are_made_again(
     both = [carried(folder, "tokenizer.json"), carried(folder, "vocab.txt")]
     copied_and_stopped(tmp_path / "out", both)
     renamed: list[str] = []
-    monkeypatch.setattr(disk, "hook", lambda operation, path: renamed.append(path) if operation == "rename" else None)
+    watched = Disk(hook=lambda operation, path: renamed.append(path) if operation == "rename" else None)
     copied: list[int] = []
-    with Staging(tmp_path / "out", {}, needed=0) as staging:
+    with Staging(tmp_path / "out", {}, needed=0, disk=watched) as staging:
         assert staging.resumed
         companions.copy(both, Section(staging, "part"), copied.append)
         staging.write_file("config.json", b"{}")

@@ -15,6 +15,7 @@ import torch
 
 from conftest import Qz
 from converted import carried_out, method_of, quantized
+from hooks import every_disk
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Folder, LocalFolder
@@ -130,9 +131,7 @@ def test_the_loss_includes_what_a_cast_costs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("act", ["quantize", "dequantize"])
-def test_an_interrupted_run_reports_all_layers_when_it_is_resumed(
-    act: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_reports_all_layers_when_it_is_resumed(act: str, tiny_llama: Path, tmp_path: Path) -> None:
     size = {"max_shard_bytes": 30_000}
     quantized(tiny_llama, tmp_path / "packed", "nf4-double")
 
@@ -150,10 +149,8 @@ def test_an_interrupted_run_reports_all_layers_when_it_is_resumed(
         if len(done) > 2:
             raise OSError(5, "Input/output error", path)
 
-    with monkeypatch.context() as broken:
-        broken.setattr("qz.formats.output.disk.hook", power_cut)
-        with pytest.raises(Exception, match="nput/output"):
-            run("output")
+    with every_disk(power_cut), pytest.raises(Exception, match="nput/output"):
+        run("output")
     assert run("output") == expected
 
 

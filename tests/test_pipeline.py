@@ -21,6 +21,7 @@ from transformers import T5EncoderModel
 import pipelines
 import reference
 from commands import contents, run
+from hooks import every_disk
 from hub_server import connected
 from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError
 from qz.cli.dequantize import dequantize
@@ -28,7 +29,6 @@ from qz.cli.quantize import quantize
 from qz.formats.checkpoint.pipeline import Component, Pipeline, open_pipeline
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.folder import LocalFolder
-from qz.formats.output import disk
 from qz.formats.output.record import verify_record
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.planning.components import choose
@@ -351,7 +351,6 @@ def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(
     sources: dict[str, Path],
     quantized: dict[str, tuple[Path, dict[str, Any]]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "out"
 
@@ -359,11 +358,9 @@ def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(
         if operation == "rename" and path.endswith(moment):
             raise Stopped
 
-    monkeypatch.setattr(disk, "hook", stop)
-    with pytest.raises(Stopped):
+    with every_disk(stop), pytest.raises(Stopped):
         run(quantize, sources["flux"], output=output)
     assert not output.exists()
-    monkeypatch.setattr(disk, "hook", lambda operation, path: None)
     report = run(quantize, sources["flux"], output=output)
     assert report["resumed"] is (moment != "text_encoder_2/model.safetensors")
     assert contents(output) == contents(quantized["flux"][0])
@@ -374,7 +371,6 @@ def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_end
     sources: dict[str, Path],
     quantized: dict[str, tuple[Path, dict[str, Any]]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected, writing = contents(quantized["flux"][0]), str(tmp_path)
     seen: list[str] = []
@@ -387,17 +383,15 @@ def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_end
         if len(seen) == number and path.startswith(writing) and operation != "close":
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(disk, "hook", count)
-    run(quantize, sources["flux"], output=tmp_path / "out")
+    with every_disk(count):
+        run(quantize, sources["flux"], output=tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     total = len(seen)
     for number in range(total // 16, total, total // 8):
         seen.clear()
-        monkeypatch.setattr(disk, "hook", partial(fail, number))
-        with contextlib.suppress(IOFailed):
+        with every_disk(partial(fail, number)), contextlib.suppress(IOFailed):
             run(quantize, sources["flux"], output=tmp_path / "out", threads=1)
         assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == expected
-        monkeypatch.setattr(disk, "hook", count)
         if not (tmp_path / "out").exists():
             run(quantize, sources["flux"], output=tmp_path / "out")
         assert contents(tmp_path / "out") == expected
@@ -405,9 +399,7 @@ def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_end
         assert not list(tmp_path.iterdir())
 
 
-def test_untouched_weights_of_some_size_are_not_copied_twice(
-    changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_untouched_weights_of_some_size_are_not_copied_twice(changed: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = changed / "text_encoder" / "model.safetensors"
@@ -425,11 +417,11 @@ def test_untouched_weights_of_some_size_are_not_copied_twice(
             if "transformer" in path and path.endswith(".safetensors") and len(copied) < 100:
                 raise Stopped
 
-    monkeypatch.setattr(disk, "hook", watch)
-    with pytest.raises(Stopped):
-        run(quantize, changed, output=tmp_path / "out")
-    copied[:] = [""] * 100
-    report = run(quantize, changed, output=tmp_path / "out")
+    with every_disk(watch):
+        with pytest.raises(Stopped):
+            run(quantize, changed, output=tmp_path / "out")
+        copied[:] = [""] * 100
+        report = run(quantize, changed, output=tmp_path / "out")
     assert report["resumed"]
     assert not any(path.endswith("text_encoder/model.safetensors") for path in copied)
     assert (tmp_path / "out" / "text_encoder" / "model.safetensors").read_bytes() == path.read_bytes()

@@ -1024,7 +1024,7 @@ def test_real_disks_of_20_sizes_and_the_same_command_once_there_is_room(
             pytest.skip("mounting is not allowed here")
         try:
             # Without the look at the free space beforehand, the disk is full somewhere in the middle.
-            blind = "import qz.formats.output.disk as f; f.free_bytes = lambda _: 1 << 50; f._fallocate = None"
+            blind = "import qz.formats.output.disk as f; f.Disk.free_bytes = lambda *_: 1 << 50; f._fallocate = None"
             command = (*QUANTIZE, "-o", "mounted/out")
             ended = server.run(*command, cwd=place, before=blind if number % 2 else "")
             check(ended)

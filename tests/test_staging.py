@@ -31,6 +31,7 @@ from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
 from qz.formats.folder import LocalFolder
 from qz.formats.output import disk, staging
 from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal
 from qz.formats.output.record import read_record, verify_record
 from qz.formats.output.shard_writer import HASHED, page_checksum
@@ -52,6 +53,8 @@ DTYPES = {"float32": "F32", "uint8": "U8", "int8": "I8"}
 
 
 COPIED = bytes(range(256)) * 20
+hooks: list[Callable[[str, str], None]] = [lambda operation, path: None]
+"""The last one is called before each operation on files of ``make``."""
 
 
 def read_copied(offset: int, buffer: memoryview) -> None:
@@ -77,6 +80,7 @@ def write_shard(staging: Staging, file: str) -> None:
 
 def make(output: Path, *, config: bytes = b'{"new": 1}', needed: int = 30_000, **options: object) -> Staging:
     """One whole run: two shards, a tokenizer, index and config."""
+    options.setdefault("disk", Disk(hook=hooks[-1]))
     with Staging(output, FINGERPRINT, needed=needed, **options) as staging:  # type: ignore[arg-type]
         staging.write_file("config.json", config)
         for file in SHARDS:
@@ -119,12 +123,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @contextmanager
-def hooked(hook: Callable[[str, str], None]) -> Iterator[None]:
-    before, disk.hook = disk.hook, hook
+def hooked(hook: Callable[[str, str], None]) -> Iterator[Disk]:
+    """Inside, what ``make`` writes goes through a disk with this hook."""
+    hooks.append(hook)
     try:
-        yield
+        yield Disk(hook=hook)
     finally:
-        disk.hook = before
+        hooks.pop()
 
 
 class At:
@@ -344,12 +349,12 @@ def test_descriptors_are_opened_again_on_demand(tmp_path: Path) -> None:
     paths = [tmp_path / str(i) for i in range(5)]
     for path in paths:
         path.write_bytes(b"x")
-    descriptors = Descriptors(limit=2)
     opened: list[str] = []
-    with hooked(lambda operation, path: opened.append(Path(path).name) if operation == "open" else None):
-        for path in (*paths, paths[4], paths[0]):
-            with descriptors.use(path) as descriptor:
-                assert os.pread(descriptor, 1, 0) == b"x"
+    disk = Disk(hook=lambda operation, path: opened.append(Path(path).name) if operation == "open" else None)
+    descriptors = Descriptors(disk, limit=2)
+    for path in (*paths, paths[4], paths[0]):
+        with descriptors.use(path) as descriptor:
+            assert os.pread(descriptor, 1, 0) == b"x"
     descriptors.close_all()
     assert opened == ["0", "1", "2", "3", "4", "0"]
 
@@ -582,12 +587,12 @@ def test_overlap_of_source_and_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("model")
     for output in ("model", "model/out", "link", "link/out", ".", "other/../model"):
         with pytest.raises(OutputRefused, match="overlap"):
-            refuse_overlap(source, tmp_path / output)
+            refuse_overlap(source, tmp_path / output, Disk())
     (tmp_path / "x.partial").mkdir()
     with pytest.raises(OutputRefused, match="overlap"):
-        refuse_overlap(tmp_path / "x.partial", tmp_path / "x")
+        refuse_overlap(tmp_path / "x.partial", tmp_path / "x", Disk())
     for output in ("model-nf4", "mode", "other/model"):
-        refuse_overlap(source, tmp_path / output)
+        refuse_overlap(source, tmp_path / output, Disk())
 
 
 # Resume
@@ -703,7 +708,7 @@ def test_a_torn_last_line_keeps_the_lines_before_and_can_be_continued(tmp_path: 
     path = tmp_path / "out.partial.journal"
     path.write_bytes(path.read_bytes() + torn)
     interrupted(tmp_path / "out", after=2)
-    journal = Journal(path)
+    journal = Journal(path, Disk())
     journal.close()
     assert list(journal.finished) == list(SHARDS)
     assert path.read_bytes().count(b"\n") == 3
@@ -747,7 +752,7 @@ def test_a_lock_on_a_journal_that_its_owner_just_removed_does_not_count(tmp_path
             removed.append(path)
             os.unlink(path)
 
-    with hooked(remove_once), Staging(tmp_path / "out", FINGERPRINT, needed=0):
+    with Staging(tmp_path / "out", FINGERPRINT, needed=0, disk=Disk(hook=remove_once)):
         assert removed == [str(journal)]
         with pytest.raises(TryAgain):
             Staging(tmp_path / "out", FINGERPRINT, needed=0)
@@ -905,11 +910,11 @@ def test_many_kills_in_a_row_are_recovered(tmp_path: Path, reference: dict[str, 
         assert_nothing_beside(output)
 
 
-class Disk:
+class Platter:
     """What of a folder survives a power cut: the data of files as of their last fsync, and their names.
 
     Names are either durable ``at once``, or ``late``, when their folder is synced; but even then folders may appear,
-    and files disappear, earlier. To be called before each operation of the writer, as ``disk.hook`` is.
+    and files disappear, earlier. To be called before each operation of the writer, as the hook of a ``Disk`` is.
     """
 
     def __init__(self, root: Path, names: str) -> None:
@@ -968,24 +973,22 @@ def test_a_power_cut_at_any_operation_is_recovered(
     if overwrite:
         make(root / "out", config=b'{"old": 1}')
         old = contents(root / "out")
-    platter = Disk(root, names)
+    platter = Platter(root, names)
     resumed = set()
 
     def cut(operation: str, path: str) -> None:
         platter(operation, path)
-        disk.hook, watching = lambda operation, path: None, disk.hook
         platter.restore(state)
         output = state / "out"
         assert_absent_or_complete(output, reference, old)
         if not output.exists() or contents(output) == old:
-            resumed.add(len(make(output, overwrite=overwrite).finished))
+            resumed.add(len(make(output, overwrite=overwrite, disk=Disk()).finished))
         elif set(os.listdir(state)) != {"out"}:
             with pytest.raises(OutputRefused):
-                make(output)
+                make(output, disk=Disk())
         assert contents(output) == reference, f"{operation} {path}"
         assert_nothing_beside(output)
         shutil.rmtree(state)
-        disk.hook = watching
 
     with hooked(cut):
         make(root / "out", overwrite=overwrite)

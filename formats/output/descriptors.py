@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qz.formats.output import disk
+from qz.formats.output.disk import Disk
 
 
 class Descriptors:
     """Open descriptors of any number of files in progress, a few at a time, opened again on demand. Thread-safe."""
 
-    def __init__(self, limit: int = 16) -> None:
+    def __init__(self, disk: Disk, limit: int = 16) -> None:
+        self._disk = disk
         self._limit = limit
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._users: dict[Path, int] = {}
@@ -29,9 +30,9 @@ class Descriptors:
                 if self._closed:
                     raise RuntimeError("written to after the run ended")
                 if len(self._open) < self._limit:
-                    self._open[path] = disk.open_file(path, create=False)
+                    self._open[path] = self._disk.open_file(path, create=False)
                 elif (idle := next((p for p in self._open if not self._users.get(p)), None)) is not None:
-                    disk.close(self._open.pop(idle), idle)
+                    self._disk.close(self._open.pop(idle), idle)
                 else:
                     self._changed.wait()
             self._open.move_to_end(path)
@@ -50,7 +51,7 @@ class Descriptors:
         """Close this file, if it is open and nobody uses it."""
         with self._changed:
             if path in self._open and path not in self._users:
-                disk.close(self._open.pop(path), path)
+                self._disk.close(self._open.pop(path), path)
 
     def close_all(self) -> None:
         """Close everything once nobody uses it, for good: a late write must not hit a number used for another file."""
@@ -59,4 +60,4 @@ class Descriptors:
             self._changed.wait_for(lambda: not self._users)
             while self._open:
                 path, descriptor = self._open.popitem()
-                disk.close(descriptor, path)
+                self._disk.close(descriptor, path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import TryAgain
-from qz.formats.output import disk
+from qz.formats.output.disk import Disk
 from qz.formats.output.record import WrittenFile, as_written
 
 if TYPE_CHECKING:
@@ -30,35 +30,35 @@ class Journal:
     """What the earlier run was asked for; None if there was none, or its journal cannot be trusted."""
     finished: dict[str, WrittenFile]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: Disk) -> None:
         """Raise TryAgain at once if another process holds it."""
-        self.path = path
+        self.path, self._disk = path, disk
         self._adding = threading.Lock()
         while True:
-            self._descriptor = disk.open_file(path, create=True)
+            self._descriptor = self._disk.open_file(path, create=True)
             try:
                 if not self._lock():
                     raise held_by_another(path)
-                if disk.same_file(self._descriptor, path):  # else its owner finished and removed it meanwhile
+                if self._disk.same_file(self._descriptor, path):  # else its owner finished and removed it meanwhile
                     self._read()
                     return
             except BaseException:
-                disk.close(self._descriptor, path)
+                self._disk.close(self._descriptor, path)
                 raise
-            disk.close(self._descriptor, path)
+            self._disk.close(self._descriptor, path)
 
     def _lock(self) -> bool:
         """Take the lock; a second and a third time after a moment, for ``check_output`` looks at it by taking it."""
         for _ in range(2):
-            if disk.try_lock(self._descriptor, self.path):
+            if self._disk.try_lock(self._descriptor, self.path):
                 return True
             time.sleep(0.02)
-        return disk.try_lock(self._descriptor, self.path)
+        return self._disk.try_lock(self._descriptor, self.path)
 
     def _read(self) -> None:
-        self._stop = disk.size(self._descriptor, self.path)
+        self._stop = self._disk.size(self._descriptor, self.path)
         text = bytearray(self._stop)
-        disk.read(self._descriptor, self.path, memoryview(text), 0)
+        self._disk.read(self._descriptor, self.path, memoryview(text), 0)
         self.fingerprint, self.finished = None, {}
         lines = bytes(text).split(b"\n")
         torn = len(lines.pop())
@@ -77,11 +77,11 @@ class Journal:
             self.finished = {file.name: file for file in finished if file.sha256}
             self._stop -= torn
             if torn:
-                disk.truncate(self._descriptor, self.path, self._stop)
+                self._disk.truncate(self._descriptor, self.path, self._stop)
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget whatever it held, and begin anew."""
-        disk.truncate(self._descriptor, self.path, 0)
+        self._disk.truncate(self._descriptor, self.path, 0)
         self.finished, self._stop = {}, 0
         self._append({"fingerprint": fingerprint})
 
@@ -100,18 +100,18 @@ class Journal:
     def _append(self, entry: Mapping[str, Any]) -> None:
         text = json.dumps(entry, sort_keys=True).encode()
         line = b"%08x %b\n" % (zlib.crc32(text), text)
-        disk.write(self._descriptor, self.path, memoryview(line), self._stop)
-        disk.sync(self._descriptor, self.path)
+        self._disk.write(self._descriptor, self.path, memoryview(line), self._stop)
+        self._disk.sync(self._descriptor, self.path)
         self._stop += len(line)
 
     def remove(self) -> None:
-        disk.remove(self.path)
+        self._disk.remove(self.path)
 
     def close(self) -> None:
         """Give up the lock. A late ``add`` fails: it must not hit a number used for another file."""
         with self._adding:
             descriptor, self._descriptor = self._descriptor, -1
-            disk.close(descriptor, self.path)
+            self._disk.close(descriptor, self.path)
 
 
 def held_by_another(path: Path) -> TryAgain:

@@ -9,8 +9,8 @@ from pathlib import Path
 from qz import OutputRefused, QzError
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import quoted
-from qz.formats.output import disk
 from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
+from qz.formats.output.disk import Disk
 from qz.formats.output.record import RECORD, read_record
 
 MOST_NAMED = 3
@@ -22,7 +22,7 @@ def sibling(output: Path, suffix: str) -> Path:
     return output.with_name(output.name + suffix)
 
 
-def refuse_output(output: Path, overwrite: bool) -> None:
+def refuse_output(output: Path, overwrite: bool, disk: Disk) -> None:
     """Raise OutputRefused unless there is nothing, an empty folder, or a checkpoint that may be overwritten."""
     what = disk.kind(output)
     if what is None:
@@ -37,10 +37,10 @@ def refuse_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputRefused(f"{output} exists and is not empty. Replace it with --overwrite, or choose -o/--output.")
-    _require_checkpoint(output)
+    _require_checkpoint(output, disk)
 
 
-def _require_checkpoint(output: Path) -> None:
+def _require_checkpoint(output: Path, disk: Disk) -> None:
     """Raise OutputRefused, naming what is in the way, unless the folder holds a checkpoint and nothing else.
 
     With a record of qz, what it lists is the checkpoint; without, what is named as the libraries name it.
@@ -48,7 +48,7 @@ def _require_checkpoint(output: Path) -> None:
     recorded = _recorded(output)
     files: list[str] = []
     foreign: list[str] = []
-    for name in _walk(output, recorded):
+    for name in _walk(output, recorded, disk):
         belongs = name in recorded if recorded else not name.endswith("/") and is_checkpoint_file(name)
         (files if belongs else foreign).append(name)
         if len(foreign) > MOST_NAMED:
@@ -79,19 +79,19 @@ def _recorded(output: Path) -> frozenset[str]:
     return frozenset({RECORD, *(file.name for file in record.files)}) if record else frozenset()
 
 
-def _walk(root: Path, recorded: frozenset[str], prefix: str = "") -> Iterator[str]:
+def _walk(root: Path, recorded: frozenset[str], disk: Disk, prefix: str = "") -> Iterator[str]:
     """Every file below ``root``; of a folder that is empty, or not one of a checkpoint, its name and a slash."""
     for base in disk.names(root / prefix):
         name = prefix + base
         if disk.kind(root / name) != "folder":
             yield name
-        elif not disk.names(root / name) or not _is_checkpoint_folder(root, name, recorded):
+        elif not disk.names(root / name) or not _is_checkpoint_folder(root, name, recorded, disk):
             yield f"{name}/"
         else:
-            yield from _walk(root, recorded, f"{name}/")
+            yield from _walk(root, recorded, disk, f"{name}/")
 
 
-def _is_checkpoint_folder(root: Path, name: str, recorded: frozenset[str]) -> bool:
+def _is_checkpoint_folder(root: Path, name: str, recorded: frozenset[str], disk: Disk) -> bool:
     if recorded:
         return any(file.startswith(f"{name}/") for file in recorded)
     parent, _, base = name.rpartition("/")
@@ -100,18 +100,18 @@ def _is_checkpoint_folder(root: Path, name: str, recorded: frozenset[str]) -> bo
     return not parent and (MODULE.fullmatch(base) is not None or disk.kind(root / "model_index.json") == "file")
 
 
-def refuse_overlap(source: Path, output: Path) -> None:
+def refuse_overlap(source: Path, output: Path, disk: Disk) -> None:
     """Raise OutputRefused if the output, or what is staged beside it, is the source, inside it, or around it."""
     real_source = Path(os.path.realpath(source))
     real_output = Path(os.path.realpath(output))
     for place in (real_output, sibling(real_output, ".partial"), sibling(real_output, ".partial.old")):
-        if _within(place, real_source) or _within(real_source, place):
+        if _within(place, real_source, disk) or _within(real_source, place, disk):
             raise OutputRefused(
                 f"The output {output} and the source {source} overlap. Choose a folder outside it with -o/--output."
             )
 
 
-def _within(path: Path, folder: Path) -> bool:
+def _within(path: Path, folder: Path, disk: Disk) -> bool:
     """Whether ``path`` is ``folder`` or inside it, also where the same folder goes by two names."""
     found = disk.status(folder)
     for each in (path, *path.parents):

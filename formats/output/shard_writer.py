@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz import IOFailed
-from qz.formats.output import disk
 from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.disk import Disk
 from qz.formats.output.record import PIECE, WrittenFile
 from qz.formats.safetensors import TensorInfo, encode_header, read_header
 
@@ -64,10 +64,15 @@ class ShardWriter:
     """A shard under its temporary name. ``write`` and ``write_variable`` may be called from several threads."""
 
     def __init__(
-        self, folder: Path, layout: ShardLayout, descriptors: Descriptors, done: Callable[[WrittenFile], None]
+        self,
+        disk: Disk,
+        folder: Path,
+        layout: ShardLayout,
+        descriptors: Descriptors,
+        done: Callable[[WrittenFile], None],
     ) -> None:
         """Reserve the shard's space on disk, or raise IOFailed. ``done`` is called when it is complete and named."""
-        self.layout = layout
+        self.layout, self._disk = layout, disk
         self._path = folder / layout.file
         self._temporary = folder / (layout.file + TEMPORARY)
         self._descriptors = descriptors
@@ -76,11 +81,11 @@ class ShardWriter:
         self._chunks: list[Chunk] = []
         self._variable: dict[str, bytes] = {}
         self._finishing = False
-        descriptor = disk.open_file(self._temporary, create=True)
+        descriptor = self._disk.open_file(self._temporary, create=True)
         try:
-            disk.reserve(descriptor, self._temporary, layout.size)
+            self._disk.reserve(descriptor, self._temporary, layout.size)
         finally:
-            disk.close(descriptor, self._temporary)
+            self._disk.close(descriptor, self._temporary)
 
     def write(self, tensor: str, data: Any, offset: int = 0) -> None:
         """Write ``data`` (any contiguous buffer) ``offset`` bytes into a tensor. The GIL is released for the work."""
@@ -102,7 +107,7 @@ class ShardWriter:
         if not len(view):
             return
         with self._descriptors.use(self._temporary) as descriptor:
-            chunk = write_chunk(descriptor, self._temporary, view, start)
+            chunk = write_chunk(self._disk, descriptor, self._temporary, view, start)
         self._chunks.append(chunk)  # atomic under the GIL and in free-threaded CPython
 
     def finish(self) -> WrittenFile:
@@ -121,14 +126,14 @@ class ShardWriter:
         )
         size = self.layout.header_size + max((tensor.stop for tensor in tensors), default=0)
         with self._descriptors.use(self._temporary) as descriptor:
-            disk.truncate(descriptor, self._temporary, size)
+            self._disk.truncate(descriptor, self._temporary, size)
             # Reading back comes before fsync, because the kernel goes on storing meanwhile; both see the same pages.
-            digest = read_back(descriptor, self._temporary, sorted(self._chunks))
+            digest = read_back(self._disk, descriptor, self._temporary, sorted(self._chunks))
             self._require_header(descriptor, tensors, size)
-            disk.sync(descriptor, self._temporary)
+            self._disk.sync(descriptor, self._temporary)
         self._descriptors.close(self._temporary)
-        disk.rename(self._temporary, self._path)
-        disk.sync_folder(self._path.parent)
+        self._disk.rename(self._temporary, self._path)
+        self._disk.sync_folder(self._path.parent)
         written = WrittenFile(self.layout.file, size, digest)
         self._done(written)
         return written
@@ -158,14 +163,14 @@ class ShardWriter:
     def _require_header(self, descriptor: int, tensors: list[TensorInfo], size: int) -> None:
         def read(offset: int, length: int) -> bytes:
             buffer = bytearray(length)
-            return bytes(buffer[: disk.read(descriptor, self._temporary, memoryview(buffer), offset)])
+            return bytes(buffer[: self._disk.read(descriptor, self._temporary, memoryview(buffer), offset)])
 
         found = read_header(read, size, str(self._temporary))
         if found.data_start != self.layout.header_size or found.tensors != {tensor.name: tensor for tensor in tensors}:
             raise RuntimeError(f"{self.layout.file}: its header does not read as planned")
 
 
-def write_chunk(descriptor: int, path: Path, view: memoryview, start: int) -> Chunk:
+def write_chunk(disk: Disk, descriptor: int, path: Path, view: memoryview, start: int) -> Chunk:
     """Write the bytes of ``view`` at ``start``, and have the kernel begin to store them if they are many."""
     checksum = 0
     for piece in range(0, len(view), PIECE):
@@ -178,7 +183,7 @@ def write_chunk(descriptor: int, path: Path, view: memoryview, start: int) -> Ch
     return Chunk(start, stop, checksum)
 
 
-def read_back(descriptor: int, path: Path, chunks: Sequence[Chunk]) -> str:
+def read_back(disk: Disk, descriptor: int, path: Path, chunks: Sequence[Chunk]) -> str:
     """The SHA-256 of a file that is all ``chunks``, in order; IOFailed if it does not read as it was written.
 
     Meanwhile the kernel stores what is not stored yet, and a thread hashes what this one has read.
@@ -260,7 +265,7 @@ def page_checksum(data: memoryview, seed: int = 0) -> int:
     return zlib.crc32(data[whole:], seed)
 
 
-def hash_file(path: Path) -> str:
+def hash_file(disk: Disk, path: Path) -> str:
     """The SHA-256 of a file, 4 MB at a time."""
     digest, position = hashlib.sha256(), 0
     buffer = memoryview(bytearray(PIECE))

@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
 from qz.formats.folder import LocalFolder
-from qz.formats.output import disk
 from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal, describe_difference, held_by_another
 from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.output.refusals import refuse_output, refuse_overlap, sibling
@@ -53,19 +53,20 @@ RESUMABLE = 1 << 20
 """Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""
 
 
-def check_output(output: Path, overwrite: bool, sources: Iterable[Folder]) -> None:
+def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk: Disk | None = None) -> None:
     """Raise what would be raised later for what lies there at this moment, to spare the user a long planning.
 
     Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
     """
+    disk = disk or Disk()
     for source in sources:
         if isinstance(source, LocalFolder):
-            refuse_overlap(source.path, output)
+            refuse_overlap(source.path, output, disk)
     output = Path(os.path.realpath(output.parent)) / output.name
     journal = sibling(output, ".partial.journal")
     descriptor = disk.open_existing(journal)
     if descriptor is None:
-        refuse_output(output, overwrite)
+        refuse_output(output, overwrite, disk)
         return
     try:
         if not disk.try_lock(descriptor, journal) and disk.same_file(descriptor, journal):
@@ -96,6 +97,7 @@ class Staging:
         overwrite: bool = False,
         resume: bool = True,
         about: Mapping[str, Any] | None = None,
+        disk: Disk | None = None,
     ) -> None:
         """Lock the output, refuse what cannot work, and find what an earlier run has done.
 
@@ -105,13 +107,14 @@ class Staging:
         Raises OutputRefused (it exists; an interrupted run with another fingerprint is there), TryAgain (another run
         holds it), IOFailed (too little space), PermissionRefused.
         """
+        self._disk = disk or Disk()
         self.output = Path(os.path.realpath(output.parent)) / output.name
         if not output.name or output.name == "..":
             raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
         self._partial = sibling(self.output, ".partial")
         self._aside = sibling(self.output, ".partial.old")
         self._overwrite, self._about = overwrite, dict(about or {})
-        self._descriptors = Descriptors()
+        self._descriptors = Descriptors(self._disk)
         self._unfinished: set[str] = set()
         self._unverified: dict[str, tuple[WrittenFile, IsVerified]] = {}
         self._settling = threading.Lock()
@@ -119,17 +122,17 @@ class Staging:
         self._last: dict[str, bytes] = {}
         self._committed = False
         journal = sibling(self.output, ".partial.journal")
-        if disk.kind(journal) is None:
-            refuse_output(self.output, overwrite)
+        if self._disk.kind(journal) is None:
+            refuse_output(self.output, overwrite, self._disk)
             self._refuse_foreign_partial(journal)
-        disk.make_folder(self.output.parent)
+        self._disk.make_folder(self.output.parent)
         locked = False
         try:
             with defer_signals():
-                self._journal = Journal(journal)
+                self._journal = Journal(journal, self._disk)
                 locked = True
                 self._recover()
-                refuse_output(self.output, overwrite)
+                refuse_output(self.output, overwrite, self._disk)
                 self._prepare(json.loads(json.dumps(fingerprint)), needed, resume)
         except BaseException as error:
             if locked:
@@ -138,11 +141,11 @@ class Staging:
 
     def _refuse_foreign_partial(self, journal: Path) -> None:
         for path in (self._partial, self._aside):
-            before = disk.status(path)
-            if before is None or disk.kind(journal) is not None:
+            before = self._disk.status(path)
+            if before is None or self._disk.kind(journal) is not None:
                 continue
-            after = disk.status(path)
-            if after is not None and os.path.samestat(before, after) and disk.kind(journal) is None:
+            after = self._disk.status(path)
+            if after is not None and os.path.samestat(before, after) and self._disk.kind(journal) is None:
                 raise OutputRefused(
                     f"{path} exists, and it is not an interrupted run of qz. Move it away, or write elsewhere with "
                     "-o/--output."
@@ -150,13 +153,13 @@ class Staging:
 
     def _recover(self) -> None:
         """Finish or take back an exchange of old and new output that a crash interrupted."""
-        if disk.kind(self._aside) is None:
+        if self._disk.kind(self._aside) is None:
             return
-        if disk.kind(self.output) is None:
-            disk.rename(self._aside, self.output)
-            disk.sync_folder(self.output.parent)
-        elif disk.kind(self._partial) is None:
-            disk.remove(self._aside)
+        if self._disk.kind(self.output) is None:
+            self._disk.rename(self._aside, self.output)
+            self._disk.sync_folder(self.output.parent)
+        elif self._disk.kind(self._partial) is None:
+            self._disk.remove(self._aside)
         else:
             raise OutputRefused(
                 f"{self._aside} is the output that an interrupted run was replacing, and {self.output} exists again. "
@@ -165,7 +168,7 @@ class Staging:
 
     def _prepare(self, fingerprint: dict[str, Any], needed: int, resume: bool) -> None:
         journal = self._journal
-        if disk.kind(self._partial) not in {None, "folder"}:
+        if self._disk.kind(self._partial) not in {None, "folder"}:
             raise OutputRefused(f"{self._partial} is not a folder. Move it away.")
         found = {name: file for name, file in journal.finished.items() if self._has(file)}
         if resume and found and journal.fingerprint != fingerprint:
@@ -181,28 +184,28 @@ class Staging:
         if found:
             self._sweep(keep=found.keys())
         else:
-            disk.remove(self._partial)
+            self._disk.remove(self._partial)
         self._require_space(needed - sum(file.bytes for file in found.values()))
         if not found:
             journal.start(fingerprint)
-            disk.sync_folder(self.output.parent)
-            disk.make_folder(self._partial)
-            disk.sync_folder(self.output.parent)
+            self._disk.sync_folder(self.output.parent)
+            self._disk.make_folder(self._partial)
+            self._disk.sync_folder(self.output.parent)
 
     def _has(self, file: WrittenFile) -> bool:
-        found = disk.status(self._partial / file.name)
+        found = self._disk.status(self._partial / file.name)
         return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == file.bytes
 
     def _sweep(self, keep: Collection[str], prefix: str = "") -> None:
-        for entry in disk.names(self._partial / prefix):
+        for entry in self._disk.names(self._partial / prefix):
             name = prefix + entry
-            if any(kept.startswith(f"{name}/") for kept in keep) and disk.kind(self._partial / name) == "folder":
+            if any(kept.startswith(f"{name}/") for kept in keep) and self._disk.kind(self._partial / name) == "folder":
                 self._sweep(keep, f"{name}/")
             elif name not in keep:
-                disk.remove(self._partial / name)
+                self._disk.remove(self._partial / name)
 
     def _require_space(self, needed: int) -> None:
-        free = disk.free_bytes(self.output.parent)
+        free = self._disk.free_bytes(self.output.parent)
         if needed > free:
             raise IOFailed(
                 f"Not enough space for {self.output}: it needs {needed:,} bytes, {free:,} are free. "
@@ -223,7 +226,7 @@ class Staging:
             self._unfinished.discard(file.name)
             self._note_verified((file, is_verified))
 
-        writer = ShardWriter(self._partial, layout, self._descriptors, done)
+        writer = ShardWriter(self._disk, self._partial, layout, self._descriptors, done)
         self._unfinished.add(layout.file)
         return writer
 
@@ -298,28 +301,28 @@ class Staging:
         self._make_parent(path)
         chunks: list[Chunk] = []
         size = 0
-        descriptor = disk.open_file(temporary, create=True)
+        descriptor = self._disk.open_file(temporary, create=True)
         try:
             if reserve:
-                disk.reserve(descriptor, temporary, reserve)
+                self._disk.reserve(descriptor, temporary, reserve)
             for piece in pieces:
-                chunks.append(write_chunk(descriptor, temporary, piece, size))
+                chunks.append(write_chunk(self._disk, descriptor, temporary, piece, size))
                 size += len(piece)
-            written = WrittenFile(name, size, read_back(descriptor, temporary, chunks))
-            disk.sync(descriptor, temporary)
+            written = WrittenFile(name, size, read_back(self._disk, descriptor, temporary, chunks))
+            self._disk.sync(descriptor, temporary)
         finally:
-            disk.close(descriptor, temporary)
-        disk.rename(temporary, path)
-        disk.sync_folder(path.parent)
+            self._disk.close(descriptor, temporary)
+        self._disk.rename(temporary, path)
+        self._disk.sync_folder(path.parent)
         self._written[name] = written
         return written
 
     def _make_parent(self, path: Path) -> None:
         if path.parent == self._partial:
             return
-        disk.make_folder(path.parent)
+        self._disk.make_folder(path.parent)
         for folder in path.parents[1:]:
-            disk.sync_folder(folder)
+            self._disk.sync_folder(folder)
             if folder == self._partial:
                 break
 
@@ -343,7 +346,7 @@ class Staging:
         return written
 
     def _verify(self, file: WrittenFile) -> None:
-        if not self._has(file) or hash_file(self._partial / file.name) != file.sha256:
+        if not self._has(file) or hash_file(self._disk, self._partial / file.name) != file.sha256:
             self._journal.forget(file.name)
             raise IOFailed(
                 f"{self._partial / file.name}, made by an earlier run, is damaged. Run the same command again: "
@@ -351,30 +354,30 @@ class Staging:
             )
 
     def _walk(self, folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-        for name in disk.names(folder):
-            if disk.kind(folder / name) == "folder":
+        for name in self._disk.names(folder):
+            if self._disk.kind(folder / name) == "folder":
                 yield from self._walk(folder / name, f"{prefix}{name}/")
             else:
-                status = disk.status(folder / name)
+                status = self._disk.status(folder / name)
                 yield prefix + name, status.st_size if status else -1
 
     def _publish(self) -> None:
-        refuse_output(self.output, self._overwrite)
-        replaced = disk.kind(self.output) is not None and bool(disk.names(self.output))
+        refuse_output(self.output, self._overwrite, self._disk)
+        replaced = self._disk.kind(self.output) is not None and bool(self._disk.names(self.output))
         try:
             if replaced:
-                disk.rename(self.output, self._aside)
-            disk.rename(self._partial, self.output)
+                self._disk.rename(self.output, self._aside)
+            self._disk.rename(self._partial, self.output)
             self._committed = True
         except BaseException:
-            if replaced and disk.kind(self.output) is None:
-                disk.rename(self._aside, self.output)
+            if replaced and self._disk.kind(self.output) is None:
+                self._disk.rename(self._aside, self.output)
             raise
         try:
-            disk.sync_folder(self.output.parent)
-            disk.remove(self._aside)
+            self._disk.sync_folder(self.output.parent)
+            self._disk.remove(self._aside)
             self._journal.remove()
-            disk.sync_folder(self.output.parent)
+            self._disk.sync_folder(self.output.parent)
         except QzError as error:
             raise type(error)(f"{self.output} is complete, but tidying up failed: {error}") from error
         finally:
@@ -406,11 +409,11 @@ class Staging:
     def _tidy_up(self) -> None:
         with suppress(QzError):
             self._descriptors.close_all()
-            if self._journal.finished and disk.kind(self._partial) == "folder":
+            if self._journal.finished and self._disk.kind(self._partial) == "folder":
                 self._sweep(keep=self._journal.finished.keys())
             else:
-                disk.remove(self._partial)
-                if disk.kind(self._aside) is None:
+                self._disk.remove(self._partial)
+                if self._disk.kind(self._aside) is None:
                     self._journal.remove()
         with suppress(QzError):
             self._journal.close()

@@ -20,6 +20,7 @@ from qz.formats.folder import LocalFolder
 from qz.formats.hub.errors import BUSY, hub_errors
 from qz.formats.hub.repository import HubFolder
 from qz.formats.hub.session import ASKING, hub_api, patiently
+from qz.formats.output.disk import Disk
 from qz.formats.output.record import RECORD
 from qz.formats.output.shard_writer import hash_file
 from qz.formats.publish.card import in_words, write_card
@@ -331,7 +332,7 @@ def _is_same(file: OwnFile, entry: RepoFile) -> bool:
     if entry.lfs is None:  # an index
         data = file.path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob_id
-    return entry.lfs.sha256 == (file.sha256 or hash_file(file.path))
+    return entry.lfs.sha256 == (file.sha256 or hash_file(Disk(), file.path))
 
 
 def _message(to: Destination, facts: CardFacts) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import Companion, copy
+from qz.formats.output.disk import Disk
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.staging import RESUMABLE, Section, Staging, WrittenFile
 from qz.quantize.planning.plan import Plan
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to put the result, and what to do with what is there."""
+    """Where to put the result, how, and what to do with what is there."""
 
     output: Path
     overwrite: bool = False
     resume: bool = True
+    disk: Disk = field(default_factory=Disk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def write_parts(
     """
     local = [each for each in sources if isinstance(each, LocalFolder)]
     for each in local:
-        refuse_overlap(each.path, target.output)
+        refuse_overlap(each.path, target.output, target.disk)
     with (
         Staging(
             target.output,
@@ -95,6 +97,7 @@ def write_parts(
             overwrite=target.overwrite,
             resume=target.resume,
             about=about,
+            disk=target.disk,
         ) as staging,
         _trust(staging, local),
     ):
