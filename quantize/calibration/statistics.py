@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed, quoted
-from qz.formats.output import disk
+from qz.formats.output.disk import Disk
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
 
 FORMAT = "qz-importance"
@@ -162,7 +162,7 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[st
         *(memoryview(tensors[info.name].reshape(-1)).cast("B") for info in infos if info.nbytes),
     )
     digest, position = hashlib.sha256(), 0
-    partial = path.with_name(f"{path.name}.partial")
+    disk, partial = Disk(), path.with_name(f"{path.name}.partial")
     descriptor = disk.open_file(partial, create=True)
     try:
         disk.truncate(descriptor, partial, 0)
