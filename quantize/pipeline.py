@@ -13,7 +13,7 @@ from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
-from qz.quantize.libraries.examine import examine
+from qz.quantize.libraries.examine import examine, expect
 from qz.quantize.methods import Method
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.components import Choice, choose
@@ -64,6 +64,7 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
         )
     if settings.method is None:
         raise ValueError("a pipeline is quantized by a method")
+    _expect(pipeline)
     choices = choose(pipeline, settings.method, settings.components, settings.component_methods)
     chosen = {choice.name: choice for choice in choices if choice.method is not None}
     _require_skips(pipeline, settings.skips)
@@ -79,6 +80,7 @@ def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
         raise UsageError(
             "--weights-only leaves out what a pipeline needs to be loaded. Use --subfolder for one component."
         )
+    _expect(pipeline)
     total = sum(component.parameters for component in pipeline.components)
     choices: list[Choice] = []
     plans: dict[str, Plan] = {}
@@ -100,6 +102,10 @@ def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             f"No component of {pipeline.folder.location} is quantized with bitsandbytes: nothing to dequantize."
         )
     return compose(pipeline, tuple(choices), plans)
+
+
+def _expect(pipeline: Pipeline) -> None:
+    expect(component.checkpoint for component in pipeline.components if component.checkpoint is not None)
 
 
 def compose(pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str, Plan]) -> PipelinePlan:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from converted import quantized
-from qz.quantize.libraries.examine import OF_TRANSFORMERS
+from qz.quantize.libraries.versions import requirement
 from reference import differing_files
 from zoo import build
 
@@ -50,11 +54,8 @@ def test_a_lean_process_writes_the_same_folder(qz: Qz, name: str, tmp_path: Path
     assert differing_files(tmp_path / "here", tmp_path / "there") == []
 
 
-def test_a_model_of_diffusers_that_contains_one_of_transformers_gets_it(qz: Qz, tmp_path: Path) -> None:
-    """Planning another one leaves transformers out: half of diffusers' import time."""
-    from diffusers import AutoencoderRAE
-
-    AutoencoderRAE(
+def tiny_rae(model_class: Any) -> Any:
+    return model_class(
         encoder_hidden_size=64,
         encoder_num_hidden_layers=1,
         decoder_hidden_size=64,
@@ -62,22 +63,114 @@ def test_a_model_of_diffusers_that_contains_one_of_transformers_gets_it(qz: Qz, 
         decoder_num_attention_heads=2,
         decoder_intermediate_size=128,
         encoder_input_size=28,
-    ).save_pretrained(tmp_path / "source")
+    )
+
+
+def test_a_model_of_diffusers_that_contains_one_of_transformers_gets_it(qz: Qz, tmp_path: Path) -> None:
+    """Planning another one leaves transformers out: half of diffusers' import time."""
+    from diffusers import AutoencoderRAE
+
+    tiny_rae(AutoencoderRAE).save_pretrained(tmp_path / "source")
     quantized(tmp_path / "source", tmp_path / "here", "nf4")
     done = qz("quantize", "source", "-o", "there", "--quiet")
     assert done.returncode == 0, done.stderr
     assert differing_files(tmp_path / "here", tmp_path / "there") == []
 
 
-def test_no_other_model_of_diffusers_needs_transformers() -> None:
-    import diffusers
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Components that need diffusers without and with transformers: in ``diffusers.models``, and outside of it."""
+    from diffusers import AutoencoderRAE, ReduxImageEncoder
 
-    needy = set()
-    for path in (Path(diffusers.__file__).parent / "models").rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        if re.search(r"^\s*(from|import) transformers\b", text, re.MULTILINE):
-            needy |= set(re.findall(r"^class (\w+)\(.*ModelMixin", text, re.MULTILINE))
-    assert needy == set(OF_TRANSFORMERS)
+    root = tmp_path_factory.mktemp("parts")
+    build("flux").save_pretrained(root / "transformer")
+    tiny_rae(AutoencoderRAE).save_pretrained(root / "vae")
+    ReduxImageEncoder(redux_dim=64, txt_in_features=64).save_pretrained(root / "redux")
+    return {name: root / name for name in ("transformer", "vae", "redux")}
+
+
+ORDERS = {
+    "quantize": ("transformer", "vae"),
+    "quantize in another order": ("vae", "transformer"),
+    "quantize one that is not among diffusers.models": ("transformer", "redux"),
+    "inspect": ("transformer", "vae"),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_the_libraries_are_imported_for_all_components_in_any_order(
+    qz: Qz, parts: dict[str, Path], case: str, tmp_path: Path
+) -> None:
+    order = ORDERS[case]
+    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": "0.42.1"}
+    for name in order:
+        shutil.copytree(parts[name], tmp_path / "source" / name)
+        config = json.loads((parts[name] / "config.json").read_text())
+        index[name] = ["diffusers", config["_class_name"]]  # type: ignore[assignment]
+    (tmp_path / "source/model_index.json").write_text(json.dumps(index))
+    options = ("--plan",) if case == "inspect" else ("--components", ",".join(order), "--dry-run")
+    done = qz(case.split()[0], "source", *options)
+    assert done.returncode == 0, done.stderr
+    assert "So the figures are estimates" not in " ".join((done.stdout + done.stderr).split())
+
+
+CHECKS_CLASSES = """
+import importlib.util, pathlib, re, sys
+from types import SimpleNamespace
+from qz.quantize.libraries import lean_imports
+from qz.quantize.libraries.optional_packages import needed_by
+lean_imports.allow()
+models = pathlib.Path(importlib.util.find_spec("diffusers").origin).parent / "models/__init__.py"
+groups = re.findall(r'"[\\w.]+"\\] = \\[([^\\]]*)\\]', models.read_text())
+names = [name for group in groups for name in re.findall(r'"(\\w+)"', group)]
+def needs(name):
+    return "transformers" in needed_by(SimpleNamespace(library="diffusers", config={"_class_name": name}))
+with lean_imports.lean_imports():
+    import diffusers
+    for name in names:
+        if hasattr(diffusers, name) and not needs(name):
+            assert not hasattr(getattr(diffusers, name), "_backends"), name
+assert needs("AutoencoderRAE") and needs("ReduxImageEncoder") and not needs("FluxTransformer2DModel")
+assert "transformers" not in sys.modules and len(names) > 100
+"""
+
+
+def test_every_other_model_of_diffusers_can_be_imported_without_transformers() -> None:
+    done = subprocess.run([sys.executable, "-c", CHECKS_CLASSES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("lean", ["0", ""])
+def test_what_cannot_be_built_names_the_hatch_where_it_may_help(qz: Qz, lean: str, tmp_path: Path) -> None:
+    build("flux").save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    (tmp_path / "source/config.json").write_text(json.dumps({**config, "attention_head_dim": "x"}))
+    done = qz("quantize", "source", "--dry-run", QZ_LEAN=lean)
+    assert done.returncode == 78, done.stderr
+    assert ("QZ_LEAN=0" in done.stderr) == (lean != "0")
+
+
+@pytest.mark.parametrize("folder", ["missing", "full"])
+def test_a_temporary_folder_that_cannot_be_used_is_an_io_error(folder: str, tmp_path: Path) -> None:
+    """Not a model that cannot be built."""
+    if folder == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no device that is always full")
+    build("llama-tied").save_pretrained(tmp_path / "source")
+    code = (
+        "import pathlib, sys, tempfile\n"
+        "tempfile.tempdir = sys.argv[1]\n"
+        "from qz.quantize.libraries import on_transformers\n"
+        "if sys.argv[1] != '/missing':\n"
+        "    whole = on_transformers._store\n"
+        "    on_transformers._store = lambda path, data: whole(pathlib.Path('/dev/full'), data)\n"
+        "from qz.cli.app import run\n"
+        "sys.exit(run(['quantize', sys.argv[2], '--dry-run']))\n"
+    )
+    place = "/missing" if folder == "missing" else str(tmp_path)
+    arguments = [sys.executable, "-c", code, place, str(tmp_path / "source")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 74, done.stderr
+    assert "TMPDIR" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "flux"])
@@ -88,3 +181,9 @@ def test_planning_leaves_the_compiler_out_and_puts_everything_back(name: str, tm
         [sys.executable, "-c", SHOWS_MODULES, *arguments], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_advice_on_versions_is_what_the_package_declares() -> None:
+    for name in ("transformers", "diffusers"):
+        declared = [each for each in metadata.requires("qz-cli") or [] if each.startswith(name)]
+        assert declared == [requirement(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import qz as package
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
+from qz.quantize.compute.jit import has_place_for_cache
 from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.architecture import LoadRequest, Saved
 from qz.quantize.libraries.examine import examine
@@ -114,7 +116,7 @@ def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) 
     shutil.copytree(root, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
     assert answered(source, cwd=tmp_path) == "asked"
     assert answered(source, cwd=tmp_path) == "remembered"
-    os.utime(tmp_path / "qz" / "quantize" / "on_transformers.py", ns=(1, 1))
+    os.utime(tmp_path / "qz" / "quantize" / "libraries" / "on_transformers.py", ns=(1, 1))
     assert answered(source, cwd=tmp_path) == "asked"
     assert answered(source, cwd=tmp_path) == "remembered"
     assert len(list(cache.iterdir())) == 1
@@ -168,3 +170,25 @@ def test_the_oldest_answers_make_room(source: Path, cache: Path) -> None:
     assert f"{0:064x}" not in names
     assert f"{1:064x}" in names
     assert answered(source) == "remembered"
+
+
+@pytest.mark.parametrize("environment", [{}, {"HOME": "here"}, {"XDG_CACHE_HOME": "caches"}])
+def test_without_a_home_nothing_is_kept_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """A container under a bare number: no HOME, and no entry in the list of users."""
+
+    def nobody(_: int) -> None:
+        raise KeyError("no such user")
+
+    for name in ("HOME", "QZ_CACHE", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+    assert answer_cache._folder() is None
+    assert not has_place_for_cache(tmp_path / "read-only")
+    assert has_place_for_cache(tmp_path)
+    monkeypatch.setenv("QZ_CACHE", "chosen")
+    assert answer_cache._folder() == Path("chosen/architectures")

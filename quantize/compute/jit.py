@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -23,7 +25,8 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
     """``numba.njit`` for this signature, at the first call: compiled, or loaded from the cache of an earlier process.
 
     The cache lies beside the module, or in the user's cache directory where that cannot be written (or where
-    ``NUMBA_CACHE_DIR`` says). Processes that write it at the same time replace whole files. Thread-safe.
+    ``NUMBA_CACHE_DIR`` says); without a home there is none. Processes that write it at the same time replace whole
+    files. Thread-safe.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -40,7 +43,7 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
                 with lock:
                     if not built:
                         try:
-                            built.append(build(cache=True))
+                            built.append(build(cache=has_place_for_cache(Path(function.__code__.co_filename).parent)))
                         except (RuntimeError, OSError):  # nowhere to keep the cache, or no room there
                             built.append(build(cache=False))
             return built[0](*arguments)
@@ -48,6 +51,12 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
         return cast(_Function, call)
 
     return decorate
+
+
+def has_place_for_cache(modules: Path) -> bool:
+    """Whether numba would keep its cache elsewhere than in a folder ``~`` of the working directory."""
+    home = os.path.expanduser("~")
+    return bool(os.environ.get("NUMBA_CACHE_DIR")) or os.path.isabs(home) or os.access(modules, os.W_OK)
 
 
 def inlined(function: _Function) -> _Function:

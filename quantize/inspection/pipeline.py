@@ -171,18 +171,25 @@ def inspect_pipeline(
         named = f" ({', '.join(quoted(name, 40) for name in scripts[:3])})"
         problems.add("custom-code", scripts[0], named=named, library="diffusers")
     looks: dict[str, FolderReading | None] = {}
-    components: list[ComponentInspection] = []
-    for name, (library, component_class) in entries.items():
+    inner: list[Folder] = []
+    for name in entries:
         try:
-            inner = folder.subfolder(name)
+            inner.append(folder.subfolder(name))
         except QzError as error:
             missing.append(_gone(name, error))
             continue
-        look = looks[name] = _look(inner, variant)
+        looks[name] = _look(inner[-1], variant)
+    if plan:
+        from qz.quantize.libraries.examine import expect
+
+        expect(look.checkpoint for look in looks.values() if look is not None and look.checkpoint is not None)
+    components: list[ComponentInspection] = []
+    for name, look in looks.items():
         inside = replace(origin, subfolder=f"{origin.subfolder}/{name}" if origin.subfolder else name)
         model = inspect_model(look, inside, plan=plan) if look is not None else None
-        components.append(ComponentInspection(name, library, component_class, model))
-        inner.close()
+        components.append(ComponentInspection(name, *entries[name], model))
+    for each in inner:
+        each.close()
     found = PipelineInspection(
         source=replace(origin, library="diffusers", architecture=class_name),
         components=_as_recorded(components, folder),

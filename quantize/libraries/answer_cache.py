@@ -6,7 +6,7 @@ the code by the size and time of every file of it that was loaded. An answer tha
 holds the library's own functions, is not kept.
 
 Answers lie in ``$QZ_CACHE/architectures``, by default in the user's cache directory; nothing is kept if ``QZ_CACHE`` is
-empty. What cannot be read, or does not have the checksum it was written with, counts as absent.
+empty or there is no home. What cannot be read, or does not have the checksum it was written with, counts as absent.
 """
 
 from __future__ import annotations
@@ -92,8 +92,12 @@ def _folder() -> Path | None:
     chosen = os.environ.get("QZ_CACHE")
     if chosen == "":
         return None
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(chosen or os.path.join(caches, "qz"), "architectures")
+    if chosen:
+        return Path(chosen, "architectures")
+    # Without a home, as in a container under a bare number, "~" stays as it is; it must not become a folder's name.
+    places = (os.environ.get("XDG_CACHE_HOME") or "", os.path.expanduser("~/.cache"))
+    caches = next(filter(os.path.isabs, places), None)
+    return Path(caches, "qz", "architectures") if caches else None
 
 
 def _code() -> dict[str, list[int]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.quantize.libraries import answer_cache
+from qz.quantize.libraries import answer_cache, lean_imports
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec, torch_name
-from qz.quantize.libraries.lean_imports import lean_imports
+from qz.quantize.libraries.optional_packages import needed_by
 
-OF_TRANSFORMERS = ("AutoencoderRAE",)
-"""Models of diffusers that are built from models of transformers (0.42.1)."""
+
+def expect(checkpoints: Iterable[Checkpoint]) -> None:
+    """Name, before the first, all that this process will examine: a library is imported once, for all of them."""
+    if lean_imports.is_allowed():
+        for checkpoint in checkpoints:
+            lean_imports.keep(needed_by(checkpoint))
 
 
 def examine(
@@ -46,7 +49,8 @@ def examine(
         compared = True
         return equal is not None and equal(one, other)
 
-    with lean_imports(keep=_needed(checkpoint)):
+    expect([checkpoint])
+    with lean_imports.lean_imports():
         if checkpoint.library == "diffusers":
             from qz.quantize.libraries import on_diffusers
 
@@ -58,16 +62,6 @@ def examine(
     if not compared:
         answer_cache.keep(question, architecture)
     return architecture
-
-
-def _needed(checkpoint: Checkpoint) -> set[str]:
-    """Packages that building this model needs: transformers has losses that match by scipy, timm takes torchvision."""
-    needed = {"scipy", "transformers"} if checkpoint.library == "transformers" else set()
-    if checkpoint.config.get("_class_name") in OF_TRANSFORMERS:
-        needed.add("transformers")
-    if "timm" in json.dumps(checkpoint.config):
-        needed.add("torchvision")
-    return needed
 
 
 def library_versions() -> dict[str, str]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import os
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -23,23 +24,33 @@ OPTIONAL = ("peft", "scipy", "sklearn", "torchaudio", "torchvision", "transforme
 """What the libraries import where it is installed: for adapters, losses, assisted generation, images, other kernels,
 and, in diffusers, the text encoders of pipelines.
 
-Building a model needs none of it, but for a few: see ``qz.quantize.libraries.examine``.
+Building a model needs none of it, but for a few: see ``qz.quantize.libraries.optional_packages``.
 """
 _allowed = False
+_kept: set[str] = set()
 
 
 def allow() -> None:
-    """Say that this process runs no model: a library imported this way must not be used with ``torch.compile``."""
+    """Say that this process runs no model: a library imported this way must not be used with ``torch.compile``.
+
+    ``QZ_LEAN=0`` in the environment forbids it.
+    """
     global _allowed
-    _allowed = True
+    _allowed = os.environ.get("QZ_LEAN") != "0"
+
+
+def is_allowed() -> bool:
+    return _allowed
+
+
+def keep(packages: Iterable[str]) -> None:
+    """Say, before the first import, which of ``OPTIONAL`` this process will need: a library imported once stays so."""
+    _kept.update(packages)
 
 
 @contextmanager
-def lean_imports(keep: Container[str] = ()) -> Iterator[None]:
-    """Inside, where it is allowed, what is imported for the first time leaves out the compiler and what is optional.
-
-    ``keep``: of ``OPTIONAL``, what must not be left out.
-    """
+def lean_imports() -> Iterator[None]:
+    """Inside, where it is allowed, what is imported for the first time leaves out the compiler and what is optional."""
     with gc_paused():
         import torch
 
@@ -58,13 +69,13 @@ def lean_imports(keep: Container[str] = ()) -> Iterator[None]:
             (torch.compiler, "allow_in_graph", _unchanged),
             (torch.distributed, "is_available", lambda: False),
         ]
-        if "transformers" not in keep:  # diffusers reads every package's list of files, for three quantizers' names
+        if "transformers" not in _kept:  # diffusers reads every package's list of files, for three quantizers' names
             replacements.append((importlib.metadata, "packages_distributions", dict))
         for owner, name, value in replacements:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         for name in OPTIONAL:
-            if name not in sys.modules and name not in keep and not (name == "triton" and torch.version.xpu):
+            if name not in sys.modules and name not in _kept and not (name == "triton" and torch.version.xpu):
                 sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say that there is none
                 stack.callback(sys.modules.pop, name, None)
         yield

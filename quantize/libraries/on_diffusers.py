@@ -23,11 +23,13 @@ from qz.quantize.libraries.architecture import (
     Saved,
     TensorSpec,
     Weight,
+    building,
     checked,
     document,
     expand,
     skip_list,
 )
+from qz.quantize.libraries.versions import requirement
 
 
 def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> Architecture:
@@ -135,22 +137,16 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     if model_class is None or not issubclass(model_class, torch.nn.Module):
         raise Unsupported(
             f"diffusers {diffusers.__version__} has no model class {name}, which config.json asks for. "
-            "Try a newer version: pip install -U diffusers."
+            f"Try a newer version: pip install -U '{requirement('diffusers')}'."
         )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with init_empty_weights():
+        with building("diffusers", str(name), checkpoint.folder.location), init_empty_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
             model = model_class.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unsupported(
-            f"diffusers cannot build {name} from {checkpoint.folder.location}/config.json: {first_line}. "
-            "Check config.json, or try another version of diffusers."
-        ) from error
     finally:
         torch.set_default_dtype(default)
         logging.set_verbosity(verbosity)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qz import MalformedInput, Unsupported, UsageError
+from qz import IOFailed, MalformedInput, Unsupported, UsageError
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
 from qz.quantize.libraries.architecture import (
     OF_QUANTIZATION,
@@ -23,6 +24,7 @@ from qz.quantize.libraries.architecture import (
     LoadRequest,
     TensorSpec,
     Weight,
+    building,
     checked,
     document,
     expand,
@@ -43,6 +45,8 @@ from qz.quantize.libraries.transformers_internals import (
     should_convert_module,
     tied_weights,
 )
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def examine(
@@ -140,28 +144,24 @@ def _load(
     logging.disable_progress_bar()
     try:
         # Without initial values for weights that have none: torch would import sympy for them.
-        with tempfile.TemporaryDirectory(prefix="qz-") as folder, no_init_weights():
+        with _temporary_folder() as folder, no_init_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
-            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            model, info = model_class.from_pretrained(
-                None,
-                config=model_class.config_class.from_pretrained(folder),
-                state_dict=state,
-                device_map="meta",
-                dtype=request.dtype,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-            if "generation_config.json" in checkpoint.folder.sizes() and model.can_generate():
-                generation = read_file(checkpoint.folder, "generation_config.json", MAX_CONFIG_BYTES)
-                (Path(folder) / "generation_config.json").write_bytes(generation)
-                model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unsupported(
-            f"transformers cannot build {model_class.__name__} from {checkpoint.folder.location}/config.json: "
-            f"{first_line}. Check config.json, or try another version of transformers."
-        ) from error
+            _store(folder / "config.json", json.dumps(config).encode())
+            with building("transformers", model_class.__name__, checkpoint.folder.location):
+                model, info = model_class.from_pretrained(
+                    None,
+                    config=model_class.config_class.from_pretrained(folder),
+                    state_dict=state,
+                    device_map="meta",
+                    dtype=request.dtype,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+                generates = model.can_generate()
+            if generates and GENERATION_CONFIG in checkpoint.folder.sizes():
+                _store(folder / GENERATION_CONFIG, read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES))
+                with building("transformers", model_class.__name__, checkpoint.folder.location):
+                    model.generation_config = GenerationConfig.from_pretrained(folder)
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
@@ -169,6 +169,31 @@ def _load(
         key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
     }
     return model, set(info["missing_keys"]) - mismatched.keys(), mismatched
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """The library takes configs from a folder only."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="qz-")
+    except OSError as error:
+        raise _no_room(error) from error
+    with folder as path:
+        yield Path(path)
+
+
+def _store(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> IOFailed:
+    return IOFailed(
+        f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. "
+        "Free some space there, or name another folder with TMPDIR."
+    )
 
 
 def _select(model: Model, request: LoadRequest) -> tuple[dict[str, bool], dict[str, str], list[str] | None]:
@@ -232,13 +257,15 @@ def _documents(
     if request.method is not None:
         model.config.quantization_config = BitsAndBytesConfig(**request.method.config(), llm_int8_skip_modules=skips)
     documents = {}
-    with tempfile.TemporaryDirectory(prefix="qz-") as folder:
+    with _temporary_folder() as folder:
         try:
             model.config.save_pretrained(folder)
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
         except (ValueError, TypeError, AssertionError) as error:
             raise MalformedInput(f"transformers refuses to save this configuration: {error}") from error
-        for path in sorted(Path(folder).iterdir()):
+        except OSError as error:
+            raise _no_room(error) from error
+        for path in sorted(folder.iterdir()):
             documents[path.name] = document(path.read_text(encoding="utf-8"))
     return documents

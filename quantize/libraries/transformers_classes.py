@@ -7,6 +7,7 @@ from typing import Any
 from qz import Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.origins import Model
+from qz.quantize.libraries.versions import requirement
 
 
 def model_class_of(checkpoint: Checkpoint) -> Any:
@@ -24,7 +25,7 @@ def model_class_of(checkpoint: Checkpoint) -> Any:
         hint = " Code inside a repository is never run." if "auto_map" in checkpoint.config else ""
         raise Unsupported(
             f"transformers {transformers.__version__} has no class {names[0]}, which config.json asks for.{hint} "
-            "Try a newer version: pip install -U transformers."
+            f"Try a newer version: pip install -U '{requirement('transformers')}'."
         )
     return model_class
 

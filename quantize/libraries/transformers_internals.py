@@ -16,14 +16,13 @@ import torch
 import transformers
 
 from qz import Unsupported
-
-KNOWN = "transformers>=5.23,<6"
+from qz.quantize.libraries.versions import requirement
 
 
 def _unknown(error: Exception) -> Unsupported:
     return Unsupported(
         f"transformers {transformers.__version__} is laid out differently from the versions qz knows ({error}). "
-        f"Install one that it knows: pip install '{KNOWN}', or a newer qz."
+        f"Install one that it knows: pip install '{requirement('transformers')}', or a newer qz."
     )
 
 
