@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qz import MalformedInput, MissingInput
+from qz import MalformedInput, MissingInput, OutputRefused
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.json_files import read_json
+from qz.formats.output.companions import settings, terms
 from qz.formats.output.record import RECORD, Record, read_record, verify_record
+from qz.formats.publish.verified_file import VerifiedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Mapping
 
     from qz.formats.folder import LocalFolder
 
 README = "README.md"
-_BESIDE = re.compile(
-    r"(model_index|config|[a-z_]+_config|special_tokens_map|added_tokens|tokenizer|vocab|chat_template)\.json"
-    r"|(vocab|merges)\.txt|chat_template\.jinja|[\w.-]*\.tiktoken|(spiece|tokenizer|sentencepiece[\w.-]*)\.model"
-)
-"""What transformers and diffusers save beside the weights."""
-_LEGAL = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
-_MOST_BYTES = 50_000_000
-"""Of a file that is not weights."""
+IN_MEMORY = 5_000_000
+"""Bytes of a file beside the weights that is kept as it was verified, to be sent from memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnFile:
-    """``name`` is relative to the folder, with slashes. ``sha256`` is known if there is a record of it."""
+    """``name`` is relative to the folder, with slashes. ``sha256`` is known for all but weights without a record."""
 
     name: str
-    path: Path
-    bytes: int
+    file: VerifiedFile
     sha256: str | None = None
+    data: bytes | None = None
+    """All of it, if it is small and no weights."""
+
+    @property
+    def bytes(self) -> int:
+        return self.file.size
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class OwnFiles:
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
+    def require_same(self) -> None:
+        """Raise OutputRefused if a file is not what was verified any more."""
+        for each in self.files:
+            each.file.require_same()
+
 
 def own_files(folder: LocalFolder, progress: Callable[[int], None] | None = None) -> OwnFiles:
     """Verify the checkpoint in ``folder`` and list its files; ``progress`` gets the bytes of each piece read.
@@ -58,45 +64,65 @@ def own_files(folder: LocalFolder, progress: Callable[[int], None] | None = None
     With a record, every byte is compared with it; without, the headers are checked, of each component if the folder is
     a pipeline. Raises MalformedInput naming what is wrong, and MissingInput if there is no checkpoint.
     """
+    found = _identified(folder)  # before the first byte is read
     record = read_record(folder)
+    hashes = {file.name: file.sha256 for file in record.files} if record is not None else {}
     if record is not None:
+        found |= {name: VerifiedFile.of(folder.path / name) for name in hashes if os.path.exists(folder.path / name)}
         errors = [problem.message for problem in verify_record(folder, progress) if problem.severity == "error"]
         if errors:
             more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
             raise MalformedInput(f"{folder.location} is not what was written: {' '.join(errors[:3])}{more}")
-        known = {
-            file.name: OwnFile(file.name, folder.path / file.name, file.bytes, file.sha256) for file in record.files
-        }
-        known[RECORD] = OwnFile(RECORD, folder.path / RECORD, folder.sizes()[RECORD])
+        names = {RECORD, *hashes}
     else:
-        known = _checked(folder, "")
-        if "model_index.json" in known:
+        names = _named(folder, "")
+        if "model_index.json" in names:
             for part in folder.subfolders():
-                known |= _checked(folder.subfolder(part), f"{part}/")
-    sizes = folder.sizes()
-    known |= {name: OwnFile(name, folder.path / name, sizes[name]) for name in sizes if _LEGAL.fullmatch(name)}
-    left_out = [name for name in sizes if name not in known and name != README]
-    left_out += [f"{part}/" for part in folder.subfolders() if not any(name.startswith(f"{part}/") for name in known)]
-    files = tuple(known[name] for name in sorted(known))
-    return OwnFiles(files, tuple(sorted(left_out)), record, _config(folder, known))
+                names |= _named(folder.subfolder(part), f"{part}/")
+    names |= {each.name for each in terms(folder)}
+    left_out = [name for name in folder.sizes() if name not in names and name != README]
+    left_out += [f"{part}/" for part in folder.subfolders() if not any(name.startswith(f"{part}/") for name in names)]
+    files = tuple(_own_file(name, found[name], hashes.get(name)) for name in sorted(names))
+    return OwnFiles(files, tuple(sorted(left_out)), record, _config(folder, names))
 
 
-def _checked(folder: LocalFolder, prefix: str) -> dict[str, OwnFile]:
+def _identified(folder: LocalFolder, prefix: str = "", depth: int = 2) -> dict[str, VerifiedFile]:
+    """Every file that may belong to the checkpoint, by its name."""
+    found = {prefix + name: VerifiedFile.of(folder.path / name) for name in folder.sizes()}
+    for part in folder.subfolders() if depth else ():
+        found |= _identified(folder.subfolder(part), f"{prefix}{part}/", depth - 1)
+    return found
+
+
+def _own_file(name: str, file: VerifiedFile, sha256: str | None) -> OwnFile:
+    """The file with its hash, and its content if it is small; OutputRefused if it is not what was verified any more."""
+    if name.endswith(".safetensors"):
+        return OwnFile(name, file, sha256)
+    if file.size > IN_MEMORY:
+        return OwnFile(name, file, sha256 or file.hashed())
+    data = file.read()
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 not in (None, found):
+        raise OutputRefused(f"{file.path} changed during the push. Nothing was committed; push again.")
+    return OwnFile(name, file, found, data)
+
+
+def _named(folder: LocalFolder, prefix: str) -> set[str]:
     """The files of one component that qz has not recorded."""
     sizes = folder.sizes()
-    own = {name for name in sizes if _BESIDE.fullmatch(name) and sizes[name] <= _MOST_BYTES}
+    own = {each.name for each in settings(folder)} | sizes.keys() & {"model_index.json"}
     if "model_index.json" not in sizes and (not prefix or any(name.endswith(".safetensors") for name in sizes)):
         checkpoint = open_checkpoint(folder)
         own |= set(checkpoint.files)
         if checkpoint.index is not None:
             own |= {name for name in sizes if name.endswith(".json") and ".safetensors.index" in name}
-    return {prefix + name: OwnFile(prefix + name, folder.path / name, sizes[name]) for name in own}
+    return {prefix + name for name in own}
 
 
-def _config(folder: LocalFolder, known: Mapping[str, OwnFile]) -> Mapping[str, Any]:
+def _config(folder: LocalFolder, names: Iterable[str]) -> Mapping[str, Any]:
     """The config of the model; of a pipeline's first quantized component, if it is one."""
     found: Mapping[str, Any] = {}
-    for name in sorted(known, key=lambda name: (name.count("/"), name)):
+    for name in sorted(names, key=lambda name: (name.count("/"), name)):
         if name.rpartition("/")[2] != "config.json":
             continue
         inner = folder.subfolder(name.rpartition("/")[0]) if "/" in name else folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from dataclasses import replace
@@ -20,9 +19,7 @@ from qz.formats.folder import LocalFolder
 from qz.formats.hub.errors import BUSY, hub_errors
 from qz.formats.hub.repository import HubFolder
 from qz.formats.hub.session import ASKING, hub_api, patiently
-from qz.formats.output.disk import Disk
 from qz.formats.output.record import RECORD
-from qz.formats.output.shard_writer import hash_file
 from qz.formats.publish.card import in_words, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
 from qz.formats.publish.checkpoint_files import README, OwnFile, OwnFiles, own_files
@@ -114,19 +111,20 @@ class _Push:
     def carry_out(
         self, own: OwnFiles, result: PushResult, found: ModelInfo | None, head: str | None, *, message: str
     ) -> PushResult:
-        marks = {file.path: _mark(file.path) for file in own.files}
         parent = self.prepare(found, head)
         prefix = f"{self.to.folder}/" if self.to.folder else ""
         blobs = [Blob.of(prefix + file.name, file) for file in own.files]
         blobs.append(Blob(CommitOperationAdd(README, result.card.encode()), len(result.card.encode())))
-        with self.errors(f"Uploading to {self.repo_id}"):
-            uploaded = upload(
-                self.api, self.repo_id, blobs, self.to.branch, create_pr=self.to.create_pr, progress=self.progress
-            )
-        changed = [str(path) for path, mark in marks.items() if _mark(path) != mark]
-        if changed:
-            raise OutputRefused(f"{', '.join(changed[:3])} changed during the push. Nothing was committed; push again.")
+        try:
+            with self.errors(f"Uploading to {self.repo_id}"):
+                uploaded = upload(
+                    self.api, self.repo_id, blobs, self.to.branch, create_pr=self.to.create_pr, progress=self.progress
+                )
+        except QzError:
+            own.require_same()  # the Hub refuses what does not have the hash that was announced
+            raise
         info = self.require_still_private(was_private=result.private)
+        own.require_same()
         operations: list[CommitOperationAdd | CommitOperationDelete] = [blob.addition for blob in blobs]
         operations += map(CommitOperationDelete, result.removed)
         commit, pull_request = self.commit(blobs, operations, parent, message)
@@ -330,18 +328,10 @@ def _is_same(file: OwnFile, entry: RepoFile) -> bool:
     if entry.size != file.bytes:
         return False
     if entry.lfs is None:  # an index
-        data = file.path.read_bytes()
+        data = file.file.read()
         return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob_id
-    return entry.lfs.sha256 == (file.sha256 or hash_file(Disk(), file.path))
+    return entry.lfs.sha256 == (file.sha256 or file.file.hashed())
 
 
 def _message(to: Destination, facts: CardFacts) -> str:
     return to.message or f"Add {facts.architecture}, {in_words(facts)}, made by qz {__version__}"
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
     from qz.formats.publish.checkpoint_files import OwnFile
+    from qz.formats.publish.verified_file import VerifiedFile
 
 AT_ONCE = 4
 """Files that are uploaded at a time, without Xet."""
@@ -53,11 +54,12 @@ class Addition(CommitOperationAdd):
     """A file to add that tells how much of it was read, and stops being read when told."""
 
     read: Callable[[int], None] = field(default=ignore, repr=False)
+    file: VerifiedFile | None = field(default=None, repr=False)
 
     @contextmanager
     def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
-        if isinstance(self.path_or_fileobj, str):
-            with _Counted(self.path_or_fileobj, self.read if with_tqdm else ignore) as file:
+        if self.file is not None:
+            with _Counted(self.file.open(), self.read if with_tqdm else ignore) as file:
                 yield cast("BinaryIO", file)
         else:
             with super().as_file() as file:
@@ -65,8 +67,8 @@ class Addition(CommitOperationAdd):
 
 
 class _Counted(io.BufferedReader):
-    def __init__(self, path: str, read: Callable[[int], None]) -> None:
-        super().__init__(io.FileIO(path))
+    def __init__(self, descriptor: int, read: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(descriptor))
         self._count = read
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -84,9 +86,14 @@ class Blob:
 
     @classmethod
     def of(cls, path: str, file: OwnFile) -> Blob:
-        addition = Addition(path, str(file.path))
-        if file.sha256:
-            addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # as verified; saves reading the file once more
+        if file.data is not None:
+            return cls(CommitOperationAdd(path, file.data), file.bytes)
+        addition = Addition(path, b"", file=file.file)  # huggingface_hub would open it by its path, for the same facts
+        addition.path_or_fileobj = file.file.real
+        with open(file.file.open(), "rb") as opened:
+            addition.upload_info.sample = opened.read(512)
+        addition.upload_info.size = file.bytes
+        addition.upload_info.sha256 = bytes.fromhex(file.sha256 or file.file.hashed())
         return cls(addition, file.bytes)
 
     @property
