@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qz import UsageError, __version__
-
-DEFAULT_SHARD_SIZE = 5_000_000_000
+from qz.quantize.settings import IfExists
 
 METHOD = "Method"
 SELECTION = "What is read and quantized"
@@ -35,7 +34,6 @@ def flag(*names: str, help: str, panel: str | None = None) -> Any:  # noqa: A002
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 ComputeDType = Literal["bfloat16", "float16", "float32"]
 MethodName = Literal["nf4", "fp4", "int8"]
-IfExists = Literal["error", "skip", "overwrite"]
 
 
 def method_name(nf4: bool, fp4: bool, int8: bool) -> MethodName:

@@ -248,6 +248,20 @@ def markdown_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) 
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report: a table, or labels and values where there are no columns."""
+
+    rows: Sequence[tuple[str, ...]]
+    columns: Sequence[Column] = ()
+
+    def text(self) -> str:
+        return table(self.columns, self.rows) if self.columns else facts((label, value) for label, value in self.rows)
+
+    def markdown(self) -> str:
+        return markdown_table(self.columns or (Column(""), Column("")), self.rows)
+
+
 def write_step_summary(text: str) -> None:
     """Append Markdown to the summary page of a GitHub Actions job, where there is one. Never fails a run."""
     path = os.environ.get("GITHUB_STEP_SUMMARY")

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli.output import (
-    Column,
-    facts,
-    markdown_table,
-    percent,
-    quantity,
-    say,
-    show,
-    size,
-    table,
-    warn,
-    write_step_summary,
-)
-from qz.cli.report import push_text, with_push
+from qz.cli.output import Column, Section, percent, quantity, size
 
 if TYPE_CHECKING:
-    from qz.formats.publish.destination import PushResult
     from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 
 COLUMNS = (
@@ -32,23 +18,10 @@ COLUMNS = (
 )
 
 
-def present_pipeline(
-    summary: PipelineSummary, *, as_json: bool, quiet: bool = False, pushed: PushResult | None = None
-) -> None:
-    """The report of a pipeline: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
-    for warning in summary.warnings:
-        warn(warning)
+def pipeline_sections(summary: PipelineSummary) -> list[Section]:
+    """A row for each component with weights, then the whole."""
     components = [row(component) for component in summary.components if component.bytes]
-    totals = report(summary)
-    text = table(COLUMNS, components) + "\n\n" + facts(totals) + push_text(pushed)
-    show(with_push(summary.as_json(), pushed), as_json=as_json, text=text)
-    if summary.dry_run:
-        if not quiet and not as_json:
-            files = [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]
-            say(table((Column("file", foldable=True), Column("bytes", right=True)), files))
-        return
-    rows = [markdown_table(COLUMNS, components), markdown_table((Column(""), Column("")), totals)]
-    write_step_summary(f"### qz {summary.act}: {summary.method}\n\n" + "\n\n".join(rows))
+    return [Section(components, COLUMNS), Section(report(summary))]
 
 
 def row(component: ComponentSummary) -> tuple[str, ...]:

@@ -7,79 +7,73 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qz.cli.output import duration, plain, say, size
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as RichProgress
+
+    from qz.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Step(Protocol):
-    """How far the core is: weights and bytes of the source done, of how many."""
-
-    @property
-    def weights(self) -> int: ...
-    @property
-    def all_weights(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def all_bytes(self) -> int: ...
-    @property
-    def shard(self) -> str | None:
-        """One that was just finished."""
-        ...
-
-    @property
-    def kept(self) -> tuple[int, int] | None:
-        """Files that an interrupted run had finished, of how many; told once."""
-        ...
-
-
 class Display:
-    """A callback for the core, safe to call from any thread. A context manager: the bar goes away with the run."""
+    """A callback for the core, safe to call from any thread. A context manager: the bar goes away with the run.
 
-    def __init__(self, doing: str, *, unit: str = "tensor", quiet: bool = False) -> None:
-        """``doing`` says what is going on, in a word: ``Quantizing``. ``unit`` is what is counted, as the core does."""
-        self.doing = doing
-        self.unit = unit
+    One bar at a time: what is done next (``Progress.doing``) takes the place of what was done before.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.lock = threading.Lock()
+        self.doing = ""
         self.started = time.monotonic()
         self.first_bytes: int | None = None
         self.last_line = self.started
-        self.bar: Progress | None = None
+        self.bar: RichProgress | None = None
         self.task: Any = None
 
     def __enter__(self) -> Self:
-        if not self.quiet and sys.stderr.isatty():
-            self.bar = bar()
-            self.task = self.bar.add_task(self.doing, total=None, count="")
-            try:
-                self.bar.start()
-            except BaseException:  # an interrupt that comes early must not leave a bar, and no cursor
-                self.bar.stop()
-                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: Progress) -> None:
         if self.quiet:
             return
+        with self.lock:
+            if step.doing != self.doing:
+                self.begin(step.doing)
         if step.kept is not None:
             self.tell(f"Continuing: {step.kept[0]} of {step.kept[1]} shards are done.")
         if self.bar is not None:
-            count = f"{step.weights}/{step.all_weights} {self.unit}s"
-            self.bar.update(self.task, completed=step.bytes, total=step.all_bytes, count=count)
+            count = f"{step.done}/{step.total} {step.unit}s" if step.total else ""
+            total = step.all_bytes or None
+            self.bar.update(self.task, completed=step.bytes, total=total, count=count)
             return
         with self.lock:
             self.line(step)
+
+    def begin(self, doing: str) -> None:
+        """A new bar, or in a log a new reckoning of time."""
+        self.doing, self.first_bytes = doing, None
+        self.started = self.last_line = time.monotonic()
+        if not sys.stderr.isatty():
+            return
+        if self.bar is None:
+            self.bar = bar()
+            try:
+                self.bar.start()
+            except BaseException:  # an interrupt that comes early must not leave a bar, and no cursor
+                self.bar.stop()
+                raise
+        else:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(doing, total=None, count="")
 
     def tell(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -88,39 +82,39 @@ class Display:
         else:
             say(text)
 
-    def line(self, step: Step) -> None:
+    def line(self, step: Progress) -> None:
         """A line when a shard is finished, and every ten seconds between."""
         now = time.monotonic()
         if self.first_bytes is None:
             # Not from zero: a resumed run begins in the middle.
             self.first_bytes, self.started = step.bytes, now
-        if step.shard is None and now - self.last_line < SECONDS_BETWEEN_LINES:
+        if step.file is None and now - self.last_line < SECONDS_BETWEEN_LINES:
             return
         self.last_line = now
-        parts = [f"{self.doing}: {size(step.bytes)} of {size(step.all_bytes)}"]
-        parts.append(f"{self.unit} {step.weights} of {step.all_weights}")
+        parts = [f"{step.doing}: {size(step.bytes)} of {size(step.all_bytes)}"]
+        parts.append(f"{step.unit} {step.done} of {step.total}")
         elapsed, moved = now - self.started, step.bytes - self.first_bytes
         if elapsed > 1 and moved > 0:
             parts.append(f"{size(moved / elapsed)}/s")
             if left := step.all_bytes - step.bytes:
                 parts.append(f"{duration(left * elapsed / moved)} left")
-        if step.shard is not None:
-            parts.append(f"{plain(step.shard)} written")
+        if step.file is not None:
+            parts.append(f"{plain(step.file)} written")
         say(", ".join(parts))
 
 
-def bar() -> Progress:
+def bar() -> RichProgress:
     """Rich's bar with as many figures beside it as the terminal has room for."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress,
         TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.progress import Progress as RichProgress
 
     columns: list[Any] = [BarColumn(bar_width=None), TaskProgressColumn()]
     width = shutil.get_terminal_size().columns
@@ -131,4 +125,4 @@ def bar() -> Progress:
     if width >= 100:
         columns.append(TextColumn("{task.fields[count]}", markup=False))
     columns.append(TimeRemainingColumn(compact=True))
-    return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True, expand=True)
+    return RichProgress(*columns, console=Console(stderr=True, highlight=False), transient=True, expand=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.cli import options
@@ -12,8 +9,7 @@ from qz.cli.output import facts, say, show, size
 from qz.cli.progress import Display
 
 if TYPE_CHECKING:
-    from qz.formats.publish.destination import Destination, PushResult
-    from qz.formats.publish.upload import PushProgress
+    from qz.formats.publish.destination import PushResult
 
 
 def push(
@@ -30,45 +26,24 @@ def push(
     quiet: options.QuietOpt = False,
 ) -> None:
     """Publish a checkpoint on the Hub: verified first, then weights and config in one commit, with a model card."""
-    from qz.formats.publish.destination import Destination
+    from qz import api
 
-    private = None if public is None else not public
-    to = Destination(repo_id, subfolder or "", branch, create_pr, private, message, replace)
-    result = publish(folder, to, dry_run=dry_run, quiet=quiet)
-    show(result.as_json(), as_json=as_json, text=facts(report(result)))
-
-
-def publish(
-    folder: Path, to: Destination, *, dry_run: bool = False, quiet: bool = False, source_private: bool | None = None
-) -> PushResult:
-    """Push with its progress and notes on stderr. Raises what ``qz.formats.publish.push`` raises."""
-    from qz.formats.publish import push as hub
-
-    with ExitStack() as stack:
-        displays: dict[str, Display] = {}
-
-        def progress(now: PushProgress) -> None:
-            if now.doing not in displays:
-                stack.close()
-                displays[now.doing] = stack.enter_context(Display(now.doing, unit="file", quiet=quiet))
-            displays[now.doing](Step(now.files, now.all_files, now.bytes, now.all_bytes))
-
-        result = hub.push(folder, to, dry_run=dry_run, source_private=source_private, progress=progress)
+    with Display(quiet=quiet) as display:
+        result = api.push(
+            folder,
+            repo_id,
+            subfolder=subfolder,
+            public=public,
+            branch=branch,
+            create_pr=create_pr,
+            replace=replace,
+            message=message,
+            dry_run=dry_run,
+            on_progress=display,
+        )
     for note in result.notes:
         say(f"Note: {note}.", quiet=quiet)
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Files of a push, counted where the display counts tensors."""
-
-    weights: int
-    all_weights: int
-    bytes: int
-    all_bytes: int
-    shard: str | None = None
-    kept: tuple[int, int] | None = None
+    show(result.as_json(), as_json=as_json, text=facts(report(result)))
 
 
 def report(result: PushResult) -> list[tuple[str, str]]:

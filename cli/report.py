@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qz.cli.output import (
     Column,
+    Section,
     facts,
     markdown,
-    markdown_table,
     percent,
     plain,
     quantity,
@@ -22,13 +22,13 @@ from qz.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from qz.formats.output.record import Record
     from qz.formats.publish.destination import PushResult
+    from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.streaming.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
+    from qz.quantize.up_to_date import UpToDate
 
+FILES = (Column("file", foldable=True), Column("bytes", right=True))
 WORST = 10
 """Layers that the table of the loss shows; the JSON has all."""
 LAYERS = (
@@ -40,48 +40,51 @@ LAYERS = (
 )
 
 
-def present(summary: Summary, *, as_json: bool, quiet: bool = False, pushed: PushResult | None = None) -> None:
+def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, quiet: bool = False) -> None:
     """The report of a conversion: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
+    from qz.cli.pipeline_report import pipeline_sections
+    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.up_to_date import UpToDate
+
+    if summary.pushed is not None:
+        for note in summary.pushed.notes:
+            say(f"Note: {note}.", quiet=quiet)
+    if isinstance(summary, UpToDate):
+        present_existing(summary, as_json=as_json)
+        return
     for warning in summary.warnings:
         warn(warning)
-    rows = described(summary)
-    text = facts(rows)
-    layers = worst_layers(summary.loss) if summary.loss else []
-    if layers:
-        text += f"\n\n{table(LAYERS, layers)}"
-    show(with_push(summary.as_json(), pushed), as_json=as_json, text=text + push_text(pushed))
-    if not quiet and not as_json and summary.dry_run:
-        columns = (Column("file", foldable=True), Column("bytes", right=True))
-        say(table(columns, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]))
+    sections = pipeline_sections(summary) if isinstance(summary, PipelineSummary) else model_sections(summary)
+    texts = [*(section.text() for section in sections), *pushed_text(summary.pushed)]
+    show(summary.as_json(), as_json=as_json, text="\n\n".join(texts))
     if not summary.dry_run:
-        page = f"### qz {summary.act}: {summary.method}\n\n" + markdown_table((Column(""), Column("")), rows)
-        write_step_summary(page + (f"\n\n{markdown_table(LAYERS, layers)}" if layers else ""))
+        page = [section.markdown() for section in sections]
+        write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *page]))
+    elif not quiet and not as_json:
+        say(table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]))
 
 
-def with_push(value: dict[str, Any], pushed: PushResult | None) -> dict[str, Any]:
-    """The JSON of a conversion, with that of the push that followed it."""
-    return {**value, "push": pushed.as_json()} if pushed is not None else value
+def present_existing(found: UpToDate, *, as_json: bool) -> None:
+    """A run with nothing to do: the report of the one that made the output."""
+    text = (
+        f"{found.output} is up to date: made from the same source with the same settings, and complete. Nothing to do."
+    )
+    say(text, quiet=not as_json)
+    show(found.as_json(), as_json=as_json, text="\n\n".join([plain(text), *pushed_text(found.pushed)]))
+    write_step_summary(f"### qz\n\n{markdown(text)}")
 
 
-def push_text(pushed: PushResult | None) -> str:
-    if pushed is None:
-        return ""
+def pushed_text(pushed: PushResult | None) -> list[str]:
+    """The report of the push that followed, if one did."""
     from qz.cli.push import report
 
-    return f"\n\n{facts(report(pushed))}"
+    return [] if pushed is None else [facts(report(pushed))]
 
 
-def present_existing(
-    record: Record, output: Path, source: str, *, as_json: bool, pushed: PushResult | None = None
-) -> None:
-    """A run with nothing to do: the report of the one that made the output."""
-    from qz.quantize.up_to_date import as_report
-
-    text = f"{output} is up to date: made from the same source with the same settings, and complete. Nothing to do."
-    say(text, quiet=not as_json)
-    value = with_push(as_report(record, output, source), pushed)
-    show(value, as_json=as_json, text=plain(text) + push_text(pushed))
-    write_step_summary(f"### qz\n\n{markdown(text)}")
+def model_sections(summary: Summary) -> list[Section]:
+    """A model: labels and values, then the layers that lost most if that was measured."""
+    layers = worst_layers(summary.loss) if summary.loss else []
+    return [Section(described(summary)), *([Section(layers, LAYERS)] if layers else [])]
 
 
 def described(summary: Summary) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
+from qz.progress import OnProgress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
@@ -23,7 +23,7 @@ from qz.quantize.settings import Settings as Settings
 from qz.quantize.streaming.measure import Measure
 from qz.quantize.streaming.output_parts import Target as Target
 from qz.quantize.streaming.output_parts import model_part, write_parts
-from qz.quantize.streaming.run import DiscardOutput, Progress, Run
+from qz.quantize.streaming.run import DiscardOutput, Run
 from qz.quantize.summary import Source, Summary, summarize
 from qz.quantize.up_to_date import identity_of, settings_fingerprint
 
@@ -73,7 +73,7 @@ def carry_out(
     source: Source,
     target: Target,
     settings: Settings,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: OnProgress = ignore,
     carried: tuple[Companion, ...] = (),
     measure: Measure | None = None,
 ) -> Summary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from qz import UsageError
@@ -134,6 +135,8 @@ class Int8:
 
 
 Method = FourBit | Int8
+Nf4 = partial(FourBit, "nf4")
+Fp4 = partial(FourBit, "fp4")
 
 
 def check_compute_dtype(name: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
+from qz.progress import OnProgress, ignore
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, expect
@@ -20,7 +21,6 @@ from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
-from qz.quantize.streaming.run import Progress
 from qz.quantize.summary import Source, summarize
 
 _COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)\Z")
@@ -119,7 +119,7 @@ def carry_out_pipeline(
     source: Source,
     target: Target,
     settings: Settings,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: OnProgress = ignore,
 ) -> PipelineSummary:
     """Write the whole pipeline under one commit; see ``qz.quantize.convert.carry_out``."""
     from qz.quantize.compute.devices import arithmetic_on

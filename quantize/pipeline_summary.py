@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qz.formats.output.record import WrittenFile
-from qz.quantize.summary import Source, Summary
+from qz.quantize.summary import Source, Summary, report_json
+
+if TYPE_CHECKING:
+    from qz.formats.publish.destination import PushResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ class PipelineSummary:
     resumed: bool = False
     notes: tuple[str, ...] = ()
     """What the user should know about the device that was chosen."""
+    pushed: PushResult | None = None
+    """What came of publishing the output, if that was asked for."""
 
     @property
     def models(self) -> tuple[Summary, ...]:
@@ -143,42 +148,25 @@ class PipelineSummary:
     def warnings(self) -> tuple[str, ...]:
         return (*(text for component in self.components for text in component.warnings), *self.notes)
 
+    @property
+    def quantized_tensors(self) -> int:
+        return sum(model.quantized_tensors for model in self.models)
+
+    @property
+    def kept_tensors(self) -> int:
+        return sum(model.kept_tensors for model in self.models)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Linears left as they are, as ``COMPONENT/PATH``."""
+        return tuple(f"{c.name}/{path}" for c in self.components if c.model is not None for path in c.model.skipped)
+
     def as_json(self) -> dict[str, Any]:
         """The contract of ``--json``: the keys of a single model's report, and ``components``."""
-        source = self.source
+        report = report_json(self)
         return {
-            "act": self.act,
-            "source": {
-                "location": source.location,
-                "revision": source.revision,
-                "subfolder": source.subfolder,
-                "library": source.library,
-                "architecture": source.architecture,
-            },
-            "output": self.output,
-            "method": self.method,
-            "double_quant": self.double_quant,
-            "device": self.device,
-            "dry_run": self.dry_run,
+            **report,
+            "skipped": sorted(self.skipped),
             "components": [component.as_json() for component in self.components],
-            "parameters": {"total": self.parameters, "quantized": self.quantized_parameters},
-            "tensors": {
-                "quantized": sum(model.quantized_tensors for model in self.models),
-                "kept": sum(model.kept_tensors for model in self.models),
-            },
-            "skipped": sorted(
-                f"{component.name}/{path}"
-                for component in self.components
-                if component.model is not None
-                for path in component.model.skipped
-            ),
-            "bytes": {"source": self.bytes_source, "output": self.bytes_output, "all_files": self.bytes_all},
-            "bits_per_weight": round(self.bits_per_weight, 3),
-            "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
-            "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in self.shards],
-            "carried": list(self.carried),
-            "warnings": list(self.warnings),
-            "up_to_date": False,
-            "resumed": self.resumed,
-            "seconds": round(self.seconds, 3),
+            "bytes": {**report["bytes"], "all_files": self.bytes_all},
         }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qz.quantize.methods import Method
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+IfExists = Literal["error", "skip", "overwrite"]
+"""What to do where the output exists: refuse, leave one that is up to date, or replace it."""
 
 
 @dataclass(frozen=True, slots=True)

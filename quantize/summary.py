@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qz.formats.output.companions import Companion
 from qz.formats.output.record import WrittenFile
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.sources import Packed
 from qz.quantize.streaming.loss import Loss
+
+if TYPE_CHECKING:
+    from qz.formats.publish.destination import PushResult
+    from qz.quantize.pipeline_summary import PipelineSummary
 
 LOW_COVERAGE = 0.5
 
@@ -59,6 +63,8 @@ class Summary:
     """What quantization cost, if that was measured."""
     carried: tuple[str, ...] = ()
     """Files copied unchanged: tokenizer, processor, licence."""
+    pushed: PushResult | None = None
+    """What came of publishing the output, if that was asked for."""
 
     @property
     def coverage(self) -> float:
@@ -94,36 +100,44 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """The contract of ``--json``."""
-        source = self.source
         return {
-            "act": self.act,
-            "source": {
-                "location": source.location,
-                "revision": source.revision,
-                "subfolder": source.subfolder,
-                "library": source.library,
-                "architecture": source.architecture,
-            },
-            "output": self.output,
-            "method": self.method,
-            "double_quant": self.double_quant,
-            "dtype": self.dtype,
-            "device": self.device,
-            "dry_run": self.dry_run,
-            "parameters": {"total": self.parameters, "quantized": self.quantized_parameters},
-            "tensors": {"quantized": self.quantized_tensors, "kept": self.kept_tensors},
+            **report_json(self),
             "skipped": sorted(self.skipped),
-            "bytes": {"source": self.bytes_source, "output": self.bytes_output},
-            "bits_per_weight": round(self.bits_per_weight, 3),
-            "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
-            "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in self.shards],
-            "carried": list(self.carried),
+            "dtype": self.dtype,
             "loss": self.loss.as_json() if self.loss else None,
-            "warnings": list(self.warnings),
-            "up_to_date": False,
-            "resumed": self.resumed,
-            "seconds": round(self.seconds, 3),
         }
+
+
+def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
+    """What the reports of a model and of a pipeline have in common, under the keys of ``--json``."""
+    source = summary.source
+    report = {
+        "act": summary.act,
+        "source": {
+            "location": source.location,
+            "revision": source.revision,
+            "subfolder": source.subfolder,
+            "library": source.library,
+            "architecture": source.architecture,
+        },
+        "output": summary.output,
+        "method": summary.method,
+        "double_quant": summary.double_quant,
+        "device": summary.device,
+        "dry_run": summary.dry_run,
+        "parameters": {"total": summary.parameters, "quantized": summary.quantized_parameters},
+        "tensors": {"quantized": summary.quantized_tensors, "kept": summary.kept_tensors},
+        "bytes": {"source": summary.bytes_source, "output": summary.bytes_output},
+        "bits_per_weight": round(summary.bits_per_weight, 3),
+        "memory_footprint": {"before": summary.footprint_before, "after": summary.footprint_after},
+        "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in summary.shards],
+        "carried": list(summary.carried),
+        "warnings": list(summary.warnings),
+        "up_to_date": False,
+        "resumed": summary.resumed,
+        "seconds": round(summary.seconds, 3),
+    }
+    return report if summary.pushed is None else {**report, "push": summary.pushed.as_json()}
 
 
 def summarize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, QzError
 from qz.formats.folder import Folder, LocalFolder
@@ -14,6 +15,9 @@ from qz.formats.output.journal import describe_difference
 from qz.formats.output.record import RECORD, Record, read_record
 from qz.quantize.methods import Method
 from qz.quantize.settings import Settings
+
+if TYPE_CHECKING:
+    from qz.formats.publish.destination import PushResult
 
 COUNTED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Files of a local source that can change what is made of it."""
@@ -93,18 +97,30 @@ def _files(folder: LocalFolder, prefix: str = "", depth: int = 1) -> Iterator[tu
             yield from _files(folder.subfolder(inner), f"{prefix}{inner}/", depth - 1)
 
 
-def as_report(record: Record, output: Path, location: str) -> dict[str, Any]:
-    """The JSON report of the run that made the output, as of a run that had nothing to do."""
-    told = {key: value for key, value in record.about.items() if key not in ("qz", "versions", "identity", "settings")}
-    source = told.get("source")
-    shards = [file for file in record.files if file.name.endswith(".safetensors")]
-    return {
-        **told,
-        "source": {**(source if isinstance(source, dict) else {}), "location": location},
-        "output": str(output),
-        "dry_run": False,
-        "shards": [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in shards],
-        "up_to_date": True,
-        "resumed": False,
-        "seconds": 0.0,
-    }
+@dataclass(frozen=True, slots=True)
+class UpToDate:
+    """An output of an earlier run that is what this run would make: there is nothing to do."""
+
+    record: Record
+    output: Path
+    location: str
+    """Of the source, as it was named."""
+    pushed: PushResult | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The report of the run that made the output, as of a run that had nothing to do."""
+        hidden = ("qz", "versions", "identity", "settings")
+        told = {key: value for key, value in self.record.about.items() if key not in hidden}
+        source = told.get("source")
+        shards = [file for file in self.record.files if file.name.endswith(".safetensors")]
+        report = {
+            **told,
+            "source": {**(source if isinstance(source, dict) else {}), "location": self.location},
+            "output": str(self.output),
+            "dry_run": False,
+            "shards": [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in shards],
+            "up_to_date": True,
+            "resumed": False,
+            "seconds": 0.0,
+        }
+        return report if self.pushed is None else {**report, "push": self.pushed.as_json()}

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from qz.cli import output
 from qz.cli.output import Column, display_width, duration, facts, jsonable, markdown_table, percent, plain, size, table
 from qz.cli.progress import Display
+from qz.progress import Progress
 
 STEERING = (
     "\x00\x07\x08\r\n\x1b\x7f\x85\x9b\u061c\u200b\u200e\u202a\u202e\u2028\u2029\u2066\u2069\ufeff\udc80\U000e0001"
@@ -162,21 +163,11 @@ def test_a_summary_that_cannot_be_written_does_not_fail_the_run(
     assert "was not written" in capsys.readouterr().err
 
 
-@dataclass(frozen=True)
-class Step:
-    weights: int
-    all_weights: int
-    bytes: int
-    all_bytes: int
-    shard: str | None = None
-    kept: tuple[int, int] | None = None
-
-
 def test_progress_in_a_log_is_one_line_per_shard(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display("Quantizing") as display:
+    with Display() as display:
         for number in range(1, 101):
             shard = f"model-0000{number // 50}-of-00002.safetensors" if number % 50 == 0 else None
-            display(Step(number, 100, number * 10**6, 10**8, shard))
+            display(Progress("Quantizing", number, 100, number * 10**6, 10**8, file=shard))
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 2
@@ -185,15 +176,15 @@ def test_progress_in_a_log_is_one_line_per_shard(capsys: pytest.CaptureFixture[s
 
 
 def test_a_run_that_continues_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display("Quantizing") as display:
-        display(Step(0, 10, 0, 10**7, kept=(3, 7)))
-        display(Step(1, 10, 10**6, 10**7))
+    with Display() as display:
+        display(Progress("Quantizing", 0, 10, 0, 10**7, kept=(3, 7)))
+        display(Progress("Quantizing", 1, 10, 10**6, 10**7))
     assert capsys.readouterr().err == "Continuing: 3 of 7 shards are done.\n"
 
 
 def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display("Quantizing", quiet=True) as display:
-        display(Step(1, 1, 1, 1, "model.safetensors"))
+    with Display(quiet=True) as display:
+        display(Progress("Quantizing", 1, 1, 1, 1, file="model.safetensors"))
     assert capsys.readouterr() == ("", "")
 
 
@@ -201,10 +192,10 @@ def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
 def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
     code = (
         "from qz.cli.progress import Display\n"
-        "from types import SimpleNamespace as S\n"
-        "with Display('Quantizing') as d:\n"
+        "from qz.progress import Progress\n"
+        "with Display() as d:\n"
         "    for i in range(50):\n"
-        "        d(S(weights=i, all_weights=50, bytes=i * 10**9, all_bytes=50 * 10**9, shard=None, kept=None))\n"
+        "        d(Progress('Quantizing', i, 50, i * 10**9, 50 * 10**9))\n"
     )
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}

@@ -37,8 +37,8 @@ from qz.formats.publish.card import snippet, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
 from qz.formats.publish.destination import Destination, PushResult
 from qz.formats.publish.push import push, require_possible
-from qz.formats.publish.upload import PushProgress
 from qz.formats.safetensors import encode_header, layout
+from qz.progress import Progress
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {
@@ -140,7 +140,7 @@ WRITES = {"create", "branch", "preupload", "lfs_batch", "lfs_put", "lfs_part", "
 
 
 def test_a_checkpoint_becomes_visible_in_one_commit_of_a_private_repository(hub: HubServer, made: Path) -> None:
-    seen: list[PushProgress] = []
+    seen: list[Progress] = []
     result = push(made, to(), progress=seen.append)
     repo = hub.repos["me/new"]
     there = repo.files()
@@ -155,7 +155,7 @@ def test_a_checkpoint_becomes_visible_in_one_commit_of_a_private_repository(hub:
     sizes = sum(len(data) for name, data in files_of(made).items() if name.endswith(".safetensors"))
     assert result.bytes_uploaded == hub.bytes_in["lfs_put"] + hub.bytes_in["lfs_part"] == sizes
     assert [step.doing for step in seen][:1] == ["Verifying"]
-    assert (seen[-1].files, seen[-1].bytes) == (seen[-1].all_files, seen[-1].all_bytes)
+    assert (seen[-1].done, seen[-1].bytes) == (seen[-1].total, seen[-1].all_bytes)
     assert result.as_json()["bytes"]["uploaded"] == sizes
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qz import MissingInput, QzError
 from qz.formats.malformed import UNSAFE_TEXT, quoted
+from qz.formats.shards import STEMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 Library = Literal["transformers", "diffusers"]
 
-STEMS: dict[Library, str] = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 VARIANTS = ("bf16", "fp16", "fp32")
 """Which variant to take if there are no plain weights: the first of these, else the first by name."""
 

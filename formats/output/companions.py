@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qz.formats.checkpoint.weights import STEMS
 from qz.formats.folder import Folder, Range
 from qz.formats.json_files import dump_json
 from qz.formats.malformed import Malformed
+from qz.formats.shards import STEMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

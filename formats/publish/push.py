@@ -24,10 +24,10 @@ from qz.formats.publish.card import in_words, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
 from qz.formats.publish.checkpoint_files import README, OwnFile, OwnFiles, own_files
 from qz.formats.publish.destination import Destination, PushedFile, PushResult
-from qz.formats.publish.upload import Blob, PushProgress, ignore, upload
+from qz.formats.publish.upload import Blob, upload
+from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -40,7 +40,7 @@ def push(
     *,
     dry_run: bool = False,
     source_private: bool | None = None,
-    progress: Callable[[PushProgress], None] = ignore,
+    progress: OnProgress = ignore,
 ) -> PushResult:
     """Publish the checkpoint in ``folder``. Afterwards all of it is visible in one commit, or nothing changed.
 
@@ -65,7 +65,7 @@ def require_possible(to: Destination, *, source_private: bool | None = None) -> 
 class _Push:
     """One push. Nothing on the Hub changes before ``prepare``, and nothing shows before ``commit``."""
 
-    def __init__(self, to: Destination, source_private: bool | None, progress: Callable[[PushProgress], None]) -> None:
+    def __init__(self, to: Destination, source_private: bool | None, progress: OnProgress) -> None:
         if not get_token():
             raise PermissionRefused(
                 "Pushing needs a Hub token and there is none. Run `hf auth login`, or set HF_TOKEN."
@@ -156,7 +156,7 @@ class _Push:
         def count(size: int) -> None:
             nonlocal done
             done += size
-            self.progress(PushProgress("Verifying", 0, 0, min(done, total), total))
+            self.progress(Progress("Verifying", bytes=min(done, total), all_bytes=total, unit="file"))
 
         return own_files(local, count)
 

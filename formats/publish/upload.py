@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from huggingface_hub import CommitOperationAdd, constants
 
 from qz import TryAgain
+from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,22 +32,6 @@ CALLS = 64
 """Calls that upload large files, at most: the Hub limits their rate."""
 SMALL = 5_000_000
 """Bytes of a file that shares a call with the other small ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class PushProgress:
-    """How far a push is: files and bytes done, of how many; ``file`` was just uploaded."""
-
-    doing: str
-    files: int
-    all_files: int
-    bytes: int
-    all_bytes: int
-    file: str | None = None
-
-
-def ignore(_: object) -> None:
-    """For those who want to know nothing of the progress."""
 
 
 @dataclass(eq=False)
@@ -117,7 +102,7 @@ def upload(
     revision: str,
     *,
     create_pr: bool,
-    progress: Callable[[PushProgress], None],
+    progress: OnProgress,
 ) -> int:
     """Upload what is not to be part of the commit itself; the number of bytes that were sent.
 
@@ -172,7 +157,7 @@ def _has_xet() -> bool:
 class _State:
     """How far each file is. Thread-safe."""
 
-    def __init__(self, blobs: Sequence[Blob], progress: Callable[[PushProgress], None]) -> None:
+    def __init__(self, blobs: Sequence[Blob], progress: OnProgress) -> None:
         self.stop = threading.Event()
         self._blobs, self._progress = blobs, progress
         self._read: dict[str, int] = {}
@@ -207,4 +192,5 @@ class _State:
             )
             files = len(self._done)
         total = sum(blob.bytes for blob in self._blobs)
-        self._progress(PushProgress("Uploading", files, len(self._blobs), bytes_done, total, file))
+        count = len(self._blobs)
+        self._progress(Progress("Uploading", files, count, bytes_done, total, unit="file", file=file))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qz.formats.safetensors import BITS
 from qz.quantize.inspection.linear_layers import TORCH_NAMES, Value
 from qz.quantize.methods import FourBit, Int8, Method, Part
+from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.weights import Library
@@ -23,7 +24,6 @@ METHODS: dict[str, Method] = {
     "fp4": FourBit("fp4"),
     "int8": Int8(),
 }
-MAX_SHARD_BYTES = 5 * 10**9
 MEASURED = 20_000
 """Of so many tensors the headers are laid out to know their length; of more, it is taken from these."""
 _RANK = {dtype: -place for place, dtype in enumerate(BITS)}
@@ -88,17 +88,17 @@ def _headers(stored: Sequence[_Stored], total: int, library: Library) -> int:
         return _headers(sample, total, library) * len(stored) // len(sample)
     return (
         sum(map(_header, _split(stored, together=library == "diffusers")))
-        if total > MAX_SHARD_BYTES
+        if total > DEFAULT_SHARD_BYTES
         else _header(stored)
     )
 
 
 def _split(stored: Sequence[_Stored], *, together: bool) -> Iterator[list[_Stored]]:
-    """Shards of at most ``MAX_SHARD_BYTES``, a quantized weight and what belongs to it ``together`` or not."""
+    """Shards of at most ``DEFAULT_SHARD_BYTES``, a quantized weight and what belongs to it ``together`` or not."""
     current: list[_Stored] = []
     size, last = 0, -1
     for each in stored:
-        if size + each[2] > MAX_SHARD_BYTES and current and not (together and each[3] == last):
+        if size + each[2] > DEFAULT_SHARD_BYTES and current and not (together and each[3] == last):
             yield current
             current, size = [], 0
         current.append(each)

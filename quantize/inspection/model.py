@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,11 @@ from qz.formats.checkpoint.quantization_config import Settings, read_settings
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.output.record import read_record, verify_record
+from qz.formats.output.record import read_record
 from qz.formats.shards import index_name
 from qz.quantize.inspection.estimate import estimates
 from qz.quantize.inspection.linear_layers import FLOATS, Plain, ties, values
-from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
+from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor
 
 REMOTE_STATES = 16
 """How many quant states are read of a checkpoint far away: each may cost a request of its own."""
@@ -205,30 +205,3 @@ def _recorded_footprint(checkpoint: Checkpoint, least: int) -> int | None:
     footprint = record.about.get("memory_footprint")
     after = footprint.get("after") if isinstance(footprint, dict) else None
     return after if type(after) is int and after >= least else None
-
-
-def recorded_bytes(folder: Folder) -> tuple[int, ...]:
-    """The sizes of the files that ``verify`` will read, in its order."""
-    try:
-        record = read_record(folder)
-    except QzError:
-        return ()
-    return tuple(file.bytes for file in record.files) if record is not None else ()
-
-
-def verify(folder: Folder, progress: Callable[[int], None]) -> tuple[Verified, tuple[Problem, ...]]:
-    """Compare every file with the record that qz left. ``progress`` is given the bytes of each piece read."""
-    read = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal read
-        read += nbytes
-        progress(nbytes)
-
-    problems = verify_record(folder, count)
-    try:
-        record = read_record(folder)
-    except QzError:
-        record = None
-    files = len(record.files) if record is not None else 0
-    return Verified(files, read, not any(problem.severity == "error" for problem in problems)), problems

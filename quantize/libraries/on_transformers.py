@@ -141,6 +141,7 @@ def _load(
     }
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         # Without initial values for weights that have none: torch would import sympy for them.
@@ -164,7 +165,8 @@ def _load(
                     model.generation_config = GenerationConfig.from_pretrained(folder)
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
     mismatched = {
         key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
     }

@@ -41,6 +41,9 @@ class Measure:
     def loss(self) -> Loss:
         return self.tally.loss()
 
+    def check(self, plan: Plan) -> None:
+        """Raise MalformedInput if the loss of ``plan`` cannot be measured."""
+
     def alone(self, plan: Plan, settings: Settings) -> Loss:
         """Compute what ``plan`` says and write nothing of it: the loss of a dry run."""
         from qz.quantize.compute.devices import arithmetic_on

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from qz.formats.output.companions import Companion, copy
 from qz.formats.output.disk import Disk
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.staging import RESUMABLE, Section, Staging, WrittenFile
+from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
 from qz.quantize.streaming.measure import Measure
-from qz.quantize.streaming.run import Progress, Run
+from qz.quantize.streaming.run import Run
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
@@ -79,7 +80,7 @@ def write_parts(
     *,
     fingerprint: Mapping[str, Any],
     about: Mapping[str, Any],
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: OnProgress = ignore,
 ) -> Written:
     """Write all parts under one commit: afterwards the output is complete and checked, or absent.
 
@@ -102,7 +103,7 @@ def write_parts(
         _trust(staging, local),
     ):
         resumed = staging.resumed
-        meter = _Meter(progress)
+        meter = _Meter(progress, _doing(parts))
         sections = [Section(staging, part.name) for part in parts]
         runs = [
             Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, observer=part.measure)
@@ -146,11 +147,16 @@ def _folders(part: Part) -> list[Folder]:
     return [*folders, *(each.folder for each in part.carried)]
 
 
+def _doing(parts: Sequence[Part]) -> str:
+    return "Quantizing" if any(part.plan and part.plan.method for part in parts) else "Dequantizing"
+
+
 class _Meter:
     """Several runs and copies as one progress."""
 
-    def __init__(self, progress: Callable[[Progress], None]) -> None:
+    def __init__(self, progress: OnProgress, doing: str) -> None:
         self.progress = progress
+        self.doing = doing
         self.weights = self.all_weights = self.bytes = self.all_bytes = 0
 
     def expect(self, run: Run | None, carried: Iterable[Companion], section: Section) -> None:
@@ -161,15 +167,15 @@ class _Meter:
             self.all_bytes += run.all_bytes
 
     def show(self, step: Progress) -> None:
-        weights, done = self.weights + step.weights, self.bytes + step.bytes
-        self.progress(Progress(weights, self.all_weights, done, self.all_bytes, step.shard))
+        weights, done = self.weights + step.done, self.bytes + step.bytes
+        self.progress(replace(step, done=weights, total=self.all_weights, bytes=done, all_bytes=self.all_bytes))
 
     def copied(self, nbytes: int) -> None:
         self.bytes += nbytes
-        self.show(Progress(0, 0, 0, 0))
+        self.show(Progress(self.doing))
 
     def go_on(self, kept: int, resumable: int) -> None:
-        self.progress(Progress(0, self.all_weights, 0, self.all_bytes, kept=(kept, resumable)))
+        self.progress(Progress(self.doing, 0, self.all_weights, 0, self.all_bytes, kept=(kept, resumable)))
 
     def finish(self, run: Run) -> None:
         self.weights += len(run.steps)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from qz import MalformedInput
 from qz.formats.folder import Folder, Range
 from qz.formats.output.staging import IsVerified, Section, ShardLayout, ShardWriter, Staging, WrittenFile
+from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.compute.arrays import NUMPY, Bytes, values
 from qz.quantize.compute.kernels import QUANT_MAPS, dequantize_absmax, nested_quant_map
@@ -35,21 +36,6 @@ WHOLE_BYTES = 48 << 20
 """How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
 FINISHING = 8
 """Shards that are read back, hashed and stored at a time, beside the work on others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is: weights and source bytes done, of how many; ``shard`` names one that was just finished.
-
-    ``kept``: how many files an earlier, interrupted run had finished, and of how many; told once, at the beginning.
-    """
-
-    weights: int
-    all_weights: int
-    bytes: int
-    all_bytes: int
-    shard: str | None = None
-    kept: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -106,7 +92,7 @@ class Run:
         folder: Folder,
         staging: Staging | Section | DiscardOutput,
         arithmetic: Arithmetic,
-        progress: Callable[[Progress], None] = lambda _: None,
+        progress: OnProgress = ignore,
         *,
         allow_nonfinite: bool = False,
         observer: Observer | None = None,
@@ -386,7 +372,9 @@ class Run:
             self.writers[self.plan.shard_of[saved.name]].write(saved.name, memoryview(data).cast("B"), offset)
 
     def _report(self, shard: str | None) -> None:
-        self.progress(Progress(self.weights_done, len(self.steps), self.bytes_done, self.all_bytes, shard))
+        doing = "Dequantizing" if self.plan.method is None else "Quantizing"
+        total = len(self.steps)
+        self.progress(Progress(doing, self.weights_done, total, self.bytes_done, self.all_bytes, file=shard))
 
 
 class _Buffers:

@@ -1,0 +1,172 @@
+"""One conversion, from an opened source to a finished output: what quantizing and dequantizing have in common."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qz.formats.output.disk import Disk
+from qz.formats.output.staging import check_output
+from qz.formats.source import download, enter, open_source, output_name
+from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.settings import IfExists, Settings
+from qz.quantize.streaming.output_parts import Target
+from qz.quantize.summary import Source, Summary
+from qz.quantize.up_to_date import UpToDate, up_to_date
+
+if TYPE_CHECKING:
+    from qz.formats.checkpoint.pipeline import Pipeline
+    from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.folder import Folder
+    from qz.quantize.pipeline import PipelinePlan
+    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.planning.plan import Plan
+    from qz.quantize.streaming.measure import Measure
+
+Report = Summary | UpToDate
+"""What came of converting a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSource:
+    """A source as it was named, and opened: ``folder`` is what ``subfolder`` names of ``root``, or ``root`` itself."""
+
+    location: str
+    subfolder: str | None
+    root: Folder
+    folder: Folder
+
+    def origin(self, library: str, architecture: str) -> Source:
+        commit = self.folder.identity().get("commit")
+        return Source(self.location, commit, self.subfolder, library, architecture)
+
+
+@contextmanager
+def opened(location: str, subfolder: str | None = None, revision: str | None = None) -> Iterator[OpenedSource]:
+    """The source, closed afterwards. Raises MissingInput, and what the Hub answers."""
+    root = folder = open_source(location, None, revision)
+    try:
+        folder = enter(root, subfolder)
+        yield OpenedSource(location, subfolder, root, folder)
+    finally:
+        folder.close()
+        root.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A source, and how to convert it. ``output`` None: named after the source and the dtypes that come out."""
+
+    source: OpenedSource
+    settings: Settings
+    output: Path | None
+    variant: str | None = None
+    if_exists: IfExists = "error"
+    resume: bool = True
+    disk: Disk = field(default_factory=Disk)
+    download: bool = False
+    dry_run: bool = False
+    on_progress: OnProgress = ignore
+
+    def model(
+        self,
+        plan: Callable[[Checkpoint, Settings], Plan],
+        measure: Callable[[Checkpoint], Measure] | None = None,
+    ) -> Report:
+        """Convert one model as ``plan`` plans it; ``measure`` makes what measures the loss on the way."""
+        from qz.formats.checkpoint.survey import open_checkpoint
+        from qz.quantize.convert import carry_out, companion_files
+        from qz.quantize.summary import summarize
+
+        if (found := self._existing()) is not None:
+            return found
+        self._begin()
+        checkpoint = open_checkpoint(self.source.folder, self.variant)
+        self._download([checkpoint])
+        self.on_progress(Progress("Planning"))
+        planned = plan(checkpoint, self.settings)
+        target = self._target([planned.architecture.dtype])
+        if self.output is None and (found := self._existing(target.output)) is not None:
+            return found
+        measuring = measure(checkpoint) if measure is not None else None
+        if measuring is not None:
+            measuring.check(planned)
+        origin = self.source.origin(checkpoint.library, planned.architecture.class_name)
+        carried = companion_files(checkpoint, self.source.root, self.settings)
+        if self.dry_run:
+            loss = measuring.alone(planned, self.settings) if measuring else None
+            place, device = str(target.output), self.settings.device
+            return summarize(planned, origin, place, device=device, carried=carried, loss=loss)
+        return carry_out(planned, origin, target, self.settings, self.on_progress, carried, measuring)
+
+    def pipeline(self, plan: Callable[[Pipeline, Settings], PipelinePlan]) -> PipelineSummary | UpToDate:
+        """Convert a diffusers pipeline, component by component, as ``plan`` plans it."""
+        from qz.formats.checkpoint.pipeline import open_pipeline
+        from qz.quantize.pipeline import carry_out_pipeline, summarize_pipeline
+
+        if (found := self._existing()) is not None:
+            return found
+        self._begin()
+        pipeline = open_pipeline(self.source.folder, self.variant)
+        try:
+            self._download([each.checkpoint for each in pipeline.components if each.checkpoint])
+            self.on_progress(Progress("Planning"))
+            planned = plan(pipeline, self.settings)
+            target = self._target(each.architecture.dtype for each in planned.plans.values())
+            if self.output is None and (found := self._existing(target.output)) is not None:
+                return found
+            origin = self.source.origin("diffusers", pipeline.class_name)
+            if self.dry_run:
+                return summarize_pipeline(planned, origin, str(target.output), device=self.settings.device)
+            return carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
+        finally:
+            pipeline.close()
+
+    def _existing(self, output: Path | None = None) -> UpToDate | None:
+        """What is there already, if nothing is left to do; raises OutputRefused if it may not be replaced.
+
+        A dry run looks as well, so that it refuses what the run would refuse.
+        """
+        output = output or self.output
+        if output is None:
+            return None
+        if self.if_exists == "skip":
+            record = up_to_date(output, self.source.folder, self.settings)
+            if record is not None:
+                return UpToDate(record, output, self.source.location)
+        check_output(output, self.if_exists == "overwrite", [self.source.root], self.disk)
+        return None
+
+    def _begin(self) -> None:
+        """Before the libraries are imported, which takes seconds."""
+        from qz.quantize.compute.devices import prewarm_cuda
+
+        self.on_progress(Progress("Reading headers"))
+        if not self.dry_run:
+            prewarm_cuda(self.settings.device)
+
+    def _target(self, dtypes: Iterable[str]) -> Target:
+        names = set(dtypes)
+        suffix = names.pop() if len(names) == 1 else "dequantized"
+        output = self.output or Path(output_name(self.source.location, self.source.subfolder, suffix))
+        return Target(output, self.if_exists == "overwrite", self.resume, self.disk)
+
+    def _download(self, checkpoints: list[Checkpoint]) -> None:
+        """Every weight file into the Hub cache, from where it is then read."""
+        if not self.download or self.dry_run:
+            return
+        total = sum(each.sizes[name] for each in checkpoints for name in each.files)
+        count = sum(len(each.files) for each in checkpoints)
+        done, lock = [0, 0], threading.Lock()
+
+        def arrived(_: str, size: int) -> None:
+            with lock:
+                done[0], done[1] = done[0] + 1, done[1] + size
+                self.on_progress(Progress("Downloading", done[0], count, done[1], total, unit="file"))
+
+        for each in checkpoints:
+            download(each.folder, each.files, arrived)

@@ -1,0 +1,301 @@
+"""qz from Python: each command as a function that returns the value which ``--json`` prints.
+
+::
+
+    from qz.api import Nf4, quantize
+
+    summary = quantize("black-forest-labs/FLUX.1-dev", "flux-nf4", subfolder="transformer", method=Nf4())
+    print(summary.footprint_after)
+
+What goes wrong is raised as a ``qz.QzError``, whose message says what, where, why and what next. Returned values are
+dataclasses; ``as_json()`` gives the documented object. ``on_progress`` is called from any thread, see ``Progress``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qz import UsageError
+from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.methods import Fp4, Int8, Method, Nf4
+from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Settings
+
+if TYPE_CHECKING:
+    from qz.formats.publish.destination import Destination, PushResult
+    from qz.quantize.conversion import OpenedSource
+    from qz.quantize.inspection.pipeline import PipelineInspection
+    from qz.quantize.inspection.report import Inspection
+    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.summary import Summary
+    from qz.quantize.up_to_date import UpToDate
+
+    Converted = Summary | PipelineSummary | UpToDate
+
+__all__ = ["Fp4", "Int8", "Nf4", "Progress", "dequantize", "inspect", "push", "quantize"]
+
+AnyPath = str | PathLike[str]
+
+
+def quantize(
+    source: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    method: Method | None = None,
+    dtype: str = "auto",
+    skip: Sequence[str] = (),
+    default_skips: bool = True,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    components: Sequence[str] | None = None,
+    component_methods: Mapping[str, Method | None] | None = None,
+    keep_nonfinite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    weights_only: bool = False,
+    if_exists: IfExists = "error",
+    resume: bool = True,
+    fsync: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    download: bool = False,
+    push: str | None = None,
+    public: bool | None = None,
+    measure_loss: bool = False,
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> Converted:
+    """Quantize a model, or a diffusers pipeline component by component, to 4 or 8 bit.
+
+    ``source`` is a folder or a repository on the Hub, ``output`` a folder that is made; without it one named after the
+    source. ``method`` is ``Nf4()`` (the default), ``Fp4()`` or ``Int8()``, each with its settings. ``skip`` names
+    linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``measure_loss``
+    adds the loss of every layer to the summary. ``push`` publishes the output in that repository. The other arguments
+    are the options of ``qz quantize``, see the command reference.
+
+    Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
+    PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
+    """
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.output.disk import Disk
+    from qz.formats.source import output_name
+    from qz.quantize.conversion import Conversion, opened
+
+    method = method or Nf4()
+    settings = Settings(
+        method,
+        dtype,
+        tuple(skip),
+        default_skips=default_skips,
+        max_shard_bytes=max_shard_bytes,
+        device=device,
+        threads=threads or 0,
+        keep_nonfinite=keep_nonfinite,
+        weights_only=weights_only,
+        components=tuple(components) if components is not None else None,
+        component_methods=dict(component_methods or {}),
+    )
+    location = str(source)
+    with opened(location, subfolder, revision) as found:
+        to = _destination(push, public, found)
+        conversion = Conversion(
+            source=found,
+            settings=settings,
+            output=Path(output) if output is not None else Path(output_name(location, subfolder, method.name)),
+            variant=variant,
+            if_exists=if_exists,
+            resume=resume,
+            disk=Disk(durable=fsync),
+            download=download,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )
+        if is_pipeline(found.folder):
+            if measure_loss:
+                raise UsageError(
+                    f"--report measures one model, and {found.folder.location} is a pipeline. Name a component with "
+                    "--subfolder, or leave it out."
+                )
+            from qz.quantize.pipeline import plan_pipeline
+
+            return _published(conversion.pipeline(plan_pipeline), to, found, on_progress)
+        if components is not None or component_methods:
+            raise UsageError(
+                f"{found.folder.location} is one model, not a pipeline: leave out --components and --component."
+            )
+        from qz.quantize.convert import plan_quantization
+        from qz.quantize.streaming.measure import WhileQuantizing
+
+        measure = (lambda _: WhileQuantizing()) if measure_loss else None
+        return _published(conversion.model(plan_quantization, measure), to, found, on_progress)
+
+
+def dequantize(
+    source: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    dtype: str = "auto",
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    against: AnyPath | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    weights_only: bool = False,
+    if_exists: IfExists = "error",
+    resume: bool = True,
+    fsync: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    download: bool = False,
+    push: str | None = None,
+    public: bool | None = None,
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> Converted:
+    """Turn a model or pipeline that bitsandbytes quantized back into an ordinary one.
+
+    ``against`` names the original: what quantization lost is measured and becomes part of the summary. The other
+    arguments are those of ``quantize``. Raises ``qz.QzError`` as ``quantize`` does.
+    """
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.output.disk import Disk
+    from qz.quantize.conversion import Conversion, opened
+
+    settings = Settings(
+        None,
+        dtype,
+        max_shard_bytes=max_shard_bytes,
+        device=device,
+        threads=threads or 0,
+        weights_only=weights_only,
+    )
+    with opened(str(source), subfolder, revision) as found:
+        to = _destination(push, public, found)
+        conversion = Conversion(
+            source=found,
+            settings=settings,
+            output=Path(output) if output is not None else None,
+            variant=variant,
+            if_exists=if_exists,
+            resume=resume,
+            disk=Disk(durable=fsync),
+            download=download,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )
+        if is_pipeline(found.folder):
+            if against is not None:
+                raise UsageError("--against compares one model. Name a component with --subfolder, or leave it out.")
+            from qz.quantize.pipeline import plan_way_back
+
+            return _published(conversion.pipeline(plan_way_back), to, found, on_progress)
+        from qz.quantize.planning.dequantization import plan_dequantization
+        from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
+
+        with nullcontext() if against is None else opened(str(against)) as original:
+            measure = None
+            if original is not None:
+                measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
+            return _published(conversion.model(plan_dequantization, measure), to, found, on_progress)
+
+
+def inspect(
+    source: AnyPath,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    plan: bool = False,
+    verify: bool = False,
+    on_progress: OnProgress = ignore,
+) -> Inspection | PipelineInspection:
+    """What a model, pipeline or single .safetensors file holds, from its headers, and what is wrong with it.
+
+    ``plan`` asks the model's library for exact figures. ``verify`` compares every byte with the hashes that qz
+    recorded. Problems are part of the value (``problems``, ``errors``), not raised.
+    """
+    from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
+    from qz.quantize.inspection.report import Origin
+
+    location, path = str(source), Path(source).expanduser()
+    if path.exists() and not path.is_dir():
+        if subfolder is not None or verify:
+            raise UsageError(f"{location} is a file: --subfolder and --verify need the folder that it lies in.")
+        from qz.formats.folder import LocalFolder
+
+        with closing(LocalFolder(path.parent)) as parent:
+            return inspect_file(parent, path.name, Origin(location, None, None))
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.quantize.conversion import opened
+
+    with opened(location, subfolder, revision) as opened_source:
+        folder = opened_source.folder
+        origin = Origin(location, folder.identity().get("commit"), subfolder)
+        found: Inspection | PipelineInspection
+        if is_pipeline(folder):
+            from qz.quantize.inspection.pipeline import inspect_pipeline
+
+            found = inspect_pipeline(folder, origin, variant, plan=plan)
+        else:
+            found = inspect_model(read_folder(folder, variant), origin, plan=plan)
+        if verify:
+            from qz.quantize.inspection.verification import verify as compare
+
+            found = found.with_verified(*compare(folder, opened_source.root, on_progress))
+        return found
+
+
+def push(
+    folder: AnyPath,
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    public: bool | None = None,
+    branch: str = "main",
+    create_pr: bool = False,
+    replace: bool = False,
+    message: str | None = None,
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> PushResult:
+    """Publish a checkpoint on the Hub: verified first, then weights and config in one commit, with a model card.
+
+    ``public`` True or False decides who may see a new repository (None: private); ``replace`` allows weights that qz
+    did not make to be replaced. Raises ``qz.QzError``; then nothing has become visible.
+    """
+    from qz.formats.publish.destination import Destination
+    from qz.formats.publish.push import push as send
+
+    private = None if public is None else not public
+    to = Destination(repo_id, subfolder or "", branch, create_pr, private, message, replace)
+    return send(Path(folder), to, dry_run=dry_run, progress=on_progress)
+
+
+def _destination(push: str | None, public: bool | None, source: OpenedSource) -> Destination | None:
+    """Where the output is published; raises now what would fail after the work."""
+    if push is None:
+        if public is not None:
+            raise UsageError("--public and --private say who may see what --push publishes. Add --push REPO_ID.")
+        return None
+    from qz.formats.publish.destination import Destination
+    from qz.formats.publish.push import require_possible
+    from qz.formats.source import is_restricted
+
+    to = Destination(push, private=None if public is None else not public)
+    require_possible(to, source_private=is_restricted(source.folder))
+    return to
+
+
+def _published(done: Converted, to: Destination | None, source: OpenedSource, on_progress: OnProgress) -> Converted:
+    """The report of a conversion with that of the push that follows it, if one was asked for."""
+    from qz.formats.publish.push import push as send
+    from qz.formats.source import is_restricted
+
+    if to is None or getattr(done, "dry_run", False):
+        return done
+    pushed = send(Path(done.output), to, source_private=is_restricted(source.folder), progress=on_progress)
+    return replace(done, pushed=pushed)

@@ -1,0 +1,125 @@
+"""The commands as functions: they return what ``--json`` prints, raise what ends a command, and leave no trace."""
+
+from __future__ import annotations
+
+import inspect as introspection
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import contents
+from conftest import Qz
+from qz import MissingInput, OutputRefused, QzError, UsageError, api
+from qz.api import Fp4, Int8, Nf4, Progress
+from qz.cli import dequantize, inspect, push, quantize
+from qz.quantize.summary import Summary
+from qz.quantize.up_to_date import UpToDate
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "quantize": quantize.quantize,
+    "dequantize": dequantize.dequantize,
+    "inspect": inspect.inspect,
+    "push": push.push,
+}
+OF_THE_COMMAND_ONLY = {"as_json", "quiet", "nf4", "fp4", "int8", "double_quant", "compute_dtype", "threshold"}
+"""Options that are the method's, or that say how the report is shown."""
+OTHERWISE_NAMED = {
+    "no_default_skips": "default_skips",
+    "component": "component_methods",
+    "max_shard_size": "max_shard_bytes",
+    "overwrite": "if_exists",
+    "report": "measure_loss",
+    "tensors": "",
+    "pattern": "",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_is_an_argument_of_its_function(name: str) -> None:
+    options = {OTHERWISE_NAMED.get(each, each) for each in introspection.signature(COMMANDS[name]).parameters}
+    arguments = introspection.signature(getattr(api, name)).parameters
+    assert options - OF_THE_COMMAND_ONLY - {""} <= arguments.keys()
+    positional = [each for each in arguments.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    assert [each.name for each in positional] == list(arguments)[: len(positional)]
+    assert len(positional) <= 2
+
+
+@pytest.mark.parametrize(
+    "method", [Nf4(), Nf4(double_quant=True), Fp4(), Int8()], ids=lambda it: f"{it.name}{it.double_quant}"
+)
+def test_a_function_returns_what_its_command_prints(tiny_llama: Path, tmp_path: Path, qz: Qz, method: Any) -> None:
+    summary = api.quantize(tiny_llama, tmp_path / "api", method=method)
+    flags = [f"--{method.name}", *(["--double-quant"] if method.double_quant else [])]
+    printed = json.loads(qz("quantize", tiny_llama, *flags, "-o", "cli", "--json").stdout)
+    returned = json.loads(json.dumps(summary.as_json()))
+    for report in (printed, returned):
+        del report["seconds"], report["output"]
+    assert returned == printed
+    assert contents(tmp_path / "api") == contents(tmp_path / "cli")
+
+
+def test_there_and_back_with_progress(tiny_llama: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    summary = api.quantize(tiny_llama, tmp_path / "q", measure_loss=True, on_progress=seen.append)
+    assert isinstance(summary, Summary)
+    assert {step.doing for step in seen} == {"Reading headers", "Planning", "Quantizing"}
+    assert (seen[-1].done, seen[-1].bytes) == (seen[-1].total, seen[-1].all_bytes)
+    found = api.inspect(tmp_path / "q", verify=True)
+    assert found.verified is not None
+    assert found.verified.intact
+    back = api.dequantize(tmp_path / "q", tmp_path / "back", against=tiny_llama)
+    assert isinstance(back, Summary)
+    assert back.loss == summary.loss
+
+
+def test_what_is_up_to_date_is_not_made_again(tiny_llama: Path, tmp_path: Path) -> None:
+    api.quantize(tiny_llama, tmp_path / "q")
+    again = api.quantize(tiny_llama, tmp_path / "q", if_exists="skip")
+    assert isinstance(again, UpToDate)
+    assert again.as_json()["up_to_date"] is True
+    with pytest.raises(OutputRefused):
+        api.quantize(tiny_llama, tmp_path / "q", dry_run=True)
+
+
+def test_errors_are_raised(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingInput):
+        api.quantize(tmp_path / "nothing")
+    with pytest.raises(UsageError):
+        api.quantize(tiny_llama, tmp_path / "q", components=["transformer"])
+    with pytest.raises(QzError) as caught:
+        api.dequantize(tiny_llama, tmp_path / "q")
+    assert caught.value.exit_code == 78
+    assert not (tmp_path / "q").exists()
+
+
+def test_the_libraries_settings_are_left_as_they_were(tiny_llama: Path, tmp_path: Path) -> None:
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    before = (of_transformers.get_verbosity(), of_diffusers.get_verbosity(), logging.getLogger("bitsandbytes").level)
+    try:
+        api.quantize(tiny_llama, tmp_path / "q", skip=["mlp.down_proj"])
+        assert not of_transformers.is_progress_bar_enabled()
+    finally:
+        of_transformers.enable_progress_bar()
+    assert before == (
+        of_transformers.get_verbosity(),
+        of_diffusers.get_verbosity(),
+        logging.getLogger("bitsandbytes").level,
+    )
+
+
+def test_the_example_in_the_docs_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    (tmp_path / "model").symlink_to(tiny_llama)
+    monkeypatch.chdir(tmp_path)
+    for example in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(compile(example, "python.md", "exec"), {})
+    assert (tmp_path / "model-again" / "config.json").exists()
