@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converted import plan_of, quantized
-from qz import MalformedInput, Unsupported, UsageError
+from converted import carried_out, plan_of, quantized
+from qz import HubUnreachable, IOFailed, MalformedInput, Unsupported, UsageError
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.quantize.convert import plan_quantization
+from qz.quantize.methods import FourBit
+from qz.quantize.settings import Settings
+from qz.quantize.streaming.workers import Workers
 from reference import differing_files, raw, tensors_of, transformers_model
 from zoo import build, llama
 
@@ -294,3 +302,54 @@ def test_the_bytes_do_not_depend_on_threads_or_chunks(tmp_path: Path, method: st
         out = tmp_path / f"threads-{threads}"
         quantized(tmp_path / "source", out, method, threads=threads)
         assert differing_files(tmp_path / "one", out) == []
+
+
+class SlowHub(LocalFolder):
+    """Reads of weights wait, as for a Hub that does not answer, until the run gives up; one of them fails at once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.planned = self.given_up = False
+        self.released = threading.Event()
+        self.waiting = threading.Event()
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        if self.planned and not self.waiting.is_set():
+            self.waiting.set()
+            self.given_up = self.released.wait(60)
+            raise HubUnreachable("no answer")
+        if self.planned:
+            raise IOFailed("the disk is full")
+        super().read_into(file, offset, buffer)
+
+    def give_up(self) -> None:
+        self.released.set()
+
+
+def test_readers_that_wait_give_up_as_soon_as_another_one_fails(tmp_path: Path, source: Path) -> None:
+    with closing(SlowHub(source)) as folder:
+        settings = Settings(FourBit("nf4"), device="cpu", threads=2)
+        plan = plan_quantization(open_checkpoint(folder), settings)
+        folder.planned = True
+        with pytest.raises(IOFailed, match="the disk is full"):
+            carried_out(plan, tmp_path / "out", settings)
+    assert folder.given_up
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_worker_is_told_to_whoever_waits_once() -> None:
+    workers, told, released = Workers(), [], threading.Event()
+
+    def fails() -> None:
+        raise IOFailed("the disk is full")
+
+    def give_up() -> None:
+        told.append("given up")
+        released.set()
+
+    for _ in range(2):
+        workers.begin(released.wait, 60)
+    workers.begin(fails)
+    workers.wait(on_error=give_up)
+    assert told == ["given up"]
+    assert [str(error) for error in workers.errors] == ["the disk is full"]

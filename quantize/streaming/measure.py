@@ -66,6 +66,10 @@ class Measure:
         for folder in self.folders:
             folder.check()
 
+    def give_up(self) -> None:
+        for folder in self.folders:
+            folder.give_up()
+
     def quantized(
         self,
         step: Step,

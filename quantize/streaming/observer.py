@@ -41,3 +41,7 @@ class Observer(Protocol):
     def dequantized(self, step: Step, start: int, values: Values, memory: Memory) -> None:
         """The values from ``start`` on, dequantized and cast."""
         ...
+
+    def give_up(self) -> None:
+        """The run has failed: reads that the observer waits for end with an error."""
+        ...

@@ -146,17 +146,23 @@ class Run:
         try:
             for _ in range(max(1, threads)):
                 self.workers.begin(self._work, chunks)
-            self.workers.wait()
+            self.workers.wait(on_error=self._give_up)
         except BaseException:
             self.workers.stop.set()
-            self.folder.give_up()
+            self._give_up()
             raise
         finally:
             self.workers.stop.set()
-            self.workers.wait()
+            self.workers.wait(on_error=self._give_up)
         if self.workers.errors:
             raise self.workers.errors[0]
         self.folder.check()
+
+    def _give_up(self) -> None:
+        """Let no thread wait for what is no longer wanted."""
+        self.folder.give_up()
+        if self.observer is not None:
+            self.observer.give_up()
 
     def _sources(self) -> dict[int, set[str]]:
         """Of each unfinished shard the files that it is made of."""

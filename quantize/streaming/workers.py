@@ -30,11 +30,22 @@ class Workers:
                 self._ended()
                 raise
 
-    def wait(self) -> None:
-        """Until no thread works. ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11)."""
-        with self._idle:
-            while self._working > 0:
-                self._idle.wait(0.2)
+    def wait(self, on_error: Callable[[], None] = lambda: None) -> None:
+        """Until no thread works; ``on_error`` is called once one of them has failed, to free those that wait.
+
+        ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11).
+        """
+        told = False
+        while True:
+            with self._idle:
+                if self._working <= 0:
+                    return
+                if told or not self.errors:
+                    self._idle.wait(0.2)
+                if told or not self.errors:
+                    continue
+            told = True
+            on_error()
 
     def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -42,6 +53,8 @@ class Workers:
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits, who raises it
             self.errors.append(error)
             self.stop.set()
+            with self._idle:
+                self._idle.notify_all()
         finally:
             self._ended()
 
