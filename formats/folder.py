@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qz import IOFailed, MissingInput, PermissionRefused, QzError
+from qz.formats.links import cache_blobs, is_downloaded, is_shared_component, is_shared_file
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
@@ -82,17 +83,20 @@ class LocalFolder:
     """A folder on disk. At most ``MAX_OPEN`` files stay open; every one is read by offset, never mapped.
 
     Only regular files whose real path lies inside the folder count, so a link cannot name a file elsewhere; in a
-    snapshot of the Hub's cache, links into that cache's blobs count too. Raises MissingInput, MalformedInput (not a
-    folder) or PermissionRefused.
+    snapshot of the Hub's cache, links into that cache's blobs count too. ``shared_links``: the user named this folder,
+    so links that its owner made to share weights, configs or components count, unless it was downloaded (see
+    ``qz.formats.links``). Raises MissingInput, MalformedInput (not a folder) or PermissionRefused.
     """
 
-    def __init__(self, path: Path, *, _roots: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, *, shared_links: bool = False, _roots: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
         self.location = str(path)
         self._real = os.path.realpath(self.path)
-        self._roots = _roots or (self._real, *_cache_blobs(self._real))
+        self._roots = _roots or (self._real, *cache_blobs(self._real))
+        self._shared_links = shared_links and not is_downloaded(self._real)
         self._sizes: dict[str, int] | None = None
         self._folders: tuple[str, ...] = ()
+        self._linked: list[str] = []
         self._open: OrderedDict[str, _Open] = OrderedDict()
         weakref.finalize(self, _close_all, self._open)  # descriptors are numbers: nobody else would close them
         self._marks: dict[str, _Mark] = {}
@@ -117,6 +121,16 @@ class LocalFolder:
             self._list()
         return self._folders
 
+    def places(self) -> Iterator[Path]:
+        """This folder, and the files and folders elsewhere that it holds by links, in its own folders too."""
+        yield self.path
+        self.sizes()
+        yield from map(Path, self._linked)
+        for name in self.subfolders() if self._shared_links else ():
+            inner = self.subfolder(name)
+            inner.sizes()
+            yield from map(Path, inner._linked)
+
     def _list(self) -> None:
         sizes: dict[str, int] = {}
         folders: list[str] = []
@@ -124,9 +138,11 @@ class LocalFolder:
             with os.scandir(self._real) as entries:
                 for entry in entries:
                     try:
-                        if entry.is_symlink() and not self._inside(entry.path):
+                        if entry.is_symlink() and not self._may_follow(entry.path):
                             continue
                         found = entry.stat()
+                        if entry.is_symlink() and not self._inside(entry.path):
+                            self._linked.append(os.path.realpath(entry.path))
                     except OSError:  # a broken link, a loop: reading it by name says what is wrong
                         continue
                     if stat.S_ISREG(found.st_mode):
@@ -142,6 +158,10 @@ class LocalFolder:
     def _inside(self, path: str) -> bool:
         real = os.path.realpath(path)
         return any(real.startswith(root.rstrip("/") + "/") for root in self._roots)
+
+    def _may_follow(self, link: str) -> bool:
+        """Whether what a link leads to counts as a file or folder of this one."""
+        return self._inside(link) or (self._shared_links and (is_shared_file(link) or is_shared_component(link)))
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
         where = os.path.join(self.location, file)
@@ -187,7 +207,7 @@ class LocalFolder:
         try:
             if os.path.islink(path):
                 os.stat(path)  # a loop or a dangling link fails here, with its own error
-                if not self._inside(path):
+                if not self._may_follow(path):
                     raise Malformed(
                         "link-outside",
                         f"{where} is a link that leads out of the folder, to {os.path.realpath(path)}. "
@@ -234,15 +254,23 @@ class LocalFolder:
         path = os.path.join(self._real, name)
         parts = name.split("/")
         if any(part in ("", ".", "..") or "\0" in part for part in parts) or (
-            os.path.isdir(path) and not self._inside(path)
+            os.path.isdir(path) and not (self._inside(path) or self._is_shared(path))
         ):
-            raise Malformed("unsafe-name", f"{quoted(name)} is not a folder inside {self.location}.")
+            leads = f": it is a link to {os.path.realpath(path)}" if os.path.islink(path) else ""
+            raise Malformed("unsafe-name", f"{quoted(name)} is not a folder inside {self.location}{leads}.")
         if not os.path.isdir(path):
             there = ", ".join(self.subfolders()) or "none"
             raise MissingInput(f"{self.location} has no folder {quoted(name)}. Folders there: {there}.")
-        inner = LocalFolder(Path(path), _roots=self._roots)
+        inner = LocalFolder(
+            Path(path),
+            shared_links=self._shared_links,
+            _roots=self._roots if self._inside(path) else (),
+        )
         inner.path, inner.location = self.path / name, os.path.join(self.location, name)
         return inner
+
+    def _is_shared(self, path: str) -> bool:
+        return self._shared_links and os.path.islink(path) and is_shared_component(path)
 
     def give_up(self) -> None:
         """Reads of a disk end by themselves."""
@@ -295,13 +323,3 @@ def _failure(error: OSError, where: str, act: str) -> QzError:
     if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
         return Malformed("unreadable", f"{where} cannot be {act}: {(error.strerror or 'invalid name').lower()}.")
     return IOFailed(f"{where} cannot be {act}: {(error.strerror or str(error)).lower()}.")
-
-
-def _cache_blobs(real: str) -> tuple[str, ...]:
-    """Where links may lead if ``real`` lies in a snapshot of the Hub's cache (``models--…/snapshots/…``)."""
-    parts = Path(real).parts
-    for place in range(len(parts) - 2, 0, -1):
-        if parts[place] == "snapshots" and parts[place - 1].startswith(("models--", "datasets--", "spaces--")):
-            repository = os.path.join(*parts[:place])
-            return os.path.join(repository, "blobs"), os.path.join(os.path.dirname(repository), "blobs")
-    return ()

@@ -26,7 +26,7 @@ def open_source(source: str, subfolder: str | None = None, revision: str | None 
     path = Path(source).expanduser()
     folder: Folder
     if path.exists() or path.is_symlink():
-        folder = LocalFolder(path)
+        folder = LocalFolder(path, shared_links=True)
     elif _REPO_ID.fullmatch(source):
         from qz.formats.hub.repository import open_repo
 

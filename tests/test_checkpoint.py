@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from qz import IOFailed, MalformedInput, MissingInput, Unsupported
+from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
 from qz.formats.folder import MAX_OPEN, LocalFolder, Range
 from qz.formats.json_files import dump_json, read_json
+from qz.formats.output.disk import Disk
+from qz.formats.output.staging import check_output
 from qz.formats.safetensors import encode_header, layout
+from qz.formats.source import open_source
 
 
 def write(path: Path, *names: str, size: int = 4) -> int:
@@ -216,6 +219,54 @@ def test_a_link_to_the_folder_itself_is_fine(tmp_path: Path) -> None:
     model(tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
     assert open_checkpoint(LocalFolder(tmp_path / "link")).folder.location == f"{tmp_path}/link"
+
+
+@pytest.fixture
+def shared_store(tmp_path: Path) -> Path:
+    """A model whose every file is a link to one elsewhere, as on a cluster; beside it what is no such file."""
+    model(tmp_path / "store")
+    (tmp_path / "store/model.safetensors").rename(tmp_path / "store/weights-of-the-year.safetensors")
+    (tmp_path / "secret").write_text("of the user")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").symlink_to(tmp_path / "store/config.json")
+    (tmp_path / "model/model.safetensors").symlink_to(tmp_path / "store/weights-of-the-year.safetensors")
+    (tmp_path / "model/tokenizer.json").symlink_to(tmp_path / "secret")
+    (tmp_path / "model/component").symlink_to(tmp_path / "store")
+    (tmp_path / "model/etc").symlink_to("/etc")
+    return tmp_path / "model"
+
+
+def test_links_that_the_owner_of_a_folder_made_are_followed(shared_store: Path) -> None:
+    """But not to something of another name and kind."""
+    folder = open_source(str(shared_store))
+    assert set(folder.sizes()) == {"config.json", "model.safetensors"}
+    assert folder.subfolders() == ("component",)
+    assert len(open_checkpoint(folder).tensors) == 1
+    assert folder.subfolder("component").location == f"{shared_store}/component"
+    with pytest.raises(MalformedInput, match=r"'etc' is not a folder inside .*: it is a link to /etc"):
+        folder.subfolder("etc")
+    with pytest.raises(MalformedInput, match="leads out of the folder"):
+        folder.read_into("tokenizer.json", 0, memoryview(bytearray(1)))
+
+
+@pytest.mark.parametrize("sign", [".git", ".cache/huggingface", "../.git"])
+def test_links_in_a_downloaded_folder_are_not(shared_store: Path, sign: str) -> None:
+    (shared_store / sign).mkdir(parents=True)
+    folder = open_source(str(shared_store))
+    assert not folder.sizes()
+    assert not [name for name in folder.subfolders() if not name.startswith(".")]
+    with pytest.raises(MalformedInput, match="leads out of the folder"):
+        folder.read_into("model.safetensors", 0, memoryview(bytearray(1)))
+    with pytest.raises(MalformedInput, match=r"'component' is not a folder inside .*: it is a link"):
+        folder.subfolder("component")
+
+
+def test_what_a_source_links_to_is_not_written_over(shared_store: Path, tmp_path: Path) -> None:
+    source = open_source(str(shared_store))
+    for output in ("store", "store/inside", "model", "model/inside"):
+        with pytest.raises(OutputRefused, match="overlap"):
+            check_output(tmp_path / output, True, [source], Disk())
+    check_output(tmp_path / "new", True, [source], Disk())
 
 
 # What the libraries save

@@ -347,8 +347,11 @@ def test_a_failed_worker_is_told_to_whoever_waits_once() -> None:
         told.append("given up")
         released.set()
 
+    def waits() -> None:
+        released.wait(60)
+
     for _ in range(2):
-        workers.begin(released.wait, 60)
+        workers.begin(waits)
     workers.begin(fails)
     workers.wait(on_error=give_up)
     assert told == ["given up"]

@@ -61,7 +61,8 @@ def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk:
     disk = disk or Disk()
     for source in sources:
         if isinstance(source, LocalFolder):
-            refuse_overlap(source.path, output, disk)
+            for place in source.places():
+                refuse_overlap(place, output, disk)
     output = Path(os.path.realpath(output.parent)) / output.name
     journal = sibling(output, ".partial.journal")
     descriptor = disk.open_existing(journal)

@@ -88,8 +88,8 @@ def write_parts(
     computing and writing raise; finished shards stay for the next run with the same fingerprint.
     """
     local = [each for each in sources if isinstance(each, LocalFolder)]
-    for each in local:
-        refuse_overlap(each.path, target.output, target.disk)
+    for place in (place for each in local for place in each.places()):
+        refuse_overlap(place, target.output, target.disk)
     with (
         Staging(
             target.output,
