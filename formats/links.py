@@ -25,7 +25,7 @@ def cache_blobs(real: str) -> tuple[str, ...]:
 
 
 def is_downloaded(real: str) -> bool:
-    """Whether a folder, or the one that it lies in, came from the Hub: its cache, a clone, or what ``hf`` downloaded."""
+    """Whether a folder, or the one that it lies in, came from the Hub: a cache, a clone, or a download of ``hf``."""
     places = (real, os.path.dirname(real))
     return bool(cache_blobs(real)) or any(
         os.path.lexists(os.path.join(p, s)) for p in places for s in _SIGNS_OF_DOWNLOAD
