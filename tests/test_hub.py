@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import qz as package
 from hub_server import OWNER, READER, Blob, HubServer, connected
@@ -605,9 +606,13 @@ def test_a_download_fills_the_cache_and_reports_each_file(hub: HubServer) -> Non
 
 
 @pytest.mark.parametrize("how", [{"corrupt": True}, {"status": 403}, {"status": 404}, {"status": 500}, {"drop": True}])
-def test_a_download_that_fails_leaves_nothing_in_the_cache(hub: HubServer, tmp_path: Path, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("way", ["cdn", "xorb"])
+def test_a_download_that_fails_leaves_nothing_in_the_cache(
+    hub: HubServer, tmp_path: Path, how: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way == "cdn")
     hub.add("me/model", FILES)
-    hub.fail("cdn", **how)
+    hub.fail(way, **how)
     failure(lambda: opened(hub).download(["model.safetensors"]), QzError)
     found = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > MB]
     assert found == []

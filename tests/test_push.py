@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hub_server import OWNER, READER, HubServer, connected
+from pushes import ABOUT, COMMIT, CONFIG, card_of, failure, files_of, hurry, make, shard, to
 from qz import (
     HubUnreachable,
     MalformedInput,
@@ -29,78 +27,22 @@ from qz import (
     TryAgain,
     UsageError,
 )
-from qz.formats.hub import session
-from qz.formats.hub.patience import Retries
-from qz.formats.output.record import RECORD, WrittenFile, encode_record
-from qz.formats.publish import push as push_module
+from qz.formats.output.record import RECORD
+from qz.formats.publish import upload
 from qz.formats.publish.card import snippet, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
-from qz.formats.publish.destination import Destination, PushResult
+from qz.formats.publish.destination import PushResult
 from qz.formats.publish.push import push, require_possible
-from qz.formats.safetensors import encode_header, layout
 from qz.progress import Progress
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "quantization_config": {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": "bfloat16",
-    },
-}
-ABOUT: dict[str, Any] = {
-    "qz": "0.1.0",
-    "versions": {"torch": "2.13.0", "bitsandbytes": "0.50.2"},
-    "source": {
-        "location": "big/llama",
-        "revision": COMMIT,
-        "subfolder": None,
-        "library": "transformers",
-        "architecture": "LlamaForCausalLM",
-    },
-    "method": "nf4",
-    "double_quant": False,
-    "dtype": "bfloat16",
-    "parameters": {"total": 1_000_000, "quantized": 900_000},
-    "skipped": ["lm_head"],
-    "bytes": {"source": 2_000_000, "output": 700_000},
-    "memory_footprint": {"before": 2_000_100, "after": 700_200},
-    "settings": {"dtype": "auto", "skips": ["proj_out"], "default_skips": True},
-}
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    for module in (session, push_module):
-        monkeypatch.setattr(module, "ASKING", Retries(attempts=4, first_wait=0.01))
+    hurry(monkeypatch)
     with connected(monkeypatch, tmp_path / "home", multipart_from=900_000, part_size=400_000) as hub:
         card = b"---\nlicense: llama3\nlanguage: en\npipeline_tag: text-generation\n---\n# Llama\n"
         hub.add("big/llama", {"README.md": card, "config.json": b"{}"})
         yield hub
-
-
-def shard(name: str, size: int, seed: int = 0) -> bytes:
-    return encode_header(layout([(name, "U8", (size,))])) + random.Random(seed).randbytes(size)
-
-
-def make(folder: Path, *, shards: int = 2, seed: int = 0, about: dict[str, Any] | None = None) -> Path:
-    """A checkpoint as qz leaves it: shards, index, config, tokenizer and the record."""
-    folder.mkdir(parents=True)
-    names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
-    files = {name: shard(f"layer.{n}.weight", 300_000 + n * 700_000, seed + n) for n, name in enumerate(names)}
-    weight_map = {f"layer.{n}.weight": name for n, name in enumerate(names)}
-    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    files["config.json"] = json.dumps(CONFIG).encode()
-    files["tokenizer.json"] = b'{"version": "1.0"}'
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    written = [WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()]
-    (folder / RECORD).write_bytes(encode_record(written, ABOUT if about is None else about))
-    return folder
 
 
 @pytest.fixture
@@ -108,38 +50,27 @@ def made(tmp_path: Path) -> Path:
     return make(tmp_path / "made")
 
 
-def to(repo_id: str = "me/new", **options: Any) -> Destination:
-    return Destination(repo_id, **options)
+XET = ["xet_token", "xorb_grant", "xorb_put", "xorb_commit", "shard"]
+LFS = ["lfs_batch", "lfs_put", "lfs_part", "lfs_complete", "lfs_verify"]
+WRITES = {"create", "branch", "preupload", "commit", *XET, *LFS}
 
 
-def failure(act: Callable[[], object], *kinds: type[QzError]) -> str:
-    """The message of the documented error that ``act`` ends with, which holds no token, nor does the traceback."""
-    with pytest.raises(kinds) as caught:
-        act()
-    shown = "".join(traceback.format_exception(caught.value)) + str(caught.value)
-    assert OWNER not in shown
-    assert "Signature=" not in shown
-    return str(caught.value)
+def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upload by the way that a step belongs to: Xet, unless it is one of LFS."""
+    from huggingface_hub import constants
 
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def card_of(hub: HubServer, repo_id: str = "me/new") -> tuple[dict[str, Any], str]:
-    """The head and the text of a repository's card."""
-    text = hub.repos[repo_id].files()["README.md"].decode()
-    _, head, body = text.split("---\n", 2)
-    return yaml.safe_load(head), body
-
-
-WRITES = {"create", "branch", "preupload", "lfs_batch", "lfs_put", "lfs_part", "lfs_complete", "lfs_verify", "commit"}
+    if way.startswith("lfs"):
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 # What a push does
 
 
-def test_a_checkpoint_becomes_visible_in_one_commit_of_a_private_repository(hub: HubServer, made: Path) -> None:
+@pytest.mark.parametrize("way", ["xet", "lfs"])
+def test_a_checkpoint_becomes_visible_in_one_commit_of_a_private_repository(
+    hub: HubServer, made: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(way, monkeypatch)
     seen: list[Progress] = []
     result = push(made, to(), progress=seen.append)
     repo = hub.repos["me/new"]
@@ -153,10 +84,15 @@ def test_a_checkpoint_becomes_visible_in_one_commit_of_a_private_repository(hub:
     assert header["summary"].startswith("Add LlamaForCausalLM, NF4 (4 bit), made by qz")
     assert hub.tokens_seen_by_cdn == []
     sizes = sum(len(data) for name, data in files_of(made).items() if name.endswith(".safetensors"))
-    assert result.bytes_uploaded == hub.bytes_in["lfs_put"] + hub.bytes_in["lfs_part"] == sizes
+    if way == "lfs":
+        assert result.bytes_uploaded == hub.bytes_in["lfs_put"] + hub.bytes_in["lfs_part"] == sizes
+    else:
+        assert not set(LFS) & set(hub.requests)
+        assert result.bytes_uploaded == hub.bytes_in["xorb_put"] + hub.bytes_in["shard"]
+        assert sizes <= result.bytes_uploaded < 1.01 * sizes  # random numbers cannot be packed
     assert [step.doing for step in seen][:1] == ["Verifying"]
     assert (seen[-1].done, seen[-1].bytes) == (seen[-1].total, seen[-1].all_bytes)
-    assert result.as_json()["bytes"]["uploaded"] == sizes
+    assert result.as_json()["bytes"]["uploaded"] == result.bytes_uploaded
 
 
 def test_public_is_public_only_when_it_is_said(hub: HubServer, made: Path) -> None:
@@ -211,24 +147,27 @@ def test_pushing_again_sends_nothing_and_commits_nothing(hub: HubServer, made: P
     second = push(made, to())
     assert second.commit == first.commit
     assert second.bytes_uploaded == 0
-    assert hub.requests["commit"] == hub.requests["lfs_put"] == hub.requests["lfs_part"] == 0
+    assert not {"commit", *XET, *LFS} & set(hub.requests)
 
 
-def test_an_interrupted_push_continues_with_the_files_that_are_missing(hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("way", "nth"), [("shard", 2), ("lfs_part", 4)])
+def test_an_interrupted_push_continues_with_the_files_that_are_missing(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, nth: int
+) -> None:
+    use(way, monkeypatch)
+    monkeypatch.setattr(upload, "SMALL", 100_000)
     made = make(tmp_path / "many", shards=3)
-    fault = hub.fail("lfs_part", nth=4, status=403)
+    fault = hub.fail(way, nth=nth, status=403)
     failure(lambda: push(made, to()), PermissionRefused)
     assert hub.commit_bodies == []
-    there = [
-        path.name for path in made.glob("*.safetensors") if hashlib.sha256(path.read_bytes()).hexdigest() in hub.objects
-    ]
+    shards = {path.name: path.read_bytes() for path in made.glob("*.safetensors")}
+    there = [name for name, data in shards.items() if hashlib.sha256(data).hexdigest() in hub.objects]
     assert there
     hub.faults.remove(fault)
     hub.reset_counts()
     result = push(made, to())
-    assert result.bytes_uploaded == sum(
-        path.stat().st_size for path in made.glob("*.safetensors") if path.name not in there
-    )
+    missing = sum(len(data) for name, data in shards.items() if name not in there)
+    assert result.bytes_uploaded <= 1.01 * missing
     assert files_of(made).items() <= hub.repos["me/new"].files().items()
 
 
@@ -407,7 +346,7 @@ def test_a_repository_that_becomes_public_during_the_push_gets_no_commit(
 ) -> None:
     if exists:
         hub.add("me/new", {}, private=True)
-    hub.fail("lfs_verify", times=1, before=lambda: setattr(hub.repos["me/new"], "private", False))
+    hub.fail("xorb_put", times=1, before=lambda: setattr(hub.repos["me/new"], "private", False))
     assert "became public" in failure(lambda: push(made, to()), PermissionRefused)
     assert hub.commit_bodies == []
     push(made, to("me/new", private=False))
@@ -434,7 +373,7 @@ def test_a_commit_whose_answer_is_lost_was_made_once(hub: HubServer, made: Path)
 
 
 def test_a_file_that_changes_during_the_push_stops_it(hub: HubServer, made: Path) -> None:
-    hub.fail("lfs_verify", times=1, before=lambda: (made / "config.json").write_text("{}"))
+    hub.fail("xorb_put", times=1, before=lambda: (made / "config.json").write_text("{}"))
     assert "config.json changed" in failure(lambda: push(made, to()), OutputRefused)
     assert hub.commit_bodies == []
 
@@ -445,27 +384,19 @@ def test_a_commit_that_lacks_a_file_is_noticed(hub: HubServer, made: Path) -> No
         tree = repo.commits[repo.head]
         tree.pop("config.json")
 
-    hub.fail("tree", nth=1, times=1, before=lose)
+    hub.fail("tree", times=1, before=lose)
     assert "config.json" in failure(lambda: push(made, to()), HubUnreachable)
 
 
-STEPS = [
-    "info",
-    "create",
-    "preupload",
-    "lfs_batch",
-    "lfs_put",
-    "lfs_part",
-    "lfs_complete",
-    "lfs_verify",
-    "commit",
-    "tree",
-]
+STEPS = ["info", "create", "validate_yaml", "preupload", *XET, *LFS, "commit", "tree"]
 
 
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("how", [{"status": 500}, {"status": 503}, {"drop": True}], ids=["500", "503", "drop"])
-def test_a_passing_failure_at_any_step_is_overcome(hub: HubServer, made: Path, kind: str, how: dict[str, Any]) -> None:
+def test_a_passing_failure_at_any_step_is_overcome(
+    hub: HubServer, made: Path, kind: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(kind, monkeypatch)
     fault = hub.fail(kind, times=1, **how)
     push(made, to())
     assert fault.seen > 1
@@ -473,28 +404,51 @@ def test_a_passing_failure_at_any_step_is_overcome(hub: HubServer, made: Path, k
     assert len([body for body in hub.commit_bodies if body]) == 1
 
 
+LASTING: dict[str, tuple[dict[str, Any], type[QzError]]] = {
+    "401": ({"status": 401, "message": "Invalid credentials in Authorization header"}, PermissionRefused),
+    "403": ({"status": 403, "message": f"not with {OWNER}"}, PermissionRefused),
+    "404": ({"status": 404}, MissingInput),
+    "400": ({"status": 400, "message": "no"}, MalformedInput),
+    "429": ({"status": 429}, TryAgain),
+    "500": ({"status": 500}, HubUnreachable),
+    "drop": ({"drop": True}, HubUnreachable),
+}
+HUB_STEPS = ["info", "create", "validate_yaml", "preupload", "xet_token", "branch", "commit", "tree"]
+
+
 @pytest.mark.parametrize(
-    ("how", "errors"),
+    ("kind", "case"),
     [
-        ({"status": 401, "message": "Invalid credentials in Authorization header"}, (PermissionRefused,)),
-        ({"status": 403, "message": f"not with {OWNER}"}, (PermissionRefused,)),
-        ({"status": 404}, (MissingInput,)),
-        ({"status": 400, "message": "no"}, (MalformedInput,)),
-        ({"status": 429}, (TryAgain,)),
-        ({"status": 500}, (HubUnreachable,)),
-        ({"drop": True}, (HubUnreachable,)),
+        *[(kind, case) for kind in HUB_STEPS for case in LASTING if (kind, case) != ("xet_token", "404")],
+        *[(kind, case) for kind in LFS for case in ("401", "404", "500", "drop")],
     ],
-    ids=["401", "403", "404", "400", "429", "500", "drop"],
 )
-@pytest.mark.parametrize("kind", [*STEPS, "branch", "validate_yaml"])
 def test_a_lasting_failure_at_any_step_is_a_documented_error_and_no_commit(
-    hub: HubServer, made: Path, kind: str, how: dict[str, Any], errors: tuple[type[QzError], ...]
+    hub: HubServer, made: Path, kind: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    how, error = LASTING[case]
+    use(kind, monkeypatch)
     branch = "nf4" if kind == "branch" else "main"
     hub.fail(kind, **how)
-    message = failure(lambda: push(made, to(branch=branch)), *errors)
+    message = failure(lambda: push(made, to(branch=branch)), error)
     assert hub.commit_bodies == [] or kind == "tree"
     assert any(word in message for word in ("gain", "See ", "see ", "Run", "http"))
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(401, PermissionRefused), (403, PermissionRefused), (400, HubUnreachable), (429, TryAgain), (503, HubUnreachable)],
+)
+@pytest.mark.parametrize("kind", ["xorb_grant", "xorb_put", "xorb_commit", "shard"])
+def test_a_lasting_refusal_of_the_xet_storage_is_a_documented_error_and_no_commit(
+    hub: HubServer, made: Path, kind: str, status: int, error: type[QzError]
+) -> None:
+    hub.fail(kind, status=status)
+    hub.fail("xorb_post", status=status)  # what hf_xet does where the granted link fails
+    message = failure(lambda: push(made, to()), error)
+    assert str(status) in message or status == 429
+    assert "again" in message
+    assert hub.commit_bodies == []
 
 
 def test_an_answer_that_is_no_json_is_not_a_bug(hub: HubServer, made: Path) -> None:

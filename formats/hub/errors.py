@@ -10,7 +10,7 @@ from json import JSONDecodeError
 from typing import TYPE_CHECKING
 
 import httpx2
-from huggingface_hub import errors, get_token
+from huggingface_hub import errors
 
 from qz import (
     HubUnreachable,
@@ -23,6 +23,7 @@ from qz import (
     Unsupported,
     UsageError,
 )
+from qz.formats.hub.tokens import exchange_failure, known_token, one_scope, scope
 from qz.formats.malformed import UNSAFE_TEXT, Malformed
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def hub_errors(
     except Exception as error:
         if not transport and isinstance(error, RETRYABLE):
             raise
-        meant = meaning(error, repo_id, doing, revision=revision, endpoint=endpoint)
+        meant = exchange_failure(error, doing) or meaning(error, repo_id, doing, revision=revision, endpoint=endpoint)
         if meant is None:
             raise
         # The original may quote a signed link, so it is not shown as the cause, but made harmless, for --debug.
@@ -97,7 +98,7 @@ def meaning(
             f"{doing} failed: files of more than 50 GB are served over Xet only. Run `pip install hf_xet`, and unset "
             "HF_HUB_DISABLE_XET, then try again."
         )
-    if isinstance(error, UnicodeEncodeError) and not (get_token() or "").isascii():
+    if isinstance(error, UnicodeEncodeError) and not (known_token() or "").isascii():
         return PermissionRefused(
             f"{doing} failed: the Hub token contains a character that no token has. Copy it into HF_TOKEN again, or "
             "run `hf auth login`."
@@ -119,11 +120,11 @@ def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: s
     status, said = error.response.status_code, _said(error)
     login = (
         "Run `hf auth login`, or set HF_TOKEN"
-        if not get_token()
-        else "Check that your token may do this (`hf auth whoami`)"
+        if not known_token()
+        else one_scope() + "Check that your token may do this (`hf auth whoami`)"
     )
     if isinstance(error, errors.GatedRepoError):
-        more = "" if get_token() else " and run `hf auth login`"
+        more = "" if known_token() else " and run `hf auth login`"
         return PermissionRefused(f"{repo_id} is gated. Ask for access at {page}{more}, then try again.")
     if isinstance(error, errors.DisabledRepoError):
         return PermissionRefused(f"{repo_id} is disabled on the Hub. See {page}.")
@@ -139,7 +140,12 @@ def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: s
         )
     if status in (404, 410):
         return MissingInput(f"{doing} failed: the Hub does not have it ({status}{said}). See {page}.")
-    if status == 401 and get_token():
+    if status == 401 and scope():
+        return PermissionRefused(
+            f"{doing} was refused ({status}{said}): the token of this CI job has ended, or it was withdrawn. Run the "
+            "job again."
+        )
+    if status == 401 and known_token():
         return PermissionRefused(
             f"{doing} was refused ({status}{said}): the Hub does not accept your token. It may have expired or been "
             "revoked: create one at https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN."

@@ -9,7 +9,7 @@ from logging import ERROR
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, logging
+from huggingface_hub import HfApi, constants, get_session, get_token, logging
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exported by name only
     disable_progress_bars,
@@ -17,7 +17,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exp
 )
 
 from qz import __version__
-from qz.formats.hub.errors import BUSY
+from qz.formats.hub.errors import BUSY, hub_errors
 from qz.formats.hub.patience import TOLD_FROM, Retries, log
 
 if TYPE_CHECKING:
@@ -40,6 +40,15 @@ def hub_api() -> HfApi:
     if session.timeout == httpx2.Timeout(None):
         session.timeout = httpx2.Timeout(300.0, connect=10.0)  # a large commit takes the Hub a while
     return HfApi(library_name="qz", library_version=__version__)
+
+
+def token() -> str | None:
+    """The token that requests are made with, None if there is none.
+
+    In CI it may be exchanged for the job's identity first; raises what that exchange ends with.
+    """
+    with hub_errors("", "Exchanging the identity of this CI job for a Hub token"):
+        return get_token()
 
 
 def patiently(ask: Callable[[], T], retries: Retries | None = None) -> T:

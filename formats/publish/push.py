@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import time
-from dataclasses import replace
-from json import JSONDecodeError
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
-
-from qz import HubUnreachable, MissingInput, OutputRefused, PermissionRefused, QzError, __version__
+from qz import OutputRefused, QzError, TryAgain, __version__
 from qz.formats.folder import LocalFolder
-from qz.formats.hub.errors import BUSY, hub_errors
 from qz.formats.hub.repository import HubFolder
-from qz.formats.hub.session import ASKING, hub_api, patiently
 from qz.formats.output.record import RECORD
+from qz.formats.publish.blobs import Blob
 from qz.formats.publish.card import in_words, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
-from qz.formats.publish.checkpoint_files import README, OwnFile, OwnFiles, own_files
+from qz.formats.publish.checkpoint_files import README, OwnFiles, own_files
 from qz.formats.publish.destination import Destination, PushedFile, PushResult
-from qz.formats.publish.upload import Blob, upload
+from qz.formats.publish.remote import ObjectsLost, Remote, differing
 from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from huggingface_hub.hf_api import ModelInfo
+    from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 
 def push(
@@ -49,289 +40,218 @@ def push(
     without being told to), OutputRefused (other weights are there), TryAgain (the branch changed meanwhile, or a rate
     limit), HubUnreachable.
     """
+    remote = Remote(to)
     local = LocalFolder(folder)
     try:
-        return _Push(to, source_private, progress).run(local, dry_run=dry_run)
+        own = _verified(local, progress)
+        prefix = f"{to.folder}/" if to.folder else ""
+        blobs = [
+            Blob(prefix + file.name, file.bytes, file.file if file.data is None else file.data, file.sha256)
+            for file in own.files
+        ]
+        names = frozenset(file.name for file in own.files)
+        plan = Plan.of(remote, own.record.about if own.record else {}, own.config, names, source_private)
+        result = plan.result(blobs, own.left_out, lambda: _card_here(local))
+        if dry_run:
+            return replace(result, dry_run=True)
+        return _carry_out(remote, plan, blobs, own, result, progress)
     finally:
         local.close()
 
 
 def require_possible(to: Destination, *, source_private: bool | None = None) -> None:
     """Raise now what a push would raise after the work that comes before it: no token, or the wrong audience."""
-    pushing = _Push(to, source_private, ignore)
-    pushing.require_audience(pushing.target(), bool(source_private))
+    remote = Remote(to)
+    remote.require_audience(remote.target(), bool(source_private))
 
 
-class _Push:
-    """One push. Nothing on the Hub changes before ``prepare``, and nothing shows before ``commit``."""
+@dataclass(frozen=True)
+class Plan:
+    """What a push finds on the Hub, and what it is to say there."""
 
-    def __init__(self, to: Destination, source_private: bool | None, progress: OnProgress) -> None:
-        if not get_token():
-            raise PermissionRefused(
-                "Pushing needs a Hub token and there is none. Run `hf auth login`, or set HF_TOKEN."
-            )
-        self.api, self.to, self.progress = hub_api(), to, progress
-        self.source_private = source_private
-        self.repo_id = to.repo_id
-        self.notes: list[str] = []
+    remote: Remote
+    facts: CardFacts
+    found: ModelInfo | None
+    head: str | None
+    there: Mapping[str, RepoFile]
 
-    def run(self, local: LocalFolder, *, dry_run: bool) -> PushResult:
-        own = self.verified(local)
-        names = {file.name for file in own.files}
+    @classmethod
+    def of(
+        cls,
+        remote: Remote,
+        about: Mapping[str, Any],
+        config: Mapping[str, Any],
+        names: frozenset[str],
+        source_private: bool | None,
+    ) -> Plan:
+        """``about``: of the record; ``config``: of the model; ``names``: of the files. Refuses the wrong audience."""
         facts = facts_of(
-            own.record.about if own.record else {},
-            own.config,
+            about,
+            config,
             tokenizer=bool(names & {"tokenizer.json", "tokenizer_config.json"}),
             pipeline="model_index.json" in names,
         )
-        facts, restricted = self.source(facts)
-        found = self.target()
-        self.require_audience(found, restricted)
-        head = self.head(found)
-        there = self.listed(head) if head else {}
-        prefix = f"{self.to.folder}/" if self.to.folder else ""
-        removed = self.superseded(own, there, prefix)
-        card = write_card(facts, self.repo_id, self.to.folder, self.card_there(local, there, head))
-        files = [PushedFile(prefix + file.name, file.bytes) for file in own.files]
-        files.append(PushedFile(README, len(card.encode())))
-        result = PushResult(
-            to=replace(self.to, repo_id=self.repo_id),
-            url=f"{self.api.endpoint}/{self.repo_id}",
-            private=found.private is not False if found else self.to.private is not False,
-            created=found is None,
-            files=tuple(files),
-            left_out=own.left_out,
+        facts, restricted = _source(remote, facts, restricted=bool(source_private))
+        found = remote.target()
+        remote.require_audience(found, restricted)
+        head = remote.head(found)
+        return cls(remote, facts, found, head, remote.listed(head))
+
+    @property
+    def message(self) -> str:
+        facts = self.facts
+        return self.remote.to.message or f"Add {facts.architecture}, {in_words(facts)}, made by qz {__version__}"
+
+    def result(
+        self, blobs: Sequence[Blob], left_out: tuple[str, ...] = (), card_here: Callable[[], str | None] = lambda: None
+    ) -> PushResult:
+        """What the push is going to do. ``card_here``: a text to begin the card with, where the Hub has none."""
+        remote, to = self.remote, self.remote.to
+        removed = superseded(blobs, self.there, to, remote.repo_id)
+        existing = self._card_there() if README in self.there else card_here()
+        card = write_card(self.facts, remote.repo_id, to.folder, existing)
+        files = [PushedFile(blob.path, blob.size) for blob in blobs]
+        return PushResult(
+            to=replace(to, repo_id=remote.repo_id),
+            url=f"{remote.api.endpoint}/{remote.repo_id}",
+            private=self.found.private is not False if self.found else to.private is not False,
+            created=self.found is None,
+            files=(*files, PushedFile(README, len(card.encode()))),
+            left_out=left_out,
             removed=removed,
-            notes=tuple(self.notes),
-            dry_run=dry_run,
+            notes=tuple(remote.notes),
+            dry_run=False,
             card=card,
         )
-        return result if dry_run else self.carry_out(own, result, found, head, message=_message(self.to, facts))
 
-    def carry_out(
-        self, own: OwnFiles, result: PushResult, found: ModelInfo | None, head: str | None, *, message: str
-    ) -> PushResult:
-        parent = self.prepare(found, head)
-        prefix = f"{self.to.folder}/" if self.to.folder else ""
-        blobs = [Blob.of(prefix + file.name, file) for file in own.files]
-        blobs.append(Blob(CommitOperationAdd(README, result.card.encode()), len(result.card.encode())))
-        try:
-            with self.errors(f"Uploading to {self.repo_id}"):
-                uploaded = upload(
-                    self.api, self.repo_id, blobs, self.to.branch, create_pr=self.to.create_pr, progress=self.progress
-                )
-        except QzError:
-            own.require_same()  # the Hub refuses what does not have the hash that was announced
-            raise
-        info = self.require_still_private(was_private=result.private)
-        own.require_same()
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [blob.addition for blob in blobs]
-        operations += map(CommitOperationDelete, result.removed)
-        commit, pull_request = self.commit(blobs, operations, parent, message)
-        self.require_complete(commit, blobs)
-        return replace(
-            result, commit=commit, pull_request=pull_request, bytes_uploaded=uploaded, private=info.private is not False
-        )
-
-    # Before anything changes
-
-    def errors(self, doing: str) -> AbstractContextManager[None]:
-        return hub_errors(self.repo_id, doing, revision=self.to.branch, endpoint=self.api.endpoint)
-
-    def target(self) -> ModelInfo | None:
-        """The repository, under its full and present name; None if it is yet to be made."""
-        if "/" not in self.repo_id:
-            with self.errors("Asking who you are"):
-                self.repo_id = f"{patiently(lambda: self.api.whoami(cache=True))['name']}/{self.repo_id}"
-        found = self.find(self.repo_id)
-        if found is not None:
-            self.repo_id = found.id
-        elif self.to.create_pr:
-            raise MissingInput(f"{self.repo_id} does not exist, so there is nothing to open a pull request on.")
-        return found
-
-    def verified(self, local: LocalFolder) -> OwnFiles:
-        total, done = sum(local.sizes().values()), 0
-
-        def count(size: int) -> None:
-            nonlocal done
-            done += size
-            self.progress(Progress("Verifying", bytes=min(done, total), all_bytes=total, unit="file"))
-
-        return own_files(local, count)
-
-    def find(self, repo_id: str, revision: str | None = None) -> ModelInfo | None:
-        with self.errors(f"Looking up {repo_id}"):
-            try:
-                return patiently(lambda: self.api.model_info(repo_id, revision=revision))
-            except (RepositoryNotFoundError, RevisionNotFoundError):
-                return None
-
-    def source(self, facts: CardFacts) -> tuple[CardFacts, bool]:
-        """The facts with what the source's card says, and whether not everyone may see the source."""
-        restricted = bool(self.source_private)
-        if facts.base_model is None:
-            return facts, restricted
-        try:
-            info = self.find(facts.base_model)
-        except QzError:
-            info = None
-        if info is None:
-            self.notes.append(f"{facts.base_model} cannot be seen, so its license is not in the card")
-            return facts, True
-        card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
-        return inherit(facts, card), restricted or bool(info.private) or bool(info.gated)
-
-    def require_audience(self, found: ModelInfo | None, restricted: bool) -> None:
-        """Refuse what would show the checkpoint to more people than was said."""
-        if found is None or found.private is not False:
-            if found is not None and self.to.private is False:
-                self.notes.append(f"{self.repo_id} is private and stays so; change that in its settings")
-            return
-        if self.to.private:
-            raise PermissionRefused(
-                f"{self.repo_id} is public, and --private was asked for. Push to another repository, or make this one "
-                f"private first: {self.api.endpoint}/{self.repo_id}/settings."
-            )
-        if restricted and self.to.private is None:
-            raise PermissionRefused(
-                f"{self.repo_id} is public, but the checkpoint was made from a private or gated model. If its license "
-                "allows that, say --public; or push to a private repository."
-            )
-
-    def head(self, found: ModelInfo | None) -> str | None:
-        """The commit that the push builds on; None if the repository is yet to be made."""
-        if found is None:
-            return None
-        branch = self.find(self.repo_id, self.to.branch)
-        if branch is None and self.to.create_pr:
-            raise MissingInput(f"{self.repo_id} has no branch {self.to.branch!r} to open a pull request on.")
-        return (branch or found).sha
-
-    def listed(self, commit: str) -> dict[str, RepoFile]:
-        """Every file of the commit."""
-        with self.errors(f"Listing {self.repo_id}"):
-            tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
-            return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-    def superseded(self, own: OwnFiles, there: dict[str, RepoFile], prefix: str) -> tuple[str, ...]:
-        """Weights that loaders would take for a part of the new ones. OutputRefused if they are not qz's to replace."""
-        weights = {prefix + file.name: file for file in own.files if _family(file.name)}
-        families = {_family(path) for path in weights}
-        old = sorted(path for path in there if _family(path) in families and path not in weights)
-        other = [path for path, file in weights.items() if path in there and not _is_same(file, there[path])]
-        if (old or other) and not (self.to.replace or self.to.create_pr or prefix + RECORD in there):
-            names = ", ".join([*old, *other][:3])
-            raise OutputRefused(
-                f"{self.repo_id} holds other weights already ({names}). Push to another repository, --branch or "
-                "--subfolder, or say --replace."
-            )
-        return tuple(old)
-
-    def card_there(self, local: LocalFolder, there: dict[str, RepoFile], head: str | None) -> str | None:
-        """The text that the card is written into: the repository's, else the folder's."""
-        if README in there and head:
-            folder = HubFolder(self.api, self.repo_id, head)
-            data = bytearray(folder.sizes()[README])
-            folder.read_into(README, 0, memoryview(data))
-            folder.close()
-        elif README in local.sizes():
-            data = bytearray(local.sizes()[README])
-            local.read_into(README, 0, memoryview(data))
-        else:
-            return None
+    def _card_there(self) -> str:
+        assert self.head is not None
+        folder = HubFolder(self.remote.api, self.remote.repo_id, self.head)
+        data = bytearray(folder.sizes()[README])
+        folder.read_into(README, 0, memoryview(data))
+        folder.close()
         return data.decode("utf-8-sig", errors="replace")
 
-    # The push
 
-    def prepare(self, found: ModelInfo | None, head: str | None) -> str:
-        """Make the repository and the branch if they are missing; the commit to build on."""
-        if found is None:
-            with self.errors(f"Making {self.repo_id}"):
-                private = self.to.private is not False
-                patiently(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
-        info = self.find(self.repo_id, self.to.branch)
-        if info is None:
-            with self.errors(f"Making the branch {self.to.branch} of {self.repo_id}"):
-                patiently(lambda: self.api.create_branch(self.repo_id, branch=self.to.branch, exist_ok=True))
-            info = self.find(self.repo_id, self.to.branch)
-        if info is None or info.sha is None:
-            raise HubUnreachable(f"{self.repo_id} was made, but the Hub does not show it yet. Push again.")
-        return head or info.sha
+def _carry_out(
+    remote: Remote,
+    plan: Plan,
+    blobs: list[Blob],
+    own: OwnFiles,
+    result: PushResult,
+    progress: OnProgress,
+) -> PushResult:
+    remote.require_valid_card(result.card)
+    parent = remote.prepare(plan.found, plan.head)
+    whole = [*blobs, Blob.in_memory(README, result.card.encode())]
+    try:
+        uploaded = _send(remote, differing(whole, plan.there), progress)
+    except QzError:
+        own.require_same()  # the Hub refuses what does not have the hash that was announced
+        raise
+    info = remote.require_still_private(was_private=result.private)
+    own.require_same()
+    commit, pull_request, again = _commit(remote, plan, whole, result.removed, parent, progress)
+    remote.require_complete(commit, whole)
+    return replace(
+        result,
+        commit=commit,
+        pull_request=pull_request,
+        bytes_uploaded=uploaded + again,
+        private=info.private is not False,
+    )
 
-    def require_still_private(self, *, was_private: bool) -> ModelInfo:
-        info = self.find(self.repo_id)
-        if info is None:
-            raise MissingInput(f"{self.repo_id} vanished during the push. Nothing was committed.")
-        if info.private is False and was_private and self.to.private is not False:
-            raise PermissionRefused(
-                f"{self.repo_id} became public during the push. Nothing was committed. Make it private again, or push "
-                "with --public."
-            )
-        return info
 
-    def commit(
-        self,
-        blobs: list[Blob],
-        operations: list[CommitOperationAdd | CommitOperationDelete],
-        parent: str,
-        message: str,
-    ) -> tuple[str, str | None]:
-        """The one commit; its oid, and the pull request's address."""
-        failures = 0
-        while True:
-            with self.errors(f"Committing to {self.repo_id} ({self.to.branch})"):
-                try:
-                    done = self.api.create_commit(
-                        self.repo_id,
-                        operations,
-                        commit_message=message,
-                        revision=self.to.branch,
-                        create_pr=self.to.create_pr,
-                        parent_commit=parent,
-                    )
-                    return done.oid, done.pr_url
-                except (HfHubHTTPError, httpx2.TransportError, JSONDecodeError) as error:
-                    failures += 1
-                    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-                    if self.to.create_pr or status not in (*BUSY, 409, 412):
-                        raise
-                    # The answer may be lost though the commit was made. If it was not, the named parent makes it safe
-                    # to try again.
-                    head = self.head(self.find(self.repo_id))
-                    if head not in (None, parent) and not self.missing(str(head), blobs):
-                        return str(head), None
-                    if head != parent or status in (409, 412) or failures >= ASKING.attempts:
-                        raise
-                    time.sleep(ASKING.wait(failures))
+def _send(remote: Remote, blobs: Sequence[Blob], progress: OnProgress) -> int:
+    uploads = remote.uploads()
+    try:
+        with remote.errors(f"Uploading to {remote.repo_id}"):
+            return uploads.send(blobs, progress)
+    except BaseException:
+        uploads.stop()
+        raise
 
-    def require_complete(self, commit: str, blobs: list[Blob]) -> None:
-        wrong = self.missing(commit, blobs)
-        if wrong:
-            raise HubUnreachable(
-                f"{self.repo_id}@{commit[:12]} does not hold what was pushed ({', '.join(wrong[:3])}). Push again."
-            )
 
-    def missing(self, commit: str, blobs: list[Blob]) -> list[str]:
-        """Files that the commit does not hold as they were sent."""
-        there = self.listed(commit)
-        return [blob.path for blob in blobs if blob.path not in there or not blob.is_at(there[blob.path])]
+def _commit(
+    remote: Remote,
+    plan: Plan,
+    blobs: Sequence[Blob],
+    deleted: Iterable[str],
+    parent: str,
+    progress: OnProgress,
+) -> tuple[str, str | None, int]:
+    """The commit and the pull request, and the bytes that had to be sent once more for it."""
+    sent = 0
+    for last in (False, True):
+        try:
+            return *remote.commit(blobs, deleted, parent, plan.message, plan.there), sent
+        except ObjectsLost:
+            if last:
+                raise lost_again(remote.repo_id) from None
+        # What is uploaded and in no commit is swept out after a while: send that again, once.
+        lost = set(remote.lost(blobs))
+        sent = _send(remote, [blob for blob in blobs if blob.path in lost], progress)
+    raise AssertionError
+
+
+def lost_again(repo_id: str) -> TryAgain:
+    return TryAgain(
+        f"{repo_id} does not hold files that were uploaded a moment ago, so the Hub refuses the commit. Nothing was "
+        "committed. Wait some minutes and run the same command again."
+    )
+
+
+def _verified(local: LocalFolder, progress: OnProgress) -> OwnFiles:
+    total, done = sum(local.sizes().values()), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(Progress("Verifying", bytes=min(done, total), all_bytes=total))
+
+    return own_files(local, count)
+
+
+def _source(remote: Remote, facts: CardFacts, *, restricted: bool) -> tuple[CardFacts, bool]:
+    """The facts with what the source's card says, and whether not everyone may see the source."""
+    if facts.base_model is None:
+        return facts, restricted
+    try:
+        info = remote.find(facts.base_model)
+    except QzError:
+        info = None
+    if info is None:
+        remote.notes.append(f"{facts.base_model} cannot be seen, so its license is not in the card")
+        return facts, True
+    card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
+    return inherit(facts, card), restricted or bool(info.private) or bool(info.gated)
+
+
+def superseded(blobs: Iterable[Blob], there: Mapping[str, RepoFile], to: Destination, repo_id: str) -> tuple[str, ...]:
+    """Weights that loaders would take for a part of the new ones. OutputRefused if they are not qz's to replace."""
+    prefix = f"{to.folder}/" if to.folder else ""
+    weights = {blob.path: blob for blob in blobs if _family(blob.path)}
+    families = {_family(path) for path in weights}
+    old = sorted(path for path in there if _family(path) in families and path not in weights)
+    other = [path for path, blob in weights.items() if path in there and not blob.is_at(there[path])]
+    if (old or other) and not (to.replace or to.create_pr or prefix + RECORD in there):
+        names = ", ".join([*old, *other][:3])
+        raise OutputRefused(
+            f"{repo_id} holds other weights already ({names}). Push to another repository, --branch or --subfolder, or "
+            "say --replace."
+        )
+    return tuple(old)
+
+
+def _card_here(local: LocalFolder) -> str | None:
+    if README not in local.sizes():
+        return None
+    data = bytearray(local.sizes()[README])
+    local.read_into(README, 0, memoryview(data))
+    return data.decode("utf-8-sig", errors="replace")
 
 
 def _family(path: str) -> str | None:
     """What a loader takes as one set of weights: the path without numbers of shards; None if it is no weights."""
     match = re.fullmatch(r"(.*?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?", path)
     return f"{match[1]}{match[4] or ''}" if match else None
-
-
-def _is_same(file: OwnFile, entry: RepoFile) -> bool:
-    if entry.size != file.bytes:
-        return False
-    if entry.lfs is None:  # an index
-        data = file.file.read()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob_id
-    return entry.lfs.sha256 == (file.sha256 or file.file.hashed())
-
-
-def _message(to: Destination, facts: CardFacts) -> str:
-    return to.message or f"Add {facts.architecture}, {in_words(facts)}, made by qz {__version__}"

@@ -32,6 +32,8 @@ class Reading(Request):
         user = self.user()
         if user is None:
             raise Answer(401, message="Invalid credentials in Authorization header")
+        if "only" in user:
+            raise Answer(403, message="This token is not for a whole account")
         self.json(
             {
                 "type": "user",

@@ -206,17 +206,21 @@ class Request(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if not token:
             return None
-        if token not in self.server.hub.users:
+        user = self.server.hub.users.get(token)
+        if user is None or user.get("ends", self.server.hub.now() + 1) <= self.server.hub.now():
             raise Answer(401, message="Invalid credentials in Authorization header")
-        return self.server.hub.users[token]
+        return user
 
-    def owns(self, namespace: str) -> bool:
+    def owns(self, name: str) -> bool:
+        """Whether the token may do all with a namespace, or with a repository."""
         user = self.user()
-        return user is not None and user["role"] == "write" and namespace in (user["name"], *user["orgs"])
+        if user is None or user["role"] != "write":
+            return False
+        return name == user["only"] if user.get("only") else name.split("/")[0] in (user["name"], *user["orgs"])
 
     def repo(self, name: str, *, write: bool = False) -> Repo:
         repo, user = self.server.hub.repos.get(name), self.user()
-        mine = self.owns(name.split("/")[0])
+        mine = self.owns(name)
         if repo is None or (repo.private and not mine):
             raise Answer(401 if user is None else 404, "RepoNotFound", "Repository not found")
         if repo.disabled:
@@ -229,9 +233,17 @@ class Request(BaseHTTPRequestHandler):
 
     def readable(self, name: str) -> Repo:
         repo, user = self.repo(name), self.user()
-        if repo.gated and not self.owns(name.split("/")[0]) and (user is None or user["name"] not in repo.granted):
+        if (
+            repo.gated
+            and not self.owns(name)
+            and (user is None or user.get("only") or user["name"] not in repo.granted)
+        ):
             raise Answer(401 if user is None else 403, "GatedRepo", f"Access to model {name} is restricted.")
         return repo
+
+    def writable(self, name: str) -> Repo:
+        """Anyone who can read may open a pull request; everything else needs the right to write."""
+        return self.readable(name) if self.query.get("create_pr") == ["1"] else self.repo(name, write=True)
 
 
 def _pieces(body: bytes | tuple[Blob, int, int], limit: int, step: int) -> Iterable[bytes]:

@@ -54,6 +54,9 @@ class Rules:
     xet: bool = rule(True, "X-Xet-Hash and Link on resolve, xetHash in listings", "hub-docs, docs/xet/auth")
     without_xet: tuple[str, ...] = rule((), "LFS files that were never moved to Xet: patterns", "hub-docs, docs/xet")
     xet_token_seconds: float = rule(3600, "how long a token for Xet is good", "hub-docs, docs/xet/auth")
+    xorb_grants: bool = rule(
+        True, "xorbs go by PUT to a link that the CAS grants; otherwise 404, and directly", "hf_xet 1.8; xet-core#974"
+    )
     reconstructions_v2: bool = rule(True, "/v2/reconstructions; otherwise 404, and /v1", "hub-docs, docs/xet/api")
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from hub_server.cdn import Cdn, Links
 from hub_server.contents import Blob, Entry, Repo, is_lfs
 from hub_server.faults import Fault
+from hub_server.oidc import Ci, TrustedPublishing
 from hub_server.reading import Reading
 from hub_server.rules import Rules
 from hub_server.writing import Writing
 from hub_server.xet import XetReading, XetStore, xet_hash
+from hub_server.xet_uploads import XetUploading, XetUploads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,10 +27,17 @@ OWNER = "hf_owner_of_me_and_org"
 READER = "hf_reader_without_rights"
 
 
-class Handler(Cdn, Writing, XetReading):
+class Handler(Cdn, Writing, XetReading, XetUploading, TrustedPublishing):
     """One connection. ``ROUTES`` says which request is of which kind; a method of that name answers it."""
 
-    ROUTES: ClassVar = [*XetReading.ROUTES, *Cdn.ROUTES, *Reading.ROUTES, *Writing.ROUTES]
+    ROUTES: ClassVar = [
+        *XetReading.ROUTES,
+        *XetUploading.ROUTES,
+        *Cdn.ROUTES,
+        *Reading.ROUTES,
+        *Writing.ROUTES,
+        *TrustedPublishing.ROUTES,
+    ]
 
 
 class HubServer:
@@ -61,6 +70,8 @@ class HubServer:
         self._ahead = 0.0
         self.links = Links(self)
         self.xet = XetStore(self)
+        self.uploads = XetUploads()
+        self.ci: Ci | None = None
         self._listeners = {
             host: Listener(self, origin, host)
             for origin, host in (("hub", "hub"), ("cdn", "aws"), ("cdn", "gcp"), ("cas", "cas"))
@@ -129,6 +140,19 @@ class HubServer:
         self.repos[new] = self.repos.pop(old)
         self.repos[new].name = new
         self.renamed[old] = new
+
+    def trust(self, *resources: str) -> Ci:
+        """A CI job that the repositories and users named trust."""
+        self.ci = Ci(self, set(resources))
+        return self.ci
+
+    def lose_uploads(self) -> None:
+        """What is in no commit is swept out of the storage."""
+        with self.lock:
+            trees = [tree for repo in self.repos.values() for tree in repo.commits.values()]
+            kept = {entry.blob.sha256 for tree in trees for entry in tree.values()}
+            self.objects = {oid: blob for oid, blob in self.objects.items() if oid in kept}
+            self.uploads = XetUploads()
 
     def reset_counts(self) -> None:
         with self.lock:

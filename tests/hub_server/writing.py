@@ -14,7 +14,7 @@ from hub_server.faults import Answer
 from hub_server.request import REPO, Request
 
 if TYPE_CHECKING:
-    from hub_server.contents import Repo
+    pass
 
 
 class Writing(Request):
@@ -38,7 +38,7 @@ class Writing(Request):
         if user is None:
             raise Answer(401, message="Invalid username or password.")
         name = f"{wanted.get('organization') or user['name']}/{wanted['name']}"
-        if not self.owns(name.split("/")[0]):
+        if not self.owns(name):
             raise Answer(403, message=f"You don't have the rights to create a model under this namespace: {name}")
         url = f"{hub.url}/{name}"
         if name in hub.repos:
@@ -74,10 +74,6 @@ class Writing(Request):
             raise Answer(409, message=f"Reference already exists: refs/heads/{rev}")
         found.refs[rev] = found.resolve(wanted.get("startingPoint", "main"))
         self.json({})
-
-    def writable(self, repo: str) -> Repo:
-        """Anyone who can read may open a pull request; everything else needs the right to write."""
-        return self.readable(repo) if self.query.get("create_pr") == ["1"] else self.repo(repo, write=True)
 
     def preupload(self, body: bytes, repo: str, rev: str) -> None:
         found, wanted = self.writable(repo), json.loads(body)
@@ -182,8 +178,9 @@ class Writing(Request):
         if key == "file":
             tree[value["path"]] = Entry(Blob.of(base64.b64decode(value["content"])), lfs=False)
         elif key == "lfsFile":
-            if value["oid"] not in self.server.hub.objects:
+            hub, oid = self.server.hub, value["oid"]
+            if oid not in hub.objects:
                 raise Answer(400, message="LFS pointer pointed to a file that does not exist")
-            tree[value["path"]] = Entry(self.server.hub.objects[value["oid"]], lfs=True)
+            tree[value["path"]] = Entry(hub.objects[oid], lfs=True, xet=hub.uploads.names.get(oid))
         elif key == "deletedFile" and tree.pop(value["path"], None) is None:
             raise Answer(404, "EntryNotFound", "A file with this name doesn't exist")

@@ -104,7 +104,9 @@ class XetReading(Request):
     ]
 
     def xet_token(self, body: bytes, repo: str, scope: str, rev: str) -> None:
-        found = self.readable(repo) if scope == "read" else self.repo(repo, write=True)
+        found = self.readable(repo) if scope == "read" else self.writable(repo)
+        if not self.server.hub.rules.xet:
+            raise Answer(404, message="Sorry, we can't find the page you are looking for.")
         said = self.server.hub.xet.token(scope, found.name, found.resolve(rev))
         headers = {
             "X-Xet-Cas-Url": said["casUrl"],

@@ -1,0 +1,230 @@
+"""Files sent to the Hub's Xet storage by hf_xet, in bounded memory, with progress inside a file, and stopped at once.
+
+Each call of ``send`` is one upload commit of hf_xet: the unit of which nothing has to be sent again once it is through.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import threading
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from huggingface_hub import constants, get_session, hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
+
+from qz import HubUnreachable, OutputRefused, PermissionRefused, TryAgain, __version__
+from qz.formats.hub.errors import Signal
+from qz.formats.hub.session import patiently
+from qz.formats.publish.verified_file import VerifiedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from qz.formats.publish.blobs import Blob
+
+SETTINGS: dict[str, Any] = {
+    # Without a bound, 64 xorbs of 64 MB may be under way at the same time.
+    "client.ac_max_upload_concurrency": 2,
+    "data.max_concurrent_file_ingestion": 1,
+    "client.retry_base_delay": "1s",
+    "client.retry_max_duration": "120s",
+    "client.read_timeout": "120s",
+}
+"""What differs from hf_xet's defaults; a name is also the environment variable HF_XET_GROUP_NAME."""
+PIECE = 4 << 20
+"""Bytes of a file that are handed over at a time."""
+REPORTS = 200
+"""Milliseconds between two reports of progress."""
+
+
+class XetNotServed(Signal):
+    """The Hub has no Xet storage for the repository."""
+
+
+def has_xet() -> bool:
+    """Whether hf_xet is installed and HF_HUB_DISABLE_XET is not set."""
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """Where the storage is, and the token for it, good until ``expires`` (seconds since 1970)."""
+
+    endpoint: str
+    token: str
+    expires: int
+
+
+class XetUploads:
+    """Uploads to one branch of one repository. ``stop`` may be called from any thread, at any time."""
+
+    def __init__(self, endpoint: str, repo_id: str, branch: str, *, create_pr: bool) -> None:
+        self._repo_id = repo_id
+        # Who may open a pull request, but not write, gets a token for it by this.
+        asked = "?create_pr=1" if create_pr else ""
+        self._token_url = f"{endpoint}/api/models/{repo_id}/xet-write-token/{quote(branch, safe='')}{asked}"
+        self._session: Any = None
+        self._commits: set[Any] = set()
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def send(self, blobs: Sequence[Blob], progress: Callable[[int], None]) -> int:
+        """Upload files; the bytes that went over the network, which is less where the storage has some of the content.
+
+        ``progress`` is told how many bytes of the files are done. Their ``sha256`` is set where it was not known.
+
+        Raises XetNotServed, OutputRefused if a file is not what was verified, what huggingface_hub raises for a token
+        that is refused, TryAgain and HubUnreachable.
+        """
+        try:
+            return self._commit(blobs, self._access(), progress)
+        except (OSError, RuntimeError) as error:
+            self._require_another_attempt(error)
+            # hf_xet remembers on disk what it uploaded; where the storage has lost that since, only forgetting helps.
+            memory = f"afresh-{secrets.token_hex(4)}" if _status(error) == 400 else None
+        try:
+            return self._commit(blobs, self._access(), progress, memory)
+        except (OSError, RuntimeError) as error:
+            self._require_another_attempt(error)
+            raise self._meaning(error) from None
+        finally:
+            if memory is not None:
+                self._session = None
+                _forget(memory)
+
+    def _require_another_attempt(self, error: Exception) -> None:
+        """Raise what another attempt would not change: a file that cannot be read, or an end that was ordered."""
+        if self._stopped:
+            raise TryAgain(f"Uploading to {self._repo_id} was stopped.") from None
+        if not isinstance(error, ConnectionError) and not str(error).startswith(("Network", "Server")):
+            raise error
+
+    def stop(self) -> None:
+        """Let all that is under way fail now."""
+        with self._lock:
+            self._stopped = True
+            for commit in self._commits:
+                commit.abort()
+
+    def _access(self) -> _Access:
+        """A token from the Hub, by a request of our own: hf_xet would hide why there is none."""
+
+        def ask() -> Any:
+            response = get_session().get(self._token_url, headers=self._headers())
+            hf_raise_for_status(response)
+            return response.headers
+
+        try:
+            headers = patiently(ask)
+            return _Access(
+                headers[constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT],
+                headers[constants.HUGGINGFACE_HEADER_X_XET_ACCESS_TOKEN],
+                int(headers[constants.HUGGINGFACE_HEADER_X_XET_EXPIRATION]),
+            )
+        except HfHubHTTPError as error:
+            known = error.response.headers.get("X-Error-Code") in ("RepoNotFound", "RevisionNotFound")
+            if error.response.status_code in (404, 501) and not known:
+                raise XetNotServed from None
+            raise
+        except (KeyError, ValueError):
+            raise XetNotServed from None
+
+    def _headers(self) -> dict[str, str]:
+        headers: dict[str, str] = build_hf_headers(library_name="qz", library_version=__version__)
+        return headers
+
+    def _commit(
+        self, blobs: Sequence[Blob], access: _Access, progress: Callable[[int], None], memory: str | None = None
+    ) -> int:
+        """One attempt. ``memory``: where hf_xet looks up what it has uploaded, if not where it always does."""
+        import hf_xet
+
+        if self._session is None or memory is not None:
+            config = {**SETTINGS, "shard.cache_subdir": memory} if memory is not None else SETTINGS
+            self._session = hf_xet.XetSession(hf_xet.XetConfig().with_config(config))
+        headers = self._headers()
+        commit = self._session.new_upload_commit(
+            endpoint=access.endpoint,
+            token=access.token,
+            token_expiry_unix_secs=access.expires,
+            token_refresh_url=self._token_url,
+            token_refresh_headers=headers,
+            custom_headers={key: value for key, value in headers.items() if key.lower() != "authorization"},
+            progress_callback=lambda whole, _: progress(whole.total_bytes_completed),
+            progress_interval_ms=REPORTS,
+        )
+        with self._lock:
+            if self._stopped:
+                commit.abort()
+            self._commits.add(commit)
+        try:
+            sent = [self._feed(commit, blob) for blob in blobs]
+            report = commit.wait_to_finish()
+        except BaseException:
+            commit.abort()
+            raise
+        finally:
+            with self._lock:
+                self._commits.discard(commit)
+        for blob, (size, sha256) in zip(blobs, sent, strict=True):
+            if size != blob.size or sha256 != (blob.sha256 or sha256):
+                raise OutputRefused(
+                    f"{blob.path} changed during the push: {size:,} bytes with the SHA-256 {sha256} were sent, not "
+                    "what was verified. Nothing was committed; push again."
+                )
+            blob.sha256 = sha256
+        return int(report.dedup_metrics.total_bytes_uploaded)
+
+    def _feed(self, commit: Any, blob: Blob) -> tuple[int, str]:
+        """Hand a file over, piece by piece; its size and SHA-256 as they were handed over.
+
+        hf_xet would open a path by itself, and whatever lies there by then.
+        """
+        import hf_xet
+
+        stream = commit.start_upload_stream(name=blob.path, sha256=hf_xet.COMPUTE_SHA256)
+        if isinstance(blob.content, VerifiedFile):
+            with open(blob.content.open(), "rb", buffering=0) as file:
+                while piece := file.read(PIECE):
+                    if self._stopped:
+                        raise RuntimeError("stopped")
+                    stream.write(piece)
+        else:
+            stream.write(blob.read())
+        info = stream.finish().xet_info
+        return info.file_size, info.sha256
+
+    def _meaning(self, error: Exception) -> Exception:
+        """What a failure of the storage means to the user. The token was good a moment ago."""
+        status = _status(error)
+        doing = f"Uploading to {self._repo_id} failed: the Hub's storage"
+        if status == 429:
+            return TryAgain(f"{doing} limits the rate of requests. Wait some minutes and run the same command again.")
+        if status in (401, 403):
+            return PermissionRefused(
+                f"{doing} does not take the token that the Hub gave for it ({status}). Run the same command again; if "
+                "it stays so, set HF_HUB_DISABLE_XET=1."
+            )
+        why = f"answers {status}" if status else "does not answer"
+        return HubUnreachable(
+            f"{doing} {why}. Run the same command again: it goes on where it stopped; https://status.huggingface.co."
+        )
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status in hf_xet's text: ``… client error (403 Forbidden) …``."""
+    match = re.search(r"\b(?:client|server) error \((\d{3})\b", str(error))
+    return int(match[1]) if match else None
+
+
+def _forget(memory: str) -> None:
+    """Remove what hf_xet noted for one attempt only."""
+    for folder in Path(constants.HF_XET_CACHE).glob(f"*/{memory}"):
+        shutil.rmtree(folder, ignore_errors=True)

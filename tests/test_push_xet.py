@@ -1,0 +1,192 @@
+"""A push goes over Xet, whose client is the real one: seen on the way, stopped at once, and never half there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub_server import OWNER, HubServer, connected
+from pushes import failure, files_of, hurry, make, shard, to
+from qz import OutputRefused, PermissionRefused, TryAgain
+from qz.formats.hub import session
+from qz.formats.output.record import WrittenFile, encode_record
+from qz.formats.publish import upload
+from qz.formats.publish.push import push
+from qz.progress import Progress
+
+MB = 1_000_000
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    hurry(monkeypatch)
+    with connected(monkeypatch, tmp_path / "home") as hub:
+        hub.add("big/llama", {"config.json": b"{}"})
+        yield hub
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    return make(tmp_path / "made")
+
+
+def is_there(made: Path, hub: HubServer, name: str = "me/new") -> bool:
+    return files_of(made).items() <= hub.repos[name].files().items()
+
+
+@pytest.mark.parametrize("rules", [{"xet": False}, {"xorb_grants": False}], ids=["no Xet", "no grants"])
+def test_a_hub_that_has_less_gets_the_same_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: Path, rules: dict[str, Any]
+) -> None:
+    hurry(monkeypatch)
+    with connected(monkeypatch, tmp_path / "home", **rules) as hub:
+        hub.add("big/llama", {"config.json": b"{}"})
+        result = push(made, to())
+        assert is_there(made, hub)
+        way = "xorb_post" if "xorb_grants" in rules else "lfs_put"
+        assert hub.bytes_in[way] >= result.bytes_uploaded - hub.bytes_in["shard"] > MB
+
+
+def test_how_far_a_push_is_shows_inside_a_file(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qz.formats.publish.xet.REPORTS", 20)
+    made = make(tmp_path / "one", shards=1)
+    data = shard("layer.0.weight", 70 * MB)  # two of the pieces that hf_xet sends
+    (made / "model-00001-of-00001.safetensors").write_bytes(data)
+    (made / "qz.json").unlink()
+    hub.fail("xorb_put", hang=0.3)
+    seen: list[Progress] = []
+    push(made, to(), progress=seen.append)
+    inside = {step.bytes for step in seen if step.doing == "Uploading" and step.file is None}
+    assert [step for step in inside if 0.05 * len(data) < step < 0.95 * len(data)]
+
+
+def test_what_was_swept_out_before_the_commit_is_sent_once_more(hub: HubServer, made: Path) -> None:
+    hub.fail("commit", times=1, before=hub.lose_uploads)
+    result = push(made, to())
+    assert is_there(made, hub)
+    sizes = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+    assert result.bytes_uploaded > 2 * sizes
+    assert hub.requests["commit"] == 2
+
+
+def test_a_storage_that_keeps_nothing_gets_no_commit(hub: HubServer, made: Path) -> None:
+    hub.fail("commit", before=hub.lose_uploads)
+    assert "does not hold" in failure(lambda: push(made, to()), TryAgain)
+    assert hub.requests["commit"] == 2
+    assert hub.repos["me/new"].messages[hub.repos["me/new"].head] == "first"
+
+
+def test_what_hf_xet_remembers_to_have_sent_does_not_keep_a_file_from_being_sent(hub: HubServer, made: Path) -> None:
+    push(made, to())
+    del hub.repos["me/new"]
+    hub.lose_uploads()
+    push(made, to())
+    assert is_there(made, hub)
+    assert not list((Path(os.environ["HF_XET_CACHE"])).glob("*/afresh-*"))
+
+
+@pytest.mark.parametrize("kind", ["xorb_grant", "shard"])
+def test_a_token_for_the_storage_that_runs_out_is_asked_for_again(hub: HubServer, made: Path, kind: str) -> None:
+    hub.fail(kind, times=1, before=lambda: hub.pass_time(3601))
+    push(made, to())
+    assert is_there(made, hub)
+    assert hub.requests["xet_token"] > 1
+
+
+@pytest.mark.parametrize("kind", ["preupload", "xet_token", "xorb_put", "commit"])
+def test_a_token_that_is_revoked_on_the_way_is_what_the_message_is_about(hub: HubServer, made: Path, kind: str) -> None:
+    hub.fail(kind, times=1, before=lambda: hub.users.pop(OWNER))
+    message = failure(lambda: push(made, to()), PermissionRefused)
+    assert "401" in message
+    assert "hf auth login" in message
+    assert not hub.commit_bodies
+
+
+@pytest.mark.parametrize("kind", ["preupload", "xet_token", "xorb_put", "commit", "tree"])
+def test_a_repository_that_is_renamed_on_the_way_gets_the_commit_all_the_same(
+    hub: HubServer, made: Path, kind: str
+) -> None:
+    hub.add("me/new", {}, private=True)
+    hub.fail(kind, nth=1, times=1, before=lambda: hub.rename("me/new", "me/newer"))
+    push(made, to())
+    assert is_there(made, hub, "me/newer")
+    assert len(hub.commit_bodies) == 1
+
+
+def test_a_shard_that_changes_before_it_is_sent_stops_the_push(hub: HubServer, made: Path) -> None:
+    path = made / "model-00002-of-00002.safetensors"
+    changed = path.read_bytes()[:-1] + b"!"
+    hub.fail("xet_token", times=1, before=lambda: path.write_bytes(changed))
+    assert f"{path.name} changed" in failure(lambda: push(made, to()), OutputRefused)
+    assert not hub.commit_bodies
+
+
+@pytest.mark.parametrize("how", [{"status": 429, "headers": {"RateLimit": '"commits";r=0;t=0'}}, {"status": 503}])
+def test_a_limit_on_commits_that_passes_is_waited_for(hub: HubServer, made: Path, how: dict[str, Any]) -> None:
+    hub.fail("commit", times=2, **how)
+    push(made, to())
+    assert is_there(made, hub)
+
+
+def test_a_limit_on_commits_that_lasts_is_told_and_what_was_sent_stays(
+    hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "You have exceeded the rate limit for repository commits (128 per hour)"
+    fault = hub.fail("commit", status=429, message=said, headers={"Retry-After": "3000"})
+    began = time.monotonic()
+    assert said in failure(lambda: push(made, to()), TryAgain)
+    assert time.monotonic() - began < session.ASKING.longest_asked  # an hour is for the user to wait, not for qz
+    hub.faults.remove(fault)
+    hub.reset_counts()
+    assert push(made, to()).bytes_uploaded < 100_000
+    assert is_there(made, hub)
+
+
+def test_files_are_commits_of_their_own_so_that_no_large_one_is_sent_twice(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "SMALL", 100_000)
+    push(make(tmp_path / "three", shards=3), to())
+    assert hub.requests["shard"] == 3
+
+
+@pytest.mark.parametrize("way", ["xorb_put", "lfs_put"])
+def test_ctrl_c_ends_a_push_at_once(hub: HubServer, made: Path, way: str) -> None:
+    """The storage takes two minutes for an answer; nobody is to wait for that."""
+    fault = hub.fail(way, hang=120)
+    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"} if way == "lfs_put" else dict(os.environ)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qz", "push", str(made), "me/new", "--quiet"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while not fault.seen and process.poll() is None:
+        time.sleep(0.05)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert time.monotonic() - began < 30
+    assert not hub.commit_bodies
+
+
+def test_a_record_is_of_no_other_bytes_than_those_that_were_sent(hub: HubServer, tmp_path: Path) -> None:
+    """A checkpoint whose record names other hashes does not get as far as the Hub."""
+    made = make(tmp_path / "made", shards=1)
+    names = [path.name for path in made.iterdir() if path.name != "qz.json"]
+    wrong = [WrittenFile(name, (made / name).stat().st_size, "0" * 64) for name in names]
+    (made / "qz.json").write_bytes(encode_record(wrong, {}))
+    with pytest.raises(Exception, match="SHA-256"):
+        push(made, to())
+    assert not hub.requests
