@@ -76,10 +76,12 @@ def carry_out(
     progress: OnProgress = ignore,
     carried: tuple[Companion, ...] = (),
     measure: Measure | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Summary:
     """Write what the plan says, and ``carried`` beside it. Afterwards the output is complete and checked, or absent.
 
-    ``measure`` is shown what is computed, and its loss becomes part of the summary.
+    ``measure`` is shown what is computed, and its loss becomes part of the summary. ``arithmetic`` is that of the
+    settings' device unless given.
 
     Raises what reading, computing and writing raise; finished shards stay for the next run with the same settings.
     """
@@ -87,7 +89,7 @@ def carry_out(
 
     begun = time.monotonic()
     folder = plan.checkpoint.folder
-    arithmetic = arithmetic_on(settings.device)
+    arithmetic = arithmetic or arithmetic_on(settings.device)
     part = model_part(plan, carried, measure=measure)
     summary = summarize(plan, source, str(target.output), device=arithmetic.name, carried=part.carried)
     written = write_parts(

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if os.environ.get("QZ_TEST_CPU") == "portable":
-    import portable_cpu
+import isolated_environment
+import portable_cpu
+from pace import HANG
 
+isolated_environment.enter()
+if os.environ.get("QZ_TEST_CPU") == "portable":
     portable_cpu.pretend()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,7 +34,7 @@ def no_memory_of_other_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
-    """Run ``qz ARGUMENTS`` as a process in ``tmp_path``, with no terminal and without the caller's settings."""
+    """Run ``qz ARGUMENTS`` as a process in ``tmp_path``, with no terminal and without a runner's settings."""
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
     def run(*arguments: str | Path, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,7 @@ def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG,
             check=False,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
+from qz.quantize.compute.cpu import CHUNK_BYTES, Cpu
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.planning.dequantization import plan_dequantization
@@ -34,14 +35,18 @@ def quantized(source: Path, output: Path, method: str, **settings: Any) -> Summa
         return carried_out(plan_quantization(open_checkpoint(folder), wanted), output, wanted)
 
 
-def dequantized(source: Path, output: Path, **settings: Any) -> Summary:
+def dequantized(source: Path, output: Path, *, chunk_bytes: int = CHUNK_BYTES, **settings: Any) -> Summary:
     """``qz dequantize SOURCE -o OUTPUT``."""
     wanted = Settings(None, **{"device": "cpu"} | settings)
     with closing(LocalFolder(source)) as folder:
-        return carried_out(plan_dequantization(open_checkpoint(folder), wanted), output, wanted)
+        plan = plan_dequantization(open_checkpoint(folder), wanted)
+        return carried_out(plan, output, wanted, chunk_bytes=chunk_bytes)
 
 
-def carried_out(plan: Plan, output: Path, settings: Settings, measure: Measure | None = None) -> Summary:
+def carried_out(
+    plan: Plan, output: Path, settings: Settings, measure: Measure | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Summary:
     checkpoint = plan.checkpoint
     origin = Source(checkpoint.folder.location, None, None, checkpoint.library, plan.architecture.class_name)
-    return carry_out(plan, origin, Target(output), settings, measure=measure)
+    arithmetic = Cpu(chunk_bytes=chunk_bytes) if settings.device == "cpu" else None
+    return carry_out(plan, origin, Target(output), settings, measure=measure, arithmetic=arithmetic)

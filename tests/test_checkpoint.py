@@ -8,7 +8,6 @@ import random
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from pace import HANG, stopwatch
 from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
@@ -454,7 +454,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(saved: Path, tm
     _, _, command = str(raised.value).partition("python -c ")
     assert command.startswith('"from transformers import LlamaForCausalLM as M; ')
     subprocess.run(
-        [sys.executable, "-c", command.strip('"')], cwd=tmp_path, check=True, capture_output=True, timeout=120
+        [sys.executable, "-c", command.strip('"')], cwd=tmp_path, check=True, capture_output=True, timeout=HANG
     )
     converted = open_checkpoint(LocalFolder(tmp_path / "NEW"))
     assert set(converted.tensors) == set(open_checkpoint(LocalFolder(saved / "llama-None")).tensors)
@@ -604,13 +604,13 @@ def sharded(folder: Path, shards: int, tensors: int, size: int = 4) -> Path:
     return folder
 
 
-def test_a_terabyte_in_500_shards_and_50000_tensors_is_surveyed_in_a_second_and_a_half(tmp_path: Path) -> None:
+def test_a_terabyte_in_500_shards_and_50000_tensors_is_surveyed_quickly(tmp_path: Path) -> None:
     terabyte = sharded(tmp_path / "terabyte", shards=500, tensors=100, size=10_000_000)
-    start = time.process_time()
-    checkpoint, problems = survey(LocalFolder(terabyte))
-    assert checkpoint is not None
-    weights, more = read_quantized(checkpoint)
-    assert time.process_time() - start < 1.5
+    with stopwatch() as watch:
+        checkpoint, problems = survey(LocalFolder(terabyte))
+        assert checkpoint is not None
+        weights, more = read_quantized(checkpoint)
+    assert watch.loops < 50
     assert (len(checkpoint.tensors), sum(checkpoint.sizes.values()) > 10**12) == (50_000, True)
     assert (weights, problems, more) == ({}, (), ())
 
@@ -626,5 +626,5 @@ read_quantized(open_checkpoint(LocalFolder(pathlib.Path({str(tmp_path / "model")
 heavy = ("torch", "numpy", "transformers", "diffusers", "huggingface_hub", "safetensors", "rich", "concurrent.futures")
 print([name for name in heavy if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG)
     assert done.stdout.strip() == "[]"

@@ -19,6 +19,7 @@ import typer.main
 
 import qz as package
 from conftest import Qz
+from pace import HANG, calibration_loop
 from qz import QzError
 from qz.cli import options
 from qz.cli.app import app, explain
@@ -38,7 +39,7 @@ def act(what: str, as_json: JsonOpt = False) -> None:
     if what == "sleep":
         try:
             print("ready", flush=True)
-            time.sleep(60)
+            time.sleep(3600)
         except KeyboardInterrupt as stop:
             stop.add_note("It goes on later.")
             raise
@@ -46,7 +47,7 @@ def act(what: str, as_json: JsonOpt = False) -> None:
         while True:
             try:
                 print("ready", flush=True)
-                time.sleep(60)
+                time.sleep(3600)
             except KeyboardInterrupt:
                 print("still here", flush=True)
     if what == "bug":
@@ -71,7 +72,7 @@ def script(tmp_path: Path) -> Path:
 
 def act(script: Path, *arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(script), "act", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **keywords)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, **keywords)
 
 
 @pytest.mark.parametrize("name", ["quantize", "inspect", "dequantize", "push"])
@@ -199,7 +200,7 @@ def test_help_reads_well_in_a_narrow_pipe(qz: Qz, flag: str) -> None:
 
 
 def test_help_starts_at_once_and_without_the_libraries() -> None:
-    """The aim is 0.15 s of CPU time on a machine with nothing else to do; the best of five runs is taken."""
+    """As much CPU time as two calibration loops, 0.15 to 0.2 s; the best of five runs is taken."""
     code = (
         "import resource, sys\n"
         "from qz.cli.app import run\n"
@@ -208,13 +209,13 @@ def test_help_starts_at_once_and_without_the_libraries() -> None:
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print('\\n', used.ru_utime + used.ru_stime, sorted(heavy & set(sys.modules)), sep='|')\n"
     )
-    seconds = []
+    loops = []
     for _ in range(5):
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         _, used, heavy = result.stdout.splitlines()[-1].split("|")
         assert heavy == "[]"
-        seconds.append(float(used))
-    assert min(seconds) <= 0.25
+        loops.append(float(used) / calibration_loop())
+    assert min(loops) <= 3
 
 
 @pytest.mark.parametrize(("name", "code"), [(e.__name__, e.exit_code) for e in ERRORS.values()])
@@ -279,7 +280,7 @@ def test_an_interrupt_ends_with_its_code_and_says_how_to_go_on(script: Path, num
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == code
     assert err == "Error: Interrupted. It goes on later.\n"
     assert json.loads(out) == {"type": "exit_error", "code": code, "message": "Interrupted. It goes on later."}
@@ -293,11 +294,9 @@ def test_the_second_interrupt_ends_at_once(script: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "still here\n"
     assert process.stdout.readline() == "ready\n"
-    begun = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.send_signal(signal.SIGTERM)  # the command would go on for an hour
+    process.communicate(timeout=HANG)
     assert process.returncode == 143
-    assert time.monotonic() - begun < 2
 
 
 def test_an_ignored_signal_stays_ignored(script: Path) -> None:
@@ -314,13 +313,13 @@ def test_an_ignored_signal_stays_ignored(script: Path) -> None:
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG)
     assert process.returncode == 143
 
 
 def test_a_reader_that_goes_away_is_no_bug(script: Path) -> None:
     command = f"{sys.executable} {script} act write | head -n 1; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=HANG, check=False)
     assert result.returncode == 74
     assert result.stdout == "x" * 100 + "\n"
     assert result.stderr == ""
@@ -329,7 +328,7 @@ def test_a_reader_that_goes_away_is_no_bug(script: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_an_io_error(script: Path) -> None:
     command = f"{sys.executable} {script} act write > /dev/full"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=HANG, check=False)
     assert result.returncode == 74
     assert "No space left on device" in result.stderr
     assert "Traceback" not in result.stderr
@@ -351,7 +350,7 @@ def complete(line: str, cwd: Path, shell: str = "bash") -> list[str]:
         env={**os.environ, **environment, "_TYPER_COMPLETE_ARGS": line},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=True,
     )
     return [re.sub(r"^plain,", "", entry) for entry in result.stdout.split()]

@@ -190,13 +190,12 @@ def test_rows_that_are_no_multiple_of_a_block_get_their_own_scales(tmp_path: Pat
 @pytest.mark.parametrize("chunk", [1, 4096])
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_depend_neither_on_threads_nor_on_chunks(
-    method: str, chunk: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, chunk: int, tiny_llama: Path, tmp_path: Path
 ) -> None:
     packed = tmp_path / "packed"
     quantized(tiny_llama, packed, method)
     dequantized(packed, tmp_path / "one", threads=1)
-    monkeypatch.setattr("qz.quantize.compute.cpu.Cpu.__init__.__defaults__", ("cpu", "", chunk, ()))
-    dequantized(packed, tmp_path / "two", threads=3)
+    dequantized(packed, tmp_path / "two", chunk_bytes=chunk, threads=3)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 

@@ -21,6 +21,7 @@ import yaml
 import pipelines
 from conftest import Qz
 from hub_server import OWNER, HubServer
+from pace import HANG
 from qz import QzError
 from qz.cli.app import app
 
@@ -149,7 +150,7 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path) -> None:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=HANG,
                 check=False,
             )
             assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
@@ -184,7 +185,7 @@ def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=HANG,
                 check=False,
             )
             assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
@@ -221,7 +222,7 @@ def run_step(name: str, place: Path, inputs: dict[str, str]) -> subprocess.Compl
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import zoo
 from conftest import Qz
 from converted import quantized
 from hub_server import HubServer, connected
+from pace import stopwatch
 from qz.cli.app import run
 from qz.cli.tensors import pattern_of, ranges
 from qz.formats.checkpoint.problems import ERRORS
@@ -433,10 +433,10 @@ def test_a_malformed_checkpoint_is_reported_safely(name: str, place: Path, inspe
     base, changes, kinds = FOLDERS[name]
     build(place / "checkpoint", base, changes)
     for arguments in ((), ("--json", "--tensors")):
-        start = time.process_time()
-        with unprivileged():
+        inspect(place / "checkpoint", *arguments)  # imports what is needed: others may not read where it lies
+        with stopwatch() as watch, unprivileged():
             code, out, err = inspect(place / "checkpoint", *arguments)
-        assert time.process_time() - start < 2
+        assert watch.loops < 50
         broken = not ERRORS.keys().isdisjoint(kinds)
         assert code in ((65, 74, 77) if broken else (0,))
         assert "Traceback" not in err

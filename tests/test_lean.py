@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from converted import quantized
+from pace import HANG
 from qz.quantize.libraries.versions import requirement
 from reference import differing_files
 from zoo import build
@@ -178,7 +179,7 @@ def test_planning_leaves_the_compiler_out_and_puts_everything_back(name: str, tm
     build(name).save_pretrained(tmp_path / "source")
     arguments = ["quantize", str(tmp_path / "source"), "--dry-run", "--quiet"]
     done = subprocess.run(
-        [sys.executable, "-c", SHOWS_MODULES, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", SHOWS_MODULES, *arguments], capture_output=True, text=True, timeout=HANG, check=False
     )
     assert done.returncode == 0, done.stderr
 

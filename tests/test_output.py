@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pace import HANG
 from qz.cli import output
 from qz.cli.output import Column, display_width, duration, facts, jsonable, markdown_table, percent, plain, size, table
 from qz.cli.progress import Display
@@ -199,7 +200,7 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
     )
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
-    subprocess.run([sys.executable, "-c", code], stderr=follower, env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], stderr=follower, env=environment, check=True, timeout=HANG)
     os.close(follower)
     shown = io.BytesIO()
     try:

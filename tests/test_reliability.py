@@ -30,6 +30,7 @@ import pytest
 
 from forked import EACCES, EIO, ENOSPC, INTERRUPT, TERMINATE, Ended, Server
 from hub_server import OWNER, HubServer
+from pace import HANG
 from qz.formats.folder import LocalFolder
 from qz.formats.output.record import verify_record
 from qz.formats.safetensors import encode_header, layout
@@ -455,17 +456,15 @@ def test_the_second_interrupt_ends_a_run_that_is_stuck(
     server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]], operation: str
 ) -> None:
     """A write hangs, as on a dead network disk: the first signal waits for it, the second does not."""
-    stuck = "open('stuck', 'w').close(); time.sleep(60)"
+    stuck = "open('stuck', 'w').close(); time.sleep(3600)"
     last = len(expected["nf4"]) if operation == "rename" else 5
     running = server.start(*QUANTIZE, cwd=place, at=last, only=(operation,), act=stuck)
     while not (place / "stuck").exists():
         time.sleep(0.01)
     running.kill(signal.SIGINT)
     time.sleep(0.3)
-    begun = time.monotonic()
     running.kill(signal.SIGTERM)
     assert running.wait().code == 143
-    assert time.monotonic() - begun < 1
     assert not (place / "out").exists()
     (place / "stuck").unlink()
     finish(run, place, QUANTIZE, expected["nf4"])
@@ -482,14 +481,13 @@ def test_of_8_concurrent_starts_one_works_and_the_others_are_told_at_once(
         runs = [server.start(*QUANTIZE, cwd=place, at=0, only=("reserve",), act=wait) for _ in range(8)]
         done: list[Ended] = []
         while len(done) < 7:  # one is at work until we say so
-            readable, _, _ = select.select([run.socket for run in runs], [], [], 20)
+            readable, _, _ = select.select([run.socket for run in runs], [], [], HANG)
             assert readable, "fewer than seven were refused"
             for each in [each for each in runs if each.socket in readable]:
                 done.append(each.wait())
                 runs.remove(each)
         assert [ended.code for ended in done] == [75] * 7
         assert all("Another qz is writing out in" in ended.stderr for ended in done)
-        assert max(ended.seconds for ended in done) < 5
         (place / "go").touch()
         assert runs[0].wait().code == 0
         (place / "go").unlink()
@@ -513,7 +511,7 @@ def test_runs_that_race_without_waiting_leave_one_output(
 
 def test_a_second_run_is_refused_before_it_plans(server: Server, place: Path) -> None:
     """Planning may take minutes; the other run's lock and an existing output are seen first."""
-    stuck = "open('stuck', 'w').close(); time.sleep(60)"
+    stuck = "open('stuck', 'w').close(); time.sleep(3600)"
     first = server.start(*QUANTIZE, cwd=place, at=0, only=("reserve",), act=stuck)
     while not (place / "stuck").exists():
         time.sleep(0.01)
@@ -762,16 +760,16 @@ def test_bytes_that_arrived_wrong_never_get_into_an_output_not_even_by_resuming(
 def test_an_interrupt_while_the_hub_is_silent_ends_soon(
     server: Server, place: Path, hub: HubServer, expected: dict[str, dict[str, str]]
 ) -> None:
-    fault = hub.fail("cdn", nth=5, stall=20)
+    fault = hub.fail("cdn", nth=5, stall=3600)
     running = server.start(*HUB, cwd=place)
-    time.sleep(1)
-    begun = time.monotonic()
+    while fault.seen < 5:
+        time.sleep(0.01)
+    time.sleep(0.5)
     running.kill(signal.SIGINT)
     ended = running.wait()
     hub.faults.remove(fault)
     check(ended)
     assert ended.code == 130
-    assert time.monotonic() - begun < 3
     assert left_beside(place) <= {"out.partial", "out.partial.journal"}
     assert server.run(*HUB, cwd=place).code == 0
     assert same_weights(place / "out", expected["nf4"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import qz as package
+from pace import HANG
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.compute.jit import has_place_for_cache
@@ -58,7 +59,7 @@ def answered(source: Path, *options: str, cwd: Path | None = None) -> str:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stderr
