@@ -169,7 +169,7 @@ def test_a_temporary_folder_that_cannot_be_used_is_an_io_error(folder: str, tmp_
     )
     place = "/missing" if folder == "missing" else str(tmp_path)
     arguments = [sys.executable, "-c", code, place, str(tmp_path / "source")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 74, done.stderr
     assert "TMPDIR" in done.stderr
 
