@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from qz import MissingInput
 from qz.formats.folder import LocalFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from qz.formats.folder import Folder
 
@@ -41,6 +43,28 @@ def enter(folder: Folder, subfolder: str | None) -> Folder:
     for name in subfolder.strip("/").split("/") if subfolder else ():
         folder = folder.subfolder(name)
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSource:
+    """A source as it was named, and opened: ``folder`` is what ``subfolder`` names of ``root``, or ``root`` itself."""
+
+    location: str
+    subfolder: str | None
+    root: Folder
+    folder: Folder
+
+
+@contextmanager
+def opened(location: str, subfolder: str | None = None, revision: str | None = None) -> Iterator[OpenedSource]:
+    """The source, closed afterwards. Raises MissingInput, and what the Hub answers."""
+    root = folder = open_source(location, None, revision)
+    try:
+        folder = enter(root, subfolder)
+        yield OpenedSource(location, subfolder, root, folder)
+    finally:
+        folder.close()
+        root.close()
 
 
 def output_name(source: str, subfolder: str | None, suffix: str) -> str:

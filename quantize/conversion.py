@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.formats.output.disk import Disk
 from qz.formats.output.staging import check_output
-from qz.formats.source import download, enter, open_source, output_name
+from qz.formats.source import OpenedSource, download, output_name
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
 from qz.quantize.streaming.output_parts import Target
@@ -21,7 +20,6 @@ from qz.quantize.up_to_date import UpToDate, up_to_date
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.folder import Folder
     from qz.quantize.pipeline import PipelinePlan
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.planning.plan import Plan
@@ -29,32 +27,6 @@ if TYPE_CHECKING:
 
 Report = Summary | UpToDate
 """What came of converting a model."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedSource:
-    """A source as it was named, and opened: ``folder`` is what ``subfolder`` names of ``root``, or ``root`` itself."""
-
-    location: str
-    subfolder: str | None
-    root: Folder
-    folder: Folder
-
-    def origin(self, library: str, architecture: str) -> Source:
-        commit = self.folder.identity().get("commit")
-        return Source(self.location, commit, self.subfolder, library, architecture)
-
-
-@contextmanager
-def opened(location: str, subfolder: str | None = None, revision: str | None = None) -> Iterator[OpenedSource]:
-    """The source, closed afterwards. Raises MissingInput, and what the Hub answers."""
-    root = folder = open_source(location, None, revision)
-    try:
-        folder = enter(root, subfolder)
-        yield OpenedSource(location, subfolder, root, folder)
-    finally:
-        folder.close()
-        root.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +67,7 @@ class Conversion:
         measuring = measure(checkpoint) if measure is not None else None
         if measuring is not None:
             measuring.check(planned)
-        origin = self.source.origin(checkpoint.library, planned.architecture.class_name)
+        origin = self._origin(checkpoint.library, planned.architecture.class_name)
         carried = companion_files(checkpoint, self.source.root, self.settings)
         if self.dry_run:
             loss = measuring.alone(planned, self.settings) if measuring else None
@@ -119,12 +91,16 @@ class Conversion:
             target = self._target(each.architecture.dtype for each in planned.plans.values())
             if self.output is None and (found := self._existing(target.output)) is not None:
                 return found
-            origin = self.source.origin("diffusers", pipeline.class_name)
+            origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
                 return summarize_pipeline(planned, origin, str(target.output), device=self.settings.device)
             return carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
         finally:
             pipeline.close()
+
+    def _origin(self, library: str, architecture: str) -> Source:
+        commit = self.source.folder.identity().get("commit")
+        return Source(self.source.location, commit, self.source.subfolder, library, architecture)
 
     def _existing(self, output: Path | None = None) -> UpToDate | None:
         """What is there already, if nothing is left to do; raises OutputRefused if it may not be replaced.

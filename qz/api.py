@@ -27,7 +27,7 @@ from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Settings
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination, PushResult
-    from qz.quantize.conversion import OpenedSource
+    from qz.formats.source import OpenedSource
     from qz.quantize.inspection.pipeline import PipelineInspection
     from qz.quantize.inspection.report import Inspection
     from qz.quantize.pipeline_summary import PipelineSummary
@@ -82,8 +82,8 @@ def quantize(
     """
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.output.disk import Disk
-    from qz.formats.source import output_name
-    from qz.quantize.conversion import Conversion, opened
+    from qz.formats.source import opened, output_name
+    from qz.quantize.conversion import Conversion
 
     method = method or Nf4()
     settings = Settings(
@@ -163,7 +163,8 @@ def dequantize(
     """
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.output.disk import Disk
-    from qz.quantize.conversion import Conversion, opened
+    from qz.formats.source import opened
+    from qz.quantize.conversion import Conversion
 
     settings = Settings(
         None,
@@ -230,7 +231,7 @@ def inspect(
         with closing(LocalFolder(path.parent)) as parent:
             return inspect_file(parent, path.name, Origin(location, None, None))
     from qz.formats.checkpoint.pipeline import is_pipeline
-    from qz.quantize.conversion import opened
+    from qz.formats.source import opened
 
     with opened(location, subfolder, revision) as opened_source:
         folder = opened_source.folder

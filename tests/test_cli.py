@@ -156,7 +156,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["quantize", "x", "--if-exists", "maybe"], "'error', 'skip', 'overwrite'"),
         (["quantize", "x", "--device", "gpu"], "auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"),
         (["quantize", "x", "--max-shard-size", "big"], "5GB, 500MB or 2GiB"),
-        (["quantize", "x", "--threads", "0"], "greater than or equal to 1"),
+        (["quantize", "x", "--threads", "0"], "not a number of threads from 1 to 1024"),
         (["quantize", "x", "--threshold", "six"], "--threshold"),
         (["quantize", "x", "--nf5"], "No such option: --nf5"),
         (["quantize"], "Missing argument 'SOURCE'"),
