@@ -13,6 +13,7 @@ from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
 from qz.progress import OnProgress, ignore
+from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
@@ -113,7 +114,7 @@ def carry_out(
         resumed=written.resumed,
         loss=measure.loss() if measure else None,
     )
-    return replace(done, notes=(*done.notes, *arithmetic.notes))
+    return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()))
 
 
 def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmetic) -> dict[str, Any]:

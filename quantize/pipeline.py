@@ -12,6 +12,7 @@ from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
 from qz.progress import OnProgress, ignore
+from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, expect
@@ -151,7 +152,7 @@ def carry_out_pipeline(
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
     )
-    return replace(done, notes=arithmetic.notes)
+    return replace(done, notes=(*arithmetic.notes, *kernels.notes()))
 
 
 def summarize_pipeline(

@@ -607,6 +607,9 @@ def test_the_kernels_need_no_torch_to_be_imported() -> None:
 def test_without_numba_torch_computes() -> None:
     code = "from qz.quantize.compute import kernels; print(kernels.backend().__name__)"
     assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.compute.torch_kernels"
+    moved = f"import numba; del numba.types.Array; {code}"
+    assert python(moved) == "qz.quantize.compute.torch_kernels", "another release of numba must not stop a run"
+    assert "numba does not work here" in python(f"{moved}; print(kernels.notes())")
     assert python(code, QZ_KERNELS="torch") == "qz.quantize.compute.torch_kernels"
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of bitsandbytes' 4-bit and 8-bit types on CPU, bit for bit, over caller-owned numpy buffers.
 
 Reference: bitsandbytes 0.50.2, ``torch.ops.bitsandbytes.quantize_4bit`` and friends on CPU, and ``bnb.nn.Int8Params``
-for int8. The loops are numba's (``kernels_numba``), or torch's where numba cannot be imported (``kernels_torch``): same
+for int8. The loops are numba's (``numba_kernels``), or torch's where numba does not work (``torch_kernels``): same
 bytes, but slower. Every function may be called from many threads; none needs threads of its own, all release the GIL.
 
 Dtypes are safetensors' names. Values of "BF16" and "F16" travel as their bits in uint16 arrays, "F32" as float32.
@@ -51,18 +51,32 @@ NESTED_BLOCK_SIZE: Final = 256
 _BITS: Final = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32}
 
 
+_fallen_back: list[str] = []
+"""Why numba does not compute, once that is known."""
+
+
 @cache
 def backend() -> ModuleType:
-    """The module that computes: numba's if that can be imported, unless ``QZ_KERNELS`` is ``torch``; the same bytes.
+    """The module that computes: numba's if that works here, unless ``QZ_KERNELS`` is ``torch``; the same bytes.
 
     Chosen at the first call of a kernel, because importing numba takes a quarter of a second that a GPU has no use for.
+    numba's extension points move from release to release: one block is quantized to see whether they still fit.
     """
     if os.environ.get("QZ_KERNELS") != "torch":
         try:
-            return importlib.import_module("qz.quantize.compute.numba_kernels")
-        except ImportError:
-            pass
+            module = importlib.import_module("qz.quantize.compute.numba_kernels")
+            module.quantize_4bit(np.zeros(1, np.uint16), "BF16", "nf4", np.empty(1, np.uint8), np.empty(1, np.float32))
+        except Exception as error:  # noqa: BLE001 - whatever it is, torch computes the same bytes
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _fallen_back.append(f"computed by torch, more slowly: numba does not work here ({first_line})")
+        else:
+            return module
     return importlib.import_module("qz.quantize.compute.torch_kernels")
+
+
+def notes() -> tuple[str, ...]:
+    """What the user should know about the backend, if a kernel has been called."""
+    return tuple(_fallen_back)
 
 
 @dataclass(frozen=True, slots=True)
