@@ -63,9 +63,9 @@ def recall(question: str) -> Architecture | None:
         kept = json.loads(body)
         if any(_state(path) != state for path, state in kept["code"].items()):
             return None
-    except (OSError, ValueError):
+        return _decoded(kept["architecture"])
+    except Exception:  # noqa: BLE001  whatever else lies there, it is no answer
         return None
-    return _decoded(kept["architecture"])
 
 
 def keep(question: str, architecture: Architecture) -> None:

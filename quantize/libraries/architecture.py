@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qz import Unsupported
-from qz.quantize.libraries import lean_imports
 from qz.quantize.methods import Method
 
 if TYPE_CHECKING:
@@ -182,22 +180,6 @@ def skip_list(defaults: list[str], request: LoadRequest) -> list[str] | None:
     if request.default_skips and not request.skips:
         return None
     return list(dict.fromkeys([*(sorted(defaults) if request.default_skips else ()), *request.skips]))
-
-
-@contextmanager
-def building(library: str, class_name: str, where: str) -> Iterator[None]:
-    """Turn whatever a library's own code raises over a config into Unsupported, with its kind."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        lean = ", or set QZ_LEAN=0, which imports the libraries whole" if lean_imports.is_allowed() else ""
-        raise Unsupported(
-            f"{library} cannot build {class_name} from {where}/config.json: {type(error).__name__}: {first_line}. "
-            f"Check config.json, try another version of {library}{lean}."
-        ) from error
 
 
 def checked(missing: set[str], mismatched: list[str], class_name: str, where: str) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.json_files import dump_json
 from qz.quantize.libraries import answer_cache, lean_imports
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec, torch_name
+from qz.quantize.libraries.boundary import library_errors
+from qz.quantize.libraries.isolation import isolated
 from qz.quantize.libraries.optional_packages import needed_by
+from qz.quantize.libraries.untrusted_config import note_removed, parts_bounded, require_plausible, without_code
 
 
 def expect(checkpoints: Iterable[Checkpoint]) -> None:
@@ -50,18 +56,43 @@ def examine(
         return equal is not None and equal(one, other)
 
     expect([checkpoint])
-    with lean_imports.lean_imports():
-        if checkpoint.library == "diffusers":
-            from qz.quantize.libraries import on_diffusers
-
-            architecture = on_diffusers.examine(checkpoint, tensors, request)
-        else:
-            from qz.quantize.libraries import on_transformers
-
-            architecture = on_transformers.examine(checkpoint, tensors, request, compare if equal else None)
+    architecture = _ask(checkpoint, tensors, request, compare if equal else None)
     if not compared:
         answer_cache.keep(question, architecture)
     return architecture
+
+
+def _ask(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorSpec],
+    request: LoadRequest,
+    equal: Callable[[str, str], bool] | None,
+) -> Architecture:
+    """Ask the library, which is not to be trusted with this config: no code, no network, no more parts than tensors."""
+    where, config = checkpoint.folder.location, checkpoint.config
+    require_plausible(config, {name: given.shape for name, given in tensors.items()}, where)
+    harmless, removed = without_code(config)
+    asked = replace(checkpoint, config=harmless)
+    with (
+        lean_imports.lean_imports(),
+        library_errors(checkpoint.library, str(checkpoint.architecture or "the model"), where),
+        isolated(),
+        parts_bounded(len(tensors), where),
+    ):
+        if checkpoint.library == "diffusers":
+            from qz.quantize.libraries import on_diffusers
+
+            architecture = on_diffusers.examine(asked, tensors, request)
+        else:
+            from qz.quantize.libraries import on_transformers
+
+            architecture = on_transformers.examine(asked, tensors, request, equal)
+    notes = note_removed(removed)
+    if "auto_map" in removed and checkpoint.library == "transformers":  # saved as it came, as the library does
+        written = json.loads(architecture.documents["config.json"]) | {"auto_map": config["auto_map"]}
+        documents = {**architecture.documents, "config.json": dump_json(written)}
+        architecture = replace(architecture, documents=documents)
+    return replace(architecture, notes=(*architecture.notes, *notes))
 
 
 def library_versions() -> dict[str, str]:

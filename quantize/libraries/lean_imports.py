@@ -19,9 +19,9 @@ from types import ModuleType
 from typing import Any
 
 COMPILER = "torch._dynamo"
-OPTIONAL = ("peft", "scipy", "sklearn", "torchaudio", "torchvision", "transformers", "triton")
-"""What the libraries import where it is installed: for adapters, losses, assisted generation, images, other kernels,
-and, in diffusers, the text encoders of pipelines.
+OPTIONAL = ("kernels", "peft", "scipy", "sklearn", "torchaudio", "torchvision", "transformers", "triton")
+"""What the libraries import where it is installed: for kernels from the Hub, adapters, losses, assisted generation,
+images, other kernels, and, in diffusers, the text encoders of pipelines.
 
 Building a model needs none of it, but for a few: see ``qz.quantize.libraries.optional_packages``.
 """

@@ -23,7 +23,6 @@ from qz.quantize.libraries.architecture import (
     Saved,
     TensorSpec,
     Weight,
-    building,
     checked,
     document,
     expand,
@@ -133,8 +132,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     from diffusers.utils import logging
 
     name = checkpoint.config.get("_class_name")
-    model_class = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if model_class is None or not issubclass(model_class, torch.nn.Module):
+    model_class: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(model_class, type) or not issubclass(model_class, torch.nn.Module):
         raise Unsupported(
             f"diffusers {diffusers.__version__} has no model class {name}, which config.json asks for. "
             f"Try a newer version: pip install -U '{requirement('diffusers')}'."
@@ -144,9 +143,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with building("diffusers", str(name), checkpoint.folder.location), init_empty_weights():
+        with init_empty_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
-            model = model_class.from_config(config)
+            model = model_class.from_config(config)  # type: ignore[attr-defined]
     finally:
         torch.set_default_dtype(default)
         logging.set_verbosity(verbosity)

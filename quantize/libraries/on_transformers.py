@@ -17,6 +17,7 @@ import torch
 
 from qz import IOFailed, MalformedInput, Unsupported, UsageError
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.json_files import read_json
 from qz.quantize.libraries.architecture import (
     OF_QUANTIZATION,
     Architecture,
@@ -24,7 +25,6 @@ from qz.quantize.libraries.architecture import (
     LoadRequest,
     TensorSpec,
     Weight,
-    building,
     checked,
     document,
     expand,
@@ -148,21 +148,20 @@ def _load(
         with _temporary_folder() as folder, no_init_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
             _store(folder / "config.json", json.dumps(config).encode())
-            with building("transformers", model_class.__name__, checkpoint.folder.location):
-                model, info = model_class.from_pretrained(
-                    None,
-                    config=model_class.config_class.from_pretrained(folder),
-                    state_dict=state,
-                    device_map="meta",
-                    dtype=request.dtype,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
-                generates = model.can_generate()
-            if generates and GENERATION_CONFIG in checkpoint.folder.sizes():
-                _store(folder / GENERATION_CONFIG, read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES))
-                with building("transformers", model_class.__name__, checkpoint.folder.location):
-                    model.generation_config = GenerationConfig.from_pretrained(folder)
+            model, info = model_class.from_pretrained(
+                None,
+                config=model_class.config_class.from_pretrained(folder),
+                state_dict=state,
+                device_map="meta",
+                dtype=request.dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            if GENERATION_CONFIG in checkpoint.folder.sizes() and model.can_generate():
+                generation = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
+                read_json(generation, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is none
+                _store(folder / GENERATION_CONFIG, generation)
+                model.generation_config = GenerationConfig.from_pretrained(folder)
     finally:
         logging.set_verbosity(verbosity)
         if bars:

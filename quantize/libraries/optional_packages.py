@@ -13,7 +13,11 @@ from typing import Any
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.lean_imports import OPTIONAL
 
-_IMPORT = re.compile(rf"^\s*(?:from|import) ({'|'.join(OPTIONAL)})\b", re.MULTILINE)
+FROM_THE_HUB = "kernels"
+"""Downloads code: no model is built with it."""
+_IMPORT = re.compile(
+    rf"^\s*(?:from|import) ({'|'.join(name for name in OPTIONAL if name != FROM_THE_HUB)})\b", re.MULTILINE
+)
 OF_TRANSFORMERS = frozenset(("scipy", "transformers"))
 """transformers has losses that match by scipy."""
 

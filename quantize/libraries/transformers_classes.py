@@ -22,10 +22,9 @@ def model_class_of(checkpoint: Checkpoint) -> Any:
         )
     model_class = getattr(transformers, names[0], None) if names[0].isidentifier() else None
     if model_class is None or not hasattr(model_class, "from_pretrained") or not hasattr(model_class, "config_class"):
-        hint = " Code inside a repository is never run." if "auto_map" in checkpoint.config else ""
         raise Unsupported(
-            f"transformers {transformers.__version__} has no class {names[0]}, which config.json asks for.{hint} "
-            f"Try a newer version: pip install -U '{requirement('transformers')}'."
+            f"transformers {transformers.__version__} has no class {names[0]}, which config.json asks for. Code "
+            f"inside a repository is never run. Try a newer version: pip install -U '{requirement('transformers')}'."
         )
     return model_class
 
