@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qz import UsageError, __version__
-from qz.quantize.settings import IfExists
+from qz.quantize.settings import IfExists, Rounding, Scales
 
 MOST_THREADS = 1024
 
@@ -178,6 +178,37 @@ ThresholdOpt = Annotated[
         "--threshold",
         metavar="NUMBER",
         help="Hidden states beyond it are computed in fp16 by --int8 layers; written to the config.",
+        rich_help_panel=METHOD,
+    ),
+]
+ScalesOpt = Annotated[
+    Scales | None,
+    typer.Option(
+        "--scales",
+        metavar="CHOICE",
+        help="Scales of 4-bit blocks: absmax, the libraries' own bytes and the default, or search: the same format and "
+        "size, loaded in the same way, with a smaller error.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+ImportanceOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--importance",
+        metavar="FILE",
+        help="How much each input of each layer matters: what `qz calibrate` wrote, or an imatrix of llama.cpp. "
+        "Implies --scales search.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+RoundingOpt = Annotated[
+    Rounding,
+    typer.Option(
+        "--rounding",
+        metavar="CHOICE",
+        help="nearest, or gptq: errors cancel in each layer's output. Needs an --importance FILE with Hessians.",
         rich_help_panel=METHOD,
     ),
 ]

@@ -21,6 +21,9 @@ def quantize(
     double_quant: options.DoubleQuantOpt = False,
     compute_dtype: options.ComputeDTypeOpt = "bfloat16",
     threshold: options.ThresholdOpt = 6.0,
+    scales: options.ScalesOpt = None,
+    importance: options.ImportanceOpt = None,
+    rounding: options.RoundingOpt = "nearest",
     subfolder: options.SubfolderOpt = None,
     revision: options.RevisionOpt = None,
     variant: options.VariantOpt = None,
@@ -71,6 +74,9 @@ def quantize(
                 else chosen_method(each, double_quant and each != "int8", compute_dtype, threshold)
                 for part, each in own.items()
             },
+            scales=scales,
+            importance=importance,
+            rounding=rounding,
             keep_nonfinite=keep_nonfinite,
             max_shard_bytes=max_shard_size,
             weights_only=weights_only,

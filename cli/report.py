@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qz.cli.output import (
     Column,
@@ -22,6 +22,8 @@ from qz.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qz.formats.publish.destination import PushResult
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.streaming.loss import LayerLoss, Loss
@@ -99,6 +101,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         ("model", f"{source.architecture} ({source.library})"),
         ("output", summary.output + (" (dry run: nothing written)" if summary.dry_run else "")),
         ("method", f"{method} → {summary.dtype}" if back else f"{method}, {summary.dtype} elsewhere"),
+        *([("scales", refined(summary.refinement))] if summary.refinement.get("scales") == "search" else []),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them {'were ' if back else ''}quantized"),
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
@@ -114,6 +117,15 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         rate = summary.bytes_source / summary.seconds if summary.seconds else 0
         rows.append(("took", f"{summary.seconds:.1f} s on {summary.device} ({size(rate)}/s)"))
     return rows
+
+
+def refined(how: Mapping[str, Any]) -> str:
+    """How scales and codes were chosen, where not as the libraries do."""
+    importance = how["importance"]
+    text = "searched"
+    if importance is not None:
+        text += f" with {importance['file']} ({quantity(importance['tokens'])} tokens)"
+    return text + (", rounded by GPTQ" if how["rounding"] == "gptq" else "")
 
 
 def worst_layers(loss: Loss) -> list[tuple[str, ...]]:

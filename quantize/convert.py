@@ -18,6 +18,7 @@ from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.planning.plan import Plan, make_plan
+from qz.quantize.planning.refinement import refinement
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
@@ -32,8 +33,13 @@ TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
 """Of a summary, what differs from run to run."""
 
 
-def plan_quantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
-    """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, or cannot be."""
+def plan_quantization(
+    checkpoint: Checkpoint, settings: Settings, component: str = "", *, pipeline: bool = False
+) -> Plan:
+    """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, or cannot be.
+
+    ``component``: the folder of a ``pipeline`` that the checkpoint is.
+    """
     refuse_quantized(checkpoint)
     request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips)
 
@@ -44,7 +50,7 @@ def plan_quantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     plan = planned(request)
     if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
         plan = planned(replace(request, skips=(*request.skips, *modules)))
-    return plan
+    return replace(plan, refinement=refinement(plan, settings, component, pipeline=pipeline))
 
 
 def nonfinite_modules(plan: Plan, settings: Settings) -> list[str]:

@@ -16,7 +16,7 @@ from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, expect
-from qz.quantize.methods import Method
+from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.plan import Plan
@@ -220,6 +220,8 @@ def _planned_shards(parts: tuple[Part, ...]) -> tuple[WrittenFile, ...]:
 def _own_settings(choice: Choice, settings: Settings) -> Settings:
     own = f"{choice.name}/"
     skips = tuple(skip.removeprefix(own) for skip in settings.skips if "/" not in skip or skip.startswith(own))
+    if not isinstance(choice.method, FourBit):  # nothing of it is searched
+        settings = replace(settings, scales="absmax", importance=None, rounding="nearest")
     return replace(settings, method=choice.method, skips=skips)
 
 
@@ -235,7 +237,7 @@ def _plan(choice: Choice, settings: Settings) -> Plan:
     checkpoint = choice.component.checkpoint
     assert checkpoint is not None  # ``choose`` takes components with weights only
     try:
-        plan = plan_quantization(checkpoint, settings)
+        plan = plan_quantization(checkpoint, settings, choice.name, pipeline=True)
     except Unsupported as error:
         raise Unsupported(f"{error} Or leave it as it is: --component {choice.name}=none.") from error
     if not plan.quantized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,7 @@ class ComponentSummary:
             "reason": self.reason,
             "method": self.method,
             "double_quant": model.double_quant if model is not None else False,
+            **(model.refinement if model is not None else {}),
             "dtype": model.dtype if model is not None else None,
             "parameters": {
                 "total": model.parameters if model is not None else self.parameters,
@@ -115,6 +117,12 @@ class PipelineSummary:
     @property
     def double_quant(self) -> bool:
         return any(model.double_quant for model in self.models)
+
+    @property
+    def refinement(self) -> Mapping[str, Any]:
+        """How scales and codes are chosen: as in the component that is refined most; each tells its own."""
+        found = [model.refinement for model in self.models if model.refinement]
+        return next((each for each in found if each["scales"] == "search"), found[0] if found else {})
 
     @property
     def parameters(self) -> int:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from qz.quantize.methods import Method
+from qz import UsageError
+from qz.quantize.methods import Int8, Method
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 IfExists = Literal["error", "skip", "overwrite"]
 """What to do where the output exists: refuse, leave one that is up to date, or replace it."""
+
+Scales = Literal["absmax", "search"]
+Rounding = Literal["nearest", "gptq"]
+INT8_HAS_NO_SEARCH = (
+    "--scales search is for nf4 and fp4. int8 has a scale for each row, where a search was measured to lower the "
+    "error by 1 %, and the error is a tenth of nf4's as it is. Leave it out, or use --nf4."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +41,22 @@ class Settings:
     """Of a pipeline, what to quantize; None to choose what is worth it."""
     component_methods: Mapping[str, Method | None] = field(default_factory=dict)
     """Of a pipeline, components with a method of their own; None for one that stays as it is."""
+    scales: Scales = "absmax"
+    """How the scale of a 4-bit block is found: as the libraries do, or searched for a smaller error."""
+    importance: Path | None = None
+    """What is known of the model's inputs: see ``qz.quantize.calibration``. Needs searched scales."""
+    rounding: Rounding = "nearest"
+    """Of each value to the nearest level, or so that errors cancel in the layer's output, which needs Hessians."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for choices that exclude each other."""
+        if self.importance is not None and self.scales != "search":
+            raise UsageError("--importance weighs what a search of scales loses: leave out --scales absmax.")
+        if self.rounding == "gptq" and self.importance is None:
+            raise UsageError(
+                "--rounding gptq needs the Hessians of the model's inputs: make them with `qz calibrate --hessians`, "
+                "and name the file with --importance."
+            )
+        methods = [self.method, *self.component_methods.values()]
+        if self.scales == "search" and all(method is None or isinstance(method, Int8) for method in methods):
+            raise UsageError(INT8_HAS_NO_SEARCH)

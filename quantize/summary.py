@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qz.formats.output.companions import Companion
 from qz.formats.output.record import WrittenFile
 from qz.quantize.planning.plan import Plan
+from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import Packed
 from qz.quantize.streaming.loss import Loss
 
@@ -65,6 +66,8 @@ class Summary:
     """Files copied unchanged: tokenizer, processor, licence."""
     pushed: PushResult | None = None
     """What came of publishing the output, if that was asked for."""
+    refinement: Mapping[str, Any] = field(default_factory=dict)
+    """How scales and codes are chosen: ``scales``, ``rounding``, ``importance``; empty if nothing is quantized."""
 
     @property
     def coverage(self) -> float:
@@ -123,6 +126,7 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
         "output": summary.output,
         "method": summary.method,
         "double_quant": summary.double_quant,
+        **summary.refinement,
         "device": summary.device,
         "dry_run": summary.dry_run,
         "parameters": {"total": summary.parameters, "quantized": summary.quantized_parameters},
@@ -174,7 +178,7 @@ def summarize(
         kept_tensors=len(plan.steps) - len(quantized),
         skipped=dict(architecture.kept_linears),
         dropped=architecture.dropped,
-        notes=architecture.notes,
+        notes=(*architecture.notes, *(plan.refinement.notes if plan.refinement is not None else ())),
         bytes_source=plan.bytes_source,
         bytes_output=sum(file.bytes for file in files) if files else plan.bytes_output,
         footprint_before=architecture.footprint.before,
@@ -186,6 +190,11 @@ def summarize(
         resumed=resumed,
         loss=loss,
         carried=tuple(sorted(copied)),
+        refinement={}
+        if plan.method is None
+        else AS_THE_LIBRARIES
+        if plan.refinement is None
+        else plan.refinement.as_json(),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, QzError
+from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import describe_difference
@@ -25,6 +26,11 @@ COUNTED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 def settings_fingerprint(settings: Settings) -> dict[str, Any]:
     """The settings that decide the bytes, as JSON values. Device, threads and versions do not."""
+    refined: dict[str, Any] = {}  # said only where it is so, as outputs of earlier versions know nothing of it
+    if settings.scales != "absmax":
+        refined = {"scales": settings.scales, "rounding": settings.rounding}
+        if settings.importance is not None:
+            refined["importance"] = {"file": settings.importance.name, "sha256": sha256_of(settings.importance)}
     return {
         "method": method_fingerprint(settings.method),
         "dtype": settings.dtype,
@@ -35,6 +41,7 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
         "weights_only": settings.weights_only,
         "components": list(settings.components) if settings.components is not None else None,
         "component_methods": {name: method_fingerprint(method) for name, method in settings.component_methods.items()},
+        **refined,
     }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 from qz import UsageError
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import Fp4, Int8, Method, Nf4
-from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Settings
+from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Rounding, Scales, Settings
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination, PushResult
@@ -54,6 +55,9 @@ def quantize(
     variant: str | None = None,
     components: Sequence[str] | None = None,
     component_methods: Mapping[str, Method | None] | None = None,
+    scales: Scales | None = None,
+    importance: AnyPath | None = None,
+    rounding: Rounding = "nearest",
     keep_nonfinite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     weights_only: bool = False,
@@ -73,9 +77,10 @@ def quantize(
 
     ``source`` is a folder or a repository on the Hub, ``output`` a folder that is made; without it one named after the
     source. ``method`` is ``Nf4()`` (the default), ``Fp4()`` or ``Int8()``, each with its settings. ``skip`` names
-    linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``measure_loss``
-    adds the loss of every layer to the summary. ``push`` publishes the output in that repository. The other arguments
-    are the options of ``qz quantize``, see the command reference.
+    linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"``
+    makes 4-bit weights of the same format with less error, and with less still where ``importance`` names a file of it.
+    ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository. The
+    other arguments are the options of ``qz quantize``, see the command reference.
 
     Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
     PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
@@ -98,6 +103,9 @@ def quantize(
         weights_only=weights_only,
         components=tuple(components) if components is not None else None,
         component_methods=dict(component_methods or {}),
+        scales=scales or ("absmax" if importance is None else "search"),
+        importance=Path(importance) if importance is not None else None,
+        rounding=rounding,
     )
     location = str(source)
     with opened(location, subfolder, revision) as found:
@@ -131,7 +139,8 @@ def quantize(
         from qz.quantize.streaming.measure import WhileQuantizing
 
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
-        return _published(conversion.model(plan_quantization, measure), to, found, on_progress)
+        plan = partial(plan_quantization, component=(subfolder or "").strip("/"))
+        return _published(conversion.model(plan, measure), to, found, on_progress)
 
 
 def dequantize(

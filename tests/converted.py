@@ -18,10 +18,10 @@ from qz.quantize.summary import Source, Summary
 
 
 def method_of(name: str) -> Method:
-    """A method of the grid: nf4, fp4, nf4-double, int8."""
+    """A method of the grid: nf4, fp4, nf4-double, fp4-double, int8."""
     if name == "int8":
         return Int8()
-    return FourBit("fp4" if name == "fp4" else "nf4", double_quant=name.endswith("-double"))
+    return FourBit("fp4" if name.startswith("fp4") else "nf4", double_quant=name.endswith("-double"))
 
 
 def plan_of(source: Path, method: str, **settings: Any) -> Plan:

@@ -74,6 +74,7 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
     parts = [
         _introduction(facts),
         _sizes(facts),
+        _refinement(facts),
         _skips(facts),
         "## Use",
         _fenced("python", snippet(facts, repo_id, folder)),
@@ -108,6 +109,18 @@ def in_words(facts: CardFacts) -> str:
         return facts.dtype or "as it is"
     name = {"nf4": "NF4 (4 bit)", "fp4": "FP4 (4 bit)", "int8": "LLM.int8() (8 bit)"}[facts.method]
     return name + (" with double quantization" if facts.double_quant else "")
+
+
+def _refinement(facts: CardFacts) -> str:
+    """How scales and codes were chosen, where it was not as the libraries do."""
+    if facts.scales == "absmax":
+        return ""
+    told = [f"scales: {_plain(facts.scales)}"]
+    if facts.importance:
+        told.append(f"importance: `{_plain(facts.importance[0])}` (SHA-256 `{_plain(facts.importance[1])[:64]}`)")
+    if facts.rounding != "nearest":
+        told.append(f"rounding: {_plain(facts.rounding)}")
+    return f"Better than by absmax, in the same format and size ({', '.join(told)})."
 
 
 def _sizes(facts: CardFacts) -> str:

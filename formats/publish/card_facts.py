@@ -37,6 +37,10 @@ class CardFacts:
     """The repository that a local source was made from."""
     subfolder: str | None = None
     double_quant: bool = False
+    scales: str = "absmax"
+    rounding: str = "nearest"
+    importance: tuple[str, str] | None = None
+    """File and SHA-256 of what was known of the model's inputs."""
     dtype: str | None = None
     compute_dtype: str | None = None
     parameters: tuple[int, int] | None = None
@@ -83,6 +87,9 @@ def facts_of(
         origin=_text(_mapping(about.get("origin")).get("location")),
         subfolder=_text(source.get("subfolder")),
         double_quant=bool(about.get("double_quant", quantization.get("bnb_4bit_use_double_quant"))),
+        scales=str(about.get("scales") or "absmax"),
+        rounding=str(about.get("rounding") or "nearest"),
+        importance=_importance(about.get("importance")),
         dtype=_text(about.get("dtype") or config.get("dtype") or config.get("torch_dtype")),
         compute_dtype=str(compute) if compute and method in ("nf4", "fp4") else None,
         parameters=_pair(about.get("parameters"), "total", "quantized"),
@@ -121,6 +128,7 @@ def _command(facts: CardFacts, quantization: Mapping[str, Any], settings: Mappin
         words.append(f"--{facts.method}")
     if facts.double_quant:
         words.append("--double-quant")
+    words += _refinement_options(facts)
     if facts.compute_dtype not in (None, "bfloat16"):
         words += ["--compute-dtype", str(facts.compute_dtype)]
     if facts.method == "int8" and quantization.get("llm_int8_threshold", 6.0) != 6.0:
@@ -144,6 +152,13 @@ def _command(facts: CardFacts, quantization: Mapping[str, Any], settings: Mappin
     return shlex.join(words)
 
 
+def _refinement_options(facts: CardFacts) -> list[str]:
+    words = ["--importance", facts.importance[0]] if facts.importance else []
+    if facts.scales != "absmax" and not facts.importance:
+        words += ["--scales", facts.scales]
+    return words + (["--rounding", facts.rounding] if facts.rounding != "nearest" else [])
+
+
 def _method(quantization: Mapping[str, Any]) -> str:
     if quantization.get("load_in_8bit"):
         return "int8"
@@ -158,6 +173,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _importance(value: Any) -> tuple[str, str] | None:
+    file, sha256 = _text(_mapping(value).get("file")), _text(_mapping(value).get("sha256"))
+    return (file, sha256) if file and sha256 else None
 
 
 def _pair(value: Any, first: str, second: str) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed, quoted
@@ -146,11 +147,6 @@ def write_statistics(
 def write_hessians(path: Path, hessians: Mapping[str, Floats]) -> str:
     """Write a file of Hessians, by the name of the (first) weight they belong to; its SHA-256."""
     return _write(path, {name + HESSIAN: np.ascontiguousarray(values, np.float32) for name, values in hessians.items()})
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> str:

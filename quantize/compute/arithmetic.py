@@ -49,6 +49,21 @@ class Arithmetic(Protocol):
         self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
     ) -> NonFinite: ...
 
+    def search_4bit(
+        self,
+        values: NDArray[Any],
+        dtype: str,
+        quant_type: QuantType,
+        weights: NDArray[np.float32] | None,
+        column: int,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+    ) -> NonFinite: ...
+
+    def encode_4bit(
+        self, values: NDArray[Any], dtype: str, quant_type: QuantType, scales: NDArray[np.float32], packed: Bytes
+    ) -> None: ...
+
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
     ) -> NonFinite: ...

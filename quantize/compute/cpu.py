@@ -45,6 +45,23 @@ class Cpu:
     ) -> NonFinite:
         return kernels.quantize_4bit(values, dtype, quant_type, packed, absmax)
 
+    def search_4bit(
+        self,
+        values: NDArray[Any],
+        dtype: str,
+        quant_type: QuantType,
+        weights: NDArray[np.float32] | None,
+        column: int,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+    ) -> NonFinite:
+        return kernels.search_4bit(values, dtype, quant_type, weights, column, packed, absmax)
+
+    def encode_4bit(
+        self, values: NDArray[Any], dtype: str, quant_type: QuantType, scales: NDArray[np.float32], packed: Bytes
+    ) -> None:
+        kernels.encode_4bit(values, dtype, quant_type, scales, packed)
+
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
     ) -> NonFinite:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from qz import TryAgain
 from qz.quantize.compute.kernels import BLOCK_SIZE, NESTED_BLOCK_SIZE, NonFinite
 from qz.quantize.compute.torch_kernels import DTYPES, tensor
+from qz.quantize.compute.torch_search import BlockWeights, encode, improve
 from qz.quantize.libraries.lean_imports import lean_imports
 
 if TYPE_CHECKING:
@@ -107,6 +108,44 @@ class Accelerator:
         given = tensor(values, dtype)
         outs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), BLOCK_SIZE)]
         return count(given) if self._in_pieces(2 * BLOCK_SIZE, [(given, 1)], compute, outs) else NonFinite(0, -1)
+
+    def search_4bit(
+        self,
+        values: NDArray[Any],
+        dtype: str,
+        quant_type: QuantType,
+        weights: NDArray[np.float32] | None,
+        column: int,
+        packed: Bytes,
+        absmax: NDArray[np.float32],
+    ) -> NonFinite:
+        """``quantize_4bit``, then better scales and codes; see ``qz.quantize.compute.scale_search``."""
+        columns = 1 if weights is None else weights.size - BLOCK_SIZE
+        first = torch.arange(column, column + BLOCK_SIZE * absmax.size, BLOCK_SIZE) % columns
+        tiled = None if weights is None else tensor(weights, "F32")
+
+        def compute(part: torch.Tensor, columns: torch.Tensor) -> Computed:
+            codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
+            codes = codes.view(-1)
+            of_blocks = None if tiled is None else BlockWeights(tiled.to(part.device), columns)
+            improve(part, of_blocks, quant_type, codes, scales)
+            return part, (codes, scales)
+
+        given = tensor(values, dtype)
+        inputs = [(given, 1), (first, BLOCK_SIZE)]
+        outs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), BLOCK_SIZE)]
+        return count(given) if self._in_pieces(2 * BLOCK_SIZE, inputs, compute, outs) else NonFinite(0, -1)
+
+    def encode_4bit(
+        self, values: NDArray[Any], dtype: str, quant_type: QuantType, scales: NDArray[np.float32], packed: Bytes
+    ) -> None:
+        def compute(part: torch.Tensor, given: torch.Tensor) -> Computed:
+            codes = torch.empty(-(-part.numel() // 2), dtype=torch.uint8, device=part.device)
+            encode(part, quant_type, given, codes)
+            return None, (codes,)
+
+        inputs = [(tensor(values, dtype), 1), (tensor(scales, "F32"), BLOCK_SIZE)]
+        self._in_pieces(2 * BLOCK_SIZE, inputs, compute, [(torch.from_numpy(packed), 2)])
 
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]

@@ -34,11 +34,13 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "encode_4bit",
     "error_sums",
     "nested_quant_map",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
+    "search_4bit",
 ]
 
 Array = npt.NDArray[Any]
@@ -122,6 +124,40 @@ def _requantize_4bit(values: Array, dtype: str, quant_type: str, packed: Array, 
     tail = values[whole * BLOCK_SIZE :]
     if tail.size:
         torch_kernels.quantize_4bit(tail, dtype, quant_type, packed[whole * 32 :], absmax[whole:])
+
+
+def search_4bit(
+    values: Array,
+    dtype: str,
+    quant_type: Literal["nf4", "fp4"],
+    weights: Array | None,
+    column: int,
+    packed: Array,
+    absmax: Array,
+) -> NonFinite:
+    """``quantize_4bit``, then better scales and codes for the blocks that have them; see ``scale_search``.
+
+    ``absmax``: the scales, of either sign. ``weights``: ``scale_search.tiled_weights`` of the inputs' importance, or
+    None; the first of ``values`` lies in ``column`` of its row. Blocks with non-finite values, or with none but zeros,
+    are those of ``quantize_4bit``.
+    """
+    found = quantize_4bit(values, dtype, quant_type, packed, absmax)
+    if weights is not None:
+        _check(weights, (weights.size,), np.float32, "weights")
+    backend().search_4bit(values, dtype, quant_type, weights, column, packed, absmax)
+    return found
+
+
+def encode_4bit(values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], scales: Array, packed: Array) -> None:
+    """``packed`` = the codes of the levels nearest to ``values`` under given ``scales``, which may be negative.
+
+    What is finite comes out right under any scale: one of zero, or next to it, gives the code of zero.
+    """
+    n = values.size
+    _check(values, (n,), _BITS[dtype], "values")
+    _check(scales, (-(-n // BLOCK_SIZE),), np.float32, "scales")
+    _check(packed, (-(-n // 2),), np.uint8, "packed")
+    backend().encode_4bit(values, dtype, quant_type, scales, packed)
 
 
 def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFinite:

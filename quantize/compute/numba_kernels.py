@@ -6,13 +6,14 @@ are trusted. Blocks and rows with non-finite values are counted, not computed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from qz.quantize.compute import llvm_blocks, tables
+from qz.quantize.compute import llvm_blocks, llvm_search, scale_search, tables
 from qz.quantize.compute.jit import array, bits, bits_64, compiled, double_of, float_of, inlined
 
 _Array = npt.NDArray[Any]
@@ -236,6 +237,16 @@ def _cast_16(values: Any, to_bf16: Any, out: Any) -> bool:
     return nan == 0
 
 
+@compiled(types.void(_U16, types.boolean, _F32_OUT))
+def _widen_16(values: Any, bf16: Any, out: Any) -> None:
+    if bf16:
+        for i in range(values.size):
+            out[i] = _of_bf16(values[i])
+    else:
+        for i in range(values.size):
+            out[i] = _of_f16(values[i])
+
+
 # The largest of several magnitudes is found among their bits, as integers: these have the same order, with NaN above
 # all, and LLVM compares them as vectors.
 
@@ -295,6 +306,55 @@ def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, a
         if bad.size and first < 0:
             first = whole.size + int(bad[0])
     return count, first
+
+
+_ROUNDING = {"F32": 0, "BF16": 1, "F16": 2}
+_PIECE = 1 << 15
+"""Values at a time: as float32 they stay in the second-level cache."""
+
+
+def search_4bit(
+    values: _Array, dtype: str, quant_type: str, weights: _Array | None, column: int, packed: _Array, absmax: _Array
+) -> None:
+    function = llvm_search.search[quant_type, weights is not None]
+    inverses = np.array(scale_search.inverse_candidates(quant_type, weighted=weights is not None), np.float32)
+    given = np.zeros(65, np.float32) if weights is None else weights
+    for start, piece in _wide_pieces(values, dtype):
+        blocks = piece.size // 64
+        first = start // 64
+        scales, codes = absmax[first : first + blocks], packed[first * 32 : (first + blocks) * 32]
+        own = codes if codes.size == blocks * 32 else np.resize(codes, blocks * 32)
+        function(piece, given, column + start, inverses, _ROUNDING[dtype], own, scales)
+        if own is not codes:
+            codes[:] = own[: codes.size]
+
+
+def encode_4bit(values: _Array, dtype: str, quant_type: str, scales: _Array, packed: _Array) -> None:
+    for start, piece in _wide_pieces(values, dtype):
+        first, blocks = start // 64, piece.size // 64
+        codes = packed[first * 32 : (first + blocks) * 32]
+        own = codes if codes.size == blocks * 32 else np.empty(blocks * 32, np.uint8)
+        llvm_search.encode[quant_type](piece, scales[first : first + blocks], own)
+        if own is not codes:
+            codes[:] = own[: codes.size]
+
+
+def _wide_pieces(values: _Array, dtype: str) -> Iterator[tuple[int, _Array]]:
+    """Values as float32, in whole blocks: the end of the last is filled up with zeros. The memory is used again."""
+    buffer = np.empty(min(_PIECE, values.size + 63), np.float32)
+    for start in range(0, values.size, _PIECE):
+        part = values[start : start + _PIECE]
+        whole = -(-part.size // 64) * 64
+        if dtype == "F32" and whole == part.size:
+            yield start, part
+            continue
+        wide = buffer[:whole]
+        wide[part.size :] = 0
+        if dtype == "F32":
+            wide[: part.size] = part
+        else:
+            _widen_16(part, dtype == "BF16", wide[: part.size])
+        yield start, wide
 
 
 def quantize_int8(values: _Array, dtype: str, weight: _Array, scb: _Array) -> tuple[int, int]:

@@ -58,6 +58,25 @@ def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, a
     return count, first
 
 
+def search_4bit(
+    values: _Array, dtype: str, quant_type: str, weights: _Array | None, column: int, packed: _Array, absmax: _Array
+) -> None:
+    from qz.quantize.compute import torch_search
+
+    of_blocks = None
+    if weights is not None:
+        first = torch.from_numpy((column + np.arange(absmax.size) * 64) % (weights.size - 64))
+        of_blocks = torch_search.BlockWeights(tensor(weights, "F32"), first)
+    outs = torch.from_numpy(packed), torch.from_numpy(absmax)
+    torch_search.improve(tensor(values, dtype), of_blocks, quant_type, *outs)
+
+
+def encode_4bit(values: _Array, dtype: str, quant_type: str, scales: _Array, packed: _Array) -> None:
+    from qz.quantize.compute import torch_search
+
+    torch_search.encode(tensor(values, dtype), quant_type, tensor(scales, "F32"), torch.from_numpy(packed))
+
+
 def quantize_int8(values: _Array, dtype: str, weight: _Array, scb: _Array) -> tuple[int, int]:
     count, first = 0, -1
     rows, cols = values.shape

@@ -12,6 +12,7 @@ from qz.formats.output.staging import ShardLayout
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
+from qz.quantize.planning.refinement import Refinement
 from qz.quantize.planning.sources import Packed, Source
 
 Act = Literal["keep", "quantize", "dequantize"]
@@ -53,6 +54,8 @@ class Plan:
     """Output tensor → position in ``shards``."""
     files: Mapping[str, bytes]
     """Small files written beside the shards: index, config.json, generation_config.json."""
+    refinement: Refinement | None = None
+    """How 4-bit weights are quantized better than by absmax; None for the libraries' own bytes."""
 
     @property
     def bytes_output(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -23,11 +23,12 @@ from qz.formats.output.staging import IsVerified, Section, ShardLayout, ShardWri
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.compute.arrays import NUMPY, Bytes, values
-from qz.quantize.compute.kernels import QUANT_MAPS, dequantize_absmax, nested_quant_map
+from qz.quantize.compute.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Packed
+from qz.quantize.streaming.deferred import Deferred, deferred
 from qz.quantize.streaming.observer import Observer
 from qz.quantize.streaming.readers import Reader, assemble, reader
 from qz.quantize.streaming.workers import Workers
@@ -50,6 +51,8 @@ class _Work:
     first: int = -1
     absmax: NDArray[np.float32] | None = None
     """All of the weight's absmax values, kept for double quantization."""
+    deferred: list[Deferred] = field(default_factory=list)
+    """Values that get their codes when the scales are known as a loader will see them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +278,16 @@ class Run:
                 if work.absmax is not None
                 else buffers.get("absmax", blocks * 4).view(np.float32)
             )
-            found = self.arithmetic.quantize_4bit(values, dtype, method.quant_type, packed, absmax)
+            refined = self.plan.refinement
+            if refined is None:
+                found = self.arithmetic.quantize_4bit(values, dtype, method.quant_type, packed, absmax)
+            else:
+                weights, column = refined.weights.get(weight.name), start % max(weight.shape[1], 1)
+                found = self.arithmetic.search_4bit(values, dtype, method.quant_type, weights, column, packed, absmax)
+                if work.absmax is not None:
+                    work.deferred.append(deferred(start, (values, dtype), original, observed=self.observer is not None))
+                    self._note_nonfinite(work, start, found)
+                    return
             self._write(outputs["weight"], packed, start // 2)
             if work.absmax is None:
                 self._write(outputs["weight.absmax"], absmax, first_block * 4)
@@ -291,6 +303,9 @@ class Run:
             self._write(outputs["SCB"], scb, start // columns * 4)
             if self.observer is not None and method is not None:
                 self.observer.quantized(work.step, method, start, original, codes, scb, buffers.get)
+        self._note_nonfinite(work, start, found)
+
+    def _note_nonfinite(self, work: _Work, start: int, found: NonFinite) -> None:
         if found.count:
             with self.lock:
                 first = start + found.first
@@ -362,15 +377,31 @@ class Run:
             return
         absmax, nested_absmax, offset = self.arithmetic.quantize_absmax(work.absmax)
         work.absmax = None
-        if self.observer is not None:
+        if self.observer is not None or work.deferred:
             again = dequantize_absmax(absmax, nested_absmax, nested_quant_map(), offset, NESTED_BLOCK_SIZE)
-            self.observer.absmax_known(work.step, method, again)
+            self._encode_deferred(work, method, again)
+            if self.observer is not None:
+                self.observer.absmax_known(work.step, method, again)
         self._write(outputs["weight.absmax"], absmax, 0)
         self._write(outputs["weight.nested_absmax"], nested_absmax, 0)
         self._write(outputs["weight.nested_quant_map"], nested_quant_map(), 0)
         if self._open(state):
             writer = self.writers[self.plan.shard_of[state.name]]
             writer.write_variable(state.name, method.quant_state(weight.shape, weight.dtype, offset))
+
+    def _encode_deferred(self, work: _Work, method: FourBit, absmax: NDArray[np.float32]) -> None:
+        """Choose and write the codes of values that waited for their scales: those scales decide what is nearest."""
+        saved = next(saved for saved in work.step.outputs if saved.part == "weight")
+        buffers, dtype = _Buffers(self.arithmetic), SAFETENSORS_NAMES[work.step.weight.dtype]
+        for each in sorted(work.deferred, key=lambda each: each.start):
+            count, first = len(each.values), each.start // BLOCK_SIZE
+            scales = absmax[first : first - (-count // BLOCK_SIZE)]
+            packed = buffers.get("packed", -(-count // 2))
+            self.arithmetic.encode_4bit(each.values, dtype, method.quant_type, scales, packed)
+            self._write(saved, packed, each.start // 2)
+            if self.observer is not None and each.original is not None:
+                self.observer.quantized(work.step, method, each.start, each.original, packed, scales, buffers.get)
+        work.deferred.clear()
 
     def _write(self, saved: Saved, data: NDArray[Any], offset: int) -> None:
         """Write bytes of an output tensor, unless an earlier run finished its shard."""

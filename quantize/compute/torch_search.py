@@ -1,0 +1,127 @@
+"""Scale search in torch, on any device: the fallback where numba cannot be imported, and the way of the GPUs.
+
+Every operation is elementwise in float32 or a sum in a fixed order, so each device and backend finds the same bits.
+``scale_search`` documents the arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch  # noqa: TID253 (this module is imported lazily)
+
+from qz.quantize.compute import scale_search, tables
+
+_BLOCKS = {"cpu": 1 << 10}
+"""Blocks at a time, by the kind of device: what stays in the cache, or bounds the temporaries."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """What an error counts: ``tiled`` by column (``scale_search.tiled_weights``), and each block's first column."""
+
+    tiled: torch.Tensor
+    first: torch.Tensor
+
+    def of(self, part: slice) -> torch.Tensor:
+        """float32 (blocks, 64)."""
+        columns = self.first[part].unsqueeze(1) + torch.arange(64, device=self.first.device)
+        return self.tiled[columns]
+
+
+def improve(
+    values: torch.Tensor, weights: BlockWeights | None, quant_type: str, packed: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Improve ``packed`` and ``scales``, which begin as absmax gives them, in place where the search finds better.
+
+    ``values``: 1-D of the float dtype that they are loaded in; a short last block counts as filled up with zeros.
+    ``packed``: uint8[ceil(n / 2)]. ``scales``: float32[ceil(n / 64)].
+    """
+    step = _BLOCKS.get(values.device.type, 1 << 18)
+    for start in range(0, scales.numel(), step):
+        part = slice(start, start + step)
+        x, codes = values[start * 64 : part.stop * 64], packed[start * 32 : part.stop * 32]
+        blocks = torch.nn.functional.pad(x, (0, -x.numel() % 64)).view(-1, 64)
+        found, better = _search(blocks, None if weights is None else weights.of(part), quant_type, scales[part])
+        chosen = torch.where(
+            better.repeat_interleave(32)[: codes.numel()], _packed(found.codes)[: codes.numel()], codes
+        )
+        codes.copy_(chosen)
+        scales[part] = torch.where(better, found.scales, scales[part])
+
+
+def encode(values: torch.Tensor, quant_type: str, scales: torch.Tensor, packed: torch.Tensor) -> None:
+    """``packed`` = the codes nearest to ``values`` (1-D) under the given ``scales``, of any sign; 0 gives zeros."""
+    bounds, _, order = _tables(quant_type, values.device)
+    step = _BLOCKS.get(values.device.type, 1 << 18)
+    for start in range(0, scales.numel(), step):
+        x, out = values[start * 64 : (start + step) * 64], packed[start * 32 : (start + step) * 32]
+        blocks = torch.nn.functional.pad(x.float(), (0, -x.numel() % 64)).view(-1, 64)
+        given = scales[start : start + step].unsqueeze(1)
+        usable = given.abs() >= scale_search.LEAST_SCALE
+        scaled = torch.where(usable, blocks * (1.0 / torch.where(usable, given, 1.0)), 0.0)
+        out.copy_(_packed(order[torch.bucketize(scaled, bounds, out_int32=True)])[: out.numel()])
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+def _search(
+    values: torch.Tensor, weights: torch.Tensor | None, quant_type: str, scales: torch.Tensor
+) -> tuple[_Found, torch.Tensor]:
+    """What is found for blocks (blocks, 64), and where it is better than absmax."""
+    bounds, levels, order = _tables(quant_type, values.device)
+    usable = (scales > scale_search.LEAST_ABSMAX) & (scales < scale_search.MOST_ABSMAX)
+    absmax = torch.where(usable, scales, 1.0)
+    inverse = (1.0 / absmax).unsqueeze(1)
+    x = torch.where(usable.unsqueeze(1), values.float(), 0.0)
+    y = x * inverse
+    best, sigma = torch.full_like(scales, -1.0), torch.ones_like(scales)
+
+    def fit(inverses: torch.Tensor | float) -> None:
+        """Keep, where they remove more error, the codes of these scales and their least-squares scale."""
+        nonlocal best, sigma
+        q = levels[torch.bucketize(y * inverses, bounds, out_int32=True)]
+        wq = q if weights is None else weights * q
+        a, b = _sum(wq * y), _sum(wq * q)
+        gain = a * a / b
+        better = gain > best
+        best, sigma = torch.where(better, gain, best), torch.where(better, a / b, sigma)
+
+    def error(position: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        loaded = (levels[position] * scale.unsqueeze(1)).to(values.dtype).float()
+        difference = (loaded - x) * inverse
+        squared = difference * difference
+        return _sum(squared if weights is None else weights * squared)
+
+    for candidate in scale_search.inverse_candidates(quant_type, weighted=weights is not None):
+        fit(candidate)
+    for _ in range(scale_search.REFITS):
+        fit((1.0 / sigma).unsqueeze(1))
+    found = absmax * sigma
+    position = torch.bucketize(x * (1.0 / found).unsqueeze(1), bounds, out_int32=True)
+    limit = error(torch.bucketize(y, bounds, out_int32=True), absmax) * scale_search.LEAST_GAIN
+    return _Found(order[position], found), usable & (error(position, found) < limit)
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Pairs of codes as bytes, the first in the high half."""
+    pairs = codes.view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]
+
+
+def _tables(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bounds, levels in ascending order, and the codes of these levels."""
+    order = tables.order(quant_type)
+    levels = torch.from_numpy(tables.QUANT_MAPS[quant_type][order])
+    return torch.from_numpy(tables.bounds(quant_type)).to(device), levels.to(device), torch.from_numpy(order).to(device)
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Over the 64 values of each block, by halves: the order of additions that every backend keeps."""
+    for half in (32, 16, 8, 4, 2, 1):
+        values = values[:, :half] + values[:, half:]
+    return values[:, 0]
