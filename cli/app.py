@@ -20,7 +20,7 @@ import typer.main
 
 from qz import QzError
 from qz.cli.options import DebugOpt, VersionOpt
-from qz.cli.output import redact, say
+from qz.cli.output import redact, say, warn
 from qz.quantize.libraries import lean_imports
 
 MOST_LINES = 5
@@ -218,9 +218,17 @@ def closed_pipe() -> int:
     return 74
 
 
+class Told(logging.Handler):
+    """What the core has to say while it waits, as a warning on the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
+
+
 def quiet_libraries(debug: bool) -> None:
     """Keep the libraries' own talk off the terminal; qz says what matters. What the user has set is left alone."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("qz").handlers = [Told()]
     if debug:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

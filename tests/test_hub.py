@@ -13,9 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,75 +23,34 @@ import pytest
 from huggingface_hub import constants
 
 import qz as package
+from hub_reading import (
+    CONFIG,
+    FILES,
+    MB,
+    SMALL,
+    WEIGHTS,
+    checkpoint_bytes,
+    close_all,
+    failure,
+    opened,
+    pieces,
+    read,
+    stream,
+)
 from hub_server import OWNER, READER, Blob, HubServer, connected
 from pace import HANG
 from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Range
-from qz.formats.hub.patience import Retries
 from qz.formats.hub.read_ahead import AheadFile, Pace, ReadAhead
-from qz.formats.hub.repository import HubFolder, open_repo
 from qz.formats.safetensors import encode_header, layout
-
-QUICK = Retries(attempts=3, first_wait=0.01, longest_wait=0.02, longest_asked=2)
-SMALL = Pace(segment=1 << 18, window=1 << 20, connections=4, patience=0.1)
-MB = 1_000_000
-OPENED: list[HubFolder] = []
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with connected(monkeypatch, tmp_path / "home") as hub:
+    with connected(monkeypatch, tmp_path / "home", xet=False) as hub:
         yield hub
-        while OPENED:
-            OPENED.pop().close()
-
-
-def checkpoint_bytes(size: int = 3 * MB, seed: int = 0) -> bytes:
-    """A safetensors file of about ``size`` bytes."""
-    tensors = layout((f"layer.{n}.weight", "U8", (size // 8,)) for n in range(8))
-    return encode_header(tensors) + random.Random(seed).randbytes(size // 8 * 8)
-
-
-WEIGHTS = checkpoint_bytes()
-CONFIG = b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
-FILES: dict[str, bytes | Path] = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
-
-
-def opened(hub: HubServer, repo_id: str = "me/model", **options: Any) -> HubFolder:
-    OPENED.append(open_repo(repo_id, retries=QUICK, pace=SMALL, **options))
-    return OPENED[-1]
-
-
-def pieces(size: int, step: int = 100_000, file: str = "model.safetensors") -> list[Range]:
-    return [Range(file, start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def read(folder: HubFolder, part: Range) -> bytes:
-    buffer = bytearray(part.stop - part.start)
-    folder.read_into(part.file, part.start, memoryview(buffer))
-    return bytes(buffer)
-
-
-def stream(folder: HubFolder, file: str = "model.safetensors") -> bytes:
-    """What a run does: announce, read everything in order, check."""
-    ranges = pieces(folder.sizes()[file], file=file)
-    folder.announce(ranges)
-    data = b"".join(read(folder, part) for part in ranges)
-    folder.check()
-    return data
-
-
-def failure(act: Callable[[], object], *kinds: type[QzError]) -> str:
-    """The message of the documented error that ``act`` ends with, which holds no token, nor does the traceback."""
-    with pytest.raises(kinds) as caught:
-        act()
-    shown = "".join(traceback.format_exception(caught.value)) + str(caught.value)
-    assert OWNER not in shown
-    assert READER not in shown
-    assert "Signature=" not in shown
-    assert len(str(caught.value)) < 400
-    return str(caught.value)
+        close_all()
 
 
 # Reading
@@ -143,7 +101,7 @@ def test_a_header_longer_than_the_first_look_is_read_whole(hub: HubServer) -> No
 def test_files_of_every_kind_are_listed_page_by_page_with_their_sizes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with connected(monkeypatch, tmp_path, page_size=3) as hub:
+    with connected(monkeypatch, tmp_path, xet=False, page_size=3) as hub:
         files = {f"file-{n}.json": b"{}" * n for n in range(10)}
         hub.add("me/model", {**files, "one/config.json": b"1", "two/deep/config.json": b"2"})
         folder = opened(hub)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-from qz import __version__
+from qz import IOFailed, __version__
 from qz.formats.folder import LocalFolder
 from qz.formats.hub.errors import hub_errors
 from qz.formats.hub.remote_file import RemoteFile, differs
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CHUNK = 1 << 20
+
+
+def require_space(repo_id: str, size: int) -> None:
+    """Raise IOFailed if ``size`` bytes more do not fit into the Hub cache."""
+    place = Path(constants.HF_HUB_CACHE)
+    existing = next(path for path in (place, *place.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise IOFailed(
+            f"Downloading {repo_id} takes {size:,} bytes in the Hub cache at {place}, where {free:,} bytes are free. "
+            "Free some space, set HF_HOME to a larger disk, or leave out --download: weights are then streamed."
+        )
 
 
 class CachedFiles:

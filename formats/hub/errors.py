@@ -23,6 +23,7 @@ from qz import (
     Unsupported,
     UsageError,
 )
+from qz.formats.hub.limits import TooSlow
 from qz.formats.hub.tokens import exchange_failure, known_token, one_scope, scope
 from qz.formats.malformed import UNSAFE_TEXT, Malformed
 
@@ -172,6 +173,8 @@ def _said(error: errors.HfHubHTTPError) -> str:
 
 
 def reason(error: httpx2.HTTPError) -> str:
+    if isinstance(error, TooSlow):
+        return str(error)
     if isinstance(error, httpx2.TimeoutException):
         return "no answer in time"
     return harmless(str(error))[:200] or type(error).__name__

@@ -27,9 +27,6 @@ class Retries:
     longest_wait: float = 8.0
     longest_asked: float = 300.0
     """The longest ``Retry-After`` or rest of a rate limit's window that is waited for."""
-    least_rate: float = 10_000.0
-    """Bytes a second that a connection must bring, over ``slow_seconds``, or it is given up and tried again."""
-    slow_seconds: float = 60.0
 
     def wait(self, failures: int) -> float:
         """Seconds before the next attempt, somewhat random so that connections do not come back together."""

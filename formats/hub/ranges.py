@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -116,8 +115,7 @@ class Connection:
                 yield from self._body(response, file, view)
 
     def _body(self, response: httpx2.Response, file: RemoteFile, view: memoryview) -> Iterator[int]:
-        retries, done = self.patience.retries, 0
-        since, counted = time.monotonic(), 0
+        done = 0
         for chunk in response.iter_raw():
             self.patience.require_open()
             if done + len(chunk) > len(view):
@@ -125,11 +123,6 @@ class Connection:
             view[done : done + len(chunk)] = chunk
             done += len(chunk)
             yield len(chunk)
-            elapsed = time.monotonic() - since
-            if elapsed >= retries.slow_seconds and done < len(view):
-                if done - counted < retries.least_rate * elapsed:
-                    raise Failed(f"less than {retries.least_rate / 1000:.0f} KB/s arrived")
-                since, counted = time.monotonic(), done
         if done < len(view):
             raise Failed("the answer ended early")
 

@@ -8,6 +8,7 @@ streamed whole, and ``check`` tells whether every one had the hash that the Hub 
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +16,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, exported by name only
 
 from qz import HubUnreachable, MissingInput
 from qz.formats.folder import LocalFolder
-from qz.formats.hub.cache import CachedFiles
+from qz.formats.hub.cache import CachedFiles, require_space
 from qz.formats.hub.errors import hub_errors
+from qz.formats.hub.listing import list_folder
 from qz.formats.hub.read_ahead import AheadFile, ReadAhead, Seen
 from qz.formats.hub.remote_file import RemoteFile, differs
 from qz.formats.hub.session import hub_api, patiently
@@ -42,6 +44,8 @@ HEAD = 1 << 16
 """Bytes fetched at the first look into a weight file: most headers fit."""
 WHOLE = 1 << 20
 """LFS files up to this size are fetched whole, like everything that is not LFS (10 MB at most on the Hub)."""
+LARGEST_REGULAR = 16 << 20
+"""Bytes of a file that is not LFS: the Hub takes 10 MB at most."""
 KEPT = 32 << 20
 """Bytes of heads and small files that are kept."""
 
@@ -54,29 +58,35 @@ def open_repo(
     With HF_HUB_OFFLINE set, what the cache has of it. Raises MissingInput (no such repository or revision, or it is
     private), PermissionRefused, HubUnreachable, TryAgain, UsageError (not a repository name).
     """
-    api = hub_api()
-    if is_offline_mode():
-        return _cached(api, repo_id, revision)
-    with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=api.endpoint):
+    endpoint = constants.ENDPOINT
+    with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=endpoint):
+        api = hub_api()
+        if is_offline_mode():
+            return _cached(api, repo_id, revision)
         info = patiently(lambda: api.model_info(repo_id, revision=revision), retries)
-    if info.sha is None:
-        raise HubUnreachable(f"{api.endpoint} names no commit of {repo_id}: is it a Hub? Check HF_ENDPOINT.")
-    card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
-    folder = HubFolder(api, info.id, info.sha, retries=retries, pace=pace)
-    folder.revision, folder.private, folder.gated = revision, info.private, info.gated
-    folder.license = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+        card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
+        validate_repo_id(info.id)
+        folder = HubFolder(api, info.id, _commit(info.sha, endpoint, repo_id), retries=retries, pace=pace)
+        folder.revision, folder.private, folder.gated = revision, info.private, info.gated
+        folder.license = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
     return folder
 
 
+def _commit(sha: object, endpoint: str, repo_id: str) -> str:
+    """The commit that the Hub names, which becomes part of addresses and messages."""
+    if not isinstance(sha, str) or not re.fullmatch("[0-9a-f]{40}", sha):
+        raise HubUnreachable(f"{endpoint} names no commit of {repo_id}: is it a Hub? Check HF_ENDPOINT.")
+    return sha
+
+
 def _cached(api: HfApi, repo_id: str, revision: str | None) -> HubFolder:
-    with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=api.endpoint):
-        try:
-            snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise HubUnreachable(
-                f"{repo_id} is not in the Hub cache and HF_HUB_OFFLINE is set. Unset it, or run "
-                f"`hf download {repo_id}` first."
-            ) from None
+    try:
+        snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise HubUnreachable(
+            f"{repo_id} is not in the Hub cache and HF_HUB_OFFLINE is set. Unset it, or run "
+            f"`hf download {repo_id}` first."
+        ) from None
     return HubFolder(api, repo_id, snapshot.name, snapshot=snapshot)
 
 
@@ -210,6 +220,10 @@ class HubFolder:
         ``progress(file, bytes)`` is called, from several threads, when a file has arrived and has the right hash.
         """
 
+        names = list(files)
+        missing = [remote for remote in map(self._file, names) if self._cache.find(remote) is None]
+        require_space(self.repo_id, sum(remote.size for remote in missing))
+
         def fetch(name: str) -> None:
             remote = self._file(name)
             self._cache.fetch(remote)
@@ -217,7 +231,7 @@ class HubFolder:
                 progress(name, remote.size)
 
         with ThreadPoolExecutor(4, thread_name_prefix="qz-hub") as pool:
-            for _ in pool.map(fetch, list(files)):
+            for _ in pool.map(fetch, names):
                 pass
 
     def give_up(self) -> None:
@@ -241,19 +255,10 @@ class HubFolder:
             return self._files or {}
 
     def _list_hub(self) -> None:
-        files: dict[str, RemoteFile] = {}
-        folders: list[str] = []
         with hub_errors(self.repo_id, f"Listing {self.location}", revision=self.commit, endpoint=self._api.endpoint):
-            for entry in self._api.list_repo_tree(self.repo_id, self.path or None, revision=self.commit):
-                name = entry.path.removeprefix(f"{self.path}/" if self.path else "")
-                if "/" in name:
-                    continue
-                if isinstance(entry, RepoFile):
-                    sha256 = entry.lfs.sha256 if entry.lfs else None
-                    files[name] = RemoteFile(entry.path, entry.size, entry.blob_id, sha256, entry.xet_hash)
-                else:
-                    folders.append(name)
-        self._files, self._folders = files, tuple(sorted(folders))
+            self._files, self._folders = list_folder(
+                self._api.endpoint, self.repo_id, self.commit, self.path, self._retries
+            )
 
     def _list_snapshot(self) -> None:
         """Offline there is what is in the cache, and no promised hash."""
@@ -299,6 +304,12 @@ class HubFolder:
         with self._lock:
             data = self._kept.get(remote.path)
         if data is None:
+            if remote.size > LARGEST_REGULAR:
+                raise Malformed(
+                    "too-large",
+                    f"{self.location}/{remote.name} has {remote.size:,} bytes and is not in LFS, where the Hub takes "
+                    "10 MB at most. Ask the repository's owner.",
+                )
             fetched = bytearray(remote.size)
             if remote.size:
                 self._ways.fetch(remote, 0, memoryview(fetched))

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import constants, get_session, hf_hub_url
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import __version__
 from qz.formats.hub.errors import RETRYABLE, harmless, hub_errors, reason
 from qz.formats.hub.patience import Failed
+from qz.formats.hub.session import hub_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,7 +47,7 @@ class Requests:
         try:
             with (
                 hub_errors(self.repo_id, doing, revision=self.commit, endpoint=self.endpoint, transport=False),
-                get_session().stream(
+                hub_session().stream(
                     "GET",
                     url,
                     headers={**own, "Accept-Encoding": "identity", **headers},

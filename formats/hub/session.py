@@ -18,6 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exp
 
 from qz import __version__
 from qz.formats.hub.errors import BUSY, hub_errors
+from qz.formats.hub.limits import bind
 from qz.formats.hub.patience import TOLD_FROM, Retries, log
 
 if TYPE_CHECKING:
@@ -36,10 +37,17 @@ def hub_api() -> HfApi:
         logging.set_verbosity(ERROR)  # its warnings quote links, and what goes wrong is raised
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
         disable_progress_bars()  # progress is a callback
+    hub_session()
+    return HfApi(library_name="qz", library_version=__version__, headers={"Accept-Encoding": "gzip"})
+
+
+def hub_session() -> httpx2.Client:
+    """huggingface_hub's session, with timeouts and bounds: it is made anew after some failures."""
     session = get_session()
     if session.timeout == httpx2.Timeout(None):
         session.timeout = httpx2.Timeout(300.0, connect=10.0)  # a large commit takes the Hub a while
-    return HfApi(library_name="qz", library_version=__version__)
+    bind(session)
+    return session
 
 
 def token() -> str | None:

@@ -26,8 +26,10 @@ class Hurried:
 
 
 @contextmanager
-def connected(monkeypatch: pytest.MonkeyPatch, home: Path, **options: Any) -> Iterator[HubServer]:
+def connected(monkeypatch: pytest.MonkeyPatch, home: Path, *, xet: bool = True, **options: Any) -> Iterator[HubServer]:
     """A Hub that huggingface_hub in this process talks to, as with HF_ENDPOINT, HF_HOME and HF_TOKEN.
+
+    Without ``xet`` as with HF_HUB_DISABLE_XET.
 
     The library reads the environment once, when it is first imported, so its constants are set as well.
     """
@@ -40,7 +42,7 @@ def connected(monkeypatch: pytest.MonkeyPatch, home: Path, **options: Any) -> It
         monkeypatch.setenv("HF_TOKEN", OWNER)
         monkeypatch.setenv("HF_XET_CACHE", str(home / "xet"))  # hf_xet remembers there what an address has
         monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "1ms")  # what huggingface_hub's own session goes by
-        monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "0" if xet else "1")
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         for name, value in {
             "ENDPOINT": hub.url,
@@ -50,7 +52,7 @@ def connected(monkeypatch: pytest.MonkeyPatch, home: Path, **options: Any) -> It
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
             "HF_XET_CACHE": str(home / "xet"),
-            "HF_HUB_DISABLE_XET": False,
+            "HF_HUB_DISABLE_XET": not xet,
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_PROGRESS_BARS": True,
             "HF_HUB_DISABLE_TELEMETRY": True,

@@ -149,6 +149,8 @@ class Request(BaseHTTPRequestHandler):
         if self.server.hub.rules.gzip_anyway and status == 200 and isinstance(body, bytes):
             body, headers["Content-Encoding"] = gzip.compress(body), "gzip"
         length = len(body) if isinstance(body, bytes) else body[2] - body[1]
+        with self.server.hub.lock:
+            self.server.hub.answers[self.kind, status] += 1
         self.send_response(status)
         for name, value in headers.items():
             if value is not None:

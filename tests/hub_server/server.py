@@ -58,6 +58,7 @@ class HubServer:
         }
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()
+        self.answers: Counter[tuple[str, int]] = Counter()
         self.bytes_out: Counter[str] = Counter()
         self.bytes_in: Counter[str] = Counter()
         self.windows: Counter[tuple[str, str, int]] = Counter()
@@ -156,7 +157,7 @@ class HubServer:
 
     def reset_counts(self) -> None:
         with self.lock:
-            for counter in (self.requests, self.bytes_out, self.bytes_in):
+            for counter in (self.requests, self.answers, self.bytes_out, self.bytes_in):
                 counter.clear()
             self.ranges.clear()
 

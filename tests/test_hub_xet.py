@@ -1,0 +1,235 @@
+"""When the CDN refuses, files come over Xet, by the real hf_xet: the same bytes, or an error that names both ways."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qz as package
+from hub_reading import CONFIG, FILES, WEIGHTS, close_all, failure, opened, read, stream
+from hub_server import READER, HubServer, connected
+from qz import HubUnreachable, MalformedInput, QzError, TryAgain
+from qz.formats.folder import Range
+from qz.formats.hub import xet
+
+Connect = Callable[..., HubServer]
+HEAD = Range("model.safetensors", 0, 8)
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Connect]:
+    """A Hub with Xet and these rules, which holds ``me/model``."""
+    monkeypatch.setitem(xet.SETTINGS, "client.retry_base_delay", "20ms")
+    with ExitStack() as stack:
+
+        def start(**rules: Any) -> HubServer:
+            hub = stack.enter_context(connected(monkeypatch, tmp_path / "home", xet=True, **rules))
+            hub.add("me/model", FILES)
+            return hub
+
+        yield start
+        close_all()
+
+
+def refusing(connect: Connect, **rules: Any) -> HubServer:
+    """A Hub whose CDN serves xorbs, but no files."""
+    hub = connect(**rules)
+    hub.fail("cdn", status=403, message="SignatureError: invalid key pair id")
+    return hub
+
+
+BEYOND_PATIENCE = {"RateLimit": '"resolvers";r=0;t=301'}
+REFUSALS: dict[str, dict[str, Any]] = {
+    "links": {"kind": "cdn", "status": 403},
+    "400": {"kind": "cdn", "status": 400},
+    "404": {"kind": "cdn", "status": 404},
+    "no-ranges": {"kind": "cdn", "ignore_range": True},
+    "no-content-range": {"kind": "cdn", "replace": {"Content-Range": None}},
+    "cdn-429": {"kind": "cdn", "status": 429},
+    "resolvers": {"kind": "resolve", "status": 429, "headers": BEYOND_PATIENCE},
+}
+
+
+@pytest.mark.parametrize("how", REFUSALS.values(), ids=REFUSALS.keys())
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
+def test_what_the_cdn_refuses_comes_over_xet(
+    connect: Connect, caplog: pytest.LogCaptureFixture, how: dict[str, Any], v2: bool
+) -> None:
+    hub = connect(reconstructions_v2=v2)
+    hub.fail(**how)
+    folder = opened(hub)
+    assert read(folder, HEAD) == WEIGHTS[:8]
+    assert stream(folder) == WEIGHTS
+    assert folder.is_verified("model.safetensors")
+    assert hub.requests["xet_token"] == 1
+    assert hub.requests["cdn"] <= 3
+    assert len([line for line in caplog.messages if "reading it over Xet" in line]) == 1
+    assert hub.tokens_seen_by_cdn == []
+
+
+def test_while_the_cdn_serves_nothing_is_asked_of_xet(connect: Connect) -> None:
+    hub = connect()
+    assert stream(opened(hub)) == WEIGHTS
+    assert hub.requests["xet_token"] == 0
+
+
+PASSING: dict[str, dict[str, Any]] = {
+    "503": {"status": 503},
+    "403": {"status": 403},
+    "429": {"status": 429},
+    "drop": {"drop": True},
+    "truncate": {"truncate": 100},
+}
+
+
+@pytest.mark.parametrize("kind", ["xet_token", "reconstruction", "xorb"])
+@pytest.mark.parametrize("how", PASSING.values(), ids=PASSING.keys())
+def test_a_passing_failure_of_xet_is_overcome(connect: Connect, kind: str, how: dict[str, Any]) -> None:
+    hub = refusing(connect)
+    fault = hub.fail(kind, nth=1, times=1, **how)
+    assert stream(opened(hub)) == WEIGHTS
+    assert fault.seen > 1
+
+
+@pytest.mark.parametrize("kind", ["xet_token", "reconstruction", "xorb"])
+@pytest.mark.parametrize("status", [401, 403, 404, 416, 429, 503])
+def test_a_lasting_failure_of_both_ways_names_both(connect: Connect, kind: str, status: int) -> None:
+    """hf_xet often ends such a stream without an error: what is missing is counted."""
+    hub = refusing(connect)
+    hub.fail(kind, status=status)
+    message = failure(lambda: read(opened(hub), HEAD), TryAgain, HubUnreachable)
+    assert "invalid key pair id" in message
+    assert "Xet: " in message
+
+
+def test_the_cdn_is_tried_once_more_when_xet_fails(connect: Connect) -> None:
+    hub = connect()
+    hub.fail("cdn", times=2, status=403)
+    hub.fail("reconstruction", status=404)
+    folder = opened(hub)
+    assert read(folder, HEAD) == WEIGHTS[:8]
+    asked = hub.requests["reconstruction"]
+    assert stream(folder) == WEIGHTS
+    assert hub.requests["reconstruction"] == asked  # and from then on the CDN comes first again
+
+
+def test_one_flipped_byte_over_xet_is_found_by_the_hash(connect: Connect) -> None:
+    hub = refusing(connect)
+    hub.fail("xorb", nth=3, times=1, corrupt=True)
+    assert "does not match the hash" in failure(lambda: stream(opened(hub)), MalformedInput)
+
+
+def test_a_reconstruction_that_lacks_terms_is_no_success(connect: Connect) -> None:
+    hub = refusing(connect)
+    fault = hub.fail("reconstruction", nth=2, lacking=True)
+    failure(lambda: stream(opened(hub)), TryAgain)
+    hub.faults.remove(fault)
+    hub.fail("reconstruction", nth=2, times=1, lacking=True)
+    assert stream(opened(hub)) == WEIGHTS
+
+
+def test_a_token_that_the_server_ends_early_is_asked_for_again(connect: Connect) -> None:
+    hub = refusing(connect)
+    folder = opened(hub)
+    assert read(folder, HEAD) == WEIGHTS[:8]
+    hub.pass_time(hub.rules.xet_token_seconds + 1)
+    assert stream(folder) == WEIGHTS
+    assert hub.requests["xet_token"] >= 2
+
+
+def test_a_token_about_to_expire_is_renewed_before(connect: Connect) -> None:
+    hub = refusing(connect, xet_token_seconds=xet.BEFORE_EXPIRY - 1)
+    folder = opened(hub)
+    read(folder, HEAD)
+    assert stream(folder) == WEIGHTS
+    assert hub.answers["reconstruction", 401] == 0
+    assert hub.requests["xet_token"] > 2
+
+
+def test_a_silence_is_given_up_after_a_while(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xet, "LONGEST_SILENCE", 0.5)
+    hub = refusing(connect)
+    hub.fail("xorb", hang=20)
+    began = time.monotonic()
+    assert "no byte arrived" in failure(lambda: read(opened(hub), HEAD), TryAgain)
+    assert time.monotonic() - began < 15
+
+
+def test_closing_ends_a_stream_that_waits(connect: Connect) -> None:
+    hub = refusing(connect)
+    hub.fail("xorb", hang=20)
+    folder = opened(hub)
+    threading.Timer(0.7, folder.give_up).start()
+    began = time.monotonic()
+    assert "stopped" in failure(lambda: read(folder, HEAD), TryAgain)
+    assert time.monotonic() - began < 10
+
+
+def test_an_interrupt_ends_a_command_that_waits_for_xet(connect: Connect) -> None:
+    hub = refusing(connect)
+    fault = hub.fail("xorb", hang=25)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qz", "inspect", "me/model"],
+        env=dict(os.environ),
+        cwd=Path(package.__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not fault.seen:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert process.wait(20) == 130
+    assert time.monotonic() - began < 10
+    process.communicate()
+
+
+@pytest.mark.parametrize("why", ["stored", "disabled", "old"])
+def test_why_a_file_cannot_come_over_xet_is_said(connect: Connect, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    from huggingface_hub import constants
+
+    hub = refusing(connect, without_xet=("*.safetensors",) if why == "stored" else ())
+    if why == "disabled":
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    if why == "old":
+        monkeypatch.setattr("importlib.metadata.version", lambda _: "1.6.3")
+    said = {"stored": "not stored in Xet", "disabled": "HF_HUB_DISABLE_XET", "old": "hf_xet 1.6.3 is too old"}[why]
+    message = failure(lambda: read(opened(hub), HEAD), TryAgain)
+    assert said in message
+    assert "--download" in message
+    assert hub.requests["xet_token"] == 0
+
+
+def test_a_gated_repository_is_gated_over_xet_too(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = refusing(connect)
+    monkeypatch.setenv("HF_TOKEN", READER)
+    folder = opened(hub)
+    folder.sizes()
+    hub.faults[0].before, hub.faults[0].status = lambda: setattr(hub.repos["me/model"], "gated", "auto"), 400
+    failure(lambda: read(folder, HEAD), QzError)
+    assert hub.answers["xet_token", 200] == 0
+
+
+def test_a_download_over_xet_fills_the_cache_with_the_same_bytes(connect: Connect) -> None:
+    hub = connect()
+    folder = opened(hub)
+    folder.download(FILES)
+    assert hub.requests["reconstruction"] > 0
+    assert hub.requests["cdn"] == 0
+    hub.reset_counts()
+    assert stream(folder) == WEIGHTS
+    assert read(folder, Range("config.json", 0, len(CONFIG))) == CONFIG
+    assert not hub.requests
