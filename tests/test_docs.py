@@ -209,7 +209,11 @@ def run_step(name: str, place: Path, inputs: dict[str, str]) -> subprocess.Compl
     step = STEPS[name]
     assert "${{" not in step["run"], "an expression inside a script would be code that the caller writes"
     given = {
-        key: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda match: values[match[1]], value)
+        key: re.sub(
+            r"\$\{\{ inputs\.([\w-]+) \}\}",
+            lambda match: values[match[1]],
+            value.replace("${{ github.action_path }}", str(ROOT)),
+        )
         for key, value in step.get("env", {}).items()
     }
     files = {"GITHUB_OUTPUT": place / "output", "GITHUB_STEP_SUMMARY": place / "summary", "GITHUB_PATH": place / "path"}
@@ -255,6 +259,18 @@ def test_inputs_of_the_action_are_data_and_never_code(tiny_llama: Path, tmp_path
     for names in (("subfolder", "revision", "skip", "output", "args"), ("method",), ("dtype",), ("source",)):
         run_step("Quantize", tmp_path, {"source": str(tiny_llama)} | dict.fromkeys(names, hostile))
         assert not (tmp_path / "pwned").exists()
+
+
+def test_installing_by_the_action_needs_nothing_in_the_workspace(tmp_path: Path) -> None:
+    python, cache = (step["with"] for step in ACTION["runs"]["steps"] if "uses" in step)
+    assert "cache" not in python, "setup-python fails where the workspace has no lock file"
+    assert run_step("Name the cache", tmp_path, {}).returncode == 0
+    name, key = (tmp_path / "output").read_text().strip().split("=")
+    assert name == "key"
+    assert re.fullmatch(r"qz-pip-[0-9a-f]{16}", key)
+    assert cache["key"].startswith("${{ steps.cache.outputs.key }}-")
+    install = STEPS["Install qz"]["run"]
+    assert set(re.findall(r"\S+constraints\.txt", install)) == {'"$ACTION/constraints.txt'}
 
 
 def test_the_actions_inputs_and_outputs_are_documented() -> None:

@@ -94,8 +94,8 @@ def _accelerator(device: str) -> Accelerator:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError) or any(each in first_line for each in TAKEN):
             raise TryAgain(
-                f"{device} has no memory left for this ({first_line}). End what else uses it and run the same command "
-                "again, or use --device cpu."
+                f"{device} has no memory left for this ({first_line}). Free GPU memory (close other processes) and run "
+                "the same command again, or use --device cpu."
             ) from error
         raise Unsupported(
             f"bitsandbytes does not work on {device} here: {first_line}. `python -m bitsandbytes` tells more; "

@@ -38,6 +38,9 @@ LANES = 2
 THREADS = 8
 """Threads that read and write for one GPU; each holds about 1.3 chunks of page-locked memory."""
 
+EXPERIMENTAL = ("xpu", "mps")
+"""Kinds of devices that qz was never run on."""
+
 _of_lost: list[object] = []
 """Memory of a GPU that stopped working: to free it throws where nothing can catch. The command ends without that."""
 
@@ -57,7 +60,7 @@ class Accelerator:
         """Tries an operation of bitsandbytes on each device, and raises what that raises."""
         self.devices, self.name, self.chunk_bytes = tuple(devices), name, chunk_bytes
         self.model = model_of(self.devices[0])
-        self.notes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = _notes(self.devices[0].type)
         self._piece_bytes = chunk_bytes
         self._whole = threading.Lock()
         self._buffers: list[weakref.ref[NDArray[np.uint8]]] = []
@@ -176,7 +179,9 @@ class Accelerator:
         try:
             with self._whole, self._device_errors():
                 lane(self.devices[0]).run([torch.from_numpy(absmax)], compute, [codes, nested, offset])
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise self._out_of_memory() from None
         return codes.numpy(), nested.numpy(), float(offset)
 
@@ -234,12 +239,14 @@ class Accelerator:
                 with self._device_errors():
                     finite = free.run(given, compute, parts) and finite
                 start = stop
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 smaller = length * itemsize // 2
                 if smaller < LEAST_BYTES:
                     raise self._out_of_memory() from None
                 self._piece_bytes = min(self._piece_bytes, smaller)
-                torch.cuda.empty_cache()
+                _empty_cache(self.devices[0].type)
             finally:
                 self._lanes.put(free)
         return not finite
@@ -258,12 +265,35 @@ class Accelerator:
             ) from error
 
     def _out_of_memory(self) -> TryAgain:
-        free, total = torch.cuda.mem_get_info(self.devices[0])
         return TryAgain(
-            f"{self.name} ({self.model}) has no memory left: {free:,} of {total:,} bytes are free, too few for "
-            f"{LEAST_BYTES:,} bytes of weights. End what else uses it and run the same command again to continue, or "
-            "start over on the CPU with --device cpu --no-resume."
+            f"{self.name} ({self.model}) has no memory left{_memory_left(self.devices[0])} for {LEAST_BYTES:,} bytes "
+            "of weights. Free GPU memory (close other processes) and run the same command again to continue, or start "
+            "over on the CPU with --device cpu --no-resume."
         )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """MPS raises no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _empty_cache(kind: str) -> None:
+    getattr(torch.get_device_module(kind), "empty_cache", lambda: None)()
+
+
+def _memory_left(device: torch.device) -> str:
+    """How much of its memory is free, where the device tells: not on MPS."""
+    ask = getattr(torch.get_device_module(device.type), "mem_get_info", None)
+    if ask is None:
+        return ""
+    free, total = ask(device)
+    return f": {free:,} of {total:,} bytes are free, too few"
+
+
+def _notes(kind: str) -> tuple[str, ...]:
+    if kind not in EXPERIMENTAL:
+        return ()
+    return (f"{kind} is experimental: qz was not tested on such a device. Compare with --device cpu.",)
 
 
 def _import_bitsandbytes() -> None:
