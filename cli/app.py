@@ -123,7 +123,7 @@ def run(args: Sequence[str]) -> int:
     own = list(args[: args.index("--")] if "--" in args else args)
     debug, as_json = "--debug" in own, "--json" in own
     # --debug belongs to the app, and may stand behind the command.
-    args = ["--debug"] * debug + [arg for arg in own if arg != "--debug"] + list(args[len(own) :])
+    args = ["--debug"] * debug + spelled_out([arg for arg in own if arg != "--debug"]) + list(args[len(own) :])
     quiet_libraries(debug)
     interruption = Interruption()
     try:
@@ -148,6 +148,15 @@ def run(args: Sequence[str]) -> int:
         code = interruption.exit_code
         report(code, interruption.message, as_json=as_json, trace=interruption.error if debug else None)
     return int(code or 0) if args else 2
+
+
+def spelled_out(args: list[str]) -> list[str]:
+    """``qz version``, ``qz help`` and ``qz help COMMAND`` as the options that they stand for."""
+    if args[:1] == ["version"]:
+        return ["--version", *args[1:]]
+    if args[:1] == ["help"]:
+        return [*args[1:2], "--help"]
+    return args
 
 
 def invoke(args: Sequence[str]) -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from qz import UsageError, __version__
-from qz.quantize.settings import IfExists, Rounding, Scales
+from qz.quantize.methods import full_name
+from qz.quantize.settings import LEAST_SHARD_BYTES, IfExists, Rounding, Scales
 
 MOST_THREADS = 1024
 
@@ -33,17 +35,17 @@ def flag(*names: str, help: str, panel: str | None = None) -> Any:  # noqa: A002
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar="")
 
 
-DType = Literal["auto", "float16", "bfloat16", "float32"]
-ComputeDType = Literal["bfloat16", "float16", "float32"]
 MethodName = Literal["nf4", "fp4", "int8"]
 
 
-def method_name(nf4: bool, fp4: bool, int8: bool) -> MethodName:
+def method_name(nf4: bool, fp4: bool, int8: bool, method: MethodName | None = None) -> MethodName:
     """The one method asked for, nf4 where none is; UsageError for two."""
     asked: list[MethodName] = [name for name, on in zip(("nf4", "fp4", "int8"), (nf4, fp4, int8), strict=True) if on]  # type: ignore[misc]
     if len(asked) > 1:
         raise UsageError(f"--{' and --'.join(asked)} exclude each other. Choose one method.")
-    return asked[0] if asked else "nf4"
+    if method is not None and asked not in ([], [method]):
+        raise UsageError(f"--{asked[0]} and --method {method} exclude each other. Choose one method.")
+    return method or (asked[0] if asked else "nf4")
 
 
 def existing_output(overwrite: bool, if_exists: IfExists) -> IfExists:
@@ -55,11 +57,39 @@ def existing_output(overwrite: bool, if_exists: IfExists) -> IfExists:
 
 def parse_size(text: str | int) -> int:
     """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number, decimal and binary units as the libraries read them."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
     unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or int(float(match[1]) * unit) < 1:
-        raise typer.BadParameter(f"{text!r} is not a size. Write it as 5GB, 500MB or 2GiB.")
-    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+    if match is None or unit is None or int(Fraction(match[1]) * unit) < 1:
+        shown = str(text) if len(str(text)) <= 40 else f"{str(text)[:40]}…"
+        raise typer.BadParameter(f"{shown!r} is not a size. Write it as 5GB, 500MB or 2GiB.")
+    nbytes = int(Fraction(match[1]) * unit)
+    if nbytes < LEAST_SHARD_BYTES:
+        raise typer.BadParameter(f"{text!r} means {nbytes} bytes. Write the unit: 5GB, 500MB or 2GiB.")
+    return nbytes
+
+
+def parse_dtype(text: str) -> str:
+    """``auto``, or torch's name of a dtype, also for a short one: ``bf16``, ``fp16``, ``half``, ``fp32``."""
+    return text if text == "auto" else one_of_dtypes(text, ("auto", "float16", "bfloat16", "float32"))
+
+
+def parse_compute_dtype(text: str) -> str:
+    """The same without ``auto``."""
+    return one_of_dtypes(text, ("bfloat16", "float16", "float32"))
+
+
+def one_of_dtypes(text: str, names: tuple[str, ...]) -> str:
+    """The full name of a dtype among ``names``."""
+    name = full_name(text)
+    if name not in names:
+        listed = ", ".join(map(repr, names))
+        raise typer.BadParameter(f"{text!r} is not one of {listed} (or bf16, fp16, half, fp32).")
+    return name
+
+
+def complete_dtype(incomplete: str) -> list[str]:
+    """The names of dtypes."""
+    return [name for name in ("auto", "bfloat16", "float16", "float32") if name.startswith(incomplete)]
 
 
 def parse_device(text: str) -> str:
@@ -159,15 +189,27 @@ Fp4Opt = Annotated[bool, flag("--fp4", help="4-bit floating point.", panel=METHO
 Int8Opt = Annotated[
     bool, flag("--int8", help="8-bit LLM.int8(): twice the size of 4 bit, nearly no loss.", panel=METHOD)
 ]
+MethodOpt = Annotated[
+    MethodName | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="nf4, fp4 or int8: the same as --nf4, --fp4 and --int8.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
 DoubleQuantOpt = Annotated[
     bool,
     flag("--double-quant", help="Quantize the scales of 4-bit blocks too: 0.4 bits per parameter less.", panel=METHOD),
 ]
 ComputeDTypeOpt = Annotated[
-    ComputeDType,
+    str,
     typer.Option(
         "--compute-dtype",
         metavar="DTYPE",
+        parser=parse_compute_dtype,
+        autocompletion=complete_dtype,
         help="What 4-bit layers compute in, written to the config: bfloat16, float16 or float32.",
         rich_help_panel=METHOD,
     ),
@@ -304,19 +346,23 @@ OutputOpt = Annotated[
     ),
 ]
 DTypeOpt = Annotated[
-    DType,
+    str,
     typer.Option(
         "--dtype",
         metavar="DTYPE",
+        parser=parse_dtype,
+        autocompletion=complete_dtype,
         help="Of everything that is not quantized: auto (the checkpoint's own), float16, bfloat16 or float32.",
         rich_help_panel=OUTPUT,
     ),
 ]
 TargetDTypeOpt = Annotated[
-    DType,
+    str,
     typer.Option(
         "--dtype",
         metavar="DTYPE",
+        parser=parse_dtype,
+        autocompletion=complete_dtype,
         help="Of all weights: auto (as before quantization), float16, bfloat16 or float32.",
         rich_help_panel=OUTPUT,
     ),

@@ -18,6 +18,7 @@ def quantize(
     nf4: options.Nf4Opt = False,
     fp4: options.Fp4Opt = False,
     int8: options.Int8Opt = False,
+    method: options.MethodOpt = None,
     double_quant: options.DoubleQuantOpt = False,
     compute_dtype: options.ComputeDTypeOpt = "bfloat16",
     threshold: options.ThresholdOpt = 6.0,
@@ -53,7 +54,7 @@ def quantize(
     """Quantize a model to 4 or 8 bit, streamed: no GPU needed, memory for a few megabytes a thread."""
     from qz import api
 
-    name = options.method_name(nf4, fp4, int8)
+    name = options.method_name(nf4, fp4, int8, method)
     own = options.parse_component_methods(component)
     four_bit_too = name == "int8" and any(each in ("nf4", "fp4") for each in own.values())
     with Display(quiet=quiet) as display:

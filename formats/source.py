@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz import MissingInput
+from qz import HubUnreachable, MissingInput
 from qz.formats.folder import LocalFolder
+from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+LONGEST_REPO_ID = 200
+"""Characters; the Hub has 96 for each of the two names."""
+
 
 def open_source(source: str, subfolder: str | None = None, revision: str | None = None) -> Folder:
     """The folder that ``source`` names; MissingInput if it is neither a local folder nor a repository id.
@@ -25,17 +30,27 @@ def open_source(source: str, subfolder: str | None = None, revision: str | None 
     A path that exists is local; one that begins with ``.``, ``/`` or ``~``, or has more than one slash, cannot be
     anything else.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     folder: Folder
-    if path.exists() or path.is_symlink():
+    if path is not None:
         folder = LocalFolder(path, shared_links=True)
-    elif _REPO_ID.fullmatch(source):
+    elif _REPO_ID.fullmatch(source) and len(source) <= LONGEST_REPO_ID:
         from qz.formats.hub.repository import open_repo
 
-        folder = open_repo(source, revision=revision)
+        try:
+            folder = open_repo(source, revision=revision)
+        except (HubUnreachable, MissingInput) as error:
+            raise type(error)(f"{error} There is no local folder {source} either.") from error
     else:
-        raise MissingInput(f"{source} does not exist. Give a local folder, or a repository on the Hub as USER/NAME.")
+        shown = quoted(source) if len(source) > LONGEST_REPO_ID or not source.strip() else source
+        raise MissingInput(f"{shown} does not exist. Give a local folder, or a repository on the Hub as USER/NAME.")
     return enter(folder, subfolder)
+
+
+def local_path(source: str) -> Path | None:
+    """The path that ``source`` names, if something is there; ``~`` and ``~user`` are homes."""
+    path = os.path.expanduser(source)
+    return Path(path) if source and os.path.lexists(path) else None
 
 
 def enter(folder: Folder, subfolder: str | None) -> Folder:
@@ -67,10 +82,17 @@ def opened(location: str, subfolder: str | None = None, revision: str | None = N
         root.close()
 
 
-def output_name(source: str, subfolder: str | None, suffix: str) -> str:
-    """The default output: the repository's or folder's name, the subfolder and the method, joined by dashes."""
-    name = Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source.split("/")[-1]
-    return "-".join([name or "model", *(subfolder.strip("/").split("/") if subfolder else ()), suffix])
+def default_output(source: str, subfolder: str | None, suffix: str) -> Path:
+    """The repository's or folder's name, the subfolder and the method, joined by dashes.
+
+    A new folder here; beside the source where the source is the working directory, or one around it.
+    """
+    path = local_path(source)
+    real = path.resolve() if path is not None else None
+    name = real.name if real is not None else source.split("/")[-1]
+    output = "-".join([name or "model", *(subfolder.strip("/").split("/") if subfolder else ()), suffix])
+    here = Path.cwd()
+    return real.parent / output if real is not None and real in (here, *here.parents) else Path(output)
 
 
 def download(folder: Folder, files: Iterable[str], progress: Callable[[str, int], None] | None = None) -> None:

@@ -6,14 +6,15 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qz.formats.output.disk import Disk
+from qz.formats.output.refusals import sibling
 from qz.formats.output.staging import check_output
-from qz.formats.source import OpenedSource, download, output_name
+from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
-from qz.quantize.streaming.output_parts import Target
+from qz.quantize.streaming.output_parts import Target, model_part
 from qz.quantize.summary import Source, Summary
 from qz.quantize.up_to_date import UpToDate, up_to_date
 
@@ -70,6 +71,7 @@ class Conversion:
         origin = self._origin(checkpoint.library, planned.architecture.class_name)
         carried = companion_files(checkpoint, self.source.root, self.settings)
         if self.dry_run:
+            self._refuse(target, model_part(planned, carried).bytes_output, self.source.folder.identity())
             loss = measuring.alone(planned, self.settings) if measuring else None
             place, device = str(target.output), self.settings.device
             return summarize(planned, origin, place, device=device, carried=carried, loss=loss)
@@ -78,7 +80,7 @@ class Conversion:
     def pipeline(self, plan: Callable[[Pipeline, Settings], PipelinePlan]) -> PipelineSummary | UpToDate:
         """Convert a diffusers pipeline, component by component, as ``plan`` plans it."""
         from qz.formats.checkpoint.pipeline import open_pipeline
-        from qz.quantize.pipeline import carry_out_pipeline, summarize_pipeline
+        from qz.quantize.pipeline import carry_out_pipeline, pipeline_identity, summarize_pipeline
 
         if (found := self._existing()) is not None:
             return found
@@ -93,6 +95,8 @@ class Conversion:
                 return found
             origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
+                needed = sum(part.bytes_output for part in planned.parts)
+                self._refuse(target, needed, pipeline_identity(planned))
                 return summarize_pipeline(planned, origin, str(target.output), device=self.settings.device)
             return carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
         finally:
@@ -117,6 +121,19 @@ class Conversion:
         check_output(output, self.if_exists == "overwrite", [self.source.root], self.disk)
         return None
 
+    def _refuse(self, target: Target, needed: int, identity: dict[str, Any]) -> None:
+        """Raise in a dry run what the run would raise once everything is planned."""
+        from qz.formats.output.preflight import check_interrupted, check_room
+        from qz.quantize.compute.devices import arithmetic_on
+        from qz.quantize.convert import fingerprint
+
+        check_room(target.output, needed, target.disk)
+        interrupted = target.resume and target.disk.kind(sibling(target.output, ".partial.journal")) is not None
+        if interrupted or self.settings.device not in ("auto", "cpu"):
+            arithmetic = arithmetic_on(self.settings.device)
+            if interrupted:
+                check_interrupted(target.output, fingerprint(identity, self.settings, arithmetic), target.disk)
+
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""
         from qz.quantize.compute.devices import prewarm_cuda
@@ -128,7 +145,7 @@ class Conversion:
     def _target(self, dtypes: Iterable[str]) -> Target:
         names = set(dtypes)
         suffix = names.pop() if len(names) == 1 else "dequantized"
-        output = self.output or Path(output_name(self.source.location, self.source.subfolder, suffix))
+        output = self.output or default_output(self.source.location, self.source.subfolder, suffix)
         return Target(output, self.if_exists == "overwrite", self.resume, self.disk)
 
     def _download(self, checkpoints: list[Checkpoint]) -> None:

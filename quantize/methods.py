@@ -18,6 +18,7 @@ NESTED_BLOCK_SIZE = 256
 """Absmax values that share one nested absmax under double quantization."""
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 MEAN_LENGTH = 25
 """Characters that JSON needs at most for ``nested_offset``, a float32 printed as a Python float."""
 
@@ -43,6 +44,7 @@ class FourBit:
     bits: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "compute_dtype", full_name(self.compute_dtype))
         check_compute_dtype(self.compute_dtype)
 
     @property
@@ -137,6 +139,11 @@ class Int8:
 Method = FourBit | Int8
 Nf4 = partial(FourBit, "nf4")
 Fp4 = partial(FourBit, "fp4")
+
+
+def full_name(dtype: str) -> str:
+    """torch's name of a dtype that may go by a short one: ``bf16``, ``fp16``, ``half``, ``fp32``."""
+    return SHORT_NAMES.get(dtype.lower(), dtype)
 
 
 def check_compute_dtype(name: str) -> None:

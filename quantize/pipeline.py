@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
@@ -16,7 +17,7 @@ from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, expect
-from qz.quantize.methods import FourBit, Method
+from qz.quantize.methods import FourBit
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.plan import Plan
@@ -115,6 +116,12 @@ def compose(pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str,
     return PipelinePlan(pipeline, choices, plans, kept)
 
 
+def pipeline_identity(plan: PipelinePlan) -> dict[str, Any]:
+    """What makes the source the same source, for each of its folders."""
+    folders = {component.name: component.folder for component in plan.pipeline.components}
+    return {name: folder.identity() for name, folder in {"": plan.pipeline.folder, **folders}.items()}
+
+
 def carry_out_pipeline(
     plan: PipelinePlan,
     source: Source,
@@ -129,10 +136,7 @@ def carry_out_pipeline(
     arithmetic = arithmetic_on(settings.device)
     root = plan.pipeline.folder
     planned = summarize_pipeline(plan, source, str(target.output), device=arithmetic.name)
-    identity = {
-        "": root.identity(),
-        **{component.name: component.folder.identity() for component in plan.pipeline.components},
-    }
+    identity = pipeline_identity(plan)
     written = write_parts(
         plan.parts,
         [root],
@@ -256,14 +260,3 @@ def _footprint(component: Component) -> Footprint:
             pass
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not _COMPANION.search(tensor.name))
     return Footprint(stored, stored)
-
-
-def method_for(name: str, double_quant: bool, compute_dtype: str, threshold: float) -> Method | None:
-    """The method that ``--component NAME=METHOD`` names; settings that it does not have are left out."""
-    from qz.quantize.methods import FourBit, Int8
-
-    if name == "none":
-        return None
-    return (
-        Int8(threshold) if name == "int8" else FourBit("fp4" if name == "fp4" else "nf4", double_quant, compute_dtype)
-    )

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from qz import UsageError
-from qz.quantize.methods import Int8, Method
+from qz.quantize.methods import COMPUTE_DTYPES, Int8, Method, full_name
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+LEAST_SHARD_BYTES = 1000
+"""Smaller ones are a unit that was forgotten."""
 IfExists = Literal["error", "skip", "overwrite"]
 """What to do where the output exists: refuse, leave one that is up to date, or replace it."""
 
@@ -49,7 +51,12 @@ class Settings:
     """Of each value to the nearest level, or so that errors cancel in the layer's output, which needs Hessians."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError for choices that exclude each other."""
+        """Raises UsageError for choices that exclude each other, or that nobody means."""
+        object.__setattr__(self, "dtype", full_name(self.dtype))
+        if self.dtype not in ("auto", *COMPUTE_DTYPES):
+            raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}.")
+        if self.max_shard_bytes < LEAST_SHARD_BYTES:
+            raise UsageError(f"A weight file of at most {self.max_shard_bytes} bytes is too small. Did you mean GB?")
         if self.importance is not None and self.scales != "search":
             raise UsageError("--importance weighs what a search of scales loses: leave out --scales absmax.")
         if self.rounding == "gptq" and self.importance is None:

@@ -87,7 +87,7 @@ def quantize(
     """
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.output.disk import Disk
-    from qz.formats.source import opened, output_name
+    from qz.formats.source import default_output, opened
     from qz.quantize.conversion import Conversion
 
     method = method or Nf4()
@@ -113,7 +113,7 @@ def quantize(
         conversion = Conversion(
             source=found,
             settings=settings,
-            output=Path(output) if output is not None else Path(output_name(location, subfolder, method.name)),
+            output=Path(output) if output is not None else default_output(location, subfolder, method.name),
             variant=variant,
             if_exists=if_exists,
             resume=resume,
@@ -228,15 +228,18 @@ def inspect(
     ``plan`` asks the model's library for exact figures. ``verify`` compares every byte with the hashes that qz
     recorded. Problems are part of the value (``problems``, ``errors``), not raised.
     """
+    from qz.formats.source import local_path
     from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
     from qz.quantize.inspection.report import Origin
 
-    location, path = str(source), Path(source).expanduser()
-    if path.exists() and not path.is_dir():
+    location = str(source)
+    path = local_path(location)
+    if path is not None and path.exists() and not path.is_dir():
         if subfolder is not None or verify:
             raise UsageError(f"{location} is a file: --subfolder and --verify need the folder that it lies in.")
         from qz.formats.folder import LocalFolder
 
+        path = path.resolve()  # the user named it: a link is followed
         with closing(LocalFolder(path.parent)) as parent:
             return inspect_file(parent, path.name, Origin(location, None, None))
     from qz.formats.checkpoint.pipeline import is_pipeline

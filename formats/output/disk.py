@@ -104,6 +104,20 @@ class Disk:
         except OSError as error:
             raise failure(error, name, path, needed) from error
 
+    def probe(self, path: Path) -> None:
+        """Raise what making a file at ``path`` would raise, and leave none."""
+        folder = path.parent
+        with self._operation("open", path):
+            if hasattr(os, "O_TMPFILE"):
+                try:
+                    os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC))
+                    return
+                except OSError as error:
+                    if error.errno not in _NOT_SUPPORTED | {errno.EISDIR}:
+                        raise
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            os.unlink(path)
+
     def free_bytes(self, folder: Path) -> int:
         with self._operation("statvfs", folder):
             return _free(folder)

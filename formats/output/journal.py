@@ -63,9 +63,9 @@ class Journal:
         lines = bytes(text).split(b"\n")
         torn = len(lines.pop())
         try:
-            entries: list[Any] = [_parse(line) for line in lines[:-1]]
+            entries: list[Any] = [parse_line(line) for line in lines[:-1]]
             try:
-                entries += [_parse(line) for line in lines[-1:]]
+                entries += [parse_line(line) for line in lines[-1:]]
             except ValueError:  # power went while the last line was written
                 torn += len(lines[-1]) + 1
             fingerprint = entries[0]["fingerprint"]
@@ -122,7 +122,8 @@ def held_by_another(path: Path) -> TryAgain:
     )
 
 
-def _parse(line: bytes) -> Any:
+def parse_line(line: bytes) -> Any:
+    """The value of a line, without its end; ValueError if it is not as it was written."""
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         raise ValueError("not as it was written")

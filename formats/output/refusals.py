@@ -100,8 +100,15 @@ def _is_checkpoint_folder(root: Path, name: str, recorded: frozenset[str], disk:
     return not parent and (MODULE.fullmatch(base) is not None or disk.kind(root / "model_index.json") == "file")
 
 
+def require_name(output: Path) -> None:
+    """Raise OutputRefused unless the path ends in the name of a folder, beside which there is room for others."""
+    if not output.name or output.name == "..":
+        raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
+
+
 def refuse_overlap(source: Path, output: Path, disk: Disk) -> None:
     """Raise OutputRefused if the output, or what is staged beside it, is the source, inside it, or around it."""
+    require_name(output)
     real_source = Path(os.path.realpath(source))
     real_output = Path(os.path.realpath(output))
     for place in (real_output, sibling(real_output, ".partial"), sibling(real_output, ".partial.old")):

@@ -38,7 +38,7 @@ from qz.formats.output.descriptors import Descriptors
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal, describe_difference, held_by_another
 from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
-from qz.formats.output.refusals import refuse_output, refuse_overlap, sibling
+from qz.formats.output.refusals import refuse_output, refuse_overlap, require_name, sibling
 from qz.formats.output.shard_writer import TEMPORARY, Chunk, ShardLayout, ShardWriter, hash_file, read_back, write_chunk
 from qz.formats.output.signals import defer_signals
 
@@ -59,6 +59,7 @@ def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk:
     Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
     """
     disk = disk or Disk()
+    require_name(output)
     for source in sources:
         if isinstance(source, LocalFolder):
             for place in source.places():

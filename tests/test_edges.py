@@ -1,0 +1,147 @@
+"""Ordinary mistakes at the command line, and ordinary machines: each gets the right code and a sentence that helps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from forked import INTERRUPT, Ended, Server
+from qz.formats.output.disk import Disk
+from qz.formats.output.preflight import check_room
+
+LONG = "x" * 300
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as started:
+        yield started
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A folder with a model ``m`` in it, and a folder ``full`` that is none."""
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("x")
+    return tmp_path
+
+
+def told(ended: Ended) -> str:
+    return " ".join(ended.error)
+
+
+REFUSED_OUTPUTS = {
+    "a folder that is no checkpoint": (["-o", "full"], 73),
+    "the same, to be replaced": (["-o", "full", "--overwrite"], 73),
+    "the source": (["-o", "m"], 73),
+    "a folder in the source": (["-o", "m/inside"], 73),
+    "a folder around the source": (["-o", "."], 73),
+    "the root": (["-o", "/"], 73),
+    "the folder above": (["-o", ".."], 73),
+    "nothing": (["-o", ""], 73),
+    "a long name": (["-o", LONG], 73),
+    "a file in the way": (["-o", "full/x/new"], 73),
+    "what is no disk": (["-o", "/proc/new"], 74),
+    "remains of another program": (["-o", "other"], 73),
+    "a device that is not there": (["--device", "cuda:7", "-o", "new"], 2),
+    "another one": (["--device", "xpu", "-o", "new"], 2),
+    "nobody to push as": (["--push", "me/model", "-o", "new"], 77),
+    "five bytes": (["--max-shard-size", "5", "-o", "new"], 2),
+    "a pattern of nothing": (["--skip", "q_porj", "-o", "new"], 2),
+    "a component of a model": (["--components", "unet", "-o", "new"], 2),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OUTPUTS)
+def test_a_dry_run_refuses_what_the_run_refuses(server: Server, place: Path, case: str) -> None:
+    options, code = REFUSED_OUTPUTS[case]
+    if options[-1].startswith("/proc") and sys.platform != "linux":
+        pytest.skip("no such place here")
+    (place / "other.partial").mkdir()
+    before = sorted(place.rglob("*"))
+    for dry in ([], ["--dry-run"]):
+        ended = server.run("quantize", "m", "--nf4", *options, *dry, cwd=place)
+        assert ended.code == code, (dry, ended.stderr)
+        assert sorted(place.rglob("*")) == before
+
+
+def test_a_dry_run_sees_that_the_disk_is_too_small(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"Not enough space for .*: it needs 1,000,000,000,000,000,000 bytes") as caught:
+        check_room(tmp_path / "new/out", 10**18, Disk())
+    assert caught.value.exit_code == 74  # type: ignore[attr-defined]
+    check_room(tmp_path / "new/out", 1000, Disk())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_sees_an_interrupted_run_that_differs(server: Server, place: Path) -> None:
+    ended = server.run(
+        "quantize", "m", "-o", "out", "--max-shard-size", "50KB", "--threads", "1", cwd=place, at=1,
+        act=INTERRUPT, only=("rename",),
+    )  # fmt: skip
+    assert ended.code == 130
+    assert (place / "out.partial.journal").exists(), ended.stderr
+    options = ["quantize", "m", "-o", "out", "--max-shard-size"]
+    for dry in ([], ["--dry-run"]):
+        ended = server.run(*options, "60KB", *dry, cwd=place)
+        assert ended.code == 73, ended.stderr
+        assert "interrupted run that differs" in told(ended)
+        assert server.run(*options, "50KB", "--dry-run", cwd=place).code == 0
+
+
+def test_a_model_is_quantized_from_inside_its_folder(server: Server, place: Path) -> None:
+    ended = server.run("quantize", ".", "--nf4", "--json", cwd=place / "m")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout)["output"] == str(place / "m-nf4")
+    assert (place / "m-nf4/config.json").is_file()
+    (place / "m/deep").mkdir()
+    ended = server.run("quantize", "..", "--nf4", "--dry-run", "--overwrite", "--json", cwd=place / "m/deep")
+    assert json.loads(ended.stdout)["output"] == str(place / "m-nf4")
+
+
+@pytest.mark.parametrize("source", ["~nobody/x", "~no such user", LONG, f"a/{LONG}", f"./{LONG}", "", " ", "a/b/c"])
+@pytest.mark.parametrize("command", ["quantize", "inspect"])
+def test_a_source_that_cannot_be_is_missing(server: Server, tmp_path: Path, command: str, source: str) -> None:
+    ended = server.run(command, source, cwd=tmp_path)
+    assert ended.code == 66, ended.stderr
+    assert "does not exist" in told(ended)
+
+
+def test_a_repository_that_is_not_there_might_have_been_a_folder(server: Server, tmp_path: Path) -> None:
+    ended = server.run("quantize", "modles/llama", cwd=tmp_path)
+    assert ended.code in (66, 69)
+    assert "There is no local folder modles/llama either" in told(ended)
+
+
+def test_short_names_mean_what_everybody_means_by_them(server: Server, place: Path) -> None:
+    for short, full in {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.items():
+        ended = server.run("quantize", "m", "--dtype", short, "-o", "out", "--dry-run", "--json", cwd=place)
+        assert json.loads(ended.stdout)["dtype"] == full
+        ended = server.run("quantize", "m", "--compute-dtype", short, "-o", short, "--json", cwd=place)
+        config = json.loads((place / short / "config.json").read_text())
+        assert config["quantization_config"]["bnb_4bit_compute_dtype"] == full
+        assert server.run("dequantize", short, "--dtype", short, "-o", "back", "--dry-run", cwd=place).code == 0
+    ended = server.run("quantize", "m", "--method", "int8", "-o", "out", "--dry-run", "--json", cwd=place)
+    assert json.loads(ended.stdout)["method"] == "int8"
+    ended = server.run("quantize", "m", "--method", "int8", "--fp4", cwd=place)
+    assert (ended.code, "exclude each other" in told(ended)) == (2, True)
+
+
+def test_help_and_version_are_commands_too(server: Server, tmp_path: Path) -> None:
+    assert server.run("version", cwd=tmp_path).stdout == server.run("--version", cwd=tmp_path).stdout
+    assert server.run("help", cwd=tmp_path).stdout == server.run("--help", cwd=tmp_path).stdout
+    shown = server.run("help", "quantize", cwd=tmp_path)
+    assert (shown.code, "--compute-dtype" in shown.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("size", ["9" * 400, f"1.{'9' * 400}GB", "٥GB", "5", "999"])
+def test_a_size_that_nobody_means_is_refused(server: Server, place: Path, size: str) -> None:
+    ended = server.run("quantize", "m", "--max-shard-size", size, "-o", "new", cwd=place)
+    assert (ended.code, "5GB" in told(ended)) == (2, True)
+    assert set(os.listdir(place)) == {"m", "full"}
