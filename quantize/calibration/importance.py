@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 FLOOR = 1e-3
 """Of the mean over a layer's inputs, added to each: an input that calibration never saw still counts a little."""
+
+GPTQ_TOKENS = 16_384
+"""From here on the loss on other text hardly falls any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,35 @@ def read_importance(path: Path) -> Statistics:
     return read_statistics(path)
 
 
+def hessians(statistics: Statistics, matched: Matched) -> dict[str, str]:
+    """Weight → the name of its Hessian. Raises Malformed where the file has none."""
+    if not statistics.hessians:
+        raise Malformed(
+            "statistics-malformed",
+            f"{statistics.location} contains no Hessians, which --rounding gptq needs. Make it again with `qz "
+            "calibrate --hessians`, or leave out --rounding gptq.",
+        )
+    names = {weight: name for weight, name in matched.names.items() if weight not in matched.unseen}
+    return {weight: name for weight, name in names.items() if name in statistics.hessians}
+
+
+def gptq_warnings(statistics: Statistics, matched: Matched, found: Mapping[str, str]) -> tuple[str, ...]:
+    """What the user should know of the Hessians that weights are rounded by."""
+    file = Path(statistics.location).name
+    told = []
+    fewest = min((matched.sums[weight].tokens for weight in found), default=0)
+    if fewest < GPTQ_TOKENS:
+        told.append(
+            f"{file} was made of {fewest:,} tokens for some layers: with fewer than {GPTQ_TOKENS:,}, GPTQ fits these "
+            "tokens more than the model. Calibrate with more (--tokens)"
+        )
+    told.append(f"GPTQ fits the kind of text that {file} was made of, and may lose on others: calibrate with yours")
+    rest = [weight for weight in matched.sums if weight not in found and weight not in matched.unseen]
+    if rest:
+        told.append(f"{file} has no Hessian of {_weights(rest)}, rounded to the nearest level: {_shown(rest)}")
+    return tuple(told)
+
+
 def described(statistics: Statistics, matched: Matched) -> dict[str, Any]:
     """What the report says of the file."""
     return {
@@ -105,7 +137,14 @@ def warnings(statistics: Statistics, matched: Matched) -> tuple[str, ...]:
     name = Path(statistics.location).name
     for weights, why in ((matched.missing, "does not speak of"), (matched.unseen, "saw no token of")):
         if weights:
-            shown = ", ".join(weights[:3]) + (" …" if len(weights) > 3 else "")
-            noun = "1 quantized weight" if len(weights) == 1 else f"{len(weights)} quantized weights"
-            found.append(f"{name} {why} {noun}, searched as if all inputs mattered the same: {shown}")
+            count, shown = _weights(weights), _shown(weights)
+            found.append(f"{name} {why} {count}, searched as if all inputs mattered the same: {shown}")
     return tuple(found)
+
+
+def _weights(names: Sequence[str]) -> str:
+    return "1 quantized weight" if len(names) == 1 else f"{len(names)} quantized weights"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

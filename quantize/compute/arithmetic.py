@@ -64,6 +64,16 @@ class Arithmetic(Protocol):
         self, values: NDArray[Any], dtype: str, quant_type: QuantType, scales: NDArray[np.float32], packed: Bytes
     ) -> None: ...
 
+    def gptq_4bit(
+        self,
+        values: NDArray[Any],
+        dtype: str,
+        quant_type: QuantType,
+        scales: NDArray[np.float32],
+        hessian: NDArray[np.float32],
+        packed: Bytes,
+    ) -> None: ...
+
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
     ) -> NonFinite: ...

@@ -62,6 +62,17 @@ class Cpu:
     ) -> None:
         kernels.encode_4bit(values, dtype, quant_type, scales, packed)
 
+    def gptq_4bit(
+        self,
+        values: NDArray[Any],
+        dtype: str,
+        quant_type: QuantType,
+        scales: NDArray[np.float32],
+        hessian: NDArray[np.float32],
+        packed: Bytes,
+    ) -> None:
+        kernels.gptq_4bit(values, dtype, quant_type, scales, hessian, packed)
+
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
     ) -> NonFinite:

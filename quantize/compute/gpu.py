@@ -20,9 +20,10 @@ import torch  # noqa: TID253 (this module is imported lazily)
 from numpy.typing import NDArray
 
 from qz import TryAgain
+from qz.quantize.compute import gptq
 from qz.quantize.compute.kernels import BLOCK_SIZE, NESTED_BLOCK_SIZE, NonFinite
 from qz.quantize.compute.torch_kernels import DTYPES, tensor
-from qz.quantize.compute.torch_search import BlockWeights, encode, improve
+from qz.quantize.compute.torch_search import BlockWeights, encode, improve, packed_pairs, zero_code
 from qz.quantize.libraries.lean_imports import lean_imports
 
 if TYPE_CHECKING:
@@ -149,6 +150,27 @@ class Accelerator:
 
         inputs = [(tensor(values, dtype), 1), (tensor(scales, "F32"), BLOCK_SIZE)]
         self._in_pieces(2 * BLOCK_SIZE, inputs, compute, [(torch.from_numpy(packed), 2)])
+
+    def gptq_4bit(
+        self,
+        values: NDArray[Any],
+        dtype: str,
+        quant_type: QuantType,
+        scales: NDArray[np.float32],
+        hessian: NDArray[np.float32],
+        packed: Bytes,
+    ) -> None:
+        """One weight at a time, on the first device; see ``qz.quantize.compute.gptq``."""
+        device = self.devices[0]
+        given = tensor(values, dtype), tensor(scales, "F32"), tensor(hessian, "F32")
+        try:
+            with self._whole, self._device_errors():
+                weight, its_scales, its_hessian = (each.to(device) for each in given)
+                codes = gptq.codes(weight, quant_type, its_scales, its_hessian).view(-1)
+                padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=zero_code(quant_type))
+                packed[:] = packed_pairs(padded).cpu().numpy()
+        except torch.OutOfMemoryError:
+            raise self._out_of_memory() from None
 
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]

@@ -36,6 +36,7 @@ __all__ = [
     "dequantize_int8",
     "encode_4bit",
     "error_sums",
+    "gptq_4bit",
     "nested_quant_map",
     "quantize_4bit",
     "quantize_absmax",
@@ -160,6 +161,30 @@ def encode_4bit(values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], sc
     backend().encode_4bit(values, dtype, quant_type, scales, packed)
 
 
+def gptq_4bit(
+    values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], scales: Array, hessian: Array, packed: Array
+) -> None:
+    """``encode_4bit`` of a whole weight, (out, in), so that errors cancel in its output; see ``gptq``.
+
+    ``hessian``: float32 (in, in). One weight at a time, by all of torch's threads; what they add up in
+    another order on another machine may decide a code.
+    """
+    rows, columns = values.shape
+    _check(values, (rows, columns), _BITS[dtype], "values")
+    _check(scales, (-(-values.size // BLOCK_SIZE),), np.float32, "scales")
+    _check(hessian, (columns, columns), np.float32, "hessian")
+    _check(packed, (-(-values.size // 2),), np.uint8, "packed")
+    import torch
+
+    from qz.quantize.compute import gptq, torch_kernels, torch_search
+
+    with _one_gptq:
+        given = torch_kernels.tensor(values, dtype), torch.from_numpy(scales), torch.from_numpy(hessian)
+        codes = gptq.codes(given[0], quant_type, *given[1:]).view(-1)
+    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=torch_search.zero_code(quant_type))
+    packed[:] = torch_search.packed_pairs(padded).numpy()
+
+
 def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFinite:
     """Quantize row by row, like ``bnb.nn.Int8Params(values).to("cpu")``: cast to float16, then scale by its absmax.
 
@@ -228,6 +253,7 @@ def dequantize_int8(weight: Array, scb: Array, dtype: str, out: Array) -> None:
 
 
 _one_thread = threading.Lock()
+_one_gptq = threading.Lock()
 
 
 def quantize_absmax(absmax: Array) -> tuple[Array, Array, float]:

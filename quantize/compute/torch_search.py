@@ -44,7 +44,7 @@ def improve(
         blocks = torch.nn.functional.pad(x, (0, -x.numel() % 64)).view(-1, 64)
         found, better = _search(blocks, None if weights is None else weights.of(part), quant_type, scales[part])
         chosen = torch.where(
-            better.repeat_interleave(32)[: codes.numel()], _packed(found.codes)[: codes.numel()], codes
+            better.repeat_interleave(32)[: codes.numel()], packed_pairs(found.codes)[: codes.numel()], codes
         )
         codes.copy_(chosen)
         scales[part] = torch.where(better, found.scales, scales[part])
@@ -52,7 +52,7 @@ def improve(
 
 def encode(values: torch.Tensor, quant_type: str, scales: torch.Tensor, packed: torch.Tensor) -> None:
     """``packed`` = the codes nearest to ``values`` (1-D) under the given ``scales``, of any sign; 0 gives zeros."""
-    bounds, _, order = _tables(quant_type, values.device)
+    bounds, _, order = table_tensors(quant_type, values.device)
     step = _BLOCKS.get(values.device.type, 1 << 18)
     for start in range(0, scales.numel(), step):
         x, out = values[start * 64 : (start + step) * 64], packed[start * 32 : (start + step) * 32]
@@ -60,7 +60,7 @@ def encode(values: torch.Tensor, quant_type: str, scales: torch.Tensor, packed: 
         given = scales[start : start + step].unsqueeze(1)
         usable = given.abs() >= scale_search.LEAST_SCALE
         scaled = torch.where(usable, blocks * (1.0 / torch.where(usable, given, 1.0)), 0.0)
-        out.copy_(_packed(order[torch.bucketize(scaled, bounds, out_int32=True)])[: out.numel()])
+        out.copy_(packed_pairs(order[torch.bucketize(scaled, bounds, out_int32=True)])[: out.numel()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _search(
     values: torch.Tensor, weights: torch.Tensor | None, quant_type: str, scales: torch.Tensor
 ) -> tuple[_Found, torch.Tensor]:
     """What is found for blocks (blocks, 64), and where it is better than absmax."""
-    bounds, levels, order = _tables(quant_type, values.device)
+    bounds, levels, order = table_tensors(quant_type, values.device)
     usable = (scales > scale_search.LEAST_ABSMAX) & (scales < scale_search.MOST_ABSMAX)
     absmax = torch.where(usable, scales, 1.0)
     inverse = (1.0 / absmax).unsqueeze(1)
@@ -107,17 +107,22 @@ def _search(
     return _Found(order[position], found), usable & (error(position, found) < limit)
 
 
-def _packed(codes: torch.Tensor) -> torch.Tensor:
+def packed_pairs(codes: torch.Tensor) -> torch.Tensor:
     """Pairs of codes as bytes, the first in the high half."""
     pairs = codes.view(-1, 2)
     return (pairs[:, 0] << 4) | pairs[:, 1]
 
 
-def _tables(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def table_tensors(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bounds, levels in ascending order, and the codes of these levels."""
     order = tables.order(quant_type)
     levels = torch.from_numpy(tables.QUANT_MAPS[quant_type][order])
     return torch.from_numpy(tables.bounds(quant_type)).to(device), levels.to(device), torch.from_numpy(order).to(device)
+
+
+def zero_code(quant_type: str) -> int:
+    """What fills the half of a byte that no value needs."""
+    return int(tables.order(quant_type)[int((tables.bounds(quant_type) < 0).sum())])
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qz.quantize.calibration.statistics import Statistics
     from qz.quantize.planning.plan import Plan
 
 
@@ -27,9 +28,18 @@ class Refinement:
     """What the report says of the file of importance."""
     notes: tuple[str, ...] = ()
     """What the user should not overlook."""
+    hessians: Mapping[str, str] = field(default_factory=dict)
+    """Weights that are rounded by GPTQ → the name of their Hessian in ``statistics``."""
+    statistics: Statistics | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {"scales": "search", "rounding": self.rounding, "importance": self.importance}
+
+    def hessian(self, weight: str) -> NDArray[np.float32]:
+        """float32 (in, in) of a weight among ``hessians``, read anew."""
+        found = self.statistics.hessian(self.hessians[weight]) if self.statistics is not None else None
+        assert found is not None  # planning took those that are there
+        return found
 
 
 AS_THE_LIBRARIES: Mapping[str, Any] = {"scales": "absmax", "rounding": "nearest", "importance": None}
@@ -53,9 +63,15 @@ def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline:
     quantized = [step for step in plan.steps if step.act == "quantize"]
     matched = importance.match(statistics, quantized, component, pipeline=pipeline)
     columns = {name: importance.column_weights(sums) for name, sums in matched.sums.items()}
+    hessians, notes = {}, importance.warnings(statistics, matched)
+    if settings.rounding == "gptq":
+        hessians = importance.hessians(statistics, matched)
+        notes = (*notes, *importance.gptq_warnings(statistics, matched, hessians))
     return Refinement(
         settings.rounding,
         {name: tiled_weights(weights) for name, weights in columns.items() if weights is not None},
         importance.described(statistics, matched),
-        importance.warnings(statistics, matched),
+        notes,
+        hessians,
+        statistics,
     )

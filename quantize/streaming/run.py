@@ -50,7 +50,7 @@ class _Work:
     nonfinite: int = 0
     first: int = -1
     absmax: NDArray[np.float32] | None = None
-    """All of the weight's absmax values, kept for double quantization."""
+    """All of the weight's scales, kept where they are quantized too, or codes are chosen for them afterwards."""
     deferred: list[Deferred] = field(default_factory=list)
     """Values that get their codes when the scales are known as a loader will see them."""
 
@@ -187,7 +187,7 @@ class Run:
     def _chunks(self) -> Iterator[_Chunk]:
         for step in self.steps:
             weight, source = step.weight, step.sources[0]
-            if weight.conversion is not None or weight.transposed:
+            if weight.conversion is not None or weight.transposed or self._has_hessian(step):
                 yield _Chunk(_Work(step, 1), 0, 0, whole=True)
                 continue
             count = weight.count
@@ -198,10 +198,19 @@ class Run:
             length = max(unit, self.arithmetic.chunk_bytes * count // max(widest, 1) // unit * unit)
             starts = range(0, count, length) if count else [0]
             work.chunks = len(starts)
-            if weight.quantized and self.plan.method is not None and self.plan.method.double_quant:
+            if self._keeps_scales(step):
                 work.absmax = np.empty(-(-count // BLOCK_SIZE), np.float32)
             for start in starts:
                 yield _Chunk(work, start, min(start + length, count))
+
+    def _has_hessian(self, step: Step) -> bool:
+        """Whether a weight's codes are found by GPTQ, which needs all of it at once."""
+        refined = self.plan.refinement
+        return refined is not None and step.weight.quantized and step.weight.name in refined.hessians
+
+    def _keeps_scales(self, step: Step) -> bool:
+        method = self.plan.method
+        return step.weight.quantized and method is not None and (method.double_quant or self._has_hessian(step))
 
     def _work(self, chunks: Iterator[_Chunk]) -> None:
         buffers = _Buffers(self.arithmetic)
@@ -258,7 +267,7 @@ class Run:
             if self.observer is not None and step.act == "dequantize":
                 self.observer.dequantized(step, 0, original, buffers.get)
         else:
-            if self.plan.method is not None and self.plan.method.double_quant:
+            if self._keeps_scales(step):
                 work.absmax = np.empty(-(-weight.count // BLOCK_SIZE), np.float32)
             self._quantize(work, original[0], 0, buffers, original)
 
@@ -372,6 +381,10 @@ class Run:
             return
         self._write(outputs["weight.quant_map"], QUANT_MAPS[method.quant_type], 0)
         state = outputs[f"weight.quant_state.bitsandbytes__{method.quant_type}"]
+        if work.absmax is not None and not method.double_quant:
+            self._encode_deferred(work, method, work.absmax)
+            self._write(outputs["weight.absmax"], work.absmax, 0)
+            work.absmax = None
         if work.absmax is None:
             self._write(state, np.frombuffer(method.quant_state(weight.shape, weight.dtype), np.uint8), 0)
             return
@@ -393,11 +406,17 @@ class Run:
         """Choose and write the codes of values that waited for their scales: those scales decide what is nearest."""
         saved = next(saved for saved in work.step.outputs if saved.part == "weight")
         buffers, dtype = _Buffers(self.arithmetic), SAFETENSORS_NAMES[work.step.weight.dtype]
+        refined, name = self.plan.refinement, work.step.weight.name
         for each in sorted(work.deferred, key=lambda each: each.start):
             count, first = len(each.values), each.start // BLOCK_SIZE
             scales = absmax[first : first - (-count // BLOCK_SIZE)]
             packed = buffers.get("packed", -(-count // 2))
-            self.arithmetic.encode_4bit(each.values, dtype, method.quant_type, scales, packed)
+            if refined is not None and name in refined.hessians:
+                values = each.values.reshape(work.step.weight.shape)
+                hessian = refined.hessian(name)
+                self.arithmetic.gptq_4bit(values, dtype, method.quant_type, scales, hessian, packed)
+            else:
+                self.arithmetic.encode_4bit(each.values, dtype, method.quant_type, scales, packed)
             self._write(saved, packed, each.start // 2)
             if self.observer is not None and each.original is not None:
                 self.observer.quantized(work.step, method, each.start, each.original, packed, scales, buffers.get)
