@@ -13,7 +13,7 @@ from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import describe_difference
-from qz.formats.output.record import RECORD, Record, read_record
+from qz.formats.output.record import RECORD, Record, as_text, read_record
 from qz.quantize.methods import Method
 from qz.quantize.settings import Settings
 
@@ -81,7 +81,7 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
     except QzError as error:
         raise OutputRefused(f"{output} exists, but cannot be checked: {error} {instead}") from error
     then = {"source": record.about.get("identity"), "settings": record.about.get("settings")}
-    now = {"source": identity_of(folder), "settings": settings_fingerprint(settings)}
+    now = as_text({"source": identity_of(folder), "settings": settings_fingerprint(settings)})
     if then != now:
         raise OutputRefused(
             f"{output} was made from another source or differently: {describe_difference(then, now)}. {instead}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qz import MissingInput, QzError
+from qz import QzError
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.weights import (
     Library,
@@ -19,7 +19,7 @@ from qz.formats.checkpoint.weights import (
     original_layout,
     unused_files,
 )
-from qz.formats.folder import Folder, LocalFolder
+from qz.formats.folder import Folder, LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
@@ -94,17 +94,6 @@ def survey_file(folder: Folder, file: str) -> tuple[dict[str, StoredTensor], dic
     tensors = found.tensors([file], headers, {})
     found.other_tools(file, tensors)
     return tensors, headers[file].metadata if headers else {}, found.problems.worst_first()
-
-
-def read_file(folder: Folder, file: str, limit: int) -> bytes:
-    """A whole small file; of one larger than ``limit`` bytes only ``limit + 1``, which is enough to refuse it."""
-    size = folder.sizes().get(file)
-    if size is None:
-        folder.read_into(file, 0, memoryview(bytearray(1)))  # says why it is not among the files
-        raise MissingInput(f"{folder.location}/{file} does not exist.")
-    buffer = bytearray(min(size, limit + 1))
-    folder.read_into(file, 0, memoryview(buffer))
-    return bytes(buffer)
 
 
 class _Survey:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem, kind_of
-from qz.formats.folder import Range
-from qz.formats.json_files import read_json
+from qz.formats.folder import Range, read_file
+from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
@@ -49,20 +49,24 @@ class Record:
 def encode_record(files: Iterable[WrittenFile], about: Mapping[str, Any]) -> bytes:
     """The record's JSON, whatever the order of ``files``."""
     listed = [asdict(file) for file in sorted(files, key=lambda file: file.name)]
-    return (json.dumps({"version": 1, "about": dict(about), "files": listed}, indent=2) + "\n").encode()
+    return (json.dumps({"version": 1, "about": as_text(dict(about)), "files": listed}, indent=2) + "\n").encode()
+
+
+def as_text(value: Any) -> Any:
+    """JSON values in which a byte of a file name that is no UTF-8 is written as ``\\udcff``, for no JSON holds it."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {as_text(key): as_text(inner) for key, inner in value.items()}
+    return [as_text(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_record(folder: Folder) -> Record | None:
     """The record of a checkpoint, or None if there is none; Malformed if it is damaged."""
-    size = folder.sizes().get(RECORD)
-    if size is None:
+    if RECORD not in folder.sizes():
         return None
     where = f"{folder.location}/{RECORD}"
-    if size > 10_000_000:
-        raise Malformed("record-malformed", f"{where} is {size} bytes long, which is too large for such a file.")
-    data = bytearray(size)
-    folder.read_into(RECORD, 0, memoryview(data))
-    value = read_json(bytes(data), where)
+    value = read_json(read_file(folder, RECORD, MAX_BYTES), where)
     about, listed = value.get("about"), value.get("files")
     if value.get("version") != 1 or not isinstance(about, dict) or not isinstance(listed, list):
         raise Malformed("record-malformed", f"{where} is not a record of version 1. A newer qz may read it.")
@@ -164,5 +168,6 @@ def as_written(entry: Mapping[str, Any]) -> WrittenFile:
 def require_safe_name(name: str) -> None:
     """Raise ValueError unless ``name`` is a relative path that stays inside the folder."""
     parts = PurePosixPath(name).parts
+    name.encode()  # half a surrogate pair is no text, and its error a ValueError
     if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
         raise ValueError(f"{quoted(name)} does not name a file inside the folder")

@@ -328,8 +328,11 @@ class Staging:
             if folder == self._partial:
                 break
 
-    def commit(self) -> tuple[WrittenFile, ...]:
-        """Check everything, write what comes last, and rename the whole into place. All files but the record."""
+    def commit(self, inspect: Callable[[Path], None] = lambda _: None) -> tuple[WrittenFile, ...]:
+        """Check everything, write what comes last, and rename the whole into place. All files but the record.
+
+        ``inspect`` is given the folder when all of it is there, and may raise what keeps it from getting its name.
+        """
         if self._unfinished:
             raise RuntimeError(f"shards are not finished: {sorted(self._unfinished)}")
         self._descriptors.close_all()
@@ -343,6 +346,7 @@ class Staging:
         found = dict(self._walk(self._partial))
         if found != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
+        inspect(self._partial)
         with defer_signals():
             self._publish()
         return written

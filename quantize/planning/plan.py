@@ -12,6 +12,7 @@ from qz.formats.output.staging import ShardLayout
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
+from qz.quantize.planning.computable import require_computable
 from qz.quantize.planning.refinement import Refinement
 from qz.quantize.planning.sources import Packed, Source
 
@@ -101,6 +102,7 @@ def make_plan(
         weight_map = {name: files[shard_of[name]] for name in by_name}
         documents[shards.index_name(checkpoint.library)] = shards.index(weight_map, total, total_parameters)
     steps = _steps(checkpoint, architecture, shard_of, sources or checkpoint.tensors)
+    require_computable(steps, checkpoint.folder.location)
     return Plan(checkpoint, architecture, method, steps, layouts, shard_of, documents)
 
 

@@ -17,6 +17,7 @@ from qz.formats.output.staging import RESUMABLE, Section, Staging, WrittenFile
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
 from qz.quantize.streaming.measure import Measure
+from qz.quantize.streaming.readable import UnreadableOutput, require_readable
 from qz.quantize.streaming.run import Run
 
 if TYPE_CHECKING:
@@ -127,15 +128,21 @@ def write_parts(
             if part.name:  # what it holds to read ahead is of no more use
                 for folder in _folders(part):
                     folder.close()
-        written = staging.commit()
+        written = staging.commit(lambda folder: require_readable(folder, parts))
     return Written(written, resumed)
 
 
 @contextmanager
 def _trust(staging: Staging, local: Sequence[LocalFolder]) -> Iterator[None]:
-    """If a local source changed, what was made of it is of no use: there will never be the same source again."""
+    """If a local source changed, what was made of it is of no use: there will never be the same source again.
+
+    Nor is what could not be read back.
+    """
     try:
         yield
+    except UnreadableOutput:
+        staging.distrust()
+        raise
     except Malformed as error:
         if local and error.kind == "changed":
             staging.distrust()

@@ -1,0 +1,36 @@
+"""What the arithmetic can be given, checked when a plan is made: dtypes that it knows, and weights that hold values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from qz import MalformedInput, Unsupported
+from qz.formats.malformed import quoted
+from qz.quantize.libraries.architecture import FLOATS, SAFETENSORS_NAMES
+
+if TYPE_CHECKING:
+    from qz.quantize.planning.plan import Step
+
+COMPUTED = frozenset(SAFETENSORS_NAMES[name] for name in FLOATS)
+"""The stored dtypes that can be cast and quantized; all others can only be copied as they are."""
+
+
+def require_computable(steps: Iterable[Step], where: str) -> None:
+    """Raise Unsupported for a weight to cast or quantize of any other dtype, MalformedInput for one without values."""
+    for step in steps:
+        weight, target = step.weight, SAFETENSORS_NAMES[step.weight.dtype]
+        if weight.quantized and not weight.count:
+            raise MalformedInput(
+                f"{where}: {quoted(weight.name)} has the shape {list(weight.shape)}: there is nothing in it to "
+                "quantize, and no loader takes such a layer quantized. Correct the sizes in config.json, or leave the "
+                "layer out with --skip."
+            )
+        for source in step.sources:
+            copied = not weight.quantized and (source.dtype == target or weight.conversion is not None)
+            if not copied and not {source.dtype, target} <= COMPUTED:
+                act = "quantized" if weight.quantized else f"cast to {weight.dtype}"
+                raise Unsupported(
+                    f"{where}: {quoted(source.name)} is stored as {source.dtype} and would have to be {act}. qz "
+                    f"computes with {', '.join(sorted(COMPUTED))} only. Convert the checkpoint to one of them first."
+                )

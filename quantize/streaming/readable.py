@@ -1,0 +1,53 @@
+"""What a run wrote, read as its readers will, before it gets its name: by the code that inspects and dequantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qz import QzError, Unsupported
+from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.survey import survey
+from qz.formats.folder import Folder, LocalFolder
+from qz.formats.output.record import read_record
+
+if TYPE_CHECKING:
+    from qz.quantize.streaming.output_parts import Part
+
+
+class UnreadableOutput(Unsupported):
+    """What was written is not what qz itself can read: it is not kept, nor used by a later run."""
+
+
+def require_readable(folder: Path, parts: Iterable[Part]) -> None:
+    """Raise UnreadableOutput unless the record and every converted model in ``folder`` can be read without an error.
+
+    Reads headers and quant states, some milliseconds' worth: what the tensors hold was compared when it was written.
+    """
+    root = LocalFolder(folder)
+    try:
+        for part in parts:
+            if part.plan is not None:
+                inner = root.subfolder(part.name) if part.name else root
+                source = part.plan.checkpoint.folder.location
+                _require_no_errors(inner, source)
+                inner.close()
+        read_record(root)
+    except UnreadableOutput:
+        raise
+    except QzError as error:
+        raise UnreadableOutput(f"{folder} cannot be read back, so it was not kept: {error}") from error
+    finally:
+        root.close()
+
+
+def _require_no_errors(folder: Folder, source: str) -> None:
+    checkpoint, problems = survey(folder)
+    if checkpoint is not None:
+        problems += read_quantized(checkpoint)[1]
+    errors = [problem.message for problem in problems if problem.severity == "error"]
+    if errors or checkpoint is None:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        why = f"{errors[0]}{more}" if errors else "there is no model in it."
+        raise UnreadableOutput(f"What {source} becomes could not be read back, so it was not kept: {why}")
