@@ -1,10 +1,12 @@
-"""Quantizing straight from a Hub: bytes over the network, peak memory, peak disk, and time, against a local folder.
+"""Quantizing straight from a Hub, against ``hf download`` from the same one: time, CPU, memory, disk, and requests.
 
-The Hub is ``tests/hub_server`` in a process of its own on 127.0.0.1, so the network is as fast as a loop-back is.
+The Hub is ``tests/hub_server`` in a process of its own on 127.0.0.1; every connection has a latency of 5 ms and
+70 MB/s, which is what the CDN of the real one gives at most.
 
-    python benchmarks/hub.py FOLDER [--model llama-1b|flux-holes] [--method nf4] [--remote-only]
+    python -m benchmarks.hub [FOLDER] [--model llama-1b|flux-holes] [--method nf4] [--xet] [--alone]
 
-FOLDER holds the checkpoint that is made once and kept. Prints one JSON object.
+FOLDER (default: .bench) holds the checkpoint that is made once and kept. ``--xet``: the CDN refuses, so that everything
+comes over Xet. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -12,95 +14,124 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would hide a package of that name
-
 IMPORTS = "import torch, transformers, diffusers, bitsandbytes, numba"
+LATENCY, BANDWIDTH = 0.005, 70e6
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("folder", type=Path, nargs="?", default=ROOT / ".bench")
     arguments.add_argument("--model", choices=("llama-1b", "flux-holes"), default="llama-1b")
     arguments.add_argument("--method", choices=("nf4", "fp4", "int8"), default="nf4")
-    arguments.add_argument("--remote-only", action="store_true", help="no run from the local folder to compare with")
+    arguments.add_argument("--xet", action="store_true", help="the CDN refuses")
+    arguments.add_argument("--alone", action="store_true", help="qz only: nothing to compare with")
     asked = arguments.parse_args()
 
     from benchmarks import checkpoints
 
-    source = asked.folder / "bench" / asked.model
+    models = asked.folder.resolve() / "hub"
+    source = models / "bench" / asked.model
     if asked.model == "llama-1b":
+        checkpoints.SHARD_BYTES = 300 * 10**6  # eight shards, for eight connections of hf download
         checkpoints.llama(source, checkpoints.LLAMA_1B)
     else:
         checkpoints.flux(source, holes=True)
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    repo, quantize = f"bench/{asked.model}", [sys.executable, "-m", "qz", "quantize", f"--{asked.method}", "--json"]
 
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         place = Path(scratch)
-        server = subprocess.Popen(
-            [sys.executable, "-m", "hub_server", asked.folder], cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True
-        )
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
-        try:
-            hub = {"HF_ENDPOINT": url, "HF_HOME": str(place / "home"), "HF_HUB_DISABLE_XET": "1"}
-            baseline = watched([sys.executable, "-c", IMPORTS], place, {})
-            command = [sys.executable, "-m", "qz", "quantize", f"--{asked.method}", "--json", "--quiet", "-o"]
-            local = None if asked.remote_only else watched([*command, "local", str(source)], place, {})
-            remote = watched([*command, "remote", f"bench/{asked.model}"], place, hub)
-        finally:
-            server.kill()
-        same = (
-            None
-            if local is None
-            else all(
-                (place / "remote" / path.name).read_bytes() == path.read_bytes()
-                for path in (place / "local").glob("*.safetensors")
-            )
-        )
-        output = sum(path.stat().st_size for path in (place / "remote").iterdir())
-    print(
-        json.dumps(
-            {
-                "model": asked.model,
-                "method": asked.method,
-                "bytes_weights": weights,
-                "bytes_received": remote["received"],
-                "bytes_output": output,
-                "same_weights_as_local": same,
-                "seconds": {"remote": remote["seconds"], "local": local and local["seconds"]},
-                "peak_anonymous_bytes": {
-                    "imports": baseline["memory"],
-                    "local": local and local["memory"],
-                    "remote": remote["memory"],
-                },
-                "peak_disk_bytes_beside_output": max(0, remote["disk"] - (local["left"] if local else 0) - output),
-            },
-            indent=2,
-        )
-    )
+        imports = watched([sys.executable, "-c", IMPORTS], place, {})
+        with Served(models, outage=asked.xet) as hub:
+            remote = watched([*quantize, "--quiet", "-o", "remote", repo], place, hub.environment)
+        output = size_of(place / "remote")
+        result: dict[str, Any] = {
+            "model": asked.model,
+            "method": asked.method,
+            "way": "xet" if asked.xet else "cdn",
+            "bytes_weights": weights,
+            "bytes_output": output,
+            "asked_of_the_hub": hub.counts["requests"],
+            "bytes_of_the_hub": hub.counts["bytes_out"],
+            "qz": told(remote, weights),
+            "peak_disk_bytes_beside_output": max(0, remote["disk"] - output),
+            "peak_anonymous_bytes_of_imports": imports["memory"],
+        }
+        if not asked.alone:
+            local = watched([*quantize, "--quiet", "-o", "local", str(source)], place, {})
+            result["same_weights_as_local"] = same(place / "remote", place / "local")
+            result["qz_from_a_local_folder"] = told(local, weights)
+            for name in ("remote", "local"):
+                shutil.rmtree(place / name)
+            with Served(models, outage=False) as hub:
+                hf = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", repo, "--quiet"]
+                download = watched(hf, place, hub.environment | {"HF_HUB_DISABLE_XET": "1"})
+            result["hf_download"] = told(download, weights)
+            result["throughput_against_hf_download"] = round(download["seconds"] / remote["seconds"], 2)
+    print(json.dumps(result, indent=2))
+
+
+class Served:
+    """A Hub in a process of its own. A context manager; ``counts`` is there afterwards."""
+
+    def __init__(self, models: Path, *, outage: bool) -> None:
+        command = [sys.executable, "-m", "hub_server", models, "--latency", LATENCY, "--bandwidth", BANDWIDTH]
+        self.command = [str(word) for word in command] + ["--outage"] * outage
+        self.counts: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(self.command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.home = tempfile.mkdtemp()
+        self.environment = {
+            "HF_ENDPOINT": self.process.stdout.readline().strip(),
+            "HF_HOME": "home",
+            "HF_XET_CACHE": f"{self.home}/xet",
+        }
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.terminate()
+        self.counts = json.loads(self.process.communicate()[0])
+        shutil.rmtree(self.home)
+
+
+def told(run: dict[str, Any], weights: int) -> dict[str, Any]:
+    return {
+        "seconds": run["seconds"],
+        "mb_per_second": round(weights / run["seconds"] / 1e6, 1),
+        "cpu_seconds_per_gb": round(run["cpu"] / (weights / 1e9), 2),
+        "peak_anonymous_bytes": run["memory"],
+        "peak_disk_bytes": run["disk"],
+    }
+
+
+def same(one: Path, other: Path) -> bool:
+    return all((one / path.name).read_bytes() == path.read_bytes() for path in other.glob("*.safetensors"))
 
 
 def watched(command: list[str], place: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Run a command in ``place``: its seconds, peak anonymous memory, peak disk use there, bytes over the network."""
-    began = time.monotonic()
+    """Run a command in ``place``: its seconds and CPU seconds, peak anonymous memory, peak disk use there."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=place,
         env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    before, memory, disk = loopback(), 0, 0
+    memory = disk = 0
     while process.poll() is None:
         memory = max(memory, anonymous(process.pid))
         disk = max(disk, used(place))
@@ -108,12 +139,12 @@ def watched(command: list[str], place: Path, environment: dict[str, str]) -> dic
     _, errors = process.communicate()
     if process.returncode:
         raise SystemExit(errors)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": round(time.monotonic() - began, 2),
+        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "memory": memory,
         "disk": disk,
-        "left": used(place),
-        "received": loopback() - before,
     }
 
 
@@ -124,6 +155,10 @@ def anonymous(pid: int) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def used(place: Path) -> int:
@@ -138,15 +173,5 @@ def used(place: Path) -> int:
     return total
 
 
-def loopback() -> int:
-    """Bytes that went over 127.0.0.1 since the machine started: an upper bound where others use it too."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        if line.strip().startswith("lo:"):
-            return int(line.split(":")[1].split()[0])
-    return 0
-
-
 if __name__ == "__main__":
-    if shutil.disk_usage(Path.cwd()).free < 1 << 30:
-        raise SystemExit("Less than 1 GB is free here.")
     main()

@@ -1,8 +1,13 @@
-"""Serve ``root/<owner>/<name>`` as repositories until interrupted; the first line printed is the address."""
+"""Serve ``root/<owner>/<name>`` as repositories; the first line printed is the address.
+
+SIGTERM ends it, and it prints what was asked of it, as JSON.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import threading
 from pathlib import Path
 
@@ -14,14 +19,21 @@ def main() -> None:
     arguments.add_argument("root", type=Path)
     arguments.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     arguments.add_argument("--bandwidth", type=float, default=0.0, help="bytes a second of each connection")
+    arguments.add_argument("--link-seconds", type=float, default=3600, help="life of a signed link")
+    arguments.add_argument("--outage", action="store_true", help="the CDN refuses every link to a file")
     asked = arguments.parse_args()
-    with HubServer() as hub:
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    with HubServer(link_seconds=asked.link_seconds) as hub:
         hub.latency, hub.bandwidth = asked.latency, asked.bandwidth
+        if asked.outage:
+            hub.fail("cdn", status=403, message="SignatureError: invalid key pair id")
         for folder in sorted(asked.root.glob("*/*")):
             files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
             hub.add(f"{folder.parent.name}/{folder.name}", files)
         print(hub.url, flush=True)
-        threading.Event().wait()
+        ended.wait()
+        print(json.dumps({"requests": hub.requests, "bytes_out": hub.bytes_out}), flush=True)
 
 
 if __name__ == "__main__":
