@@ -187,6 +187,26 @@ def test_content_range_is_believed_only_if_it_is_one(hub: HubServer, said: str |
     assert "does not say which bytes" in failure(lambda: stream(opened(hub)), TryAgain)
 
 
+@pytest.mark.parametrize("rules", [{}, {"link_seconds": 0.2}], ids=["an-hour", "a-moment"])
+def test_a_run_outlives_its_links_by_the_servers_own_clock(connect: Connect, rules: dict[str, float]) -> None:
+    hub = connect(**rules)
+    hub.latency, hub.bandwidth = 0.02, 2e6
+    assert stream(opened(hub, retries=Retries(attempts=6, first_wait=0.01))) == WEIGHTS
+    assert (hub.answers["cdn", 403] > 1) == bool(rules)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_lines_that_check_the_real_hub_say_of_this_one_what_the_page_says(connect: Connect) -> None:
+    hub = connect(binding_hosts=("aws", "gcp"))
+    hub.add("openai-community/gpt2", FILES)
+    page = (Path(package.__file__).parent.parent / "docs/explanation/hub.md").read_text()
+    lines = page.split("```text\n")[1].split("```")[0].replace("https://huggingface.co", hub.url)
+    assert len(lines.splitlines()) == 3
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["206", "206", "403"]
+    assert "206, 206 and 403" in page
+
+
 # Limits of rates
 
 
