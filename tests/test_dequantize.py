@@ -34,6 +34,11 @@ from zoo import DIFFUSERS, ODD, TRANSFORMERS, build, llama
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
 
+@pytest.fixture
+def qz(forked_qz: Qz) -> Qz:
+    return forked_qz
+
+
 def is_part(name: str) -> bool:
     return name.endswith(PARTS) or ".quant_state." in name
 

@@ -20,6 +20,7 @@ import yaml
 
 import pipelines
 from conftest import Qz
+from forked import Server
 from hub_server import OWNER, HubServer
 from pace import HANG
 from qz import QzError
@@ -121,6 +122,32 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+QZ_BY_FORK = """
+import json, os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+wish = dict(arguments=sys.argv[1:], cwd=os.getcwd(), at=-1, act="", only=[], before="", environment=dict(os.environ))
+connection.sendall(json.dumps(dict(wish, terminal="")).encode() + b"\\n")
+answers = connection.makefile("r")
+answers.readline()
+ended = json.loads(answers.readline())
+sys.stdout.write(ended["stdout"])
+sys.stderr.write(ended["stderr"])
+sys.exit(ended["code"])
+"""
+
+
+@pytest.fixture(scope="session")
+def quick(forks: Server, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the front of PATH, whose ``qz`` runs the command in a fork of a process that is warm."""
+    forks.warm("quantize", "my-pipeline", "--dry-run", "--quiet", cwd=flux)
+    folder = tmp_path_factory.mktemp("quick")
+    script = folder / "qz"
+    script.write_text(f"#!{sys.executable} -IS\n{QZ_BY_FORK.format(address=forks.address)}")
+    script.chmod(0o755)
+    return folder
+
+
 def environment(**more: str) -> dict[str, str]:
     """This one, with the ``qz`` of this environment first, and without a runner's own settings."""
     bin_folder = Path(sys.executable).parent
@@ -133,7 +160,7 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any("qz " in line for line in shell_lines(page))], ids=named
 )
-def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path) -> None:
+def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path, quick: Path) -> None:
     """Word for word, on tiny models that lie where the names lead. Publishing is tested with its own server."""
     place = tmp_path / "here"
     shutil.copytree(flux, place)
@@ -146,7 +173,7 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path) -> None:
             result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", line],
                 cwd=place,
-                env=environment(),
+                env=environment() | {"PATH": f"{quick}:{os.environ['PATH']}"},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

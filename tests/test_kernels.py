@@ -44,10 +44,12 @@ each_quant_type = pytest.mark.parametrize("quant_type", QUANT_TYPES)
 
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """So that the reference is the same on every machine, and quick on a busy one."""
+    """So that the reference is the same on every machine, and quick on a busy one: bitsandbytes compiles some of its
+    operations for each shape, which takes seconds; whole models are compared with those."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with torch.compiler.set_stance("force_eager"):
+        yield
     torch.set_num_threads(before)
 
 

@@ -33,6 +33,11 @@ FOLDERS: list[Folder] = []
 NAMES = ("llama-odd", "gpt2", "mixtral", "bert", "flux", "wan")
 
 
+@pytest.fixture
+def qz(forked_qz: Qz) -> Qz:
+    return forked_qz
+
+
 @pytest.fixture(autouse=True)
 def close_folders() -> Iterator[None]:
     yield

@@ -30,6 +30,11 @@ from zoo import build, llama
 Qz = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture
+def qz(forked_qz: Qz) -> Qz:
+    return forked_qz
+
+
 def folder_state(folder: Path) -> dict[str, tuple[int, str]]:
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -175,7 +180,7 @@ def test_missing_and_misshapen_tensors_are_all_named_before_work(source: Path, t
 def test_a_class_that_is_not_installed_is_refused_with_what_to_do(source: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"architectures": ["LlamaForMindReading"]}
     (source / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
-    with pytest.raises(Unsupported, match=r"has no class LlamaForMindReading.*never run.*pip install -U transformers"):
+    with pytest.raises(Unsupported, match=r"has no class LlamaForMindReading.*never run.*pip install -U 'transformers"):
         plan_of(source, "nf4")
 
 
