@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from converted import quantized
-from reference import differing_files, transformers_model
+from reference import config_of, differing_files, transformers_model
 
 LANGUAGE = {
     "vocab_size": 128,
@@ -39,15 +39,6 @@ def same_as_the_library(model_class: Any, source: Path, output: Path, method: st
     return theirs
 
 
-def mobilebert() -> Any:
-    sizes = {"embedding_size": 64, "intra_bottleneck_size": 64, "true_hidden_size": 64, "intermediate_size": 128}
-    return transformers.MobileBertForMaskedLM(
-        transformers.MobileBertConfig(
-            hidden_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=100, **sizes
-        )
-    )
-
-
 def gemma3n() -> Any:
     return transformers.Gemma3nForCausalLM(
         transformers.Gemma3nTextConfig(
@@ -66,9 +57,103 @@ def gemma3n() -> Any:
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-@pytest.mark.parametrize("make", [mobilebert, gemma3n])
+@pytest.mark.parametrize("make", [gemma3n])
 def test_a_tied_head_does_not_make_another_layer_the_last_one(make: Any, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = make()
     source = saved(model, tmp_path / "source")
     same_as_the_library(type(model), source, tmp_path / "output", method)
+
+
+def siglip2() -> Any:
+    return transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_patches=16,
+            patch_size=8,
+        )
+    )
+
+
+def mamba() -> Any:
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=64, **tokens
+        )
+    )
+
+
+def longt5() -> Any:
+    return transformers.LongT5EncoderModel(
+        transformers.LongT5Config(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, vocab_size=100)
+    )
+
+
+def xvector() -> Any:
+    convolutions = {"conv_dim": (64, 64), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+    tdnn = {"tdnn_dim": (64, 64), "tdnn_kernel": (2, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 64}
+    return transformers.Wav2Vec2ForXVector(
+        transformers.Wav2Vec2Config(
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=128,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            classifier_proj_size=64,
+            **convolutions,
+            **tdnn,
+        )
+    )
+
+
+IDS = torch.arange(12)[None] + 3
+IMAGE = {
+    "pixel_values": torch.rand(1, 16, 192).bfloat16() * 2 - 1,
+    "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+    "spatial_shapes": torch.tensor([[4, 4]]),
+}
+SOUND = {"input_values": torch.sin(torch.arange(2000) / 9)[None].bfloat16()}
+READ_BY_OTHERS = {
+    siglip2: (IMAGE, ["patch_embedding"]),
+    mamba: ({"input_ids": IDS}, ["dt_proj"]),
+    xvector: (SOUND, ["kernel"]),
+    longt5: ({"input_ids": IDS}, ["wo"]),
+}
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("make", READ_BY_OTHERS, ids=lambda make: make.__name__)
+def test_a_linear_whose_weight_other_code_reads_stays_as_it_is(make: Any, method: str, tmp_path: Path) -> None:
+    inputs, keys = READ_BY_OTHERS[make]
+    if make is longt5 and method == "int8":
+        keys = []  # the class asks for int8 before it uses the dtype, and for no other
+    torch.manual_seed(0)
+    model = make().eval()
+    source, output, reference = saved(model, tmp_path / "source"), tmp_path / "output", tmp_path / "reference"
+    summary = quantized(source, output, method)
+    listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
+    assert set(keys) <= set(listed or ())
+    kept = [path for path, reason in summary.skipped.items() if reason.startswith("its weight is read by ")]
+    assert {path.rpartition(".")[2] for path in kept} == set(keys)
+    assert any("not quantized" in warning for warning in summary.warnings) == bool(keys)
+
+    transformers_model(type(model), source, method, skips=listed).save_pretrained(reference)
+    assert differing_files(reference, output) == []
+    with torch.no_grad():
+        ours = type(model).from_pretrained(output)(**inputs)[0].float()
+        original = model(**inputs)[0].float()
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), original.flatten(), dim=0) > 0.8
+
+
+def test_without_default_skips_it_is_quantized_as_the_library_does(tmp_path: Path) -> None:
+    source, output, reference = saved(siglip2(), tmp_path / "source"), tmp_path / "output", tmp_path / "reference"
+    summary = quantized(source, output, "nf4", default_skips=False)
+    assert "patch_embedding is quantized, but Siglip2VisionEmbeddings reads" in " ".join(summary.warnings)
+    listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
+    transformers_model(transformers.Siglip2VisionModel, source, "nf4", skips=listed).save_pretrained(reference)
+    assert differing_files(reference, output) == []

@@ -175,11 +175,22 @@ def document(text: str) -> bytes:
     return text.encode("utf-8")
 
 
-def skip_list(defaults: list[str], request: LoadRequest) -> list[str] | None:
+@dataclass(frozen=True, slots=True)
+class Skips:
+    """Keys of ``llm_int8_skip_modules`` that the user did not name."""
+
+    library: tuple[str, ...] = ()
+    """What the library leaves alone where the list is null."""
+    read_by_others: tuple[str, ...] = ()
+    """Layers whose weight the model's own code reads; the library knows of none of them."""
+
+
+def skip_list(skips: Skips, request: LoadRequest) -> list[str] | None:
     """``llm_int8_skip_modules`` to write: None when the library's own defaults are meant."""
-    if request.default_skips and not request.skips:
+    if request.default_skips and not request.skips and not skips.read_by_others:
         return None
-    return list(dict.fromkeys([*(sorted(defaults) if request.default_skips else ()), *request.skips]))
+    defaults = (*skips.library, *skips.read_by_others) if request.default_skips else ()
+    return list(dict.fromkeys([*defaults, *request.skips]))
 
 
 def checked(missing: set[str], mismatched: list[str], class_name: str, where: str) -> None:

@@ -6,7 +6,8 @@ choice of linears follows ``quantizers/bitsandbytes/utils.py:_replace_with_bnb_l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from qz.quantize.libraries.architecture import (
     Footprint,
     LoadRequest,
     Saved,
+    Skips,
     TensorSpec,
     Weight,
     checked,
@@ -29,6 +31,7 @@ from qz.quantize.libraries.architecture import (
     skip_list,
 )
 from qz.quantize.libraries.versions import requirement
+from qz.quantize.libraries.weight_readers import read_by_others
 
 
 def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> Architecture:
@@ -50,7 +53,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         checkpoint.folder.location,
     )
     fp32 = _listed(model._keep_in_fp32_modules)
-    linears, kept = _select(model, request, fp32)
+    selection = _select(model, request, fp32)
 
     def dtype_of(name: str) -> str:
         given = found[name].dtype
@@ -63,7 +66,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
     }
     quantized = {
         path: Weight(f"{path}.weight", weight.sources, weight.dtype, weight.shape, quantized=True)
-        for path in linears
+        for path in selection.linears
         for weight in [weights[f"{path}.weight"]]
     }
     saved = []
@@ -86,13 +89,14 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
     return Architecture(
         class_name=class_name,
         saved=tuple(saved),
-        kept_linears=kept,
+        kept_linears=selection.kept,
         dropped=tuple(sorted(source for name, source in sources.items() if name not in state)),
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         counted_parameters=sum(parameter.numel() for parameter in parameters.values()),
         footprint=Footprint(before, before + packed),
         dtype=load_dtype,
-        documents=_documents(model, request),
+        documents=_documents(model, request, selection.skips),
+        notes=selection.notes,
     )
 
 
@@ -152,40 +156,52 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     return model, str(name)
 
 
-def _select(model: Any, request: LoadRequest, fp32: list[str]) -> tuple[list[str], dict[str, str]]:
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Linear layers to quantize; those to keep → why; keys for the skip list that say so; what to tell the user."""
+
+    linears: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    skips: Skips = field(default_factory=Skips)
+    notes: tuple[str, ...] = ()
+
+
+def _select(model: Any, request: LoadRequest, fp32: list[str]) -> _Selection:
     """Linears to quantize, and those to keep with the reason.
 
-    The library's rule: a key matches a leaf's name, a whole path, or ``key.`` anywhere in the path. Without user
-    skips only ``_keep_in_fp32_modules`` count.
+    Without user skips only ``_keep_in_fp32_modules`` count in the library; here also layers whose weight other code
+    reads.
     """
-
     if request.method is None:
-        return [], {}
-
-    def matches(keys: list[str] | tuple[str, ...], path: str) -> bool:
-        leaf = path.rpartition(".")[2]
-        return any(key in (leaf, path) or f"{key}." in path for key in keys)
-
+        return _Selection()
     linears: list[str] = []
     kept: dict[str, str] = {}
     for path, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
-        if matches(request.skips, path):
+        if _matches(request.skips, path):
             kept[path] = "skipped on request"
-        elif matches(fp32, path):
+        elif _matches(fp32, path):
             kept[path] = "kept in float32 by the model"
         else:
             linears.append(path)
-    return linears, kept
+    read = read_by_others(model, linears, request, _matches)
+    chosen = tuple(path for path in linears if path not in read.kept)
+    return _Selection(chosen, kept | dict(read.kept), Skips((), read.keys), read.notes)
 
 
-def _documents(model: Any, request: LoadRequest) -> dict[str, bytes]:
+def _matches(keys: Iterable[str], path: str) -> bool:
+    """The library's rule: a key matches a leaf's name, a whole path, or ``key.`` anywhere in the path."""
+    leaf = path.rpartition(".")[2]
+    return any(key in (leaf, path) or f"{key}." in path for key in keys)
+
+
+def _documents(model: Any, request: LoadRequest, keys: Skips) -> dict[str, bytes]:
     """config.json as ``save_pretrained`` writes it, without ``_name_or_path``, which would leak a local path."""
     from diffusers import BitsAndBytesConfig
 
     if request.method is not None:
-        skips = skip_list([], request)
+        skips = skip_list(keys, request)
         if skips is not None:  # the library extends the user's list in place
             skips += _listed(model._keep_in_fp32_modules)
         config = BitsAndBytesConfig(**request.method.config(), llm_int8_skip_modules=skips)

@@ -6,7 +6,6 @@ Imported only when a transformers checkpoint is planned.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qz import IOFailed, MalformedInput, Unsupported, UsageError
+from qz import IOFailed, MalformedInput
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
 from qz.formats.json_files import read_json
 from qz.quantize.libraries.architecture import (
@@ -28,23 +27,17 @@ from qz.quantize.libraries.architecture import (
     checked,
     document,
     expand,
-    skip_list,
 )
 from qz.quantize.libraries.origins import Model, find_origins, find_transposed, tie
 from qz.quantize.libraries.saved_names import saved_tensors
 from qz.quantize.libraries.transformers_classes import body_class_of, model_class_of
 from qz.quantize.libraries.transformers_internals import (
-    MODULES_TO_PATCH_FOR_QUANTIZATION,
-    Conv1D,
-    default_skips,
-    float32_modules,
     ignored_on_save,
     kept_in_float32,
     no_init_weights,
     remove_tied_weights_from_state_dict,
-    should_convert_module,
-    tied_weights,
 )
+from qz.quantize.libraries.transformers_selection import select
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -69,12 +62,12 @@ def examine(
     transposed_weights = find_transposed(model, origins, tensors)
     checked(missing, [text for name, text in mismatched.items() if name not in transposed_weights], class_name, where)
     load_dtype = _name(model.config.dtype)
-    linears, kept, skips = _select(model, request)
+    selection = select(model, request)
     origins = tie(model, origins, equal)
 
     in_float32 = kept_in_float32(model)
     quantized: dict[str, Weight] = {}
-    for path, transposed in linears.items():
+    for path, transposed in selection.linears.items():
         shape = tuple(model.get_submodule(path).weight.shape)
         dtype = "float32" if in_float32(f"{path}.weight") else load_dtype
         origin = origins[f"{path}.weight"]
@@ -100,7 +93,7 @@ def examine(
     return Architecture(
         class_name=class_name,
         saved=saved,
-        kept_linears=kept,
+        kept_linears=selection.kept,
         dropped=tuple(sorted(set(tensors) - used)),
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         counted_parameters=sum(
@@ -119,8 +112,8 @@ def examine(
             ),
         ),
         dtype=load_dtype,
-        documents=_documents(model, quantized, request, skips),
-        notes=head_missing + notes,
+        documents=_documents(model, quantized, request, selection.skips),
+        notes=head_missing + selection.notes + notes,
     )
 
 
@@ -195,51 +188,6 @@ def _no_room(error: OSError) -> IOFailed:
         f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. "
         "Free some space there, or name another folder with TMPDIR."
     )
-
-
-def _select(model: Model, request: LoadRequest) -> tuple[dict[str, bool], dict[str, str], list[str] | None]:
-    """Linears to quantize (path → stored transposed), linears to keep (path → why), and the skip list to write."""
-
-    if request.method is None:
-        return {}, {}, None
-    patched = {type(module).__name__ for module in model.modules()} & set(MODULES_TO_PATCH_FOR_QUANTIZATION)
-    if patched:
-        raise Unsupported(
-            f"transformers replaces {', '.join(sorted(patched))} when it quantizes, and cannot load back what it then "
-            f"saves ({type(model).__name__}). Use a quantization made for this family, such as compressed-tensors."
-        )
-    defaults = default_skips(model)
-    tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
-    if not request.default_skips and tied:
-        raise UsageError(
-            f"--no-default-skips would quantize the tied weights {', '.join(sorted(tied))}, and the result could not "
-            "run. Leave it out, or untie the weights first."
-        )
-    fp32 = float32_modules(model)
-    patterns = list(dict.fromkeys([*(defaults if request.default_skips else ()), *fp32, *request.skips]))
-    for pattern in request.skips:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UsageError(f"--skip {pattern!r} is not a regular expression: {error}.") from error
-    linears: dict[str, bool] = {}
-    kept: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, (Conv1D, torch.nn.Linear)):
-            continue
-        if type(module) is not torch.nn.Linear and not isinstance(module, Conv1D):
-            kept[path] = f"a {type(module).__name__}, which transformers does not quantize"
-        elif should_convert_module(path, patterns):
-            linears[path] = isinstance(module, Conv1D)
-        elif not should_convert_module(path, list(request.skips)):
-            kept[path] = "skipped on request"
-        elif not should_convert_module(path, fp32):
-            kept[path] = "kept in float32 by the model"
-        elif path in tied:
-            kept[path] = "tied to another weight"
-        else:
-            kept[path] = "output layer"
-    return linears, kept, skip_list(defaults, request)
 
 
 def _documents(
