@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from qz import QzError
+from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
@@ -36,10 +37,19 @@ TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
 def plan_quantization(
     checkpoint: Checkpoint, settings: Settings, component: str = "", *, pipeline: bool = False
 ) -> Plan:
-    """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, or cannot be.
+    """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, cannot be, or nothing of it would
+    be; UsageError if nothing would be because of ``settings.skips``.
 
     ``component``: the folder of a ``pipeline`` that the checkpoint is.
     """
+    plan = plan_conversion(checkpoint, settings, component, pipeline=pipeline)
+    if not plan.quantized:
+        raise _nothing_to_quantize(plan)
+    return plan
+
+
+def plan_conversion(checkpoint: Checkpoint, settings: Settings, component: str = "", *, pipeline: bool = False) -> Plan:
+    """As ``plan_quantization``, also where no layer of the model can be quantized."""
     refuse_quantized(checkpoint)
     request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips)
 
@@ -51,6 +61,19 @@ def plan_quantization(
     if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
         plan = planned(replace(request, skips=(*request.skips, *modules)))
     return replace(plan, refinement=refinement(plan, settings, component, pipeline=pipeline))
+
+
+def _nothing_to_quantize(plan: Plan) -> QzError:
+    where, name = plan.checkpoint.folder.location, plan.architecture.class_name
+    kept = Counter(plan.architecture.kept_linears.values())
+    if kept["skipped on request"]:
+        return UsageError(f"{where}: with these --skip nothing of {name} is left to quantize. Leave some of them out.")
+    why = ", ".join(f"{count} {reason}" for reason, count in kept.most_common(3))
+    found = f"each of its linear layers stays as it is ({why})" if kept else "it has no linear layer"
+    return Unsupported(
+        f"{where}: nothing of {name} can be quantized: {found}, and bitsandbytes quantizes no other. Use the model as "
+        "it is; loaded in a 16-bit dtype it takes half the memory of float32."
+    )
 
 
 def nonfinite_modules(plan: Plan, settings: Settings) -> list[str]:

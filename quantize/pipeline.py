@@ -25,6 +25,7 @@ from qz.quantize.settings import Settings
 from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
 from qz.quantize.summary import Source, summarize
 
+KEPT = "kept as it is"
 _COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)\Z")
 
 
@@ -58,6 +59,7 @@ class PipelinePlan:
 def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     """Choose components and plan each. ``settings.skips`` of the form COMPONENT/PATTERN hold for that one only.
 
+    A component that was not asked for by name, and that its library cannot quantize, is kept: its reason says why.
     Raises UsageError, Unsupported and MalformedInput as ``choose`` and ``plan_quantization`` do.
     """
     if settings.weights_only:
@@ -68,10 +70,25 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
         raise ValueError("a pipeline is quantized by a method")
     _expect(pipeline)
     choices = choose(pipeline, settings.method, settings.components, settings.component_methods)
-    chosen = {choice.name: choice for choice in choices if choice.method is not None}
     _require_skips(pipeline, settings.skips)
-    plans = {name: _plan(choice, _own_settings(choice, settings)) for name, choice in chosen.items()}
-    return compose(pipeline, choices, plans)
+    plans: dict[str, Plan] = {}
+    made: list[Choice] = []
+    refused: list[Unsupported] = []
+    for choice in choices:
+        if choice.method is None:
+            made.append(choice)
+            continue
+        try:
+            plans[choice.name] = _plan(choice, _own_settings(choice, settings))
+            made.append(choice)
+        except Unsupported as error:
+            if choice.asked_for:
+                raise
+            refused.append(error)
+            made.append(replace(choice, method=None, reason=f"{KEPT}: {error}"))
+    if not plans and refused:
+        raise refused[0]
+    return compose(pipeline, tuple(made), plans)
 
 
 def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
@@ -156,7 +173,7 @@ def carry_out_pipeline(
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
     )
-    return replace(done, notes=(*arithmetic.notes, *kernels.notes()))
+    return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()))
 
 
 def summarize_pipeline(
@@ -209,6 +226,7 @@ def summarize_pipeline(
         shards=shards,
         seconds=seconds,
         resumed=resumed,
+        notes=tuple(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
     )
 
 
@@ -241,12 +259,11 @@ def _plan(choice: Choice, settings: Settings) -> Plan:
     checkpoint = choice.component.checkpoint
     assert checkpoint is not None  # ``choose`` takes components with weights only
     try:
-        plan = plan_quantization(checkpoint, settings, choice.name, pipeline=True)
+        return plan_quantization(checkpoint, settings, choice.name, pipeline=True)
     except Unsupported as error:
+        if not choice.asked_for:
+            raise
         raise Unsupported(f"{error} Or leave it as it is: --component {choice.name}=none.") from error
-    if not plan.quantized:
-        raise UsageError(f"{choice.name} has no linear layer that could be quantized. Leave it out of --components.")
-    return plan
 
 
 def _footprint(component: Component) -> Footprint:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from transformers import CONFIG_MAPPING
 
 from converted import quantized
-from reference import config_of, differing_files, transformers_model
+from qz import MalformedInput, Unsupported
+from reference import config_of, differing_files, differing_tensors, diffusers_model, transformers_model
 
 LANGUAGE = {
     "vocab_size": 128,
@@ -26,6 +31,12 @@ def saved(model: Any, folder: Path) -> Path:
     """The model as bfloat16 in a folder."""
     model.bfloat16().save_pretrained(folder)
     return folder
+
+
+def change(folder: Path, **changes: Any) -> None:
+    """Set keys of config.json; ``...`` takes one out."""
+    config = config_of(folder) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
 def same_as_the_library(model_class: Any, source: Path, output: Path, method: str) -> Any:
@@ -157,3 +168,95 @@ def test_without_default_skips_it_is_quantized_as_the_library_does(tmp_path: Pat
     listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
     transformers_model(transformers.Siglip2VisionModel, source, "nf4", skips=listed).save_pretrained(reference)
     assert differing_files(reference, output) == []
+
+
+def glmga() -> Any:
+    """A model type that is served by the class of another one, which has a config of its own."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": 8,
+        "image_size": 32,
+    }
+    config = CONFIG_MAPPING["glmga"](
+        text_config={**LANGUAGE, "rope_parameters": rope},
+        vision_config={**vision, "patch_size": 8, "out_hidden_size": 64},
+    )
+    return transformers.Glm46VForConditionalGeneration(config)
+
+
+def test_a_type_served_by_another_familys_class_keeps_its_own_config(tmp_path: Path) -> None:
+    source = saved(glmga(), tmp_path / "source")
+    assert config_of(source)["architectures"] == ["Glm46VForConditionalGeneration"]
+    same_as_the_library(transformers.AutoModelForImageTextToText, source, tmp_path / "output", "nf4")
+    assert config_of(tmp_path / "output")["model_type"] == "glmga"
+
+
+def llama(**more: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LANGUAGE, **more))
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"), [("LlamaXForCausalLM", "LlamaForCausalLM"), ("NewLlamaModel", "LlamaModel")]
+)
+def test_where_the_library_has_no_class_of_that_name_the_model_type_gives_one(
+    named: str, taken: str, tmp_path: Path
+) -> None:
+    source = saved(llama(), tmp_path / "source")
+    change(source, architectures=[named])
+    summary = quantized(source, tmp_path / "output", "nf4")
+    assert f"transformers has no class {named}; {taken} is its class for the model type llama" in summary.warnings
+    assert config_of(tmp_path / "output")["architectures"] == [taken]
+    change(source, architectures=[taken])
+    quantized(source, tmp_path / "same", "nf4")
+    assert differing_tensors(tmp_path / "same", tmp_path / "output") == []
+
+
+def test_a_class_that_cannot_be_told_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    source = saved(llama(), tmp_path / "source")
+    change(source, architectures=...)
+    with pytest.raises(Unsupported, match=r'e.g. "architectures": \["LlamaForCausalLM"\]'):
+        quantized(source, tmp_path / "output", "nf4")
+    change(source, architectures=["LlamaForRegression"])
+    with pytest.raises(Unsupported, match="has no class LlamaForRegression"):
+        quantized(source, tmp_path / "output", "nf4")
+
+
+def test_a_missing_output_layer_is_no_model_without_a_head(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = saved(llama(tie_word_embeddings=False), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        MalformedInput, match=r'lacks lm_head.weight, .* "tie_word_embeddings": true .* \["LlamaModel"\]'
+    ):
+        quantized(source, tmp_path / "output", "nf4")
+    body = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(body, source / "model.safetensors", metadata={"format": "pt"})
+    summary = quantized(source, tmp_path / "output", "nf4")
+    assert "handled as a LlamaModel: the weights lack the head of LlamaForCausalLM" in summary.warnings
+
+
+def redux() -> Any:
+    return diffusers.ReduxImageEncoder(redux_dim=64, txt_in_features=64)
+
+
+def unclip() -> Any:
+    return UnCLIPTextProjModel(
+        clip_extra_context_tokens=2, clip_embeddings_dim=64, time_embed_dim=64, cross_attention_dim=64
+    )
+
+
+@pytest.mark.parametrize("make", [redux, unclip], ids=lambda make: make.__name__)
+def test_classes_of_diffusers_are_found_wherever_it_keeps_them(make: Any, tmp_path: Path) -> None:
+    source, output, reference = tmp_path / "source", tmp_path / "output", tmp_path / "reference"
+    model = make()
+    model.save_pretrained(source)
+    quantized(source, output, "nf4")
+    diffusers_model(type(model), source, "nf4", torch.float32).save_pretrained(reference)
+    assert differing_tensors(reference, output) == []

@@ -302,14 +302,25 @@ def test_names_that_lead_out_of_the_pipeline_are_refused(changed: Path, tmp_path
         run(quantize, changed, output=tmp_path / "out")
 
 
-def test_a_class_that_the_library_lacks_is_refused_if_chosen_and_carried_over_if_not(
+def test_a_class_that_the_library_lacks_is_refused_if_asked_for_by_name_and_kept_if_not(
     changed: Path, tmp_path: Path
 ) -> None:
-    rewrite(changed / "transformer" / "config.json", _class_name="FluxOfTomorrowTransformer2DModel")
+    rewrite(changed / "model_index.json", transformer=["diffusers", "FluxOfTomorrowTransformer2DModel"])
     with pytest.raises(Unsupported, match="--component transformer=none"):
-        run(quantize, changed, output=tmp_path / "out")
-    run(quantize, changed, output=tmp_path / "out", component=["transformer=none"])
+        run(quantize, changed, output=tmp_path / "out", component=["transformer=nf4"])
+    report = run(quantize, changed, output=tmp_path / "out")
+    assert any("transformer is kept as it is: diffusers" in warning for warning in report["warnings"])
     assert contents(tmp_path / "out" / "transformer") == contents(changed / "transformer")
+    assert [part["name"] for part in report["components"] if part["method"] != "none"] == ["text_encoder_2"]
+
+
+@pytest.mark.parametrize("named", [["T5ForConditionalGeneration"], ["T5WithLMHeadModel"], None])
+def test_the_class_in_the_pipelines_index_decides(named: list[str] | None, changed: Path, tmp_path: Path) -> None:
+    right, output = tmp_path / "right", tmp_path / "out"
+    run(quantize, changed, output=right, component=["transformer=none"])
+    rewrite(changed / "text_encoder_2" / "config.json", architectures=named)
+    run(quantize, changed, output=output, component=["transformer=none"])
+    assert contents(output / "text_encoder_2") == contents(right / "text_encoder_2")
 
 
 def test_pickles_alone_are_refused(changed: Path, tmp_path: Path) -> None:

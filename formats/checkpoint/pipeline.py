@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, QzError, Unsupported
@@ -141,7 +141,13 @@ def _component(root: Folder, name: str, library: str, class_name: str, variant: 
     if not has_weights(sizes):
         return Component(name, library, class_name, folder)
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
-    return Component(name, library, class_name, folder, open_checkpoint(folder, variant if has_variant else None))
+    checkpoint = open_checkpoint(folder, variant if has_variant else None)
+    return Component(name, library, class_name, folder, as_component(checkpoint, library, class_name))
+
+
+def as_component(checkpoint: Checkpoint, library: str, class_name: str) -> Checkpoint:
+    """The checkpoint as one of the class that model_index.json names; diffusers goes by that, not by config.json."""
+    return replace(checkpoint, architecture=class_name, class_module=library)
 
 
 def has_weights(names: Iterable[str]) -> bool:

@@ -52,7 +52,9 @@ class Checkpoint:
     """What a folder's headers say. ``files`` are the weight files in order of their number, ``tensors`` in file order.
 
     ``variant`` names the set of weights (``fp16``; None is the plain one), ``index`` is the index file's object if the
-    checkpoint is sharded, and ``header_metadata`` the ``__metadata__`` of every file.
+    checkpoint is sharded, and ``header_metadata`` the ``__metadata__`` of every file. ``architecture`` is the class
+    that config.json names, or model_index.json if this is a component of a pipeline; then ``class_module`` is where
+    that has the class from: a library, or a module of diffusers' pipelines.
     """
 
     folder: Folder
@@ -65,6 +67,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     index: dict[str, Any] | None = None
     header_metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    class_module: str | None = None
 
 
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:

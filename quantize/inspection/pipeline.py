@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qz import QzError
-from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, has_weights, is_component
+from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, as_component, has_weights, is_component
 from qz.formats.checkpoint.problems import Problem, Problems, kind_of, worst_first
 from qz.formats.checkpoint.survey import read_file
 from qz.formats.folder import Folder
@@ -178,7 +178,7 @@ def inspect_pipeline(
         except QzError as error:
             missing.append(_gone(name, error))
             continue
-        looks[name] = _look(inner[-1], variant)
+        looks[name] = _look(inner[-1], variant, entries[name])
     if plan:
         from qz.quantize.libraries.examine import expect
 
@@ -257,14 +257,15 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
     return class_name, entries
 
 
-def _look(folder: Folder, variant: str | None) -> FolderReading | None:
+def _look(folder: Folder, variant: str | None, entry: tuple[str, str]) -> FolderReading | None:
     """What is in a component's folder, None if it is one without weights. As diffusers does, the ``variant`` is taken
-    of those that have it."""
+    of those that have it, and the class is the one of its ``entry`` in the index."""
     sizes = folder.sizes()
     if not has_weights(sizes):
         return None
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
-    return read_folder(folder, variant if has_variant else None)
+    look = read_folder(folder, variant if has_variant else None)
+    return replace(look, checkpoint=as_component(look.checkpoint, *entry)) if look.checkpoint is not None else look
 
 
 def _with_estimates(

@@ -46,10 +46,10 @@ def _of_quantized(found: Inspection, checkpoint: Checkpoint) -> Inspection:
 
 
 def _of_plain(found: Inspection, checkpoint: Checkpoint) -> Inspection:
-    from qz.quantize.convert import plan_quantization
+    from qz.quantize.convert import plan_conversion
     from qz.quantize.settings import Settings
 
-    plans = {name: plan_quantization(checkpoint, Settings(method)) for name, method in METHODS.items()}
+    plans = {name: plan_conversion(checkpoint, Settings(method)) for name, method in METHODS.items()}
     architecture = plans["nf4"].architecture
     return replace(
         found,

@@ -42,6 +42,7 @@ def question(
         "versions": dict(versions),
         "places": [found.origin if (found := find_spec(name)) else None for name in (*CODE, *versions)],
         "library": checkpoint.library,
+        "class": [checkpoint.architecture, checkpoint.class_module],
         "config": checkpoint.config,
         "generation": read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES).hex() if generation else None,
         "tensors": [(name, given.dtype, given.shape, given.linear) for name, given in tensors.items()],

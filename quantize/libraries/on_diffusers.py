@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from qz import Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.architecture import (
     FLOATS,
@@ -30,7 +29,7 @@ from qz.quantize.libraries.architecture import (
     expand,
     skip_list,
 )
-from qz.quantize.libraries.versions import requirement
+from qz.quantize.libraries.diffusers_classes import model_class_of
 from qz.quantize.libraries.weight_readers import read_by_others
 
 
@@ -131,17 +130,11 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
 
     # diffusers imports bitsandbytes, which advises to install kernels that qz has no use for.
     standard.getLogger("bitsandbytes.backends").setLevel(standard.ERROR)
-    import diffusers
     from accelerate import init_empty_weights
     from diffusers.utils import logging
 
-    name = checkpoint.config.get("_class_name")
-    model_class: Any = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(model_class, type) or not issubclass(model_class, torch.nn.Module):
-        raise Unsupported(
-            f"diffusers {diffusers.__version__} has no model class {name}, which config.json asks for. "
-            f"Try a newer version: pip install -U '{requirement('diffusers')}'."
-        )
+    model_class = model_class_of(checkpoint)
+    name = model_class.__name__
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     default = torch.get_default_dtype()
@@ -149,11 +142,11 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     try:
         with init_empty_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
-            model = model_class.from_config(config)  # type: ignore[attr-defined]
+            model = model_class.from_config(config)
     finally:
         torch.set_default_dtype(default)
         logging.set_verbosity(verbosity)
-    return model, str(name)
+    return model, name
 
 
 @dataclass(frozen=True, slots=True)

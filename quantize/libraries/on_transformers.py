@@ -9,8 +9,8 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +30,7 @@ from qz.quantize.libraries.architecture import (
 )
 from qz.quantize.libraries.origins import Model, find_origins, find_transposed, tie
 from qz.quantize.libraries.saved_names import saved_tensors
-from qz.quantize.libraries.transformers_classes import body_class_of, model_class_of
+from qz.quantize.libraries.transformers_classes import ModelClass, body_class_of, model_class_of
 from qz.quantize.libraries.transformers_internals import (
     ignored_on_save,
     kept_in_float32,
@@ -52,11 +52,13 @@ def examine(
     where = checkpoint.folder.location
     model_class = model_class_of(checkpoint)
     model, missing, mismatched = _load(checkpoint, model_class, tensors, request)
-    body_class = body_class_of(model, missing)
-    head_missing: tuple[str, ...] = ()
+    class_notes = model_class.notes
+    body_class = body_class_of(checkpoint, model, missing)
     if body_class is not None:
-        model, missing, mismatched = _load(checkpoint, body_class, tensors, request)
-        head_missing = (f"handled as a {body_class.__name__}: the weights lack the head of {model_class.__name__}",)
+        body = replace(model_class, model=body_class)
+        model, missing, mismatched = _load(checkpoint, body, tensors, request)
+        head = model_class.model.__name__
+        class_notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
     class_name = type(model).__name__
     origins = find_origins(model, tensors)
     transposed_weights = find_transposed(model, origins, tensors)
@@ -113,7 +115,7 @@ def examine(
         ),
         dtype=load_dtype,
         documents=_documents(model, quantized, request, selection.skips),
-        notes=head_missing + selection.notes + notes,
+        notes=class_notes + selection.notes + notes,
     )
 
 
@@ -122,7 +124,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _load(
-    checkpoint: Checkpoint, model_class: Any, tensors: Mapping[str, TensorSpec], request: LoadRequest
+    checkpoint: Checkpoint, model_class: ModelClass, tensors: Mapping[str, TensorSpec], request: LoadRequest
 ) -> tuple[Model, set[str], dict[str, str]]:
     """The model on meta, with the names that its loader missed, and those it found in another shape, with that."""
     from transformers import GenerationConfig
@@ -141,9 +143,9 @@ def _load(
         with _temporary_folder() as folder, no_init_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
             _store(folder / "config.json", json.dumps(config).encode())
-            model, info = model_class.from_pretrained(
+            model, info = model_class.model.from_pretrained(
                 None,
-                config=model_class.config_class.from_pretrained(folder),
+                config=model_class.config.from_pretrained(folder),
                 state_dict=state,
                 device_map="meta",
                 dtype=request.dtype,

@@ -30,7 +30,7 @@ def needed_by(checkpoint: Checkpoint) -> frozenset[str]:
         for model_type in set(_model_types(checkpoint.config)):
             needed |= _imported_by_model_type(model_type)
     else:
-        needed |= _imported_by_class(str(checkpoint.config.get("_class_name")))
+        needed |= _imported_by_class(str(checkpoint.architecture))
     if "transformers" in needed:
         needed |= OF_TRANSFORMERS
     if "timm" in json.dumps(checkpoint.config):

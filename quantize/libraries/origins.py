@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,17 @@ def find_origins(model: Model, tensors: Mapping[str, TensorSpec]) -> dict[str, O
         origin = Origin(tuple(source for _, source in members), conversion)
         origins.update(dict.fromkeys(conversion(meta), origin))
     return origins
+
+
+def names_after_renaming(model: Model, sources: Iterable[str]) -> set[str]:
+    """The names of the model's state dict that sources have after the class's own renamings, without a prefix that the
+    loader would add or take away."""
+    mapping = get_model_conversion_mapping(model, None, None)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    names = (rename_source_key(source, renamings, converters)[0] for source in sources)
+    return {str(name) for name in names if name in state}
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ __all__ = [
     "Conv1D",
     "WeightConverter",
     "WeightRenaming",
+    "auto_class_names",
+    "could_be_tied",
     "default_skips",
     "dot_natural_key",
     "float32_modules",
@@ -56,6 +58,7 @@ __all__ = [
     "ignored_on_save",
     "kept_in_float32",
     "no_init_weights",
+    "packages_missing",
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
     "revert_weight_conversion",
@@ -101,6 +104,32 @@ def kept_in_float32(model: Any) -> Callable[[str], Any]:
     with _known_layout():
         patterns = list(model._get_dtype_plan(model.config.dtype))
     return build_glob_alternation(patterns)[0].search if patterns else re.compile(r"(?!)").search
+
+
+def auto_class_names(model_type: Any) -> list[str]:
+    """Names of the classes that the Auto classes take for a model type: with a head first, then the body."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = [name for name in dir(modeling_auto) if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")]
+    found: list[str] = []
+    for mapping in sorted(mappings, key=lambda name: not name.startswith("MODEL_FOR_")):
+        with _known_layout():
+            names = getattr(modeling_auto, mapping).get(model_type, ()) if isinstance(model_type, str) else ()
+        found += [names] if isinstance(names, str) else names
+    return list(dict.fromkeys(found))
+
+
+def packages_missing(found: Any) -> str | None:
+    """Of a name that stands for a class that other packages keep the library from having: those packages."""
+    return ", ".join(found._backends) if type(found).__name__ == "DummyObject" else None
+
+
+def could_be_tied(model: Any) -> set[str]:
+    """Names of the weights that the model's classes tie to another one where a config asks for it."""
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        found |= {f"{path}.{name}".lstrip(".") for name in getattr(module, "_tied_weights_keys", None) or ()}
+    return found
 
 
 def ignored_on_save(model: Any) -> set[str]:

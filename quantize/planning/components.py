@@ -34,6 +34,9 @@ class Choice:
     share: float
     """Of the pipeline's weights, 0 to 1."""
 
+    asked_for: bool = False
+    """By name, to be quantized."""
+
     @property
     def name(self) -> str:
         return self.component.name
@@ -75,11 +78,12 @@ def choose(
         share = component.parameters / max(total, 1)
         if component.name in methods:
             own = methods[component.name]
-            choices.append(Choice(component, own, "as asked" if own is not None else "left alone as asked", share))
+            reason = "as asked" if own is not None else "left alone as asked"
+            choices.append(Choice(component, own, reason, share, asked_for=own is not None))
         elif only is not None:
             wanted = component.name in only
             reason = "as asked" if wanted else "not asked for" if component.checkpoint else _reason(component, share)[1]
-            choices.append(Choice(component, method if wanted else None, reason, share))
+            choices.append(Choice(component, method if wanted else None, reason, share, asked_for=wanted))
         else:
             worth, reason = _reason(component, share)
             choices.append(Choice(component, method if worth else None, reason, share))
