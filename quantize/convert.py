@@ -30,7 +30,7 @@ from qz.quantize.streaming.run import DiscardOutput, Run
 from qz.quantize.summary import Source, Summary, summarize
 from qz.quantize.up_to_date import identity_of, settings_fingerprint
 
-TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date")
+TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date", "nonfinite")
 """Of a summary, what differs from run to run."""
 
 
@@ -141,6 +141,7 @@ def carry_out(
         carried=part.carried,
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
+        nonfinite=written.nonfinite[part.name],
         loss=measure.loss() if measure else None,
     )
     return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()))

@@ -22,6 +22,7 @@ from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
+from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
 from qz.quantize.summary import Source, summarize
 
@@ -172,6 +173,7 @@ def carry_out_pipeline(
         written=written.files,
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
+        nonfinite=written.nonfinite,
     )
     return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()))
 
@@ -185,8 +187,9 @@ def summarize_pipeline(
     written: tuple[WrittenFile, ...] = (),
     seconds: float = 0.0,
     resumed: bool = False,
+    nonfinite: Mapping[str, Mapping[str, NotFinite]] | None = None,
 ) -> PipelineSummary:
-    """Sum the plan up; ``written`` are the files of a finished run, none for a dry run."""
+    """Sum the plan up; ``written`` are the files of a finished run, none for a dry run. ``nonfinite``: by component."""
     parts = {part.name: part for part in plan.parts}
     components = []
     for choice in plan.choices:
@@ -201,7 +204,8 @@ def summarize_pipeline(
                 library=part.plan.checkpoint.library,
                 architecture=part.plan.architecture.class_name,
             )
-            model = summarize(part.plan, origin, "", device=device, written=files, carried=part.carried)
+            odd = (nonfinite or {}).get(choice.name)
+            model = summarize(part.plan, origin, "", device=device, written=files, carried=part.carried, nonfinite=odd)
         components.append(
             ComponentSummary(
                 name=choice.name,

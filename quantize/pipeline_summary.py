@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.output.record import WrittenFile
-from qz.quantize.summary import Source, Summary, report_json
+from qz.quantize.summary import Source, Summary, nonfinite_json, report_json
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import PushResult
@@ -175,6 +175,9 @@ class PipelineSummary:
         return {
             **report,
             "skipped": sorted(self.skipped),
+            "nonfinite": nonfinite_json(
+                {f"{c.name}/{name}": n for c in self.components if c.model for name, n in c.model.nonfinite.items()}
+            ),
             "components": [component.as_json() for component in self.components],
             "bytes": {**report["bytes"], "all_files": self.bytes_all},
         }

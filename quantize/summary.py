@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import Packed
 from qz.quantize.streaming.loss import Loss
+from qz.quantize.streaming.not_finite import NotFinite
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import PushResult
@@ -66,6 +67,8 @@ class Summary:
     """Files copied unchanged: tokenizer, processor, licence."""
     pushed: PushResult | None = None
     """What came of publishing the output, if that was asked for."""
+    nonfinite: Mapping[str, NotFinite] = field(default_factory=dict)
+    """Tensors that were not quantized and hold NaN or infinite values in the output."""
     refinement: Mapping[str, Any] = field(default_factory=dict)
     """How scales and codes are chosen: ``scales``, ``rounding``, ``importance``; empty if nothing is quantized."""
 
@@ -94,6 +97,7 @@ class Summary:
             found.append(
                 f"{len(self.dropped)} tensors that {self.source.architecture} does not use are left out: {shown}"
             )
+        found += _told_of_nonfinite(self.nonfinite, self.dtype)
         if self.loss is not None and self.loss.unrelated:
             found.append(
                 f"the relative error is {self.loss.total.relative_error:.2f}: the two models have nothing in common. "
@@ -107,8 +111,34 @@ class Summary:
             **report_json(self),
             "skipped": sorted(self.skipped),
             "dtype": self.dtype,
+            "nonfinite": nonfinite_json(self.nonfinite),
             "loss": self.loss.as_json() if self.loss else None,
         }
+
+
+def nonfinite_json(nonfinite: Mapping[str, NotFinite]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "stored": count.stored, "overflowed": count.overflowed}
+        for name, count in sorted(nonfinite.items())
+    ]
+
+
+def _told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str) -> Iterator[str]:
+    """A line for what overflowed on the way, and one for what was not finite to begin with."""
+    overflowed = {name: count.overflowed for name, count in sorted(nonfinite.items()) if count.overflowed}
+    if overflowed:
+        yield (
+            f"values too large for the output's dtype became infinite: {_counts(overflowed)}. "
+            f"Choose a --dtype with a wider range than {dtype}"
+        )
+    stored = {name: count.stored for name, count in sorted(nonfinite.items()) if count.stored}
+    if stored:
+        yield f"values that are NaN or infinite were kept as they are: {_counts(stored)}"
+
+
+def _counts(counts: Mapping[str, int], most: int = 3) -> str:
+    shown = ", ".join(f"{count:,} in {name}" for name, count in list(counts.items())[:most])
+    return shown + (f" and more in {len(counts) - most} others" if len(counts) > most else "")
 
 
 def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
@@ -155,6 +185,7 @@ def summarize(
     seconds: float = 0.0,
     resumed: bool = False,
     loss: Loss | None = None,
+    nonfinite: Mapping[str, NotFinite] | None = None,
 ) -> Summary:
     """Sum a plan up; ``written`` are the files of a finished run, none for a dry run."""
     architecture = plan.architecture
@@ -190,6 +221,7 @@ def summarize(
         resumed=resumed,
         loss=loss,
         carried=tuple(sorted(copied)),
+        nonfinite=nonfinite or {},
         refinement={}
         if plan.method is None
         else AS_THE_LIBRARIES

@@ -126,6 +126,7 @@ class UpToDate:
             "output": str(self.output),
             "dry_run": False,
             "shards": [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in shards],
+            "nonfinite": None,
             "up_to_date": True,
             "resumed": False,
             "seconds": 0.0,

@@ -21,6 +21,24 @@ def values(raw: Bytes, dtype: str) -> NDArray[Any]:
     return raw.view(NUMPY[dtype]) if dtype in NUMPY else raw
 
 
+_EXPONENT = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
+
+
+def count_nonfinite(array: NDArray[Any], dtype: str, memory: Memory) -> int:
+    """How many of a kernel's values are NaN or infinite; 0 for dtypes that have none. ``memory``: for as many bytes."""
+    if dtype not in NUMPY or not array.size:
+        return 0
+    if dtype == "F32":
+        found = memory("finite", array.size).view(np.bool_)
+        np.isfinite(array, out=found)
+        return array.size - int(np.count_nonzero(found))
+    exponents = memory("finite", array.nbytes).view(np.uint16)
+    np.bitwise_and(array, _EXPONENT[dtype], out=exponents)
+    if exponents.max() < _EXPONENT[dtype]:  # one pass less, nearly always
+        return 0
+    return int(np.count_nonzero(exponents == _EXPONENT[dtype]))
+
+
 def elements(shape: Iterable[int]) -> int:
     count = 1
     for length in shape:

@@ -17,6 +17,7 @@ from qz.formats.output.staging import RESUMABLE, Section, Staging, WrittenFile
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
 from qz.quantize.streaming.measure import Measure
+from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.readable import UnreadableOutput, require_readable
 from qz.quantize.streaming.run import Run
 
@@ -65,6 +66,8 @@ class Written:
 
     files: tuple[WrittenFile, ...]
     resumed: bool
+    nonfinite: Mapping[str, Mapping[str, NotFinite]]
+    """Of each converted part, by name, its tensors that were kept and hold values that are not finite."""
 
 
 def model_part(plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None) -> Part:
@@ -120,6 +123,7 @@ def write_parts(
             copy(part.carried, section, meter.copied)
             if run is not None:
                 run.convert(threads)
+                run.look_again(threads)
                 meter.finish(run)
             if part.plan is not None and part.measure is not None:
                 part.measure.finish(part.plan, arithmetic, threads)
@@ -129,7 +133,8 @@ def write_parts(
                 for folder in _folders(part):
                     folder.close()
         written = staging.commit(lambda folder: require_readable(folder, parts))
-    return Written(written, resumed)
+    found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
+    return Written(written, resumed, found)
 
 
 @contextmanager

@@ -9,12 +9,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qz import MalformedInput
 from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.folder import Folder
+from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, elements
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
 from qz.quantize.planning.sources import Packed, Source
+
+MAP_TOLERANCE = 1e-6
+"""Versions of bitsandbytes computed the same maps with different last bits."""
 
 
 class Reader(Protocol):
@@ -78,6 +83,7 @@ class _FourBit:
         self.quant_type: Literal["nf4", "fp4"] = "nf4" if source.weight.kind == "nf4" else "fp4"
         self.lock = threading.Lock()
         self.absmax: NDArray[np.float32] | None = None
+        self.known_map = False
 
     def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
         source, count = self.source, stop - start
@@ -92,10 +98,12 @@ class _FourBit:
     def _absmax(self, first: int, last: int, memory: Memory) -> NDArray[np.float32]:
         """The scales of blocks ``[first, last)``."""
         weight = self.source.weight
+        self._require_known_map()
         if not weight.double_quant:
             raw = memory("source absmax", (last - first) * 4)
             stored = weight.parts["absmax"]
             self.folder.read_into(stored.file, stored.offset + first * 4, raw.data)
+            require_finite(raw.view(np.float32), stored, self.folder)
             return raw.view(np.float32)
         assert weight.nested_offset is not None
         assert weight.nested_blocksize is not None
@@ -108,8 +116,23 @@ class _FourBit:
                     weight.nested_offset,
                     weight.nested_blocksize,
                 )
+                require_finite(self.absmax, weight.parts["nested_absmax"], self.folder)
         absmax: NDArray[np.float32] = self.absmax[first:last]
         return absmax
+
+    def _require_known_map(self) -> None:
+        """Raise MalformedInput for another map than the method's own, which is used whatever the file says."""
+        with self.lock:
+            if self.known_map:
+                return
+            found, known = self._part("quant_map").view(np.float32), kernels.QUANT_MAPS[self.quant_type]
+            if not np.allclose(found, known, rtol=0, atol=MAP_TOLERANCE):
+                stored = self.source.weight.parts["quant_map"]
+                raise MalformedInput(
+                    f"{self.folder.location}/{stored.file}: {quoted(stored.name)} is not the map of {self.quant_type}, "
+                    "so what the codes stand for is not known. Quantize the original again, or download this again."
+                )
+            self.known_map = True
 
     def _part(self, name: str) -> Bytes:
         stored = self.source.weight.parts[name]
@@ -131,6 +154,7 @@ class _Int8:
         rows, columns = (stop - start) // self.unit, source.shape[1]
         scb = memory("source scb", rows * 4)
         self.folder.read_into(scales.file, scales.offset + start // self.unit * 4, scb.data)
+        require_finite(scb.view(np.float32), scales, self.folder)
         codes = memory("source codes", rows * columns)
         self.folder.read_into(source.file, source.offset + start, codes.data)
         raw = memory("raw", rows * columns * np.dtype(NUMPY[dtype]).itemsize)
@@ -141,6 +165,17 @@ class _Int8:
             raw.view(NUMPY[dtype]).reshape(rows, columns),
         )
         return raw, dtype
+
+
+def require_finite(scales: NDArray[np.float32], stored: StoredTensor, folder: Folder) -> None:
+    """Raise MalformedInput if one of the scales is NaN or infinite: all that is computed with it would be nonsense."""
+    count = scales.size - int(np.count_nonzero(np.isfinite(scales)))
+    if count:
+        raise MalformedInput(
+            f"{folder.location}/{stored.file}: {quoted(stored.name)} gives {count:,} "
+            f"{'scale that is' if count == 1 else 'scales that are'} NaN or infinite: the weight cannot be computed. "
+            "Quantize the original again, or download this again."
+        )
 
 
 def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes:

@@ -22,14 +22,15 @@ from qz.formats.folder import Folder, Range
 from qz.formats.output.staging import IsVerified, Section, ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
-from qz.quantize.compute.arrays import NUMPY, Bytes, values
+from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, count_nonfinite, values
 from qz.quantize.compute.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Packed
 from qz.quantize.streaming.deferred import Deferred, deferred
-from qz.quantize.streaming.observer import Observer
+from qz.quantize.streaming.not_finite import NotFinite
+from qz.quantize.streaming.observer import Observer, Values
 from qz.quantize.streaming.readers import Reader, assemble, reader
 from qz.quantize.streaming.workers import Workers
 
@@ -114,6 +115,8 @@ class Run:
         self.allow_nonfinite = allow_nonfinite
         self.observer = observer
         self.nonfinite: set[str] = set()
+        self.kept_nonfinite: dict[str, NotFinite] = {}
+        """Of tensors that are not quantized, by their name in the output: what is not finite in it."""
         self.writers: dict[int, ShardWriter | _DiscardedShard] = {}
         self.written: dict[str, WrittenFile] = dict(staging.finished)
         self.lock = threading.Lock()
@@ -160,6 +163,15 @@ class Run:
         if self.workers.errors:
             raise self.workers.errors[0]
         self.folder.check()
+
+    def look_again(self, threads: int) -> None:
+        """Read what an earlier run had finished and did not quantize, for values in it that are not finite."""
+        kept = {step.weight.name for step in self.plan.steps if step.act == "keep"}
+        left = kept - {step.weight.name for step in self.steps}
+        if left:
+            again = Run(self.plan, self.folder, DiscardOutput(), self.arithmetic, only=left)
+            again.convert(threads)
+            self.kept_nonfinite |= again.kept_nonfinite
 
     def _give_up(self) -> None:
         """Let no thread wait for what is no longer wanted."""
@@ -237,10 +249,25 @@ class Run:
         if weight.quantized:
             self._quantize(chunk.work, values(raw, target), chunk.start, buffers, original)
         else:
+            self._look_at_kept(step, original, (values(raw, target), target), buffers.get)
             self._write(step.outputs[0], raw, chunk.start * raw.nbytes // max(count, 1))
             if self.observer is not None and step.act == "dequantize":
                 self.observer.dequantized(step, chunk.start, (values(raw, target), target), buffers.get)
         return source.nbytes * chunk.stop // max(weight.count, 1) - source.nbytes * chunk.start // max(weight.count, 1)
+
+    def _look_at_kept(self, step: Step, before: Values, after: Values, memory: Memory) -> None:
+        """Note values that are not finite, or no more after the cast. Dequantized ones can overflow float16 only."""
+        if step.act == "dequantize" and after[1] != "F16":
+            return
+        count = count_nonfinite(*after, memory)
+        if count:
+            stored = count_nonfinite(*before, memory) if before[1] != after[1] else count
+            if step.act == "dequantize":  # computed from finite scales
+                stored = 0
+            name = step.outputs[0].name
+            with self.lock:
+                known = self.kept_nonfinite.get(name, NotFinite(0, 0))
+                self.kept_nonfinite[name] = NotFinite(known.stored + stored, known.overflowed + count - stored)
 
     def _whole(self, work: _Work) -> int:
         """A weight that cannot be cut, because it is merged, split or transposed. Large ones take turns."""
@@ -263,6 +290,7 @@ class Run:
         raw = assemble(self.folder, weight, step.sources)
         buffers, original = _Buffers(self.arithmetic), (values(raw, target), target)
         if not weight.quantized:
+            self._look_at_kept(step, original, original, buffers.get)
             self._write(step.outputs[0], raw, 0)
             if self.observer is not None and step.act == "dequantize":
                 self.observer.dequantized(step, 0, original, buffers.get)
