@@ -224,7 +224,7 @@ def header_of(data: bytes, where: str) -> Header:
     return read_header(lambda offset, length: data[offset : offset + length], len(data), where)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith(("header", "good"))])
 def test_whatever_header_is_accepted_safetensors_accepts(name: str, place: Path) -> None:
     base, changes, _ = FOLDERS[name]
     folder = place / "checkpoint"
