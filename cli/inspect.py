@@ -11,6 +11,7 @@ from qz.cli.progress import Display
 if TYPE_CHECKING:
     from qz import QzError
     from qz.formats.checkpoint.problems import Problem
+    from qz.quantize.inspection.report import Tensor
 
 
 def inspect(
@@ -26,8 +27,9 @@ def inspect(
     quiet: options.QuietOpt = False,
 ) -> None:
     """Show what a model, pipeline or .safetensors file is, what quantizing would give, and what is wrong with it."""
-    from qz import api
+    from qz import UsageError, api
     from qz.cli.inspection import present
+    from qz.cli.tensors import matching
 
     with Display(quiet=quiet) as display:
         found = api.inspect(
@@ -39,9 +41,18 @@ def inspect(
             verify=verify,
             on_progress=display,
         )
+    if pattern is not None and not matching(found.tensors, pattern) and not found.errors:
+        raise UsageError(f"--filter {pattern} matches no tensor of {source}. {nearest_tensor(pattern, found.tensors)}")
     present(found, as_json=as_json, listed=tensors or pattern is not None, pattern=pattern, quiet=quiet)
     if found.errors:
         raise unusable(source, found.errors)
+
+
+def nearest_tensor(pattern: str, tensors: tuple[Tensor, ...]) -> str:
+    """What may have been meant by a pattern that matches nothing."""
+    from qz.quantize.planning.nearest import nearest
+
+    return nearest(pattern.strip("*.") or pattern, (tensor.name for tensor in tensors))
 
 
 def unusable(source: str, errors: tuple[Problem, ...]) -> QzError:

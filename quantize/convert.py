@@ -18,6 +18,7 @@ from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
+from qz.quantize.planning.nearest import linears, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.refinement import refinement
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
@@ -40,7 +41,8 @@ def plan_quantization(
     """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, cannot be, or nothing of it would
     be; UsageError if nothing would be because of ``settings.skips``.
 
-    ``component``: the folder of a ``pipeline`` that the checkpoint is.
+    ``component``: the folder of a ``pipeline`` that the checkpoint is. Raises UsageError for a skip that matches
+    nothing, but in a pipeline, where it may match in another component.
     """
     plan = plan_conversion(checkpoint, settings, component, pipeline=pipeline)
     if not plan.quantized:
@@ -58,6 +60,8 @@ def plan_conversion(checkpoint: Checkpoint, settings: Settings, component: str =
         return make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes)
 
     plan = planned(request)
+    if not pipeline:
+        refuse_unmatched(plan.architecture.unmatched_skips, checkpoint.folder.location, linears(plan))
     if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
         plan = planned(replace(request, skips=(*request.skips, *modules)))
     return replace(plan, refinement=refinement(plan, settings, component, pipeline=pipeline))

@@ -20,6 +20,7 @@ from qz.quantize.libraries.examine import examine, expect
 from qz.quantize.methods import FourBit
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.components import Choice, choose
+from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.not_finite import NotFinite
@@ -89,6 +90,7 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             made.append(replace(choice, method=None, reason=f"{KEPT}: {error}"))
     if not plans and refused:
         raise refused[0]
+    _require_matches(plans, settings.skips)
     return compose(pipeline, tuple(made), plans)
 
 
@@ -256,7 +258,17 @@ def _require_skips(pipeline: Pipeline, skips: tuple[str, ...]) -> None:
     for skip in skips:
         component, slash, _ = skip.partition("/")
         if slash and component not in names:
-            raise UsageError(f"--skip {skip}: there is no component {component}. Components there: {', '.join(names)}.")
+            raise UsageError(f"--skip {skip}: there is no component {component}. {nearest(component, names)}")
+
+
+def _require_matches(plans: Mapping[str, Plan], skips: tuple[str, ...]) -> None:
+    """Raise UsageError for a pattern that matches nothing in its component or, without one, in any."""
+    for skip in skips:
+        component, slash, pattern = skip.rpartition("/")
+        asked = {component: plans[component]} if component in plans else plans if not slash else {}
+        if asked and all(pattern in plan.architecture.unmatched_skips for plan in asked.values()):
+            names = [name for plan in asked.values() for name in linears(plan)]
+            refuse_unmatched([pattern], " or ".join(asked), names)
 
 
 def _plan(choice: Choice, settings: Settings) -> Plan:

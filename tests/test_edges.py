@@ -145,3 +145,26 @@ def test_a_size_that_nobody_means_is_refused(server: Server, place: Path, size: 
     ended = server.run("quantize", "m", "--max-shard-size", size, "-o", "new", cwd=place)
     assert (ended.code, "5GB" in told(ended)) == (2, True)
     assert set(os.listdir(place)) == {"m", "full"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [("q_porj", "q_proj"), ("model.layers.0.self_attn.q_porj", "self_attn.q_proj"), ("nothing_like_it", "Names there")],
+)
+def test_a_skip_that_matches_nothing_names_what_is_near(server: Server, place: Path, pattern: str, meant: str) -> None:
+    ended = server.run("quantize", "m", "--skip", "lm_head", "--skip", pattern, "-o", "new", cwd=place)
+    assert ended.code == 2, ended.stderr
+    assert f"--skip {pattern} matches no module" in told(ended)
+    assert meant in told(ended)
+
+
+def test_a_skip_that_matches_a_module_of_any_kind_is_fine(server: Server, place: Path) -> None:
+    for skip in ("q_proj", "model.layers.1", "embed_tokens", r".*mlp\.(up|down)_proj"):
+        assert server.run("quantize", "m", "--skip", skip, "--dry-run", cwd=place).code == 0, skip
+
+
+def test_a_filter_that_matches_nothing_is_an_error(server: Server, place: Path) -> None:
+    ended = server.run("inspect", "m", "--filter", "*q_porj*", cwd=place)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert "q_proj" in told(ended)
+    assert server.run("inspect", "m", "--filter", "*q_proj*", cwd=place).code == 0

@@ -240,6 +240,8 @@ def test_a_vae_is_quantized_where_the_user_insists_and_is_told_how_little_that_i
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[QzError], str]] = {
+    "skip-nowhere": ({"skip": ["to_qq"]}, UsageError, r"matches no module of .*Did you mean to_q"),
+    "skip-not-there": ({"skip": ["transformer/to_qq"]}, UsageError, r"matches no module of transformer"),
     "no-such-component": ({"components": "transfromer"}, UsageError, "no component transfromer"),
     "no-such-own-method": ({"component": ["te=int8"]}, UsageError, "no component te"),
     "nothing-left": ({"component": ["transformer=none", "text_encoder_2=none"]}, UsageError, "--components"),

@@ -133,6 +133,7 @@ def _encoded(architecture: Architecture) -> dict[str, Any] | None:
         "dtype": architecture.dtype,
         "documents": {name: data.decode() for name, data in architecture.documents.items()},
         "notes": architecture.notes,
+        "unmatched_skips": architecture.unmatched_skips,
     }
 
 
@@ -155,4 +156,5 @@ def _decoded(kept: dict[str, Any]) -> Architecture:
         dtype=kept["dtype"],
         documents={name: text.encode() for name, text in kept["documents"].items()},
         notes=tuple(kept["notes"]),
+        unmatched_skips=tuple(kept["unmatched_skips"]),
     )

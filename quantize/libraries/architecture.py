@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -117,6 +117,8 @@ class Architecture:
     """config.json and its like, as the library writes them."""
     notes: tuple[str, ...] = ()
     """What the user should know about how this model is handled."""
+    unmatched_skips: tuple[str, ...] = ()
+    """Skips asked for that no module of the model matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,12 @@ def expand(
 def document(text: str) -> bytes:
     """A JSON document's bytes as the libraries write them."""
     return text.encode("utf-8")
+
+
+def unmatched(skips: Iterable[str], modules: Iterable[str], matches: Callable[[str, str], bool]) -> tuple[str, ...]:
+    """Those of ``skips`` that match none of the modules, by ``matches(skip, module)``."""
+    paths = [path for path in modules if path]
+    return tuple(skip for skip in skips if not any(matches(skip, path) for path in paths))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from qz.quantize.libraries.architecture import (
     document,
     expand,
     skip_list,
+    unmatched,
 )
 from qz.quantize.libraries.diffusers_classes import model_class_of
 from qz.quantize.libraries.weight_readers import read_by_others
@@ -96,6 +97,9 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         dtype=load_dtype,
         documents=_documents(model, request, selection.skips),
         notes=selection.notes,
+        unmatched_skips=unmatched(
+            request.skips, (path for path, _ in model.named_modules()), lambda skip, path: _matches([skip], path)
+        ),
     )
 
 

@@ -27,6 +27,7 @@ from qz.quantize.libraries.architecture import (
     checked,
     document,
     expand,
+    unmatched,
 )
 from qz.quantize.libraries.origins import Model, find_origins, find_transposed, tie
 from qz.quantize.libraries.saved_names import saved_tensors
@@ -116,6 +117,11 @@ def examine(
         dtype=load_dtype,
         documents=_documents(model, quantized, request, selection.skips),
         notes=class_notes + selection.notes + notes,
+        unmatched_skips=unmatched(
+            request.skips,
+            (path for path, _ in model.named_modules()),
+            lambda skip, path: not should_convert_module(path, [skip]),
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from qz import Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.quantize.methods import Method
+from qz.quantize.planning.nearest import nearest
 
 LARGE = 0.1
 """Share of the pipeline's weights from which a text encoder is worth it: a T5, not a CLIP."""
@@ -138,7 +139,8 @@ def _require_known(pipeline: Pipeline, names: Mapping[str, object]) -> None:
     unknown = sorted(names.keys() - set(there))
     if unknown:
         raise UsageError(
-            f"{pipeline.folder.location} has no component {unknown[0]}. Components there: {', '.join(there)}."
+            f"{pipeline.folder.location} has no component {unknown[0]}. {nearest(unknown[0], there)} "
+            f"Components there: {', '.join(there)}."
         )
 
 

@@ -1,0 +1,34 @@
+"""A name that was meant, for one that matches nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from qz import UsageError
+from qz.quantize.planning.plan import Plan
+
+MOST_COMPARED = 2000
+
+
+def nearest(text: str, names: Iterable[str]) -> str:
+    """``Did you mean q_proj?``; where nothing is near, some of the names there are. Layers alike count once."""
+    once = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))[:MOST_COMPARED]
+    parts = list(dict.fromkeys(part for name in once for part in name.split(".") if part != "*"))
+    pool = once if "." in text or "/" in text else parts + once
+    close = get_close_matches(text, pool, 3, 0.6) or get_close_matches(text.rpartition(".")[2], parts, 3, 0.6)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Names there: {', '.join(parts[-6:] if pool is not once else once[:3])}." if once else ""
+
+
+def linears(plan: Plan) -> list[str]:
+    """The paths of a model's linears."""
+    return [*(weight.name.removesuffix(".weight") for weight in plan.quantized), *plan.architecture.kept_linears]
+
+
+def refuse_unmatched(skips: Iterable[str], where: str, names: Iterable[str]) -> None:
+    """Raise UsageError for the first of ``skips``, which match nothing."""
+    for skip in skips:
+        raise UsageError(f"--skip {skip} matches no module of {where}. {nearest(skip, names)}".rstrip())
