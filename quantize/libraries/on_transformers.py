@@ -37,6 +37,7 @@ from qz.quantize.libraries.transformers_internals import (
     kept_in_float32,
     no_init_weights,
     remove_tied_weights_from_state_dict,
+    should_convert_module,
 )
 from qz.quantize.libraries.transformers_selection import select
 
