@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Two workers: tests start processes of their own. One thread each, or the libraries' thread pools fight.
+# Two workers: tests start processes of their own. One thread each, or the libraries' thread pools fight. A worker that
+# has nothing left takes tests from the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 COUNT ?= 10000000
@@ -47,7 +48,7 @@ layers: $(READY)
 	$(BIN)/lint-imports
 
 test: lint types layers
-	QZ_TEST_CPU=$(CPU) $(PYTEST) -n $(WORKERS) -m "not fuzz and not soak"
+	QZ_TEST_CPU=$(CPU) $(PYTEST) -n $(WORKERS) --dist worksteal -m "not fuzz and not soak"
 
 check: test
 
