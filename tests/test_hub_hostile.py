@@ -35,6 +35,7 @@ from hub_reading import (
 from hub_server import OWNER, HubServer, connected
 from hub_server.contents import Blob
 from hub_server.rules import table
+from pace import HANG
 from qz import HubUnreachable, IOFailed, MalformedInput, PermissionRefused, QzError, TryAgain, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Range
@@ -202,7 +203,7 @@ def test_the_lines_that_check_the_real_hub_say_of_this_one_what_the_page_says(co
     page = (Path(package.__file__).parent.parent / "docs/explanation/hub.md").read_text()
     lines = page.split("```text\n")[1].split("```")[0].replace("https://huggingface.co", hub.url)
     assert len(lines.splitlines()) == 3
-    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=HANG, check=True)
     assert done.stdout.split() == ["206", "206", "403"]
     assert "206, 206 and 403" in page
 
@@ -245,10 +246,9 @@ def test_connections_do_not_come_back_together_after_a_wait() -> None:
 @pytest.mark.parametrize("headers", [{"RateLimit": '"resolvers";r=0;t=301'}, {"Retry-After": "3600"}])
 def test_a_wait_beyond_patience_is_left_to_the_user(hub: HubServer, headers: dict[str, str]) -> None:
     hub.fail("resolve", status=429, headers=headers)
-    began = time.monotonic()
     message = failure(lambda: read(opened(hub), Range("model.safetensors", 0, 8)), TryAgain)
     assert "302 s" in message or "3600 s" in message
-    assert time.monotonic() - began < 2
+    assert hub.requests["resolve"] <= 2, "nothing is asked again"
 
 
 @pytest.mark.parametrize("headers", [
@@ -468,7 +468,7 @@ def test_a_variable_that_huggingface_hub_cannot_read_is_a_usage_error() -> None:
         cwd=Path(package.__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=False,
     )
     assert (done.returncode, "'abc'" in done.stderr) == (2, True), done.stderr

@@ -18,6 +18,7 @@ import pytest
 import qz as package
 from hub_reading import CONFIG, FILES, WEIGHTS, close_all, failure, opened, read, stream
 from hub_server import READER, HubServer, connected
+from pace import HANG
 from qz import HubUnreachable, MalformedInput, QzError, TryAgain
 from qz.formats.folder import Range
 from qz.formats.hub import xet
@@ -159,25 +160,21 @@ def test_a_token_about_to_expire_is_renewed_before(connect: Connect) -> None:
 def test_a_silence_is_given_up_after_a_while(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xet, "LONGEST_SILENCE", 0.5)
     hub = refusing(connect)
-    hub.fail("xorb", hang=20)
-    began = time.monotonic()
+    hub.fail("xorb", hang=3600)
     assert "no byte arrived" in failure(lambda: read(opened(hub), HEAD), TryAgain)
-    assert time.monotonic() - began < 15
 
 
 def test_closing_ends_a_stream_that_waits(connect: Connect) -> None:
     hub = refusing(connect)
-    hub.fail("xorb", hang=20)
+    hub.fail("xorb", hang=3600)
     folder = opened(hub)
     threading.Timer(0.7, folder.give_up).start()
-    began = time.monotonic()
     assert "stopped" in failure(lambda: read(folder, HEAD), TryAgain)
-    assert time.monotonic() - began < 10
 
 
 def test_an_interrupt_ends_a_command_that_waits_for_xet(connect: Connect) -> None:
     hub = refusing(connect)
-    fault = hub.fail("xorb", hang=25)
+    fault = hub.fail("xorb", hang=3600)
     process = subprocess.Popen(
         [sys.executable, "-m", "qz", "inspect", "me/model"],
         env=dict(os.environ),
@@ -191,9 +188,7 @@ def test_an_interrupt_ends_a_command_that_waits_for_xet(connect: Connect) -> Non
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    assert process.wait(20) == 130
-    assert time.monotonic() - began < 10
+    assert process.wait(HANG) == 130
     process.communicate()
 
 

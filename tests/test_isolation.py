@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pace import HANG
 from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
@@ -271,7 +272,7 @@ def test_while_a_class_is_built_the_hub_is_not_asked(imports: str, call: str, hu
     said, told = {}, ""
     for how in ("closed", "open"):
         command = [sys.executable, "-c", script, how]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=HANG)
         said[how], told = (done.stdout.strip(), len(hub.asked)), done.stderr
     assert said["closed"] == ("Unsupported", 0)
     assert said["open"][1] > 0, f"without the lock it is asked: {told}"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hub_server import OWNER, HubServer, connected
+from pace import HANG
 from pushes import failure, files_of, hurry, make, shard, to
 from qz import OutputRefused, PermissionRefused, TryAgain
 from qz.formats.hub import session
@@ -160,8 +161,8 @@ def test_files_are_commits_of_their_own_so_that_no_large_one_is_sent_twice(
 
 @pytest.mark.parametrize("way", ["xorb_put", "lfs_put"])
 def test_ctrl_c_ends_a_push_at_once(hub: HubServer, made: Path, way: str) -> None:
-    """The storage takes two minutes for an answer; nobody is to wait for that."""
-    fault = hub.fail(way, hang=120)
+    """The storage takes an hour for an answer; nobody is to wait for that."""
+    fault = hub.fail(way, hang=3600)
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"} if way == "lfs_put" else dict(os.environ)
     process = subprocess.Popen(
         [sys.executable, "-m", "qz", "push", str(made), "me/new", "--quiet"],
@@ -172,12 +173,10 @@ def test_ctrl_c_ends_a_push_at_once(hub: HubServer, made: Path, way: str) -> Non
     )
     while not fault.seen and process.poll() is None:
         time.sleep(0.05)
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert time.monotonic() - began < 30
     assert not hub.commit_bodies
 
 
