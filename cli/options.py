@@ -488,6 +488,10 @@ PushOpt = Annotated[
         show_default=False,
     ),
 ]
+PushOnlyOpt = Annotated[
+    bool,
+    flag("--push-only", help="With --push, keep no output here: each finished shard is sent and deleted.", panel=HUB),
+]
 PublicOpt = Annotated[
     bool | None,
     typer.Option(

@@ -48,7 +48,7 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
     rows = [
         ("source", summary.source.location),
         ("pipeline", str(summary.source.architecture)),
-        ("output", summary.output + (" (dry run: nothing written)" if summary.dry_run else "")),
+        ("output", (summary.output or "on the Hub only") + (" (dry run: nothing written)" if summary.dry_run else "")),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them quantized"),
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),

@@ -99,7 +99,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
     rows = [
         ("source", source.location + (f" ({source.subfolder})" if source.subfolder else "")),
         ("model", f"{source.architecture} ({source.library})"),
-        ("output", summary.output + (" (dry run: nothing written)" if summary.dry_run else "")),
+        ("output", (summary.output or "on the Hub only") + (" (dry run: nothing written)" if summary.dry_run else "")),
         ("method", f"{method} → {summary.dtype}" if back else f"{method}, {summary.dtype} elsewhere"),
         *([("scales", refined(summary.refinement))] if summary.refinement.get("scales") == "search" else []),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them {'were ' if back else ''}quantized"),

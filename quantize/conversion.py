@@ -14,13 +14,14 @@ from qz.formats.output.staging import check_output
 from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
-from qz.quantize.streaming.output_parts import Target, model_part
+from qz.quantize.streaming.output_parts import Target, model_part, staged_bytes
 from qz.quantize.summary import Source, Summary
 from qz.quantize.up_to_date import UpToDate, up_to_date
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.publish.publication import Publication
     from qz.quantize.pipeline import PipelinePlan
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.planning.plan import Plan
@@ -44,6 +45,8 @@ class Conversion:
     download: bool = False
     dry_run: bool = False
     on_progress: OnProgress = ignore
+    publication: Publication | None = None
+    """Where the output goes instead of staying here."""
 
     def model(
         self,
@@ -71,9 +74,10 @@ class Conversion:
         origin = self._origin(checkpoint.library, planned.architecture.class_name)
         carried = companion_files(checkpoint, self.source.root, self.settings)
         if self.dry_run:
-            self._refuse(target, model_part(planned, carried).bytes_output, self.source.folder.identity())
+            needed = staged_bytes([model_part(planned, carried)], target)
+            self._refuse(target, needed, self.source.folder.identity())
             loss = measuring.alone(planned, self.settings) if measuring else None
-            place, device = str(target.output), self.settings.device
+            place, device = target.place, self.settings.device
             return summarize(planned, origin, place, device=device, carried=carried, loss=loss)
         return carry_out(planned, origin, target, self.settings, self.on_progress, carried, measuring)
 
@@ -95,9 +99,8 @@ class Conversion:
                 return found
             origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
-                needed = sum(part.bytes_output for part in planned.parts)
-                self._refuse(target, needed, pipeline_identity(planned))
-                return summarize_pipeline(planned, origin, str(target.output), device=self.settings.device)
+                self._refuse(target, staged_bytes(planned.parts, target), pipeline_identity(planned))
+                return summarize_pipeline(planned, origin, target.place, device=self.settings.device)
             return carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
         finally:
             pipeline.close()
@@ -112,7 +115,7 @@ class Conversion:
         A dry run looks as well, so that it refuses what the run would refuse.
         """
         output = output or self.output
-        if output is None:
+        if output is None or self.publication is not None:
             return None
         if self.if_exists == "skip":
             record = up_to_date(output, self.source.folder, self.settings)
@@ -128,6 +131,8 @@ class Conversion:
         from qz.quantize.convert import fingerprint
 
         check_room(target.output, needed, target.disk)
+        if self.publication is not None:
+            return
         interrupted = target.resume and target.disk.kind(sibling(target.output, ".partial.journal")) is not None
         if interrupted or self.settings.device not in ("auto", "cpu"):
             arithmetic = arithmetic_on(self.settings.device)
@@ -146,7 +151,7 @@ class Conversion:
         names = set(dtypes)
         suffix = names.pop() if len(names) == 1 else "dequantized"
         output = self.output or default_output(self.source.location, self.source.subfolder, suffix)
-        return Target(output, self.if_exists == "overwrite", self.resume, self.disk)
+        return Target(output, self.if_exists == "overwrite", self.resume, self.disk, self.publication)
 
     def _download(self, checkpoints: list[Checkpoint]) -> None:
         """Every weight file into the Hub cache, from where it is then read."""

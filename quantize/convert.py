@@ -125,7 +125,7 @@ def carry_out(
     folder = plan.checkpoint.folder
     arithmetic = arithmetic or arithmetic_on(settings.device)
     part = model_part(plan, carried, measure=measure)
-    summary = summarize(plan, source, str(target.output), device=arithmetic.name, carried=part.carried)
+    summary = summarize(plan, source, target.place, device=arithmetic.name, carried=part.carried)
     written = write_parts(
         [part],
         [folder, *(measure.folders if measure else ())],
@@ -139,7 +139,7 @@ def carry_out(
     done = summarize(
         plan,
         source,
-        str(target.output),
+        target.place,
         device=arithmetic.name,
         written=written.files,
         carried=part.carried,
@@ -148,7 +148,7 @@ def carry_out(
         nonfinite=written.nonfinite[part.name],
         loss=measure.loss() if measure else None,
     )
-    return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()))
+    return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()), pushed=written.pushed)
 
 
 def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmetic) -> dict[str, Any]:

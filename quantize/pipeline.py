@@ -155,7 +155,7 @@ def carry_out_pipeline(
     begun = time.monotonic()
     arithmetic = arithmetic_on(settings.device)
     root = plan.pipeline.folder
-    planned = summarize_pipeline(plan, source, str(target.output), device=arithmetic.name)
+    planned = summarize_pipeline(plan, source, target.place, device=arithmetic.name)
     identity = pipeline_identity(plan)
     written = write_parts(
         plan.parts,
@@ -170,14 +170,15 @@ def carry_out_pipeline(
     done = summarize_pipeline(
         plan,
         source,
-        str(target.output),
+        target.place,
         device=arithmetic.name,
         written=written.files,
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
         nonfinite=written.nonfinite,
     )
-    return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()))
+    notes = (*done.notes, *arithmetic.notes, *kernels.notes())
+    return replace(done, notes=notes, pushed=written.pushed)
 
 
 def summarize_pipeline(

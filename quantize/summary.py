@@ -39,6 +39,7 @@ class Summary:
     act: Literal["quantize", "dequantize"]
     source: Source
     output: str
+    """The folder that was written; empty if it is on the Hub only."""
     method: str
     """Of the quantized weights, those of the source when they are dequantized; more than one joined by ``+``."""
     double_quant: bool
@@ -153,7 +154,7 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
             "library": source.library,
             "architecture": source.architecture,
         },
-        "output": summary.output,
+        "output": summary.output or None,
         "method": summary.method,
         "double_quant": summary.double_quant,
         **summary.refinement,

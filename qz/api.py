@@ -13,13 +13,13 @@ dataclasses; ``as_json()`` gives the documented object. ``on_progress`` is calle
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 from qz import UsageError
 from qz.progress import OnProgress, Progress, ignore
@@ -28,6 +28,7 @@ from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Rounding, Scales
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination, PushResult
+    from qz.formats.publish.publication import Publication
     from qz.formats.source import OpenedSource
     from qz.quantize.inspection.pipeline import PipelineInspection
     from qz.quantize.inspection.report import Inspection
@@ -40,8 +41,25 @@ if TYPE_CHECKING:
 __all__ = ["Fp4", "Int8", "Nf4", "Progress", "dequantize", "inspect", "push", "quantize"]
 
 AnyPath = str | PathLike[str]
+P = ParamSpec("P")
 
 
+def once_more_if_lost(convert: Callable[P, Converted]) -> Callable[P, Converted]:
+    """Convert again if the Hub has lost meanwhile what was sent to it; what it still has is not made anew."""
+
+    @wraps(convert)
+    def converted(*arguments: P.args, **named: P.kwargs) -> Converted:
+        from qz.formats.publish.destination import UploadsLost
+
+        try:
+            return convert(*arguments, **named)
+        except UploadsLost:
+            return convert(*arguments, **named)
+
+    return converted
+
+
+@once_more_if_lost
 def quantize(
     source: AnyPath,
     output: AnyPath | None = None,
@@ -68,6 +86,7 @@ def quantize(
     threads: int | None = None,
     download: bool = False,
     push: str | None = None,
+    push_only: bool = False,
     public: bool | None = None,
     measure_loss: bool = False,
     dry_run: bool = False,
@@ -79,8 +98,9 @@ def quantize(
     source. ``method`` is ``Nf4()`` (the default), ``Fp4()`` or ``Int8()``, each with its settings. ``skip`` names
     linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"``
     makes 4-bit weights of the same format with less error, and with less still where ``importance`` names a file of it.
-    ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository. The
-    other arguments are the options of ``qz quantize``, see the command reference.
+    ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
+    ``push_only``, shard by shard, so that no output is kept here. The other arguments are the options of ``qz
+    quantize``, see the command reference.
 
     Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
     PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
@@ -110,6 +130,7 @@ def quantize(
     location = str(source)
     with opened(location, subfolder, revision) as found:
         to = _destination(push, public, found)
+        publication = _publication(to, found, if_exists, on_progress) if push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
@@ -121,6 +142,7 @@ def quantize(
             download=download,
             dry_run=dry_run,
             on_progress=on_progress,
+            publication=publication,
         )
         if is_pipeline(found.folder):
             if measure_loss:
@@ -143,6 +165,7 @@ def quantize(
         return _published(conversion.model(plan, measure), to, found, on_progress)
 
 
+@once_more_if_lost
 def dequantize(
     source: AnyPath,
     output: AnyPath | None = None,
@@ -161,6 +184,7 @@ def dequantize(
     threads: int | None = None,
     download: bool = False,
     push: str | None = None,
+    push_only: bool = False,
     public: bool | None = None,
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
@@ -185,6 +209,7 @@ def dequantize(
     )
     with opened(str(source), subfolder, revision) as found:
         to = _destination(push, public, found)
+        publication = _publication(to, found, if_exists, on_progress) if push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
@@ -196,6 +221,7 @@ def dequantize(
             download=download,
             dry_run=dry_run,
             on_progress=on_progress,
+            publication=publication,
         )
         if is_pipeline(found.folder):
             if against is not None:
@@ -303,12 +329,26 @@ def _destination(push: str | None, public: bool | None, source: OpenedSource) ->
     return to
 
 
+def _publication(
+    to: Destination | None, source: OpenedSource, if_exists: IfExists, on_progress: OnProgress
+) -> Publication:
+    """Where the output goes while it is made."""
+    if to is None:
+        raise UsageError("--push-only keeps no output here, so it needs the repository to publish in: --push REPO_ID.")
+    if if_exists != "error":
+        raise UsageError("--if-exists and --overwrite are about an output here, which --push-only does not make.")
+    from qz.formats.publish.publication import Publication
+    from qz.formats.source import is_restricted
+
+    return Publication(to, source_private=is_restricted(source.folder), progress=on_progress)
+
+
 def _published(done: Converted, to: Destination | None, source: OpenedSource, on_progress: OnProgress) -> Converted:
     """The report of a conversion with that of the push that follows it, if one was asked for."""
     from qz.formats.publish.push import push as send
     from qz.formats.source import is_restricted
 
-    if to is None or getattr(done, "dry_run", False):
+    if to is None or getattr(done, "dry_run", False) or done.pushed is not None:
         return done
     pushed = send(Path(done.output), to, source_private=is_restricted(source.folder), progress=on_progress)
     return replace(done, pushed=pushed)

@@ -29,6 +29,8 @@ class Journal:
     fingerprint: dict[str, Any] | None
     """What the earlier run was asked for; None if there was none, or its journal cannot be trusted."""
     finished: dict[str, WrittenFile]
+    uploaded: set[str]
+    """Those of which no copy is here any more: they were sent to the Hub."""
 
     def __init__(self, path: Path, disk: Disk) -> None:
         """Raise TryAgain at once if another process holds it."""
@@ -59,7 +61,7 @@ class Journal:
         self._stop = self._disk.size(self._descriptor, self.path)
         text = bytearray(self._stop)
         self._disk.read(self._descriptor, self.path, memoryview(text), 0)
-        self.fingerprint, self.finished = None, {}
+        self.fingerprint, self.finished, self.uploaded = None, {}, set()
         lines = bytes(text).split(b"\n")
         torn = len(lines.pop())
         try:
@@ -75,6 +77,8 @@ class Journal:
         if isinstance(fingerprint, dict):
             self.fingerprint = fingerprint
             self.finished = {file.name: file for file in finished if file.sha256}
+            sent = {entry["name"]: entry.get("uploaded") is True for entry in entries[1:]}
+            self.uploaded = {name for name in self.finished if sent[name]}
             self._stop -= torn
             if torn:
                 self._disk.truncate(self._descriptor, self.path, self._stop)
@@ -82,19 +86,20 @@ class Journal:
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget whatever it held, and begin anew."""
         self._disk.truncate(self._descriptor, self.path, 0)
-        self.finished, self._stop = {}, 0
+        self.finished, self.uploaded, self._stop = {}, set(), 0
         self._append({"fingerprint": fingerprint})
 
     def add(self, file: WrittenFile) -> None:
         """Note a finished file, durably."""
         with self._adding:
-            self._append(asdict(file))
+            self._append(asdict(file) | ({"uploaded": True} if file.name in self.uploaded else {}))
             self.finished[file.name] = file
 
     def forget(self, name: str) -> None:
         """Note that a finished file is no good after all."""
         with self._adding:
             self.finished.pop(name, None)
+            self.uploaded.discard(name)
             self._append(asdict(WrittenFile(name, 0, "")))
 
     def _append(self, entry: Mapping[str, Any]) -> None:

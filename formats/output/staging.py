@@ -226,11 +226,18 @@ class Staging:
         def done(file: WrittenFile) -> None:
             self._written[file.name] = file
             self._unfinished.discard(file.name)
-            self._note_verified((file, is_verified))
+            self._keep(file, is_verified)
 
         writer = ShardWriter(self._disk, self._partial, layout, self._descriptors, done)
         self._unfinished.add(layout.file)
         return writer
+
+    def give_up(self) -> None:
+        """Let no thread wait for anything: the run is over."""
+
+    def _keep(self, file: WrittenFile, is_verified: IsVerified) -> None:
+        """Have a finished file that is worth it for a later run."""
+        self._note_verified((file, is_verified))
 
     def _note_verified(self, *new: tuple[WrittenFile, IsVerified]) -> None:
         """Note in the journal what is finished and now settled."""
@@ -294,7 +301,7 @@ class Staging:
         written = self._store(name, pieces(), reserve=size)
         self._unfinished.discard(name)
         if size >= RESUMABLE:
-            self._note_verified((written, is_verified))
+            self._keep(written, is_verified)
         return written
 
     def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
@@ -347,8 +354,7 @@ class Staging:
         if found != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
         inspect(self._partial)
-        with defer_signals():
-            self._publish()
+        self._publish()
         return written
 
     def _verify(self, file: WrittenFile) -> None:
@@ -368,6 +374,10 @@ class Staging:
                 yield prefix + name, status.st_size if status else -1
 
     def _publish(self) -> None:
+        with defer_signals():
+            self._rename_into_place()
+
+    def _rename_into_place(self) -> None:
         refuse_output(self.output, self._overwrite, self._disk)
         replaced = self._disk.kind(self.output) is not None and bool(self._disk.names(self.output))
         try:
@@ -452,6 +462,9 @@ class Section:
 
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), is_verified)
+
+    def give_up(self) -> None:
+        self._staging.give_up()
 
     def write_file(self, name: str, data: bytes) -> WrittenFile:
         return self._staging.write_file(self._prefix + name, data)

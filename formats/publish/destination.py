@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qz import UsageError
+from qz import TryAgain, UsageError
+
+
+class UploadsLost(TryAgain):
+    """The Hub has swept out files that were sent and deleted here, ``names``: they are to be made once more."""
+
+    def __init__(self, message: str, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 @dataclass(frozen=True, slots=True)

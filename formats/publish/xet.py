@@ -96,7 +96,6 @@ class XetUploads:
             raise self._meaning(error) from None
         finally:
             if memory is not None:
-                self._session = None
                 _forget(memory)
 
     def _require_another_attempt(self, error: Exception) -> None:
@@ -144,13 +143,10 @@ class XetUploads:
         self, blobs: Sequence[Blob], access: _Access, progress: Callable[[int], None], memory: str | None = None
     ) -> int:
         """One attempt. ``memory``: where hf_xet looks up what it has uploaded, if not where it always does."""
-        import hf_xet
 
-        if self._session is None or memory is not None:
-            config = {**SETTINGS, "shard.cache_subdir": memory} if memory is not None else SETTINGS
-            self._session = hf_xet.XetSession(hf_xet.XetConfig().with_config(config))
+        session = self._own_session() if memory is None else _session({"shard.cache_subdir": memory})
         headers = self._headers()
-        commit = self._session.new_upload_commit(
+        commit = session.new_upload_commit(
             endpoint=access.endpoint,
             token=access.token,
             token_expiry_unix_secs=access.expires,
@@ -181,6 +177,12 @@ class XetUploads:
                 )
             blob.sha256 = sha256
         return int(report.dedup_metrics.total_bytes_uploaded)
+
+    def _own_session(self) -> Any:
+        with self._lock:
+            if self._session is None:
+                self._session = _session({})
+            return self._session
 
     def _feed(self, commit: Any, blob: Blob) -> tuple[int, str]:
         """Hand a file over, piece by piece; its size and SHA-256 as they were handed over.
@@ -216,6 +218,12 @@ class XetUploads:
         return HubUnreachable(
             f"{doing} {why}. Run the same command again: it goes on where it stopped; https://status.huggingface.co."
         )
+
+
+def _session(settings: dict[str, Any]) -> Any:
+    import hf_xet
+
+    return hf_xet.XetSession(hf_xet.XetConfig().with_config({**SETTINGS, **settings}))
 
 
 def _status(error: Exception) -> int | None:

@@ -20,9 +20,12 @@ from qz.quantize.streaming.measure import Measure
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.readable import UnreadableOutput, require_readable
 from qz.quantize.streaming.run import Run
+from qz.quantize.streaming.shard_order import ShardOrder, by_shard, joined, shard_order
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
+    from qz.formats.publish.destination import PushResult
+    from qz.formats.publish.publication import Publication
     from qz.quantize.compute.arithmetic import Arithmetic
 
 
@@ -34,6 +37,13 @@ class Target:
     overwrite: bool = False
     resume: bool = True
     disk: Disk = field(default_factory=Disk)
+    publication: Publication | None = None
+    """Where finished files go at once, so that none stays here."""
+
+    @property
+    def place(self) -> str:
+        """The folder that is written, empty where there is none in the end."""
+        return "" if self.publication is not None else str(self.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,7 @@ class Written:
     resumed: bool
     nonfinite: Mapping[str, Mapping[str, NotFinite]]
     """Of each converted part, by name, its tensors that were kept and hold values that are not finite."""
+    pushed: PushResult | None = None
 
 
 def model_part(plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None) -> Part:
@@ -94,16 +105,13 @@ def write_parts(
     local = [each for each in sources if isinstance(each, LocalFolder)]
     for place in (place for each in local for place in each.places()):
         refuse_overlap(place, target.output, target.disk)
+    publication = target.publication
+    if publication is not None:
+        parts = [replace(part, plan=by_shard(part.plan)) if part.plan is not None else part for part in parts]
+        publication.begin(_weights(parts))
+        progress = publication.converting
     with (
-        Staging(
-            target.output,
-            fingerprint,
-            needed=sum(part.bytes_output for part in parts),
-            overwrite=target.overwrite,
-            resume=target.resume,
-            about=about,
-            disk=target.disk,
-        ) as staging,
+        _staging(parts, target, fingerprint, about) as staging,
         _trust(staging, local),
     ):
         resumed = staging.resumed
@@ -134,7 +142,59 @@ def write_parts(
                     folder.close()
         written = staging.commit(lambda folder: require_readable(folder, parts))
     found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
-    return Written(written, resumed, found)
+    return Written(written, resumed, found, getattr(staging, "pushed", None))
+
+
+def _staging(
+    parts: Sequence[Part], target: Target, fingerprint: Mapping[str, Any], about: Mapping[str, Any]
+) -> Staging:
+    """The staging area of a folder, or of an output that is published as it is made."""
+    needed = staged_bytes(parts, target)
+    if target.publication is None:
+        return Staging(
+            target.output,
+            fingerprint,
+            needed=needed,
+            overwrite=target.overwrite,
+            resume=target.resume,
+            about=about,
+            disk=target.disk,
+        )
+    from qz.formats.publish.uploaded_output import UploadedOutput
+
+    order = _order(parts)
+    return UploadedOutput(
+        target.publication,
+        target.output,
+        fingerprint,
+        needed=needed,
+        order=order.names,
+        at_once=order.at_once,
+        resume=target.resume,
+        about=about,
+        disk=target.disk,
+    )
+
+
+def staged_bytes(parts: Sequence[Part], target: Target) -> int:
+    """Bytes on the disk, at most, while the parts are written."""
+    needed = sum(part.bytes_output for part in parts)
+    if target.publication is None:
+        return needed
+    sent = sum(shard.size for part in parts if part.plan is not None for shard in part.plan.shards)
+    copied = [each.bytes for part in parts for each in part.carried if each.bytes >= RESUMABLE]
+    return needed - sent - sum(copied) + max([_order(parts).bytes, *copied])
+
+
+def _order(parts: Sequence[Part]) -> ShardOrder:
+    return joined([shard_order(part.plan, part.name) for part in parts if part.plan is not None])
+
+
+def _weights(parts: Sequence[Part]) -> list[str]:
+    """Names of the weights that the parts will have."""
+    names = [f"{part.name}/{shard.file}" for part in parts if part.plan is not None for shard in part.plan.shards]
+    names += [f"{part.name}/{each.name}" for part in parts for each in part.carried]
+    return [name.removeprefix("/") for name in names if name.endswith(".safetensors")]
 
 
 @contextmanager

@@ -74,6 +74,8 @@ class DiscardOutput:
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified) -> _DiscardedShard:  # noqa: ARG002 - as a staging area has it
         return _DiscardedShard(layout.file)
 
+    def give_up(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _DiscardedShard:
@@ -176,6 +178,7 @@ class Run:
     def _give_up(self) -> None:
         """Let no thread wait for what is no longer wanted."""
         self.folder.give_up()
+        self.staging.give_up()
         if self.observer is not None:
             self.observer.give_up()
 

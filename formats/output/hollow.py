@@ -1,0 +1,48 @@
+"""What is left of a file that is elsewhere by now: a sparse one of its size, with the header and the small tensors.
+
+Whoever looks at a checkpoint without reading its weights still can.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qz.formats.output.record import PIECE
+from qz.formats.output.shard_writer import TEMPORARY
+from qz.formats.safetensors import read_header
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qz.formats.output.disk import Disk
+
+SMALL = 1024
+"""Bytes of a tensor that is left: quant states and maps."""
+
+
+def hollow_out(disk: Disk, path: Path) -> None:
+    """Replace the file by what is left of it, a sparse file, at once."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    old, new = disk.open_file(path, create=False), None
+    try:
+        new = disk.open_file(temporary, create=True)
+        size = disk.size(old, path)
+        disk.truncate(new, temporary, size)
+
+        def read(offset: int, length: int) -> bytes:
+            data = bytearray(length)
+            return bytes(data[: disk.read(old, path, memoryview(data), offset)])
+
+        if path.name.endswith(".safetensors"):
+            header = read_header(read, size, str(path))
+            for start in range(0, header.data_start, PIECE):
+                disk.write(new, temporary, memoryview(read(start, min(PIECE, header.data_start - start))), start)
+            for tensor in header.tensors.values():
+                if tensor.nbytes <= SMALL:
+                    start = header.data_start + tensor.start
+                    disk.write(new, temporary, memoryview(read(start, tensor.nbytes)), start)
+    finally:
+        disk.close(old, path)
+        if new is not None:
+            disk.close(new, temporary)
+    disk.rename(temporary, path)

@@ -1,0 +1,203 @@
+"""An output in the making that stays on no disk: each finished file is sent to the Hub, noted and hollowed out.
+
+The staging area holds what is being written and what is on its way, a bounded number of shards at a time. Of what was
+sent, the headers stay until the end, for the output is read before it is published.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from qz import QzError, TryAgain
+from qz.formats.json_files import read_json
+from qz.formats.output.hollow import hollow_out
+from qz.formats.output.refusals import sibling
+from qz.formats.output.staging import IsVerified, Staging
+from qz.formats.publish.destination import UploadsLost
+from qz.formats.publish.verified_file import VerifiedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from qz.formats.output.disk import Disk
+    from qz.formats.output.record import WrittenFile
+    from qz.formats.output.shard_writer import ShardLayout, ShardWriter
+    from qz.formats.publish.destination import PushResult
+    from qz.formats.publish.publication import Publication
+
+
+class UploadedOutput(Staging):
+    """As ``Staging``, but after ``commit`` the output is in one commit on the Hub (``pushed``), and nothing is here."""
+
+    pushed: PushResult
+
+    def __init__(
+        self,
+        publication: Publication,
+        output: Path,
+        fingerprint: Mapping[str, Any],
+        *,
+        needed: int,
+        order: Sequence[str],
+        at_once: int,
+        resume: bool = True,
+        about: Mapping[str, Any] | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        """``order``: the shards as they are begun; ``at_once``: how many of them may be on this disk, at least as many
+        as are open at a time when they are written in that order. ``output`` names the staging area, see ``Staging``.
+        """
+        self._publication = publication
+        self._room = _Room(order, at_once)
+        self._left_over: dict[str, WrittenFile] = {}
+        self._needed = needed
+        place = sibling(output, ".push")  # nothing with the name of the output is in the way, or made
+        super().__init__(
+            place, {**fingerprint, "push": publication.place}, needed=needed, resume=resume, about=about, disk=disk
+        )
+        self._left_over = {name: file for name, file in self.finished.items() if name not in self._journal.uploaded}
+        self._room.skip(self.finished)
+
+    def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
+        self._send_left_over()
+        return _LaterShard(self, layout, is_verified)  # type: ignore[return-value]  # has the methods that are used
+
+    def begin_shard(self, layout: ShardLayout, is_verified: IsVerified) -> ShardWriter:
+        """Open a shard as soon as there is room for it."""
+        self._room.enter(layout.file)
+        return super().open_shard(layout, is_verified)
+
+    def copy_file(
+        self,
+        name: str,
+        size: int,
+        read: Callable[[int, memoryview], None],
+        progress: Callable[[int], None] | None = None,
+        is_verified: IsVerified = lambda: True,
+    ) -> WrittenFile:
+        self._send_left_over()
+        return super().copy_file(name, size, read, progress, is_verified)
+
+    def give_up(self) -> None:
+        self._room.close()
+        self._publication.stop()
+
+    def _send_left_over(self) -> None:
+        """What an earlier run has finished and not sent."""
+        while self._left_over:
+            name = next(iter(self._left_over))
+            self._send(self._left_over[name])
+            del self._left_over[name]
+
+    def _keep(self, file: WrittenFile, is_verified: IsVerified) -> None:
+        """Note a finished file, send it, note that, and hollow it out: each step is durable before the next begins."""
+        super()._keep(file, is_verified)
+        self._send(file)
+        self._room.leave(file.name)
+
+    def _send(self, file: WrittenFile) -> None:
+        path = self._partial / file.name
+        self._publication.send(file.name, VerifiedFile.of(path), file.sha256)
+        self._journal.uploaded.add(file.name)
+        if file.name not in self._unverified:
+            self._journal.add(file)
+        hollow_out(self._disk, path)
+
+    def _require_space(self, needed: int) -> None:  # noqa: ARG002 - what was sent takes no space, but does not free any
+        super()._require_space(self._needed)
+
+    def _verify(self, file: WrittenFile) -> None:
+        if file.name not in self._journal.uploaded:
+            super()._verify(file)
+
+    def _publish(self) -> None:
+        """The one commit, then nothing is left here."""
+        uploaded = {
+            name: (file.bytes, file.sha256) for name, file in self._written.items() if name in self._journal.uploaded
+        }
+        here = {name: VerifiedFile.of(self._partial / name) for name in self._written if name not in uploaded}
+        try:
+            self.pushed = self._publication.publish(uploaded, here, self._about, self._config(here))
+        except UploadsLost as lost:
+            for name in lost.names:
+                self._journal.forget(name)
+            raise
+        self._committed = True
+        try:
+            self._disk.remove(self._partial)
+            self._journal.remove()
+        except QzError as error:
+            raise type(error)(f"{self._publication.location} is complete, but tidying up failed: {error}") from error
+        finally:
+            self._journal.close()
+
+    def _config(self, here: Mapping[str, VerifiedFile]) -> Mapping[str, Any]:
+        """The config of the model; of a pipeline's first quantized component, if it is one."""
+        found: Mapping[str, Any] = {}
+        for name in sorted(here, key=lambda name: (name.count("/"), name)):
+            if name.rpartition("/")[2] == "config.json":
+                config = read_json(here[name].read(), name)
+                found = found or config
+                if "quantization_config" in config:
+                    return config
+        return found
+
+
+class _LaterShard:
+    """A shard that is opened when the first byte of it is there."""
+
+    def __init__(self, output: UploadedOutput, layout: ShardLayout, is_verified: IsVerified) -> None:
+        self._output, self._layout, self._is_verified = output, layout, is_verified
+        self._writer: ShardWriter | None = None
+        self._opening = threading.Lock()
+
+    def write(self, tensor: str, data: Any, offset: int = 0) -> None:
+        self._opened().write(tensor, data, offset)
+
+    def write_variable(self, tensor: str, data: bytes) -> None:
+        self._opened().write_variable(tensor, data)
+
+    def finish(self) -> WrittenFile:
+        return self._opened().finish()
+
+    def _opened(self) -> ShardWriter:
+        if self._writer is None:
+            with self._opening:
+                if self._writer is None:
+                    self._writer = self._output.begin_shard(self._layout, self._is_verified)
+        return self._writer
+
+
+class _Room:
+    """Lets ``at_once`` shards in at a time, in ``order``: else those that came early could wait for each other."""
+
+    def __init__(self, order: Sequence[str], at_once: int) -> None:
+        self._waiting, self._at_once = list(order), at_once
+        self._inside: set[str] = set()
+        self._closed = False
+        self._change = threading.Condition()
+
+    def skip(self, names: Mapping[str, Any]) -> None:
+        self._waiting = [name for name in self._waiting if name not in names]
+
+    def enter(self, name: str) -> None:
+        with self._change:
+            self._change.wait_for(
+                lambda: self._closed or (self._waiting[0] == name and len(self._inside) < self._at_once)
+            )
+            if self._closed:
+                raise TryAgain("The upload was stopped.")
+            self._inside.add(self._waiting.pop(0))
+            self._change.notify_all()
+
+    def leave(self, name: str) -> None:
+        with self._change:
+            self._inside.discard(name)
+            self._change.notify_all()
+
+    def close(self) -> None:
+        with self._change:
+            self._closed = True
+            self._change.notify_all()

@@ -1,0 +1,292 @@
+"""With --push-only each finished shard is sent and deleted: no output is here, and all of it is in one commit there."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipelines
+from hub_server import HubServer, connected
+from pushes import failure, hurry
+from qz import OutputRefused, PermissionRefused, TryAgain, UsageError
+from qz.api import Int8, dequantize, quantize
+
+SHARD = 2_000_000
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    hurry(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    with connected(monkeypatch, tmp_path / "home") as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """19 MB in two shards, of which six come out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    folder = tmp_path_factory.mktemp("llama") / "llama"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="10MB")
+    (folder / "LICENSE").write_text("free")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the same run leaves in a folder."""
+    output = tmp_path_factory.mktemp("kept") / "output"
+    quantize(llama, output, max_shard_bytes=SHARD)
+    return files_in(output)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def there(hub: HubServer, name: str = "me/new") -> dict[str, bytes]:
+    return {path: data for path, data in hub.repos[name].files().items() if path not in ("README.md", ".gitattributes")}
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in tmp_path.iterdir() if path.name != "home")
+
+
+def on_disk(path: Path) -> int:
+    """Bytes that it takes there."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def run(llama: Path | str, **options: Any) -> Any:
+    return quantize(llama, push="me/new", push_only=True, max_shard_bytes=SHARD, threads=2, **options)
+
+
+def test_what_is_pushed_is_what_would_have_been_kept(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path
+) -> None:
+    summary = run(llama)
+    assert there(hub) == kept
+    assert len([name for name in kept if name.endswith(".safetensors")]) >= 5
+    assert left(tmp_path) == []
+    assert len(hub.commit_bodies) == 1
+    assert hub.commit_bodies[0][0]["value"]["parentCommit"] == hub.repos["me/new"].parents[hub.repos["me/new"].head]
+    assert hub.repos["me/new"].private
+    assert summary.as_json()["output"] is None
+    assert summary.as_json()["push"]["commit"] == hub.repos["me/new"].head
+    assert summary.as_json()["push"]["bytes"]["uploaded"] > 4_000_000
+    assert "nf4" in hub.repos["me/new"].files()["README.md"].decode()
+
+
+def test_from_the_hub_to_the_hub_neither_source_nor_output_is_on_the_disk(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add("big/llama", {path.name: path for path in llama.iterdir()})
+    run("big/llama")
+    weights = {name: data for name, data in there(hub).items() if name.endswith(".safetensors")}
+    assert weights == {name: data for name, data in kept.items() if name.endswith(".safetensors")}
+    assert left(tmp_path) == []
+
+
+def test_no_more_than_two_shards_are_on_the_disk(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    """However slow the network is: what is made waits."""
+    hub.fail("xorb_put", hang=0.2)
+    most, over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.is_set():
+            most = max(most, sum(on_disk(path) > 500_000 for path in tmp_path.glob("*.partial/*.safetensors*")))
+            time.sleep(0.005)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        run(llama)
+    finally:
+        over.set()
+        watching.join()
+    assert 1 <= most <= 2
+
+
+def test_int8_and_the_way_back_go_the_same_way(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    quantize(llama, tmp_path / "int8", method=Int8())
+    dequantize(tmp_path / "int8", tmp_path / "back", max_shard_bytes=SHARD)
+    dequantize(tmp_path / "int8", push="me/new", push_only=True, max_shard_bytes=SHARD)
+    assert there(hub) == files_in(tmp_path / "back")
+
+
+def test_a_pipeline_goes_component_by_component(
+    hub: HubServer, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    flux = pipelines.flux(tmp_path_factory.mktemp("flux") / "flux")
+    quantize(flux, tmp_path / "kept", max_shard_bytes=100_000)
+    quantize(flux, push="me/new", push_only=True, max_shard_bytes=100_000)
+    assert there(hub) == files_in(tmp_path / "kept")
+    assert left(tmp_path) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "nth", "sent"),
+    [
+        ("info", 3, False),
+        ("xet_token", 3, True),
+        ("xorb_grant", 3, True),
+        ("xorb_put", 3, True),
+        ("xorb_commit", 3, True),
+        ("shard", 3, True),
+        ("preupload", 1, True),
+        ("validate_yaml", 1, True),
+        ("commit", 1, True),
+        ("tree", 2, True),
+    ],
+)
+def test_a_run_that_ends_at_any_step_is_continued(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path, kind: str, nth: int, sent: bool
+) -> None:
+    hub.fail(kind, nth=nth, status=403, message="not now")
+    hub.fail("xorb_post", status=403)  # what hf_xet does where the granted link fails
+    failure(lambda: run(llama), PermissionRefused)
+    hub.faults.clear()
+    hub.reset_counts()
+    summary = run(llama)
+    assert there(hub) == kept
+    assert summary.resumed is sent
+    assert not sent or hub.requests["xorb_put"] <= 4
+    assert left(tmp_path) == []
+    assert len(hub.commit_bodies) == 1
+
+
+def test_uploads_that_the_hub_swept_out_are_made_once_more(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.fail("commit", times=1, before=hub.lose_uploads)
+    run(llama)
+    assert there(hub) == kept
+    assert hub.requests["commit"] == 2
+
+
+def test_a_hub_that_keeps_nothing_is_told_and_may_be_tried_again(hub: HubServer, llama: Path) -> None:
+    hub.fail("commit", before=hub.lose_uploads)
+    assert "no longer holds" in failure(lambda: run(llama), TryAgain)
+    assert hub.requests["commit"] == 2
+
+
+def test_another_commit_meanwhile_is_not_overwritten(hub: HubServer, llama: Path, kept: dict[str, bytes]) -> None:
+    hub.add("me/new", {}, private=True)
+    hub.fail("commit", times=1, before=lambda: hub.commit("me/new", {"theirs.txt": b"x"}))
+    assert "changed meanwhile" in failure(lambda: run(llama), TryAgain)
+    hub.reset_counts()
+    run(llama)
+    assert there(hub) == kept | {"theirs.txt": b"x"}
+    assert hub.requests["xorb_put"] == 0
+
+
+def test_what_cannot_be_published_is_known_before_the_work(hub: HubServer, llama: Path) -> None:
+    hub.add("me/new", {"model.safetensors": b"theirs"}, private=True)
+    assert "other weights" in failure(lambda: run(llama), OutputRefused)
+    hub.add("someone/else", {}, private=False)
+    failure(lambda: quantize(llama, push="someone/else", push_only=True, public=True), PermissionRefused)
+    assert not hub.requests["shard"]
+    failure(lambda: quantize(llama, push_only=True), UsageError)
+    failure(lambda: run(llama, if_exists="skip"), UsageError)
+
+
+def test_another_destination_does_not_go_on_with_what_was_sent_elsewhere(hub: HubServer, llama: Path) -> None:
+    hub.fail("commit", status=403)
+    failure(lambda: run(llama), PermissionRefused)
+    hub.faults.clear()
+    message = failure(lambda: quantize(llama, push="me/other", push_only=True, max_shard_bytes=SHARD), OutputRefused)
+    assert "push.repository" in message
+
+
+def test_a_dry_run_sends_nothing(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    summary = run(llama, dry_run=True)
+    assert summary.as_json()["output"] is None
+    assert "me/new" not in hub.repos
+    assert left(tmp_path) == []
+
+
+def command(llama: Path) -> list[str]:
+    words = [
+        "-m",
+        "qz",
+        "quantize",
+        str(llama),
+        "--push",
+        "me/new",
+        "--push-only",
+        "--max-shard-size",
+        "2MB",
+        "--quiet",
+    ]
+    return [sys.executable, *words]
+
+
+@pytest.mark.parametrize("kind", ["preupload", "xorb_put", "shard", "commit"])
+def test_a_run_that_is_killed_at_any_step_is_continued(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path, kind: str
+) -> None:
+    process: list[subprocess.Popen[bytes]] = []
+    hub.fail(kind, nth=3 if kind in ("xorb_put", "shard") else 1, times=1, before=lambda: process[0].kill())
+    process.append(subprocess.Popen(command(llama), cwd=tmp_path))
+    assert process[0].wait() == -signal.SIGKILL
+    run(llama)
+    assert there(hub) == kept
+    assert left(tmp_path) == []
+
+
+def test_a_commit_whose_answer_never_came_is_not_made_twice(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path
+) -> None:
+    process: list[subprocess.Popen[bytes]] = []
+    hub.fail("tree", nth=3, times=1, before=lambda: process[0].kill())
+    process.append(subprocess.Popen(command(llama), cwd=tmp_path))
+    process[0].wait()
+    made = len(hub.commit_bodies)
+    run(llama)
+    assert there(hub) == kept
+    assert len(hub.commit_bodies) == 1 >= made
+
+
+def test_ctrl_c_ends_it_at_once_and_what_was_sent_is_kept(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    fault = hub.fail("xorb_put", nth=3, hang=120)
+    process = subprocess.Popen(
+        command(llama),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while fault.seen < 3 and process.poll() is None:
+        time.sleep(0.05)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert time.monotonic() - began < 30
+    assert "kept" in errors
