@@ -151,7 +151,7 @@ def test_a_linear_whose_weight_other_code_reads_stays_as_it_is(make: Any, method
     assert set(keys) <= set(listed or ())
     kept = [path for path, reason in summary.skipped.items() if reason.startswith("its weight is read by ")]
     assert {path.rpartition(".")[2] for path in kept} == set(keys)
-    assert any("not quantized" in warning for warning in summary.warnings) == bool(keys)
+    assert any("unquantized: its weight is read" in warning for warning in summary.warnings) == bool(keys)
 
     transformers_model(type(model), source, method, skips=listed).save_pretrained(reference)
     assert differing_files(reference, output) == []
@@ -164,7 +164,10 @@ def test_a_linear_whose_weight_other_code_reads_stays_as_it_is(make: Any, method
 def test_without_default_skips_it_is_quantized_as_the_library_does(tmp_path: Path) -> None:
     source, output, reference = saved(siglip2(), tmp_path / "source"), tmp_path / "output", tmp_path / "reference"
     summary = quantized(source, output, "nf4", default_skips=False)
-    assert "patch_embedding is quantized, but Siglip2VisionEmbeddings reads" in " ".join(summary.warnings)
+    assert (
+        "patch_embedding is quantized, and the output may fail or be wrong: its weight is read by Siglip2V"
+        in " ".join(summary.warnings)
+    )
     listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
     transformers_model(transformers.Siglip2VisionModel, source, "nf4", skips=listed).save_pretrained(reference)
     assert differing_files(reference, output) == []
@@ -260,3 +263,58 @@ def test_classes_of_diffusers_are_found_wherever_it_keeps_them(make: Any, tmp_pa
     quantized(source, output, "nf4")
     diffusers_model(type(model), source, "nf4", torch.float32).save_pretrained(reference)
     assert differing_tensors(reference, output) == []
+
+
+class OddNames(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
+    """Layers whose names the library's loader takes for something else."""
+
+    @diffusers.configuration_utils.register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_bias = torch.nn.Linear(64, 64)
+        self.weight_proj = torch.nn.Linear(64, 64)
+        self.proj = torch.nn.Linear(64, 64)
+
+    def forward(self, x: Any) -> Any:
+        return self.proj(self.weight_proj(self.to_bias(x)))
+
+
+@pytest.mark.parametrize(("method", "stays"), [("nf4", "to_bias"), ("int8", "weight_proj")])
+def test_what_diffusers_could_not_load_back_stays_as_it_is(
+    method: str, stays: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers, "OddNames", OddNames, raising=False)
+    source, output = tmp_path / "source", tmp_path / "output"
+    OddNames().save_pretrained(source)
+    summary = quantized(source, output, method)
+    assert summary.skipped == {stays: "diffusers could not load it back, for its name"}
+    assert any(f"the linear layer {stays} stays unquantized: diffusers" in warning for warning in summary.warnings)
+    assert config_of(output)["quantization_config"]["llm_int8_skip_modules"] == [stays]
+    loaded = diffusers_model(OddNames, output, None, torch.float32)
+    assert type(getattr(loaded, stays)) is torch.nn.Linear
+    assert type(loaded.proj) is not torch.nn.Linear
+
+    quantized(source, tmp_path / "all", method, default_skips=False)
+    with pytest.raises((ValueError, KeyError)):
+        diffusers_model(OddNames, tmp_path / "all", None, torch.float32)
+
+
+def test_the_dtype_is_the_one_of_what_the_class_does_not_keep_in_float32(tmp_path: Path) -> None:
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        text_dim=64,
+        freq_dim=4096,
+        ffn_dim=64,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    source, reference = tmp_path / "source", tmp_path / "reference"
+    model.save_pretrained(tmp_path / "float32")
+    diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16).save_pretrained(source)
+    summary = quantized(source, tmp_path / "output", "nf4")
+    assert summary.dtype == "bfloat16"
+    diffusers_model(diffusers.WanTransformer3DModel, source, "nf4", torch.bfloat16).save_pretrained(reference)
+    assert differing_tensors(reference, tmp_path / "output") == []

@@ -189,15 +189,15 @@ class Skips:
 
     library: tuple[str, ...] = ()
     """What the library leaves alone where the list is null."""
-    read_by_others: tuple[str, ...] = ()
-    """Layers whose weight the model's own code reads; the library knows of none of them."""
+    exempted: tuple[str, ...] = ()
+    """Layers that would not work or not load; the library knows of none of them."""
 
 
 def skip_list(skips: Skips, request: LoadRequest) -> list[str] | None:
     """``llm_int8_skip_modules`` to write: None when the library's own defaults are meant."""
-    if request.default_skips and not request.skips and not skips.read_by_others:
+    if request.default_skips and not request.skips and not skips.exempted:
         return None
-    defaults = (*skips.library, *skips.read_by_others) if request.default_skips else ()
+    defaults = (*skips.library, *skips.exempted) if request.default_skips else ()
     return list(dict.fromkeys([*defaults, *request.skips]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,8 @@ def model_class_of(checkpoint: Checkpoint) -> Any:
     diffusers exports most classes; those that only one pipeline uses stay in that pipeline's module, which
     model_index.json names in the place of a library.
     """
+    # diffusers imports bitsandbytes, which advises to install kernels that qz has no use for.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     import diffusers
     from diffusers.models.modeling_utils import ModelMixin
 

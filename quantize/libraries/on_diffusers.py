@@ -6,8 +6,9 @@ choice of linears follows ``quantizers/bitsandbytes/utils.py:_replace_with_bnb_l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,14 +32,18 @@ from qz.quantize.libraries.architecture import (
     unmatched,
 )
 from qz.quantize.libraries.diffusers_classes import model_class_of
-from qz.quantize.libraries.weight_readers import read_by_others
+from qz.quantize.libraries.diffusers_internals import float32_modules, rename_old_keys
+from qz.quantize.libraries.diffusers_selection import select
 
 
 def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> Architecture:
     """See ``qz.quantize.libraries.architecture.examine``."""
 
-    load_dtype = _load_dtype(tensors, request)
-    model, class_name = _build(checkpoint, getattr(torch, load_dtype))
+    model_class = model_class_of(checkpoint)
+    class_name = model_class.__name__
+    load_dtype = _load_dtype(tensors, request, float32_modules(model_class))
+    model = _build(checkpoint, model_class, getattr(torch, load_dtype))
+    fp32 = float32_modules(model)
     sources = _sources(model, tensors)
     state = model.state_dict()
     found = {name: tensors[source] for name, source in sources.items()}
@@ -52,8 +57,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         class_name,
         checkpoint.folder.location,
     )
-    fp32 = _listed(model._keep_in_fp32_modules)
-    selection = _select(model, request, fp32)
+    selection = select(model, request, fp32)
 
     def dtype_of(name: str) -> str:
         given = found[name].dtype
@@ -106,39 +110,31 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
 def _sources(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Model name → checkpoint name; attention layers had other names before diffusers 0.17."""
     names = {name: name for name in tensors}
-    model._fix_state_dict_keys_on_load(names)
+    rename_old_keys(model, names)
     return names
 
 
-def _listed(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or ())
+def _load_dtype(tensors: Mapping[str, TensorSpec], request: LoadRequest, fp32: list[str]) -> str:
+    """``auto`` keeps the checkpoint's own dtype, the one most of its values have; diffusers would force float16.
 
-
-def _load_dtype(tensors: Mapping[str, TensorSpec], request: LoadRequest) -> str:
-    """``auto`` keeps the checkpoint's own dtype, the one most of its values have; diffusers would force float16."""
+    What the class keeps in float32 says nothing of the others, unless there are none.
+    """
     if request.dtype != "auto":
         return request.dtype
-    counts: dict[str, int] = {}
-    for given in tensors.values():
+    counts: Counter[str] = Counter()
+    in_fp32: Counter[str] = Counter()
+    for name, given in tensors.items():
         if given.dtype in FLOATS:
-            count = 1
-            for length in given.shape:
-                count *= length
-            counts[given.dtype] = counts.get(given.dtype, 0) + count
-    return max(counts, key=lambda dtype: counts[dtype], default="float32")
+            votes = in_fp32 if any(segment in fp32 for segment in name.split(".")) else counts
+            votes[given.dtype] += math.prod(given.shape)
+    return next((dtype for dtype, _ in (counts or in_fp32).most_common(1)), "float32")
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
-    """The model on meta, by the class that config.json names, from the installed library only."""
-    import logging as standard
-
-    # diffusers imports bitsandbytes, which advises to install kernels that qz has no use for.
-    standard.getLogger("bitsandbytes.backends").setLevel(standard.ERROR)
+def _build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> Any:
+    """The model on meta."""
     from accelerate import init_empty_weights
     from diffusers.utils import logging
 
-    model_class = model_class_of(checkpoint)
-    name = model_class.__name__
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     default = torch.get_default_dtype()
@@ -146,51 +142,10 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, str]:
     try:
         with init_empty_weights():
             config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
-            model = model_class.from_config(config)
+            return model_class.from_config(config)
     finally:
         torch.set_default_dtype(default)
         logging.set_verbosity(verbosity)
-    return model, name
-
-
-@dataclass(frozen=True, slots=True)
-class _Selection:
-    """Linear layers to quantize; those to keep → why; keys for the skip list that say so; what to tell the user."""
-
-    linears: tuple[str, ...] = ()
-    kept: Mapping[str, str] = field(default_factory=dict)
-    skips: Skips = field(default_factory=Skips)
-    notes: tuple[str, ...] = ()
-
-
-def _select(model: Any, request: LoadRequest, fp32: list[str]) -> _Selection:
-    """Linears to quantize, and those to keep with the reason.
-
-    Without user skips only ``_keep_in_fp32_modules`` count in the library; here also layers whose weight other code
-    reads.
-    """
-    if request.method is None:
-        return _Selection()
-    linears: list[str] = []
-    kept: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        if _matches(request.skips, path):
-            kept[path] = "skipped on request"
-        elif _matches(fp32, path):
-            kept[path] = "kept in float32 by the model"
-        else:
-            linears.append(path)
-    read = read_by_others(model, linears, request, _matches)
-    chosen = tuple(path for path in linears if path not in read.kept)
-    return _Selection(chosen, kept | dict(read.kept), Skips((), read.keys), read.notes)
-
-
-def _matches(keys: Iterable[str], path: str) -> bool:
-    """The library's rule: a key matches a leaf's name, a whole path, or ``key.`` anywhere in the path."""
-    leaf = path.rpartition(".")[2]
-    return any(key in (leaf, path) or f"{key}." in path for key in keys)
 
 
 def _documents(model: Any, request: LoadRequest, keys: Skips) -> dict[str, bytes]:
@@ -200,7 +155,7 @@ def _documents(model: Any, request: LoadRequest, keys: Skips) -> dict[str, bytes
     if request.method is not None:
         skips = skip_list(keys, request)
         if skips is not None:  # the library extends the user's list in place
-            skips += _listed(model._keep_in_fp32_modules)
+            skips += float32_modules(model)
         config = BitsAndBytesConfig(**request.method.config(), llm_int8_skip_modules=skips)
         model.register_to_config(quantization_config=config)
     return {"config.json": document(model.to_json_string())}

@@ -10,6 +10,7 @@ import torch
 
 from qz import Unsupported, UsageError
 from qz.quantize.libraries.architecture import LoadRequest, Skips, skip_list
+from qz.quantize.libraries.exemptions import exempt
 from qz.quantize.libraries.origins import Model
 from qz.quantize.libraries.transformers_internals import (
     MODULES_TO_PATCH_FOR_QUANTIZATION,
@@ -65,10 +66,11 @@ def select(model: Model, request: LoadRequest) -> Selection:
             kept[path] = "kept in float32 by the model"
         else:
             kept[path] = "tied to another weight" if path in tied else "output layer"
-    read = read_by_others(model, linears, request, _matches)
-    kept |= read.kept
-    linears = {path: transposed for path, transposed in linears.items() if path not in read.kept}
-    return Selection(linears, kept, skip_list(Skips(tuple(sorted(defaults)), read.keys), request), read.notes)
+    reasons = read_by_others(model, linears, request.method)
+    exempted = exempt(reasons, linears, _matches, wanted=request.default_skips)
+    linears = {path: transposed for path, transposed in linears.items() if path not in exempted.kept}
+    skips = skip_list(Skips(tuple(sorted(defaults)), exempted.keys), request)
+    return Selection(linears, kept | dict(exempted.kept), skips, exempted.notes)
 
 
 def _matches(keys: Iterable[str], path: str) -> bool:

@@ -1,0 +1,34 @@
+"""The parts of diffusers that are not public API, in one place; refused clearly where a version lacks them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+from qz import Unsupported
+from qz.quantize.libraries.versions import requirement
+
+
+def _unknown(error: Exception) -> Unsupported:
+    return Unsupported(
+        f"diffusers {diffusers.__version__} is laid out differently from the versions qz knows ({error}). "
+        f"Install one that it knows: pip install '{requirement('diffusers')}', or a newer qz."
+    )
+
+
+def float32_modules(model: Any) -> list[str]:
+    """Path segments of the modules that a class, or a model of it, keeps in float32 and never quantizes."""
+    try:
+        names = model._keep_in_fp32_modules
+    except AttributeError as error:
+        raise _unknown(error) from error
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def rename_old_keys(model: Any, state: dict[str, Any]) -> None:
+    """Give the keys of a state dict the names of today; attention layers had others before diffusers 0.17."""
+    try:
+        model._fix_state_dict_keys_on_load(state)
+    except AttributeError as error:
+        raise _unknown(error) from error
