@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from converted import quantized
@@ -229,8 +231,6 @@ def test_a_class_that_cannot_be_told_is_refused_with_those_that_there_are(tmp_pa
 
 
 def test_a_missing_output_layer_is_no_model_without_a_head(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     source = saved(llama(tie_word_embeddings=False), tmp_path / "source")
     weights = load_file(source / "model.safetensors")
     del weights["lm_head.weight"]
@@ -318,3 +318,22 @@ def test_the_dtype_is_the_one_of_what_the_class_does_not_keep_in_float32(tmp_pat
     assert summary.dtype == "bfloat16"
     diffusers_model(diffusers.WanTransformer3DModel, source, "nf4", torch.bfloat16).save_pretrained(reference)
     assert differing_tensors(reference, tmp_path / "output") == []
+
+
+def test_a_weight_that_a_class_makes_float64_is_stored_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(transformers.BertModel):  # type: ignore[misc]
+        config_class = transformers.BertConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.logit_scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    monkeypatch.setattr(sys.modules["transformers"], "Scaled", Scaled, raising=False)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = Scaled(transformers.BertConfig(**sizes, vocab_size=100))
+    source, output, reference = tmp_path / "source", tmp_path / "output", tmp_path / "reference"
+    model.bfloat16().save_pretrained(source)
+    transformers_model(Scaled, source, "nf4").save_pretrained(reference)
+    quantized(source, output, "nf4")
+    assert differing_files(reference, output) == []
+    assert load_file(output / "model.safetensors")["logit_scale"].dtype == torch.float64

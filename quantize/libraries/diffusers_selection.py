@@ -34,15 +34,15 @@ def select(model: Any, request: LoadRequest, fp32: list[str]) -> Selection:
     for path, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
-        if _matches(request.skips, path):
+        if matches(request.skips, path):
             kept[path] = "skipped on request"
-        elif _matches(fp32, path):
+        elif matches(fp32, path):
             kept[path] = "kept in float32 by the model"
         else:
             linears.append(path)
     reasons = read_by_others(model, linears, request.method)
     reasons |= {path: _CANNOT_LOAD for path in linears if not _loads_back(path, request.method)}
-    exempted = exempt(reasons, linears, _matches, wanted=request.default_skips)
+    exempted = exempt(reasons, linears, matches, wanted=request.default_skips)
     chosen = tuple(path for path in linears if path not in exempted.kept)
     return Selection(chosen, kept | dict(exempted.kept), Skips((), exempted.keys), exempted.notes)
 
@@ -59,7 +59,7 @@ def _loads_back(path: str, method: Method) -> bool:
     return "weight" not in path if method.bits == 8 else "bias" not in path
 
 
-def _matches(keys: Iterable[str], path: str) -> bool:
+def matches(keys: Iterable[str], path: str) -> bool:
     """The library's rule: a key matches a leaf's name, a whole path, or ``key.`` anywhere in the path."""
     leaf = path.rpartition(".")[2]
     return any(key in (leaf, path) or f"{key}." in path for key in keys)

@@ -33,7 +33,7 @@ from qz.quantize.libraries.architecture import (
 )
 from qz.quantize.libraries.diffusers_classes import model_class_of
 from qz.quantize.libraries.diffusers_internals import float32_modules, rename_old_keys
-from qz.quantize.libraries.diffusers_selection import select
+from qz.quantize.libraries.diffusers_selection import matches, select
 
 
 def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> Architecture:
@@ -102,7 +102,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         documents=_documents(model, request, selection.skips),
         notes=selection.notes,
         unmatched_skips=unmatched(
-            request.skips, (path for path, _ in model.named_modules()), lambda skip, path: _matches([skip], path)
+            request.skips, (path for path, _ in model.named_modules()), lambda skip, path: matches([skip], path)
         ),
     )
 

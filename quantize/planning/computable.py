@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from qz.quantize.planning.plan import Step
 
 COMPUTED = frozenset(SAFETENSORS_NAMES[name] for name in FLOATS)
-"""The stored dtypes that can be cast and quantized; all others can only be copied as they are."""
+"""The stored dtypes that kernels cast and quantize."""
+CAST = COMPUTED | {"F64"}
+"""Those that torch casts from and to; all others can only be copied as they are. A class may make a scalar float64."""
 
 
 def require_computable(steps: Iterable[Step], where: str) -> None:
@@ -28,9 +30,15 @@ def require_computable(steps: Iterable[Step], where: str) -> None:
             )
         for source in step.sources:
             copied = not weight.quantized and (source.dtype == target or weight.conversion is not None)
-            if not copied and not {source.dtype, target} <= COMPUTED:
+            if not copied and not (source.dtype in CAST and target in (COMPUTED if weight.quantized else CAST)):
                 act = "quantized" if weight.quantized else f"cast to {weight.dtype}"
                 raise Unsupported(
                     f"{where}: {quoted(source.name)} is stored as {source.dtype} and would have to be {act}. qz "
-                    f"computes with {', '.join(sorted(COMPUTED))} only. Convert the checkpoint to one of them first."
+                    f"computes with {', '.join(sorted(COMPUTED))} only. Choose one with --dtype, or convert it."
                 )
+
+
+def cast_by_torch(step: Step) -> bool:
+    """Whether a weight is cast from or to a dtype that no kernel knows."""
+    target = SAFETENSORS_NAMES[step.weight.dtype]
+    return any(source.dtype != target and not {source.dtype, target} <= COMPUTED for source in step.sources)

@@ -179,7 +179,7 @@ def require_finite(scales: NDArray[np.float32], stored: StoredTensor, folder: Fo
 
 
 def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes:
-    """A weight that is merged, split or transposed, in its dtype: its sources in memory at once, through torch."""
+    """A weight that is merged, split, transposed or float64, in its dtype: its sources in memory at once, by torch."""
     import torch
 
     dtype = getattr(torch, weight.dtype)

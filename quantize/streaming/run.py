@@ -26,6 +26,7 @@ from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, count_nonfinite, va
 from qz.quantize.compute.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
+from qz.quantize.planning.computable import cast_by_torch
 from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Packed
 from qz.quantize.streaming.deferred import Deferred, deferred
@@ -202,7 +203,7 @@ class Run:
     def _chunks(self) -> Iterator[_Chunk]:
         for step in self.steps:
             weight, source = step.weight, step.sources[0]
-            if weight.conversion is not None or weight.transposed or self._has_hessian(step):
+            if weight.conversion is not None or weight.transposed or self._has_hessian(step) or cast_by_torch(step):
                 yield _Chunk(_Work(step, 1), 0, 0, whole=True)
                 continue
             count = weight.count
@@ -273,7 +274,7 @@ class Run:
                 self.kept_nonfinite[name] = NotFinite(known.stored + stored, known.overflowed + count - stored)
 
     def _whole(self, work: _Work) -> int:
-        """A weight that cannot be cut, because it is merged, split or transposed. Large ones take turns."""
+        """A weight that is not cut: it is merged, split or transposed, or torch casts it. Large ones take turns."""
         target = SAFETENSORS_NAMES[work.step.weight.dtype]
         done = sum(source.nbytes for source in work.step.sources)
         nbytes = max(done, work.step.weight.count * _itemsize(target))
