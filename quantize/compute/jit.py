@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from numba import types
 from numba.extending import intrinsic as _intrinsic
 
@@ -30,8 +31,8 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
     """
 
     def decorate(function: _Function) -> _Function:
-        lock = threading.Lock()
         built: list[Callable[..., Any]] = []
+        known: set[tuple[object, ...]] = set()
 
         def build(*, cache: bool) -> Callable[..., Any]:
             decorator = numba.njit([signature], nogil=True, error_model="numpy", cache=cache, **options)
@@ -39,18 +40,35 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if not built:
-                with lock:
-                    if not built:
-                        try:
-                            built.append(build(cache=has_place_for_cache(Path(function.__code__.co_filename).parent)))
-                        except (RuntimeError, OSError):  # nowhere to keep the cache, or no room there
-                            built.append(build(cache=False))
-            return built[0](*arguments)
+            kinds = tuple(map(_kind, arguments))
+            if kinds in known:
+                return built[0](*arguments)
+            with _first_calls:
+                if not built:
+                    try:
+                        built.append(build(cache=has_place_for_cache(Path(function.__code__.co_filename).parent)))
+                    except (RuntimeError, OSError):  # nowhere to keep the cache, or no room there
+                        built.append(build(cache=False))
+                result = built[0](*arguments)
+                known.add(kinds)
+            return result
 
         return cast(_Function, call)
 
     return decorate
+
+
+_first_calls = threading.Lock()
+"""Held while a kernel meets a kind of arguments for the first time. numba then makes types of them and notes how they
+convert, for all kernels at once and without a lock: threads that met there got "No matching definition" at random."""
+
+
+def _kind(argument: object) -> object:
+    """What numba distinguishes arguments by."""
+    if isinstance(argument, np.ndarray):
+        flags = argument.flags
+        return argument.dtype, argument.ndim, flags.c_contiguous, flags.f_contiguous, flags.writeable, flags.aligned
+    return type(argument)
 
 
 def has_place_for_cache(modules: Path) -> bool:
