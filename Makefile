@@ -1,7 +1,7 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types layers format bench docs fuzz soak constraints clean
+.PHONY: help demo test check lint types layers format bench quality docs fuzz soak constraints clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,7 @@ help:
 	@echo "make demo    quantize a real trained model and show that it still works"
 	@echo "make test    lint, types, layers and tests (also: make check; CPU=portable tests as if without AVX-512)"
 	@echo "make bench   the figures of benchmarks/README.md, on this machine"
+	@echo "make quality how good the 4-bit checkpoints are: trained models against their originals"
 	@echo "make docs    the generated command reference, and every link checked"
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer)"
 	@echo "make soak    minutes of kills and failures against the writer"
@@ -58,6 +59,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+quality: $(READY)
+	$(BIN)/python -m benchmarks.quality
 
 docs: $(READY)
 	$(BIN)/python docs/build.py

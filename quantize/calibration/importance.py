@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qz import UsageError
 from qz.formats.malformed import Malformed, quoted
 from qz.quantize.calibration.statistics import Floats, InputSums, Statistics, read_statistics
 
@@ -74,7 +75,7 @@ def match(statistics: Statistics, steps: Iterable[Step], component: str = "", *,
             )
         found[weight.name], names[weight.name] = sums, name
     if count and not found:
-        example = quoted(next(iter(statistics.sums)))
+        example = quoted(next(iter(statistics.sums), "nothing"))
         wanted = quoted(f"{component}/{missing[0]}" if pipeline else missing[0])
         raise Malformed(
             "statistics-malformed",
@@ -85,9 +86,18 @@ def match(statistics: Statistics, steps: Iterable[Step], component: str = "", *,
     return Matched(found, names, tuple(missing), unseen)
 
 
-def read_importance(path: Path) -> Statistics:
-    """The statistics in a file of either kind. Raises MissingInput and Malformed."""
-    return read_statistics(path)
+def read_importance(path: Path, steps: Iterable[Step], *, pipeline: bool = False) -> Statistics:
+    """The statistics in a file of either kind; an imatrix of llama.cpp's is put under the names of the weights.
+
+    Raises MissingInput and Malformed, and UsageError for an imatrix and a whole pipeline.
+    """
+    from qz.quantize.calibration.imatrix import is_imatrix, read_imatrix
+
+    if not is_imatrix(path):
+        return read_statistics(path)
+    if pipeline:
+        raise UsageError(f"{path} is an imatrix, which describes one model: name its component with --subfolder.")
+    return read_imatrix(path, steps)
 
 
 def hessians(statistics: Statistics, matched: Matched) -> dict[str, str]:

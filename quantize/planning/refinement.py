@@ -59,8 +59,8 @@ def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline:
     from qz.quantize.calibration import importance
     from qz.quantize.compute.scale_search import tiled_weights
 
-    statistics = importance.read_importance(settings.importance)
     quantized = [step for step in plan.steps if step.act == "quantize"]
+    statistics = importance.read_importance(settings.importance, quantized, pipeline=pipeline)
     matched = importance.match(statistics, quantized, component, pipeline=pipeline)
     columns = {name: importance.column_weights(sums) for name, sums in matched.sums.items()}
     hessians, notes = {}, importance.warnings(statistics, matched)
