@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from qz.formats.malformed import quoted
 from qz.formats.output.companions import Companion
 from qz.formats.output.record import WrittenFile
 from qz.quantize.planning.plan import Plan
@@ -210,7 +211,11 @@ def summarize(
         kept_tensors=len(plan.steps) - len(quantized),
         skipped=dict(architecture.kept_linears),
         dropped=architecture.dropped,
-        notes=(*architecture.notes, *(plan.refinement.notes if plan.refinement is not None else ())),
+        notes=(
+            *architecture.notes,
+            *_left_out(plan),
+            *(plan.refinement.notes if plan.refinement is not None else ()),
+        ),
         bytes_source=plan.bytes_source,
         bytes_output=sum(file.bytes for file in files) if files else plan.bytes_output,
         footprint_before=architecture.footprint.before,
@@ -229,6 +234,15 @@ def summarize(
         if plan.refinement is None
         else plan.refinement.as_json(),
     )
+
+
+def _left_out(plan: Plan) -> tuple[str, ...]:
+    """What is told of weight files that the source's index does not list."""
+    files = ", ".join(quoted(name) for name in plan.checkpoint.unused[:4])
+    more = len(plan.checkpoint.unused) - 4
+    if not files:
+        return ()
+    return (f"left out, as no loader reads it: {files}" + (f" and {more} more files" if more > 0 else ""),)
 
 
 def _method(plan: Plan) -> tuple[str, bool]:

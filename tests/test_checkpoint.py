@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from pace import HANG, stopwatch
 from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, Unsupported
+from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
 from qz.formats.folder import MAX_OPEN, LocalFolder, Range
@@ -480,10 +481,62 @@ def test_a_pipeline_names_its_components(tmp_path: Path) -> None:
         open_checkpoint(LocalFolder(tmp_path))
 
 
-def test_another_tools_layout_is_named_with_what_to_do(tmp_path: Path) -> None:
-    write(tmp_path / "flux1-dev.safetensors", "double_blocks.0.img_attn.qkv.weight")
-    with pytest.raises(Unsupported, match=r"FluxTransformer2DModel\.from_single_file\(\)"):
+LAYOUTS = {
+    "FluxTransformer2DModel": "double_blocks.0.img_attn.qkv.weight",
+    "SD3Transformer2DModel": "joint_blocks.0.x_block.attn.qkv.weight",
+    "HunyuanVideoTransformer3DModel": "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",
+    "ChromaTransformer2DModel": "distilled_guidance_layer.layers.0.in_layer.weight",
+    "Flux2Transformer2DModel": "double_stream_modulation_img.lin.weight",
+    "WanTransformer3DModel": "model.diffusion_model.blocks.0.self_attn.q.weight",
+    "LTXVideoTransformer3DModel": "model.diffusion_model.patchify_proj.weight",
+    "StableDiffusionPipeline": "model.diffusion_model.input_blocks.0.0.weight",
+}
+
+
+@pytest.mark.parametrize("loader", LAYOUTS)
+def test_another_tools_layout_is_named_with_the_class_that_reads_it(loader: str, tmp_path: Path) -> None:
+    also = (
+        "double_blocks.1.img_attn.qkv.weight"
+        if loader in ("ChromaTransformer2DModel", "Flux2Transformer2DModel")
+        else "x"
+    )
+    write(tmp_path / "model.safetensors", also, LAYOUTS[loader])
+    with pytest.raises(Unsupported, match=rf"diffusers' {loader}\.from_single_file\(\)"):
         open_checkpoint(LocalFolder(tmp_path))
+
+
+def test_where_no_class_reads_a_layout_none_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", "model.diffusion_model.new_blocks.0.weight")
+    with pytest.raises(Unsupported, match="Use a repository of this model in diffusers' layout"):
+        open_checkpoint(LocalFolder(tmp_path))
+
+
+def test_a_class_decides_before_names_do(tmp_path: Path) -> None:
+    write(tmp_path / "diffusion_pytorch_model.safetensors", "double_blocks.0.img_attn.qkv.weight")
+    (tmp_path / "config.json").write_text('{"_class_name": "JoyImageEditTransformer3DModel"}')
+    open_checkpoint(LocalFolder(tmp_path))
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(Unsupported, match="Black Forest Labs"):
+        open_checkpoint(LocalFolder(tmp_path))
+
+
+def test_a_shard_that_the_index_does_not_list_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model-00001-of-00001.safetensors", "a")
+    write(tmp_path / "model-mtp-of-00005.safetensors", "mtp.weight")
+    write(tmp_path / "model.fp16.safetensors", "a")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint, problems = survey(LocalFolder(tmp_path))
+    assert checkpoint is not None
+    assert checkpoint.unused == ("model-mtp-of-00005.safetensors",)
+    assert [problem.where for problem in problems if problem.kind == "file-unused"] == [*checkpoint.unused]
+
+
+def test_a_quantization_that_only_the_config_of_a_part_states_is_seen(tmp_path: Path) -> None:
+    said = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    assert stated_quantization({"model_type": "llava", "text_config": said}) == said["quantization_config"]
+    assert stated_quantization({"model_type": "llava", "text_config": {"vocab_size": 3}}) is None
 
 
 def test_one_file_can_be_looked_at_by_itself(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, QzError, Unsupported
+from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, read_file
 from qz.formats.checkpoint.weights import PICKLE
 from qz.formats.json_files import MAX_BYTES, read_json
@@ -55,7 +56,7 @@ class Component:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The quantization_config, if it is quantized."""
-        config = self.checkpoint.config.get("quantization_config") if self.checkpoint is not None else None
+        config = stated_quantization(self.checkpoint.config) if self.checkpoint is not None else None
         return config if isinstance(config, dict) else None
 
 

@@ -54,10 +54,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     ),
     "original-layout": (
         Unsupported,
-        (
-            "{where} names its tensors as {tool} does ({example}), which {library} does not load as it is. Open "
-            "it there once with {loader}, save it with save_pretrained(), and use that folder."
-        ),
+        ("{where} names its tensors as {tool} does ({example}), which {library} does not load as it is. {how}"),
     ),
     "gguf-only": (
         Unsupported,
@@ -180,7 +177,7 @@ WARNINGS: dict[str, str] = {
         '{where} has no "metadata", without which diffusers cannot load the shards. Save the checkpoint anew.'
     ),
     "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",
-    "file-unused": "{where} holds nothing that the checkpoint uses. Delete it, or download the index again.",
+    "file-unused": "{where} is not listed by the index, so no loader reads it. Delete it, or download the index again.",
     "pickle-files": "{where} is a pickle file, which can run code. qz never loads it; delete it if nothing needs it.",
     "custom-code": ("{location} brings code of its own{named}. qz never runs it: the class must come with {library}."),
 }

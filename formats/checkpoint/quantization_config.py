@@ -37,14 +37,21 @@ class Settings:
     skipped: tuple[str, ...] | None = None
 
 
+def stated_quantization(config: Mapping[str, Any]) -> Any:
+    """What config.json says of a quantization, at its root or in the config of a part; None if nothing."""
+    if config.get("quantization_config") is not None:
+        return config["quantization_config"]
+    if isinstance(config.get("compression_config"), dict):
+        return {"quant_method": "compressed-tensors"}
+    parts = (part for part in config.values() if isinstance(part, dict))
+    return next((found for part in parts if (found := stated_quantization(part)) is not None), None)
+
+
 def read_settings(config: Mapping[str, Any], problems: Problems) -> Settings:
     """The settings in ``config``; what cannot be understood is added to ``problems`` and left at its default."""
-    said = config.get("quantization_config")
+    said = stated_quantization(config)
     if said is None:
-        if isinstance(config.get("compression_config"), dict):
-            said = {"quant_method": "compressed-tensors"}
-        else:
-            return Settings()
+        return Settings()
 
     def refuse(why: str) -> None:
         problems.add("quantization-config-malformed", "config.json", why=why)

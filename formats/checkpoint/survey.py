@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
+from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.weights import (
     Library,
@@ -16,7 +17,6 @@ from qz.formats.checkpoint.weights import (
     find_weights,
     is_shard_name,
     library_of,
-    original_layout,
     unused_files,
 )
 from qz.formats.folder import Folder, LocalFolder, read_file
@@ -54,7 +54,8 @@ class Checkpoint:
     ``variant`` names the set of weights (``fp16``; None is the plain one), ``index`` is the index file's object if the
     checkpoint is sharded, and ``header_metadata`` the ``__metadata__`` of every file. ``architecture`` is the class
     that config.json names, or model_index.json if this is a component of a pipeline; then ``class_module`` is where
-    that has the class from: a library, or a module of diffusers' pipelines.
+    that has the class from: a library, or a module of diffusers' pipelines. ``unused`` are weight files beside the
+    others that no loader reads.
     """
 
     folder: Folder
@@ -68,6 +69,7 @@ class Checkpoint:
     index: dict[str, Any] | None = None
     header_metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     class_module: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
@@ -129,11 +131,11 @@ class _Survey:
             self.reconcile(weights.index, weight_map, headers, tensors)
             if len(headers) == len(files):
                 self.metadata(weights.index, index, library, tensors)
-        unused_files(self.folder, library, weights.variant, files, self.problems)
+        unused = unused_files(self.folder, library, weights.variant, files, self.problems)
         if not tensors and len(headers) == len(files):
             self.problems.add("no-tensors", files[0])
         if library == "diffusers":
-            self.other_tools(files[0], tensors)
+            self.other_tools(files[0], tensors, architecture)
         return Checkpoint(
             folder=self.folder,
             config=config,
@@ -145,6 +147,7 @@ class _Survey:
             tensors=tensors,
             index=index,
             header_metadata={file: header.metadata for file, header in headers.items()},
+            unused=unused,
         )
 
     def config(self) -> dict[str, Any] | None:
@@ -177,8 +180,8 @@ class _Survey:
             return False
         return True
 
-    def other_tools(self, file: str, names: Iterable[str]) -> bool:
-        facts = original_layout(names)
+    def other_tools(self, file: str, names: Iterable[str], class_name: str | None = None) -> bool:
+        facts = original_layout(names, class_name)
         if facts:
             self.problems.add("original-layout", file, **facts)
         return bool(facts)

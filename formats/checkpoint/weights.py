@@ -25,16 +25,6 @@ PICKLE = re.compile(r"\.(?:bin|pt|pth|ckpt|pkl)\Z", re.IGNORECASE)
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}.*\.safetensors")
 _VARIANT = r"(?:\.(?P<variant>[A-Za-z0-9_]+))?"
 
-# How other tools name tensors: a name that shows it, the tool, the library that can read it, and with what.
-_ORIGINAL = (
-    (re.compile(r"(?:model\.diffusion_model\.)?(?:double|single)_blocks\.\d+\.(?:img|txt|linear|mod|norm)"),
-     "Black Forest Labs' own code (or ComfyUI)", "FluxTransformer2DModel.from_single_file()"),
-    (re.compile(r"(?:model\.diffusion_model\.)?joint_blocks\.\d+\."), "Stability's own code (or ComfyUI)",
-     "SD3Transformer2DModel.from_single_file()"),
-    (re.compile(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders)\."),
-     "an original Stable Diffusion checkpoint (or ComfyUI)", "StableDiffusionPipeline.from_single_file()"),
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -134,27 +124,25 @@ def _conversion(library: Library, architecture: str | None, location: str) -> st
     return f"python -c \"from {library} import {name} as M; M.from_pretrained({source}).save_pretrained('NEW')\""
 
 
-def original_layout(names: Iterable[str]) -> dict[str, str] | None:
-    """Whether tensors are named as another tool names them: the tool, an example, and how to convert them."""
-    for name in names:
-        for pattern, tool, loader in _ORIGINAL:
-            if pattern.match(name):
-                return {"tool": tool, "example": quoted(name), "library": "diffusers", "loader": f"diffusers' {loader}"}
-    return None
-
-
 def unused_files(
     folder: Folder, library: Library, variant: str | None, used: Iterable[str], problems: Problems
-) -> None:
-    """Weight files of this set that nothing refers to, and pickles."""
+) -> tuple[str, ...]:
+    """Weight files of this set that nothing refers to, which are returned, and pickles."""
     used = set(used)
+    sizes = folder.sizes()
+    singles, indexes = _candidates(STEMS[library], sizes)
+    others = "|".join(re.escape(name) for name in (singles | indexes).keys() - {variant, None} if name)
+    of_another_variant = re.compile(rf".*\.(?:{others})[-.].*" if others else r"(?!)")
     prefix = STEMS[library] + (f".{variant}" if variant else "")
-    weights = re.compile(re.escape(prefix) + r"(?:-\d{5}-of-\d{5})?\.safetensors")
-    for name in sorted(folder.sizes()):
-        if name not in used and weights.fullmatch(name):
+    weights = re.compile(re.escape(prefix) + r"(?:[-_.].*)?\.safetensors")
+    unused = []
+    for name in sorted(sizes):
+        if name not in used and weights.fullmatch(name) and not of_another_variant.fullmatch(name):
             problems.add("file-unused", name)
+            unused.append(name)
         elif PICKLE.search(name):
             problems.add("pickle-files", name)
+    return tuple(unused)
 
 
 def is_shard_name(name: Any) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.problems import Problem, as_error
+from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
@@ -82,7 +83,7 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
     where = checkpoint.folder.location
     kinds = {problem.kind: problem for problem in problems}
     if "quantized-by-other" in kinds:
-        method = checkpoint.config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
+        method = (stated_quantization(checkpoint.config) or {}).get("quant_method", "another method")
         raise Unsupported(
             f"{where} is quantized with {quoted(str(method), 40)}, not with bitsandbytes. Start from the original "
             "model, or dequantize it with the library that made it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qz import Unsupported
+from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 
 COMPARE_BYTES = 1 << 20
@@ -10,7 +11,7 @@ COMPARE_BYTES = 1 << 20
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already."""
-    config = checkpoint.config.get("quantization_config")
+    config = stated_quantization(checkpoint.config)
     where = checkpoint.folder.location
     if isinstance(config, dict):
         method = str(config.get("quant_method", "an unknown method"))
