@@ -5,6 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for script in ("kernels", "whole", "dequantize", "inspect", "hub"):
+for script in ("kernels", "whole", "dequantize", "inspect", "hub", "push"):
     print(f"\n== python -m benchmarks.{script}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], check=True)

@@ -488,6 +488,16 @@ PushOpt = Annotated[
         show_default=False,
     ),
 ]
+IntoSubfolderOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--push-subfolder",
+        metavar="NAME",
+        help="With --push, the folder inside the repository to publish into.",
+        rich_help_panel=HUB,
+        show_default=False,
+    ),
+]
 PushOnlyOpt = Annotated[
     bool,
     flag("--push-only", help="With --push, keep no output here: each finished shard is sent and deleted.", panel=HUB),

@@ -86,6 +86,7 @@ def quantize(
     threads: int | None = None,
     download: bool = False,
     push: str | None = None,
+    push_subfolder: str | None = None,
     push_only: bool = False,
     public: bool | None = None,
     measure_loss: bool = False,
@@ -129,7 +130,7 @@ def quantize(
     )
     location = str(source)
     with opened(location, subfolder, revision) as found:
-        to = _destination(push, public, found)
+        to = _destination(push, push_subfolder, public, found)
         publication = _publication(to, found, if_exists, on_progress) if push_only else None
         conversion = Conversion(
             source=found,
@@ -184,6 +185,7 @@ def dequantize(
     threads: int | None = None,
     download: bool = False,
     push: str | None = None,
+    push_subfolder: str | None = None,
     push_only: bool = False,
     public: bool | None = None,
     dry_run: bool = False,
@@ -208,7 +210,7 @@ def dequantize(
         weights_only=weights_only,
     )
     with opened(str(source), subfolder, revision) as found:
-        to = _destination(push, public, found)
+        to = _destination(push, push_subfolder, public, found)
         publication = _publication(to, found, if_exists, on_progress) if push_only else None
         conversion = Conversion(
             source=found,
@@ -314,17 +316,21 @@ def push(
     return send(Path(folder), to, dry_run=dry_run, progress=on_progress)
 
 
-def _destination(push: str | None, public: bool | None, source: OpenedSource) -> Destination | None:
+def _destination(
+    push: str | None, subfolder: str | None, public: bool | None, source: OpenedSource
+) -> Destination | None:
     """Where the output is published; raises now what would fail after the work."""
     if push is None:
         if public is not None:
             raise UsageError("--public and --private say who may see what --push publishes. Add --push REPO_ID.")
+        if subfolder is not None:
+            raise UsageError("--push-subfolder says where --push publishes. Add --push REPO_ID.")
         return None
     from qz.formats.publish.destination import Destination
     from qz.formats.publish.push import require_possible
     from qz.formats.source import is_restricted
 
-    to = Destination(push, private=None if public is None else not public)
+    to = Destination(push, subfolder or "", private=None if public is None else not public)
     require_possible(to, source_private=is_restricted(source.folder))
     return to
 

@@ -202,7 +202,7 @@ def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
     assert lines
     with HubServer() as hub:
         given = {"HF_ENDPOINT": hub.url, "HF_TOKEN": OWNER, "HF_HOME": str(tmp_path / "home")}
-        shell = environment(**given) | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        shell = environment(**given) | {"HF_HUB_OFFLINE": "0"}
         first = "qz quantize ./black-forest-labs/FLUX.1-dev --subfolder transformer --nf4"
         for line in (first, *sorted(lines)):
             result = subprocess.run(
@@ -230,7 +230,7 @@ def test_the_readme_names_make_targets_that_exist() -> None:
     assert {"demo", "test"} <= used <= targets
 
 
-def run_step(name: str, place: Path, inputs: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run_step(name: str, place: Path, inputs: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
     """One step of the action, in the shell and with the environment that GitHub's runner gives it."""
     values = {key: str(spec.get("default", "")) for key, spec in ACTION["inputs"].items()} | inputs
     step = STEPS[name]
@@ -249,7 +249,7 @@ def run_step(name: str, place: Path, inputs: dict[str, str]) -> subprocess.Compl
     return subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)],
         cwd=place,
-        env=environment(CI="true", RUNNER_TEMP=str(place), **{k: str(v) for k, v in files.items()}, **given),
+        env=environment(CI="true", RUNNER_TEMP=str(place), **{k: str(v) for k, v in files.items()}, **given, **more),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -273,6 +273,23 @@ def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path) -> 
     assert verified.returncode == 0, verified.stderr
     (tmp_path / "quantized" / "model.safetensors").write_bytes(b"broken")
     assert run_step("Verify", tmp_path, {}).returncode == 65
+
+
+def test_the_action_reads_and_publishes_without_a_stored_token(tiny_llama: Path, tmp_path: Path) -> None:
+    """Each step as what it may: one reads what is gated, the other one writes."""
+    with HubServer() as hub:
+        hub.add("big/gated", {path.name: path for path in tiny_llama.iterdir()}, gated="auto", granted={"me"})
+        hub.add("me/new", {}, private=True)
+        runner = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        runner |= hub.trust("me", "me/new").environment
+        inputs = {"source": "big/gated", "method": "nf4", "push": "me/new", "read-as": "me", "write-as": "me/new"}
+        for name in ("Quantize", "Verify", "Publish"):
+            result = run_step(name, tmp_path, inputs, **runner)
+            assert result.returncode == 0, result.stderr
+        assert "model.safetensors" in hub.repos["me/new"].files()
+        swapped = inputs | {"read-as": "me/new", "write-as": "me"}
+        assert run_step("Quantize", tmp_path, swapped | {"output": "again"}, **runner).returncode == 77
+        assert run_step("Publish", tmp_path, swapped, **runner).returncode == 77
 
 
 def test_the_action_passes_on_the_exit_code(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qz import OutputRefused, PermissionRefused, TryAgain, UsageError
 from qz.api import Int8, dequantize, quantize
 
 SHARD = 2_000_000
+COMMAND = ("quantize", "--push", "me/new", "--push-only", "--max-shard-size", "2MB", "--quiet")
 
 
 @pytest.fixture
@@ -230,52 +231,10 @@ def test_a_dry_run_sends_nothing(hub: HubServer, llama: Path, tmp_path: Path) ->
     assert left(tmp_path) == []
 
 
-def command(llama: Path) -> list[str]:
-    words = [
-        "-m",
-        "qz",
-        "quantize",
-        str(llama),
-        "--push",
-        "me/new",
-        "--push-only",
-        "--max-shard-size",
-        "2MB",
-        "--quiet",
-    ]
-    return [sys.executable, *words]
-
-
-@pytest.mark.parametrize("kind", ["preupload", "xorb_put", "shard", "commit"])
-def test_a_run_that_is_killed_at_any_step_is_continued(
-    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path, kind: str
-) -> None:
-    process: list[subprocess.Popen[bytes]] = []
-    hub.fail(kind, nth=3 if kind in ("xorb_put", "shard") else 1, times=1, before=lambda: process[0].kill())
-    process.append(subprocess.Popen(command(llama), cwd=tmp_path))
-    assert process[0].wait() == -signal.SIGKILL
-    run(llama)
-    assert there(hub) == kept
-    assert left(tmp_path) == []
-
-
-def test_a_commit_whose_answer_never_came_is_not_made_twice(
-    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path
-) -> None:
-    process: list[subprocess.Popen[bytes]] = []
-    hub.fail("tree", nth=3, times=1, before=lambda: process[0].kill())
-    process.append(subprocess.Popen(command(llama), cwd=tmp_path))
-    process[0].wait()
-    made = len(hub.commit_bodies)
-    run(llama)
-    assert there(hub) == kept
-    assert len(hub.commit_bodies) == 1 >= made
-
-
 def test_ctrl_c_ends_it_at_once_and_what_was_sent_is_kept(hub: HubServer, llama: Path, tmp_path: Path) -> None:
     fault = hub.fail("xorb_put", nth=3, hang=120)
     process = subprocess.Popen(
-        command(llama),
+        [sys.executable, "-m", "qz", *COMMAND, str(llama)],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,

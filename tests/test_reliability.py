@@ -72,7 +72,7 @@ def hub() -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def server(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("home")
-    settings = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "GITHUB_STEP_SUMMARY": ""}
+    settings = {"HF_HUB_OFFLINE": "0", "GITHUB_STEP_SUMMARY": ""}
     with Server(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_TOKEN=OWNER, **settings) as server:
         yield server
 
