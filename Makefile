@@ -22,7 +22,7 @@ help:
 	@echo "make bench   the figures of benchmarks/README.md, on this machine"
 	@echo "make quality how good the 4-bit checkpoints are: trained models against their originals"
 	@echo "make docs    the generated command reference, and every link checked"
-	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer)"
+	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer), and other files"
 	@echo "make soak    minutes of kills and failures against the writer"
 	@echo "make format  let ruff lay out the code"
 	@echo "make clean   remove what the other targets made"
@@ -68,6 +68,7 @@ docs: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_headers.py --count $(COUNT)
+	$(BIN)/python tests/fuzz_files.py --seconds 60
 
 soak: $(READY)
 	$(PYTEST) -m soak --timeout=0

@@ -15,12 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qz import TryAgain
+from qz import OutputRefused, TryAgain
 from qz.formats.output.disk import Disk
 from qz.formats.output.record import WrittenFile, as_written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+
+MAX_BYTES = 64_000_000
+"""Of a journal, which is read whole: some 200 bytes for each of at most 10,000 shards, and a fingerprint."""
 
 
 class Journal:
@@ -59,6 +63,8 @@ class Journal:
 
     def _read(self) -> None:
         self._stop = self._disk.size(self._descriptor, self.path)
+        if self._stop > MAX_BYTES:
+            raise OutputRefused(f"{self.path} is {self._stop:,} bytes long, so it is no journal of qz. Move it away.")
         text = bytearray(self._stop)
         self._disk.read(self._descriptor, self.path, memoryview(text), 0)
         self.fingerprint, self.finished, self.uploaded = None, {}, set()
@@ -132,7 +138,10 @@ def parse_line(line: bytes) -> Any:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         raise ValueError("not as it was written")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
