@@ -22,6 +22,7 @@ from pace import HANG
 from qz import HubUnreachable, MalformedInput, QzError, TryAgain
 from qz.formats.folder import Range
 from qz.formats.hub import xet
+from qz.formats.hub.patience import Retries
 
 Connect = Callable[..., HubServer]
 HEAD = Range("model.safetensors", 0, 8)
@@ -148,6 +149,15 @@ def test_a_token_that_the_server_ends_early_is_asked_for_again(connect: Connect)
     assert hub.requests["xet_token"] >= 2
 
 
+def test_a_token_shorter_than_hf_xets_own_margin_is_renewed_by_it(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xet, "BEFORE_EXPIRY", 0)
+    hub = refusing(connect, xet_token_seconds=20)
+    assert stream(opened(hub)) == WEIGHTS
+    assert hub.requests["xet_token"] > 1
+
+
 def test_a_token_about_to_expire_is_renewed_before(connect: Connect) -> None:
     hub = refusing(connect, xet_token_seconds=xet.BEFORE_EXPIRY - 1)
     folder = opened(hub)
@@ -228,3 +238,18 @@ def test_a_download_over_xet_fills_the_cache_with_the_same_bytes(connect: Connec
     assert stream(folder) == WEIGHTS
     assert read(folder, Range("config.json", 0, len(CONFIG))) == CONFIG
     assert not hub.requests
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", ["cdn", "xet"])
+def test_a_long_run_outlives_links_and_tokens(connect: Connect, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Half a minute in which everything that the server signs ends after two seconds, by the server's own clock."""
+    monkeypatch.setattr(xet, "BEFORE_EXPIRY", 0.5)
+    hub = connect(link_seconds=2, xet_token_seconds=2) if way == "cdn" else refusing(connect, xet_token_seconds=2)
+    hub.bandwidth = 25_000
+    assert stream(opened(hub, retries=Retries(attempts=20, first_wait=0.05))) == WEIGHTS
+    if way == "cdn":
+        assert hub.answers["cdn", 403] >= 4
+        assert hub.requests["xet_token"] == 0
+    else:
+        assert hub.requests["xet_token"] > 5

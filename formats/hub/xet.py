@@ -156,6 +156,8 @@ class Xet:
                     endpoint=headers[constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT],
                     token=token,
                     token_expiry_unix_secs=expires,
+                    token_refresh_url=url,  # hf_xet asks there itself in the last 30 s of a token's life
+                    token_refresh_headers=build_hf_headers(library_name="qz", library_version=__version__),
                     custom_headers={"User-Agent": f"qz/{__version__}"},
                 )
         except QzError as error:
