@@ -58,7 +58,7 @@ class Folder(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What makes this input the same input: commit, or inode, size and mtime of every file (JSON values)."""
+        """What makes this input the same input: commit, or size and time of every file that was read (JSON values)."""
         ...
 
     def subfolder(self, name: str) -> Folder:
@@ -258,8 +258,16 @@ class LocalFolder:
             self.is_verified(file)
 
     def identity(self) -> dict[str, Any]:
-        files = {name: list(self._marks[name]) for name in self.sizes()}
-        return {"folder": self._real, "files": files}
+        return {"folder": self._real, "files": {name: list(self.stamp(name)) for name in self.opened()}}
+
+    def opened(self) -> Sequence[str]:
+        """Files that were read so far."""
+        return sorted(self._read)
+
+    def stamp(self, file: str) -> tuple[int, int]:
+        """Size, and time of the last change in nanoseconds, of a file as it was when it was first seen."""
+        self.sizes()
+        return self._marks[file][2:]
 
     def subfolder(self, name: str) -> LocalFolder:
         path = os.path.join(self._real, name)

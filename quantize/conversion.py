@@ -14,6 +14,7 @@ from qz.formats.output.staging import check_output
 from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
+from qz.quantize.source_identity import identity
 from qz.quantize.streaming.output_parts import Target, model_part, staged_bytes
 from qz.quantize.summary import Source, Summary
 from qz.quantize.up_to_date import UpToDate, up_to_date
@@ -74,8 +75,8 @@ class Conversion:
         origin = self._origin(checkpoint.library, planned.architecture.class_name)
         carried = companion_files(checkpoint, self.source.root, self.settings)
         if self.dry_run:
-            needed = staged_bytes([model_part(planned, carried)], target)
-            self._refuse(target, needed, self.source.folder.identity())
+            part = model_part(planned, carried)
+            self._refuse(target, staged_bytes([part], target), identity({"": self.source.folder}, part.carried))
             loss = measuring.alone(planned, self.settings) if measuring else None
             place, device = target.place, self.settings.device
             return summarize(planned, origin, place, device=device, carried=carried, loss=loss)
@@ -84,7 +85,7 @@ class Conversion:
     def pipeline(self, plan: Callable[[Pipeline, Settings], PipelinePlan]) -> PipelineSummary | UpToDate:
         """Convert a diffusers pipeline, component by component, as ``plan`` plans it."""
         from qz.formats.checkpoint.pipeline import open_pipeline
-        from qz.quantize.pipeline import carry_out_pipeline, pipeline_identity, summarize_pipeline
+        from qz.quantize.pipeline import carry_out_pipeline, summarize_pipeline
 
         if (found := self._existing()) is not None:
             return found
@@ -99,7 +100,7 @@ class Conversion:
                 return found
             origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
-                self._refuse(target, staged_bytes(planned.parts, target), pipeline_identity(planned))
+                self._refuse(target, staged_bytes(planned.parts, target), identity(planned.folders, planned.carried))
                 return summarize_pipeline(planned, origin, target.place, device=self.settings.device)
             return carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
         finally:
@@ -124,7 +125,7 @@ class Conversion:
         check_output(output, self.if_exists == "overwrite", [self.source.root], self.disk)
         return None
 
-    def _refuse(self, target: Target, needed: int, identity: dict[str, Any]) -> None:
+    def _refuse(self, target: Target, needed: int, source: dict[str, Any]) -> None:
         """Raise in a dry run what the run would raise once everything is planned."""
         from qz.formats.output.preflight import check_interrupted, check_room
         from qz.quantize.compute.devices import arithmetic_on
@@ -137,7 +138,7 @@ class Conversion:
         if interrupted or self.settings.device not in ("auto", "cpu"):
             arithmetic = arithmetic_on(self.settings.device)
             if interrupted:
-                check_interrupted(target.output, fingerprint(identity, self.settings, arithmetic), target.disk)
+                check_interrupted(target.output, fingerprint(source, self.settings, arithmetic), target.disk)
 
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +25,13 @@ from qz.quantize.planning.refinement import refinement
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
+from qz.quantize.source_identity import identity, recorded_identity
 from qz.quantize.streaming.measure import Measure
 from qz.quantize.streaming.output_parts import Target as Target
 from qz.quantize.streaming.output_parts import model_part, write_parts
 from qz.quantize.streaming.run import DiscardOutput, Run
 from qz.quantize.summary import Source, Summary, summarize
-from qz.quantize.up_to_date import identity_of, settings_fingerprint
+from qz.quantize.up_to_date import settings_fingerprint
 
 TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date", "nonfinite")
 """Of a summary, what differs from run to run."""
@@ -132,8 +134,8 @@ def carry_out(
         target,
         arithmetic,
         settings.threads or arithmetic.threads,
-        fingerprint=fingerprint(folder.identity(), settings, arithmetic),
-        about=about(summary.as_json(), folder, source.location, settings),
+        fingerprint=fingerprint(identity({"": folder}, part.carried), settings, arithmetic),
+        about=about(summary.as_json(), {"": folder}, part.carried, source.location, settings),
         progress=progress,
     )
     done = summarize(
@@ -174,14 +176,21 @@ def hub_origin(folder: Folder) -> dict[str, Any] | None:
     return source if isinstance(source, dict) and source.get("revision") else None
 
 
-def about(summary: dict[str, Any], folder: Folder, location: str, settings: Settings) -> dict[str, Any]:
+def about(
+    summary: dict[str, Any],
+    folders: Mapping[str, Folder],
+    carried: Iterable[Companion],
+    location: str,
+    settings: Settings,
+) -> dict[str, Any]:
     """What the record in the output says of how it was made; nothing private, so no local path."""
     from qz import __version__
 
+    folder = folders[""]
     told = {key: value for key, value in summary.items() if key not in TRANSIENT}
     if isinstance(folder, LocalFolder):
         told["source"] = {**told["source"], "location": os.path.basename(os.path.realpath(location))}
         if (origin := hub_origin(folder)) is not None:
             told["origin"] = origin
-    made_from = {"identity": identity_of(folder), "settings": settings_fingerprint(settings)}
+    made_from = {"identity": recorded_identity(folders, carried), "settings": settings_fingerprint(settings)}
     return {"qz": __version__, "versions": library_versions(), **told, **made_from}

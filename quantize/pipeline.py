@@ -6,10 +6,10 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
+from qz.formats.folder import Folder
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
 from qz.progress import OnProgress, ignore
@@ -23,6 +23,7 @@ from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
+from qz.quantize.source_identity import identity
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
 from qz.quantize.summary import Source, summarize
@@ -39,6 +40,17 @@ class PipelinePlan:
     choices: tuple[Choice, ...]
     plans: Mapping[str, Plan]
     kept: Mapping[str, Footprint]
+
+    @property
+    def folders(self) -> dict[str, Folder]:
+        """Those of the source: its root under the empty name, and each component's."""
+        inside = {component.name: component.folder for component in self.pipeline.components}
+        return {"": self.pipeline.folder, **inside}
+
+    @property
+    def carried(self) -> tuple[companions.Companion, ...]:
+        """All that is copied."""
+        return tuple(each for part in self.parts for each in part.carried)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -136,12 +148,6 @@ def compose(pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str,
     return PipelinePlan(pipeline, choices, plans, kept)
 
 
-def pipeline_identity(plan: PipelinePlan) -> dict[str, Any]:
-    """What makes the source the same source, for each of its folders."""
-    folders = {component.name: component.folder for component in plan.pipeline.components}
-    return {name: folder.identity() for name, folder in {"": plan.pipeline.folder, **folders}.items()}
-
-
 def carry_out_pipeline(
     plan: PipelinePlan,
     source: Source,
@@ -156,15 +162,14 @@ def carry_out_pipeline(
     arithmetic = arithmetic_on(settings.device)
     root = plan.pipeline.folder
     planned = summarize_pipeline(plan, source, target.place, device=arithmetic.name)
-    identity = pipeline_identity(plan)
     written = write_parts(
         plan.parts,
         [root],
         target,
         arithmetic,
         settings.threads or arithmetic.threads,
-        fingerprint=fingerprint(identity, settings, arithmetic),
-        about=about(planned.as_json(), root, source.location, settings),
+        fingerprint=fingerprint(identity(plan.folders, plan.carried), settings, arithmetic),
+        about=about(planned.as_json(), plan.folders, plan.carried, source.location, settings),
         progress=progress,
     )
     done = summarize_pipeline(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 from qz import OutputRefused, QzError
 from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
+from qz.formats.output.difference import describe_difference
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import describe_difference
 from qz.formats.output.record import RECORD, Record, as_text, read_record
 from qz.quantize.methods import Method
 from qz.quantize.settings import Settings
+from qz.quantize.source_identity import changed_file
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import PushResult
-
-COUNTED = (".safetensors", ".json", ".txt", ".model", ".jinja")
-"""Files of a local source that can change what is made of it."""
 
 
 def settings_fingerprint(settings: Settings) -> dict[str, Any]:
@@ -49,18 +45,11 @@ def method_fingerprint(method: Method | None) -> dict[str, Any] | None:
     return None if method is None else {"name": method.name, **method.config()}
 
 
-def identity_of(folder: Folder) -> dict[str, Any]:
-    """What the source is, without what only this machine knows: a commit of the Hub, or names and sizes of files."""
-    if not isinstance(folder, LocalFolder):
-        return folder.identity()
-    return {"files": {name: found.st_size for name, found in _files(folder)}}
-
-
 def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | None:
     """The record of an output that is exactly what a run would make now; None if there is no output.
 
     Raises OutputRefused if there is one that differs: another source, other settings, damaged, not made by qz, or, as
-    ``make`` sees it, older than a file of a local source.
+    ``make`` sees it, older than a file of a local source that is read.
     """
     disk = Disk()
     if disk.kind(output) is None or (disk.kind(output) == "folder" and not disk.names(output)):
@@ -70,7 +59,7 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
         made = LocalFolder(output)
         record = read_record(made)
         if record is None:
-            raise OutputRefused(f"{output} exists, and nothing in it says that qz made it. {instead}")
+            raise OutputRefused(f"{output} exists, and was not written by qz (no {RECORD}). {instead}")
         for file in record.files:
             *parents, name = file.name.split("/")
             inner = made.subfolder("/".join(parents)) if parents else made
@@ -80,28 +69,25 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
         raise
     except QzError as error:
         raise OutputRefused(f"{output} exists, but cannot be checked: {error} {instead}") from error
-    then = {"source": record.about.get("identity"), "settings": record.about.get("settings")}
-    now = as_text({"source": identity_of(folder), "settings": settings_fingerprint(settings)})
-    if then != now:
+    identity = record.about.get("identity")
+    recorded = identity.get("files") if isinstance(identity, dict) else None
+    then = {"settings": record.about.get("settings")}
+    now = {"settings": settings_fingerprint(settings)}
+    if not (isinstance(folder, LocalFolder) and isinstance(recorded, dict)):
+        then["source"], now["source"] = identity, folder.identity()
+    if then != as_text(now):
         raise OutputRefused(
-            f"{output} was made from another source or differently: {describe_difference(then, now)}. {instead}"
+            f"{output} was made from a different source or with different settings "
+            f"({describe_difference(then, as_text(now))}). {instead}"
         )
-    if isinstance(folder, LocalFolder):
-        newest = max(((found.st_mtime_ns, name) for name, found in _files(folder)), default=(0, ""))
-        if newest[0] > (output / RECORD).stat().st_mtime_ns:
-            raise OutputRefused(f"{folder.location}/{newest[1]} is newer than {output}. {instead}")
+    if isinstance(folder, LocalFolder) and isinstance(recorded, dict):
+        finished = (output / RECORD).stat().st_mtime_ns
+        changed = changed_file(folder, recorded, finished, weights_only=settings.weights_only)
+        if changed is not None:
+            raise OutputRefused(
+                f"{output} was made from a different source: in {folder.location}, {changed}. {instead}"
+            )
     return record
-
-
-def _files(folder: LocalFolder, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
-    for name in folder.sizes():
-        if name.endswith(COUNTED):
-            found = (folder.path / name).stat()
-            if stat.S_ISREG(found.st_mode):
-                yield prefix + name, found
-    if depth:
-        for inner in folder.subfolders():
-            yield from _files(folder.subfolder(inner), f"{prefix}{inner}/", depth - 1)
 
 
 @dataclass(frozen=True, slots=True)

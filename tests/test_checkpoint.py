@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -172,12 +173,21 @@ def test_a_file_that_changed_between_listing_and_opening_is_noticed(tmp_path: Pa
         folder.read_into("x", 0, memoryview(bytearray(2)))
 
 
-def test_the_identity_of_a_folder_changes_with_its_files(tmp_path: Path) -> None:
+def test_the_identity_of_a_folder_changes_with_the_files_that_are_read(tmp_path: Path) -> None:
+    def identity() -> dict[str, Any]:
+        folder = LocalFolder(tmp_path)
+        folder.read_into("x", 0, memoryview(bytearray(1)))
+        return folder.identity()
+
     (tmp_path / "x").write_bytes(b"abcd")
-    first = LocalFolder(tmp_path).identity()
-    assert LocalFolder(tmp_path).identity() == first == json.loads(json.dumps(first))
+    first = identity()
+    assert identity() == first == json.loads(json.dumps(first))
+    (tmp_path / "log.txt").write_text("unrelated")
+    shutil.copy2(tmp_path / "x", tmp_path / "restored")
+    (tmp_path / "restored").rename(tmp_path / "x")  # another inode
+    assert identity() == first
     (tmp_path / "x").write_bytes(b"abcde")
-    assert LocalFolder(tmp_path).identity() != first
+    assert identity() != first
 
 
 def test_a_subfolder_is_opened_and_another_is_refused_with_what_there_is(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,3 +170,67 @@ def test_a_filter_that_matches_nothing_is_an_error(server: Server, place: Path) 
     assert (ended.code, ended.stdout) == (2, "")
     assert "q_proj" in told(ended)
     assert server.run("inspect", "m", "--filter", "*q_proj*", cwd=place).code == 0
+
+
+def make(server: Server, place: Path, *options: str) -> Ended:
+    return server.run("quantize", "m", "-o", "out", "--if-exists", "skip", "--json", *options, cwd=place)
+
+
+def test_files_that_are_not_read_do_not_matter_to_an_output(server: Server, place: Path) -> None:
+    assert make(server, place).code == 0
+    (place / "m/runs").mkdir()
+    (place / "m/runs/log.txt").write_text("x")
+    (place / "m/notes.txt").write_text("x")
+    (place / "m/lora.safetensors").write_text("x")
+    shutil.copytree(place / "m", place / "copy")  # other inodes, same times
+    shutil.rmtree(place / "m")
+    (place / "copy").rename(place / "m")
+    ended = make(server, place)
+    assert (ended.code, json.loads(ended.stdout)["up_to_date"]) == (0, True), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("touch m/config.json", "config.json is newer"),
+        ("printf x >> m/generation_config.json", "generation_config.json has another size"),
+        ("printf x > m/tokenizer.json", "tokenizer.json was added"),
+        ("rm m/generation_config.json", "generation_config.json is no longer there"),
+    ],
+)
+def test_a_change_of_what_is_read_is_told_in_words(server: Server, place: Path, change: str, words: str) -> None:
+    assert make(server, place).code == 0
+    time.sleep(0.02)
+    subprocess.run(["sh", "-c", change], cwd=place, check=True)
+    ended = make(server, place)
+    assert ended.code == 73
+    assert words in told(ended)
+    assert "{" not in told(ended)
+
+
+def test_other_settings_are_told_in_words(server: Server, place: Path) -> None:
+    assert make(server, place).code == 0
+    ended = make(server, place, "--int8")
+    assert "different settings (method: nf4 → int8" in told(ended)
+    ended = make(server, place, "--skip", "q_proj", "--max-shard-size", "60KB")
+    assert "max shard bytes: 5000000000 → 60000" in told(ended)
+    assert "skips: none → q_proj" in told(ended)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ("printf x > m/log.txt && cp -p m/config.json c && mv c m/config.json", 0, ""),
+        ("touch m/model.safetensors", 73, "model.safetensors has changed"),
+    ],
+)
+def test_an_interrupted_run_goes_on_if_what_it_reads_is_the_same(
+    server: Server, place: Path, change: str, code: int, words: str
+) -> None:
+    command = ("quantize", "m", "-o", "out", "--max-shard-size", "50KB", "--threads", "1")
+    assert server.run(*command, cwd=place, at=1, act=INTERRUPT, only=("rename",)).code == 130
+    subprocess.run(["sh", "-c", change], cwd=place, check=True)
+    ended = server.run(*command, cwd=place)
+    assert ended.code == code, ended.stderr
+    assert words in told(ended)
+    assert code or "Continuing" in ended.stderr

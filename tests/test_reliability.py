@@ -613,7 +613,7 @@ def test_a_source_that_changes_during_the_run_is_named_and_makes_no_output(
     again = server.run(*QUANTIZE, cwd=place)
     if again.code == 73:  # what was finished was made of the file as it was before
         assert way == "gone"
-        assert f"source.files.{FILE}" in again.stderr
+        assert f"{FILE} has changed" in again.stderr
         again = server.run(*QUANTIZE, "--no-resume", cwd=place)
     assert again.code == 0, again.stderr
     assert contents(place / "out") == contents(models / "nf4")
@@ -627,7 +627,7 @@ def test_a_source_that_changed_between_two_runs_is_refused_naming_the_file(
     ended = server.run(*QUANTIZE, cwd=place)
     check(ended)
     assert ended.code == 73
-    assert f"source.files.{FILE}: [" in ended.stderr
+    assert f"{FILE} has changed" in ended.stderr
     assert server.run(*QUANTIZE, "--no-resume", cwd=place).code == 0
     assert contents(place / "out") == expected["nf4"]
 
@@ -635,19 +635,19 @@ def test_a_source_that_changed_between_two_runs_is_refused_naming_the_file(
 # Another run than the interrupted one
 
 OTHER: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "another method": (("--int8",), "", 'settings.method.name: "nf4" → "int8"'),
-    "another dtype": (("--dtype", "float16"), "", 'settings.dtype: "auto" → "float16"'),
-    "another skip": (("--skip", "mlp"), "", 'settings.skips: [] → ["mlp"]'),
-    "another qz": ((), "import qz; qz.__version__ = '9.9'", '→ "9.9"'),
+    "another method": (("--int8",), "", "differs: method: nf4 → int8. "),
+    "another dtype": (("--dtype", "float16"), "", "dtype: auto → float16"),
+    "another skip": (("--skip", "mlp"), "", "skips: none → mlp"),
+    "another qz": ((), "import qz; qz.__version__ = '9.9'", " → 9.9"),
     "another torch": (
         (),
         "import importlib.metadata as m; m.version = lambda n, old=m.version: '9.9' if n == 'torch' else old(n)",
-        "versions.torch:",
+        "torch: ",
     ),
     "another device": (
         (),
         "import qz.quantize.compute.devices as d; d.arithmetic_on = lambda _, gpu=d.Cpu('cuda', 'NVIDIA H100'): gpu",
-        'device: "cpu" → "cuda (NVIDIA H100)"',
+        "device: cpu → cuda (NVIDIA H100)",
     ),
 }
 

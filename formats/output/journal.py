@@ -20,7 +20,7 @@ from qz.formats.output.disk import Disk
 from qz.formats.output.record import WrittenFile, as_written
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 
 MAX_BYTES = 64_000_000
@@ -142,26 +142,3 @@ def parse_line(line: bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
-    """``key: old → new`` of the values that differ, nested keys joined by dots."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
-    absent = object()
-    keys = [key for key in sorted(before | after) if before.get(key, absent) != after.get(key, absent)]
-    keys.sort(key=lambda key: key not in before or key not in after)  # what both have says most
-    shown = [f"{key}: {_short(before.get(key))} → {_short(after.get(key))}" for key in keys[:most]]
-    return ", ".join(shown) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qz import IOFailed, OutputRefused
+from qz.formats.output.difference import describe_difference
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import describe_difference, parse_line
+from qz.formats.output.journal import parse_line
 from qz.formats.output.record import as_written
 from qz.formats.output.refusals import sibling
 

@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING, Any, Self
 from qz import IOFailed, OutputRefused, QzError
 from qz.formats.folder import LocalFolder
 from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.difference import describe_difference
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import Journal, describe_difference, held_by_another
+from qz.formats.output.journal import Journal, held_by_another
 from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.output.refusals import refuse_output, refuse_overlap, require_name, sibling
 from qz.formats.output.shard_writer import TEMPORARY, Chunk, ShardLayout, ShardWriter, hash_file, read_back, write_chunk
