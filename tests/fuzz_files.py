@@ -30,8 +30,9 @@ from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
+from qz.formats.output.difference import describe_difference
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import Journal, describe_difference
+from qz.formats.output.journal import Journal
 from qz.formats.output.record import encode_record, read_record
 from qz.quantize.convert import plan_quantization
 from qz.quantize.methods import Nf4

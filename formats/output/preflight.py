@@ -12,7 +12,7 @@ from typing import Any
 from qz import IOFailed, OutputRefused
 from qz.formats.output.difference import describe_difference
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import parse_line
+from qz.formats.output.journal import MAX_BYTES, parse_line
 from qz.formats.output.record import as_written
 from qz.formats.output.refusals import sibling
 
@@ -45,7 +45,8 @@ def check_interrupted(output: Path, fingerprint: Mapping[str, Any], disk: Disk) 
     output = Path(os.path.realpath(output.parent)) / output.name
     partial, journal = sibling(output, ".partial"), sibling(output, ".partial.journal")
     there = dict(_files(partial, disk))
-    if not there or disk.kind(journal) != "file":
+    found = disk.status(journal)
+    if not there or found is None or not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
         return
     try:
         first, *rest = [parse_line(line) for line in journal.read_bytes().splitlines()]
