@@ -10,16 +10,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import qz as package
 from pace import HANG
+from qz.cli.app import run
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.compute.jit import has_place_for_cache
-from qz.quantize.libraries import answer_cache
-from qz.quantize.libraries.architecture import LoadRequest, Saved
+from qz.quantize.libraries import answer_cache, on_diffusers, on_transformers
+from qz.quantize.libraries.architecture import Architecture, LoadRequest, Saved
 from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import FourBit, Int8, Method
 from reference import differing_files
@@ -52,8 +55,37 @@ def source(tmp_path: Path, tiny_llama: Path) -> Path:
     return tmp_path / "source"
 
 
-def answered(source: Path, *options: str, cwd: Path | None = None) -> str:
-    """Whether a dry run in a process of its own asked the library, or remembered what it said."""
+Answered = Callable[..., str]
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> Answered:
+    """Whether a dry run in this process asked the library, or remembered what it said."""
+    asked: list[str] = []
+
+    def watched(library: ModuleType) -> Callable[..., Architecture]:
+        really = library.examine
+
+        def examine(*arguments: Any) -> Architecture:
+            asked.append(library.__name__)
+            told: Architecture = really(*arguments)
+            return told
+
+        return examine
+
+    for library in (on_transformers, on_diffusers):
+        monkeypatch.setattr(library, "examine", watched(library))
+
+    def answered(source: Path, *options: str) -> str:
+        asked.clear()
+        assert run(["quantize", str(source), "--dry-run", "--quiet", *options]) == 0
+        return "asked" if asked else "remembered"
+
+    return answered
+
+
+def answered_alone(source: Path, *options: str, cwd: Path | None = None) -> str:
+    """The same of a process of its own, which has not even imported torch where it remembers."""
     done = subprocess.run(
         [sys.executable, "-c", ANSWERED, "quantize", str(source), "--dry-run", "--quiet", *options],
         cwd=cwd,
@@ -92,13 +124,13 @@ def test_a_second_run_imports_no_library_and_writes_the_same_folder(
     first = qz("quantize", source, "-o", "first", "--quiet")
     assert first.returncode == 0, first.stderr
     assert len(list(cache.iterdir())) == 1
-    assert answered(source) == "remembered"
+    assert answered_alone(source) == "remembered"
     second = qz("quantize", source, "-o", "second", "--quiet")
     assert second.returncode == 0, second.stderr
     assert differing_files(tmp_path / "first", tmp_path / "second") == []
 
 
-def test_another_wish_config_or_tensor_is_another_question(source: Path, cache: Path) -> None:
+def test_another_wish_config_or_tensor_is_another_question(source: Path, cache: Path, answered: Answered) -> None:
     assert answered(source) == "asked"
     assert answered(source, "--max-shard-size", "1MB", "--threads", "1") == "remembered"
     for options in (["--int8"], ["--fp4"], ["--double-quant"], ["--dtype", "float16"], ["--skip", "q_proj"]):
@@ -115,16 +147,16 @@ def test_another_wish_config_or_tensor_is_another_question(source: Path, cache: 
 def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) -> None:
     root = Path(package.__file__).resolve().parent
     shutil.copytree(root, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
-    assert answered(source, cwd=tmp_path) == "asked"
-    assert answered(source, cwd=tmp_path) == "remembered"
+    assert answered_alone(source, cwd=tmp_path) == "asked"
+    assert answered_alone(source, cwd=tmp_path) == "remembered"
     os.utime(tmp_path / "qz" / "quantize" / "libraries" / "on_transformers.py", ns=(1, 1))
-    assert answered(source, cwd=tmp_path) == "asked"
-    assert answered(source, cwd=tmp_path) == "remembered"
+    assert answered_alone(source, cwd=tmp_path) == "asked"
+    assert answered_alone(source, cwd=tmp_path) == "remembered"
     assert len(list(cache.iterdir())) == 1
-    assert answered(source) == "asked"  # another installation, whose code may differ
+    assert answered_alone(source) == "asked"  # another installation, whose code may differ
 
 
-def test_answers_that_depend_on_values_are_not_kept(tmp_path: Path, cache: Path) -> None:
+def test_answers_that_depend_on_values_are_not_kept(tmp_path: Path, cache: Path, answered: Answered) -> None:
     """Both sides of a tie are stored: whether they are tied depends on their values."""
     from safetensors.torch import load_file, save_file
 
@@ -137,7 +169,7 @@ def test_answers_that_depend_on_values_are_not_kept(tmp_path: Path, cache: Path)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "changed", "folder"])
-def test_a_damaged_answer_is_asked_for_again(damage: str, source: Path, cache: Path) -> None:
+def test_a_damaged_answer_is_asked_for_again(damage: str, source: Path, cache: Path, answered: Answered) -> None:
     assert answered(source) == "asked"
     [kept] = cache.iterdir()
     data = kept.read_bytes()
@@ -153,13 +185,13 @@ def test_a_damaged_answer_is_asked_for_again(damage: str, source: Path, cache: P
 
 @pytest.mark.parametrize("chosen", ["", "/dev/null/nowhere", "/proc/nowhere"])
 def test_where_nothing_can_be_kept_the_library_is_asked(
-    chosen: str, source: Path, monkeypatch: pytest.MonkeyPatch
+    chosen: str, source: Path, monkeypatch: pytest.MonkeyPatch, answered: Answered
 ) -> None:
     monkeypatch.setenv("QZ_CACHE", chosen)
     assert [answered(source) for _ in range(2)] == ["asked", "asked"]
 
 
-def test_the_oldest_answers_make_room(source: Path, cache: Path) -> None:
+def test_the_oldest_answers_make_room(source: Path, cache: Path, answered: Answered) -> None:
     cache.mkdir(parents=True)
     for number in range(answer_cache.MOST):
         path = cache / f"{number:064x}"
