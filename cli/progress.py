@@ -99,7 +99,7 @@ class Display:
             if left := step.all_bytes - step.bytes:
                 parts.append(f"{duration(left * elapsed / moved)} left")
         if step.file is not None:
-            parts.append(f"{plain(step.file)} written")
+            parts.append(f"{plain(step.file)} {'sent' if step.doing == 'Uploading' else 'written'}")
         say(", ".join(parts))
 
 

@@ -15,7 +15,6 @@ from hub_server import OWNER
 from qz.formats.hub import session
 from qz.formats.hub.patience import Retries
 from qz.formats.output.record import RECORD, WrittenFile, encode_record
-from qz.formats.publish import xet
 from qz.formats.publish.destination import Destination
 from qz.formats.safetensors import encode_header, layout
 
@@ -62,7 +61,6 @@ ABOUT: dict[str, Any] = {
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no attempt wait long for the next one."""
     monkeypatch.setattr(session, "ASKING", Retries(attempts=4, first_wait=0.01))
-    monkeypatch.setitem(xet.SETTINGS, "client.retry_base_delay", "1ms")
 
 
 def shard(name: str, size: int, seed: int = 0) -> bytes:

@@ -210,7 +210,11 @@ def test_a_pipeline_goes_up_with_all_its_components(hub: HubServer, made: Path, 
     assert result.left_out == ("junk/",)
 
 
-def test_a_gitignore_over_there_leaves_no_file_out(hub: HubServer, made: Path) -> None:
+@pytest.mark.parametrize("way", ["xet", "lfs"])
+def test_a_gitignore_over_there_leaves_no_file_out(
+    hub: HubServer, made: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(way, monkeypatch)
     hub.add("me/new", {".gitignore": b"*.json\n*.safetensors\n"}, private=True)
     push(made, to())
     assert files_of(made).items() <= hub.repos["me/new"].files().items()

@@ -80,8 +80,7 @@ class Uploads:
                 {"path": blob.path, "size": blob.size, "sample": base64.b64encode(blob.sample()).decode()}
                 for blob in batch
             ]
-            # Without an own one, a .gitignore over there would leave files out in silence.
-            modes = self._post(url, {"files": files, "gitIgnore": ""})["files"]
+            modes = self._post(url, {"files": files})["files"]  # what a .gitignore says of them is not asked for
             lfs = {file["path"] for file in modes if file["uploadMode"] == "lfs"}
             for blob in batch:
                 blob.lfs = blob.path in lfs and blob.size > 0  # the storage takes no empty files
@@ -124,7 +123,7 @@ class Uploads:
             create_pr=self._create_pr,
             num_threads=1,
             free_memory=False,
-            gitignore_content="",
+            gitignore_content="",  # else a .gitignore over there would leave files out in silence
         )
         state.done(batch)
         return sum(read.values())

@@ -5,6 +5,7 @@ Each call of ``send`` is one upload commit of hf_xet: the unit of which nothing 
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -37,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "client.retry_max_duration": "120s",
     "client.read_timeout": "120s",
 }
-"""What differs from hf_xet's defaults; a name is also the environment variable HF_XET_GROUP_NAME."""
+"""What differs from hf_xet's defaults, where the environment says nothing: HF_XET_CLIENT_READ_TIMEOUT and the like."""
 PIECE = 4 << 20
 """Bytes of a file that are handed over at a time."""
 REPORTS = 200
@@ -221,9 +222,15 @@ class XetUploads:
 
 
 def _session(settings: dict[str, Any]) -> Any:
+    """A session with our settings, unless the user's environment has others."""
     import hf_xet
 
-    return hf_xet.XetSession(hf_xet.XetConfig().with_config({**SETTINGS, **settings}))
+    own = {name: value for name, value in SETTINGS.items() if _variable(name) not in os.environ}
+    return hf_xet.XetSession(hf_xet.XetConfig().with_config({**own, **settings}))
+
+
+def _variable(setting: str) -> str:
+    return f"HF_XET_{setting.replace('.', '_').upper()}"
 
 
 def _status(error: Exception) -> int | None:
