@@ -87,6 +87,17 @@ def read_file(folder: Folder, file: str, limit: int) -> bytes:
     return bytes(buffer)
 
 
+def read_text(folder: Folder, file: str, limit: int) -> str:
+    """A small file for people, such as a card, whatever its encoding; Malformed if longer than ``limit`` bytes."""
+    data = read_file(folder, file, limit)
+    if len(data) > limit:
+        where = f"{folder.location}/{file}"
+        raise Malformed(
+            "too-large", f"{where} is longer than {limit:,} bytes, too large for such a file. Move it away."
+        )
+    return data.decode("utf-8-sig", errors="replace")
+
+
 MAX_OPEN = 16
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, OutputRefused
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.json_files import read_json
+from qz.formats.folder import read_file
+from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import settings, terms
 from qz.formats.output.record import RECORD, Record, read_record, verify_record
 from qz.formats.publish.verified_file import VerifiedFile
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from qz.formats.folder import LocalFolder
 
 README = "README.md"
+MAX_CARD_BYTES = 10_000_000
 IN_MEMORY = 5_000_000
 """Bytes of a file beside the weights that is kept as it was verified, to be sent from memory."""
 
@@ -126,9 +128,7 @@ def _config(folder: LocalFolder, names: Iterable[str]) -> Mapping[str, Any]:
         if name.rpartition("/")[2] != "config.json":
             continue
         inner = folder.subfolder(name.rpartition("/")[0]) if "/" in name else folder
-        data = bytearray(inner.sizes()["config.json"])
-        inner.read_into("config.json", 0, memoryview(data))
-        config = read_json(bytes(data), f"{folder.location}/{name}")
+        config = read_json(read_file(inner, "config.json", MAX_BYTES), f"{folder.location}/{name}")
         found = found or config
         if "quantization_config" in config:
             return config

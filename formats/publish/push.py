@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, QzError, TryAgain, __version__
-from qz.formats.folder import LocalFolder
+from qz.formats.folder import LocalFolder, read_text
 from qz.formats.hub.repository import HubFolder
 from qz.formats.output.record import RECORD
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.card import in_words, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
-from qz.formats.publish.checkpoint_files import README, OwnFiles, own_files
+from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, README, OwnFiles, own_files
 from qz.formats.publish.destination import Destination, PushedFile, PushResult
 from qz.formats.publish.remote import ObjectsLost, Remote, differing
 from qz.progress import OnProgress, Progress, ignore
@@ -127,10 +127,10 @@ class Plan:
     def _card_there(self) -> str:
         assert self.head is not None
         folder = HubFolder(self.remote.api, self.remote.repo_id, self.head)
-        data = bytearray(folder.sizes()[README])
-        folder.read_into(README, 0, memoryview(data))
-        folder.close()
-        return data.decode("utf-8-sig", errors="replace")
+        try:
+            return read_text(folder, README, MAX_CARD_BYTES)
+        finally:
+            folder.close()
 
 
 def _carry_out(
@@ -244,11 +244,7 @@ def superseded(blobs: Iterable[Blob], there: Mapping[str, RepoFile], to: Destina
 
 
 def _card_here(local: LocalFolder) -> str | None:
-    if README not in local.sizes():
-        return None
-    data = bytearray(local.sizes()[README])
-    local.read_into(README, 0, memoryview(data))
-    return data.decode("utf-8-sig", errors="replace")
+    return read_text(local, README, MAX_CARD_BYTES) if README in local.sizes() else None
 
 
 def _family(path: str) -> str | None:

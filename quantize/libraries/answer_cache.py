@@ -27,6 +27,8 @@ from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequ
 
 MOST = 256
 """Answers that are kept, the newest."""
+MOST_BYTES = 256_000_000
+"""Of one answer; that for 400,000 tensors takes a hundred."""
 CODE = ("accelerate", "diffusers", "qz", "timm", "transformers")
 """Packages whose loaded files must be the same; of the others, the version and the place."""
 GENERATION_CONFIG = "generation_config.json"
@@ -58,6 +60,8 @@ def recall(question: str) -> Architecture | None:
     if folder is None:
         return None
     try:
+        if (folder / question).stat().st_size > MOST_BYTES:
+            return None
         checksum, body = (folder / question).read_bytes().split(b"\n", 1)
         if hashlib.sha256(body).hexdigest().encode() != checksum:
             return None
