@@ -55,6 +55,12 @@ def test_a_hub_that_has_less_gets_the_same_files(hub: HubServer, made: Path, rul
     assert hub.bytes_in[way] >= result.bytes_uploaded - hub.bytes_in["shard"] > MB
 
 
+def test_a_storage_of_the_first_version_takes_shards_too(hub: HubServer, made: Path) -> None:
+    hub.fail("shard", matching="/v2/", status=404)
+    push(made, to())
+    assert is_there(made, hub)
+
+
 def test_how_far_a_push_is_shows_inside_a_file(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qz.formats.publish.xet.REPORTS", 20)
     made = make(tmp_path / "one", shards=1)
@@ -139,10 +145,18 @@ def test_bytes_that_are_not_those_that_were_verified_are_not_committed(hub: HubS
 
 
 @pytest.mark.parametrize("how", [{"status": 429, "headers": {"RateLimit": '"commits";r=0;t=0'}}, {"status": 503}])
-def test_a_limit_on_commits_that_passes_is_waited_for(hub: HubServer, made: Path, how: dict[str, Any]) -> None:
+def test_a_limit_on_commits_that_passes_is_waited_for(
+    hub: HubServer,
+    made: Path,
+    how: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("qz.formats.publish.remote.TOLD_FROM", 0.5)
     hub.fail("commit", times=2, **how)
     push(made, to())
     assert is_there(made, hub)
+    assert ("before the commit" in caplog.text) == ("headers" in how)
 
 
 def test_a_limit_on_commits_that_lasts_is_told_and_what_was_sent_stays(

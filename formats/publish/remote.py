@@ -18,6 +18,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused, __version__
 from qz.formats.hub import session
 from qz.formats.hub.errors import BUSY, Signal, hub_errors
+from qz.formats.hub.patience import TOLD_FROM, log
 from qz.formats.hub.session import hub_api, patiently, seconds_asked, token
 from qz.formats.publish.upload import Uploads
 
@@ -198,7 +199,10 @@ class Remote:
                         return str(head), None
                     if head != parent or _status(error) in (409, 412):
                         raise
-                    time.sleep(_pause(error, failures))
+                    pause = _pause(error, failures)
+                    if pause >= TOLD_FROM:
+                        log.warning("The Hub asks to wait before the commit: going on in %.0f s.", pause)
+                    time.sleep(pause)
 
     def _post_commit(self, body: bytes) -> tuple[str, str | None]:
         response = get_session().post(
