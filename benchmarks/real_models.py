@@ -45,7 +45,10 @@ def smollm2() -> Path:
         file = next(wheel("smollm2").rglob("*.gguf"))
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.bfloat16)
+        config = type(unpacked.config).from_dict(
+            {key: value for key, value in unpacked.config.to_dict().items() if key != "quantization_config"}
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(unpacked.state_dict())
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         model.save_pretrained(folder)
