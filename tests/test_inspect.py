@@ -358,7 +358,7 @@ def test_code_in_a_folder_is_never_run_and_warned_of(models: Path, tmp_path: Pat
 def test_a_plan_that_the_library_cannot_make_leaves_estimates(models: Path, tmp_path: Path, inspect: Inspect) -> None:
     shutil.copytree(models / "llama-tied", tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text())
-    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {"architectures": ["NewModelForCausalLM"]}))
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {"architectures": ["NewModelForRegression"]}))
     found = told(inspect(tmp_path / "x", "--plan", "--json"))
     assert [problem["kind"] for problem in found["problems"]] == ["no-plan"]
     assert not found["estimates"]["nf4"]["exact"]

@@ -93,7 +93,14 @@ def examine(
 
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())
-    before = model.get_memory_footprint()
+    documents = _documents(model, quantized, request, selection.skips)
+    loaded = model
+    if request.method is not None and _name(model.config.dtype) != load_dtype:
+        # The config gets the dtype of the first unquantized parameter; where a class keeps that in float32, the output
+        # is loaded otherwise than the model was that it is made from.
+        written = replace(checkpoint, config=json.loads(documents["config.json"]))
+        as_written = ModelClass(type(model), type(model.config))
+        loaded, _, _ = _load(written, as_written, tensors, replace(request, dtype="auto"))
     return Architecture(
         class_name=class_name,
         saved=saved,
@@ -106,17 +113,9 @@ def examine(
             else parameter.numel()
             for name, parameter in parameters.items()
         ),
-        footprint=Footprint(
-            before,
-            before
-            + sum(
-                request.method.footprint(weight.count) - parameters[weight.name].nbytes
-                for weight in quantized.values()
-                if request.method
-            ),
-        ),
+        footprint=Footprint(model.get_memory_footprint(), _footprint(loaded, quantized, request)),
         dtype=load_dtype,
-        documents=_documents(model, quantized, request, selection.skips),
+        documents=documents,
         notes=class_notes + selection.notes + notes,
         unmatched_skips=unmatched(
             request.skips,
@@ -124,6 +123,15 @@ def examine(
             lambda skip, path: not should_convert_module(path, [skip]),
         ),
     )
+
+
+def _footprint(model: Model, quantized: Mapping[str, Weight], request: LoadRequest) -> int:
+    """``get_memory_footprint()`` of the quantized model, from the one that is not."""
+    nbytes = int(model.get_memory_footprint())
+    if request.method is None:
+        return nbytes
+    weights = (model.get_parameter(weight.name) for weight in quantized.values())
+    return int(nbytes + sum(request.method.footprint(weight.numel()) - weight.nbytes for weight in weights))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Conversion, Sa
 from qz.quantize.libraries.origins import Model, Origin
 from qz.quantize.libraries.transformers_internals import (
     WeightConverter,
+    WeightRenaming,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -42,7 +43,7 @@ def saved_tensors(
     direct = {by_identity.get(id(tensor)) for tensor in reverted.values()}
     if any(part for name, (_, part, _, _) in entries.items() if name not in direct):
         notes = ("saved under the model's own parameter names: the checkpoint's names would merge quantized tensors",)
-        reverted = {name: entries[name][3] for name in sorted(entries, key=dot_natural_key)}
+        reverted = {_own_name(model, name): entries[name][3] for name in sorted(entries, key=dot_natural_key)}
         direct = set(entries)
     merged = _merged(model, {name: entries[name][3] for name in entries if name not in direct}, origins)
     saved = []
@@ -64,6 +65,22 @@ def saved_tensors(
             weight = Weight(name, merged[name].sources, dtype, shape, conversion=merged[name])
         saved.append(Saved(name, SAFETENSORS_NAMES[dtype], shape, weight, tensor.nbytes, part, variable, storage))
     return tuple(saved), notes
+
+
+def _own_name(model: Model, name: str) -> str:
+    """The name to save a tensor by where the checkpoint's name will not do: the model's own, or as the renamings that
+    loading applies would have had it. Raises Unsupported if neither comes back as the model's own."""
+    conversions = weight_conversions(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    undone = rename_source_key(name, [entry.reverse_transform() for entry in renamings[::-1]], [], reverse=True)[0]
+    for saved in (name, undone):
+        if rename_source_key(saved, renamings, converters)[0] == name:
+            return str(saved)
+    raise Unsupported(
+        f"{type(model).__name__} cannot be quantized: transformers would load {name} under another name than it is "
+        "saved by, and leave out its scales."
+    )
 
 
 def _merged(model: Model, state: dict[str, torch.Tensor], origins: Mapping[str, Origin]) -> dict[str, _Backward]:
