@@ -7,8 +7,10 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from typing import Any, NoReturn
 
 import typer.main
 
-from qz import QzError
+from qz import QzError, Unsupported
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say, warn
 from qz.quantize.libraries import lean_imports
@@ -78,7 +80,8 @@ class Interruption:
     def receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
             if sys.stderr.isatty():
-                os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the cursor, which the progress bar has hidden
+                # Away with the progress bar, and back with the cursor, which it has hidden.
+                os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")
             os._exit(128 + number)
         if not self.late:
             self.signal = number
@@ -120,6 +123,9 @@ def run(args: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # an ASCII locale must not fail a run
+    if not hasattr(signal, "SIGALRM"):
+        say("Error: qz runs on Linux and macOS. On Windows, use WSL: https://learn.microsoft.com/windows/wsl/install")
+        return Unsupported.exit_code
     own = list(args[: args.index("--")] if "--" in args else args)
     debug, as_json = "--debug" in own, "--json" in own
     # --debug belongs to the app, and may stand behind the command.
@@ -207,13 +213,21 @@ def report(code: int, message: str, *, as_json: bool, trace: BaseException | Non
         left = len(lines) - MOST_LINES + 1
         lines = [*lines[: MOST_LINES - 1], f"… and {left} more lines; --debug shows them all."]
     try:
-        say("\n".join(lines))
+        say("\n".join(part for line in lines for part in wrapped(line)))
         if as_json:
             error = {"type": "exit_error", "code": code, "message": redact(message)}
             sys.stdout.write(json.dumps(error) + "\n")
         sys.stdout.flush()
     except OSError:
         closed_pipe()
+
+
+def wrapped(line: str) -> list[str]:
+    """``line``, in a terminal broken at spaces where it is too long."""
+    if not sys.stderr.isatty():
+        return [line]
+    width = max(20, shutil.get_terminal_size().columns)
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [line]
 
 
 def closed_pipe() -> int:

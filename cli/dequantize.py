@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qz.cli import options
-from qz.cli.progress import Display
+from qz.cli.progress import Display, timed
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
@@ -60,4 +60,4 @@ def dequantize(
             dry_run=dry_run,
             on_progress=display,
         )
-    present(summary, as_json=as_json, quiet=quiet)
+    present(timed(summary), as_json=as_json, quiet=quiet)

@@ -81,6 +81,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def took(seconds: float, device: str, nbytes: int) -> str:
+    """The time of a run since the command started, and its rate if it read any bytes of the source."""
+    rate = f" ({size(nbytes / seconds)}/s)" if seconds and nbytes else ""
+    return f"{duration(seconds)} on {device}{rate}"
+
+
 def percent(part: float, whole: float) -> str:
     """``part`` of ``whole``, never rounded up to 100 % or down to 0 %."""
     if whole <= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli.output import Column, Section, percent, quantity, size
+from qz.cli.output import Column, Section, percent, quantity, size, took
 
 if TYPE_CHECKING:
     from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
@@ -57,6 +57,5 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
     if others:
         rows.append(("as they are", ", ".join(others)))
     if not summary.dry_run:
-        rate = summary.bytes_source / summary.seconds if summary.seconds else 0
-        rows.append(("took", f"{summary.seconds:.1f} s on {summary.device} ({size(rate)}/s)"))
+        rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -17,6 +18,27 @@ if TYPE_CHECKING:
     from qz.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
+IMPORTED = time.monotonic()
+
+
+def since_start() -> float:
+    """Seconds since this process began: importing Python and qz counts too."""
+    if sys.platform == "linux":
+        try:
+            with open("/proc/self/stat", "rb") as file:
+                ticks = int(file.read().rpartition(b")")[2].split()[19])
+            return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError):
+            pass
+    return time.monotonic() - IMPORTED
+
+
+def timed(summary: Any) -> Any:
+    """``summary`` with the seconds since the command started; an output that was there already took none."""
+    from dataclasses import replace
+
+    made = getattr(summary, "seconds", 0) and not summary.dry_run
+    return replace(summary, seconds=since_start()) if made else summary
 
 
 class Display:
@@ -29,9 +51,12 @@ class Display:
         self.quiet = quiet
         self.lock = threading.Lock()
         self.doing = ""
+        self.told = False
         self.started = time.monotonic()
         self.first_bytes: int | None = None
         self.last_line = self.started
+        self.last: Progress | None = None
+        """In a log, what is not told yet, once something was."""
         self.bar: RichProgress | None = None
         self.task: Any = None
 
@@ -41,6 +66,8 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
+        elif error is None and self.last is not None and self.first_bytes is not None:
+            self.write(self.last)
 
     def __call__(self, step: Progress) -> None:
         if self.quiet:
@@ -60,7 +87,7 @@ class Display:
 
     def begin(self, doing: str) -> None:
         """A new bar, or in a log a new reckoning of time."""
-        self.doing, self.first_bytes = doing, None
+        self.doing, self.first_bytes, self.told, self.last = doing, None, False, None
         self.started = self.last_line = time.monotonic()
         if not sys.stderr.isatty():
             return
@@ -89,11 +116,17 @@ class Display:
             # Not from zero: a resumed run begins in the middle.
             self.first_bytes, self.started = step.bytes, now
         if step.file is None and now - self.last_line < SECONDS_BETWEEN_LINES:
+            self.last = step if self.told else None
             return
-        self.last_line = now
+        self.last_line, self.told, self.last = now, True, None
+        self.write(step)
+
+    def write(self, step: Progress) -> None:
+        """How far a run is, as a line."""
+        now = time.monotonic()
         parts = [f"{step.doing}: {size(step.bytes)} of {size(step.all_bytes)}"]
         parts.append(f"{step.unit} {step.done} of {step.total}")
-        elapsed, moved = now - self.started, step.bytes - self.first_bytes
+        elapsed, moved = now - self.started, step.bytes - (self.first_bytes or 0)
         if elapsed > 1 and moved > 0:
             parts.append(f"{size(moved / elapsed)}/s")
             if left := step.all_bytes - step.bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz.cli import options
-from qz.cli.progress import Display
+from qz.cli.progress import Display, timed
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
@@ -97,7 +97,7 @@ def quantize(
             dry_run=dry_run,
             on_progress=display,
         )
-    present(summary, as_json=as_json, quiet=quiet)
+    present(timed(summary), as_json=as_json, quiet=quiet)
 
 
 def chosen_method(name: str, double_quant: bool, compute_dtype: str, threshold: float) -> Method:

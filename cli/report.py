@@ -17,6 +17,7 @@ from qz.cli.output import (
     show,
     size,
     table,
+    took,
     warn,
     write_step_summary,
 )
@@ -114,8 +115,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         _, _, error, ratio, largest = lost(summary.loss.total)
         rows.append(("loss", f"relative error {error}, SNR {ratio}, largest error {largest}"))
     if not summary.dry_run:
-        rate = summary.bytes_source / summary.seconds if summary.seconds else 0
-        rows.append(("took", f"{summary.seconds:.1f} s on {summary.device} ({size(rate)}/s)"))
+        rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows
 
 

@@ -150,7 +150,8 @@ def carry_out(
         nonfinite=written.nonfinite[part.name],
         loss=measure.loss() if measure else None,
     )
-    return replace(done, notes=(*done.notes, *arithmetic.notes, *kernels.notes()), pushed=written.pushed)
+    notes = (*done.notes, *arithmetic.notes, *kernels.notes())
+    return replace(done, notes=notes, pushed=written.pushed, bytes_read=written.bytes_read)
 
 
 def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmetic) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def carry_out_pipeline(
         nonfinite=written.nonfinite,
     )
     notes = (*done.notes, *arithmetic.notes, *kernels.notes())
-    return replace(done, notes=notes, pushed=written.pushed)
+    return replace(done, notes=notes, pushed=written.pushed, bytes_read=written.bytes_read)
 
 
 def summarize_pipeline(

@@ -92,6 +92,8 @@ class PipelineSummary:
     """All weight files; in a dry run with the hash left empty."""
     seconds: float
     resumed: bool = False
+    bytes_read: int = 0
+    """Of the source, in this run."""
     notes: tuple[str, ...] = ()
     """What the user should know about the device that was chosen."""
     pushed: PushResult | None = None

@@ -63,6 +63,8 @@ class Summary:
     """In a dry run with the hash left empty."""
     seconds: float
     resumed: bool = False
+    bytes_read: int = 0
+    """Of the source, in this run."""
     loss: Loss | None = None
     """What quantization cost, if that was measured."""
     carried: tuple[str, ...] = ()

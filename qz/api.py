@@ -129,6 +129,7 @@ def quantize(
         rounding=rounding,
     )
     location = str(source)
+    on_progress(Progress("Reading headers"))
     with opened(location, subfolder, revision) as found:
         to = _destination(push, push_subfolder, public, found)
         publication = _publication(to, found, if_exists, on_progress) if push_only else None
@@ -209,6 +210,7 @@ def dequantize(
         threads=threads or 0,
         weights_only=weights_only,
     )
+    on_progress(Progress("Reading headers"))
     with opened(str(source), subfolder, revision) as found:
         to = _destination(push, push_subfolder, public, found)
         publication = _publication(to, found, if_exists, on_progress) if push_only else None
@@ -273,6 +275,8 @@ def inspect(
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.source import opened
 
+    if path is None:
+        on_progress(Progress("Reading headers"))
     with opened(location, subfolder, revision) as opened_source:
         folder = opened_source.folder
         origin = Origin(location, folder.identity().get("commit"), subfolder)

@@ -9,6 +9,7 @@ import pty
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pace import HANG
-from qz.cli import output
+from qz.cli import app, output
 from qz.cli.output import Column, display_width, duration, facts, jsonable, markdown_table, percent, plain, size, table
 from qz.cli.progress import Display
 from qz.progress import Progress
@@ -174,6 +175,51 @@ def test_progress_in_a_log_is_one_line_per_shard(capsys: pytest.CaptureFixture[s
     assert err.count("\n") == 2
     assert "Quantizing: 50.0 MB of 100 MB, tensor 50 of 100" in err
     assert "model-00001-of-00002.safetensors written" in err
+
+
+def test_the_last_line_of_a_log_is_the_total(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display() as display:
+        display(Progress("Quantizing", 1, 10, 10**6, 10**7, file="model-00001-of-00002.safetensors"))
+        display(Progress("Quantizing", 10, 10, 10**7, 10**7))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Quantizing: 10.0 MB of 10.0 MB, tensor 10 of 10")
+    with suppress(ZeroDivisionError), Display() as display:
+        display(Progress("Quantizing", 1, 10, 10**6, 10**7, file="model-00001-of-00002.safetensors"))
+        display(Progress("Quantizing", 2, 10, 2 * 10**6, 10**7))
+        raise ZeroDivisionError
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_a_run_took_counts_from_the_start_of_its_process() -> None:
+    code = (
+        "import time; begun = time.monotonic(); time.sleep(0.3)\n"
+        "from qz.cli.progress import since_start\n"
+        "print(since_start() - (time.monotonic() - begun))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > -0.1
+    assert output.took(2.0, "cpu", 10**9) == "2.0 s on cpu (500 MB/s)"
+    assert output.took(2.0, "cpu", 0) == "2.0 s on cpu"
+
+
+def test_an_error_is_broken_at_words_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/a/very/long/path/that-is-not-to-be-broken/because/it/could/not/be/copied/then/from/the/terminal"
+    line = f"Error: {path} does not exist. " + "Give a local folder, or a repository on the Hub. " * 3
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    parts = app.wrapped(line)
+    assert " ".join(parts) == line.strip()
+    assert all(len(part) <= 60 or part == path for part in parts)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert app.wrapped(line) == [line]
+
+
+def test_on_windows_one_sentence_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr("signal.SIGALRM")
+    for arguments in ([], ["--help"], ["inspect", "x"]):
+        assert app.run(arguments) == 78
+        assert capsys.readouterr().err.startswith("Error: qz runs on Linux and macOS. On Windows, use WSL")
 
 
 def test_a_run_that_continues_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:

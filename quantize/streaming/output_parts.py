@@ -79,6 +79,8 @@ class Written:
     nonfinite: Mapping[str, Mapping[str, NotFinite]]
     """Of each converted part, by name, its tensors that were kept and hold values that are not finite."""
     pushed: PushResult | None = None
+    bytes_read: int = 0
+    """Of the source, in this run: not what an earlier one had finished."""
 
 
 def model_part(plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None) -> Part:
@@ -142,7 +144,7 @@ def write_parts(
                     folder.close()
         written = staging.commit(lambda folder: require_readable(folder, parts))
     found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
-    return Written(written, resumed, found, getattr(staging, "pushed", None))
+    return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes)
 
 
 def _staging(
