@@ -18,7 +18,12 @@ import pipelines
 from hub_server import HubServer, connected
 from pushes import failure, hurry
 from qz import OutputRefused, PermissionRefused, TryAgain, UsageError
-from qz.api import Int8, dequantize, quantize
+from qz.api import Int8, Nf4, dequantize, quantize
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.quantize.convert import plan_quantization
+from qz.quantize.settings import Settings
+from qz.quantize.streaming.shard_order import by_shard, shard_order
 
 SHARD = 2_000_000
 COMMAND = ("quantize", "--push", "me/new", "--push-only", "--max-shard-size", "2MB", "--quiet")
@@ -131,6 +136,23 @@ def test_no_more_than_two_shards_are_on_the_disk(hub: HubServer, llama: Path, tm
         over.set()
         watching.join()
     assert 1 <= most <= 2
+
+
+def test_a_source_whose_tensors_lie_in_another_order_is_no_deadlock(hub: HubServer, tmp_path: Path) -> None:
+    """layers.10 lies before layers.2, in one file that is read from its beginning: more than two shards are open."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=24, vocab_size=64, tie_word_embeddings=False, dtype="bfloat16")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    hub.add("big/llama", {path.name: path for path in (tmp_path / "model").iterdir()})
+    quantize("big/llama", tmp_path / "kept", max_shard_bytes=100_000)
+    summary = quantize("big/llama", push="me/new", push_only=True, max_shard_bytes=100_000, threads=4)
+    plan = plan_quantization(open_checkpoint(LocalFolder(tmp_path / "model")), Settings(Nf4(), max_shard_bytes=100_000))
+    assert shard_order(plan).at_once > 2
+    assert shard_order(by_shard(plan)).at_once == 2
+    assert len(summary.as_json()["shards"]) > 4
+    assert there(hub) == files_in(tmp_path / "kept")
 
 
 def test_int8_and_the_way_back_go_the_same_way(hub: HubServer, llama: Path, tmp_path: Path) -> None:
