@@ -202,6 +202,27 @@ def test_readers_in_any_order_get_their_bytes_and_nothing_hangs(order: str) -> N
     assert fetched[0] == total if order == "forward" else fetched[0] >= total
 
 
+def test_the_window_narrows_while_fetching_takes_memory_of_its_own() -> None:
+    data, fetched, narrow = random.Random(0).randbytes(400_000), [0], [True]
+    file = AheadFile("file", len(data), hashlib.sha256(), hashlib.sha256(data).hexdigest(), [(0, len(data))])
+
+    def fetch(name: str, start: int, view: memoryview) -> None:
+        view[:] = data[start : start + len(view)]
+        fetched[0] += len(view)
+
+    pace = Pace(segment=10_000, window=200_000, narrow=30_000, connections=3)
+    ahead = ReadAhead([file], fetch, "here", pace, lambda: narrow[0])
+    time.sleep(0.1)
+    assert fetched[0] <= 30_000
+    buffer = bytearray(len(data))
+    for start in range(0, len(data), 50_000):
+        narrow[0] = start >= 200_000 or not start
+        ahead.read_into("file", start, memoryview(buffer)[start : start + 50_000])
+    ahead.finish()
+    ahead.close()
+    assert buffer == data
+
+
 def test_memory_is_bounded_whatever_the_file_is_long(hub: HubServer, tmp_path: Path) -> None:
     large = tmp_path / "large.safetensors"
     with large.open("wb") as file:

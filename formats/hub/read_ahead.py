@@ -39,10 +39,12 @@ class Hasher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """``window``: bytes of all buffers. ``patience``: seconds of standstill before unread segments are given up."""
+    """``window``: bytes of all buffers; ``narrow``: the same while what fetches needs memory of its own. ``patience``:
+    seconds of standstill before unread segments are given up."""
 
     segment: int = 8 * MIB
     window: int = 96 * MIB
+    narrow: int = 48 * MIB
     connections: int = 8
     patience: float = 1.0
 
@@ -70,7 +72,8 @@ class AheadFile:
 
 class ReadAhead:
     """Streams ``files``, one after the other. ``fetch(name, start, view)`` fills ``view`` or raises; it is called from
-    several threads at once. ``where`` names the files' place in messages.
+    several threads at once. ``where`` names the files' place in messages. ``is_narrow``: whether fetching takes memory
+    of its own now.
     """
 
     def __init__(
@@ -79,14 +82,14 @@ class ReadAhead:
         fetch: Callable[[str, int, memoryview], None],
         where: str,
         pace: Pace | None = None,
+        is_narrow: Callable[[], bool] = bool,
     ) -> None:
-        self._fetch, self._where, self._pace = fetch, where, pace or Pace()
+        self._fetch, self._where, self._pace, self._is_narrow = fetch, where, pace or Pace(), is_narrow
         self._streams = {file.name: _Stream(file, self._pace.segment) for file in files}
         self._order = [segment for stream in self._streams.values() for segment in stream.segments]
         self._next = 0
         self._free: list[bytearray] = []
         self._made = 0
-        self._most = max(1, self._pace.window // self._pace.segment)
         self._length = max((segment.stop - segment.start for segment in self._order), default=0)
         self._held: set[_Segment] = set()
         self._fetching = 0
@@ -100,6 +103,12 @@ class ReadAhead:
         self._threads = [threading.Thread(target=self._work, name="qz-hub", daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def _most(self) -> int:
+        """How many buffers there may be now."""
+        window = min(self._pace.window, self._pace.narrow) if self._is_narrow() else self._pace.window
+        return max(1, window // self._pace.segment)
 
     def __contains__(self, name: str) -> bool:
         return name in self._streams
@@ -237,7 +246,7 @@ class ReadAhead:
             while True:
                 if self._closed or self._failure or self._broken or self._next >= len(self._order):
                     return None
-                if self._free or self._made < self._most:
+                if self._made - len(self._free) < self._most:
                     break
                 self._change.wait()
             segment = self._order[self._next]
@@ -257,7 +266,10 @@ class ReadAhead:
         if segment.state is _State.READY and segment.hashed and segment.unread <= 0 and not segment.readers:
             segment.state = _State.GONE
             self._held.discard(segment)
-            self._free.append(segment.buffer)
+            if self._made > self._most:
+                self._made -= 1
+            else:
+                self._free.append(segment.buffer)
             segment.buffer = bytearray()
             self._moves += 1
             self._change.notify_all()

@@ -198,7 +198,11 @@ class HubFolder:
             for name, spans in wanted.items()
         ]
         self._ahead = ReadAhead(
-            streams, lambda name, start, view: self._ways.fetch(files[name], start, view), self.location, self._pace
+            streams,
+            lambda name, start, view: self._ways.fetch(files[name], start, view),
+            self.location,
+            self._pace,
+            lambda: self._ways.over_xet,
         )
 
     def is_verified(self, file: str) -> bool:

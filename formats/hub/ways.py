@@ -27,13 +27,18 @@ class Ways:
         self._cdn = Connection(repo_id, commit, endpoint, retries)
         self._xet = Xet(repo_id, commit, endpoint, self._cdn.patience)
         self.location = self._cdn.location
-        self._over_xet = 0
+        self._received_over_xet = 0
         self._refused: dict[str, CdnRefused] = {}
         self._lock = threading.Lock()
 
     @property
     def bytes_received(self) -> int:
-        return self._cdn.bytes_received + self._over_xet
+        return self._cdn.bytes_received + self._received_over_xet
+
+    @property
+    def over_xet(self) -> bool:
+        """Whether files come over Xet now, which takes memory of its own."""
+        return bool(self._refused)
 
     def close(self) -> None:
         """Let requests under way fail soon."""
@@ -69,7 +74,7 @@ class Ways:
                 self._refused.pop(file.path, None)
         else:
             with self._lock:
-                self._over_xet += len(view)
+                self._received_over_xet += len(view)
 
     def _tell(self, file: RemoteFile, refused: CdnRefused) -> None:
         """Go on over Xet, and say so, once for each file."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 OLDEST = (1, 7)
 """hf_xet before 1.7 stops every other thread of the process while it waits."""
-STREAMS = 4
+STREAMS = 3
 """At once: each holds tens of megabytes."""
 ATTEMPTS = 2
 LONGEST_SILENCE = 60.0
@@ -38,11 +38,11 @@ BEFORE_EXPIRY = 60.0
 """Seconds before its end that a token is renewed."""
 SETTINGS = {
     # By default the buffers are sized by the machine's memory, up to 6 GB.
-    "reconstruction.download_buffer_size": "32mb",
-    "reconstruction.download_buffer_limit": "32mb",
+    "reconstruction.download_buffer_size": "16mb",
+    "reconstruction.download_buffer_limit": "16mb",
     "reconstruction.download_buffer_perfile_size": "0",
-    "reconstruction.min_reconstruction_fetch_size": "16mb",
-    "reconstruction.min_prefetch_buffer": "16mb",
+    "reconstruction.min_reconstruction_fetch_size": "8mb",
+    "reconstruction.min_prefetch_buffer": "8mb",
     "client.ac_max_download_concurrency": STREAMS,
     "client.ac_initial_download_concurrency": STREAMS,
     "client.read_timeout": "20s",
