@@ -50,12 +50,12 @@ def hub_session() -> httpx2.Client:
     return session
 
 
-def token() -> str | None:
-    """The token that requests are made with, None if there is none.
+def token(doing: str) -> str | None:
+    """The token that requests are made with, None if there is none. ``doing`` says what for: "Pushing".
 
     In CI it may be exchanged for the job's identity first; raises what that exchange ends with.
     """
-    with hub_errors("", "Exchanging the identity of this CI job for a Hub token"):
+    with hub_errors("", doing):
         return get_token()
 
 

@@ -47,7 +47,7 @@ class Remote:
     """The repository that ``to`` names. Nothing changes there before ``prepare``; nothing shows before ``commit``."""
 
     def __init__(self, to: Destination) -> None:
-        if not token():
+        if not token("Pushing"):
             raise PermissionRefused(
                 "Pushing needs a Hub token and there is none. Run `hf auth login`, or set HF_TOKEN."
             )
