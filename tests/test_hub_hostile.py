@@ -224,7 +224,7 @@ def test_the_windows_of_the_rate_limit_are_waited_out_and_said(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(patience, "TOLD_FROM", 0.5)
-    hub = connect(rate_window=2, resolvers_anonymous=2, resolvers_user=0)
+    hub = connect(rate_window=1, resolvers_anonymous=3, resolvers_user=0)
     hub.add("me/sharded", sharded(3))
     monkeypatch.delenv("HF_TOKEN")
     folder = opened(hub, "me/sharded", retries=Retries(attempts=6, first_wait=0.01, longest_wait=0.02, longest_asked=4))
@@ -552,13 +552,6 @@ def ask_with_odd_answers(hub: HubServer, count: int, seed: int) -> None:
     assert not [text for text in messages if "Signature=" in text or OWNER in text]
 
 
-def test_odd_answers_never_look_like_a_bug(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hub_reading.QUICK", Retries(attempts=1, first_wait=0.001, longest_asked=0.1))
-    monkeypatch.setattr("qz.formats.hub.session.ASKING", Retries(attempts=1))
-    ask_with_odd_answers(hub, 100, seed=int(os.environ.get("QZ_SEED", "0")))
-
-
-@pytest.mark.fuzz
 def test_a_thousand_odd_answers_never_look_like_a_bug(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hub_reading.QUICK", Retries(attempts=1, first_wait=0.001, longest_asked=0.1))
     ask_with_odd_answers(hub, 1000, seed=1)
