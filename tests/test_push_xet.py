@@ -55,6 +55,13 @@ def test_a_hub_that_has_less_gets_the_same_files(hub: HubServer, made: Path, rul
     assert hub.bytes_in[way] >= result.bytes_uploaded - hub.bytes_in["shard"] > MB
 
 
+def test_an_old_hf_xet_is_not_used(hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qz.formats.hub.xet.metadata.version", lambda _: "1.6.3")
+    push(made, to())
+    assert is_there(made, hub)
+    assert not hub.requests["xet_token"]
+
+
 def test_a_storage_of_the_first_version_takes_shards_too(hub: HubServer, made: Path) -> None:
     hub.fail("shard", matching="/v2/", status=404)
     push(made, to())

@@ -58,6 +58,19 @@ class XetFailed(Signal):
     """The bytes did not come over Xet."""
 
 
+def unavailable() -> str | None:
+    """Why nothing can come or go over Xet; None if it can."""
+    if constants.HF_HUB_DISABLE_XET:
+        return "HF_HUB_DISABLE_XET is set"
+    try:
+        version = metadata.version("hf_xet")
+    except metadata.PackageNotFoundError:
+        return "hf_xet is not installed"
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
+        return f"hf_xet {version} is too old"
+    return None
+
+
 class Xet:
     """Ranges of the files of ``repo_id`` at ``commit``. Thread-safe."""
 
@@ -79,15 +92,7 @@ class Xet:
         """Why ``file`` cannot come this way; None if it can."""
         if file.xet is None:
             return "it is not stored in Xet"
-        if constants.HF_HUB_DISABLE_XET:
-            return "HF_HUB_DISABLE_XET is set"
-        try:
-            version = metadata.version("hf_xet")
-        except metadata.PackageNotFoundError:
-            return "hf_xet is not installed"
-        if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
-            return f"hf_xet {version} is too old"
-        return None
+        return unavailable()
 
     def fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of ``file`` from ``start`` on. Raises XetFailed, and TryAgain once closed."""

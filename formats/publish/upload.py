@@ -18,8 +18,9 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from qz import TryAgain, __version__
 from qz.formats.hub.session import patiently
+from qz.formats.hub.xet import unavailable
 from qz.formats.publish.verified_file import VerifiedFile
-from qz.formats.publish.xet import XetNotServed, XetUploads, has_xet
+from qz.formats.publish.xet import XetNotServed, XetUploads
 from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Uploads:
 
     def __init__(self, api: HfApi, repo_id: str, branch: str, *, create_pr: bool) -> None:
         self._api, self._repo_id, self._branch, self._create_pr = api, repo_id, branch, create_pr
-        self._xet = XetUploads(api.endpoint, repo_id, branch, create_pr=create_pr) if has_xet() else None
+        self._xet = XetUploads(api.endpoint, repo_id, branch, create_pr=create_pr) if unavailable() is None else None
         self._stopped = threading.Event()
 
     def send(self, blobs: Sequence[Blob], progress: OnProgress = ignore) -> int:

@@ -11,7 +11,6 @@ import secrets
 import shutil
 import threading
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -47,11 +46,6 @@ REPORTS = 200
 
 class XetNotServed(Signal):
     """The Hub has no Xet storage for the repository."""
-
-
-def has_xet() -> bool:
-    """Whether hf_xet is installed and HF_HUB_DISABLE_XET is not set."""
-    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
 @dataclass(frozen=True, slots=True)
