@@ -606,6 +606,21 @@ def interrupted(output: Path, after: int = 1) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("mine", [False, True])
+def test_parents_made_for_an_output_that_failed_are_removed(tmp_path: Path, mine: bool) -> None:
+    """But not if something else lies in them by then."""
+    with pytest.raises(ZeroDivisionError), Staging(tmp_path / "new/sub/out", FINGERPRINT, needed=0):
+        if mine:
+            (tmp_path / "new/mine").mkdir()
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "mine"] if mine else [])
+    with pytest.raises(IOFailed, match="Not enough space"):
+        make(tmp_path / "new/sub/out", needed=10**18)
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "mine"] if mine else [])
+    make(tmp_path / "new/sub/out")
+    assert (tmp_path / "new/sub/out/config.json").is_file()
+
+
 def test_a_failed_run_without_a_finished_shard_leaves_nothing(tmp_path: Path) -> None:
     interrupted(tmp_path / "out", after=0)
     assert os.listdir(tmp_path) == []
@@ -637,7 +652,7 @@ def test_another_command_is_refused_naming_the_difference(tmp_path: Path) -> Non
     with pytest.raises(OutputRefused) as caught:
         Staging(tmp_path / "out", other, needed=0)
     message = str(caught.value)
-    assert 'method: "nf4" → "int8", source.commit: "0123abcd" → "4567ef", threshold: null → 6.0. ' in message
+    assert "method: nf4 → int8, commit: 0123abcd → 4567ef, threshold: none → 6.0. " in message
     assert "--no-resume" in message
     assert contents(tmp_path) == before
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError
@@ -261,10 +262,12 @@ class Disk:
         with self._operation("rename", new):
             os.rename(old, new)
 
-    def make_folder(self, path: Path) -> None:
-        """Make a folder and those above it, unless they exist."""
+    def make_folder(self, path: Path) -> list[Path]:
+        """Make a folder and those above it, unless they exist. Those that were made, the innermost first."""
         with self._operation("mkdir", path):
+            missing = list(takewhile(lambda each: not os.path.lexists(each), (path, *path.parents)))
             os.makedirs(path, exist_ok=True)
+            return missing
 
     def remove(self, path: Path) -> None:
         """Remove a file, or a folder with all it holds. Links are removed, never followed. Nothing there is fine."""

@@ -128,7 +128,7 @@ class Staging:
         if self._disk.kind(journal) is None:
             refuse_output(self.output, overwrite, self._disk)
             self._refuse_foreign_partial(journal)
-        self._disk.make_folder(self.output.parent)
+        self._new_parents = self._disk.make_folder(self.output.parent)
         locked = False
         try:
             with defer_signals():
@@ -140,6 +140,8 @@ class Staging:
         except BaseException as error:
             if locked:
                 self._leave(error)
+            else:
+                self._remove_new_parents()
             raise
 
     def _refuse_foreign_partial(self, journal: Path) -> None:
@@ -434,6 +436,15 @@ class Staging:
                     self._journal.remove()
         with suppress(QzError):
             self._journal.close()
+        self._remove_new_parents()
+
+    def _remove_new_parents(self) -> None:
+        """Folders that were made for the output, as far as nothing lies in them: no journal either."""
+        with suppress(QzError):
+            for folder in self._new_parents:
+                if self._disk.names(folder):
+                    break
+                self._disk.remove(folder)
 
 
 def _rank(name: str) -> int:
