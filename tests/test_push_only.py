@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import pipelines
 from hub_server import HubServer, connected
@@ -203,13 +204,16 @@ def test_a_run_that_ends_at_any_step_is_continued(
     assert len(hub.commit_bodies) == 1
 
 
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
 def test_uploads_that_the_hub_swept_out_are_made_once_more(
-    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path
+    hub: HubServer, llama: Path, kept: dict[str, bytes], xet: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     hub.fail("commit", times=1, before=hub.lose_uploads)
     run(llama)
     assert there(hub) == kept
     assert hub.requests["commit"] == 2
+    assert bool(hub.requests["lfs_put"]) is not xet
 
 
 def test_a_hub_that_keeps_nothing_is_told_and_may_be_tried_again(hub: HubServer, llama: Path) -> None:
@@ -243,7 +247,7 @@ def test_another_destination_does_not_go_on_with_what_was_sent_elsewhere(hub: Hu
     failure(lambda: run(llama), PermissionRefused)
     hub.faults.clear()
     message = failure(lambda: quantize(llama, push="me/other", push_only=True, max_shard_bytes=SHARD), OutputRefused)
-    assert "push.repository" in message
+    assert "repository: me/new → me/other" in message
 
 
 def test_a_dry_run_sends_nothing(hub: HubServer, llama: Path, tmp_path: Path) -> None:
