@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 import qz as package
-from hub_reading import CONFIG, FILES, WEIGHTS, close_all, failure, opened, read, stream
+from hub_reading import CONFIG, FILES, QUICK, WEIGHTS, close_all, failure, opened, read, stream
 from hub_server import READER, HubServer, connected
 from pace import HANG
 from qz import HubUnreachable, MalformedInput, QzError, TryAgain
 from qz.formats.folder import Range
-from qz.formats.hub import xet
+from qz.formats.hub import session, xet
 from qz.formats.hub.patience import Retries
 
 Connect = Callable[..., HubServer]
@@ -32,6 +32,7 @@ HEAD = Range("model.safetensors", 0, 8)
 def connect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Connect]:
     """A Hub with Xet and these rules, which holds ``me/model``."""
     monkeypatch.setitem(xet.SETTINGS, "client.retry_base_delay", "20ms")
+    monkeypatch.setattr(session, "ASKING", QUICK)
     with ExitStack() as stack:
 
         def start(**rules: Any) -> HubServer:
@@ -167,11 +168,18 @@ def test_a_token_about_to_expire_is_renewed_before(connect: Connect) -> None:
     assert hub.requests["xet_token"] > 2
 
 
-def test_a_silence_is_given_up_after_a_while(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xet, "LONGEST_SILENCE", 0.5)
+@pytest.mark.parametrize("kind", ["xet_token", "reconstruction", "xorb"])
+def test_a_silence_is_given_up_after_a_while(connect: Connect, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    from huggingface_hub import constants
+
     hub = refusing(connect)
-    hub.fail("xorb", hang=3600)
-    assert "no byte arrived" in failure(lambda: read(opened(hub), HEAD), TryAgain)
+    folder = opened(hub)
+    folder.sizes()
+    monkeypatch.setattr(xet, "LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    hub.fail(kind, hang=3600)
+    message = failure(lambda: read(folder, HEAD), TryAgain, HubUnreachable)
+    assert "does not answer" in message if kind == "xet_token" else "no byte arrived" in message
 
 
 def test_closing_ends_a_stream_that_waits(connect: Connect) -> None:
@@ -182,9 +190,10 @@ def test_closing_ends_a_stream_that_waits(connect: Connect) -> None:
     assert "stopped" in failure(lambda: read(folder, HEAD), TryAgain)
 
 
-def test_an_interrupt_ends_a_command_that_waits_for_xet(connect: Connect) -> None:
-    hub = refusing(connect)
-    fault = hub.fail("xorb", hang=3600)
+@pytest.mark.parametrize("kind", ["cdn", "reconstruction", "xorb"])
+def test_an_interrupt_ends_a_command_that_waits(connect: Connect, kind: str) -> None:
+    hub = connect() if kind == "cdn" else refusing(connect)
+    fault = hub.fail(kind, hang=3600)
     process = subprocess.Popen(
         [sys.executable, "-m", "qz", "inspect", "me/model"],
         env=dict(os.environ),

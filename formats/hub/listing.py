@@ -12,7 +12,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from qz import HubUnreachable, __version__
 from qz.formats.hub.remote_file import RemoteFile
 from qz.formats.hub.requests import is_hub
-from qz.formats.hub.session import hub_session, patiently
+from qz.formats.hub.session import API_TIMEOUT, hub_session, patiently
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def list_folder(
 
 def _page(url: str) -> httpx2.Response:
     headers = build_hf_headers(library_name="qz", library_version=__version__)
-    response = hub_session().get(url, headers={**headers, "Accept-Encoding": "gzip"})
+    response = hub_session().get(url, headers={**headers, "Accept-Encoding": "gzip"}, timeout=API_TIMEOUT)
     hf_raise_for_status(response)
     return response
 

@@ -27,7 +27,7 @@ from qz.formats.hub.errors import hub_errors
 from qz.formats.hub.listing import list_folder
 from qz.formats.hub.read_ahead import AheadFile, ReadAhead, Seen
 from qz.formats.hub.remote_file import RemoteFile, differs
-from qz.formats.hub.session import hub_api, patiently
+from qz.formats.hub.session import API_TIMEOUT, hub_api, patiently
 from qz.formats.hub.ways import Ways
 from qz.formats.malformed import Malformed, quoted
 
@@ -63,7 +63,7 @@ def open_repo(
         api = hub_api()
         if is_offline_mode():
             return _cached(api, repo_id, revision)
-        info = patiently(lambda: api.model_info(repo_id, revision=revision), retries)
+        info = patiently(lambda: api.model_info(repo_id, revision=revision, timeout=API_TIMEOUT), retries)
         card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
         validate_repo_id(info.id)
         folder = HubFolder(api, info.id, _commit(info.sha, endpoint, repo_id), retries=retries, pace=pace)

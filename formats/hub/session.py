@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+API_TIMEOUT = 30.0
+"""Seconds without a byte before a question about a repository is asked again."""
 ASKING = Retries(attempts=4)
 """For questions that a person waits for."""
 

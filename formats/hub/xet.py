@@ -150,7 +150,7 @@ class Xet:
         doing = f"Asking for access to {self._repo_id} over Xet"
         try:
             with hub_errors(self._repo_id, doing, revision=self._commit, endpoint=self._endpoint):
-                headers = patiently(lambda: _token(url), self._patience.retries)
+                headers = patiently(lambda: _token(url))
                 token = headers[constants.HUGGINGFACE_HEADER_X_XET_ACCESS_TOKEN]
                 expires = int(headers[constants.HUGGINGFACE_HEADER_X_XET_EXPIRATION][:12])
                 with self._lock:
@@ -228,6 +228,7 @@ def _shortened(text: str) -> str:
 
 def _token(url: str) -> Mapping[str, str]:
     headers = build_hf_headers(library_name="qz", library_version=__version__)
-    response = hub_session().get(url, headers={**headers, "Accept-Encoding": "gzip"})
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    response = hub_session().get(url, headers={**headers, "Accept-Encoding": "gzip"}, timeout=timeout)
     hf_raise_for_status(response)
     return response.headers
