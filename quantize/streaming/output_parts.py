@@ -189,7 +189,7 @@ def staged_bytes(parts: Sequence[Part], target: Target) -> int:
 
 
 def _order(parts: Sequence[Part]) -> ShardOrder:
-    return joined([shard_order(part.plan, part.name) for part in parts if part.plan is not None])
+    return joined([shard_order(by_shard(part.plan), part.name) for part in parts if part.plan is not None])
 
 
 def _weights(parts: Sequence[Part]) -> list[str]:
