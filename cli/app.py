@@ -34,13 +34,24 @@ COMMANDS = {
     "dequantize": "Turn a quantized model back into an ordinary one.",
     "push": "Publish a checkpoint on the Hub.",
 }
+EXAMPLES = {
+    "quantize": (
+        "qz quantize black-forest-labs/FLUX.1-dev --nf4",
+        "qz quantize ./my-model --int8 --output my-model-int8",
+        "qz quantize ./my-model --skip lm_head --dry-run",
+    ),
+    "inspect": ("qz inspect ./my-model-nf4", "qz inspect ./my-model --tensors --filter '*.attn.*'"),
+    "dequantize": ("qz dequantize ./my-model-nf4 --dtype bf16", "qz dequantize ./my-model-nf4 --against ./my-model"),
+    "push": ("qz push ./my-model-nf4 me/my-model-nf4", "qz push ./my-model-nf4 me/my-model-nf4 --dry-run"),
+}
+"""Shown at the end of each command's help."""
 DISTRIBUTIONS = {"accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "numpy", "torch", "transformers"}
 
 app = typer.Typer(
     name="qz",
     help="Quantize Hugging Face models to 8 and 4 bit with bitsandbytes, and convert them back.",
-    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 65 bad input, 66 no input, 69 no Hub, 73 output refused, 74 I/O, "
-    "75 try again, 77 no access, 78 unsupported.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 65 bad input, 66 input not found, 69 Hub unreachable, "
+    "73 output refused, 74 I/O, 75 try again, 77 permission denied, 78 unsupported.",
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
@@ -56,7 +67,9 @@ def everywhere(
 
 for command, short_help in COMMANDS.items():
     # The command modules are light: what they call is imported when they run.
-    app.command(command, short_help=short_help)(getattr(importlib.import_module(f"qz.cli.{command}"), command))
+    epilog = "\n\n".join(["Examples:", *EXAMPLES[command]])
+    function = getattr(importlib.import_module(f"qz.cli.{command}"), command)
+    app.command(command, short_help=short_help, epilog=epilog)(function)
 
 
 class Interruption:

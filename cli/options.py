@@ -219,7 +219,7 @@ ThresholdOpt = Annotated[
     typer.Option(
         "--threshold",
         metavar="NUMBER",
-        help="Hidden states beyond it are computed in fp16 by --int8 layers; written to the config.",
+        help="Activations above this magnitude are computed in fp16 by --int8 layers; written to the config.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -291,7 +291,7 @@ SkipOpt = Annotated[
     typer.Option(
         "--skip",
         metavar="PATTERN",
-        help="A module to leave as it is, matched as the model's library matches it. COMPONENT/PATTERN counts in one "
+        help="A module to leave unquantized, matched by the library's own rules. COMPONENT/PATTERN applies to one "
         "component of a pipeline. Repeat it for more.",
         rich_help_panel=SELECTION,
         show_default=False,
@@ -329,7 +329,7 @@ KeepNonfiniteOpt = Annotated[
     bool,
     flag(
         "--keep-nonfinite",
-        help="Leave weights that hold NaN or Inf unquantized. Without it they are refused.",
+        help="Leave weights that hold NaN or Inf unquantized. By default such weights are an error.",
         panel=SELECTION,
     ),
 ]

@@ -53,7 +53,7 @@ def quantize(
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
 ) -> None:
-    """Quantize a model to 4 or 8 bit, streamed: no GPU needed, memory for a few megabytes a thread."""
+    """Quantize a model to 4 or 8 bit, streamed: no GPU needed, using a few megabytes of memory per thread."""
     from qz import api
 
     name = options.method_name(nf4, fp4, int8, method)

@@ -99,7 +99,8 @@ class Summary:
         if self.dropped:
             shown = ", ".join(self.dropped[:3]) + (" …" if len(self.dropped) > 3 else "")
             found.append(
-                f"{len(self.dropped)} tensors that {self.source.architecture} does not use are left out: {shown}"
+                f"{len(self.dropped)} {'tensor' if len(self.dropped) == 1 else 'tensors'} not used by "
+                f"{self.source.architecture} {'was' if len(self.dropped) == 1 else 'were'} left out: {shown}"
             )
         found += _told_of_nonfinite(self.nonfinite, self.dtype)
         if self.loss is not None and self.loss.unrelated:

@@ -492,10 +492,11 @@ def _itemsize(dtype: str) -> int:
 
 def _nonfinite(work: _Work, plan: Plan) -> MalformedInput:
     weight = work.step.weight
-    position = tuple(int(i) for i in np.unravel_index(work.first, weight.shape))
-    beyond = ", or beyond float16's range," if plan.method is not None and plan.method.bits == 8 else ""
+    position = [int(i) for i in np.unravel_index(work.first, weight.shape)]
+    beyond = " (or beyond float16's range)" if plan.method is not None and plan.method.bits == 8 else ""
+    values = "value" if work.nonfinite == 1 else "values"
     return MalformedInput(
-        f"{weight.sources[0]} holds {work.nonfinite} values that are NaN or infinite{beyond} the first at {position}; "
-        "quantized, they would spoil their blocks. Repair the weights, or use --keep-nonfinite to leave such tensors "
+        f"{weight.sources[0]} contains {work.nonfinite} NaN or infinite {values}{beyond}, first at {position}, "
+        "which would corrupt its quantization block. Repair the weights, or use --keep-nonfinite to leave such tensors "
         "unquantized."
     )
