@@ -1,7 +1,7 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types layers format bench quality docs fuzz soak constraints clean
+.PHONY: help demo test check lint types layers format bench quality docs fuzz zoo soak constraints clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,7 @@ help:
 	@echo "make quality how good the 4-bit checkpoints are: trained models against their originals"
 	@echo "make docs    the generated command reference, and every link checked"
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer), and other files"
+	@echo "make zoo     every model class of the libraries, built tiny, and docs/reference/models.md (goes on where it stopped)"
 	@echo "make soak    minutes of kills and failures against the writer"
 	@echo "make format  let ruff lay out the code"
 	@echo "make clean   remove what the other targets made"
@@ -70,6 +71,9 @@ fuzz: $(READY)
 	$(BIN)/python tests/fuzz_headers.py --count $(COUNT)
 	$(BIN)/python tests/fuzz_files.py --seconds 60
 
+zoo: $(READY)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(BIN)/python -m whole_zoo --page
+
 soak: $(READY)
 	$(PYTEST) -m soak --timeout=0
 
@@ -84,5 +88,5 @@ constraints:
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .demo .bench build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .zoo .demo .bench build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
