@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import cgutils
 
 from qz.quantize.compute import scale_search, tables
-from qz.quantize.compute.jit import array, bits, compiled, float_of, inlined, intrinsic
-from qz.quantize.compute.llvm_blocks import _I32, _broadcast, _load, _pointer, _same, _store, _store_codes
+from qz.quantize.compute.jit import array, compiled, inlined, intrinsic
+from qz.quantize.compute.llvm_blocks import _I16, _I32, _broadcast, _load, _pointer, _same, _store, _store_codes
 
 _FLOAT = ir.FloatType()
 
@@ -65,6 +66,49 @@ def _fit_of(quant_type: str, weighted: bool) -> Any:
     return fit
 
 
+def _coarse_of(quant_type: str) -> Any:
+    @intrinsic
+    def coarse(_: Any, y: Any) -> Any:
+        """The least-squares scale of the best candidate without importance, in whole numbers."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            at = _pointer(context, builder, signature.args[0], arguments[0], ir.Constant(ir.IntType(64), 0))
+            # The last place of the sum is 1, its low half the whole number, rounded half to even.
+            steps = builder.fmul(_load(builder, at, _FLOAT), _same(_FLOAT, float(scale_search.GRID)))
+            moved = builder.bitcast(builder.fadd(steps, _same(_FLOAT, 12582912.0)), ir.VectorType(_I32, 64))
+            whole = builder.trunc(moved, ir.VectorType(_I16, 64))
+            best, sigma = ir.Constant(_FLOAT, -1.0), ir.Constant(_FLOAT, 1.0)
+            for bounds, levels in scale_search.coarse_candidates(quant_type):
+                q = _same(_I16, int(levels[0]))
+                for bound, level in zip(bounds.tolist(), levels[1:].tolist(), strict=True):
+                    q = builder.select(builder.icmp_signed(">", whole, _same(_I16, bound)), _same(_I16, level), q)
+                a, b = (builder.sitofp(_dot(builder, each, q), _FLOAT) for each in (whole, q))
+                gain = builder.fdiv(builder.fmul(a, a), b)
+                better = builder.fcmp_ordered(">", gain, best)
+                best = builder.select(better, gain, best)
+                sigma = builder.select(better, builder.fdiv(a, b), sigma)
+            return sigma
+
+        return types.float32(y), generate
+
+    return coarse
+
+
+def _dot(builder: Any, one: Any, other: Any) -> Any:
+    """The sum of the products of 64 int16, as int32."""
+    wide = ir.VectorType(_I32, 64)
+    products = builder.mul(builder.sext(one, wide), builder.sext(other, wide))
+    # Neighbours first: where a processor multiplies and adds pairs in one instruction, LLVM takes it.
+    even, odd = (ir.Constant(ir.VectorType(_I32, 32), list(range(first, 64, 2))) for first in (0, 1))
+    pairs = builder.add(
+        builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
+    )
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_I32, [pairs.type]), "llvm.vector.reduce.add.v32i32"
+    )
+    return builder.call(function, [pairs])
+
+
 def _nearest_of(quant_type: str) -> Any:
     codes = tables.order(quant_type).tolist()
 
@@ -87,51 +131,75 @@ def _nearest_of(quant_type: str) -> Any:
     return nearest
 
 
-@intrinsic
-def _sum_64(_: Any, values: Any) -> Any:
-    """The first 64 of ``values``, added by halves."""
+def _rounded(builder: Any, values: Any, dtype: str) -> Any:
+    """Each value rounded to the dtype, to nearest even. What overflows float16 becomes at least 65536."""
+    if dtype == "F32":
+        return values
+    wide, dropped = ir.VectorType(_I32, 64), {"BF16": 16, "F16": 13}[dtype]
+    raw = builder.bitcast(values, wide)
+    odd = builder.and_(builder.lshr(raw, _same(_I32, dropped)), _same(_I32, 1))
+    up = builder.add(builder.add(raw, _same(_I32, 2 ** (dropped - 1) - 1)), odd)
+    rounded = builder.bitcast(builder.and_(up, _same(_I32, 2**32 - 2**dropped)), values.type)
+    if dtype == "BF16":
+        return rounded
+    # Below 2^-14 float16 has a fixed step of 2^-24, which is the last place of float32 numbers in [0.5, 1).
+    three_quarters = _same(_FLOAT, 0.75)
+    small = builder.fsub(builder.fadd(values, three_quarters), three_quarters)
+    magnitude = builder.bitcast(builder.and_(raw, _same(_I32, 2**31 - 1)), values.type)
+    return builder.select(builder.fcmp_ordered("<", magnitude, _same(_FLOAT, 2.0**-14)), small, rounded)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(ir.IntType(64), 0)
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], zero)
-        return _half_sums(builder, _load(builder, pointer, _FLOAT))
 
-    return types.float32(values), generate
+def _error_of(dtype: str, weighted: bool) -> Any:
+    @intrinsic
+    def error(_: Any, x: Any, levels: Any, scale: Any, inverse: Any, weights: Any, start: Any) -> Any:  # noqa: ARG001
+        """Σ w ((level × scale, as loaded, − x) × inverse)²."""
 
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            zero = ir.Constant(ir.IntType(64), 0)
+            values, q = (
+                _load(builder, _pointer(context, builder, signature.args[i], arguments[i], zero), _FLOAT)
+                for i in (0, 1)
+            )
+            loaded = _rounded(builder, builder.fmul(q, _broadcast(builder, arguments[2])), dtype)
+            difference = builder.fmul(builder.fsub(loaded, values), _broadcast(builder, arguments[3]))
+            squared = builder.fmul(difference, difference)
+            if weighted:
+                at = _pointer(context, builder, signature.args[4], arguments[4], arguments[5])
+                squared = builder.fmul(_load(builder, at, _FLOAT), squared)
+            return _half_sums(builder, squared)
 
-@inlined
-def _round_bf16(value: Any) -> Any:
-    raw = bits(value)
-    return float_of((raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000))
+        return types.float32(x, levels, types.float32, types.float32, weights, types.int64), generate
 
-
-@inlined
-def _round_f16(value: Any) -> Any:
-    """To nearest even; what overflows becomes at least 65536, which no float16 weight is near."""
-    raw = bits(value)
-    rounded = float_of((raw + np.uint32(0xFFF) + ((raw >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000))
-    small = (value + np.float32(0.75)) - np.float32(0.75)
-    return small if abs(value) < np.float32(2.0**-14) else rounded
+    return error
 
 
 def _search_of(quant_type: str, weighted: bool) -> Any:
-    fit, nearest = _fit_of(quant_type, weighted), _nearest_of(quant_type)
+    fit, nearest, coarse = _fit_of(quant_type, weighted), _nearest_of(quant_type), _coarse_of(quant_type)
     least, most = np.float32(scale_search.LEAST_ABSMAX), np.float32(scale_search.MOST_ABSMAX)
-    refits, least_gain = scale_search.REFITS, np.float32(scale_search.LEAST_GAIN)
+    least_gain = np.float32(scale_search.LEAST_GAIN)
+
+    @inlined
+    def candidate(y: Any, inverses: Any, weights: Any, first: Any) -> Any:
+        """The least-squares scale of the best candidate."""
+        if not weighted:
+            return coarse(y)
+        best, sigma = np.float32(-1), np.float32(1)
+        for i in range(inverses.size):
+            a, b = fit(y, inverses[i], weights, first)
+            gain = a * a / b
+            if gain > best:
+                best, sigma = gain, a / b
+        return sigma
+
+    of_f32, of_bf16, of_f16 = (_error_of(dtype, weighted) for dtype in ("F32", "BF16", "F16"))
 
     @inlined
     def error(x: Any, scale: Any, inverse: Any, levels: Any, rounding: Any, weights: Any, first: Any) -> Any:
-        """Σ w ((level × scale, as loaded, − x) / absmax)²; overwrites ``levels``."""
-        for i in range(64):
-            value = levels[i] * scale
-            if rounding == 1:
-                value = _round_bf16(value)
-            elif rounding == 2:
-                value = _round_f16(value)
-            difference = (value - x[i]) * inverse
-            squared = difference * difference
-            levels[i] = weights[first + i] * squared if weighted else squared
-        return _sum_64(levels)
+        if rounding == 1:
+            return of_bf16(x, levels, scale, inverse, weights, first)
+        if rounding == 2:
+            return of_f16(x, levels, scale, inverse, weights, first)
+        return of_f32(x, levels, scale, inverse, weights, first)
 
     @compiled(
         types.void(
@@ -157,16 +225,10 @@ def _search_of(quant_type: str, weighted: bool) -> Any:
             inverse = np.float32(1) / absmax
             for i in range(64):
                 y[i] = x[i] * inverse
-            best, sigma = np.float32(-1), np.float32(1)
-            for candidate in range(inverses.size + refits):
-                scaled_by = inverses[candidate] if candidate < inverses.size else np.float32(1) / sigma
-                a, b = fit(y, scaled_by, weights, first)
-                gain = a * a / b
-                if gain > best:
-                    best, sigma = gain, a / b
+            a, b = fit(y, np.float32(1) / candidate(y, inverses, weights, first), weights, first)
             nearest(y, 0, np.float32(1), levels, codes)
             limit = error(x, absmax, inverse, levels, rounding, weights, first) * least_gain
-            found = absmax * sigma
+            found = absmax * (a / b)
             nearest(x, 0, np.float32(1) / found, levels, codes)
             if error(x, found, inverse, levels, rounding, weights, first) < limit:
                 scales[block] = found

@@ -317,7 +317,7 @@ def search_4bit(
     values: _Array, dtype: str, quant_type: str, weights: _Array | None, column: int, packed: _Array, absmax: _Array
 ) -> None:
     function = llvm_search.search[quant_type, weights is not None]
-    inverses = np.array(scale_search.inverse_candidates(quant_type, weighted=weights is not None), np.float32)
+    inverses = np.array(scale_search.inverse_candidates(quant_type), np.float32)
     given = np.zeros(65, np.float32) if weights is None else weights
     for start, piece in _wide_pieces(values, dtype):
         blocks = piece.size // 64

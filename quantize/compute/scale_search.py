@@ -2,14 +2,16 @@
 
 For a block x of 64 values with absmax a, and y = x / a: for every candidate c = ±factor let q be the levels nearest to
 y / c, A = Σ w·y·q and B = Σ w·q². The best scale for these codes is a·A / B, and it removes A² / B of the error. The
-candidate that removes most is taken, its scale fitted, and the codes chosen again (``REFITS`` times, where this removes
-more). Last, codes are chosen for the scale in float32, and both are kept only if the error of the values as they are
-loaded, rounded to the weight's dtype, is smaller than with absmax. Of equal candidates the first is kept, + before −.
+candidate that removes most is taken, its scale fitted, codes chosen for it, and the scale fitted again to these. Last,
+codes are chosen for the scale in float32, and both are kept only if the error of the values as they are loaded, rounded
+to the weight's dtype, is smaller than with absmax. Of equal candidates the first is kept, + before −.
 
 A negative scale, which every loader multiplies by like any other, is worth as much to NF4 as the search itself. w is 1,
-or what is known of each input's importance.
+or what is known of each input's importance. Where it is 1, candidates are compared in whole numbers, y and q in steps
+of 1 / ``GRID``: half the work, and only a near tie is decided otherwise.
 
-All is float32, elementwise or summed by halves (64 → 32 → … → 1) without fused operations: the same bits everywhere.
+All else is float32, elementwise or summed by halves (64 → 32 → … → 1), and nothing is fused, so that every backend and
+processor finds the same bits.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from qz.quantize.compute import tables
+
 FACTORS: Final = {"nf4": (0.93, 1.0, 1.07), "fp4": (0.86, 0.93, 1.0, 1.07, 1.14)}
 """Of absmax, without importance: more of them lower the error by 0.3 % at most."""
 WEIGHTED_FACTORS: Final = tuple(round(0.4 + 0.05 * step, 2) for step in range(17))
 """With importance, where clipping an outlier of an input that hardly matters may be best: 0.40, 0.45 … 1.20."""
 SIGNS: Final = {"nf4": (1.0, -1.0), "fp4": (1.0,)}
 """NF4 has eight positive and seven negative levels, FP4 as many of either."""
-REFITS: Final = 1
+GRID: Final = 4096
+"""Steps from 0 to absmax: the sum of 64 products fits in an int32."""
 LEAST_ABSMAX: Final = 1e-30
 MOST_ABSMAX: Final = 1e30
 """Blocks beyond these are left as they are: scales derived from theirs could not be represented."""
@@ -37,11 +42,25 @@ LEAST_GAIN: Final = float(np.float32(1 - 2**-16))
 
 
 @cache
-def inverse_candidates(quant_type: str, *, weighted: bool) -> tuple[float, ...]:
-    """What y is multiplied by for each candidate, as float32 values: 1 / factor, -1 / factor, …"""
-    factors = WEIGHTED_FACTORS if weighted else FACTORS[quant_type]
-    inverses = np.float32(1) / np.array(factors, np.float32)
+def inverse_candidates(quant_type: str) -> tuple[float, ...]:
+    """With importance, what y is multiplied by for each candidate, as float32 values: 1 / factor, -1 / factor, …"""
+    inverses = np.float32(1) / np.array(WEIGHTED_FACTORS, np.float32)
     return tuple(float(inverse * np.float32(sign)) for inverse in inverses for sign in SIGNS[quant_type])
+
+
+@cache
+def coarse_candidates(quant_type: str) -> tuple[tuple[NDArray[np.int16], NDArray[np.int16]], ...]:
+    """For each candidate without importance, by ascending y on the grid: int16[15] bounds and int16[16] levels.
+
+    A y above so many bounds has the level of that index.
+    """
+    levels = np.rint(tables.QUANT_MAPS[quant_type][tables.order(quant_type)].astype(np.float64) * GRID)
+    found = []
+    for factor in FACTORS[quant_type]:
+        for sign in SIGNS[quant_type]:
+            bounds = np.sort(np.floor(tables.bounds(quant_type).astype(np.float64) * factor * sign * GRID))
+            found.append((bounds.astype(np.int16), (levels if sign > 0 else levels[::-1]).astype(np.int16)))
+    return tuple(found)
 
 
 def tiled_weights(importance: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -81,12 +81,15 @@ def _search(
     y = x * inverse
     best, sigma = torch.full_like(scales, -1.0), torch.ones_like(scales)
 
-    def fit(inverses: torch.Tensor | float) -> None:
-        """Keep, where they remove more error, the codes of these scales and their least-squares scale."""
-        nonlocal best, sigma
+    def sums(inverses: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of the levels nearest to ``y * inverses``."""
         q = levels[torch.bucketize(y * inverses, bounds, out_int32=True)]
         wq = q if weights is None else weights * q
-        a, b = _sum(wq * y), _sum(wq * q)
+        return _sum(wq * y), _sum(wq * q)
+
+    def compare(a: torch.Tensor, b: torch.Tensor) -> None:
+        """Keep the candidate where it removes more error."""
+        nonlocal best, sigma
         gain = a * a / b
         better = gain > best
         best, sigma = torch.where(better, gain, best), torch.where(better, a / b, sigma)
@@ -97,10 +100,16 @@ def _search(
         squared = difference * difference
         return _sum(squared if weights is None else weights * squared)
 
-    for candidate in scale_search.inverse_candidates(quant_type, weighted=weights is not None):
-        fit(candidate)
-    for _ in range(scale_search.REFITS):
-        fit((1.0 / sigma).unsqueeze(1))
+    if weights is None:
+        whole = torch.round(y * scale_search.GRID).to(torch.int32)
+        for cuts, grid_levels in scale_search.coarse_candidates(quant_type):
+            q = torch.from_numpy(grid_levels).to(whole)[torch.bucketize(whole, torch.from_numpy(cuts).to(whole))]
+            compare((whole * q).sum(1).float(), (q * q).sum(1).float())
+    else:
+        for candidate in scale_search.inverse_candidates(quant_type):
+            compare(*sums(candidate))
+    a, b = sums((1.0 / sigma).unsqueeze(1))
+    sigma = a / b
     found = absmax * sigma
     position = torch.bucketize(x * (1.0 / found).unsqueeze(1), bounds, out_int32=True)
     limit = error(torch.bucketize(y, bounds, out_int32=True), absmax) * scale_search.LEAST_GAIN
