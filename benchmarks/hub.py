@@ -40,6 +40,7 @@ def main() -> None:
     from benchmarks import checkpoints
 
     models = asked.folder.resolve() / "hub"
+    models.mkdir(parents=True, exist_ok=True)
     source = models / "bench" / asked.model
     if asked.model == "llama-1b":
         checkpoints.SHARD_BYTES = 300 * 10**6  # eight shards, for eight connections of hf download
