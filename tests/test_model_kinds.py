@@ -15,8 +15,13 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
+import zoo
 from converted import quantized
 from qz import MalformedInput, Unsupported
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
+from qz.quantize.libraries.examine import examine
 from reference import config_of, differing_files, differing_tensors, diffusers_model, transformers_model
 
 LANGUAGE = {
@@ -337,3 +342,15 @@ def test_a_weight_that_a_class_makes_float64_is_stored_so(tmp_path: Path, monkey
     quantized(source, output, "nf4")
     assert differing_files(reference, output) == []
     assert load_file(output / "model.safetensors")["logit_scale"].dtype == torch.float64
+
+
+def test_codes_that_the_class_would_merge_are_named(tmp_path: Path) -> None:
+    zoo.qwen3_moe().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(LocalFolder(tmp_path))
+    given = {
+        name: TensorSpec("bfloat16", tensor.shape, linear=name.endswith("_proj.weight"))
+        for name, tensor in checkpoint.tensors.items()
+    }
+    found = examine(checkpoint, LoadRequest(None), given).packed_elsewhere
+    assert set(found) == {name for name, spec in given.items() if spec.linear and ".experts." in name}
+    assert found

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from qz import MalformedInput, QzError
 from qz.formats.checkpoint.problems import Problem, worst_first
+from qz.formats.malformed import quoted
 from qz.quantize.inspection.estimate import METHODS, Estimate
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.quantized import QuantizedWeight
     from qz.formats.checkpoint.survey import Checkpoint
     from qz.quantize.inspection.report import Inspection
+    from qz.quantize.libraries.architecture import Architecture
 
 
 def with_plan(found: Inspection, checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> Inspection:
@@ -37,12 +39,26 @@ def _of_quantized(found: Inspection, checkpoint: Checkpoint) -> Inspection:
     from qz.quantize.settings import Settings
 
     architecture = plan_dequantization(checkpoint, Settings(None)).architecture
+    if elsewhere := architecture.packed_elsewhere:
+        found = replace(
+            found, problems=worst_first((*found.problems, _cannot_load(checkpoint, architecture, elsewhere)))
+        )
     return replace(
         found,
         parameters=architecture.parameters,
         memory_footprint=architecture.footprint.before,
         memory_footprint_exact=True,
     )
+
+
+def _cannot_load(checkpoint: Checkpoint, architecture: Architecture, elsewhere: tuple[str, ...]) -> Problem:
+    where, count = checkpoint.folder.location, len(elsewhere)
+    message = (
+        f"{where}: {count} quantized {'weight' if count == 1 else 'weights'} (first {quoted(elsewhere[0])}) cannot be "
+        f"loaded: {architecture.class_name} has no linear layer of that name: it merges weights, or reads them. "
+        f"`qz dequantize {where}` gives a model that loads, and can be quantized again."
+    )
+    return Problem("warning", "class-mismatch", "config.json", message)
 
 
 def _of_plain(found: Inspection, checkpoint: Checkpoint) -> Inspection:

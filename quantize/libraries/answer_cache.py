@@ -137,6 +137,7 @@ def _encoded(architecture: Architecture) -> dict[str, Any] | None:
         "dtype": architecture.dtype,
         "documents": {name: data.decode() for name, data in architecture.documents.items()},
         "notes": architecture.notes,
+        "packed_elsewhere": architecture.packed_elsewhere,
         "unmatched_skips": architecture.unmatched_skips,
     }
 
@@ -160,5 +161,6 @@ def _decoded(kept: dict[str, Any]) -> Architecture:
         dtype=kept["dtype"],
         documents={name: text.encode() for name, text in kept["documents"].items()},
         notes=tuple(kept["notes"]),
+        packed_elsewhere=tuple(kept["packed_elsewhere"]),
         unmatched_skips=tuple(kept["unmatched_skips"]),
     )

@@ -117,6 +117,9 @@ class Architecture:
     """config.json and its like, as the library writes them."""
     notes: tuple[str, ...] = ()
     """What the user should know about how this model is handled."""
+    packed_elsewhere: tuple[str, ...] = ()
+    """Of weights that are quantized in the checkpoint, those that are no linear layers of their own in the class: it
+    cannot load their codes."""
     unmatched_skips: tuple[str, ...] = ()
     """Skips asked for that no module of the model matches."""
 

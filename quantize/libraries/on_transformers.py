@@ -29,7 +29,7 @@ from qz.quantize.libraries.architecture import (
     expand,
     unmatched,
 )
-from qz.quantize.libraries.origins import Model, find_origins, find_transposed, tie
+from qz.quantize.libraries.origins import Model, find_origins, find_transposed, packed_elsewhere, tie
 from qz.quantize.libraries.saved_names import saved_tensors
 from qz.quantize.libraries.transformers_classes import ModelClass, body_class_of, model_class_of
 from qz.quantize.libraries.transformers_internals import (
@@ -65,6 +65,7 @@ def examine(
     origins = find_origins(model, tensors)
     transposed_weights = find_transposed(model, origins, tensors)
     checked(missing, [text for name, text in mismatched.items() if name not in transposed_weights], class_name, where)
+    elsewhere = packed_elsewhere(model, origins, tensors)
     load_dtype = _name(model.config.dtype)
     selection = select(model, request)
     origins = tie(model, origins, equal)
@@ -117,6 +118,7 @@ def examine(
         dtype=load_dtype,
         documents=documents,
         notes=class_notes + selection.notes + notes,
+        packed_elsewhere=elsewhere,
         unmatched_skips=unmatched(
             request.skips,
             (path for path, _ in model.named_modules()),

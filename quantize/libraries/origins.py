@@ -133,3 +133,13 @@ def tie(model: Model, origins: dict[str, Origin], equal: Callable[[str, str], bo
         if name not in complete and id(parameter) in by_parameter:
             complete[name] = by_parameter[id(parameter)]
     return complete
+
+
+def packed_elsewhere(model: Model, origins: Mapping[str, Origin], tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    """Sources that are quantized and whose codes the loader would have to merge, or to put where no linear layer is."""
+    found: set[str] = set()
+    for name, origin in origins.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if origin.conversion is not None or not (type(module) is torch.nn.Linear or isinstance(module, Conv1D)):
+            found |= {source for source in origin.sources if tensors[source].linear}
+    return tuple(sorted(found, key=dot_natural_key))

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def main() -> int:
 
 
 def _run(asked: argparse.Namespace, done: set[tuple[str, str]], end: float) -> list[dict[str, Any]]:
+    import_module("qz.quantize.libraries.on_transformers")  # once, before processes are forked
     cases = [case for source in SOURCES.values() for case in source()]
     if asked.only:
         cases = [case for case in cases if case.kind in asked.only.split(",")]
