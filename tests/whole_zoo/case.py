@@ -23,6 +23,23 @@ NEAR = 0.5
 """Cosine between the outputs of the original and of a model with a layer kept on purpose; nonsense is near 0."""
 
 
+KNOWN = {
+    (
+        "chinese_clip",
+        "another value",
+    ): "the library zeroes a row of the embeddings whenever it loads; qz keeps the stored one",
+    (
+        "chinese_clip",
+        "other bytes",
+    ): "the library zeroes a row of the embeddings whenever it loads; qz keeps the stored one",
+    (
+        "nemo_speechlm",
+        "footprint",
+    ): "told 3 % too much: the library loads parts of the output in another dtype than it says",
+}
+"""Differences that are understood, by kind and the beginning of the fault."""
+
+
 class NotBuilt(Exception):
     """The zoo has no small model of a class; the text says why."""
 
@@ -79,6 +96,10 @@ def rows_of(case: Case, folder: Path) -> list[Row]:
             _compare(row, model, inputs_of(model), source, folder / method)
         except Exception as error:
             row.faults.append(f"{type(error).__name__}: {str(error).strip()[:200]}")
+        for (kind, beginning), reason in KNOWN.items():
+            if kind == case.kind and any(fault.startswith(beginning) for fault in row.faults):
+                row.faults = [fault for fault in row.faults if not fault.startswith(beginning)]
+                row.result, row.why = "known difference", reason
         rows.append(row)
     return rows
 
