@@ -134,7 +134,7 @@ class Conversion:
         check_room(target.output, needed, target.disk)
         if self.publication is not None:
             return
-        interrupted = target.resume and target.disk.kind(sibling(target.output, ".partial.journal")) is not None
+        interrupted = target.resume and target.disk.status(sibling(target.output, ".partial.journal")) is not None
         if interrupted or self.settings.device not in ("auto", "cpu"):
             arithmetic = arithmetic_on(self.settings.device)
             if interrupted:

@@ -150,7 +150,7 @@ def carry_out(
         nonfinite=written.nonfinite[part.name],
         loss=measure.loss() if measure else None,
     )
-    notes = (*done.notes, *arithmetic.notes, *kernels.notes())
+    notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
     return replace(done, notes=notes, pushed=written.pushed, bytes_read=written.bytes_read)
 
 

@@ -182,7 +182,7 @@ def carry_out_pipeline(
         resumed=written.resumed,
         nonfinite=written.nonfinite,
     )
-    notes = (*done.notes, *arithmetic.notes, *kernels.notes())
+    notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
     return replace(done, notes=notes, pushed=written.pushed, bytes_read=written.bytes_read)
 
 

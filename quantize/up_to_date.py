@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from qz import OutputRefused, QzError
 from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.difference import describe_difference
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.record import RECORD, Record, as_text, read_record
 from qz.quantize.methods import Method
@@ -52,8 +54,13 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
     ``make`` sees it, older than a file of a local source that is read.
     """
     disk = Disk()
-    if disk.kind(output) is None or (disk.kind(output) == "folder" and not disk.names(output)):
+    there = disk.status(output)
+    if there is None:
         return None
+    if stat.S_ISDIR(there.st_mode):
+        with Directory.at(disk, output) as inside:
+            if not inside.names():
+                return None
     instead = "Replace it with --if-exists overwrite, or choose another -o/--output."
     try:
         made = LocalFolder(output)

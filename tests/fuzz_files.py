@@ -31,6 +31,7 @@ from qz.formats.checkpoint.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.output.difference import describe_difference
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal
 from qz.formats.output.record import encode_record, read_record
@@ -327,8 +328,8 @@ class Journals(Target):
         data = b"".join(b"%08x %b\n" % (zlib.crc32(line), line) for line in lines)
         path = self.folder / "x.partial.journal"
         path.write_bytes(data)
-        with told(data):
-            journal = Journal(path, Disk())
+        with told(data), Directory.at(Disk(), self.folder) as folder:
+            journal = Journal(folder, path.name, None)
             try:
                 describe_difference(journal.fingerprint or {}, fingerprint["fingerprint"])
             finally:

@@ -12,6 +12,7 @@ import pytest
 
 from qz import QzError, api
 from qz.formats.folder import LocalFolder
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal
 from qz.formats.output.preflight import check_interrupted
@@ -100,8 +101,11 @@ def test_a_journal_of_20_gb_is_none(tmp_path: Path) -> None:
     sparse(journal)
     tracemalloc.start()
     try:
-        with pytest.raises(QzError, match="is 20,000,000,000 bytes long, so it is no journal of qz"):
-            Journal(journal, Disk())
+        with (
+            Directory.at(Disk(), tmp_path) as folder,
+            pytest.raises(QzError, match="is 20,000,000,000 bytes long, so it is no journal of qz"),
+        ):
+            Journal(folder, journal.name, None)
         check_interrupted(tmp_path / "out", {}, Disk())
         assert tracemalloc.get_traced_memory()[1] < MEMORY
     finally:

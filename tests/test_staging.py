@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,11 @@ from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
 from qz.formats.folder import LocalFolder
 from qz.formats.output import disk, staging
 from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal
 from qz.formats.output.record import read_record, verify_record
+from qz.formats.output.seal import user_key
 from qz.formats.output.shard_writer import HASHED, page_checksum
 from qz.formats.output.staging import ShardLayout, Staging, refuse_overlap
 from qz.formats.safetensors import TensorInfo, encode_header, layout
@@ -339,7 +342,7 @@ def test_a_finished_shard_keeps_no_descriptor(tmp_path: Path) -> None:
     before = len(os.listdir("/dev/fd"))
     with Staging(tmp_path / "out", {}, needed=0) as staging:
         write_shard(staging, SHARDS[0])
-        assert len(os.listdir("/dev/fd")) == before + 1  # the journal
+        assert len(os.listdir("/dev/fd")) == before + 3  # the journal, the folder that is staged, and the one around it
         staging.commit()
     assert len(os.listdir("/dev/fd")) == before
 
@@ -350,11 +353,14 @@ def test_descriptors_are_opened_again_on_demand(tmp_path: Path) -> None:
         path.write_bytes(b"x")
     opened: list[str] = []
     disk = Disk(hook=lambda operation, path: opened.append(Path(path).name) if operation == "open" else None)
-    descriptors = Descriptors(disk, limit=2)
+    folder = Directory.at(disk, tmp_path)
+    opened.clear()
+    descriptors = Descriptors(folder, limit=2)
     for path in (*paths, paths[4], paths[0]):
-        with descriptors.use(path) as descriptor:
+        with descriptors.use(path.name) as descriptor:
             assert os.pread(descriptor, 1, 0) == b"x"
     descriptors.close_all()
+    folder.close()
     assert opened == ["0", "1", "2", "3", "4", "0"]
 
 
@@ -702,9 +708,11 @@ def test_a_torn_or_damaged_journal_costs_time_but_never_bytes(tmp_path: Path, re
     chosen = random.Random(0)
     damaged = [journal[:stop] for stop in range(0, len(journal), 11)]
     damaged += [
-        journal[:i] + bytes([journal[i] ^ 1]) + journal[i + 1 :] for i in chosen.sample(range(len(journal)), 20)
+        journal[:i] + bytes([journal[i] ^ 1]) + journal[i + 1 :] for i in chosen.sample(range(25, len(journal)), 20)
     ]
-    damaged += [journal + b"\0" * 50, journal + b"{", b"[" * 100_000, b"\xff" * 10, b"\n\n"]
+    deep, half = b"[" * 100_000 + b"]" * 100_000, b'{"bytes": 8, "name": "\\ud800", "sha256": "0"}'
+    damaged += [journal + b"%08x %b\n" % (zlib.crc32(line), line) for line in (deep, half, b"9" * 5000, b"[]")]
+    damaged += [journal + b"\0" * 50, journal + b"{", b"\0" * 4096]
     for text in damaged:
         output = tmp_path / "out"
         shutil.copytree(tmp_path / "model.partial", tmp_path / "out.partial")
@@ -716,14 +724,222 @@ def test_a_torn_or_damaged_journal_costs_time_but_never_bytes(tmp_path: Path, re
     assert kept == {0, 1, 2}
 
 
+@pytest.mark.parametrize(
+    "text", [b"my diary\n", b"[" * 100_000, b"\n\n", b"deadbeef", b"\0" * 100 + b"x", b'deadbeef {"format']
+)
+def test_a_file_that_does_not_begin_as_a_journal_is_not_qzs(tmp_path: Path, text: bytes) -> None:
+    journal = tmp_path / "out.partial.journal"
+    journal.write_bytes(text)
+    for resume in (True, False):
+        with pytest.raises(OutputRefused, match="is not a journal of qz"):
+            make(tmp_path / "out", overwrite=True, resume=resume)
+        assert contents(tmp_path) == {"out.partial.journal": text}
+
+
+def test_a_journal_that_is_a_link_or_has_another_name_is_not_qzs(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"")
+    journal = tmp_path / "out.partial.journal"
+    places: list[Callable[[], None]] = [
+        lambda: journal.symlink_to("mine"),
+        lambda: os.link(tmp_path / "mine", journal),
+        journal.mkdir,
+    ]
+    for place in places:
+        place()
+        with pytest.raises(OutputRefused):
+            make(tmp_path / "out")
+        assert sorted(os.listdir(tmp_path)) == ["mine", "out.partial.journal"]
+        journal.rmdir() if journal.is_dir() else journal.unlink()
+    os.mkfifo(journal)
+    with pytest.raises(OutputRefused, match="is not a file"):
+        make(tmp_path / "out")
+
+
+# What others put there
+
+
+def lines_of(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line.partition(b" ")[2]) for line in journal.read_bytes().splitlines()]
+
+
+def rewrite(journal: Path, lines: list[dict[str, Any]]) -> None:
+    """A journal whose every line has the checksum that it ought to have."""
+    texts = [json.dumps(line, sort_keys=True).encode() for line in lines]
+    journal.write_bytes(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
+
+
+@pytest.mark.parametrize("seals", ["kept", "dropped", "of the other line", "of another key"])
+def test_a_shard_and_its_line_both_altered_give_the_same_bytes_as_without(
+    tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, seals: str
+) -> None:
+    if seals == "of another key":
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("QZ_CACHE", str(tmp_path / "cache"))
+            interrupted(tmp_path / "out", after=2)
+        shutil.rmtree(tmp_path / "cache")
+    else:
+        interrupted(tmp_path / "out", after=2)
+    journal, shard = tmp_path / "out.partial.journal", tmp_path / "out.partial" / SHARDS[0]
+    data = shard.read_bytes()[:-1] + b"!"
+    shard.write_bytes(data)
+    lines = lines_of(journal)
+    lines[1]["sha256"] = hashlib.sha256(data).hexdigest()
+    if seals == "dropped":
+        lines = [{key: value for key, value in line.items() if key != "seal"} for line in lines]
+    elif seals == "of the other line":
+        lines[1]["seal"] = lines[2]["seal"]
+    rewrite(journal, lines)
+    made = make(tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+    assert set(made.finished) == ({SHARDS[1]} if seals in ("kept", "of the other line") else set())
+    assert "made again" in made.notes[0]
+
+
+def test_lines_of_another_run_count_for_nothing(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    """Shards and lines that qz itself wrote, for another source, below the first line of this run."""
+    interrupted(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "other", {"source": "other"}, needed=0) as staging:
+        shard = staging.open_shard(shard_layout(SHARDS[0], VALUES[SHARDS[0]]))
+        for name, array in VALUES[SHARDS[0]].items():
+            shard.write(name, np.zeros_like(array))
+        shard.finish()
+        raise KeyboardInterrupt
+    first, other = (lines_of(tmp_path / f"{name}.partial.journal") for name in ("out", "other"))
+    rewrite(tmp_path / "out.partial.journal", [first[0], other[1]])
+    shutil.copy(tmp_path / "other.partial" / SHARDS[0], tmp_path / "out.partial")
+    assert not make(tmp_path / "out").finished
+    assert contents(tmp_path / "out") == reference
+
+
+def test_of_an_earlier_run_only_what_this_one_would_make_is_kept(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", FINGERPRINT, needed=0) as staging:
+        for file in SHARDS:
+            write_shard(staging, file)
+        staging.copy_file("evil.safetensors", len(COPIED), read_copied)
+        raise KeyboardInterrupt
+    layouts = {file: shard_layout(file, VALUES[file], variable=100 if file == SHARDS[1] else 0) for file in SHARDS}
+    other = shard_layout(SHARDS[0], {"a": VALUES[SHARDS[0]]["a"].astype(np.int8), "b": VALUES[SHARDS[0]]["b"]})
+    made = make(tmp_path / "out", resumable={**layouts, SHARDS[0]: other})
+    assert list(made.finished) == [SHARDS[1]]
+    assert contents(tmp_path / "out") == reference
+
+
+def test_without_a_place_for_a_key_hashes_alone_count(
+    tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QZ_CACHE", "")
+    interrupted(tmp_path / "out")
+    assert "seal" not in lines_of(tmp_path / "out.partial.journal")[1]
+    assert make(tmp_path / "out").resumed
+    assert contents(tmp_path / "out") == reference
+
+
+def test_the_key_is_made_once_and_nobody_else_can_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QZ_CACHE", str(tmp_path))
+    key = user_key()
+    assert key is not None
+    assert user_key() == key
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.key"]
+    assert stat.S_IMODE((tmp_path / "journal.key").stat().st_mode) == 0o600
+    (tmp_path / "journal.key").chmod(0o644)
+    assert user_key() is None
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "empty folder"])
+def test_whatever_is_put_in_the_place_of_the_staged_folder_nothing_is_written_there_or_lost(
+    tmp_path: Path, reference: dict[str, bytes], kind: str
+) -> None:
+    """At every operation of the run, by somebody who may write in the folder around it."""
+
+    def replace(partial: Path, victim: Path) -> None:
+        if partial.is_dir() and not partial.is_symlink() and not (partial.parent / "moved").exists():
+            partial.rename(partial.parent / "moved")
+            if kind == "link":
+                partial.symlink_to(victim)
+            else:
+                partial.mkdir()
+                if kind == "folder":
+                    (partial / "precious").write_text("mine")
+
+    total, complete = operations(lambda: make(tmp_path / "count/out")), 0
+    for number in range(total):
+        place = tmp_path / str(number)
+        (place / "victim").mkdir(parents=True)
+        (place / "victim/precious").write_text("mine")
+        at = At(number, lambda _, place=place: replace(place / "out.partial", place / "victim"))  # type: ignore[misc]
+        code = None
+        with hooked(at):
+            try:
+                make(place / "out")
+            except QzError as error:
+                code = error.exit_code
+        assert code in {None, 73, 74}, at.where
+        assert contents(place / "victim") == {"precious": b"mine"}, at.where
+        if code is None:
+            assert not (place / "out").is_symlink(), at.where
+            assert contents(place / "out") == reference, at.where
+            complete += 1
+        else:
+            assert not os.path.lexists(place / "out"), at.where
+            assert (place / "out.partial").is_symlink() == (kind == "link"), at.where
+            assert kind != "folder" or (place / "out.partial/precious").read_text() == "mine", at.where
+        shutil.rmtree(place)
+    assert 0 < complete < total / 2
+
+
+def test_a_parent_that_is_moved_away_gets_the_output_or_none(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    total, codes = operations(lambda: make(tmp_path / "count/out")), set()
+    for number in range(total):
+        place = tmp_path / str(number)
+        (place / "parent").mkdir(parents=True)
+        (place / "other").mkdir()
+
+        def move(_: str, place: Path = place) -> None:
+            (place / "parent").rename(place / "moved")
+            (place / "parent").symlink_to("other")
+
+        code = 0
+        with hooked(At(number, move)):
+            try:
+                make(place / "parent/out")
+            except QzError as error:
+                code = error.exit_code
+        codes.add(code)
+        if (place / "other/out").exists():  # before the parent was opened
+            assert contents(place / "other/out") == reference
+        else:
+            assert os.listdir(place / "other") == []
+        moved = place / "moved/out"
+        assert not moved.exists() or contents(moved) == reference
+        shutil.rmtree(place)
+    assert codes == {0, 74}
+
+
+def test_folders_of_any_depth_are_removed(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    interrupted(tmp_path / "out")
+    here = os.open(tmp_path / "out.partial", os.O_RDONLY)
+    for depth in range(3000):
+        os.mkdir("x", dir_fd=here)
+        if depth % 500 == 0:
+            os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        inner = os.open("x", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    assert make(tmp_path / "out").resumed
+    assert contents(tmp_path / "out") == reference
+    assert_nothing_beside(tmp_path / "out")
+
+
 @pytest.mark.parametrize("torn", [b'{"name": "model-0', b"\0" * 4096, b"1234 {}\n", b"\n"])
 def test_a_torn_last_line_keeps_the_lines_before_and_can_be_continued(tmp_path: Path, torn: bytes) -> None:
     interrupted(tmp_path / "out")
     path = tmp_path / "out.partial.journal"
     path.write_bytes(path.read_bytes() + torn)
     interrupted(tmp_path / "out", after=2)
-    journal = Journal(path, Disk())
-    journal.close()
+    with Directory.at(Disk(), tmp_path) as folder:
+        journal = Journal(folder, path.name, user_key())
+        journal.close()
     assert list(journal.finished) == list(SHARDS)
     assert path.read_bytes().count(b"\n") == 3
 

@@ -12,20 +12,18 @@ from qz.formats.output.shard_writer import TEMPORARY
 from qz.formats.safetensors import read_header
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from qz.formats.output.disk import Disk
+    from qz.formats.output.directory import Directory
 
 SMALL = 1024
 """Bytes of a tensor that is left: quant states and maps."""
 
 
-def hollow_out(disk: Disk, path: Path) -> None:
+def hollow_out(folder: Directory, name: str) -> None:
     """Replace the file by what is left of it, a sparse file, at once."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    old, new = disk.open_file(path, create=False), None
+    disk, path, temporary = folder.disk, folder.path / name, folder.path / (name + TEMPORARY)
+    old, new = folder.open(name), None
     try:
-        new = disk.open_file(temporary, create=True)
+        new = folder.create(name + TEMPORARY)
         size = disk.size(old, path)
         disk.truncate(new, temporary, size)
 
@@ -45,4 +43,4 @@ def hollow_out(disk: Disk, path: Path) -> None:
         disk.close(old, path)
         if new is not None:
             disk.close(new, temporary)
-    disk.rename(temporary, path)
+    folder.rename(name + TEMPORARY, name)

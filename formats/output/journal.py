@@ -2,29 +2,36 @@
 
 ``<output>.partial.journal`` is made before ``<output>.partial/`` and removed after everything else, so that whoever
 finds a ``.partial`` finds its journal. A line is a CRC-32 and a JSON object: the fingerprint of the run first, then
-each finished shard.
+each finished shard. The CRC tells a torn line; that it was this user who wrote a line, its seal tells.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
 import time
 import zlib
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, TryAgain
-from qz.formats.output.disk import Disk
-from qz.formats.output.record import WrittenFile, as_written
+from qz.formats.json_files import read_json
+from qz.formats.malformed import Malformed
+from qz.formats.output.record import WrittenFile, as_text, as_written
+from qz.formats.output.seal import is_sealed, seal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
+    from qz.formats.output.directory import Directory
 
-MAX_BYTES = 64_000_000
-"""Of a journal, which is read whole: some 200 bytes for each of at most 10,000 shards, and a fingerprint."""
+LARGEST = 64 << 20
+"""Bytes of a journal, which is read whole; a line takes about 250."""
+HEAD = b' {"fingerprint": '
+"""What follows the CRC of the first line."""
 
 
 class Journal:
@@ -35,23 +42,29 @@ class Journal:
     finished: dict[str, WrittenFile]
     uploaded: set[str]
     """Those of which no copy is here any more: they were sent to the Hub."""
+    unknown: set[str]
+    """Files whose line this user did not write."""
 
-    def __init__(self, path: Path, disk: Disk) -> None:
-        """Raise TryAgain at once if another process holds it."""
-        self.path, self._disk = path, disk
+    def __init__(self, folder: Directory, name: str, key: bytes | None) -> None:
+        """Take the lock. ``key``: of the seals; without one, all lines count.
+
+        Raises TryAgain at once if another process holds it, and OutputRefused if what lies there is no journal.
+        """
+        self.path = folder.path / name
+        self._folder, self._name, self._disk, self._key = folder, name, folder.disk, key
         self._adding = threading.Lock()
         while True:
-            self._descriptor = self._disk.open_file(path, create=True)
+            self._descriptor = folder.open_or_create(name)
             try:
                 if not self._lock():
-                    raise held_by_another(path)
-                if self._disk.same_file(self._descriptor, path):  # else its owner finished and removed it meanwhile
+                    raise held_by_another(self.path)
+                if folder.is_same(name, self._descriptor):  # else its owner finished and removed it meanwhile
                     self._read()
                     return
             except BaseException:
-                self._disk.close(self._descriptor, path)
+                self._disk.close(self._descriptor, self.path)
                 raise
-            self._disk.close(self._descriptor, path)
+            self._disk.close(self._descriptor, self.path)
 
     def _lock(self) -> bool:
         """Take the lock; a second and a third time after a moment, for ``check_output`` looks at it by taking it."""
@@ -62,43 +75,44 @@ class Journal:
         return self._disk.try_lock(self._descriptor, self.path)
 
     def _read(self) -> None:
-        self._stop = self._disk.size(self._descriptor, self.path)
-        if self._stop > MAX_BYTES:
-            raise OutputRefused(f"{self.path} is {self._stop:,} bytes long, so it is no journal of qz. Move it away.")
-        text = bytearray(self._stop)
+        size = self._disk.size(self._descriptor, self.path)
+        if size > LARGEST:
+            raise OutputRefused(f"{self.path} is {size:,} bytes long, so it is no journal of qz. Move it away.")
+        text = bytearray(size)
         self._disk.read(self._descriptor, self.path, memoryview(text), 0)
-        self.fingerprint, self.finished, self.uploaded = None, {}, set()
-        lines = bytes(text).split(b"\n")
-        torn = len(lines.pop())
-        try:
-            entries: list[Any] = [parse_line(line) for line in lines[:-1]]
-            try:
-                entries += [parse_line(line) for line in lines[-1:]]
-            except ValueError:  # power went while the last line was written
-                torn += len(lines[-1]) + 1
-            fingerprint = entries[0]["fingerprint"]
-            finished = [as_written(entry) for entry in entries[1:]]
-        except (ValueError, LookupError, TypeError):
+        if not begins_as_journal(bytes(text)):
+            raise OutputRefused(
+                f"{self.path} is not a journal of qz, which would lie under this name. Move it away, or write "
+                "elsewhere with -o/--output."
+            )
+        self.fingerprint, self._stop, self._mark = None, size, ""
+        self.finished, self.uploaded, self.unknown = {}, set(), set()
+        found = read_journal(bytes(text), self._key)
+        if found is None:
             return
-        if isinstance(fingerprint, dict):
-            self.fingerprint = fingerprint
-            self.finished = {file.name: file for file in finished if file.sha256}
-            sent = {entry["name"]: entry.get("uploaded") is True for entry in entries[1:]}
-            self.uploaded = {name for name in self.finished if sent[name]}
-            self._stop -= torn
-            if torn:
-                self._disk.truncate(self._descriptor, self.path, self._stop)
+        if not found.is_own and os.fstat(self._descriptor).st_uid != os.geteuid():
+            raise OutputRefused(
+                f"{self.path} belongs to an interrupted run of another user. Move it and "
+                f"{self.path.name.removesuffix('.journal')} away, or write elsewhere with -o/--output."
+            )
+        self.fingerprint, self._mark = found.fingerprint, found.mark
+        self.finished, self.uploaded, self.unknown = found.finished, found.uploaded, found.unknown
+        self._stop -= found.torn
+        if found.torn:
+            self._disk.truncate(self._descriptor, self.path, self._stop)
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget whatever it held, and begin anew."""
         self._disk.truncate(self._descriptor, self.path, 0)
         self.finished, self.uploaded, self._stop = {}, set(), 0
-        self._append({"fingerprint": fingerprint})
+        entry = {"fingerprint": fingerprint}
+        self._mark = seal(self._key, _encoded(entry)) if self._key is not None else ""
+        self._append(entry, self._mark)
 
     def add(self, file: WrittenFile) -> None:
         """Note a finished file, durably."""
         with self._adding:
-            self._append(asdict(file) | ({"uploaded": True} if file.name in self.uploaded else {}))
+            self._note(asdict(file) | ({"uploaded": True} if file.name in self.uploaded else {}))
             self.finished[file.name] = file
 
     def forget(self, name: str) -> None:
@@ -106,23 +120,82 @@ class Journal:
         with self._adding:
             self.finished.pop(name, None)
             self.uploaded.discard(name)
-            self._append(asdict(WrittenFile(name, 0, "")))
+            self._note(asdict(WrittenFile(name, 0, "")))
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        text = json.dumps(entry, sort_keys=True).encode()
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        self._append(entry, seal(self._key, *_sealed(self._mark, entry)) if self._key is not None else "")
+
+    def _append(self, entry: Mapping[str, Any], mark: str) -> None:
+        text = _encoded({**entry, "seal": mark} if mark else entry)
         line = b"%08x %b\n" % (zlib.crc32(text), text)
         self._disk.write(self._descriptor, self.path, memoryview(line), self._stop)
         self._disk.sync(self._descriptor, self.path)
         self._stop += len(line)
 
     def remove(self) -> None:
-        self._disk.remove(self.path)
+        self._folder.remove(self._name)
 
     def close(self) -> None:
         """Give up the lock. A late ``add`` fails: it must not hit a number used for another file."""
         with self._adding:
             descriptor, self._descriptor = self._descriptor, -1
             self._disk.close(descriptor, self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a journal says. ``mark``: the seal of its first line; ``is_own``: that is the user's; ``torn``: bytes."""
+
+    fingerprint: dict[str, Any]
+    finished: dict[str, WrittenFile]
+    uploaded: set[str]
+    unknown: set[str]
+    mark: str
+    is_own: bool
+    torn: int
+
+
+def read_journal(text: bytes, key: bytes | None) -> Read | None:
+    """None if its first line cannot be trusted. A torn last line does not count, nor one without the seal of a key."""
+    lines = text.split(b"\n")
+    torn = len(lines.pop())
+    try:
+        entries = [_parse(line) for line in lines[:-1]]
+        try:
+            entries += [_parse(line) for line in lines[-1:]]
+        except ValueError:  # power went while the last line was written
+            torn += len(lines[-1]) + 1
+        fingerprint, mark = entries[0]["fingerprint"], str(entries[0].get("seal", ""))
+        finished = {file.name: file for file in map(as_written, entries[1:])}
+        unknown = {
+            entry["name"]
+            for entry in entries[1:]
+            if key is not None and not is_sealed(entry.get("seal"), key, *_sealed(mark, entry))
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    if not isinstance(fingerprint, dict):
+        return None
+    is_own = key is not None and is_sealed(mark, key, _encoded({"fingerprint": fingerprint}))
+    if key is not None and not is_own:
+        unknown = set(finished)
+    kept = {name: file for name, file in finished.items() if file.sha256 and name not in unknown}
+    sent = {entry["name"]: entry.get("uploaded") is True for entry in entries[1:]}
+    uploaded = {name for name in kept if sent[name]}
+    return Read(fingerprint, kept, uploaded, unknown, mark, is_own, torn)
+
+
+def _sealed(mark: str, entry: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """What the seal of a finished file covers: the run as well, so that it is worth nothing in another journal."""
+    return mark.encode(), _encoded({key: value for key, value in entry.items() if key != "seal"})
+
+
+def begins_as_journal(text: bytes) -> bool:
+    """Whether a file that begins so is a journal, maybe one whose first line is torn; an empty one is."""
+    if not text.strip(b"\0"):  # the size was stored before power went, the data not
+        return True
+    checksum, head = text[:8], text[8 : 8 + len(HEAD)]
+    return re.fullmatch(b"[0-9a-f]{8}", checksum) is not None and bool(head) and HEAD.startswith(head)
 
 
 def held_by_another(path: Path) -> TryAgain:
@@ -133,12 +206,22 @@ def held_by_another(path: Path) -> TryAgain:
     )
 
 
-def parse_line(line: bytes) -> Any:
+def as_fingerprint(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint of a run as it is once it was written and read."""
+    read: dict[str, Any] = json.loads(json.dumps(as_text(dict(value))))
+    return read
+
+
+def _encoded(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode()
+
+
+def _parse(line: bytes) -> dict[str, Any]:
     """The value of a line, without its end; ValueError if it is not as it was written."""
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         raise ValueError("not as it was written")
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        return read_json(text, "the journal")
+    except Malformed as error:
+        raise ValueError(str(error)) from None

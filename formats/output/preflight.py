@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping
@@ -11,10 +10,11 @@ from typing import Any
 
 from qz import IOFailed, OutputRefused
 from qz.formats.output.difference import describe_difference
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import MAX_BYTES, parse_line
-from qz.formats.output.record import as_written
-from qz.formats.output.refusals import sibling
+from qz.formats.output.journal import LARGEST, as_fingerprint, read_journal
+from qz.formats.output.seal import user_key
+from qz.formats.output.staging import ASIDE, JOURNAL, PARTIAL
 
 
 def check_room(output: Path, needed: int, disk: Disk) -> None:
@@ -23,16 +23,18 @@ def check_room(output: Path, needed: int, disk: Disk) -> None:
     IOFailed (too little space), OutputRefused or PermissionRefused (something is in the way, no file can be made).
     """
     output = Path(os.path.realpath(output.parent)) / output.name
-    for remains in (sibling(output, ".partial"), sibling(output, ".partial.old")):
-        if disk.kind(sibling(output, ".partial.journal")) is None and disk.kind(remains) is not None:
-            raise OutputRefused(
-                f"{remains} exists, and it is not an interrupted run of qz. Move it away, or write elsewhere with "
-                "-o/--output."
-            )
-    folder = next(each for each in output.parents if disk.status(each) is not None)
-    disk.probe(folder / sibling(output, ".partial.journal").name)
-    partial = sibling(output, ".partial")
-    free = disk.free_bytes(folder) + sum(size for _, size in _files(partial, disk))  # which is kept, or made room of
+    place = next(each for each in output.parents if disk.status(each) is not None)
+    disk.probe(place / f"{output.name}{JOURNAL}")
+    with Directory.at(disk, place) as folder:
+        free = disk.free_bytes(folder.descriptor, place)
+        if place == output.parent:
+            for remains in (output.name + PARTIAL, output.name + ASIDE):
+                if folder.kind(output.name + JOURNAL) is None and folder.kind(remains) is not None:
+                    raise OutputRefused(
+                        f"{place / remains} exists, and it is not an interrupted run of qz. Move it away, or write "
+                        "elsewhere with -o/--output."
+                    )
+            free += sum(_files(folder, output.name + PARTIAL).values())  # which is kept, or makes room
     if needed > free:
         raise IOFailed(
             f"Not enough space for {output}: it needs {needed:,} bytes, {free:,} are free. "
@@ -43,34 +45,43 @@ def check_room(output: Path, needed: int, disk: Disk) -> None:
 def check_interrupted(output: Path, fingerprint: Mapping[str, Any], disk: Disk) -> None:
     """Raise OutputRefused if an interrupted run with another fingerprint has finished files there."""
     output = Path(os.path.realpath(output.parent)) / output.name
-    partial, journal = sibling(output, ".partial"), sibling(output, ".partial.journal")
-    there = dict(_files(partial, disk))
-    found = disk.status(journal)
-    if not there or found is None or not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+    if disk.status(output.parent) is None:
         return
-    try:
-        first, *rest = [parse_line(line) for line in journal.read_bytes().splitlines()]
-        earlier = first["fingerprint"]
-        finished = [as_written(entry) for entry in rest]
-    except (OSError, ValueError, LookupError, TypeError):
-        return  # what cannot be read is not continued
-    wanted = json.loads(json.dumps(fingerprint))
-    if earlier != wanted and any(there.get(file.name) == file.bytes for file in finished):
+    name = output.name + JOURNAL
+    with Directory.at(disk, output.parent) as folder:
+        there = _files(folder, output.name + PARTIAL)
+        descriptor = folder.open_existing(name)
+        if descriptor is None:
+            return
+        try:
+            if (size := disk.size(descriptor, folder.path / name)) > LARGEST:
+                return
+            text = bytearray(size)
+            disk.read(descriptor, folder.path / name, memoryview(text), 0)
+        finally:
+            disk.close(descriptor, folder.path / name)
+    earlier = read_journal(bytes(text), user_key())
+    wanted = as_fingerprint(fingerprint)
+    if earlier is None or earlier.fingerprint == wanted:
+        return
+    if any(there.get(file.name) == file.bytes for file in earlier.finished.values()) or earlier.unknown & there.keys():
         raise OutputRefused(
-            f"{partial} holds an interrupted run that differs: {describe_difference(earlier, wanted)}. "
+            f"{output}{PARTIAL} holds an interrupted run that differs: "
+            f"{describe_difference(earlier.fingerprint, wanted)}. "
             "Repeat that run to continue it, or start over with --no-resume."
         )
 
 
-def _files(folder: Path, disk: Disk, prefix: str = "") -> list[tuple[str, int]]:
-    """Files below a folder, by their relative names, and their sizes."""
-    if disk.kind(folder) != "folder":
-        return []
-    found: list[tuple[str, int]] = []
-    for name in disk.names(folder):
-        status = disk.status(folder / name)
-        if status is not None and stat.S_ISDIR(status.st_mode):
-            found += _files(folder / name, disk, f"{prefix}{name}/")
-        elif status is not None:
-            found.append((prefix + name, status.st_size))
+def _files(folder: Directory, name: str) -> dict[str, int]:
+    """Files in the folder of this name, however deep, by their names relative to it, and their sizes."""
+    found: dict[str, int] = {}
+    inner = [name] if folder.kind(name) == "folder" else []
+    while inner:
+        parent = inner.pop()
+        for each in folder.names(parent):
+            status = folder.status(f"{parent}/{each}")
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                inner.append(f"{parent}/{each}")
+            elif status is not None:
+                found[f"{parent}/{each}".removeprefix(f"{name}/")] = status.st_size
     return found

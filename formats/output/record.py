@@ -17,7 +17,7 @@ from qz import QzError
 from qz.formats.checkpoint.problems import Problem, kind_of
 from qz.formats.folder import Range, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
-from qz.formats.malformed import Malformed, quoted
+from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 RECORD = "qz.json"
 PIECE = 4 << 20
 """Bytes read or written at once: small enough for a cache, large enough for the cost of the calls to vanish."""
+MOST_PARTS = 16
+"""Folders and the file in the name of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ def read_record(folder: Folder) -> Record | None:
     if RECORD not in folder.sizes():
         return None
     where = f"{folder.location}/{RECORD}"
+    if (size := folder.sizes()[RECORD]) > MAX_BYTES:
+        raise Malformed("record-malformed", f"{where} is {size:,} bytes long, which is too large for such a file.")
     value = read_json(read_file(folder, RECORD, MAX_BYTES), where)
     about, listed = value.get("about"), value.get("files")
     if value.get("version") != 1 or not isinstance(about, dict) or not isinstance(listed, list):
@@ -168,6 +172,6 @@ def as_written(entry: Mapping[str, Any]) -> WrittenFile:
 def require_safe_name(name: str) -> None:
     """Raise ValueError unless ``name`` is a relative path that stays inside the folder."""
     parts = PurePosixPath(name).parts
-    name.encode()  # half a surrogate pair is no text, and its error a ValueError
-    if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\0" in name:
+    is_relative = bool(parts) and name == "/".join(parts) and parts[0] != "/" and ".." not in parts
+    if not is_relative or len(parts) > MOST_PARTS or UNSAFE_TEXT.search(name):
         raise ValueError(f"{quoted(name)} does not name a file inside the folder")

@@ -10,6 +10,7 @@ from qz import OutputRefused, QzError
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.record import RECORD, read_record
 
@@ -22,9 +23,9 @@ def sibling(output: Path, suffix: str) -> Path:
     return output.with_name(output.name + suffix)
 
 
-def refuse_output(output: Path, overwrite: bool, disk: Disk) -> None:
+def refuse_output(parent: Directory, name: str, overwrite: bool) -> None:
     """Raise OutputRefused unless there is nothing, an empty folder, or a checkpoint that may be overwritten."""
-    what = disk.kind(output)
+    what, output = parent.kind(name), parent.path / name
     if what is None:
         return
     if what == "link":
@@ -33,22 +34,24 @@ def refuse_output(output: Path, overwrite: bool, disk: Disk) -> None:
         raise OutputRefused(f"{output} exists and is not a folder. Choose another with -o/--output.")
     if os.path.ismount(output):
         raise OutputRefused(f"{output} is a mount point: it cannot be replaced. Choose a folder in it: -o {output}/…")
-    if not disk.names(output):
+    if not parent.names(name):
         return
     if not overwrite:
         raise OutputRefused(f"{output} exists and is not empty. Replace it with --overwrite, or choose -o/--output.")
-    _require_checkpoint(output, disk)
+    with parent.enter(name) as folder:
+        _require_checkpoint(folder)
 
 
-def _require_checkpoint(output: Path, disk: Disk) -> None:
+def _require_checkpoint(folder: Directory) -> None:
     """Raise OutputRefused, naming what is in the way, unless the folder holds a checkpoint and nothing else.
 
     With a record of qz, what it lists is the checkpoint; without, what is named as the libraries name it.
     """
+    output = folder.path
     recorded = _recorded(output)
     files: list[str] = []
     foreign: list[str] = []
-    for name in _walk(output, recorded, disk):
+    for name in _walk(folder, recorded):
         belongs = name in recorded if recorded else not name.endswith("/") and is_checkpoint_file(name)
         (files if belongs else foreign).append(name)
         if len(foreign) > MOST_NAMED:
@@ -79,25 +82,25 @@ def _recorded(output: Path) -> frozenset[str]:
     return frozenset({RECORD, *(file.name for file in record.files)}) if record else frozenset()
 
 
-def _walk(root: Path, recorded: frozenset[str], disk: Disk, prefix: str = "") -> Iterator[str]:
+def _walk(root: Directory, recorded: frozenset[str], prefix: str = "") -> Iterator[str]:
     """Every file below ``root``; of a folder that is empty, or not one of a checkpoint, its name and a slash."""
-    for base in disk.names(root / prefix):
+    for base in root.names(prefix.rstrip("/")):
         name = prefix + base
-        if disk.kind(root / name) != "folder":
+        if root.kind(name) != "folder":
             yield name
-        elif not disk.names(root / name) or not _is_checkpoint_folder(root, name, recorded, disk):
+        elif not root.names(name) or not _is_checkpoint_folder(root, name, recorded):
             yield f"{name}/"
         else:
-            yield from _walk(root, recorded, disk, f"{name}/")
+            yield from _walk(root, recorded, f"{name}/")
 
 
-def _is_checkpoint_folder(root: Path, name: str, recorded: frozenset[str], disk: Disk) -> bool:
+def _is_checkpoint_folder(root: Directory, name: str, recorded: frozenset[str]) -> bool:
     if recorded:
         return any(file.startswith(f"{name}/") for file in recorded)
     parent, _, base = name.rpartition("/")
     if base == TEMPLATES:
         return parent.count("/") == 0
-    return not parent and (MODULE.fullmatch(base) is not None or disk.kind(root / "model_index.json") == "file")
+    return not parent and (MODULE.fullmatch(base) is not None or root.kind("model_index.json") == "file")
 
 
 def require_name(output: Path) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qz import IOFailed
+from qz import IOFailed, MalformedInput
 from qz.formats.output.descriptors import Descriptors
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.record import PIECE, WrittenFile
-from qz.formats.safetensors import TensorInfo, encode_header, read_header
+from qz.formats.safetensors import Header, TensorInfo, encode_header, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,27 +66,23 @@ class ShardWriter:
 
     def __init__(
         self,
-        disk: Disk,
-        folder: Path,
+        folder: Directory,
         layout: ShardLayout,
         descriptors: Descriptors,
         done: Callable[[WrittenFile], None],
     ) -> None:
         """Reserve the shard's space on disk, or raise IOFailed. ``done`` is called when it is complete and named."""
-        self.layout, self._disk = layout, disk
-        self._path = folder / layout.file
-        self._temporary = folder / (layout.file + TEMPORARY)
+        self.layout, self._folder, self._disk = layout, folder, folder.disk
+        self._name = layout.file + TEMPORARY
+        self._temporary = folder.path / self._name
         self._descriptors = descriptors
         self._done = done
         self._tensors = {tensor.name: tensor for tensor in layout.tensors}
         self._chunks: list[Chunk] = []
         self._variable: dict[str, bytes] = {}
         self._finishing = False
-        descriptor = self._disk.open_file(self._temporary, create=True)
-        try:
+        with descriptors.use(self._name, create=True) as descriptor:
             self._disk.reserve(descriptor, self._temporary, layout.size)
-        finally:
-            self._disk.close(descriptor, self._temporary)
 
     def write(self, tensor: str, data: Any, offset: int = 0) -> None:
         """Write ``data`` (any contiguous buffer) ``offset`` bytes into a tensor. The GIL is released for the work."""
@@ -106,7 +103,7 @@ class ShardWriter:
             raise RuntimeError(f"{self.layout.file} is finished already")
         if not len(view):
             return
-        with self._descriptors.use(self._temporary) as descriptor:
+        with self._descriptors.use(self._name) as descriptor:
             chunk = write_chunk(self._disk, descriptor, self._temporary, view, start)
         self._chunks.append(chunk)  # atomic under the GIL and in free-threaded CPython
 
@@ -125,15 +122,15 @@ class ShardWriter:
             self.layout.fixed_size,
         )
         size = self.layout.header_size + max((tensor.stop for tensor in tensors), default=0)
-        with self._descriptors.use(self._temporary) as descriptor:
+        with self._descriptors.use(self._name) as descriptor:
             self._disk.truncate(descriptor, self._temporary, size)
             # Reading back comes before fsync, because the kernel goes on storing meanwhile; both see the same pages.
             digest = read_back(self._disk, descriptor, self._temporary, sorted(self._chunks))
             self._require_header(descriptor, tensors, size)
             self._disk.sync(descriptor, self._temporary)
-        self._descriptors.close(self._temporary)
-        self._disk.rename(self._temporary, self._path)
-        self._disk.sync_folder(self._path.parent)
+        self._descriptors.close(self._name)
+        self._folder.rename(self._name, self.layout.file)
+        self._folder.sync(self.layout.file.rpartition("/")[0])
         written = WrittenFile(self.layout.file, size, digest)
         self._done(written)
         return written
@@ -161,13 +158,39 @@ class ShardWriter:
         return tensors
 
     def _require_header(self, descriptor: int, tensors: list[TensorInfo], size: int) -> None:
-        def read(offset: int, length: int) -> bytes:
-            buffer = bytearray(length)
-            return bytes(buffer[: self._disk.read(descriptor, self._temporary, memoryview(buffer), offset)])
-
-        found = read_header(read, size, str(self._temporary))
+        found = _header(self._disk, descriptor, self._temporary, size)
         if found.data_start != self.layout.header_size or found.tensors != {tensor.name: tensor for tensor in tensors}:
             raise RuntimeError(f"{self.layout.file}: its header does not read as planned")
+
+
+def _header(disk: Disk, descriptor: int, path: Path, size: int) -> Header:
+    def read(offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        return bytes(buffer[: disk.read(descriptor, path, memoryview(buffer), offset)])
+
+    return read_header(read, size, str(path))
+
+
+def has_layout(folder: Directory, layout: ShardLayout) -> bool:
+    """Whether the header of a finished shard is the one that the layout leads to."""
+    path, disk = folder.path / layout.file, folder.disk
+    descriptor = folder.open(layout.file)
+    try:
+        found = _header(disk, descriptor, path, disk.size(descriptor, path))
+    except MalformedInput:
+        return False
+    finally:
+        disk.close(descriptor, path)
+    if found.data_start != layout.header_size or found.tensors.keys() != {tensor.name for tensor in layout.tensors}:
+        return False
+    for planned in layout.tensors:
+        tensor = found.tensors[planned.name]
+        if planned.name not in layout.variable:
+            if tensor != planned:
+                return False
+        elif (tensor.dtype, len(tensor.shape)) != ("U8", 1) or tensor.nbytes > planned.nbytes:
+            return False
+    return True
 
 
 def write_chunk(disk: Disk, descriptor: int, path: Path, view: memoryview, start: int) -> Chunk:
@@ -265,11 +288,12 @@ def page_checksum(data: memoryview, seed: int = 0) -> int:
     return zlib.crc32(data[whole:], seed)
 
 
-def hash_file(disk: Disk, path: Path) -> str:
+def hash_file(folder: Directory, name: str) -> str:
     """The SHA-256 of a file, 4 MB at a time."""
     digest, position = hashlib.sha256(), 0
     buffer = memoryview(bytearray(PIECE))
-    descriptor = disk.open_file(path, create=False)
+    path, disk = folder.path / name, folder.disk
+    descriptor = folder.open(name)
     try:
         while count := disk.read(descriptor, path, buffer, position):
             digest.update(buffer[:count])

@@ -15,13 +15,16 @@ What lies beside the output, and what the next run makes of it (each step is dur
 ==  ==========================================  =======================================================
 
 J is the lock as well, held by the kernel for the process: it is made first and removed last, so a ``.partial`` without
-J is not ours and is left alone.
+J is not ours and is left alone; nor is a J that does not begin as a journal. Of what J names, the next run keeps what
+it would make itself, with the header that it would write, and by a line that this user wrote; see ``seal``.
+
+All this happens by the descriptors of two folders, the output's parent and ``.partial/``: what is put in the place of
+one of them, or of a folder on the way, is neither followed nor written to.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -36,11 +39,22 @@ from qz import IOFailed, OutputRefused, QzError
 from qz.formats.folder import LocalFolder
 from qz.formats.output.descriptors import Descriptors
 from qz.formats.output.difference import describe_difference
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import Journal, held_by_another
+from qz.formats.output.journal import Journal, as_fingerprint, held_by_another
 from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
-from qz.formats.output.refusals import refuse_output, refuse_overlap, require_name, sibling
-from qz.formats.output.shard_writer import TEMPORARY, Chunk, ShardLayout, ShardWriter, hash_file, read_back, write_chunk
+from qz.formats.output.refusals import refuse_output, refuse_overlap, require_name
+from qz.formats.output.seal import user_key
+from qz.formats.output.shard_writer import (
+    TEMPORARY,
+    Chunk,
+    ShardLayout,
+    ShardWriter,
+    has_layout,
+    hash_file,
+    read_back,
+    write_chunk,
+)
 from qz.formats.output.signals import defer_signals
 
 if TYPE_CHECKING:
@@ -50,6 +64,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardLayout", "ShardWriter", "Staging", "WrittenFile", "refuse_overlap"]
 
+PARTIAL, ASIDE, JOURNAL = ".partial", ".partial.old", ".partial.journal"
 RESUMABLE = 1 << 20
 """Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""
 
@@ -66,16 +81,19 @@ def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk:
             for place in source.places():
                 refuse_overlap(place, output, disk)
     output = Path(os.path.realpath(output.parent)) / output.name
-    journal = sibling(output, ".partial.journal")
-    descriptor = disk.open_existing(journal)
-    if descriptor is None:
-        refuse_output(output, overwrite, disk)
+    if disk.status(output.parent) is None:
         return
-    try:
-        if not disk.try_lock(descriptor, journal) and disk.same_file(descriptor, journal):
-            raise held_by_another(journal)
-    finally:
-        disk.close(descriptor, journal)
+    journal = f"{output.name}{JOURNAL}"
+    with Directory.at(disk, output.parent) as parent:
+        descriptor = parent.open_existing(journal)
+        if descriptor is None:
+            refuse_output(parent, output.name, overwrite)
+            return
+        try:
+            if not disk.try_lock(descriptor, parent.path / journal) and parent.is_same(journal, descriptor):
+                raise held_by_another(parent.path / journal)
+        finally:
+            disk.close(descriptor, parent.path / journal)
 
 
 IsVerified = Callable[[], bool]
@@ -90,6 +108,8 @@ class Staging:
     finished: Mapping[str, WrittenFile]
     """Shards that an earlier, interrupted run with the same fingerprint completed."""
     resumed: bool
+    notes: tuple[str, ...] = ()
+    """What of an earlier run was not kept, in words."""
 
     def __init__(
         self,
@@ -101,11 +121,14 @@ class Staging:
         resume: bool = True,
         about: Mapping[str, Any] | None = None,
         disk: Disk | None = None,
+        resumable: Mapping[str, ShardLayout | None] | None = None,
     ) -> None:
         """Lock the output, refuse what cannot work, and find what an earlier run has done.
 
         ``fingerprint``: JSON values; what must be the same for a resumed run to give the same bytes. ``needed``: bytes
         of the whole output. ``about``: JSON values for the record in the output, nothing private.
+        ``resumable``: the files that may be kept from an earlier run, with the layout of shards; all, if it is not
+        given.
 
         Raises OutputRefused (it exists; an interrupted run with another fingerprint is there), TryAgain (another run
         holds it), IOFailed (too little space), PermissionRefused.
@@ -114,103 +137,151 @@ class Staging:
         self.output = Path(os.path.realpath(output.parent)) / output.name
         if not output.name or output.name == "..":
             raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
-        self._partial = sibling(self.output, ".partial")
-        self._aside = sibling(self.output, ".partial.old")
+        self._name = output.name
+        self._resumable = resumable
         self._overwrite, self._about = overwrite, dict(about or {})
-        self._descriptors = Descriptors(self._disk)
         self._unfinished: set[str] = set()
         self._unverified: dict[str, tuple[WrittenFile, IsVerified]] = {}
         self._settling = threading.Lock()
         self._written: dict[str, WrittenFile] = {}
         self._last: dict[str, bytes] = {}
         self._committed = False
-        journal = sibling(self.output, ".partial.journal")
-        if self._disk.kind(journal) is None:
-            refuse_output(self.output, overwrite, self._disk)
-            self._refuse_foreign_partial(journal)
+        self._partial: Directory | None = None
+        self._descriptors: Descriptors | None = None
         self._new_parents = self._disk.make_folder(self.output.parent)
+        self._parent = Directory.at(self._disk, self.output.parent)
         locked = False
         try:
+            if self._parent.kind(self._name + JOURNAL) is None:
+                refuse_output(self._parent, self._name, overwrite)
+                self._refuse_foreign_partial()
             with defer_signals():
-                self._journal = Journal(journal, self._disk)
+                self._journal = Journal(self._parent, self._name + JOURNAL, user_key())
                 locked = True
+                if self._parent.kind(self._name + PARTIAL) == "folder":
+                    self._partial = self._parent.enter(self._name + PARTIAL)
                 self._recover()
-                refuse_output(self.output, overwrite, self._disk)
-                self._prepare(json.loads(json.dumps(fingerprint)), needed, resume)
+                refuse_output(self._parent, self._name, overwrite)
+                self._prepare(as_fingerprint(fingerprint), needed, resume)
         except BaseException as error:
             if locked:
                 self._leave(error)
             else:
                 self._remove_new_parents()
+            self._parent.close()
             raise
 
-    def _refuse_foreign_partial(self, journal: Path) -> None:
-        for path in (self._partial, self._aside):
-            before = self._disk.status(path)
-            if before is None or self._disk.kind(journal) is not None:
+    def _refuse_foreign_partial(self) -> None:
+        parent, journal = self._parent, self._name + JOURNAL
+        for name in (self._name + PARTIAL, self._name + ASIDE):
+            before = parent.status(name)
+            if before is None or parent.kind(journal) is not None:
                 continue
-            after = self._disk.status(path)
-            if after is not None and os.path.samestat(before, after) and self._disk.kind(journal) is None:
+            after = parent.status(name)
+            if after is not None and os.path.samestat(before, after) and parent.kind(journal) is None:
                 raise OutputRefused(
-                    f"{path} exists, and it is not an interrupted run of qz. Move it away, or write elsewhere with "
-                    "-o/--output."
+                    f"{parent.path / name} exists, and it is not an interrupted run of qz. Move it away, or write "
+                    "elsewhere with -o/--output."
                 )
 
     def _recover(self) -> None:
         """Finish or take back an exchange of old and new output that a crash interrupted."""
-        if self._disk.kind(self._aside) is None:
+        parent, aside = self._parent, self._name + ASIDE
+        if parent.kind(aside) is None:
             return
-        if self._disk.kind(self.output) is None:
-            self._disk.rename(self._aside, self.output)
-            self._disk.sync_folder(self.output.parent)
-        elif self._disk.kind(self._partial) is None:
-            self._disk.remove(self._aside)
+        if parent.kind(self._name) is None:
+            parent.rename(aside, self._name)
+            parent.sync()
+        elif parent.kind(self._name + PARTIAL) is None:
+            parent.remove(aside)
         else:
             raise OutputRefused(
-                f"{self._aside} is the output that an interrupted run was replacing, and {self.output} exists again. "
-                "Move one of them away."
+                f"{parent.path / aside} is the output that an interrupted run was replacing, and {self.output} exists "
+                "again. Move one of them away."
             )
 
     def _prepare(self, fingerprint: dict[str, Any], needed: int, resume: bool) -> None:
-        journal = self._journal
-        if self._disk.kind(self._partial) not in {None, "folder"}:
-            raise OutputRefused(f"{self._partial} is not a folder. Move it away.")
-        found = {name: file for name, file in journal.finished.items() if self._has(file)}
-        if resume and found and journal.fingerprint != fingerprint:
+        journal, parent, partial = self._journal, self._parent, self._name + PARTIAL
+        if self._partial is None and parent.kind(partial) is not None:
+            raise OutputRefused(f"{parent.path / partial} is not a folder. Move it away.")
+        found = {name: file for name, file in journal.finished.items() if self._is_kept(file)}
+        others = [name for name in journal.unknown if self._staged_status(name) is not None]
+        if resume and (found or others) and journal.fingerprint != fingerprint:
             raise OutputRefused(
-                f"{self._partial} holds an interrupted run that differs: "
+                f"{parent.path / partial} holds an interrupted run that differs: "
                 f"{describe_difference(journal.fingerprint or {}, fingerprint)}. "
                 "Repeat that run to continue it, or start over with --no-resume."
             )
         if not resume or journal.fingerprint != fingerprint:
             found, journal.finished = {}, {}
         self.resumed, self.finished = bool(found), found
+        if resume and others:
+            count = len(others)
+            were = "1 file of an interrupted run was" if count == 1 else f"{count} files of an interrupted run were"
+            why = "the journal's lines about it are not sealed with the key in this user's cache (QZ_CACHE)"
+            self.notes = (f"{were} made again: {why}",)
         self._written = dict(found)
         if found:
-            self._sweep(keep=found.keys())
+            self._sweep(self._staged, keep=found.keys())
         else:
-            self._disk.remove(self._partial)
+            self._remove_partial()
         self._require_space(needed - sum(file.bytes for file in found.values()))
         if not found:
             journal.start(fingerprint)
-            self._disk.sync_folder(self.output.parent)
-            self._disk.make_folder(self._partial)
-            self._disk.sync_folder(self.output.parent)
+            parent.sync()
+            parent.make(partial)
+            made = parent.enter(partial)
+            if made.names():
+                made.close()
+                raise OutputRefused(f"{parent.path / partial} was exchanged by someone else. Move it away.")
+            self._partial = made
+            parent.sync()
+        self._descriptors = Descriptors(self._staged)
+
+    @property
+    def _staged(self) -> Directory:
+        assert self._partial is not None
+        return self._partial
+
+    def _remove_partial(self) -> None:
+        """Remove the staged folder, and nothing that has come to lie in its place."""
+        partial, name = self._partial, self._name + PARTIAL
+        if partial is None:
+            if self._parent.kind(name) == "folder":  # just made, so it is empty
+                with suppress(OutputRefused):
+                    self._parent.remove_empty(name)
+            return
+        is_own = self._parent.is_same(name, partial.descriptor)
+        partial.close()
+        self._partial = None
+        if is_own:
+            self._parent.remove(name)
+
+    def _is_kept(self, file: WrittenFile) -> bool:
+        """Whether a file of an earlier run is there, and one that this run would make."""
+        if self._resumable is not None and file.name not in self._resumable:
+            return False
+        layout = self._resumable[file.name] if self._resumable is not None else None
+        return self._has(file) and (layout is None or has_layout(self._staged, layout))
 
     def _has(self, file: WrittenFile) -> bool:
-        found = self._disk.status(self._partial / file.name)
-        return found is not None and stat.S_ISREG(found.st_mode) and found.st_size == file.bytes
+        found = self._staged_status(file.name)
+        is_file = found is not None and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        return is_file and found.st_size == file.bytes  # type: ignore[union-attr]
 
-    def _sweep(self, keep: Collection[str], prefix: str = "") -> None:
-        for entry in self._disk.names(self._partial / prefix):
+    def _staged_status(self, name: str) -> os.stat_result | None:
+        return self._partial.status(name) if self._partial is not None else None
+
+    def _sweep(self, folder: Directory, keep: Collection[str], prefix: str = "") -> None:
+        for entry in folder.names(prefix.rstrip("/")):
             name = prefix + entry
-            if any(kept.startswith(f"{name}/") for kept in keep) and self._disk.kind(self._partial / name) == "folder":
-                self._sweep(keep, f"{name}/")
+            if any(kept.startswith(f"{name}/") for kept in keep) and folder.kind(name) == "folder":
+                self._sweep(folder, keep, f"{name}/")
             elif name not in keep:
-                self._disk.remove(self._partial / name)
+                folder.remove(name)
 
     def _require_space(self, needed: int) -> None:
-        free = self._disk.free_bytes(self.output.parent)
+        free = self._disk.free_bytes(self._parent.descriptor, self._parent.path)
         if needed > free:
             raise IOFailed(
                 f"Not enough space for {self.output}: it needs {needed:,} bytes, {free:,} are free. "
@@ -224,14 +295,15 @@ class Staging:
         this was never true. It may raise what is known to be wrong.
         """
         self._require_new(layout.file)
-        self._make_parent(self._partial / layout.file)
+        self._staged.make_parents(layout.file)
 
         def done(file: WrittenFile) -> None:
             self._written[file.name] = file
             self._unfinished.discard(file.name)
             self._keep(file, is_verified)
 
-        writer = ShardWriter(self._disk, self._partial, layout, self._descriptors, done)
+        assert self._descriptors is not None
+        writer = ShardWriter(self._staged, layout, self._descriptors, done)
         self._unfinished.add(layout.file)
         return writer
 
@@ -308,35 +380,26 @@ class Staging:
         return written
 
     def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
-        path = self._partial / name
-        temporary = path.with_name(path.name + TEMPORARY)
-        self._make_parent(path)
+        folder, disk = self._staged, self._disk
+        temporary = folder.path / (name + TEMPORARY)
+        folder.make_parents(name)
         chunks: list[Chunk] = []
         size = 0
-        descriptor = self._disk.open_file(temporary, create=True)
+        descriptor = folder.create(name + TEMPORARY)
         try:
             if reserve:
-                self._disk.reserve(descriptor, temporary, reserve)
+                disk.reserve(descriptor, temporary, reserve)
             for piece in pieces:
-                chunks.append(write_chunk(self._disk, descriptor, temporary, piece, size))
+                chunks.append(write_chunk(disk, descriptor, temporary, piece, size))
                 size += len(piece)
-            written = WrittenFile(name, size, read_back(self._disk, descriptor, temporary, chunks))
-            self._disk.sync(descriptor, temporary)
+            written = WrittenFile(name, size, read_back(disk, descriptor, temporary, chunks))
+            disk.sync(descriptor, temporary)
         finally:
-            self._disk.close(descriptor, temporary)
-        self._disk.rename(temporary, path)
-        self._disk.sync_folder(path.parent)
+            disk.close(descriptor, temporary)
+        folder.rename(name + TEMPORARY, name)
+        folder.sync(name.rpartition("/")[0])
         self._written[name] = written
         return written
-
-    def _make_parent(self, path: Path) -> None:
-        if path.parent == self._partial:
-            return
-        self._disk.make_folder(path.parent)
-        for folder in path.parents[1:]:
-            self._disk.sync_folder(folder)
-            if folder == self._partial:
-                break
 
     def commit(self, inspect: Callable[[Path], None] = lambda _: None) -> tuple[WrittenFile, ...]:
         """Check everything, write what comes last, and rename the whole into place. All files but the record.
@@ -345,7 +408,7 @@ class Staging:
         """
         if self._unfinished:
             raise RuntimeError(f"shards are not finished: {sorted(self._unfinished)}")
-        self._descriptors.close_all()
+        self._close_files()
         self._note_verified()
         for file in self.finished.values():
             self._verify(file)
@@ -353,54 +416,81 @@ class Staging:
             self._store(name, [memoryview(self._last[name])])
         written = tuple(sorted(self._written.values(), key=lambda file: file.name))
         self._store(RECORD, [memoryview(encode_record(written, self._about))])  # makes the names of all files durable
-        found = dict(self._walk(self._partial))
-        if found != {file.name: file.bytes for file in self._written.values()}:
-            raise IOFailed(f"{self._partial} was changed by someone else meanwhile. Run the same command again.")
-        inspect(self._partial)
+        if dict(self._walk(self._staged)) != {file.name: file.bytes for file in self._written.values()}:
+            raise IOFailed(f"{self._staged.path} was changed by someone else meanwhile. Run the same command again.")
+        inspect(self._staged.path)
         self._publish()
         return written
 
     def _verify(self, file: WrittenFile) -> None:
-        if not self._has(file) or hash_file(self._disk, self._partial / file.name) != file.sha256:
+        if not self._has(file) or hash_file(self._staged, file.name) != file.sha256:
             self._journal.forget(file.name)
             raise IOFailed(
-                f"{self._partial / file.name}, made by an earlier run, is damaged. Run the same command again: "
+                f"{self._staged.path / file.name}, made by an earlier run, is damaged. Run the same command again: "
                 "it makes this file anew and keeps the others."
             )
 
-    def _walk(self, folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-        for name in self._disk.names(folder):
-            if self._disk.kind(folder / name) == "folder":
-                yield from self._walk(folder / name, f"{prefix}{name}/")
+    def _walk(self, folder: Directory, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Every name, but for what is in a folder that the run did not make."""
+        for entry in folder.names(prefix.rstrip("/")):
+            name = prefix + entry
+            status = folder.status(name)
+            is_folder = status is not None and stat.S_ISDIR(status.st_mode)
+            if is_folder and any(file.startswith(f"{name}/") for file in self._written):
+                yield from self._walk(folder, f"{name}/")
             else:
-                status = self._disk.status(folder / name)
-                yield prefix + name, status.st_size if status else -1
+                yield name, status.st_size if status is not None and not is_folder else -1
 
     def _publish(self) -> None:
         with defer_signals():
             self._rename_into_place()
 
     def _rename_into_place(self) -> None:
-        refuse_output(self.output, self._overwrite, self._disk)
-        replaced = self._disk.kind(self.output) is not None and bool(self._disk.names(self.output))
+        parent, name, partial = self._parent, self._name, self._name + PARTIAL
+        refuse_output(parent, name, self._overwrite)
+        self._require_in_place(partial)
+        replaced = parent.kind(name) is not None and bool(parent.names(name))
         try:
             if replaced:
-                self._disk.rename(self.output, self._aside)
-            self._disk.rename(self._partial, self.output)
+                parent.rename(name, name + ASIDE)
+            parent.rename(partial, name)
             self._committed = True
         except BaseException:
-            if replaced and self._disk.kind(self.output) is None:
-                self._disk.rename(self._aside, self.output)
+            if replaced and parent.kind(name) is None:
+                parent.rename(name + ASIDE, name)
             raise
+        exchanged = False
         try:
-            self._disk.sync_folder(self.output.parent)
-            self._disk.remove(self._aside)
-            self._journal.remove()
-            self._disk.sync_folder(self.output.parent)
+            exchanged = not parent.is_same(name, self._staged.descriptor)
+            if not exchanged:
+                parent.sync()
+                parent.remove(name + ASIDE)
+                self._journal.remove()
+                parent.sync()
         except QzError as error:
             raise type(error)(f"{self.output} is complete, but tidying up failed: {error}") from error
         finally:
-            self._journal.close()
+            if not exchanged:
+                self._journal.close()
+        if exchanged:  # in the moment before it was renamed
+            self._committed = False
+            parent.rename(name, partial)
+            if replaced:
+                parent.rename(name + ASIDE, name)
+            self._require_in_place(partial)
+
+    def _require_in_place(self, partial: str) -> None:
+        """Raise IOFailed unless the staged folder, and the one that the output is to lie in, are where they were."""
+        for place, is_there in (
+            (self._staged.path, self._parent.is_same(partial, self._staged.descriptor)),
+            (self._parent.path, self._parent.is_at_its_path()),
+        ):
+            if not is_there:
+                raise IOFailed(f"{place} was moved or replaced by someone else meanwhile. Run the same command again.")
+
+    def _close_files(self) -> None:
+        if self._descriptors is not None:
+            self._descriptors.close_all()
 
     def __enter__(self) -> Self:
         return self
@@ -410,6 +500,9 @@ class Staging:
             self._leave(error)
         elif isinstance(error, KeyboardInterrupt):
             error.add_note(f"{self.output} is complete.")
+        if self._partial is not None:
+            self._partial.close()
+        self._parent.close()
 
     def _leave(self, error: BaseException | None) -> None:
         """Keep what a later run can use, remove the rest, unlock; tell those who interrupted the run."""
@@ -427,12 +520,14 @@ class Staging:
 
     def _tidy_up(self) -> None:
         with suppress(QzError):
-            self._descriptors.close_all()
-            if self._journal.finished and self._disk.kind(self._partial) == "folder":
-                self._sweep(keep=self._journal.finished.keys())
+            self._close_files()
+            partial = self._partial
+            if self._journal.finished and partial is not None:
+                if self._parent.is_same(self._name + PARTIAL, partial.descriptor):
+                    self._sweep(partial, keep=self._journal.finished.keys())
             else:
-                self._disk.remove(self._partial)
-                if self._disk.kind(self._aside) is None:
+                self._remove_partial()
+                if self._parent.kind(self._name + ASIDE) is None:
                     self._journal.remove()
         with suppress(QzError):
             self._journal.close()
@@ -442,9 +537,7 @@ class Staging:
         """Folders that were made for the output, as far as nothing lies in them: no journal either."""
         with suppress(QzError):
             for folder in self._new_parents:
-                if self._disk.names(folder):
-                    break
-                self._disk.remove(folder)
+                self._disk.remove_empty(folder)
 
 
 def _rank(name: str) -> int:

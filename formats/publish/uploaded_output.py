@@ -45,6 +45,7 @@ class UploadedOutput(Staging):
         resume: bool = True,
         about: Mapping[str, Any] | None = None,
         disk: Disk | None = None,
+        resumable: Mapping[str, ShardLayout | None] | None = None,
     ) -> None:
         """``order``: the shards as they are begun; ``at_once``: how many of them may be on this disk, at least as many
         as are open at a time when they are written in that order. ``output`` names the staging area, see ``Staging``.
@@ -55,7 +56,13 @@ class UploadedOutput(Staging):
         self._needed = needed
         place = sibling(output, ".push")  # nothing with the name of the output is in the way, or made
         super().__init__(
-            place, {**fingerprint, "push": publication.place}, needed=needed, resume=resume, about=about, disk=disk
+            place,
+            {**fingerprint, "push": publication.place},
+            needed=needed,
+            resume=resume,
+            about=about,
+            disk=disk,
+            resumable=resumable,
         )
         self._left_over = {name: file for name, file in self.finished.items() if name not in self._journal.uploaded}
         self._room.skip(self.finished)
@@ -98,12 +105,11 @@ class UploadedOutput(Staging):
         self._room.leave(file.name)
 
     def _send(self, file: WrittenFile) -> None:
-        path = self._partial / file.name
-        self._publication.send(file.name, VerifiedFile.of(path), file.sha256)
+        self._publication.send(file.name, VerifiedFile.of(self._staged.path / file.name), file.sha256)
         self._journal.uploaded.add(file.name)
         if file.name not in self._unverified:
             self._journal.add(file)
-        hollow_out(self._disk, path)
+        hollow_out(self._staged, file.name)
 
     def _require_space(self, needed: int) -> None:  # noqa: ARG002 - what was sent takes no space, but does not free any
         super()._require_space(self._needed)
@@ -117,7 +123,7 @@ class UploadedOutput(Staging):
         uploaded = {
             name: (file.bytes, file.sha256) for name, file in self._written.items() if name in self._journal.uploaded
         }
-        here = {name: VerifiedFile.of(self._partial / name) for name in self._written if name not in uploaded}
+        here = {name: VerifiedFile.of(self._staged.path / name) for name in self._written if name not in uploaded}
         try:
             self.pushed = self._publication.publish(uploaded, here, self._about, self._config(here))
         except UploadsLost as lost:
@@ -126,7 +132,7 @@ class UploadedOutput(Staging):
             raise
         self._committed = True
         try:
-            self._disk.remove(self._partial)
+            self._remove_partial()
             self._journal.remove()
         except QzError as error:
             raise type(error)(f"{self._publication.location} is complete, but tidying up failed: {error}") from error

@@ -27,6 +27,7 @@ from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed, quoted
+from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
 
@@ -159,18 +160,19 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[st
     )
     digest, position = hashlib.sha256(), 0
     disk, partial = Disk(), path.with_name(f"{path.name}.partial")
-    descriptor = disk.open_file(partial, create=True)
-    try:
-        disk.truncate(descriptor, partial, 0)
-        for piece in pieces:
-            disk.write(descriptor, partial, piece, position)
-            digest.update(piece)
-            position += len(piece)
-        disk.sync(descriptor, partial)
-    finally:
-        disk.close(descriptor, partial)
-    disk.rename(partial, path)
-    disk.sync_folder(path.parent)
+    with Directory.at(disk, path.parent) as folder:
+        descriptor = folder.open_or_create(partial.name)
+        try:
+            disk.truncate(descriptor, partial, 0)
+            for piece in pieces:
+                disk.write(descriptor, partial, piece, position)
+                digest.update(piece)
+                position += len(piece)
+            disk.sync(descriptor, partial)
+        finally:
+            disk.close(descriptor, partial)
+        folder.rename(partial.name, path.name)
+        folder.sync()
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.user_cache import user_cache
 from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequest, Saved, TensorSpec, Weight
 
 MOST = 256
@@ -94,15 +95,8 @@ def keep(question: str, architecture: Architecture) -> None:
 
 
 def _folder() -> Path | None:
-    chosen = os.environ.get("QZ_CACHE")
-    if chosen == "":
-        return None
-    if chosen:
-        return Path(chosen, "architectures")
-    # Without a home, as in a container under a bare number, "~" stays as it is; it must not become a folder's name.
-    places = (os.environ.get("XDG_CACHE_HOME") or "", os.path.expanduser("~/.cache"))
-    caches = next(filter(os.path.isabs, places), None)
-    return Path(caches, "qz", "architectures") if caches else None
+    cache = user_cache()
+    return cache / "architectures" if cache is not None else None
 
 
 def _code() -> dict[str, list[int]]:

@@ -13,7 +13,7 @@ from qz.formats.malformed import Malformed
 from qz.formats.output.companions import Companion, copy
 from qz.formats.output.disk import Disk
 from qz.formats.output.refusals import refuse_overlap
-from qz.formats.output.staging import RESUMABLE, Section, Staging, WrittenFile
+from qz.formats.output.staging import RESUMABLE, Section, ShardLayout, Staging, WrittenFile
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
 from qz.quantize.streaming.measure import Measure
@@ -64,10 +64,12 @@ class Part:
         return planned + sum(each.bytes for each in self.carried) + sum(map(len, self.documents.values()))
 
     @property
-    def resumable(self) -> int:
-        """How many files a resumed run need not make again."""
-        shards = len(self.plan.shards) if self.plan is not None else 0
-        return shards + sum(each.bytes >= RESUMABLE for each in self.carried)
+    def resumable(self) -> dict[str, ShardLayout | None]:
+        """The files that a resumed run need not make again, by their names in the output; layouts of shards."""
+        prefix = f"{self.name}/" if self.name else ""
+        shards = self.plan.shards if self.plan is not None else ()
+        layouts = {prefix + each.file: replace(each, file=prefix + each.file) for each in shards}
+        return {**layouts, **{prefix + each.name: None for each in self.carried if each.bytes >= RESUMABLE}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Written:
     pushed: PushResult | None = None
     bytes_read: int = 0
     """Of the source, in this run: not what an earlier one had finished."""
+    notes: tuple[str, ...] = ()
 
 
 def model_part(plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None) -> Part:
@@ -128,7 +131,7 @@ def write_parts(
         for part, section, run in zip(parts, sections, runs, strict=True):
             meter.expect(run, part.carried, section)
         if resumed:
-            meter.go_on(len(staging.finished), sum(part.resumable for part in parts))
+            meter.go_on(len(staging.finished), len(_resumable(parts)))
         for part, section, run in zip(parts, sections, runs, strict=True):
             copy(part.carried, section, meter.copied)
             if run is not None:
@@ -144,7 +147,7 @@ def write_parts(
                     folder.close()
         written = staging.commit(lambda folder: require_readable(folder, parts))
     found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
-    return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes)
+    return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes, staging.notes)
 
 
 def _staging(
@@ -161,6 +164,7 @@ def _staging(
             resume=target.resume,
             about=about,
             disk=target.disk,
+            resumable=_resumable(parts),
         )
     from qz.formats.publish.uploaded_output import UploadedOutput
 
@@ -175,7 +179,12 @@ def _staging(
         resume=target.resume,
         about=about,
         disk=target.disk,
+        resumable=_resumable(parts),
     )
+
+
+def _resumable(parts: Sequence[Part]) -> dict[str, ShardLayout | None]:
+    return {name: layout for part in parts for name, layout in part.resumable.items()}
 
 
 def staged_bytes(parts: Sequence[Part], target: Target) -> int:
