@@ -275,6 +275,42 @@ def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path) -> 
     assert run_step("Verify", tmp_path, {}).returncode == 65
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("method", "push=evil/repo", 2),
+        ("method", "nf4 --report", 2),
+        ("source", "--help", 66),
+        ("source", "--push=evil/repo", 66),
+        ("dtype", "--help", 2),
+        ("subfolder", "--report", 66),
+        ("if-exists", "--quiet", 2),
+        ("skip", "--help", 2),
+    ],
+)
+def test_no_input_of_the_action_becomes_an_option(
+    name: str, value: str, code: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    result = run_step("Quantize", tmp_path, {"source": str(tiny_llama), name: value})
+    assert result.returncode == code, result.stderr
+    assert not (tmp_path / "quantized").exists()
+    assert "Usage" not in result.stdout
+
+
+def test_the_name_of_an_output_is_one_output_of_the_action(tiny_llama: Path, tmp_path: Path) -> None:
+    name = "-x\nsha256=evil\ninjected=1"
+    result = run_step("Quantize", tmp_path, {"source": str(tiny_llama), "output": name})
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "output").read_text()
+    found = re.match(r"output<<([0-9a-f]{32})\n(.*?)\n\1\n", text, re.DOTALL)
+    assert found is not None
+    assert found[2] == name
+    rest = dict(line.split("=", 1) for line in text[found.end() :].splitlines())
+    assert {"output", *rest} == set(ACTION["outputs"])
+    assert rest["sha256"] != "evil"
+    assert run_step("Verify", tmp_path, {"output": name}).returncode == 0
+
+
 def test_the_action_reads_and_publishes_without_a_stored_token(tiny_llama: Path, tmp_path: Path) -> None:
     """Each step as what it may: one reads what is gated, the other one writes."""
     with HubServer() as hub:
