@@ -217,7 +217,7 @@ def show(value: object, *, as_json: bool, text: str) -> None:
 
 
 def emit_json(value: object) -> None:
-    """``value`` (dataclasses, paths, tuples too) as one JSON object on stdout: one line, but indented on a terminal."""
+    """``value`` (dataclasses, tuples, paths too) as one JSON object on stdout: one line, but indented on a terminal."""
     indent = 2 if sys.stdout.isatty() else None
     sys.stdout.write(redact(json.dumps(jsonable(value), indent=indent, allow_nan=False)) + "\n")
 
@@ -226,6 +226,8 @@ def jsonable(value: object) -> Any:
     """``value`` as JSON knows it. Numbers that JSON does not know become null, sets are sorted."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):

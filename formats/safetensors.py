@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from operator import itemgetter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
 
@@ -45,11 +46,14 @@ _ENTRY = re.compile(
     rb'"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:%b(?:, ?%b){0,15}+)?+)\], ?"data_offsets": ?\[(%b), ?(%b)\]\}'
     % ((_INT,) * 4)
 )
+# A name and its entry of an ASCII header, with the comma or the brace behind it: the fast way through long ones.
+_LINE = re.compile(
+    rf'[ \t\n\r]*+"([^"\\\x00-\x1f\x7f]{{1,{MAX_NAME}}}+)" ?: ?\{{{_ENTRY.pattern.decode()}[ \t\n\r]*+([,}}])', re.ASCII
+)
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One entry of a header. ``start`` and ``stop`` are bytes from the start of the data section."""
 
     name: str
@@ -121,6 +125,8 @@ class _Parser:
     def __init__(self, text: bytes | bytearray, where: str) -> None:
         self.text = text
         self.where = where
+        self.ascii = text.decode("ascii") if text.isascii() else None
+        self.sizes: dict[tuple[str, str], tuple[tuple[int, ...], int] | None] = {}
 
     def fail(self, why: str) -> NoReturn:
         raise Malformed(
@@ -135,6 +141,9 @@ class _Parser:
         metadata: dict[str, str] | None = None
         position, more = self.opened(1)
         while more:
+            position, more = self.plain_lines(position, tensors)
+            if not more:
+                break
             name, position = self.key(position)
             if name == "__metadata__":
                 if metadata is not None:
@@ -150,9 +159,32 @@ class _Parser:
         if text[position:].strip(b" \t\n\r"):
             self.fail("something follows the closing brace")
         data_start = 8 + len(text)
-        ordered = sorted(tensors.values(), key=lambda info: (info.start, info.stop))
+        ordered = sorted(tensors.values(), key=itemgetter(3, 4))  # start and stop
         self.contiguous(ordered, size - data_start)
         return Header({info.name: info for info in ordered}, metadata or {}, data_start)
+
+    def plain_lines(self, position: int, tensors: dict[str, TensorInfo]) -> tuple[int, bool]:
+        """Add the tensors up to the first that is not in the plainest form, or is wrong: that one is the caller's.
+
+        Returns the position behind the last one taken, and whether another key follows.
+        """
+        if self.ascii is None:
+            return position, True
+        text, sizes, match = self.ascii, self.sizes, _LINE.match
+        while line := match(text, position):
+            name, dtype, extents, start, stop, after = line.groups()
+            key = dtype, extents
+            if key not in sizes:
+                sizes[key] = _shape_and_size(dtype, extents)
+            known = sizes[key]
+            first, last = int(start), int(stop)
+            if known is None or last - first != known[1] or name in tensors or name == "__metadata__":
+                break
+            tensors[name] = TensorInfo(name, dtype, known[0], first, last)
+            position = line.end()
+            if after == "}":
+                return position, False
+        return position, True
 
     def opened(self, position: int) -> tuple[int, bool]:
         """Behind an opening brace: whether a first key follows; if not, the position behind the closing brace."""
@@ -286,6 +318,17 @@ class _Parser:
             raise Malformed("truncated", f"{self.where} is truncated: {why}. Download it again.")
         if position < length:
             self.fail(f"{length - position} bytes follow the last tensor")
+
+
+def _shape_and_size(dtype: str, extents: str) -> tuple[tuple[int, ...], int] | None:
+    """The shape that is written ``1,2,3`` and its bytes; None for what :meth:`_Parser.checked` must look at."""
+    shape = tuple(map(int, extents.split(","))) if extents else ()
+    bits = BITS.get(dtype, 0)
+    for extent in shape:
+        bits *= extent
+        if bits >> 64:
+            return None
+    return (shape, bits >> 3) if dtype in BITS and not bits & 7 and len(shape) <= MAX_DIMENSIONS else None
 
 
 class _OddError(ValueError):

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import itertools
 import json
+import re
 import runpy
 import sys
 import time
@@ -182,6 +183,56 @@ def test_other_ways_to_write_the_same_header_are_read(text: str) -> None:
     data = file(text, bytes(4))
     assert list(header_of(data).tensors.values()) == [TensorInfo("a", "F32", (), 0, 4)]
     assert list(safetensors.torch.load(data)) == ["a"]
+
+
+PLAIN = '"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        '"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}',
+        '"b" : { "dtype" : "U8", "shape" : [ 2 ], "data_offsets" : [ 2, 4 ] }',
+        '"b":{"shape":[2],"data_offsets":[2,4],"dtype":"U8"}',
+        '"\\u0062":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}',
+        '"__metadata__":{"x":"y"},"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}',
+    ],
+)
+def test_every_way_of_writing_an_entry_is_read_alike(second: str) -> None:
+    for entries in (
+        [PLAIN, second],
+        [second, PLAIN],
+        [PLAIN, second, '"é":{"dtype":"U8","shape":[0],"data_offsets":[4,4]}'],
+    ):
+        text = ("{" + ", ".join(entries) + "}").encode()
+        found = header_of(len(text).to_bytes(8, "little") + text + bytes(4))
+        assert [found.tensors[name] for name in "ab"] == [
+            TensorInfo("a", "U8", (2,), 0, 2),
+            TensorInfo("b", "U8", (2,), 2, 4),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("second", "why"),
+    [
+        (PLAIN, "tensor 'a' is there twice"),
+        ('"\\u0061":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "tensor 'a' is there twice"),
+        ('"__metadata__":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "'shape' is not a string"),
+        ('"":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "is empty"),
+        ('"\x7f":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "control characters"),
+        ('"b":{"dtype":"U9","shape":[2],"data_offsets":[2,4]}', "unknown dtype 'U9'"),
+        ('"b":{"dtype":"U8","shape":[3],"data_offsets":[2,4]}', "does not fill its bytes 2 to 4"),
+        ('"b":{"dtype":"F4","shape":[3],"data_offsets":[2,4]}', "does not fill its bytes 2 to 4"),
+        ('"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}', "overlaps the one before it"),
+        ('"b":{"dtype":"U8","shape":[4294967296,4294967296,0],"data_offsets":[2,2]}', "impossibly large"),
+        ('"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]};', "a comma or a brace is missing"),
+        ('"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}', "something follows the closing brace"),
+    ],
+)
+def test_a_bad_entry_behind_plain_ones_is_told_like_a_first_one(second: str, why: str) -> None:
+    text = f"{{{PLAIN},{second}}}".encode()
+    with pytest.raises(Malformed, match=re.escape(why)):
+        header_of(len(text).to_bytes(8, "little") + text + bytes(4))
 
 
 def test_tensors_come_in_the_order_of_their_bytes() -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import QzError
 from qz.formats.checkpoint.layouts import original_layout
@@ -35,8 +35,7 @@ MAX_SHARDS = 10_000
 THREADS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor and where it lies: ``offset`` counts from the start of ``file``."""
 
     name: str
@@ -264,7 +263,8 @@ class _Survey:
                     if weight_map.get(name) != file:
                         continue
                     del tensors[name]
-                tensors[name] = StoredTensor(name, info.dtype, info.shape, file, start + info.start, info.nbytes)
+                offset = start + info.start
+                tensors[name] = StoredTensor(name, info.dtype, info.shape, file, offset, info.stop - info.start)
         return tensors
 
     def reconcile(

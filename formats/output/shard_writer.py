@@ -6,7 +6,7 @@ import hashlib
 import threading
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,7 +152,7 @@ class ShardWriter:
         for tensor in self.layout.tensors:
             if tensor.name in self.layout.variable:
                 length = len(self._variable[tensor.name])
-                tensor = replace(tensor, shape=(length,), start=position, stop=position + length)
+                tensor = tensor._replace(shape=(length,), start=position, stop=position + length)
                 position += length
             tensors.append(tensor)
         return tensors

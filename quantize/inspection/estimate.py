@@ -6,7 +6,9 @@ the header in front of them while they fit in one file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ METHODS: dict[str, Method] = {
     "fp4": FourBit("fp4"),
     "int8": Int8(),
 }
-MEASURED = 20_000
+MEASURED = 10_000
 """Of so many tensors the headers are laid out to know their length; of more, it is taken from these."""
 _RANK = {dtype: -place for place, dtype in enumerate(BITS)}
 _AROUND = len(',"":{"dtype":"","shape":[],"data_offsets":[,]}')
@@ -49,28 +51,49 @@ _Stored = tuple[str, Part, int, int]
 
 def estimate(values: Sequence[Value], method: Method, library: Library) -> Estimate:
     """What the model would be, quantized with ``method`` under the library's default skips, in shards of 5 GB."""
-    stored: list[_Stored] = []
-    footprint = quantized = 0
+    return _estimate(values, _Summary.of(values), method, library)
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """What is the same for all methods: ``kept`` bytes, and how many weights would be quantized by shape and dtype."""
+
+    kept: int
+    linear: Mapping[tuple[tuple[int, ...], str], int]
+
+    @classmethod
+    def of(cls, values: Sequence[Value]) -> _Summary:
+        kept = sum(value.nbytes for value in values if not value.linear)
+        return cls(kept, Counter((value.shape, value.dtype) for value in values if value.linear))
+
+
+def _estimate(values: Sequence[Value], summary: _Summary, method: Method, library: Library) -> Estimate:
+    total = footprint = summary.kept
+    quantized = 0
     alike: dict[tuple[tuple[int, ...], str], list[tuple[Part, int]]] = {}
-    for number, value in enumerate(values):
-        if not value.linear:
-            footprint += value.nbytes
+    for (shape, dtype), times in summary.linear.items():
+        parts = [(part, _nbytes(part)) for part in method.parts(shape, TORCH_NAMES[dtype])]
+        alike[shape, dtype] = parts
+        count = math.prod(shape)
+        total += times * sum(nbytes for _, nbytes in parts)
+        footprint += times * method.footprint(count)
+        quantized += times * count
+    sample = values if len(values) <= MEASURED else values[:: len(values) // MEASURED + 1]
+    stored: list[_Stored] = []
+    for number, value in enumerate(sample):
+        if value.linear:
+            path = value.name.removesuffix("weight")
+            stored += [(path + part.suffix, part, nbytes, number) for part, nbytes in alike[value.shape, value.dtype]]
+        else:
             stored.append((value.name, Part("", value.dtype, value.shape), value.nbytes, number))
-            continue
-        footprint += method.footprint(value.count)
-        quantized += value.count
-        key = (value.shape, value.dtype)
-        if key not in alike:
-            alike[key] = [(part, _nbytes(part)) for part in method.parts(value.shape, TORCH_NAMES[value.dtype])]
-        path = value.name.removesuffix("weight")
-        stored += [(path + part.suffix, part, nbytes, number) for part, nbytes in alike[key]]
-    total = sum(nbytes for _, _, nbytes, _ in stored)
-    return Estimate(total + _headers(stored, total, library), footprint, quantized)
+    headers = _headers(stored, total, library) * len(values) // len(sample) if sample else _headers([], 0, library)
+    return Estimate(total + headers, footprint, quantized)
 
 
 def estimates(values: Sequence[Value], library: Library) -> dict[str, Estimate]:
     """By every method. The two 4-bit types differ in codes and in the letters of their names, in no length."""
-    found = {name: estimate(values, METHODS[name], library) for name in ("nf4", "nf4_double_quant", "int8")}
+    summary = _Summary.of(values)
+    found = {name: _estimate(values, summary, METHODS[name], library) for name in ("nf4", "nf4_double_quant", "int8")}
     return {name: found[name if name in found else "nf4"] for name in METHODS}
 
 
@@ -83,9 +106,6 @@ def _nbytes(part: Part) -> int:
 
 def _headers(stored: Sequence[_Stored], total: int, library: Library) -> int:
     """Bytes of all headers. Those of several files may be a few bytes off: each library has an order of its own."""
-    if len(stored) > MEASURED:
-        sample = stored[:: len(stored) // MEASURED + 1]
-        return _headers(sample, total, library) * len(stored) // len(sample)
     return (
         sum(map(_header, _split(stored, together=library == "diffusers")))
         if total > DEFAULT_SHARD_BYTES

@@ -11,8 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz.quantize.inspection.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED, OWN_LINEARS, UNFUSED
 
@@ -38,39 +37,33 @@ _HEAD = re.compile(
 _EXPERTS = re.compile(r"(.+)\.experts\b")
 _EXPERT = re.compile(r".+\.experts\.\d+\.")
 _ROUTER = re.compile(r"(.+)\.(?:gate|router)(?:\.(?:gate|layer))?")
-_NOT_SAVED = re.compile(r"(?:.*\.)?(?:position_ids|inv_freq|masked_bias)")
+_NOT_SAVED = (".position_ids", ".inv_freq", ".masked_bias")
 """Buffers that older versions saved and the present ones drop."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """A tensor as the checkpoint has it; of a quantized weight, as it was before."""
+class Value(NamedTuple):
+    """A tensor as the checkpoint has it (of a quantized weight, as it was before), or as the loaded model has it.
+
+    In the loaded model ``dtype`` is the one after the cast at load time, in safetensors' words, and ``linear`` says
+    that it would be quantized; then ``shape`` is (out, in), also where it is stored the other way.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    linear: bool = False
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Value(Plain):
-    """A tensor of the loaded model, with its dtype after the cast at load time, in safetensors' words.
-
-    ``linear`` says that it would be quantized; then ``shape`` is (out, in), also where it is stored the other way.
-    """
-
-    linear: bool = False
-
-
 def values(
-    library: Library, architecture: str | None, config: Mapping[str, Any], tensors: Iterable[Plain]
+    library: Library, architecture: str | None, config: Mapping[str, Any], tensors: Iterable[Value]
 ) -> tuple[Value, ...]:
     """The tensors of the model that ``library`` would load from ``tensors``."""
-    listed = [tensor for tensor in tensors if not _NOT_SAVED.fullmatch(tensor.name)]
+    listed = [tensor for tensor in tensors if not f".{tensor.name}".endswith(_NOT_SAVED)]
     rule: _Diffusers | _Transformers = (
         _Diffusers(architecture, listed) if library == "diffusers" else _Transformers(config, listed)
     )
@@ -83,7 +76,10 @@ def values(
             and rule.is_linear(tensor.name.removesuffix(".weight"), tensor)
         )
         dtype = rule.dtype(tensor.name) if tensor.dtype in WIDTHS else tensor.dtype
-        nbytes = tensor.nbytes if dtype == tensor.dtype else tensor.count * WIDTHS[dtype]
+        if dtype == tensor.dtype and not linear:
+            found.append(tensor)
+            continue
+        nbytes = tensor.nbytes if dtype == tensor.dtype else tensor.elements * WIDTHS[dtype]
         shape = tensor.shape[::-1] if linear and rule.transposed else tensor.shape
         found.append(Value(tensor.name, dtype, shape, nbytes, linear))
     return tuple(found)
@@ -94,18 +90,18 @@ class _Diffusers:
 
     transposed = False
 
-    def __init__(self, architecture: str | None, tensors: Iterable[Plain]) -> None:
+    def __init__(self, architecture: str | None, tensors: Iterable[Value]) -> None:
         counts: Counter[str] = Counter()
         for tensor in tensors:
             if tensor.dtype in WIDTHS:
-                counts[tensor.dtype] += tensor.count
+                counts[tensor.dtype] += tensor.elements
         self.load = counts.most_common(1)[0][0] if counts else "F32"
         self.float32 = frozenset(DIFFUSERS_FLOAT32.get(architecture or "", ()))
 
     def dtype(self, name: str) -> str:
         return self.load if self.float32.isdisjoint(name.split(".")) else "F32"
 
-    def is_linear(self, module: str, _: Plain) -> bool:
+    def is_linear(self, module: str, _: Value) -> bool:
         leaf = module.rpartition(".")[2]
         if _DIFFUSERS_EMBEDDING.fullmatch(leaf):
             return False
@@ -116,7 +112,7 @@ class _Diffusers:
 class _Transformers:
     """Linear layers but the output layer, tied weights, what the class keeps in float32, and experts that are fused."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: Iterable[Plain]) -> None:
+    def __init__(self, config: Mapping[str, Any], tensors: Iterable[Value]) -> None:
         types = set(model_types(config))
         model_type = str(config.get("model_type"))
         self.transposed = model_type in CONV1D
@@ -136,12 +132,12 @@ class _Transformers:
             end for end in ("text_projection", "visual_projection", "logits_dense") if f"{end}.weight" in self.names
         )
         self.last = next((end for end in ends if f"{end}.bias" not in self.names), None)
-        self.routed = {match[1] for name in self.names if (match := _EXPERTS.match(name))}
+        self.routed = {match[1] for name in self.names if ".experts" in name and (match := _EXPERTS.match(name))}
 
     def dtype(self, name: str) -> str:
-        return "F32" if any(key in name for key in self.float32) else self.load
+        return "F32" if self.float32 and any(key in name for key in self.float32) else self.load
 
-    def is_linear(self, module: str, _: Plain) -> bool:
+    def is_linear(self, module: str, _: Value) -> bool:
         leaf = module.rpartition(".")[2]
         if _HEAD.fullmatch(module) or module == self.last:
             return False
@@ -172,8 +168,12 @@ def model_types(config: Mapping[str, Any]) -> Iterator[str]:
 _WITHOUT_HEAD = re.compile(
     r"\w*(?<!LMHead)(?<!MT)(?:Model|Encoder|ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)"
 )
-_TABLE = re.compile(
-    r"(?:.+\.)?(?:shared|embed_tokens|wte|word_embeddings?|tokens_embed|tok_embeddings|embed_in|embeddings)\.weight"
+_TABLES = tuple(
+    f".{name}.weight"
+    for name in (
+        *("shared", "embed_tokens", "wte", "word_embedding", "word_embeddings"),
+        *("tokens_embed", "tok_embeddings", "embed_in", "embeddings"),
+    )
 )
 _HEAD_NAMES = {"whisper": "proj_out", "moonshine": "proj_out", "trocr": "output_projection", "gpt_neox": "embed_out"}
 
@@ -186,9 +186,8 @@ def ties(library: Library, architecture: str | None, config: Mapping[str, Any], 
     stored = set(names)
     inner = config.get("text_config")
     tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
-    table = min(
-        (name for name in stored if _TABLE.fullmatch(name)), key=lambda name: (name.count("."), name), default=""
-    )
+    tables = (name for name in stored if f".{name}".endswith(_TABLES))
+    table = min(tables, key=lambda name: (name.count("."), name), default="")
     if library != "transformers" or not table:
         return {}
     found = {}

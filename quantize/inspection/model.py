@@ -20,7 +20,7 @@ from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.record import read_record
 from qz.formats.shards import index_name
 from qz.quantize.inspection.estimate import estimates
-from qz.quantize.inspection.linear_layers import FLOATS, Plain, ties, values
+from qz.quantize.inspection.linear_layers import FLOATS, Value, ties, values
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor
 
 REMOTE_STATES = 16
@@ -69,8 +69,7 @@ def inspect_file(folder: Folder, name: str, origin: Origin) -> Inspection:
     alone = Checkpoint(folder, {}, "transformers", None, None, (name,), sizes, tensors, None, {name: metadata})
     weights, more = read_quantized(alone)
     more = tuple(problem for problem in more if not problem.kind.startswith("quantization-config"))
-    found = _described(alone, origin, weights, worst_first((*problems, *more)))
-    return replace(found, estimates=None)
+    return _described(alone, origin, weights, worst_first((*problems, *more)), estimated=False)
 
 
 def _unread(folder: Folder, origin: Origin, problems: tuple[Problem, ...]) -> Inspection:
@@ -81,14 +80,19 @@ def _unread(folder: Folder, origin: Origin, problems: tuple[Problem, ...]) -> In
 
 
 def _described(
-    checkpoint: Checkpoint, origin: Origin, weights: Mapping[str, QuantizedWeight], problems: tuple[Problem, ...]
+    checkpoint: Checkpoint,
+    origin: Origin,
+    weights: Mapping[str, QuantizedWeight],
+    problems: tuple[Problem, ...],
+    *,
+    estimated: bool = True,
 ) -> Inspection:
     tensors = _tensors(checkpoint, weights)
     loaded = values(checkpoint.library, checkpoint.architecture, checkpoint.config, plain(checkpoint, weights))
     broken = any(problem.severity == "error" for problem in problems)
     settings = read_settings(checkpoint.config, Problems(""))
     quantization = _quantization(settings, weights)
-    given = estimates(loaded, checkpoint.library) if quantization is None and not broken else None
+    given = estimates(loaded, checkpoint.library) if estimated and quantization is None and not broken else None
     packed = sum(weight.parts["weight"].nbytes for weight in weights.values())
     footprint = packed + sum(value.nbytes for value in loaded if value.name not in weights)
     recorded = None if broken else _recorded_footprint(checkpoint, footprint)
@@ -109,7 +113,7 @@ def _described(
     )
 
 
-def plain(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> list[Plain]:
+def plain(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> list[Value]:
     """The tensors as they would be without quantization; what belongs to quantized weights is left out."""
     companions = {part.name for weight in weights.values() for part in weight.parts.values()}
     found = []
@@ -118,9 +122,9 @@ def plain(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> lis
         if weight is not None:
             dtype = FLOATS.get(weight.dtype or "float16", "F16")
             shape = weight.shape if weight.shape is not None else (weight.elements, 1)
-            found.append(Plain(name, dtype, shape, weight.elements * (4 if dtype == "F32" else 2)))
+            found.append(Value(name, dtype, shape, weight.elements * (4 if dtype == "F32" else 2)))
         elif name not in companions:
-            found.append(Plain(name, tensor.dtype, tensor.shape, tensor.nbytes))
+            found.append(Value(name, tensor.dtype, tensor.shape, tensor.nbytes))
     return found
 
 
@@ -129,7 +133,10 @@ def _tensors(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> 
     found = []
     for name, tensor in checkpoint.tensors.items():
         owner = owners.get(name)
-        own = owner is not None and owner.name == name
+        if owner is None:
+            found.append(Tensor(name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.file, math.prod(tensor.shape)))
+            continue
+        own = owner.name == name
         found.append(
             Tensor(
                 name=name,
@@ -137,10 +144,10 @@ def _tensors(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> 
                 shape=tensor.shape,
                 bytes=tensor.nbytes,
                 file=tensor.file,
-                parameters=math.prod(tensor.shape) if owner is None else owner.elements if own else 0,
-                quantized=owner.kind if owner is not None and own else None,
-                original=owner.shape if owner is not None and own else None,
-                part_of=owner.name if owner is not None and not own else None,
+                parameters=owner.elements if own else 0,
+                quantized=owner.kind if own else None,
+                original=owner.shape if own else None,
+                part_of=None if own else owner.name,
             )
         )
     return tuple(found)

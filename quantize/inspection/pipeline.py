@@ -116,8 +116,7 @@ class PipelineInspection:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(
-            replace(
-                tensor,
+            tensor._replace(
                 name=f"{name}/{tensor.name}",
                 file=f"{name}/{tensor.file}",
                 part_of=tensor.part_of and f"{name}/{tensor.part_of}",

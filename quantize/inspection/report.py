@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qz.formats.checkpoint.problems import Problem, worst_first
 from qz.quantize.inspection.estimate import Estimate
@@ -57,8 +57,7 @@ class File:
     tensors: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A stored tensor. Of a quantized weight ``quantized`` is its kind, and ``original`` the shape before."""
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from qz.formats import shards
@@ -111,7 +111,7 @@ def shard_layout(file: str, members: list[Saved]) -> ShardLayout:
     fixed = layout((saved.name, saved.dtype, saved.shape) for saved in members if not saved.variable)
     end = fixed[-1].stop if fixed else 0
     variable = layout((saved.name, saved.dtype, saved.shape) for saved in members if saved.variable)
-    tensors = (*fixed, *(replace(info, start=info.start + end, stop=info.stop + end) for info in variable))
+    tensors = (*fixed, *(info._replace(start=info.start + end, stop=info.stop + end) for info in variable))
     return ShardLayout(file, tensors, len(encode_header(tensors)), frozenset(info.name for info in variable))
 
 
