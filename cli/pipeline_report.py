@@ -28,6 +28,9 @@ def row(component: ComponentSummary) -> tuple[str, ...]:
     """A component's cells."""
     weights, memory = size(component.bytes), size(component.footprint_before)
     if not component.converted:
+        if component.cast is not None:
+            weights = f"{weights} → {size(component.bytes_output)}"
+            memory = f"{memory} → {size(component.footprint_after)}"
         return component.name, weights, memory, "–", component.reason
     model = component.model
     assert model is not None
@@ -53,9 +56,12 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
     ]
+    from qz.cli.report import left_out
+
     others = [component.name for component in summary.components if not component.bytes]
     if others:
         rows.append(("as they are", ", ".join(others)))
+    rows += left_out(summary)
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows

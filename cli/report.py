@@ -111,12 +111,22 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         names = list(summary.skipped)
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         rows.append(("left alone", f"{shown} ({', '.join(sorted(set(summary.skipped.values())))})"))
+    rows += left_out(summary)
     if summary.loss:
         _, _, error, ratio, largest = lost(summary.loss.total)
         rows.append(("loss", f"relative error {error}, SNR {ratio}, largest error {largest}"))
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows
+
+
+def left_out(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
+    """The row of what the source has and the output has not; none if it has everything."""
+    names = summary.left_out
+    if not names:
+        return []
+    shown = ", ".join(plain(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [("left out", shown)]
 
 
 def refined(how: Mapping[str, Any]) -> str:

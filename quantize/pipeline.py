@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qz import QzError, Unsupported, UsageError
-from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
+from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, has_weights
 from qz.formats.folder import Folder
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
@@ -18,28 +18,33 @@ from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, expect
 from qz.quantize.methods import FourBit
-from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
+from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary, cast_to
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
-from qz.quantize.planning.plan import Plan
+from qz.quantize.planning.plan import Plan, make_plan
+from qz.quantize.planning.unquantized import equal_tensors
+from qz.quantize.planning.unreadable import KEPT, kept_unread
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
-from qz.quantize.summary import Source, summarize
+from qz.quantize.summary import Source, made_from, summarize
 
-KEPT = "kept as it is"
 _COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)\Z")
 
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """What happens to each component. ``plans`` has those that are converted, ``kept`` the footprint of the others."""
+    """What happens to each component. ``plans`` has those that are converted, ``kept`` the footprint of the others.
+
+    ``casts`` are those that are not converted, but written in another dtype.
+    """
 
     pipeline: Pipeline
     choices: tuple[Choice, ...]
     plans: Mapping[str, Plan]
     kept: Mapping[str, Footprint]
+    casts: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def folders(self) -> dict[str, Folder]:
@@ -59,9 +64,11 @@ class PipelinePlan:
         index = companions.Companion(root, INDEX, INDEX, root.sizes()[INDEX])
         parts = [Part("", None, (index, *companions.terms(root)))]
         for component in (choice.component for choice in self.choices):
-            if component.name in self.plans:
-                small_files = companions.companions(component.folder)
-                parts.append(model_part(self.plans[component.name], small_files, component.name))
+            plan = self.plans.get(component.name) or self.casts.get(component.name)
+            if plan is not None:
+                parts.append(model_part(plan, companions.companions(component.folder), component.name))
+            elif component.unread is not None:
+                parts.append(Part(component.name, None, companions.whole(component.folder)))
             elif component.checkpoint is not None:
                 carried, documents = companions.weights(component.checkpoint)
                 parts.append(Part(component.name, None, carried, documents))
@@ -83,6 +90,7 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     if settings.method is None:
         raise ValueError("a pipeline is quantized by a method")
     _expect(pipeline)
+    unread = kept_unread(pipeline, {name for name, own in settings.component_methods.items() if own is None})
     choices = choose(pipeline, settings.method, settings.components, settings.component_methods)
     _require_skips(pipeline, settings.skips)
     plans: dict[str, Plan] = {}
@@ -90,7 +98,7 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     refused: list[Unsupported] = []
     for choice in choices:
         if choice.method is None:
-            made.append(choice)
+            made.append(replace(choice, reason=unread.get(choice.name, choice.reason)))
             continue
         try:
             plans[choice.name] = _plan(choice, _own_settings(choice, settings))
@@ -103,7 +111,7 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     if not plans and refused:
         raise refused[0]
     _require_matches(plans, settings.skips)
-    return compose(pipeline, tuple(made), plans)
+    return compose(pipeline, tuple(made), plans, settings)
 
 
 def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
@@ -115,12 +123,13 @@ def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             "--weights-only leaves out what a pipeline needs to be loaded. Use --subfolder for one component."
         )
     _expect(pipeline)
+    unread = kept_unread(pipeline)
     total = sum(component.parameters for component in pipeline.components)
     choices: list[Choice] = []
     plans: dict[str, Plan] = {}
     for component in pipeline.components:
         method = (component.quantization or {}).get("quant_method")
-        reason = (
+        reason = unread.get(component.name) or (
             "has no weights"
             if component.checkpoint is None
             else f"quantized with {method}"
@@ -135,17 +144,51 @@ def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
         raise Unsupported(
             f"No component of {pipeline.folder.location} is quantized with bitsandbytes: nothing to dequantize."
         )
-    return compose(pipeline, tuple(choices), plans)
+    return compose(pipeline, tuple(choices), plans, settings)
 
 
 def _expect(pipeline: Pipeline) -> None:
     expect(component.checkpoint for component in pipeline.components if component.checkpoint is not None)
 
 
-def compose(pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str, Plan]) -> PipelinePlan:
-    """The plan of a whole pipeline from plans of some of its components; the others are kept."""
-    kept = {each.name: _footprint(each) for each in pipeline.components if each.checkpoint and each.name not in plans}
-    return PipelinePlan(pipeline, choices, plans, kept)
+def compose(
+    pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str, Plan], settings: Settings | None = None
+) -> PipelinePlan:
+    """The plan of a whole pipeline from plans of some of its components; the others are kept.
+
+    A dtype that was asked for is theirs, too, as ``torch_dtype`` is of all components where diffusers loads a pipeline.
+    """
+    others = [each for each in pipeline.components if each.checkpoint and each.name not in plans]
+    kept = {each.name: _footprint(each) for each in others}
+    if settings is None or settings.dtype == "auto":
+        return PipelinePlan(pipeline, choices, plans, kept)
+    casts: dict[str, Plan] = {}
+    made = {choice.name: choice for choice in choices}
+    for each in others:
+        choice = made[each.name]
+        try:
+            cast = _cast(each, settings)
+        except QzError as error:
+            made[each.name] = replace(choice, reason=f"{KEPT}, not cast to {settings.dtype}: {error}")
+            continue
+        if cast is not None:
+            casts[each.name] = cast
+            made[each.name] = replace(choice, reason=f"{choice.reason}; cast to {settings.dtype}")
+    return PipelinePlan(pipeline, tuple(made[choice.name] for choice in choices), plans, kept, casts)
+
+
+def _cast(component: Component, settings: Settings) -> Plan | None:
+    """The plan that writes an unquantized component in the dtype that was asked for; None if it is so already."""
+    checkpoint = component.checkpoint
+    assert checkpoint is not None
+    if component.quantization is not None:
+        raise Unsupported(f"it is quantized with {component.quantization.get('quant_method')}.")
+    request = LoadRequest(None, settings.dtype)
+    architecture = examine(checkpoint, request, equal=lambda one, other: equal_tensors(checkpoint, one, other))
+    plan = make_plan(checkpoint, architecture, None, settings.max_shard_bytes)
+    stored = {step.weight.name: {source.dtype for source in step.sources} for step in plan.steps}
+    same = all(stored[saved.weight.name] == {saved.dtype} for saved in architecture.saved)
+    return None if same else plan
 
 
 def carry_out_pipeline(
@@ -205,7 +248,7 @@ def summarize_pipeline(
         inside = f"{choice.name}/"
         files = [replace(file, name=file.name.removeprefix(inside)) for file in written if file.name.startswith(inside)]
         model = None
-        if part.plan is not None:
+        if part.plan is not None and choice.name not in plan.casts:
             origin = replace(
                 source,
                 subfolder=choice.name,
@@ -224,9 +267,13 @@ def summarize_pipeline(
                 bytes=component.bytes,
                 footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
                 model=model,
+                cast=cast_to(plan.casts[choice.name]) if choice.name in plan.casts else None,
+                left_out=companions.left_out(component.folder, used_files(component, part)),
             )
         )
     shards = tuple(file for file in written if file.name.endswith(".safetensors")) or _planned_shards(plan.parts)
+    of_root = companions.left_out(plan.pipeline.folder, {*(each.name for each in parts[""].carried), *parts})
+    strays = [name for name in of_root if name.endswith("/") and _holds_a_model(plan.pipeline.folder, name)]
     return PipelineSummary(
         source=source,
         output=output,
@@ -238,8 +285,22 @@ def summarize_pipeline(
         shards=shards,
         seconds=seconds,
         resumed=resumed,
-        notes=tuple(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
+        notes=(
+            *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
+            *(f"{name} holds a model that {INDEX} does not name; it was left out" for name in strays),
+        ),
+        left_out_of_root=of_root,
     )
+
+
+def used_files(component: Component, part: Part) -> set[str]:
+    """Names of the component's files that are in the output, as they are or in what was made of them."""
+    used = {name for each in part.carried for name in (each.name, each.file if each.folder is component.folder else "")}
+    return used | (made_from(component.checkpoint) if component.checkpoint is not None else set())
+
+
+def _holds_a_model(root: Folder, name: str) -> bool:
+    return has_weights(root.subfolder(name.rstrip("/")).sizes())
 
 
 def _planned_shards(parts: tuple[Part, ...]) -> tuple[WrittenFile, ...]:

@@ -11,6 +11,21 @@ from qz.quantize.summary import Source, Summary, nonfinite_json, report_json
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import PushResult
+    from qz.quantize.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """What became of a component that was not quantized, but written in another dtype. Sizes in bytes."""
+
+    dtype: str
+    bytes_output: int
+    footprint: int
+
+
+def cast_to(plan: Plan) -> Cast:
+    """What a plan without a method makes of a component."""
+    return Cast(plan.architecture.dtype, plan.bytes_output, plan.architecture.footprint.after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,9 @@ class ComponentSummary:
     footprint: int
     """``get_memory_footprint()`` if it is carried over; 0 if it has no weights."""
     model: Summary | None = None
+    cast: Cast | None = None
+    left_out: tuple[str, ...] = ()
+    """Files of its folder that are not in the output."""
 
     @property
     def method(self) -> str:
@@ -40,7 +58,9 @@ class ComponentSummary:
 
     @property
     def bytes_output(self) -> int:
-        return self.model.bytes_output if self.model is not None else self.bytes
+        if self.model is not None:
+            return self.model.bytes_output
+        return self.cast.bytes_output if self.cast is not None else self.bytes
 
     @property
     def footprint_before(self) -> int:
@@ -48,7 +68,9 @@ class ComponentSummary:
 
     @property
     def footprint_after(self) -> int:
-        return self.model.footprint_after if self.model is not None else self.footprint
+        if self.model is not None:
+            return self.model.footprint_after
+        return self.cast.footprint if self.cast is not None else self.footprint
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -65,7 +87,7 @@ class ComponentSummary:
             "method": self.method,
             "double_quant": model.double_quant if model is not None else False,
             **(model.refinement if model is not None else {}),
-            "dtype": model.dtype if model is not None else None,
+            "dtype": model.dtype if model is not None else self.cast.dtype if self.cast is not None else None,
             "parameters": {
                 "total": model.parameters if model is not None else self.parameters,
                 "quantized": model.quantized_parameters if model is not None else 0,
@@ -98,6 +120,13 @@ class PipelineSummary:
     """What the user should know about the device that was chosen."""
     pushed: PushResult | None = None
     """What came of publishing the output, if that was asked for."""
+    left_out_of_root: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Files of the source that are not in the output; a folder that is not there at all ends in a slash."""
+        inside = (f"{component.name}/{name}" for component in self.components for name in component.left_out)
+        return (*self.left_out_of_root, *inside)
 
     @property
     def models(self) -> tuple[Summary, ...]:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
-from qz.formats.output.companions import Companion
+from qz.formats.output.companions import INDEXES, Companion, left_out
 from qz.formats.output.record import WrittenFile
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
@@ -69,6 +70,8 @@ class Summary:
     """What quantization cost, if that was measured."""
     carried: tuple[str, ...] = ()
     """Files copied unchanged: tokenizer, processor, licence."""
+    left_out: tuple[str, ...] = ()
+    """Files of the source that are not in the output; a folder that is not there at all ends in a slash."""
     pushed: PushResult | None = None
     """What came of publishing the output, if that was asked for."""
     nonfinite: Mapping[str, NotFinite] = field(default_factory=dict)
@@ -171,6 +174,7 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
         "memory_footprint": {"before": summary.footprint_before, "after": summary.footprint_after},
         "shards": [{"name": s.name, "bytes": s.bytes, "sha256": s.sha256 or None} for s in summary.shards],
         "carried": list(summary.carried),
+        "left_out": list(summary.left_out),
         "warnings": list(summary.warnings),
         "up_to_date": False,
         "resumed": summary.resumed,
@@ -230,6 +234,7 @@ def summarize(
         resumed=resumed,
         loss=loss,
         carried=tuple(sorted(copied)),
+        left_out=left_out(plan.checkpoint.folder, {*copied, *made_from(plan.checkpoint)}),
         nonfinite=nonfinite or {},
         refinement={}
         if plan.method is None
@@ -237,6 +242,12 @@ def summarize(
         if plan.refinement is None
         else plan.refinement.as_json(),
     )
+
+
+def made_from(checkpoint: Checkpoint) -> set[str]:
+    """Names of the files that a converted model is made from."""
+    indexes = {name for name in checkpoint.folder.sizes() if checkpoint.index is not None and INDEXES.fullmatch(name)}
+    return {"config.json", "generation_config.json", *checkpoint.files, *indexes}
 
 
 def _left_out(plan: Plan) -> tuple[str, ...]:

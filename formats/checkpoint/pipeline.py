@@ -7,19 +7,30 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, QzError, Unsupported
+from qz.formats.checkpoint.problems import as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, read_file
+from qz.formats.checkpoint.survey import Checkpoint, read_file, survey
 from qz.formats.checkpoint.weights import PICKLE
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable, Mapping
 
     from qz.formats.folder import Folder
 
 INDEX = "model_index.json"
 _NAME = re.compile(r"[A-Za-z0-9_]+")
+_SEVERAL = re.compile(r"Multi[A-Z]")
+"""Classes of diffusers that hold several nets of another class: MultiControlNetModel, MultiAdapter, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Why a component's weights could not be read: ``kinds`` of problems, and the error that they are."""
+
+    kinds: frozenset[str]
+    error: QzError
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,10 @@ class Component:
     class_name: str
     folder: Folder
     checkpoint: Checkpoint | None = None
+    first: str | None = None
+    """The component that this one follows: ``controlnet`` of ``controlnet_1``, which the index does not name."""
+    unread: Unread | None = None
+    """Why there is no checkpoint, though there should be one."""
 
     @property
     def parameters(self) -> int:
@@ -68,6 +83,12 @@ class Pipeline:
     class_name: str
     components: tuple[Component, ...]
 
+    def require_read(self, spared: Container[str] = ()) -> None:
+        """Raise one error for all components whose weights could not be read, but for those in ``spared``."""
+        errors = {each.name: each.unread.error for each in self.components if each.unread and each.name not in spared}
+        if errors:
+            raise _joined(self.folder, errors)
+
     def close(self) -> None:
         for component in self.components:
             component.folder.close()
@@ -75,15 +96,15 @@ class Pipeline:
 
 
 def is_pipeline(folder: Folder) -> bool:
-    """Whether a folder is a whole pipeline, not one model."""
-    return INDEX in folder.sizes() and "config.json" not in folder.sizes()
+    """Whether a folder is a whole pipeline, not one model: diffusers reads the index, and no config.json beside it."""
+    return INDEX in folder.sizes()
 
 
 def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     """The pipeline in ``folder`` with the headers of its weights. Of each component the ``variant`` is taken if it has
-    one, as diffusers does.
+    one, as diffusers does. Components whose weights cannot be read are among them: see ``Pipeline.require_read``.
 
-    Raises MissingInput, MalformedInput or Unsupported (code of its own), one error for all components.
+    Raises MissingInput, MalformedInput or Unsupported (code of its own).
     """
     where = f"{folder.location}/{INDEX}"
     index = read_json(read_file(folder, INDEX, MAX_BYTES), where)
@@ -95,7 +116,7 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
                 "copies. Quantize its components one by one with --subfolder."
             )
         raise Malformed("index-malformed", f"{where} has no _class_name, so no pipeline. Download it again.")
-    entries = {name: value for name, value in index.items() if is_component(name, value)}
+    entries = {name: (value[0], value[1]) for name, value in index.items() if is_component(name, value)}
     unsafe = [name for name in entries if not _NAME.fullmatch(name)]
     if unsafe:
         raise Malformed("unsafe-name", f"{where} names a component {quoted(unsafe[0])}. Do not use this pipeline.")
@@ -105,15 +126,9 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
             f"{where} names {', '.join(missing)}, but there is no such folder. Download the whole pipeline."
         )
     components: list[Component] = []
-    errors: dict[str, QzError] = {}
     try:
-        for name, (library, component_class) in entries.items():
-            try:
-                components.append(_component(folder, name, str(library), str(component_class), variant))
-            except QzError as error:
-                errors[name] = error
-        if errors:
-            raise _joined(folder, errors)
+        for name, first in with_followers(folder, entries).items():
+            components.append(_component(folder, name, *entries[first or name], variant, first))
         if variant is not None and not any(
             each.checkpoint and each.checkpoint.variant == variant for each in components
         ):
@@ -125,13 +140,33 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     return Pipeline(folder, class_name, tuple(components))
 
 
+def with_followers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str, str | None]:
+    """The components that the index names, each followed by those that its class has beside it, with its name.
+
+    diffusers saves several nets under one name of the index: the first in ``controlnet``, the others in
+    ``controlnet_1``, ``controlnet_2`` and so on, as long as there is such a folder (``MultiControlNetModel``,
+    ``MultiAdapter``).
+    """
+    there = set(folder.subfolders())
+    found: dict[str, str | None] = {}
+    for name, (_, class_name) in entries.items():
+        found[name] = None
+        follower = f"{name}_1"
+        while _SEVERAL.match(class_name) and follower in there and follower not in entries:
+            found[follower] = name
+            follower = f"{name}_{int(follower.rpartition('_')[2]) + 1}"
+    return found
+
+
 def is_component(name: str, value: Any) -> bool:
     """Whether an entry of the index is a component: its library and class, which are null for one that is left out."""
     pair = isinstance(value, list) and len(value) == 2
     return pair and not name.startswith("_") and all(isinstance(part, str) for part in value)
 
 
-def _component(root: Folder, name: str, library: str, class_name: str, variant: str | None) -> Component:
+def _component(
+    root: Folder, name: str, library: str, class_name: str, variant: str | None, first: str | None
+) -> Component:
     folder = root.subfolder(name)
     sizes = folder.sizes()
     if f"{library}.py" in sizes or f"{library}.py" in root.sizes():
@@ -140,14 +175,23 @@ def _component(root: Folder, name: str, library: str, class_name: str, variant: 
             "copies. Quantize the other components one by one with --subfolder."
         )
     if not has_weights(sizes):
-        return Component(name, library, class_name, folder)
+        return Component(name, library, class_name, folder, first=first)
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
-    checkpoint = open_checkpoint(folder, variant if has_variant else None)
-    return Component(name, library, class_name, folder, as_component(checkpoint, library, class_name))
+    checkpoint, problems = survey(folder, variant if has_variant else None)
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors or checkpoint is None:
+        unread = Unread(frozenset(problem.kind for problem in errors), as_error(folder.location, errors))
+        return Component(name, library, class_name, folder, first=first, unread=unread)
+    return Component(name, library, class_name, folder, as_component(checkpoint, library, class_name), first)
 
 
 def as_component(checkpoint: Checkpoint, library: str, class_name: str) -> Checkpoint:
-    """The checkpoint as one of the class that model_index.json names; diffusers goes by that, not by config.json."""
+    """The checkpoint as one of the class that model_index.json names; diffusers goes by that, not by config.json.
+
+    Of a class that holds several nets, each is of the class that its own config.json names.
+    """
+    if _SEVERAL.match(class_name) and checkpoint.architecture:
+        return checkpoint
     return replace(checkpoint, architecture=class_name, class_module=library)
 
 

@@ -45,11 +45,22 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
             "are: {inside})."
         ),
     ),
-    "adapter-only": (
+    "modular-pipeline": (
         Unsupported,
         (
-            "{location} holds only an adapter, not a model. Merge it into its base model first (peft: "
-            "`merge_and_unload`), then quantize that."
+            "{where} describes a modular pipeline, which has no weights here: its components are loaded from where it "
+            "says. Quantize each there: {components}"
+        ),
+    ),
+    "adapter-only": (
+        Unsupported,
+        "{location} holds only {what}, not a model. Merge it into its base model first, then quantize that: {how}",
+    ),
+    "adapter-unmerged": (
+        Unsupported,
+        (
+            "{where} was saved while a LoRA was attached ({name}), and {library} cannot load such names. Remove it "
+            "before saving: {how}"
         ),
     ),
     "original-layout": (
@@ -82,10 +93,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "pickle": (MalformedInput, ""),
     "pickle-only": (
         MalformedInput,
-        (
-            "{location} has only pickle weights ({name}), which can run code and which qz never loads. If you "
-            "trust them, convert them: {command}"
-        ),
+        ("{location} has only pickle weights ({name}), which can run code and which qz never loads. {how}"),
     ),
     "gguf": (MalformedInput, ""),
     "json-malformed": (MalformedInput, ""),

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import QzError
+from qz.formats.checkpoint import adapters
 from qz.formats.checkpoint.layouts import original_layout
+from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.weights import (
     Library,
@@ -118,7 +120,7 @@ class _Survey:
             return None
         architecture = architecture_of(config, library)
         self.code(config, library)
-        weights = find_weights(self.folder, library, architecture, variant, self.problems)
+        weights = find_weights(self.folder, library, variant, self.problems)
         index = self.index(weights.index) if weights and weights.index else None
         if weights is None or (index is None and weights.single is None):
             return None
@@ -133,8 +135,11 @@ class _Survey:
         unused = unused_files(self.folder, library, weights.variant, files, self.problems)
         if not tensors and len(headers) == len(files):
             self.problems.add("no-tensors", files[0])
-        if library == "diffusers":
+        if library == "diffusers" or adapters.adapter_in(tensors):
             self.other_tools(files[0], tensors, architecture)
+        if (name := adapters.unmerged(tensors)) is not None:
+            how = adapters.HOW_UNMERGED[library]
+            self.problems.add("adapter-unmerged", tensors[name].file, name=quoted(name), library=library, how=how)
         return Checkpoint(
             folder=self.folder,
             config=config,
@@ -168,8 +173,10 @@ class _Survey:
         if "model_index.json" in self.sizes:
             inside = ", ".join(self.folder.subfolders()) or "none"
             self.problems.add("pipeline-root", "model_index.json", inside=inside)
+        elif MODULAR_INDEX in self.sizes:
+            self.problems.add("modular-pipeline", MODULAR_INDEX, components=self.modular_components())
         elif "adapter_config.json" in self.sizes:
-            self.problems.add("adapter-only", "adapter_config.json")
+            self.problems.add("adapter-only", "adapter_config.json", what="an adapter", how=adapters.HOW_PEFT)
         elif any(name.endswith(".gguf") for name in self.sizes) and not weights:
             self.problems.add("gguf-only", min(name for name in self.sizes if name.endswith(".gguf")))
         elif weights:
@@ -179,11 +186,22 @@ class _Survey:
             return False
         return True
 
+    def modular_components(self) -> str:
+        try:
+            index = read_json(read_file(self.folder, MODULAR_INDEX, MAX_CONFIG_BYTES), self.path(MODULAR_INDEX))
+        except QzError as error:
+            return str(error)
+        return commands_for(index) or "it names none."
+
     def other_tools(self, file: str, names: Iterable[str], class_name: str | None = None) -> bool:
-        facts = original_layout(names, class_name)
-        if facts:
+        names = list(names)
+        if (adapter := adapters.adapter_in(names)) is not None:
+            self.problems.add("adapter-only", file, what=adapter.what, how=adapter.how)
+        elif facts := original_layout(names, class_name):
             self.problems.add("original-layout", file, **facts)
-        return bool(facts)
+        else:
+            return False
+        return True
 
     def code(self, config: Mapping[str, Any], library: Library) -> None:
         scripts = sorted(name for name in self.sizes if name.endswith(".py"))

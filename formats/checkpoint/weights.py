@@ -11,7 +11,7 @@ from qz.formats.malformed import UNSAFE_TEXT, quoted
 from qz.formats.shards import STEMS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from qz.formats.checkpoint.problems import Problems
     from qz.formats.folder import Folder
@@ -22,6 +22,8 @@ VARIANTS = ("bf16", "fp16", "fp32")
 """Which variant to take if there are no plain weights: the first of these, else the first by name."""
 
 PICKLE = re.compile(r"\.(?:bin|pt|pth|ckpt|pkl)\Z", re.IGNORECASE)
+PICKLED = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+"""Stem of the weights in safetensors → of the same in pickles, as the libraries look for them."""
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}.*\.safetensors")
 _VARIANT = r"(?:\.(?P<variant>[A-Za-z0-9_]+))?"
 
@@ -35,9 +37,7 @@ class Weights:
     variant: str | None
 
 
-def find_weights(
-    folder: Folder, library: Library, architecture: str | None, variant: str | None, problems: Problems
-) -> Weights | None:
+def find_weights(folder: Folder, library: Library, variant: str | None, problems: Problems) -> Weights | None:
     """The weights that ``library`` would load, or None with the reason among ``problems``."""
     sizes = folder.sizes()
     stem = STEMS[library]
@@ -49,7 +49,7 @@ def find_weights(
             problems.add("variant-missing", variant, name=quoted(variant), there=known)
             return None
         if not there:
-            _no_weights(folder, library, architecture, problems)
+            _no_weights(folder, library, problems)
             return None
         variant = min((name for name in there if name), key=_preference)
         problems.add("variant-only", there[variant], variant=variant)
@@ -84,7 +84,7 @@ def _candidates(stem: str, names: Iterable[str]) -> tuple[dict[str | None, str],
     return singles, indexes
 
 
-def _no_weights(folder: Folder, library: Library, architecture: str | None, problems: Problems) -> None:
+def _no_weights(folder: Folder, library: Library, problems: Problems) -> None:
     """Say what is there instead."""
     stem = STEMS[library]
     name = f"{stem}.safetensors"
@@ -107,21 +107,31 @@ def _no_weights(folder: Folder, library: Library, architecture: str | None, prob
         instead = f", but {found}. Rename it if it is in {library}'s own layout; convert it if it is another tool's"
         problems.add("weights-missing", name, name=name, library=library, instead=instead)
     elif pickles:
-        command = _conversion(library, architecture, folder.location)
-        problems.add("pickle-only", pickles[0], name=quoted(pickles[0], 40), command=command)
+        how = _conversion(stem, pickles, folder.location)
+        problems.add("pickle-only", pickles[0], name=quoted(pickles[0], 40), how=how)
     else:
         problems.add("weights-missing", name, name=name, library=library, instead=", nor other weights. Download them")
 
 
-def _conversion(library: Library, architecture: str | None, location: str) -> str:
-    """The command that turns pickles into safetensors. It will be pasted into a shell: only plain names get into it."""
-    name = architecture if architecture and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", architecture) else "AutoModel"
-    remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}(?:/(.+))?", location)
-    folder, inner = remote.groups("") if remote else (location, "")
-    source = f"'{folder}', subfolder='{inner}'" if inner else f"'{folder}'"
-    if not re.fullmatch(r"[A-Za-z0-9_./@ -]*", folder + inner):
-        source = "'FOLDER'"
-    return f"python -c \"from {library} import {name} as M; M.from_pretrained({source}).save_pretrained('NEW')\""
+def _conversion(stem: str, pickles: Sequence[str], location: str) -> str:
+    """How to turn pickles into safetensors. It will be pasted into a shell: only plain names get into it."""
+    binary = PICKLED[stem]
+    if not any(re.fullmatch(rf"{binary}(?:-\d{{5}}-of-\d{{5}})?\.bin", name) for name in pickles):
+        return f"No loader reads files of these names: a checkpoint has {stem}.safetensors (or {binary}.bin)."
+    remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}(/.+)?", location)
+    folder = f"NEW{remote[2] or ''}" if remote else location
+    plain = re.fullmatch(r"[A-Za-z0-9_./@ -]*", location)
+    glob = f"{folder if plain else 'FOLDER'}/{binary}*.bin"
+    code = (
+        "import glob, torch; from safetensors.torch import save_file; "
+        f"held = {{name: part for file in sorted(glob.glob('{glob}')) "
+        "for name, part in torch.load(file, map_location='cpu', weights_only=True).items()}; "
+        f"save_file({{name: part.clone().contiguous() for name, part in held.items()}}, "
+        f"'{folder if plain else 'FOLDER'}/{stem}.safetensors', {{'format': 'pt'}})"
+    )
+    fetch = f"hf download {remote[1]} --local-dir NEW && " if remote and plain else ""
+    again = "use NEW" if remote else "run this again"
+    return f'If you trust them, convert them, then {again}: {fetch}python -c "{code}"'
 
 
 def unused_files(

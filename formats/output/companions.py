@@ -6,17 +6,18 @@ One allow-list decides. Code, pickles, cards, pictures, and weights in other for
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qz.formats.folder import Folder, Range
-from qz.formats.json_files import dump_json
+from qz.formats.folder import Folder, Range, read_file
+from qz.formats.json_files import MAX_BYTES, dump_json, read_json
 from qz.formats.malformed import Malformed
 from qz.formats.shards import STEMS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from qz.formats.checkpoint.survey import Checkpoint
     from qz.formats.output.staging import Section
@@ -49,10 +50,30 @@ SENTENCES = re.compile(r"modules\.json|config_sentence_transformers\.json|senten
 SETTINGS = re.compile(r"(?:config|scheduler_config)\.json")
 """Of a pipeline's component without weights."""
 
+CONFIGS = re.compile(r"(?!adapter_config)[A-Za-z0-9_.-]+_config\.json")
+"""Every class of the libraries that saves its settings names them so: mel_config.json, guider_config.json, …
+
+Not an adapter's beside a model: transformers then loads the adapter's base model in the place of this one.
+"""
+PROMPTS = re.compile(
+    r"alphabet\.json|[a-z0-9_]+_path\.json|prompts?\.(?:json|txt)|adapter\.[A-Za-z0-9_-]+\.safetensors"
+)
+"""Of processors: a decoder's alphabet, paths of voices, prompts; an adapter for each language, as MMS has them."""
+
 TEMPLATES = "additional_chat_templates"
 TEMPLATE = re.compile(r"[A-Za-z0-9_-]+\.jinja")
-MODULE = re.compile(r"\d+_[A-Za-z]+")
-MODULE_FILE = re.compile(r"config\.json|model\.safetensors")
+MODULE = re.compile(r"\d+_[A-Za-z]+|query_\d+_\w+|document_\d+_\w+")
+"""Folders of sentence-transformers' modules."""
+OWN_SETTINGS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json",
+                "attrs.json")  # fmt: skip
+"""A folder with one of these is a second tokenizer, processor or adapter, or a language model (pyctcdecode)."""
+_TRAINING = re.compile(r"checkpoint-\d+|runs|logs|wandb")
+_NO_DATA = re.compile(
+    r"\..*|.*\.(?:py|ipynb|sh|md|png|jpe?g|gif|webp|svg|pdf|mp4|wav|mp3|zip|tar|gz|bin|pt|pth|ckpt|pkl|h5|msgpack|ot|onnx"
+    r"|tflite|gguf|safetensors|bak)|trainer_state\.json|training_args\..*|\w+_results\.json|requirements\.txt|events\.out.*",
+    re.IGNORECASE,
+)
+"""What no loader reads from a folder of settings: code, cards, pictures, archives, weights, what training left."""
 
 _VARIANT = r"(?:\.[A-Za-z0-9_]+)?"
 WEIGHT_FILE = re.compile(
@@ -60,6 +81,7 @@ WEIGHT_FILE = re.compile(
     rf"|(?:{'|'.join(STEMS.values())}){_VARIANT}\.safetensors(?:\.index{_VARIANT}|{_VARIANT}\.index)\.json"
 )
 """Weights and their index, under every name that a library has ever given them."""
+INDEXES = re.compile(r".*\.safetensors.*\.json")
 CHECKPOINT_FILE = re.compile(
     "|".join(
         f"(?:{pattern.pattern})"
@@ -70,6 +92,8 @@ CHECKPOINT_FILE = re.compile(
             PROCESSOR,
             GENERATION,
             SENTENCES,
+            CONFIGS,
+            PROMPTS,
             re.compile("model_index.json"),
         )
     )
@@ -88,14 +112,82 @@ class Companion:
 
 def companions(folder: Folder) -> tuple[Companion, ...]:
     """What makes the model in ``folder`` usable where its weights alone are not."""
-    found = _matching(folder, (TOKENIZER, PROCESSOR, GENERATION, SENTENCES, TERMS))
+    found = _matching(folder, (TOKENIZER, PROCESSOR, GENERATION, SENTENCES, CONFIGS, PROMPTS, TERMS))
     inside = folder.subfolders()
     if TEMPLATES in inside:
         found += _matching(folder.subfolder(TEMPLATES), (TEMPLATE,), f"{TEMPLATES}/")
-    if any(carried.file == "modules.json" for carried in found):
-        for name in filter(MODULE.fullmatch, inside):
-            found += _matching(folder.subfolder(name), (MODULE_FILE, TOKENIZER), f"{name}/")
+    named = _named_folders(folder, found, [name for name in inside if name != TEMPLATES])
+    for name in inside:
+        if name == TEMPLATES or _TRAINING.fullmatch(name) or name.startswith("."):
+            continue
+        inner = folder.subfolder(name)
+        sizes = inner.sizes()
+        if name in named or ("config.json" not in sizes and any(each in sizes for each in OWN_SETTINGS)):
+            found += _everything(inner, f"{name}/")
     return tuple(found)
+
+
+def _named_folders(folder: Folder, found: Sequence[Companion], inside: Sequence[str]) -> set[str]:
+    """Folders that a file which goes along names: modules of sentence-transformers, voices of a processor."""
+    named: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            named.update(name for name in inside if value == name or value.startswith(f"{name}/"))
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                collect(key)
+                collect(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                collect(inner)
+
+    names = re.compile(r"modules\.json|router_config\.json|[a-z0-9_]+_path\.json")
+    for each in found if inside else ():
+        if names.fullmatch(each.name) and each.bytes <= MAX_BYTES:
+            with suppress(Malformed):  # then it names nothing; it is copied as it is
+                data = b'{"": ' + read_file(folder, each.file, MAX_BYTES) + b"}"  # modules.json is a list
+                collect(read_json(data, f"{folder.location}/{each.file}"))
+    return named
+
+
+def _everything(folder: Folder, prefix: str, depth: int = 2) -> list[Companion]:
+    """All that a part has which goes along whole: settings and data, and its weights, in one format.
+
+    Of pickles, which are copied unread, only those without safetensors beside them.
+    """
+    sizes = folder.sizes()
+    names = [name for name in sizes if not _NO_DATA.fullmatch(name) or name.endswith(".safetensors")]
+    if not any(name.endswith(".safetensors") for name in sizes):
+        names += [name for name in sizes if name.endswith(".bin") and not name.startswith("training_args")]
+    found = [Companion(folder, name, prefix + name, sizes[name]) for name in names]
+    for inner in folder.subfolders() if depth else ():
+        if not inner.startswith("."):
+            found += _everything(folder.subfolder(inner), f"{prefix}{inner}/", depth - 1)
+    return found
+
+
+def whole(folder: Folder) -> tuple[Companion, ...]:
+    """A component that is copied unread, its weights too."""
+    found = _everything(folder, "")
+    return (*found, *_matching(folder, (TERMS,)))
+
+
+def left_out(folder: Folder, used: Collection[str], prefix: str = "", depth: int = 2) -> tuple[str, ...]:
+    """Files of ``folder`` that are not in ``used``; of a folder with none that is, its name with a slash.
+
+    ``used`` may name folders, which then are not looked into. Hidden files are not the model's.
+    """
+    names = [prefix + name for name in folder.sizes() if prefix + name not in used and not name.startswith(".")]
+    for inner in folder.subfolders():
+        name = prefix + inner
+        if inner.startswith(".") or name in used:
+            continue
+        if depth and any(each.startswith(f"{name}/") for each in used):
+            names += left_out(folder.subfolder(inner), used, f"{name}/", depth - 1)
+        else:
+            names.append(f"{name}/")
+    return tuple(sorted(names))
 
 
 def is_checkpoint_file(name: str) -> bool:
@@ -112,8 +204,11 @@ def terms(folder: Folder) -> tuple[Companion, ...]:
 
 
 def settings(folder: Folder) -> tuple[Companion, ...]:
-    """All of a component without weights: a scheduler, tokenizer or processor."""
-    return (*_matching(folder, (SETTINGS,)), *companions(folder))
+    """All of a component without weights, whatever its class reads: a scheduler, tokenizer, processor or guider."""
+    sizes = folder.sizes()
+    data = [name for name in sizes if not _NO_DATA.fullmatch(name) and not TERMS.fullmatch(name)]
+    found = {each.name: each for each in companions(folder)}
+    return (*found.values(), *(Companion(folder, name, name, sizes[name]) for name in data if name not in found))
 
 
 def weights(checkpoint: Checkpoint) -> tuple[tuple[Companion, ...], dict[str, bytes]]:

@@ -7,8 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qz import QzError
-from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, as_component, has_weights, is_component
-from qz.formats.checkpoint.problems import Problem, Problems, kind_of, worst_first
+from qz.formats.checkpoint.pipeline import (
+    INDEX,
+    Component,
+    Pipeline,
+    Unread,
+    as_component,
+    has_weights,
+    is_component,
+    with_followers,
+)
+from qz.formats.checkpoint.problems import Problem, Problems, as_error, kind_of, worst_first
 from qz.formats.checkpoint.survey import read_file
 from qz.formats.folder import Folder
 from qz.formats.json_files import MAX_BYTES, read_json
@@ -18,6 +27,7 @@ from qz.quantize.inspection.estimate import METHODS, Estimate
 from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
 from qz.quantize.planning.components import choose
+from qz.quantize.planning.unreadable import why_kept
 
 
 @dataclass(frozen=True)
@@ -170,14 +180,17 @@ def inspect_pipeline(
         named = f" ({', '.join(quoted(name, 40) for name in scripts[:3])})"
         problems.add("custom-code", scripts[0], named=named, library="diffusers")
     looks: dict[str, FolderReading | None] = {}
+    firsts: dict[str, str | None] = {}
     inner: list[Folder] = []
-    for name in entries:
+    for name, first in with_followers(folder, entries).items():
+        entries[name] = entries[first or name]
+        firsts[name] = first
         try:
             inner.append(folder.subfolder(name))
         except QzError as error:
             missing.append(_gone(name, error))
             continue
-        looks[name] = _look(inner[-1], variant, entries[name])
+        looks[name] = _look(inner[-1], variant, entries[name], name)
     if plan:
         from qz.quantize.libraries.examine import expect
 
@@ -195,7 +208,7 @@ def inspect_pipeline(
         estimates=None,
         own_problems=worst_first((*problems.worst_first(), *missing)),
     )
-    return found if found.errors else _with_estimates(found, folder, looks)
+    return found if found.errors else _with_estimates(found, folder, looks, firsts)
 
 
 def _as_recorded(components: Sequence[ComponentInspection], folder: Folder) -> tuple[ComponentInspection, ...]:
@@ -256,7 +269,7 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
     return class_name, entries
 
 
-def _look(folder: Folder, variant: str | None, entry: tuple[str, str]) -> FolderReading | None:
+def _look(folder: Folder, variant: str | None, entry: tuple[str, str], name: str) -> FolderReading | None:
     """What is in a component's folder, None if it is one without weights. As diffusers does, the ``variant`` is taken
     of those that have it, and the class is the one of its ``entry`` in the index."""
     sizes = folder.sizes()
@@ -264,11 +277,19 @@ def _look(folder: Folder, variant: str | None, entry: tuple[str, str]) -> Folder
         return None
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
     look = read_folder(folder, variant if has_variant else None)
+    errors = [problem for problem in look.problems if problem.severity == "error"]
+    if errors:
+        unread = Unread(frozenset(problem.kind for problem in errors), as_error(folder.location, errors))
+        if why_kept(Component(name, *entry, folder, unread=unread)) is not None:
+            return None
     return replace(look, checkpoint=as_component(look.checkpoint, *entry)) if look.checkpoint is not None else look
 
 
 def _with_estimates(
-    found: PipelineInspection, folder: Folder, looks: Mapping[str, FolderReading | None]
+    found: PipelineInspection,
+    folder: Folder,
+    looks: Mapping[str, FolderReading | None],
+    firsts: Mapping[str, str | None],
 ) -> PipelineInspection:
     """What ``qz quantize`` would make of the pipeline: components that are worth it, the others as they are."""
     parts = []
@@ -276,7 +297,8 @@ def _with_estimates(
         look = looks[component.name]
         held = look.checkpoint if look is not None else None
         inner = look.folder if look is not None else folder
-        parts.append(Component(component.name, component.library, component.architecture, inner, held))
+        first = firsts[component.name]
+        parts.append(Component(component.name, component.library, component.architecture, inner, held, first))
     pipeline = Pipeline(folder, found.source.architecture or "", tuple(parts))
     estimates: dict[str, Estimate] = {}
     chosen: set[str] = set()

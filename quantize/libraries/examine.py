@@ -13,7 +13,13 @@ from qz.quantize.libraries.architecture import Architecture, LoadRequest, Tensor
 from qz.quantize.libraries.boundary import library_errors
 from qz.quantize.libraries.isolation import isolated
 from qz.quantize.libraries.optional_packages import needed_by
-from qz.quantize.libraries.untrusted_config import note_removed, parts_bounded, require_plausible, without_code
+from qz.quantize.libraries.untrusted_config import (
+    note_removed,
+    parts_bounded,
+    require_plausible,
+    without_code,
+    without_own_code,
+)
 
 
 def expect(checkpoints: Iterable[Checkpoint]) -> None:
@@ -88,10 +94,14 @@ def _ask(
 
             architecture = on_transformers.examine(asked, tensors, request, equal)
     notes = note_removed(removed)
-    if "auto_map" in removed and checkpoint.library == "transformers":  # saved as it came, as the library does
-        written = json.loads(architecture.documents["config.json"]) | {"auto_map": config["auto_map"]}
-        documents = {**architecture.documents, "config.json": dump_json(written)}
-        architecture = replace(architecture, documents=documents)
+    if "auto_map" in removed and checkpoint.library == "transformers":
+        elsewhere, here = without_own_code(config["auto_map"])
+        if elsewhere:  # code of another repository is still there; saved as it came, as the library does
+            written = json.loads(architecture.documents["config.json"]) | {"auto_map": elsewhere}
+            documents = {**architecture.documents, "config.json": dump_json(written)}
+            architecture = replace(architecture, documents=documents)
+        if here:
+            notes += (f"auto_map left out of config.json: code is not copied, and {checkpoint.library} has the class",)
     return replace(architecture, notes=(*architecture.notes, *notes))
 
 

@@ -64,6 +64,19 @@ def note_removed(removed: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"left out of config.json, because it could name code to run: {shown}",)
 
 
+def without_own_code(auto_map: Any) -> tuple[dict[str, Any], bool]:
+    """The entries of an ``auto_map`` that name code of another repository (``REPO--MODULE.CLASS``); whether others do
+    not. A value is a name, or for a tokenizer a list of two."""
+    entries = auto_map if isinstance(auto_map, dict) else {}
+
+    def is_elsewhere(value: Any) -> bool:
+        names = [name for name in (value if isinstance(value, list) else [value]) if name is not None]
+        return bool(names) and all(isinstance(name, str) and "--" in name for name in names)
+
+    elsewhere = {key: value for key, value in entries.items() if is_elsewhere(value)}
+    return elsewhere, len(elsewhere) < len(entries) or not isinstance(auto_map, dict)
+
+
 def _is_inert(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str) and value in INERT)
 

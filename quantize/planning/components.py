@@ -74,19 +74,24 @@ def choose(
     _require_models(pipeline, (*(only or ()), *(name for name, own in methods.items() if own is not None)))
     _require_known(pipeline, methods)
     total = sum(component.parameters for component in pipeline.components)
+    by_name = {component.name: component for component in pipeline.components}
     choices = []
     for component in pipeline.components:
         share = component.parameters / max(total, 1)
-        if component.name in methods:
-            own = methods[component.name]
+        first, name = component, component.name
+        if component.first is not None:  # what is decided of the first holds for those that follow it
+            first = by_name[component.first]
+            name = name if name in methods or name in (only or ()) else first.name
+        if name in methods:
+            own = methods[name]
             reason = "as asked" if own is not None else "left alone as asked"
             choices.append(Choice(component, own, reason, share, asked_for=own is not None))
         elif only is not None:
-            wanted = component.name in only
+            wanted = name in only
             reason = "as asked" if wanted else "not asked for" if component.checkpoint else _reason(component, share)[1]
             choices.append(Choice(component, method if wanted else None, reason, share, asked_for=wanted))
         else:
-            worth, reason = _reason(component, share)
+            worth, reason = _reason(first, first.parameters / max(total, 1))
             choices.append(Choice(component, method if worth else None, reason, share))
     if any(choice.method is not None for choice in choices):
         return tuple(choices)
