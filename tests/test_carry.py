@@ -43,6 +43,9 @@ handler.py requirements.txt events.out adapter_config.json adapter_model.safeten
 consolidated.00.pth params.json tokenizer.json.py
 """.split()  # noqa: SIM905  a list of names reads better so
 
+OF_A_COMPONENT = ("my.model", "params.json", "adapter_config.json")
+"""Data that nobody reads beside a model, but that the class of a component without weights may read."""
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -80,7 +83,8 @@ def test_goes_along(name: str, tmp_path: Path) -> None:
 def test_stays_behind(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
     assert not companions.companions(LocalFolder(tmp_path))
-    assert not companions.settings(LocalFolder(tmp_path))
+    settings = [each.name for each in companions.settings(LocalFolder(tmp_path))]
+    assert settings == ([name] if name in OF_A_COMPONENT else [])
 
 
 def test_every_tokenizer_file_that_transformers_knows_goes_along() -> None:

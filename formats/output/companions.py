@@ -117,6 +117,8 @@ def companions(folder: Folder) -> tuple[Companion, ...]:
     if TEMPLATES in inside:
         found += _matching(folder.subfolder(TEMPLATES), (TEMPLATE,), f"{TEMPLATES}/")
     named = _named_folders(folder, found, [name for name in inside if name != TEMPLATES])
+    if any(each.name == "modules.json" for each in found):
+        named.update(filter(MODULE.fullmatch, inside))
     for name in inside:
         if name == TEMPLATES or _TRAINING.fullmatch(name) or name.startswith("."):
             continue

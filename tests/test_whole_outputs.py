@@ -1,0 +1,352 @@
+"""An output has all that the source's loaders read; what it has not is told, and advice works as given."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+import pipelines
+import reference
+from commands import contents, run
+from qz import MalformedInput, MissingInput, Unsupported, api
+from qz.cli.dequantize import dequantize
+from qz.cli.quantize import quantize
+from qz.formats.folder import LocalFolder
+from qz.formats.output import companions
+from reference import config_of
+
+LLAMA = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+         "num_attention_heads": 4}  # fmt: skip
+
+
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_two_nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("nets") / "source"
+    tokenizer = pipelines.clip_tokenizer(folder.with_name("clip-files"))
+    net = unet()
+    StableDiffusionControlNetPipeline(
+        vae=pipelines.vae(),
+        text_encoder=pipelines.clip(tokenizer, 32, projected=False),
+        tokenizer=tokenizer,
+        unet=net,
+        controlnet=[ControlNetModel.from_unet(net) for _ in range(3)],
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipelines.flux(tmp_path_factory.mktemp("flux") / "source")
+
+
+@pytest.fixture
+def pipeline(flux: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(flux, tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama") / "source"
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "source"))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+def test_nets_that_follow_the_one_in_the_index_go_along_and_are_quantized_like_it(
+    with_two_nets: Path, tmp_path: Path
+) -> None:
+    chosen = ["controlnet=nf4", "unet=none"]
+    report = run(quantize, with_two_nets, output=tmp_path / "out", component=chosen)
+    methods = {part["name"]: part["method"] for part in report["components"]}
+    assert methods["controlnet"] == methods["controlnet_1"] == methods["controlnet_2"] == "nf4"
+    for name in ("controlnet", "controlnet_1", "controlnet_2"):
+        method = reference.diffusers_model(ControlNetModel, with_two_nets / name, "nf4", torch.float32)
+        method.save_pretrained(tmp_path / "theirs" / name)
+        assert not reference.differing_tensors(tmp_path / "out" / name, tmp_path / "theirs" / name)
+    found = api.inspect(tmp_path / "out")
+    assert {"controlnet", "controlnet_1", "controlnet_2"} <= {part.name for part in found.components}
+    assert not found.problems
+    run(dequantize, tmp_path / "out", output=tmp_path / "back")
+    assert len(DiffusionPipeline.from_pretrained(tmp_path / "back").controlnet.nets) == 3
+
+
+def test_a_follower_may_have_a_method_of_its_own(with_two_nets: Path, tmp_path: Path) -> None:
+    chosen = ["controlnet=int8", "controlnet_2=none"]
+    report = run(quantize, with_two_nets, output=tmp_path / "out", component=chosen, dry_run=True)
+    methods = {part["name"]: part["method"] for part in report["components"]}
+    assert (methods["controlnet"], methods["controlnet_1"], methods["controlnet_2"]) == ("int8", "int8", "none")
+
+
+def test_a_config_beside_the_index_does_not_make_it_one_model(pipeline: Path, tmp_path: Path) -> None:
+    (pipeline / "config.json").write_text('{"model_type": "cosmos3_omni", "architectures": ["Cosmos3"]}')
+    report = run(quantize, pipeline, output=tmp_path / "out", dry_run=True)
+    assert report["source"]["architecture"] == "FluxPipeline"
+    assert "config.json" in report["left_out"]
+
+
+def test_what_is_left_out_of_a_pipeline_is_told(pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline / "vae", pipeline / "vae_old")
+    report = run(quantize, pipeline, output=tmp_path / "out", dry_run=True)
+    assert {"pipeline.py", "flux1-dev.safetensors", "vae_old/", "vae/diffusion_pytorch_model.bin"} <= set(
+        report["left_out"]
+    )
+    assert any("vae_old/ holds a model that model_index.json does not name" in text for text in report["warnings"])
+
+
+def test_all_settings_of_a_component_without_weights_go_along(pipeline: Path, tmp_path: Path) -> None:
+    settings = pipeline / "scheduler" / "sigmas_of_tomorrow.json"
+    settings.write_text("[1.0, 0.5]")
+    run(quantize, pipeline, output=tmp_path / "out")
+    assert (tmp_path / "out" / "scheduler" / settings.name).read_bytes() == settings.read_bytes()
+
+
+def test_every_settings_file_that_diffusers_knows_goes_along() -> None:
+    import diffusers
+
+    root = Path(diffusers.__file__).parent
+    text = "".join(path.read_text(encoding="utf-8") for path in root.rglob("*.py"))
+    names = set(re.findall(r"""(?:config_name|CONFIG_NAME) = ["']([\w.]+\.json)["']""", text))
+    assert {"guider_config.json", "mel_config.json", "scheduler_config.json"} <= names
+    known = (companions.CONFIGS, companions.SETTINGS)
+    assert not {name for name in names if not any(pattern.fullmatch(name) for pattern in known)} - {
+        "modular_model_index.json",
+        "model_index.json",
+    }
+
+
+def test_a_dtype_holds_for_every_component_as_torch_dtype_does(pipeline: Path, tmp_path: Path) -> None:
+    report = run(quantize, pipeline, output=tmp_path / "out", dtype="float16")
+    DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float16).save_pretrained(tmp_path / "theirs")
+    for part in ("vae", "text_encoder"):
+        (name,) = [file.name for file in (tmp_path / "theirs" / part).glob("*.safetensors")]
+        ours = {}
+        for file in (tmp_path / "out" / part).glob("*.safetensors"):
+            ours |= load_file(file)
+        theirs = load_file(tmp_path / "theirs" / part / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[each], theirs[each]) and ours[each].dtype == torch.float16 for each in ours)
+    told = {part["name"]: part for part in report["components"]}
+    assert told["vae"]["dtype"] == "float16"
+    assert "cast to float16" in told["vae"]["reason"]
+
+
+def test_a_component_that_needs_no_weights_or_that_nobody_knows_stops_no_pipeline(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    rewrite(pipeline / "model_index.json", safety_checker=["diffusers", "SafetyCheckerOfTomorrow"])
+    (pipeline / "safety_checker").mkdir()
+    (pipeline / "safety_checker" / "config.json").write_text('{"_class_name": "SafetyCheckerOfTomorrow"}')
+    report = run(quantize, pipeline, output=tmp_path / "out")
+    assert any("safety_checker is kept as it is" in text for text in report["warnings"])
+    assert contents(tmp_path / "out" / "safety_checker") == contents(pipeline / "safety_checker")
+    assert not api.inspect(tmp_path / "out").errors
+
+
+def test_a_component_that_lacks_the_weights_of_its_class_does(pipeline: Path, tmp_path: Path) -> None:
+    for file in (pipeline / "vae").iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    with pytest.raises(MissingInput, match="diffusion_pytorch_model"):
+        run(quantize, pipeline, output=tmp_path / "out")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+def test_modules_voices_tokenizers_and_adapters_go_along(model: Path, tmp_path: Path) -> None:
+    files = {
+        "modules.json": '[{"path": ""}, {"path": "2_Dense"}, {"path": "extra"}]',
+        "2_Dense/config.json": "{}",
+        "2_Dense/pytorch_model.bin": "copied unread",
+        "extra/model.safetensors": "weights of a module",
+        "speaker_embeddings_path.json": '{"voice": {"prompt": "voices/a.npy"}}',
+        "voices/a.npy": "numbers",
+        "alphabet.json": "{}",
+        "language_model/attrs.json": "{}",
+        "language_model/5gram.bin": "KenLM",
+        "decoder_tokenizer/tokenizer_config.json": "{}",
+        "decoder_tokenizer/vocab.json": "{}",
+        "speech_lora/adapter_config.json": "{}",
+        "speech_lora/adapter_model.safetensors": "LoRA",
+        "adapter.fra.safetensors": "of a language",
+        "guider_config.json": "{}",
+    }
+    stays = {"checkpoint-5/tokenizer_config.json": "{}", "original/params.json": "{}", "notes.json": "{}"}
+    for name, text in {**files, **stays}.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(text)
+    report = run(quantize, model, output=tmp_path / "out")
+    assert set(files) <= set(report["carried"])
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
+    assert report["left_out"] == ["checkpoint-5/", "notes.json", "original/"]
+
+
+def test_a_map_to_code_that_does_not_come_along_is_left_out_and_told(model: Path, tmp_path: Path) -> None:
+    here = {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X"}
+    rewrite(model / "config.json", auto_map={**here, "AutoModelForCausalLM": "owner/repo--modeling_x.X"})
+    report = run(quantize, model, output=tmp_path / "out")
+    assert config_of(tmp_path / "out")["auto_map"] == {"AutoModelForCausalLM": "owner/repo--modeling_x.X"}
+    assert any("auto_map left out" in text for text in report["warnings"])
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+def test_the_command_that_converts_pickles_works_where_it_is_pasted(pipeline: Path, tmp_path: Path) -> None:
+    folder = pipeline / "text_encoder_2"
+    held = {}
+    for file in folder.glob("*.safetensors*"):
+        if file.suffix == ".safetensors":
+            held |= load_file(file)
+        file.unlink()
+    names = sorted(held)
+    torch.save({name: held[name] for name in names[:3]}, folder / "pytorch_model-00001-of-00002.bin")
+    torch.save({name: held[name] for name in names[3:]}, folder / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(MalformedInput, match="pickle") as raised:
+        run(quantize, pipeline, output=tmp_path / "out")
+    command = re.search(r'python -c ".*"', str(raised.value))
+    assert command is not None
+    subprocess.run(["bash", "-c", command.group()], check=True)
+    run(quantize, pipeline, output=tmp_path / "out")
+    assert load_file(folder / "model.safetensors").keys() == held.keys()
+
+
+def test_a_component_in_pickles_is_copied_unread_where_that_is_asked_for(pipeline: Path, tmp_path: Path) -> None:
+    (pipeline / "vae" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+    for file in (pipeline / "vae").glob("*.safetensors*"):
+        file.unlink()
+    report = run(quantize, pipeline, output=tmp_path / "out", component=["vae=none"])
+    assert "vae/diffusion_pytorch_model.bin" in report["carried"]
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("pytorch_lora_weights", "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"),
+        ("style", "lora_unet_double_blocks_0_img_attn_proj.lora_{}.weight"),
+        ("adapter_model", "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"),
+    ],
+)
+def test_a_folder_with_only_a_lora_is_named_for_what_it_is(file: str, pattern: str, tmp_path: Path) -> None:
+    sides = ("down", "up") if file == "style" else ("A", "B")
+    tensors = {pattern.format(sides[0]): torch.zeros(4, 64), pattern.format(sides[1]): torch.zeros(64, 4)}
+    tensors |= {pattern.split(".lora")[0] + ".alpha": torch.ones(1)}
+    (tmp_path / "lora").mkdir()
+    save_file(tensors, tmp_path / "lora" / f"{file}.safetensors")
+    with pytest.raises(Unsupported, match="only a LoRA adapter"):
+        run(quantize, tmp_path / "lora", output=tmp_path / "out")
+
+
+def test_a_lora_in_a_pipeline_is_merged_as_the_advice_says(pipeline: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    loaded = DiffusionPipeline.from_pretrained(pipeline)
+    loaded.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    loaded.save_lora_weights(tmp_path / "lora", transformer_lora_layers=_lora_of(loaded.transformer))
+    loaded.save_pretrained(tmp_path / "attached")
+    with pytest.raises(Unsupported, match="saved while a LoRA was attached") as raised:
+        run(quantize, tmp_path / "attached", output=tmp_path / "out")
+    assert "pipe.unload_lora_weights()" in str(raised.value)
+    with pytest.raises(Unsupported, match="only a LoRA") as raised:
+        run(quantize, tmp_path / "lora", output=tmp_path / "out")
+    (code,) = re.findall(r"`(pipe\..*?)`", str(raised.value))
+    pipe = DiffusionPipeline.from_pretrained(pipeline)
+    before = pipe.transformer.state_dict()["transformer_blocks.0.attn.to_q.weight"].clone()
+    exec(code.replace("'ADAPTER'", "lora").replace("'MERGED'", "merged"),
+         {"pipe": pipe, "lora": str(tmp_path / "lora"), "merged": str(tmp_path / "merged")})  # fmt: skip
+    assert not torch.equal(pipe.transformer.state_dict()["transformer_blocks.0.attn.to_q.weight"], before)
+    run(quantize, tmp_path / "merged", output=tmp_path / "out", components="transformer")
+
+
+def _lora_of(transformer: Any) -> dict[str, torch.Tensor]:
+    peft = pytest.importorskip("peft")
+    return dict(peft.get_peft_model_state_dict(transformer))
+
+
+def test_a_peft_adapter_is_merged_as_the_advice_says(llama: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = LlamaForCausalLM.from_pretrained(llama)
+    peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(Unsupported, match="only an adapter") as raised:
+        run(quantize, tmp_path / "adapter", output=tmp_path / "out")
+    (code,) = re.findall(r"`(from peft .*?)`", str(raised.value))
+    exec(code.replace("'ADAPTER'", "adapter").replace("'MERGED'", "merged"),
+         {"adapter": str(tmp_path / "adapter"), "merged": str(tmp_path / "merged")})  # fmt: skip
+    run(quantize, tmp_path / "merged", output=tmp_path / "out")
+
+
+def test_a_modular_pipeline_says_where_its_models_are_and_how_to_quantize_them(pipeline: Path, tmp_path: Path) -> None:
+    place = {"pretrained_model_name_or_path": str(pipeline), "subfolder": "transformer", "variant": None}
+    index = {
+        "_class_name": "FluxModularPipeline",
+        "transformer": ["diffusers", "FluxTransformer2DModel", place],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler", {**place, "subfolder": "scheduler"}],
+    }
+    (tmp_path / "modular").mkdir()
+    (tmp_path / "modular" / "modular_model_index.json").write_text(json.dumps(index))
+    with pytest.raises(Unsupported, match="modular pipeline") as raised:
+        run(quantize, tmp_path / "modular", output=tmp_path / "out")
+    assert re.findall(r"`(qz .*?)`", str(raised.value)) == [f"qz quantize '{pipeline}' --subfolder 'transformer'"]
+    run(quantize, pipeline, output=tmp_path / "out", subfolder="transformer")
+
+
+def test_remote_code_in_a_component_leaves_the_others_to_subfolder(pipeline: Path, tmp_path: Path) -> None:
+    rewrite(pipeline / "model_index.json", vae=["my_vae", "MyVAE"])
+    (pipeline / "vae" / "my_vae.py").write_text("raise SystemExit\n")
+    with pytest.raises(Unsupported, match="--subfolder"):
+        run(quantize, pipeline, output=tmp_path / "out")
+    run(quantize, pipeline, output=tmp_path / "out", subfolder="transformer")
+
+
+def test_a_library_loads_what_was_made_of_a_sentence_encoder(tmp_path: Path) -> None:
+    config = BertConfig(**{**LLAMA, "num_hidden_layers": 1})
+    BertModel(config).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    (tmp_path / "source" / "1_Pooling").mkdir()
+    (tmp_path / "source" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    report = run(quantize, tmp_path / "source", output=tmp_path / "out")
+    assert {"modules.json", "1_Pooling/config.json"} <= set(report["carried"])
+    assert report["left_out"] == []
+    BertModel.from_pretrained(tmp_path / "out")
+
+
+def test_files_of_a_folder_that_is_not_there_at_all_are_one_name(model: Path) -> None:
+    (model / "original").mkdir()
+    (model / "original" / "params.json").write_text("{}")
+    used = {"config.json", "generation_config.json", "model.safetensors"}
+    assert companions.left_out(LocalFolder(model), used) == ("original/",)
