@@ -29,6 +29,7 @@ from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.output import companions
+from qz.quantize.inspection.pipeline import PipelineInspection
 from reference import config_of
 
 LLAMA = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
@@ -102,6 +103,7 @@ def test_nets_that_follow_the_one_in_the_index_go_along_and_are_quantized_like_i
         method.save_pretrained(tmp_path / "theirs" / name)
         assert not reference.differing_tensors(tmp_path / "out" / name, tmp_path / "theirs" / name)
     found = api.inspect(tmp_path / "out")
+    assert isinstance(found, PipelineInspection)
     assert {"controlnet", "controlnet_1", "controlnet_2"} <= {part.name for part in found.components}
     assert not found.problems
     run(dequantize, tmp_path / "out", output=tmp_path / "back")
@@ -157,7 +159,7 @@ def test_a_dtype_holds_for_every_component_as_torch_dtype_does(pipeline: Path, t
     DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float16).save_pretrained(tmp_path / "theirs")
     for part in ("vae", "text_encoder"):
         (name,) = [file.name for file in (tmp_path / "theirs" / part).glob("*.safetensors")]
-        ours = {}
+        ours: dict[str, torch.Tensor] = {}
         for file in (tmp_path / "out" / part).glob("*.safetensors"):
             ours |= load_file(file)
         theirs = load_file(tmp_path / "theirs" / part / name)
@@ -228,7 +230,7 @@ def test_a_map_to_code_that_does_not_come_along_is_left_out_and_told(model: Path
 # --- advice -----------------------------------------------------------------------------------------------------------
 def test_the_command_that_converts_pickles_works_where_it_is_pasted(pipeline: Path, tmp_path: Path) -> None:
     folder = pipeline / "text_encoder_2"
-    held = {}
+    held: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors*"):
         if file.suffix == ".safetensors":
             held |= load_file(file)
