@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +244,8 @@ def test_the_command_that_converts_pickles_works_where_it_is_pasted(pipeline: Pa
         run(quantize, pipeline, output=tmp_path / "out")
     command = re.search(r'python -c ".*"', str(raised.value))
     assert command is not None
-    subprocess.run(["bash", "-c", command.group()], check=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", command.group()], check=True, env={**os.environ, "PATH": path})
     run(quantize, pipeline, output=tmp_path / "out")
     assert load_file(folder / "model.safetensors").keys() == held.keys()
 

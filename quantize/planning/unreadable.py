@@ -9,8 +9,6 @@ from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.checkpoint.survey import Checkpoint, read_file
 from qz.formats.checkpoint.weights import PICKLE, library_of
 from qz.formats.json_files import MAX_BYTES, read_json
-from qz.quantize.libraries.architecture import LoadRequest
-from qz.quantize.libraries.examine import examine
 
 KEPT = "kept as it is"
 
@@ -48,6 +46,9 @@ def why_kept(component: Component) -> str | None:
 
 def _needs_none(component: Component) -> str | None:
     """Why it may be right that a component has no weights: its class has no parameters, or nobody knows it."""
+    from qz.quantize.libraries.architecture import LoadRequest
+    from qz.quantize.libraries.examine import examine
+
     where = f"{component.folder.location}/config.json"
     config = read_json(read_file(component.folder, "config.json", MAX_BYTES), where)
     library = library_of(config)

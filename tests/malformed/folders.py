@@ -162,6 +162,16 @@ CASES: dict[str, Case] = {
         ("pipeline-root",),
     ),
     "adapter": ("single", GONE | {"adapter_config.json": {"peft_type": "LORA"}}, ("adapter-only",)),
+    "modular pipeline": (
+        "single",
+        GONE | {"modular_model_index.json": {"_class_name": "FluxModularPipeline"}},
+        ("modular-pipeline",),
+    ),
+    "a LoRA still attached": (
+        "single",
+        {"model.safetensors": {"q_proj.base_layer.weight": W}},
+        ("adapter-unmerged",),
+    ),
     "GGUF only": (
         "single",
         GONE | {"m-Q4_K_M.gguf": b"GGUF\3\0\0\0"},
