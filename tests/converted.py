@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from qz import UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.compute.cpu import CHUNK_BYTES, Cpu
@@ -50,3 +51,13 @@ def carried_out(
     origin = Source(checkpoint.folder.location, None, None, checkpoint.library, plan.architecture.class_name)
     arithmetic = Cpu(chunk_bytes=chunk_bytes) if settings.device == "cpu" else None
     return carry_out(plan, origin, Target(output), settings, measure=measure, arithmetic=arithmetic)
+
+
+def matching(skips: list[str], source: Path) -> list[str]:
+    """Those of ``skips`` that match a module of the model; one that matches none is refused."""
+    found = []
+    for skip in skips:
+        with suppress(UsageError):
+            plan_of(source, "nf4", skips=(skip,))
+            found.append(skip)
+    return found

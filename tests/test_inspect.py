@@ -270,8 +270,9 @@ def test_a_filter_lists_each_tensor_that_matches(models: Path, inspect: Inspect)
     assert all(".attn.to_q.weight" in name for name in names)
     _, out, _ = inspect(models / "flux-nf4", "--filter", "*.attn.to_q.weight*")
     assert all(name in out for name in names)
-    _, out, _ = inspect(models / "flux-nf4", "--filter", "nothing*")
-    assert "no tensor matches" in out
+    code, out, err = inspect(models / "flux-nf4", "--filter", "nothing*")
+    assert (code, out) == (2, "")
+    assert "--filter nothing* matches no tensor" in err
 
 
 def test_the_json_lists_every_tensor(models: Path, inspect: Inspect) -> None:

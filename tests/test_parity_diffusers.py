@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from converted import quantized
+from converted import matching, quantized
 from forward import output_of
 from reference import METHODS, config_of, differing_files, differing_tensors, diffusers_model
 from zoo import DIFFUSERS, build
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SKIPS = {"no skips": None, "skips": ["proj_out", "transformer_blocks.0"]}
+SKIPS = {"no skips": None, "skips": ["proj_out", "transformer_blocks.0", "blocks.0"]}
 
 
 @pytest.fixture(scope="module", params=DIFFUSERS)
@@ -31,6 +31,9 @@ def test_the_whole_folder_is_the_librarys_in_every_dtype(
     model: tuple[Any, Path], method: str, skips: list[str] | None, tmp_path: Path
 ) -> None:
     original, source = model
+    if skips:
+        skips = matching(skips, source)
+        assert skips
     for dtype, torch_dtype in DTYPES.items():
         reference, output = tmp_path / f"reference-{dtype}", tmp_path / f"output-{dtype}"
         theirs = diffusers_model(

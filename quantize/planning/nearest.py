@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from qz import UsageError
-from qz.quantize.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from qz.quantize.planning.plan import Plan
 
 MOST_COMPARED = 2000
 
@@ -15,7 +18,7 @@ MOST_COMPARED = 2000
 def nearest(text: str, names: Iterable[str]) -> str:
     """``Did you mean q_proj?``; where nothing is near, some of the names there are. Layers alike count once."""
     once = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))[:MOST_COMPARED]
-    parts = list(dict.fromkeys(part for name in once for part in name.split(".") if part != "*"))
+    parts = list(dict.fromkeys(part for name in once for part in name.split(".") if part != "*" and not part.isdigit()))
     pool = once if "." in text or "/" in text else parts + once
     close = get_close_matches(text, pool, 3, 0.6) or get_close_matches(text.rpartition(".")[2], parts, 3, 0.6)
     if close:
