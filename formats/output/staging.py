@@ -307,6 +307,14 @@ class Staging:
         self._unfinished.add(layout.file)
         return writer
 
+    def read_staged(self, name: str, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` from a finished file; False where its bytes are no longer here."""
+        descriptor = self._staged.open(name)
+        try:
+            return self._disk.read(descriptor, self._staged.path / name, buffer, offset) == len(buffer)
+        finally:
+            self._disk.close(descriptor, self._staged.path / name)
+
     def give_up(self) -> None:
         """Let no thread wait for anything: the run is over."""
 
@@ -567,6 +575,9 @@ class Section:
 
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), is_verified)
+
+    def read_staged(self, name: str, offset: int, buffer: memoryview) -> bool:
+        return self._staging.read_staged(self._prefix + name, offset, buffer)
 
     def give_up(self) -> None:
         self._staging.give_up()

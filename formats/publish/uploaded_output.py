@@ -71,6 +71,9 @@ class UploadedOutput(Staging):
         self._send_left_over()
         return _LaterShard(self, layout, is_verified)  # type: ignore[return-value]  # has the methods that are used
 
+    def read_staged(self, name: str, offset: int, buffer: memoryview) -> bool:
+        return name not in self._journal.uploaded and super().read_staged(name, offset, buffer)
+
     def begin_shard(self, layout: ShardLayout, is_verified: IsVerified) -> ShardWriter:
         """Open a shard as soon as there is room for it."""
         self._room.enter(layout.file)

@@ -75,6 +75,9 @@ class DiscardOutput:
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified) -> _DiscardedShard:  # noqa: ARG002 - as a staging area has it
         return _DiscardedShard(layout.file)
 
+    def read_staged(self, name: str, offset: int, buffer: memoryview) -> bool:  # noqa: ARG002
+        return False
+
     def give_up(self) -> None: ...
 
 
@@ -169,12 +172,27 @@ class Run:
 
     def look_again(self, threads: int) -> None:
         """Read what an earlier run had finished and did not quantize, for values in it that are not finite."""
-        kept = {step.weight.name for step in self.plan.steps if step.act == "keep"}
-        left = kept - {step.weight.name for step in self.steps}
-        if left:
-            again = Run(self.plan, self.folder, DiscardOutput(), self.arithmetic, only=left)
+        done_now = {step.weight.name for step in self.steps}
+        left = [step for step in self.plan.steps if step.act == "keep" and step.weight.name not in done_now]
+        buffers = _Buffers(self.arithmetic)
+        only = {step.weight.name for step in left if not self._finished_is_finite(step, buffers)}
+        if only:
+            again = Run(self.plan, self.folder, DiscardOutput(), self.arithmetic, only=only)
             again.convert(threads)
             self.kept_nonfinite |= again.kept_nonfinite
+
+    def _finished_is_finite(self, step: Step, buffers: _Buffers) -> bool:
+        """Whether the output of an earlier run has finite values only: it is nearer than a source on the Hub."""
+        for saved in step.outputs:
+            layout = self.plan.shards[self.plan.shard_of[saved.name]]
+            [place] = [tensor for tensor in layout.tensors if tensor.name == saved.name]
+            for start in range(place.start, place.stop, self.arithmetic.chunk_bytes):
+                raw = buffers.get("raw", min(self.arithmetic.chunk_bytes, place.stop - start))
+                if not self.staging.read_staged(layout.file, layout.header_size + start, raw.data):
+                    return False
+                if count_nonfinite(values(raw, place.dtype), place.dtype, buffers.get):
+                    return False
+        return True
 
     def _give_up(self) -> None:
         """Let no thread wait for what is no longer wanted."""
