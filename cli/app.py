@@ -14,7 +14,6 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,6 +22,7 @@ import typer.main
 from qz import QzError, Unsupported
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say, warn
+from qz.cli.streams import closed_pipe, flush_streams, open_streams
 from qz.quantize.libraries import lean_imports
 
 MOST_LINES = 5
@@ -87,7 +87,6 @@ class Interruption:
             # What a parent told us to ignore, as nohup and background jobs of a script do, stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.receive)
-        signal.signal(signal.SIGALRM, self.again)
         sys.unraisablehook = self.dropped
 
     def receive(self, number: int, _: FrameType | None) -> None:
@@ -103,6 +102,7 @@ class Interruption:
     def dropped(self, found: sys.UnraisableHookArgs) -> None:
         """The interrupt met code in which Python drops exceptions, such as a finalizer: raise it again in a moment."""
         if found.exc_value is self.error:
+            signal.signal(signal.SIGALRM, self.again)  # only now: an alarm from outside ends the process, as it does
             signal.setitimer(signal.ITIMER_REAL, 0.05)
         else:
             sys.__unraisablehook__(found)
@@ -121,13 +121,12 @@ class Interruption:
 
 def main() -> NoReturn:
     """The command ``qz``."""
+    open_streams()
     lean_imports.allow()
     code = run(sys.argv[1:])
     # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
     # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
+    flush_streams()
     os._exit(code)
 
 
@@ -241,17 +240,6 @@ def wrapped(line: str) -> list[str]:
         return [line]
     width = max(20, shutil.get_terminal_size().columns)
     return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [line]
-
-
-def closed_pipe() -> int:
-    """Nobody reads what is written, or it cannot be: end in silence, with the exit code of an I/O error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(nowhere, stream.fileno())
-    return 74
 
 
 class Told(logging.Handler):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
+
+from qz import IOFailed
+from qz.cli.streams import tell
 
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
@@ -199,8 +204,7 @@ def say(text: str, *, quiet: bool = False) -> None:
     """Talk: each line of ``text`` on stderr."""
     if not quiet:
         for line in text.rstrip("\n").split("\n"):
-            sys.stderr.write(redact(plain(line)) + "\n")
-        sys.stderr.flush()
+            tell(redact(plain(line)) + "\n")
 
 
 def warn(text: str) -> None:
@@ -208,18 +212,26 @@ def warn(text: str) -> None:
     say(f"Warning: {text}")
 
 
-def show(value: object, *, as_json: bool, text: str) -> None:
-    """One value, two renderings: ``value`` as JSON, or ``text``, whose parts went through the sanitizer already."""
-    if as_json:
-        emit_json(value)
-    else:
-        sys.stdout.write(redact(text) + "\n")
+def show(value: object, *, as_json: bool, text: str, done: str = "") -> None:
+    """One value, two renderings: ``value`` as JSON, or ``text``, whose parts went through the sanitizer already.
+
+    ``done``: what holds although stdout cannot take the report, for the IOFailed that says so.
+    """
+    rendered = as_json_text(value) if as_json else redact(text)
+    try:
+        sys.stdout.write(rendered + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        told = f"{error.strerror}: the report could not be written to stdout."
+        raise IOFailed(f"{told} {done}" if done else f"{told} Send it elsewhere, and run the command again.") from error
 
 
-def emit_json(value: object) -> None:
-    """``value`` (dataclasses, tuples, paths too) as one JSON object on stdout: one line, but indented on a terminal."""
+def as_json_text(value: object) -> str:
+    """``value`` (dataclasses, tuples, paths too) as one JSON object: one line, but indented on a terminal."""
     indent = 2 if sys.stdout.isatty() else None
-    sys.stdout.write(redact(json.dumps(jsonable(value), indent=indent, allow_nan=False)) + "\n")
+    return redact(json.dumps(jsonable(value), indent=indent, allow_nan=False))
 
 
 def jsonable(value: object) -> Any:
@@ -275,8 +287,11 @@ def write_step_summary(text: str) -> None:
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if not path:
         return
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # never wait for a FIFO
     try:
-        with open(path, "a", encoding="utf-8", errors="backslashreplace") as summary:
+        with open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace") as summary:
+            if not stat.S_ISREG(os.fstat(summary.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
             summary.write(redact(text) + "\n\n")
     except OSError as error:
         warn(f"the summary was not written to {path}: {error.strerror}.")

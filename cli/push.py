@@ -43,7 +43,12 @@ def push(
         )
     for note in result.notes:
         say(f"Note: {note}.", quiet=quiet)
-    show(result.as_json(), as_json=as_json, text=facts(report(result)))
+    show(result.as_json(), as_json=as_json, text=facts(report(result)), done=outcome(result))
+
+
+def outcome(result: PushResult) -> str:
+    """What holds after the push, whether or not its report can be written."""
+    return "" if result.dry_run else f"{result.url} has the checkpoint. There is nothing to run again."
 
 
 def report(result: PushResult) -> list[tuple[str, str]]:

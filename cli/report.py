@@ -59,7 +59,7 @@ def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, qui
         warn(warning)
     sections = pipeline_sections(summary) if isinstance(summary, PipelineSummary) else model_sections(summary)
     texts = [*(section.text() for section in sections), *pushed_text(summary.pushed)]
-    show(summary.as_json(), as_json=as_json, text="\n\n".join(texts))
+    show(summary.as_json(), as_json=as_json, text="\n\n".join(texts), done=outcome(summary))
     if not summary.dry_run:
         page = [section.markdown() for section in sections]
         write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *page]))
@@ -73,8 +73,16 @@ def present_existing(found: UpToDate, *, as_json: bool) -> None:
         f"{found.output} is up to date: made from the same source with the same settings, and complete. Nothing to do."
     )
     say(text, quiet=not as_json)
-    show(found.as_json(), as_json=as_json, text="\n\n".join([plain(text), *pushed_text(found.pushed)]))
+    show(found.as_json(), as_json=as_json, text="\n\n".join([plain(text), *pushed_text(found.pushed)]), done=text)
     write_step_summary(f"### qz\n\n{markdown(text)}")
+
+
+def outcome(summary: Summary | PipelineSummary) -> str:
+    """What holds after the run, whether or not its report can be written."""
+    if summary.dry_run:
+        return ""
+    made = f"{summary.output} is complete. " if summary.output else ""
+    return made + (f"{summary.pushed.url} has it. " if summary.pushed else "") + "There is nothing to run again."
 
 
 def pushed_text(pushed: PushResult | None) -> list[str]:

@@ -59,7 +59,7 @@ def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("HF_TOKEN", "canary-of-the-environment")
     looks_like_one = "hf_" + "aB3" * 12
     output.say(f"401 for canary-of-the-environment, {looks_like_one}")
-    output.emit_json({"message": f"Bearer {looks_like_one}"})
+    output.show({"message": f"Bearer {looks_like_one}"}, as_json=True, text="")
     out, err = capsys.readouterr()
     assert "canary" not in out + err
     assert "aB3" not in out + err

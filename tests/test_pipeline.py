@@ -298,6 +298,19 @@ def test_code_of_its_own_is_refused(changed: Path, tmp_path: Path) -> None:
         run(quantize, changed, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize("asked", [{}, {"components": "vae"}, {"component": ["vae=none"]}])
+@pytest.mark.parametrize("parts", [{}, {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}])
+def test_a_pipeline_without_weights_is_a_missing_input(
+    parts: dict[str, Any], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline = tmp_path / "empty"
+    (pipeline / "scheduler").mkdir(parents=True)
+    (pipeline / "scheduler" / "scheduler_config.json").write_text("{}")
+    (pipeline / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
+    with pytest.raises(MissingInput, match="no component with weights"):
+        run(quantize, pipeline, output=tmp_path / "out", **asked)
+
+
 def test_names_that_lead_out_of_the_pipeline_are_refused(changed: Path, tmp_path: Path) -> None:
     rewrite(changed / "model_index.json", **{"../flux/vae": ["diffusers", "AutoencoderKL"]})
     with pytest.raises(MalformedInput, match="names a component"):

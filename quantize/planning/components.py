@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qz import Unsupported, UsageError
+from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.quantize.methods import Method
 from qz.quantize.planning.nearest import nearest
@@ -67,9 +67,12 @@ def choose(
     """What to do with each component, in the pipeline's order.
 
     ``only`` names those to quantize with ``method``, instead of the ones that are worth it; ``methods`` gives some a
-    method of their own, or None to keep them. Raises UsageError for a name that is no component with weights, and
-    Unsupported where nothing is worth quantizing.
+    method of their own, or None to keep them. Raises MissingInput where no component has weights, UsageError for a name
+    that is no component with weights, and Unsupported where nothing is worth quantizing.
     """
+    if not any(component.checkpoint for component in pipeline.components):
+        where = pipeline.folder.location
+        raise MissingInput(f"{where} has no component with weights to quantize. Get a complete copy of the pipeline.")
     methods = dict(methods or {})
     _require_models(pipeline, (*(only or ()), *(name for name, own in methods.items() if own is not None)))
     _require_known(pipeline, methods)

@@ -1,0 +1,58 @@
+"""Standard streams as they should be: there when the caller closed them, and no reason to fail once they break."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+
+
+def open_streams() -> None:
+    """Put /dev/null where a standard stream is closed, as in ``qz … >&-``: nobody wants to read what goes there.
+
+    Otherwise the next file that is opened would get the stream's number, and with it all that a library prints.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            _to_nowhere(number)
+        if getattr(sys, name) is None:
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115  stays open to the end
+            setattr(sys, name, stream)
+
+
+def tell(text: str) -> None:
+    """``text`` on stderr. If that cannot be written to, the work goes on, and the rest of the talk goes nowhere."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _to_nowhere(sys.stderr.fileno())
+
+
+def closed_pipe() -> int:
+    """Nobody reads what is written, or it cannot be: end in silence, with the exit code of an I/O error."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream.fileno())
+    return 74
+
+
+def flush_streams() -> None:
+    """Bring out what is left, as far as it can be."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+
+
+def _to_nowhere(number: int) -> None:
+    """Let this descriptor lead to /dev/null."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere == number:
+        os.set_inheritable(number, True)
+    else:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
