@@ -53,6 +53,8 @@ def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, qui
         for note in summary.pushed.notes:
             say(f"Note: {note}.", quiet=quiet)
     if isinstance(summary, UpToDate):
+        for note in summary.notes:
+            warn(note)
         present_existing(summary, as_json=as_json)
         return
     for warning in summary.warnings:

@@ -24,11 +24,13 @@ LONGEST_REPO_ID = 200
 """Characters; the Hub has 96 for each of the two names."""
 
 
-def open_source(source: str, subfolder: str | None = None, revision: str | None = None) -> Folder:
+def open_source(
+    source: str, subfolder: str | None = None, revision: str | None = None, *, cached: bool = True
+) -> Folder:
     """The folder that ``source`` names; MissingInput if it is neither a local folder nor a repository id.
 
     A path that exists is local; one that begins with ``.``, ``/`` or ``~``, or has more than one slash, cannot be
-    anything else.
+    anything else. ``cached``: whether a repository may come from the Hub cache if the Hub does not answer.
     """
     path = local_path(source)
     folder: Folder
@@ -38,7 +40,7 @@ def open_source(source: str, subfolder: str | None = None, revision: str | None 
         from qz.formats.hub.repository import open_repo
 
         try:
-            folder = open_repo(source, revision=revision)
+            folder = open_repo(source, revision=revision, cached=cached)
         except (HubUnreachable, MissingInput) as error:
             raise type(error)(f"{error} There is no local folder {source} either.") from error
     else:
@@ -69,11 +71,22 @@ class OpenedSource:
     root: Folder
     folder: Folder
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of where the files come from."""
+        note = getattr(self.root, "note", None)
+        return () if note is None else (note,)
+
 
 @contextmanager
-def opened(location: str, subfolder: str | None = None, revision: str | None = None) -> Iterator[OpenedSource]:
-    """The source, closed afterwards. Raises MissingInput, and what the Hub answers."""
-    root = folder = open_source(location, None, revision)
+def opened(
+    location: str, subfolder: str | None = None, revision: str | None = None, *, cached: bool = True
+) -> Iterator[OpenedSource]:
+    """The source, closed afterwards, with ``cached`` as in ``open_source``.
+
+    Raises MissingInput, and what the Hub answers.
+    """
+    root = folder = open_source(location, None, revision, cached=cached)
     try:
         folder = enter(root, subfolder)
         yield OpenedSource(location, subfolder, root, folder)

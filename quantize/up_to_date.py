@@ -106,6 +106,8 @@ class UpToDate:
     location: str
     """Of the source, as it was named."""
     pushed: PushResult | None = None
+    notes: tuple[str, ...] = ()
+    """What the user should know of where the source's files come from."""
 
     def as_json(self) -> dict[str, Any]:
         """The report of the run that made the output, as of a run that had nothing to do."""
@@ -113,8 +115,10 @@ class UpToDate:
         told = {key: value for key, value in self.record.about.items() if key not in hidden}
         source = told.get("source")
         shards = [file for file in self.record.files if file.name.endswith(".safetensors")]
+        warnings = told.get("warnings")
         report = {
             **told,
+            "warnings": [*(warnings if isinstance(warnings, list) else ()), *self.notes],
             "source": {**(source if isinstance(source, dict) else {}), "location": self.location},
             "output": str(self.output),
             "dry_run": False,

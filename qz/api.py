@@ -130,7 +130,7 @@ def quantize(
     )
     location = str(source)
     on_progress(Progress("Reading headers"))
-    with opened(location, subfolder, revision) as found:
+    with opened(location, subfolder, revision, cached=push is None) as found:
         to = _destination(push, push_subfolder, public, found)
         publication = _publication(to, found, if_exists, on_progress) if push_only else None
         conversion = Conversion(
@@ -211,7 +211,7 @@ def dequantize(
         weights_only=weights_only,
     )
     on_progress(Progress("Reading headers"))
-    with opened(str(source), subfolder, revision) as found:
+    with opened(str(source), subfolder, revision, cached=push is None) as found:
         to = _destination(push, push_subfolder, public, found)
         publication = _publication(to, found, if_exists, on_progress) if push_only else None
         conversion = Conversion(
@@ -273,6 +273,7 @@ def inspect(
         with closing(LocalFolder(path.parent)) as parent:
             return inspect_file(parent, path.name, Origin(location, None, None))
     from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.checkpoint.problems import Problem
     from qz.formats.source import opened
 
     if path is None:
@@ -291,7 +292,7 @@ def inspect(
             from qz.quantize.inspection.verification import verify as compare
 
             found = found.with_verified(*compare(folder, opened_source.root, on_progress))
-        return found
+        return found.with_problems(Problem("warning", "hub-cache", location, note) for note in opened_source.notes)
 
 
 def push(
@@ -354,10 +355,11 @@ def _publication(
 
 
 def _published(done: Converted, to: Destination | None, source: OpenedSource, on_progress: OnProgress) -> Converted:
-    """The report of a conversion with that of the push that follows it, if one was asked for."""
+    """The report of a conversion, with what is to be told of its source, and of the push, if one was asked for."""
     from qz.formats.publish.push import push as send
     from qz.formats.source import is_restricted
 
+    done = replace(done, notes=(*done.notes, *source.notes))
     if to is None or getattr(done, "dry_run", False) or done.pushed is not None:
         return done
     pushed = send(Path(done.output), to, source_private=is_restricted(source.folder), progress=on_progress)

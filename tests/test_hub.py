@@ -619,6 +619,40 @@ def test_offline_the_cache_is_all_there_is(hub: HubServer, monkeypatch: pytest.M
     assert not hub.requests
 
 
+@pytest.mark.parametrize("answer", [{"status": 503}, {"drop": True}])
+def test_when_the_hub_does_not_answer_a_complete_copy_in_the_cache_is_used_and_that_is_said(
+    hub: HubServer, answer: dict[str, Any]
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    hub.add("me/model", FILES)
+    snapshot_download("me/model")
+    fault = hub.fail("info", **answer)
+    folder = opened(hub)
+    assert fault.seen
+    assert stream(folder) == WEIGHTS
+    assert folder.note is not None
+    assert f"Used instead: {folder.location} from the Hub cache" in folder.note
+    assert "main may name a newer commit" in folder.note
+    assert "newer" not in str(opened(hub, revision=folder.commit).note)
+    assert "does not exist in the cache, and the Hub does not answer" in failure(
+        lambda: read(folder, Range("other.json", 0, 2)), MissingInput
+    )
+    failure(lambda: opened(hub, cached=False), HubUnreachable)
+
+
+def test_a_copy_in_the_cache_that_is_not_known_to_be_complete_is_not_used(hub: HubServer, tmp_path: Path) -> None:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    hub.add("me/parts", FILES)
+    hf_hub_download("me/parts", "config.json")
+    hub.add("me/broken", FILES)
+    next(Path(snapshot_download("me/broken")).glob("model.safetensors")).unlink()
+    hub.fail("info", status=503)
+    for name in ("me/parts", "me/broken", "me/never"):
+        failure(lambda name=name: opened(hub, name), HubUnreachable)  # type: ignore[misc]
+
+
 def test_a_failure_while_headers_are_read_is_not_blamed_on_the_checkpoint(hub: HubServer) -> None:
     hub.add("me/model", FILES)
     hub.fail("cdn", status=503)

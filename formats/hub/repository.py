@@ -51,18 +51,39 @@ KEPT = 32 << 20
 
 
 def open_repo(
-    repo_id: str, *, revision: str | None = None, retries: Retries | None = None, pace: Pace | None = None
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    cached: bool = True,
+    retries: Retries | None = None,
+    pace: Pace | None = None,
 ) -> HubFolder:
     """The root folder of a model repository at the commit that ``revision`` (default: main) names now.
 
-    With HF_HUB_OFFLINE set, what the cache has of it. Raises MissingInput (no such repository or revision, or it is
-    private), PermissionRefused, HubUnreachable, TryAgain, UsageError (not a repository name).
+    With HF_HUB_OFFLINE set, what the cache has of it. If the Hub does not answer and ``cached`` is true, the commit
+    that ``revision`` named last, if the cache holds all of it; then ``note`` says so.
+
+    Raises MissingInput (no such repository or revision, or it is private), PermissionRefused, HubUnreachable, TryAgain,
+    UsageError (not a repository name).
     """
+    if is_offline_mode():
+        with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=constants.ENDPOINT):
+            return _cached(hub_api(), repo_id, revision)
+    try:
+        return _current(repo_id, revision, retries, pace)
+    except HubUnreachable as error:
+        folder = _complete_in_cache(repo_id, revision) if cached else None
+        if folder is None:
+            raise
+        older = "" if revision == folder.commit else f"; {revision or 'main'} may name a newer commit by now"
+        folder.note = f"{error} Used instead: {folder.location} from the Hub cache, which holds all of it{older}"
+        return folder
+
+
+def _current(repo_id: str, revision: str | None, retries: Retries | None, pace: Pace | None) -> HubFolder:
     endpoint = constants.ENDPOINT
     with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=endpoint):
         api = hub_api()
-        if is_offline_mode():
-            return _cached(api, repo_id, revision)
         info = patiently(lambda: api.model_info(repo_id, revision=revision, timeout=API_TIMEOUT), retries)
         card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
         validate_repo_id(info.id)
@@ -90,12 +111,25 @@ def _cached(api: HfApi, repo_id: str, revision: str | None) -> HubFolder:
     return HubFolder(api, repo_id, snapshot.name, snapshot=snapshot)
 
 
+def _complete_in_cache(repo_id: str, revision: str | None) -> HubFolder | None:
+    """The snapshot that ``revision`` named last, if the listing kept with it shows that nothing of it is missing."""
+    try:
+        snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    # Without its listing (huggingface_hub's trees/COMMIT.json), snapshot_download cannot tell, and returns a part too.
+    listed = (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").is_file()
+    return HubFolder(hub_api(), repo_id, snapshot.name, snapshot=snapshot) if listed else None
+
+
 class HubFolder:
     """A folder of a model repository at one commit; a ``Folder``. ``private`` and ``gated`` are None if unknown."""
 
     revision: str | None = None
     private: bool | None = None
     gated: str | bool | None = None
+    note: str | None = None
+    """What the user should know of where the files come from."""
     license: Mapping[str, Any] = MappingProxyType({})
     """license, license_name and license_link of the repository's card, as far as given."""
 
@@ -147,12 +181,8 @@ class HubFolder:
             retries=self._retries,
             pace=self._pace,
         )
-        inner.revision, inner.private, inner.gated, inner.license = (
-            self.revision,
-            self.private,
-            self.gated,
-            self.license,
-        )
+        inner.revision, inner.private, inner.gated = self.revision, self.private, self.gated
+        inner.license, inner.note = self.license, self.note
         try:
             inner.sizes()
         except MissingInput:
@@ -279,7 +309,8 @@ class HubFolder:
         try:
             return self._listed()[name]
         except KeyError:
-            offline = " in the cache, and HF_HUB_OFFLINE is set" if self._snapshot else ""
+            why = "the Hub does not answer" if self.note else "HF_HUB_OFFLINE is set"
+            offline = f" in the cache, and {why}" if self._snapshot else ""
             raise MissingInput(f"{self.location}/{name} does not exist{offline}.") from None
 
     # What comes by ranges

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,9 @@ class PipelineInspection:
 
     def with_verified(self, verified: Verified, problems: tuple[Problem, ...]) -> PipelineInspection:
         return replace(self, verified=verified, own_problems=worst_first((*self.own_problems, *problems)))
+
+    def with_problems(self, problems: Iterable[Problem]) -> PipelineInspection:
+        return replace(self, own_problems=worst_first((*self.own_problems, *problems)))
 
     @property
     def models(self) -> dict[str, Inspection]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -103,6 +103,9 @@ class Inspection:
 
     def with_verified(self, verified: Verified, problems: tuple[Problem, ...]) -> Inspection:
         return replace(self, verified=verified, problems=worst_first((*self.problems, *problems)))
+
+    def with_problems(self, problems: Iterable[Problem]) -> Inspection:
+        return replace(self, problems=worst_first((*self.problems, *problems)))
 
     @property
     def errors(self) -> tuple[Problem, ...]:
