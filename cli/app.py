@@ -33,6 +33,7 @@ COMMANDS = {
     "inspect": "Show what a checkpoint holds, and what is wrong with it.",
     "dequantize": "Turn a quantized model back into an ordinary one.",
     "push": "Publish a checkpoint on the Hub.",
+    "calibrate": "Record what quantization can know of a model's inputs.",
 }
 EXAMPLES = {
     "quantize": (
@@ -43,6 +44,10 @@ EXAMPLES = {
     "inspect": ("qz inspect ./my-model-nf4", "qz inspect ./my-model --tensors --filter '*.attn.*'"),
     "dequantize": ("qz dequantize ./my-model-nf4 --dtype bf16", "qz dequantize ./my-model-nf4 --against ./my-model"),
     "push": ("qz push ./my-model-nf4 me/my-model-nf4", "qz push ./my-model-nf4 me/my-model-nf4 --dry-run"),
+    "calibrate": (
+        "qz calibrate ./my-model -o my-model.statistics.safetensors",
+        "qz calibrate ./my-model -o my-model.statistics.safetensors --text prose.txt --hessians",
+    ),
 }
 """Shown at the end of each command's help."""
 DISTRIBUTIONS = {"accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "numpy", "torch", "transformers"}

@@ -411,6 +411,46 @@ FsyncOpt = Annotated[
     ),
 ]
 
+StatisticsOpt = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The file to write, such as my-model.statistics.safetensors.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+TextOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="What the model reads: plain text in UTF-8. Default: a few pages that come with qz.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+TokensOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        help="How many tokens of it.",
+        show_default="1024, with --hessians 16384",
+        rich_help_panel=SELECTION,
+    ),
+]
+HessiansOpt = Annotated[
+    bool,
+    flag(
+        "--hessians",
+        help="Record Hessians too, for --rounding gptq, in files beside the output; large. Needs --text.",
+        panel=OUTPUT,
+    ),
+]
+
 DeviceOpt = Annotated[
     str,
     typer.Option(

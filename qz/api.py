@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination, PushResult
     from qz.formats.publish.publication import Publication
     from qz.formats.source import OpenedSource
+    from qz.quantize.calibration.run import Calibration
     from qz.quantize.inspection.pipeline import PipelineInspection
     from qz.quantize.inspection.report import Inspection
     from qz.quantize.pipeline_summary import PipelineSummary
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     Converted = Summary | PipelineSummary | UpToDate
 
-__all__ = ["Fp4", "Int8", "Nf4", "Progress", "dequantize", "inspect", "push", "quantize"]
+__all__ = ["Fp4", "Int8", "Nf4", "Progress", "calibrate", "dequantize", "inspect", "push", "quantize"]
 
 AnyPath = str | PathLike[str]
 P = ParamSpec("P")
@@ -319,6 +320,42 @@ def push(
     private = None if public is None else not public
     to = Destination(repo_id, subfolder or "", branch, create_pr, private, message, replace)
     return send(Path(folder), to, dry_run=dry_run, progress=on_progress)
+
+
+def calibrate(
+    source: AnyPath,
+    output: AnyPath,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    text: AnyPath | None = None,
+    tokens: int | None = None,
+    hessians: bool = False,
+    device: str = "auto",
+    on_progress: OnProgress = ignore,
+) -> Calibration:
+    """Run a 16-bit transformers model on a text and write the statistics of its linears' inputs to ``output``.
+
+    One block of the model and the hidden states are in memory at a time. ``text`` is a file, by default qz's own text;
+    ``tokens`` of it are read. ``hessians`` adds what ``quantize(…, rounding="gptq")`` needs, in files beside it.
+    An interrupted run starts over. Raises ``qz.QzError``; then there is no output.
+    """
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.checkpoint.survey import open_checkpoint
+    from qz.formats.source import enter, opened
+    from qz.quantize.calibration.run import CalibrationRequest
+    from qz.quantize.calibration.run import calibrate as run
+
+    request = CalibrationRequest(Path(output), Path(text) if text is not None else None, tokens, hessians, device)
+    on_progress(Progress("Reading headers"))
+    with opened(str(source), subfolder, revision) as found:
+        if is_pipeline(found.folder):
+            raise UsageError(f"{found.folder.location} is a pipeline. Name a text encoder of it with --subfolder.")
+        beside = (subfolder or "").strip("/").replace("text_encoder", "tokenizer")
+        in_pipeline = is_pipeline(found.root) and beside in found.root.subfolders()
+        tokenizer = enter(found.root, beside) if in_pipeline else found.folder
+        return run(open_checkpoint(found.folder, variant), tokenizer, str(source), request, on_progress)
 
 
 def _destination(

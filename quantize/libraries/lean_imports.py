@@ -38,6 +38,12 @@ def allow() -> None:
     _allowed = os.environ.get("QZ_LEAN") != "0"
 
 
+def forbid() -> None:
+    """Say that this process runs a model after all: the libraries are imported whole from now on."""
+    global _allowed
+    _allowed = False
+
+
 def is_allowed() -> bool:
     return _allowed
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -158,11 +159,9 @@ def _load(
     try:
         # Without initial values for weights that have none: torch would import sympy for them.
         with _temporary_folder() as folder, no_init_weights():
-            config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
-            _store(folder / "config.json", json.dumps(config).encode())
             model, info = model_class.model.from_pretrained(
                 None,
-                config=model_class.config.from_pretrained(folder),
+                config=config_in_folder(checkpoint, model_class.config),
                 state_dict=state,
                 device_map="meta",
                 dtype=request.dtype,
@@ -182,6 +181,14 @@ def _load(
         key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
     }
     return model, set(info["missing_keys"]) - mismatched.keys(), mismatched
+
+
+def config_in_folder(checkpoint: Checkpoint, config_class: Any) -> Any:
+    """The checkpoint's config as an object of the library, which reads it from a folder."""
+    with _temporary_folder() as folder:
+        config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
+        _store(folder / "config.json", json.dumps(config).encode())
+        return config_class.from_pretrained(folder)
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+"""Run a model block by block: one block's weights and the hidden states of every batch are in memory at once.
+
+The model's own forward runs, once for each batch, in a thread of its own that waits wherever a block begins whose
+weights are not there. When all of them wait, the next block is loaded, and one thread after the other goes through it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from qz.quantize.calibration.weights import Weights
+
+
+class Finished(BaseException):
+    """Raised by a hook when a forward has come as far as it needs to."""
+
+
+class _GivenUp(BaseException):
+    """Raised where a thread waits when there is no point in going on."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    """One forward, and the part of the model that it waits for."""
+
+    arguments: Mapping[str, torch.Tensor]
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    waits_for: str | None = None
+    done: bool = False
+    error: BaseException | None = None
+    thread: threading.Thread | None = None
+
+
+def parts_of(model: Any) -> dict[str, Any]:
+    """What is loaded when it is called, by path: each block (an item of an outermost list) and each embedding."""
+    import torch
+
+    parts: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{part}.") for part in parts):
+            continue
+        if isinstance(module, torch.nn.ModuleList):
+            parts |= {f"{path}.{name}": block for name, block in module.named_children()}
+        elif isinstance(module, torch.nn.Embedding):
+            parts[path] = module
+    return {path: module for path, module in parts.items() if next(module.parameters(), None) is not None}
+
+
+class BlockPass:
+    """One pass of several batches through a model. ``visited`` is called when all batches have left a part."""
+
+    def __init__(self, model: Any, weights: Weights, visited: Callable[[str], None]) -> None:
+        self.model, self.weights, self.visited = model, weights, visited
+        self.parts = parts_of(model)
+        self.loaded: str | None = None
+        self.here = threading.local()
+        self.back = threading.Semaphore(0)
+        self.given_up = False
+
+    def run(self, batches: Iterable[Mapping[str, torch.Tensor]], used: Callable[[Any], None] | None = None) -> None:
+        """Run every batch; ``used`` is given what a forward returns. Raises what the first failing forward raised."""
+        handles = [
+            module.register_forward_pre_hook(self._waits(path), prepend=True) for path, module in self.parts.items()
+        ]
+        running = [_Batch(batch) for batch in batches]
+        try:
+            for each in running:
+                each.thread = threading.Thread(target=self._forward, args=(each, used), daemon=True)
+                each.thread.start()
+                self._await(each)
+            while waiting := [each for each in running if not each.done]:
+                self._through(str(waiting[0].waits_for), waiting)
+        finally:
+            self._give_up(running)
+            for handle in handles:
+                handle.remove()
+
+    def _through(self, part: str, waiting: Sequence[_Batch]) -> None:
+        self.weights.load(part, self.parts[part])
+        self.loaded = part
+        for each in waiting:
+            if each.waits_for == part:
+                each.waits_for = None
+                each.go.release()
+                self._await(each)
+        self.loaded = None
+        self.weights.release(part, self.parts[part])
+        self.visited(part)
+
+    def _await(self, each: _Batch) -> None:
+        self.back.acquire()
+        if each.error is not None:
+            raise each.error
+
+    def _forward(self, each: _Batch, used: Callable[[Any], None] | None) -> None:
+        import torch
+
+        self.here.batch = each
+        try:
+            with torch.inference_mode():
+                answer = self.model(**each.arguments)
+                if used is not None:
+                    used(answer)
+        except (Finished, _GivenUp):
+            pass
+        except BaseException as error:  # noqa: BLE001  raised again where the pass was started
+            each.error = error
+        each.done = True
+        self.back.release()
+
+    def _waits(self, path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            each: _Batch = self.here.batch
+            if self.loaded != path:
+                each.waits_for = path
+                self.back.release()
+                each.go.acquire()
+            if self.given_up:
+                raise _GivenUp
+
+        return hook
+
+    def _give_up(self, running: Sequence[_Batch]) -> None:
+        """End the threads that still wait."""
+        self.given_up = True
+        for each in running:
+            each.go.release()
+        for each in running:
+            if each.thread is not None:
+                each.thread.join()

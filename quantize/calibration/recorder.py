@@ -1,0 +1,85 @@
+"""Sums over the inputs of a model's linears while it runs: of squares, or of outer products."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from qz import Unsupported
+from qz.quantize.calibration.blocks import Finished
+from qz.quantize.calibration.statistics import MAX_HESSIAN_INPUTS, Floats, InputSums
+
+
+class Recorder:
+    """Hooks on ``linears``, by path. A forward ends at ``head``, whose output nobody needs.
+
+    With ``hessians``, linears that are called with the same tensor share one sum, under the name of the first.
+    """
+
+    def __init__(self, linears: Mapping[str, Any], head: Any, *, hessians: bool) -> None:
+        self.hessians, self.head = hessians, head
+        self.sums = {f"{path}.weight": np.zeros(_inputs(module), np.float64) for path, module in linears.items()}
+        self.tokens = dict.fromkeys(self.sums, 0)
+        self.products: dict[str, torch.Tensor] = {}
+        """Of the part that is running, by the first weight's name, float32[in, in]."""
+        self.first: dict[str, str] = {}
+        """Weight → the one whose sum it shares."""
+        self.written: set[str] = set()
+        self.last = threading.local()
+        self.handles = [
+            module.register_forward_pre_hook(self._hook(f"{path}.weight", module), with_kwargs=True)
+            for path, module in linears.items()
+        ]
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def take_hessians(self) -> dict[str, Floats]:
+        """What has been summed since the last time; the diagonals become the sums of squares."""
+        taken = {name: product.cpu().numpy() for name, product in self.products.items()}
+        self.products.clear()
+        self.written |= taken.keys()
+        for name, first in self.first.items():
+            if first in taken:
+                self.sums[name] = taken[first].diagonal().astype(np.float64)
+        return taken
+
+    def input_sums(self) -> dict[str, InputSums]:
+        return {name: InputSums(values.astype(np.float32), self.tokens[name]) for name, values in self.sums.items()}
+
+    def _hook(self, name: str, module: Any) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else kwargs["input"]
+            x = given.flatten(0, -2).float()
+            self.tokens[name] += len(x)
+            if self.hessians and x.shape[1] <= MAX_HESSIAN_INPUTS:
+                self._multiply(name, given, x)
+            else:
+                self.sums[name] += x.square().sum(0).cpu().double().numpy()
+            if module is self.head:
+                raise Finished
+
+        return hook
+
+    def _multiply(self, name: str, given: torch.Tensor, x: torch.Tensor) -> None:
+        if getattr(self.last, "given", None) is not given:
+            self.last.given, self.last.name = given, name
+        first = self.last.name
+        if self.first.setdefault(name, first) != first or first in self.written:
+            raise Unsupported(
+                f"{name} is used in more than one place of the model: its Hessian cannot be summed block by block. "
+                "Calibrate without --hessians."
+            )
+        if first == name:
+            product = self.products.setdefault(name, torch.zeros((x.shape[1],) * 2, device=x.device))
+            product.addmm_(x.T, x)
+
+
+def _inputs(module: Any) -> int:
+    """A ``Conv1D`` holds (in, out), a ``Linear`` (out, in)."""
+    return int(module.weight.shape[1 if isinstance(module, torch.nn.Linear) else 0])

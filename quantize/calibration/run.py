@@ -1,0 +1,206 @@
+"""``qz calibrate``: run a model on a text, block by block from its checkpoint, and record the inputs of its linears."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qz import OutputRefused, Unsupported, UsageError
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.folder import Folder
+from qz.formats.output.disk import Disk
+from qz.progress import OnProgress, Progress
+from qz.quantize.calibration.importance import GPTQ_TOKENS
+from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
+from qz.quantize.libraries.architecture import LoadRequest
+from qz.quantize.libraries.examine import examine
+from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
+
+TOKENS = 1024
+"""More of them hardly change the importance of inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationRequest:
+    """``text``: a file, or None for qz's own. ``tokens``: as many are read; None for as many as are enough."""
+
+    output: Path
+    text: Path | None = None
+    tokens: int | None = None
+    hessians: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.hessians and self.text is None:
+            raise UsageError(
+                f"--hessians need a text of {GPTQ_TOKENS:,} tokens or more, of the kind that the model is for. "
+                "Name one with --text FILE."
+            )
+        if self.tokens is not None and self.tokens < 1:
+            raise UsageError(f"--tokens {self.tokens} is not a number of tokens. The default is {TOKENS:,}.")
+
+    @property
+    def wanted(self) -> int:
+        return self.tokens or (GPTQ_TOKENS if self.hessians else TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was recorded. ``unseen``: weights of linears that no token came to."""
+
+    source: str
+    output: str
+    architecture: str
+    text: str
+    """The file's name, or ``default``."""
+    tokens: int
+    sequences: int
+    linears: int
+    unseen: tuple[str, ...]
+    hessian_files: tuple[str, ...]
+    hessian_bytes: int
+    device: str
+    dtype: str
+    bytes_read: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "dry_run"}
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise OutputRefused for an output that is there, or has no folder to be in."""
+    if output.exists() or output.is_symlink():
+        raise OutputRefused(f"{output} exists. Move it away, or choose another file with -o/--output.")
+    if not output.parent.is_dir():
+        raise OutputRefused(f"{output.parent} is not a folder. Make it, or choose another file with -o/--output.")
+
+
+def calibrate(
+    checkpoint: Checkpoint, tokenizer_folder: Folder, source: str, request: CalibrationRequest, progress: OnProgress
+) -> Calibration:
+    """Record the inputs and write the file, which is complete or absent. Raises what reading and running raise."""
+    refuse_existing(request.output)
+    refuse_quantized(checkpoint)
+    if checkpoint.library != "transformers":
+        raise Unsupported(
+            f"{checkpoint.folder.location}: calibration runs models of transformers on text, and this is one of "
+            f"{checkpoint.library}. Quantize it with --scales search, which needs no calibration."
+        )
+    architecture = examine(
+        checkpoint, LoadRequest(None), equal=lambda one, other: equal_tensors(checkpoint, one, other)
+    )
+    run = _Run(checkpoint, source, request, progress)
+    return run.run(architecture.class_name, architecture.dtype, tokenizer_folder)
+
+
+class _Run:
+    def __init__(self, checkpoint: Checkpoint, source: str, request: CalibrationRequest, progress: OnProgress) -> None:
+        self.checkpoint, self.source, self.request, self.progress = checkpoint, source, request, progress
+        self.begun = time.monotonic()
+        self.files: dict[str, str] = {}
+        self.places: dict[str, str] = {}
+        """First weight's name → the file of its Hessian."""
+        self.passed: set[str] = set()
+
+    def run(self, class_name: str, dtype: str, tokenizer_folder: Folder) -> Calibration:
+        from qz.quantize.calibration import text
+        from qz.quantize.calibration.blocks import BlockPass
+        from qz.quantize.calibration.recorder import Recorder
+        from qz.quantize.calibration.weights import Weights
+        from qz.quantize.compute.run_device import run_device
+        from qz.quantize.libraries.runnable import runnable, running
+
+        request = self.request
+        words = text.default_text() if request.text is None else text.read_text_file(request.text)
+        if not words.strip():
+            raise UsageError("The text is empty. Name one of a few pages with --text FILE.")
+        tokenizer = text.open_tokenizer(tokenizer_folder)
+        device, run_dtype = run_device(request.device, dtype)
+        model = runnable(self.checkpoint, class_name, run_dtype, device)
+        rows = text.sequences(tokenizer, words, model.longest, request.wanted)
+        tokens = sum(map(len, rows))
+        recorder = Recorder(model.linears, model.head, hessians=request.hessians)
+        weights = Weights(self.checkpoint, model)
+
+        def visited(part: str) -> None:
+            self.passed.add(part)
+            if request.hessians:
+                self._write(recorder.take_hessians())
+            self.progress(Progress("Calibrating", len(self.passed), len(steps.parts), unit="block"))
+
+        steps = BlockPass(model.model, weights, visited)
+        try:
+            with running(class_name, self.checkpoint.folder.location):
+                weights.load_rest(steps.parts, model.head)
+                steps.run([model.arguments(ids) for ids in text.batches(rows)])
+            if request.hessians:
+                self._write(recorder.take_hessians())
+            sums = recorder.input_sums()
+            places = {
+                name: HessianPlace(self.places[first], first + HESSIAN)
+                for name, first in recorder.first.items()
+                if first in self.places
+            }
+            told = {
+                "architecture": class_name,
+                "tokens": str(tokens),
+                "text": "default" if request.text is None else "own",
+            }
+            refuse_existing(request.output)
+            write_statistics(request.output, sums, told, places, self.files)
+        except BaseException:
+            self._forget()
+            raise
+        finally:
+            recorder.close()
+        unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
+        return Calibration(
+            self.source,
+            str(request.output),
+            class_name,
+            "default" if request.text is None else request.text.name,
+            tokens,
+            len(rows),
+            len(sums),
+            unseen,
+            tuple(self.files),
+            sum(request.output.with_name(file).stat().st_size for file in self.files),
+            str(device),
+            str(run_dtype).removeprefix("torch."),
+            weights.bytes_read,
+            time.monotonic() - self.begun,
+            self._warnings(tokens, unseen),
+        )
+
+    def _warnings(self, tokens: int, unseen: tuple[str, ...]) -> tuple[str, ...]:
+        request, found = self.request, []
+        if tokens < request.wanted:
+            found.append(f"the text has {tokens:,} tokens for this model, fewer than the {request.wanted:,} asked for")
+        if request.hessians and tokens < GPTQ_TOKENS:
+            found.append(f"with fewer than {GPTQ_TOKENS:,} tokens, GPTQ fits the text more than the model")
+        if unseen:
+            count = "1 linear" if len(unseen) == 1 else f"{len(unseen)} linears"
+            shown = ", ".join(unseen[:3]) + (" …" if len(unseen) > 3 else "")
+            found.append(f"no token came to {count}, whose inputs will count all the same: {shown}")
+        return tuple(found)
+
+    def _write(self, hessians: dict[str, Any]) -> None:
+        """One file of Hessians beside the output, for each part of the model that has some."""
+        if not hessians:
+            return
+        file = f"{self.request.output.stem}.hessians-{len(self.files) + 1:05}.safetensors"
+        path = self.request.output.with_name(file)
+        refuse_existing(path)
+        self.files[file] = write_hessians(path, hessians)
+        self.places |= dict.fromkeys(hessians, file)
+
+    def _forget(self) -> None:
+        """Remove the Hessians of a run that failed: without the statistics nobody can use them."""
+        disk = Disk()
+        for file in self.files:
+            disk.remove(self.request.output.with_name(file))

@@ -1,0 +1,97 @@
+"""What a model reads when it is calibrated: a text, as tokens of its own tokenizer."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qz import MissingInput, Unsupported, UsageError
+from qz.formats.folder import Folder, read_file
+from qz.quantize.libraries.boundary import describe
+from qz.quantize.libraries.isolation import isolated
+
+TOKENIZER_FILE = re.compile(
+    r"(tokenizer.*|config|vocab.*|added_tokens|special_tokens_map)\.json|.*\.model|.*\.tiktoken|merges\.txt|vocab\.txt"
+)
+MAX_TOKENIZER_BYTES = 1 << 26
+MAX_TEXT_BYTES = 1 << 28
+BATCHES = 8
+"""At most so many forwards wait at a time."""
+BATCH_TOKENS = 2048
+
+
+def default_text() -> str:
+    """A few pages of our own, of different kinds."""
+    return files("qz.quantize.calibration").joinpath("default_text.txt").read_text(encoding="utf-8")
+
+
+def read_text_file(path: Path) -> str:
+    """The text in a file. Raises MissingInput, and UsageError where it is no text, or too long a one."""
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MAX_TEXT_BYTES else None
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path} does not exist. --text names a file of plain text.") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is a folder. --text names a file of plain text.") from error
+    if data is None:
+        raise UsageError(
+            f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB. Give a part of it: a few pages are enough."
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+
+
+def open_tokenizer(folder: Folder) -> Any:
+    """The tokenizer in a folder. Raises MissingInput where there is none, Unsupported where it cannot be loaded."""
+    names = [name for name in folder.sizes() if TOKENIZER_FILE.fullmatch(name)]
+    if not set(names) - {"config.json"}:
+        raise MissingInput(f"{folder.location} has no tokenizer, which calibration reads text with.")
+    with tempfile.TemporaryDirectory(prefix="qz-") as place:
+        for name in names:
+            Path(place, name).write_bytes(read_file(folder, name, MAX_TOKENIZER_BYTES))
+        try:
+            with isolated():
+                from transformers import AutoTokenizer
+
+                return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise Unsupported(f"The tokenizer in {folder.location} cannot be loaded: {describe(error)}.") from error
+
+
+def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[int]]:
+    """Up to ``tokens`` token ids in sequences of ``length``, each as the tokenizer begins and ends one."""
+    length = min(length, int(getattr(tokenizer, "model_max_length", length) or length), tokens)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+        rows = [list(row) for row in encoded]
+    else:
+        ids = tokenizer(text)["input_ids"]
+        rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    chosen: list[list[int]] = []
+    left = tokens
+    for row in rows:
+        if left > 0 and row:
+            chosen.append(row[:left])
+            left -= len(chosen[-1])
+    return chosen
+
+
+def batches(rows: list[list[int]]) -> Iterator[torch.Tensor]:
+    """int64[sequences, tokens]: sequences of the same length together, so that none is padded."""
+    total = sum(map(len, rows))
+    most = max(BATCH_TOKENS, -(-total // BATCHES))
+    by_length: dict[int, list[list[int]]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    for length, alike in by_length.items():
+        each = max(1, most // length)
+        for start in range(0, len(alike), each):
+            yield torch.tensor(alike[start : start + each], dtype=torch.int64)

@@ -1,0 +1,210 @@
+"""``qz calibrate``: what is recorded block by block is what hooks on the whole model see, and quantization reads it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from qz import MissingInput, OutputRefused, Unsupported, UsageError, api
+from qz.quantize.calibration import text
+from qz.quantize.calibration.statistics import read_statistics
+from zoo import build
+
+Qz = Callable[..., subprocess.CompletedProcess[str]]
+
+WORDS = ("the", "ferry", "leaves", "harbour", "at", "six", "and", "nobody", "counts", "windows", "of", "old", "house")
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A tokenizer of a hundred words, which begins a sequence as BERT's and Llama's do."""
+    vocabulary = {word: n for n, word in enumerate(["[UNK]", "[BOS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "bos_token": "[BOS]"})
+    )
+    return folder
+
+
+def some_text(path: Path, words: int = 700) -> Path:
+    chosen = np.random.default_rng(0).choice(WORDS, words)
+    path.write_text(" ".join(chosen))
+    return path
+
+
+def model_folder(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = build(name)
+    model.save_pretrained(folder)
+    return with_tokenizer(folder)
+
+
+def seen_by_hooks(folder: Path, rows: list[list[int]]) -> dict[str, tuple[torch.Tensor, int]]:
+    """float64[in, in] sums of outer products, and tokens, at every linear of the plainly loaded float32 model."""
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+    sums: dict[str, Any] = {}
+
+    def hook(path: str) -> Any:
+        def see(_: Any, args: Any) -> None:
+            x = args[0].flatten(0, -2).double()
+            before, count = sums.get(path, (0, 0))
+            sums[path] = (before + x.T @ x, count + len(x))
+
+        return see
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            module.register_forward_pre_hook(hook(f"{path}.weight"))
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row])
+            model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+    return sums
+
+
+def rows_of(folder: Path, path: Path, length: int, tokens: int) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    return text.sequences(AutoTokenizer.from_pretrained(folder), path.read_text(), length, tokens)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "llama-untied", "gpt2", "mixtral", "qwen3-moe", "bert", "t5-encoder", "clip"]
+)
+def test_what_is_recorded_block_by_block_is_what_hooks_on_the_whole_model_see(name: str, tmp_path: Path) -> None:
+    folder = model_folder(name, tmp_path / "model")
+    words = some_text(tmp_path / "words.txt")
+    length = 77 if name == "clip" else 512
+    expected = seen_by_hooks(folder, rows_of(folder, words, length, 600))
+    found = api.calibrate(folder, tmp_path / "stats.safetensors", text=words, tokens=600, device="cpu", hessians=True)
+    stats = read_statistics(tmp_path / "stats.safetensors")
+    assert (found.tokens, found.linears, found.unseen) == (600, len(expected), ())
+    assert set(stats.sums) == set(expected)
+    for weight, (product, tokens) in expected.items():
+        assert stats.sums[weight].tokens == tokens, weight
+        np.testing.assert_allclose(stats.sums[weight].sum2, product.diagonal().numpy(), rtol=1e-4, atol=1e-4)
+        kept = stats.hessian(weight)
+        assert kept is not None
+        np.testing.assert_allclose(kept, product.numpy(), rtol=1e-3, atol=1e-3 * float(product.abs().max()))
+    if name == "llama-tied":
+        shares = [stats.hessians[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
+        assert len(set(shares)) == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def llava(folder: Path) -> Path:
+    """A language model that sees pictures: text alone does not come to its vision tower."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=64)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**small, vocab_size=100), image_token_index=99)
+    LlavaForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+    return with_tokenizer(folder)
+
+
+def test_linears_that_no_token_comes_to_are_named_and_quantized_all_the_same(tmp_path: Path) -> None:
+    folder, stats = llava(tmp_path / "model"), tmp_path / "stats.safetensors"
+    found = api.calibrate(folder, stats, device="cpu")
+    assert found.unseen
+    assert all("vision" in name or "multi_modal" in name for name in found.unseen)
+    assert f"no token came to {len(found.unseen)} linears" in found.warnings[-1]
+    assert {read_statistics(stats).sums[name].tokens for name in found.unseen} == {0}
+    done: Any = api.quantize(folder, tmp_path / "nf4", importance=stats, device="cpu")
+    assert set(done.as_json()["importance"]["unseen"]) <= set(found.unseen)
+
+
+def test_calibrate_then_quantize_from_the_command_line(qz: Qz, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model_folder("llama-untied", tmp_path / "model")
+    done = qz("calibrate", "model", "-o", "stats.safetensors", "--json", "--quiet", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["text"], found["tokens"], found["linears"], found["unseen"]) == ("default", 1024, 15, [])
+    assert qz("calibrate", "model", "-o", "stats.safetensors").returncode == OutputRefused.exit_code
+    assert qz("quantize", "model", "-o", "nf4", "--importance", "stats.safetensors", "--quiet").returncode == 0
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "nf4")
+    original = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(2, 40).unsqueeze(0)
+    near, plain = loaded(input_ids=ids).logits.float(), original(input_ids=ids).logits.float()
+    assert torch.nn.functional.cosine_similarity(near.flatten(), plain.flatten(), dim=0) > 0.9
+
+
+def test_hessians_of_calibrate_round_by_gptq(tmp_path: Path) -> None:
+    folder, words = model_folder("llama-odd", tmp_path / "model"), some_text(tmp_path / "words.txt")
+    stats = tmp_path / "stats.safetensors"
+    found = api.calibrate(folder, stats, text=words, hessians=True, device="cpu")
+    assert any("fewer than the 16,384 asked for" in warning for warning in found.warnings)
+    api.quantize(folder, tmp_path / "nf4", importance=stats, rounding="gptq", device="cpu")
+
+
+def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt")
+    (tmp_path / "stats.hessians-00002.safetensors").write_text("mine")
+    with pytest.raises(OutputRefused, match="hessians-00002"):
+        api.calibrate(folder, tmp_path / "stats.safetensors", text=words, hessians=True, device="cpu")
+    assert sorted(path.name for path in tmp_path.glob("stats*")) == ["stats.hessians-00002.safetensors"]
+    assert (tmp_path / "stats.hessians-00002.safetensors").read_text() == "mine"
+
+
+def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path) -> None:
+    output, folder = tmp_path / "stats.safetensors", model_folder("llama-untied", tmp_path / "model")
+    with pytest.raises(UsageError, match=r"--text FILE"):
+        api.calibrate(folder, output, hessians=True)
+    with pytest.raises(UsageError, match="not a number of tokens"):
+        api.calibrate(folder, output, tokens=0)
+    with pytest.raises(MissingInput, match="plain text"):
+        api.calibrate(folder, output, text=tmp_path / "absent.txt", device="cpu")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        api.calibrate(folder, output, text=tmp_path / "bytes.txt", device="cpu")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UsageError, match="is empty"):
+        api.calibrate(folder, output, text=tmp_path / "empty.txt", device="cpu")
+    with pytest.raises(OutputRefused, match="not a folder"):
+        api.calibrate(folder, tmp_path / "absent" / "stats.safetensors")
+    api.quantize(folder, tmp_path / "nf4", device="cpu")
+    with pytest.raises(Unsupported, match="already quantized"):
+        api.calibrate(tmp_path / "nf4", output)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(MissingInput, match="no tokenizer"):
+        api.calibrate(folder, output, device="cpu")
+    with pytest.raises(Unsupported, match="reads text"):
+        api.calibrate(model_folder("vit", tmp_path / "vit"), output, device="cpu")
+    assert not output.exists()
+
+
+def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    from qz.quantize.calibration.weights import Weights
+
+    folder, held = model_folder("llama-untied", tmp_path / "model"), []
+    release = Weights.release
+
+    def watched(self: Weights, path: str, module: Any) -> None:
+        model = self.runnable.model
+        held.append({name for name, each in model.named_parameters() if each.device.type != "meta"})
+        release(self, path, module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Weights, "release", watched)
+        api.calibrate(folder, tmp_path / "stats.safetensors", device="cpu")
+    parts = [{name.rpartition("layers.")[2].partition(".")[0] for name in each if "layers." in name} for each in held]
+    assert parts == [set(), {"0"}, {"1"}]
+    assert not any("lm_head" in name for each in held for name in each)
+    assert ["embed" in "".join(each) for each in held] == [True, False, False]
