@@ -14,17 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import typer.main
 import yaml
 
 import pipelines
+import readers
 from conftest import Qz
 from forked import Server
 from hub_server import OWNER, HubServer
 from pace import HANG
 from qz import QzError
 from qz.cli.app import app
+from test_imatrix import llama_cpp_names, write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -110,8 +114,12 @@ def test_every_option_that_the_pages_use_exists() -> None:
 
 @pytest.fixture(scope="session")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny."""
+    """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny, and a language model with a text."""
     place = tmp_path_factory.mktemp("flux")
+    readers.some_text(place / "prose.txt")
+    language_model = readers.model_folder("llama-untied", place / "my-llm")
+    names = llama_cpp_names(language_model, gguf.MODEL_ARCH.LLAMA).values()
+    write_gguf(place / "imatrix.gguf", {name: (np.ones(inputs, np.float32), 512) for name, inputs in names})
     (place / "black-forest-labs").mkdir()
     repo = pipelines.flux(place / "black-forest-labs" / "FLUX.1-dev")
     shutil.copytree(repo, place / "my-pipeline")

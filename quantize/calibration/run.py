@@ -10,7 +10,6 @@ from typing import Any
 from qz import OutputRefused, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
-from qz.formats.output.disk import Disk
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.importance import GPTQ_TOKENS
 from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
@@ -201,6 +200,5 @@ class _Run:
 
     def _forget(self) -> None:
         """Remove the Hessians of a run that failed: without the statistics nobody can use them."""
-        disk = Disk()
         for file in self.files:
-            disk.remove(self.request.output.with_name(file))
+            self.request.output.with_name(file).unlink(missing_ok=True)
