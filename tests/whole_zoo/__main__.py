@@ -19,11 +19,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from whole_zoo import transformers_cases
+from whole_zoo import diffusers_cases, transformers_cases
 from whole_zoo.case import Case, Row, rows_of
 from whole_zoo.page import page
 
-SOURCES = {"transformers": transformers_cases.cases}
+SOURCES = {"transformers": transformers_cases.cases, "diffusers": diffusers_cases.cases}
 """Library → what yields its cases."""
 LIMIT = 120
 """Seconds for one case."""
@@ -54,7 +54,8 @@ def main() -> int:
 
 
 def _run(asked: argparse.Namespace, done: set[tuple[str, str]], end: float) -> list[dict[str, Any]]:
-    import_module("qz.quantize.libraries.on_transformers")  # once, before processes are forked
+    for library in SOURCES:  # once, before processes are forked
+        import_module(f"qz.quantize.libraries.on_{library}")
     cases = [case for source in SOURCES.values() for case in source()]
     if asked.only:
         cases = [case for case in cases if case.kind in asked.only.split(",")]

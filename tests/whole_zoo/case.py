@@ -16,7 +16,15 @@ from qz import QzError
 from qz.formats.folder import LocalFolder
 from qz.quantize.inspection.model import inspect_model, read_folder
 from qz.quantize.inspection.report import Origin
-from reference import config_of, dequantized_by_bitsandbytes, raw, tensors_of, transformers_model
+from reference import (
+    config_of,
+    dequantized_by_bitsandbytes,
+    differing_files,
+    diffusers_model,
+    raw,
+    tensors_of,
+    transformers_model,
+)
 
 METHODS = ("nf4", "int8")
 NEAR = 0.5
@@ -111,22 +119,30 @@ def _compare(row: Row, model: Any, inputs: Any, source: Path, folder: Path) -> N
         summary = quantized(source, output, row.method)
     except QzError as error:
         row.result, row.why = "refused", str(error)
-        if "nothing of" not in row.why and _library_can(model_class, source, reference, row.method):
+        if "nothing of" not in row.why and _library_can(row.library, model_class, source, reference, row.method):
             row.faults.append("refused, though what the library writes loads back")
         return
     listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
     kept = any("its weight is read by" in reason for reason in summary.skipped.values())
     own_names = any("the model's own parameter names" in warning for warning in summary.warnings)
-    theirs = transformers_model(model_class, source, row.method, skips=listed)
-    theirs.save_pretrained(reference, save_original_format=not own_names)
+    of_diffusers = row.library == "diffusers"
+    theirs = _quantized_by_library(row.library, model_class, source, row.method, listed)
+    theirs.save_pretrained(reference, **({} if of_diffusers else {"save_original_format": not own_names}))
     row.result = "kept on purpose" if kept else "the model's names" if own_names else "identical"
     row.why = (
         next((warning for warning in summary.warnings if "unquantized: its weight" in warning), "") if kept else ""
     )
-    loaded, info = model_class.from_pretrained(output, output_loading_info=True)
-    left = {key: sorted(names)[:3] for key, names in info.items() if names and key != "error_msgs"}
-    if left:
-        row.faults.append(f"does not load plainly: {left}")
+    row.faults += [f"other bytes: {name}" for name in differing_files(reference, output)[:3]]
+    if of_diffusers:
+        loaded = diffusers_model(model_class, output, None, torch.bfloat16)
+    else:
+        loaded, info = model_class.from_pretrained(output, output_loading_info=True)
+        left = {key: sorted(names)[:3] for key, names in info.items() if names and key != "error_msgs"}
+        if left:
+            row.faults.append(f"does not load plainly: {left}")
+    wanted, held = theirs.state_dict(), loaded.state_dict()
+    others = [name for name, value in wanted.items() if name not in held or not _same(held[name], value)]
+    row.faults += [f"another value: {name}" for name in others[:3]]
     if loaded.get_memory_footprint() != summary.footprint_after:
         row.faults.append(f"footprint {summary.footprint_after:,} told, {loaded.get_memory_footprint():,} loaded")
     with closing(LocalFolder(output)) as opened:
@@ -143,10 +159,21 @@ def _compare(row: Row, model: Any, inputs: Any, source: Path, folder: Path) -> N
     row.faults += [f"dequantize: {name}" for name in wrong[:3]]
 
 
-def _library_can(model_class: Any, source: Path, reference: Path, method: str) -> bool:
+def _quantized_by_library(
+    library: str, model_class: Any, source: Path, method: str, skips: list[str] | None = None
+) -> Any:
+    if library == "diffusers":
+        return diffusers_model(model_class, source, method, torch.bfloat16, skips=skips)
+    return transformers_model(model_class, source, method, skips=skips)
+
+
+def _library_can(library: str, model_class: Any, source: Path, reference: Path, method: str) -> bool:
     """Whether the library's own output loads back whole."""
     try:
-        transformers_model(model_class, source, method).save_pretrained(reference)
+        _quantized_by_library(library, model_class, source, method).save_pretrained(reference)
+        if library == "diffusers":
+            diffusers_model(model_class, reference, None, torch.bfloat16)
+            return True
         _, info = model_class.from_pretrained(reference, output_loading_info=True)
     except Exception:
         return False
