@@ -24,8 +24,6 @@ _LEFT = re.compile(
     r"in_channels|out_channels|patch|sample|rope|axes|kernel|image|vocab|latent|kv|spatial|temporal|groups"
 )
 _DEFINITION = re.compile(r"^class (\w+)\(([^)]*\bModelMixin\b[^)]*)\)", re.MULTILINE)
-    r"in_channels|out_channels|patch|sample|rope|axes|kernel|image|vocab|latent|kv|spatial|temporal|groups"
-)
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "FluxTransformer2DModel": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "in_channels": 4,
                                "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
