@@ -34,6 +34,7 @@ COMMANDS = {
     "dequantize": "Turn a quantized model back into an ordinary one.",
     "push": "Publish a checkpoint on the Hub.",
     "calibrate": "Record what quantization can know of a model's inputs.",
+    "compare": "Show what quantizing changed.",
 }
 EXAMPLES = {
     "quantize": (
@@ -48,6 +49,7 @@ EXAMPLES = {
         "qz calibrate ./my-model -o my-model.statistics.safetensors",
         "qz calibrate ./my-model -o my-model.statistics.safetensors --text prose.txt --hessians",
     ),
+    "compare": ("qz compare ./my-model ./my-model-nf4", "qz compare ./my-model ./my-model-nf4 --text prose.txt --json"),
 }
 """Shown at the end of each command's help."""
 DISTRIBUTIONS = {"accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "numpy", "torch", "transformers"}

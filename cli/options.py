@@ -168,6 +168,24 @@ SourceArg = Annotated[
         show_default=False,
     ),
 ]
+OriginalArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="ORIGINAL",
+        help="The model before it was quantized: a local folder, or a repository on the Hub.",
+        autocompletion=complete_folder,
+        show_default=False,
+    ),
+]
+OtherArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="OTHER",
+        help="The same model, quantized with bitsandbytes.",
+        autocompletion=complete_folder,
+        show_default=False,
+    ),
+]
 FolderArg = Annotated[
     Path,
     typer.Argument(
@@ -439,6 +457,16 @@ TokensOpt = Annotated[
         metavar="N",
         help="How many tokens of it.",
         show_default="1024, with --hessians 16384",
+        rich_help_panel=SELECTION,
+    ),
+]
+ComparedTokensOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        help="How many tokens of it, 16384 at most.",
+        show_default="2048",
         rich_help_panel=SELECTION,
     ),
 ]

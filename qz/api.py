@@ -27,9 +27,11 @@ from qz.quantize.methods import Fp4, Int8, Method, Nf4
 from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Rounding, Scales, Settings
 
 if TYPE_CHECKING:
+    from qz.formats.folder import Folder
     from qz.formats.publish.destination import Destination, PushResult
     from qz.formats.publish.publication import Publication
     from qz.formats.source import OpenedSource
+    from qz.quantize.calibration.compare import Comparison
     from qz.quantize.calibration.run import Calibration
     from qz.quantize.inspection.pipeline import PipelineInspection
     from qz.quantize.inspection.report import Inspection
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
     Converted = Summary | PipelineSummary | UpToDate
 
-__all__ = ["Fp4", "Int8", "Nf4", "Progress", "calibrate", "dequantize", "inspect", "push", "quantize"]
+__all__ = ["Fp4", "Int8", "Nf4", "Progress", "calibrate", "compare", "dequantize", "inspect", "push", "quantize"]
 
 AnyPath = str | PathLike[str]
 P = ParamSpec("P")
@@ -343,7 +345,7 @@ def calibrate(
     """
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.survey import open_checkpoint
-    from qz.formats.source import enter, opened
+    from qz.formats.source import opened
     from qz.quantize.calibration.run import CalibrationRequest
     from qz.quantize.calibration.run import calibrate as run
 
@@ -352,10 +354,45 @@ def calibrate(
     with opened(str(source), subfolder, revision) as found:
         if is_pipeline(found.folder):
             raise UsageError(f"{found.folder.location} is a pipeline. Name a text encoder of it with --subfolder.")
-        beside = (subfolder or "").strip("/").replace("text_encoder", "tokenizer")
-        in_pipeline = is_pipeline(found.root) and beside in found.root.subfolders()
-        tokenizer = enter(found.root, beside) if in_pipeline else found.folder
+        tokenizer = _tokenizer_of(found, subfolder)
         return run(open_checkpoint(found.folder, variant), tokenizer, str(source), request, on_progress)
+
+
+def compare(
+    original: AnyPath,
+    other: AnyPath,
+    *,
+    subfolder: str | None = None,
+    text: AnyPath | None = None,
+    tokens: int | None = None,
+    device: str = "auto",
+    on_progress: OnProgress = ignore,
+) -> Comparison:
+    """What quantizing ``original`` to ``other`` changed in its weights, and in what it makes of a text.
+
+    Both run block by block, one after the other. ``subfolder`` is the component of a pipeline in both, where they have
+    it. Raises ``qz.QzError``.
+    """
+    from qz.formats.checkpoint.survey import open_checkpoint
+    from qz.formats.source import opened
+    from qz.quantize.calibration.compare import compare as run
+
+    on_progress(Progress("Reading headers"))
+    with opened(str(original), subfolder) as first, opened(str(other), subfolder) as second:
+        checkpoints = open_checkpoint(first.folder), open_checkpoint(second.folder)
+        chosen = Path(text) if text is not None else None
+        names = str(original), str(other)
+        return run(*checkpoints, names, _tokenizer_of(first, subfolder), chosen, tokens, device, on_progress)
+
+
+def _tokenizer_of(source: OpenedSource, subfolder: str | None) -> Folder:
+    """Where the tokenizer of a model lies: with it, or in a folder of its own in a pipeline."""
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.source import enter
+
+    beside = (subfolder or "").strip("/").replace("text_encoder", "tokenizer")
+    in_pipeline = is_pipeline(source.root) and beside in source.root.subfolders()
+    return enter(source.root, beside) if in_pipeline else source.folder
 
 
 def _destination(

@@ -102,7 +102,9 @@ def test_every_exit_code_is_documented_and_every_documented_one_exists() -> None
 
 def test_every_option_that_the_pages_use_exists() -> None:
     for page in PAGES:
-        for line in re.findall(r"\bqz (?:quantize|inspect|dequantize|push|calibrate) [^`\n|>]*", page.read_text()):
+        for line in re.findall(
+            r"\bqz (?:quantize|inspect|dequantize|push|calibrate|compare) [^`\n|>]*", page.read_text()
+        ):
             words = shlex.split(line, comments=True) if line.count('"') % 2 == 0 and "'" not in line else line.split()
             params = COMMANDS[words[1]].params
             offered = {name for param in params for name in (*param.opts, *param.secondary_opts)} | {
@@ -117,6 +119,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny, and a language model with a text."""
     place = tmp_path_factory.mktemp("flux")
     readers.some_text(place / "prose.txt")
+    readers.some_text(place / "other.txt")
     language_model = readers.model_folder("llama-untied", place / "my-llm")
     names = llama_cpp_names(language_model, gguf.MODEL_ARCH.LLAMA).values()
     write_gguf(place / "imatrix.gguf", {name: (np.ones(inputs, np.float32), 512) for name, inputs in names})

@@ -29,6 +29,7 @@ class _GivenUp(BaseException):
 class _Batch:
     """One forward, and the part of the model that it waits for."""
 
+    number: int
     arguments: Mapping[str, torch.Tensor]
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waits_for: str | None = None
@@ -55,20 +56,28 @@ def parts_of(model: Any) -> dict[str, Any]:
 class BlockPass:
     """One pass of several batches through a model. ``visited`` is called when all batches have left a part."""
 
-    def __init__(self, model: Any, weights: Weights, visited: Callable[[str], None]) -> None:
+    def __init__(self, model: Any, weights: Weights, visited: Callable[[str], None], head: Any = None) -> None:
+        """``head``, if it is given, is a part like the blocks."""
         self.model, self.weights, self.visited = model, weights, visited
         self.parts = parts_of(model)
+        if head is not None:
+            self.parts |= {path: module for path, module in model.named_modules() if module is head}
         self.loaded: str | None = None
         self.here = threading.local()
         self.back = threading.Semaphore(0)
         self.given_up = False
 
-    def run(self, batches: Iterable[Mapping[str, torch.Tensor]], used: Callable[[Any], None] | None = None) -> None:
-        """Run every batch; ``used`` is given what a forward returns. Raises what the first failing forward raised."""
+    def run(
+        self, batches: Iterable[Mapping[str, torch.Tensor]], used: Callable[[int, Any], None] | None = None
+    ) -> None:
+        """Run every batch; ``used`` is given its number and what its forward returns, one at a time.
+
+        Raises what the first failing forward raised.
+        """
         handles = [
             module.register_forward_pre_hook(self._waits(path), prepend=True) for path, module in self.parts.items()
         ]
-        running = [_Batch(batch) for batch in batches]
+        running = [_Batch(number, batch) for number, batch in enumerate(batches)]
         try:
             for each in running:
                 each.thread = threading.Thread(target=self._forward, args=(each, used), daemon=True)
@@ -98,7 +107,7 @@ class BlockPass:
         if each.error is not None:
             raise each.error
 
-    def _forward(self, each: _Batch, used: Callable[[Any], None] | None) -> None:
+    def _forward(self, each: _Batch, used: Callable[[int, Any], None] | None) -> None:
         import torch
 
         self.here.batch = each
@@ -106,7 +115,7 @@ class BlockPass:
             with torch.inference_mode():
                 answer = self.model(**each.arguments)
                 if used is not None:
-                    used(answer)
+                    used(each.number, answer)
         except (Finished, _GivenUp):
             pass
         except BaseException as error:  # noqa: BLE001  raised again where the pass was started

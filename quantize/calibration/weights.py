@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.quantize.libraries.architecture import Weight
 from qz.quantize.libraries.runnable import Runnable
+from qz.quantize.planning.sources import Source
 from qz.quantize.streaming.readers import assemble
 
 
 class Weights:
     """Reads tensors of ``checkpoint`` into ``runnable``'s modules, in its dtype and on its device."""
 
-    def __init__(self, checkpoint: Checkpoint, runnable: Runnable) -> None:
+    def __init__(self, checkpoint: Checkpoint, runnable: Runnable, sources: Mapping[str, Source] | None = None) -> None:
         self.checkpoint, self.runnable = checkpoint, runnable
+        self.sources: Mapping[str, Source] = checkpoint.tensors if sources is None else sources
         self.bytes_read = 0
 
     def load(self, path: str, module: Any) -> None:
@@ -59,9 +62,9 @@ class Weights:
             transposed=name in runnable.transposed,
             conversion=origin.conversion,
         )
-        raw = assemble(self.checkpoint.folder, weight, [self.checkpoint.tensors[each] for each in origin.sources])
+        raw = assemble(self.checkpoint.folder, weight, [self.sources[each] for each in origin.sources])
         value = torch.from_numpy(raw).view(dtype).reshape(shape).to(runnable.device)
-        self.bytes_read += sum(self.checkpoint.tensors[each].nbytes for each in origin.sources)
+        self.bytes_read += sum(self.sources[each].nbytes for each in origin.sources)
         if buffer:
             owner._buffers[attribute] = value
         else:

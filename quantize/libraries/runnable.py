@@ -64,8 +64,17 @@ class Runnable:
         return {"input_ids": ids, "decoder_input_ids": ids} if two else {"input_ids": ids}
 
 
-def runnable(checkpoint: Checkpoint, class_name: str, dtype: torch.dtype, device: torch.device) -> Runnable:
-    """The model of the class that ``examine`` found. Raises Unsupported for one that does not read text."""
+def runnable(
+    checkpoint: Checkpoint,
+    class_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    given: Mapping[str, TensorSpec] | None = None,
+) -> Runnable:
+    """The model of the class that ``examine`` found. Raises Unsupported for one that does not read text.
+
+    ``given`` replaces the checkpoint's own names, dtypes and shapes, as for ``examine``.
+    """
     import transformers
 
     where = checkpoint.folder.location
@@ -76,12 +85,10 @@ def runnable(checkpoint: Checkpoint, class_name: str, dtype: torch.dtype, device
         with no_init_weights(), _parameters_on_meta():
             model = getattr(transformers, class_name)._from_config(config, dtype=dtype).eval()
         if model.main_input_name != "input_ids":
-            raise Unsupported(
-                f"{where}: {class_name} takes {model.main_input_name}, and calibration reads text. Quantize it without."
-            )
+            raise Unsupported(f"{where}: {class_name} takes {model.main_input_name}, which is not made from text.")
         for each in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
             each.use_cache = False
-        tensors = {
+        tensors = given or {
             name: TensorSpec(torch_name(tensor.dtype, name), tensor.shape)
             for name, tensor in checkpoint.tensors.items()
         }
@@ -111,7 +118,7 @@ def running(class_name: str, where: str) -> Iterator[None]:
     """Turn what the model's own code raises while it runs into Unsupported; a lack of memory stays what it is."""
     try:
         yield
-    except (QzError, MemoryError, torch.OutOfMemoryError):
+    except (QzError, MemoryError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if "DefaultCPUAllocator" in str(error):

@@ -54,6 +54,23 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     weights = quantized_weights(checkpoint)
     before = dtype_before(checkpoint, weights)
     dtype = before if settings.dtype == "auto" else settings.dtype
+    sources, given = as_plain(checkpoint, weights)
+
+    def equal(one: str, other: str) -> bool:
+        return one not in weights and other not in weights and equal_tensors(checkpoint, one, other)
+
+    architecture = examine(checkpoint, LoadRequest(None, dtype), given, equal)
+    refuse_codes(checkpoint, architecture, sources)
+    same = architecture if dtype == before else examine(checkpoint, LoadRequest(None, before), given, equal)
+    footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
+    architecture = replace(architecture, footprint=footprint)
+    return make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
+
+
+def as_plain(
+    checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]
+) -> tuple[dict[str, Source], dict[str, TensorSpec]]:
+    """The tensors of a checkpoint as they are before ``weights`` are quantized: how they are read, what they are."""
     sources: dict[str, Source] = {}
     companions = {part.name for weight in weights.values() for part in weight.parts.values()}
     for name, tensor in checkpoint.tensors.items():
@@ -65,16 +82,7 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
         name: TensorSpec(torch_name(source.dtype, name), source.shape, linear=name in weights)
         for name, source in sources.items()
     }
-
-    def equal(one: str, other: str) -> bool:
-        return one not in weights and other not in weights and equal_tensors(checkpoint, one, other)
-
-    architecture = examine(checkpoint, LoadRequest(None, dtype), given, equal)
-    refuse_codes(checkpoint, architecture, sources)
-    same = architecture if dtype == before else examine(checkpoint, LoadRequest(None, before), given, equal)
-    footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
-    architecture = replace(architecture, footprint=footprint)
-    return make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
+    return sources, given
 
 
 def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:

@@ -1,0 +1,111 @@
+"""``qz compare``: its figures are those of the two models, loaded whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qz import MalformedInput, MissingInput, Unsupported, UsageError, api
+from qz.quantize.calibration import text
+from readers import model_folder, some_text
+from reference import dequantized_by_bitsandbytes, tensors_of
+
+Qz = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def whole(model_class: Any, folder: Path, weights: Path | None = None) -> Any:
+    """The model in float32, with the weights that bitsandbytes computes from those of another folder."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    if weights is not None:
+        for name, value in dequantized_by_bitsandbytes(tensors_of(weights)).items():
+            parameter = model.get_parameter(name)
+            owner = model.get_submodule(name.removesuffix(".weight"))
+            parameter.data = (value.T if isinstance(owner, Conv1D) else value).float()
+    return model
+
+
+def rows_of(folder: Path, words: Path, tokens: int) -> list[torch.Tensor]:
+    from transformers import AutoTokenizer
+
+    rows = text.sequences(AutoTokenizer.from_pretrained(folder), words.read_text(), 512, tokens)
+    return [torch.tensor([row]) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_the_figures_of_a_language_model_are_those_of_the_whole_models(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, words = model_folder(name, tmp_path / "model"), some_text(tmp_path / "words.txt", 900)
+    api.quantize(folder, tmp_path / "nf4", device="cpu")
+    found = api.compare(folder, tmp_path / "nf4", text=words, tokens=700, device="cpu")
+    one, two = whole(AutoModelForCausalLM, folder), whole(AutoModelForCausalLM, folder, tmp_path / "nf4")
+    kl, same, surprise = [], [], []
+    with torch.no_grad():
+        for ids in rows_of(folder, words, 700):
+            first, second = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (one, two))
+            kl.append(float((first.exp() * (first - second)).sum(-1).mean()))
+            same.append(float((first.argmax(-1) == second.argmax(-1)).double().mean()))
+            surprise.append([float(-each[:-1].gather(1, ids[0, 1:, None]).mean()) for each in (first, second)])
+    assert (found.tokens, found.sequences, found.cosine_loss) == (700, 2, None)
+    assert found.kl == pytest.approx(sum(kl) / 2, rel=1e-3)
+    assert found.kl_error is not None
+    assert found.same_top == pytest.approx(sum(same) / 2, abs=0.005)
+    expected = torch.tensor(surprise).mean(0).exp()
+    assert found.perplexity_original == pytest.approx(float(expected[0]), rel=1e-4)
+    assert found.perplexity_other == pytest.approx(float(expected[1]), rel=1e-4)
+    assert 0.05 < found.loss.total.relative_error < 0.15
+
+
+def test_an_encoder_is_compared_by_its_last_hidden_states(tmp_path: Path) -> None:
+    from transformers import BertModel
+
+    folder, words = model_folder("bert", tmp_path / "model"), some_text(tmp_path / "words.txt", 900)
+    api.quantize(folder, tmp_path / "nf4", device="cpu")
+    found = api.compare(folder, tmp_path / "nf4", text=words, tokens=300, device="cpu")
+    one, two = whole(BertModel, folder), whole(BertModel, folder, tmp_path / "nf4")
+    (ids,) = rows_of(folder, words, 300)
+    with torch.no_grad():
+        first, second = (model(input_ids=ids).last_hidden_state[0].double().mean(0) for model in (one, two))
+    expected = 1 - float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+    assert found.cosine_loss == pytest.approx(expected, rel=1e-2, abs=1e-7)
+    assert (found.kl, found.perplexity_original, found.same_top) == (None, None, None)
+
+
+def test_int8_loses_less_than_4_bits_and_the_command_says_so(qz: Qz, tmp_path: Path) -> None:
+    folder = model_folder("llama-untied", tmp_path / "model")
+    found = {}
+    for method in (api.Nf4(), api.Int8()):
+        api.quantize(folder, tmp_path / method.name, method=method, device="cpu")
+        done = qz("compare", "model", method.name, "--json", "--quiet", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        found[method.name] = json.loads(done.stdout)
+    assert 0 < found["int8"]["kl"] < found["nf4"]["kl"]
+    assert found["nf4"]["text"] == "default"
+    page = (Path(__file__).parent.parent / "docs/reference/json.md").read_text()
+    assert all(f"`{key}`" in page for key in found["nf4"])
+    shown = qz("compare", "model", "nf4", "--device", "cpu")
+    assert "KL divergence" in shown.stdout
+    assert "perplexity" in shown.stdout
+
+
+def test_what_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
+    folder, other = model_folder("llama-untied", tmp_path / "model"), model_folder("llama-odd", tmp_path / "odd")
+    api.quantize(folder, tmp_path / "nf4", device="cpu")
+    with pytest.raises(Unsupported, match="is not quantized"):
+        api.compare(folder, folder, device="cpu")
+    with pytest.raises(Unsupported, match="already quantized"):
+        api.compare(tmp_path / "nf4", tmp_path / "nf4", device="cpu")
+    with pytest.raises(MalformedInput, match="is not the original"):
+        api.compare(other, tmp_path / "nf4", device="cpu")
+    with pytest.raises(UsageError, match="not a number of tokens"):
+        api.compare(folder, tmp_path / "nf4", tokens=0)
+    with pytest.raises(MissingInput):
+        api.compare(folder, tmp_path / "absent")
