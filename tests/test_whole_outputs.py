@@ -29,6 +29,7 @@ from commands import contents, run
 from qz import MalformedInput, MissingInput, Unsupported, api
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
+from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.folder import LocalFolder
 from qz.formats.output import companions
 from qz.quantize.inspection.pipeline import PipelineInspection
@@ -355,3 +356,15 @@ def test_files_of_a_folder_that_is_not_there_at_all_are_one_name(model: Path) ->
     (model / "original" / "params.json").write_text("{}")
     used = {"config.json", "generation_config.json", "model.safetensors"}
     assert companions.left_out(LocalFolder(model), used) == ("original/",)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("distilled_guidance_layer.in_proj.bias", "ChromaTransformer2DModel"),
+        ("distilled_guidance_layer.layers.0.linear_1.weight", "ChromaTransformer2DModel"),
+        ("head.modulation", "WanAnimate2Transformer3DModel"),
+    ],
+)
+def test_the_own_names_of_a_class_are_no_other_layout(name: str, class_name: str) -> None:
+    assert original_layout([name], class_name) is None

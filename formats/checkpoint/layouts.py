@@ -36,13 +36,14 @@ def _layout(sign: str, tool: str, loader: str | None, classes: str = "") -> _Lay
 
 # The first that has a name in the file: those of one model before those of many.
 _LAYOUTS = (
-    _layout(r"distilled_guidance_layer\.", "Chroma's own code (or ComfyUI)", "ChromaTransformer2DModel"),
+    _layout(r"distilled_guidance_layer\.(?:norms\.\d+\.scale|layers\.\d+\.(?:in|out)_layer\.)",
+            "Chroma's own code (or ComfyUI)", "ChromaTransformer2DModel"),
     _layout(r"txt_in\.individual_token_refiner\.blocks\.", "HunyuanVideo's own code (or ComfyUI)",
             "HunyuanVideoTransformer3DModel"),
     _layout(r"(?:double|single)_stream_modulation(?:_\w+)?\.lin\.",
             "Black Forest Labs' own code for FLUX.2 (or ComfyUI)", "Flux2Transformer2DModel"),
     _layout(r"(?:head\.modulation|blocks\.\d+\.self_attn\.[qkvo]\.)", "Wan's own code (or ComfyUI)",
-            "WanTransformer3DModel", r"Wan\w*Transformer3DModel|SkyReelsV2\w*|ChronoEdit\w*"),
+            "WanTransformer3DModel", r"Wan(?!Animate2)\w*Transformer3DModel|SkyReelsV2\w*|ChronoEdit\w*"),
     _layout(r"av_ca_a2v_gate_adaln_single\.", "LTX-2's own code (or ComfyUI)", "LTX2VideoTransformer3DModel"),
     _layout(r"patchify_proj\.", "LTX-Video's own code (or ComfyUI)", "LTXVideoTransformer3DModel"),
     _layout(r"joint_blocks\.\d+\.", "Stability's own code (or ComfyUI)", "SD3Transformer2DModel"),

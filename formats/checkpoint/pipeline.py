@@ -152,7 +152,7 @@ def with_followers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> di
     for name, (_, class_name) in entries.items():
         found[name] = None
         follower = f"{name}_1"
-        while _SEVERAL.match(class_name) and follower in there and follower not in entries:
+        while _SEVERAL.search(class_name) and follower in there and follower not in entries:
             found[follower] = name
             follower = f"{name}_{int(follower.rpartition('_')[2]) + 1}"
     return found
@@ -190,7 +190,7 @@ def as_component(checkpoint: Checkpoint, library: str, class_name: str) -> Check
 
     Of a class that holds several nets, each is of the class that its own config.json names.
     """
-    if _SEVERAL.match(class_name) and checkpoint.architecture:
+    if _SEVERAL.search(class_name) and checkpoint.architecture:
         return checkpoint
     return replace(checkpoint, architecture=class_name, class_module=library)
 

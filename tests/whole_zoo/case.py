@@ -163,7 +163,9 @@ def _quantized_by_library(
     library: str, model_class: Any, source: Path, method: str, skips: list[str] | None = None
 ) -> Any:
     if library == "diffusers":
-        return diffusers_model(model_class, source, method, torch.bfloat16, skips=skips)
+        kept = model_class._keep_in_fp32_modules or []  # the library adds them to the list by itself
+        named = [skip for skip in skips if skip not in kept] if skips is not None else None
+        return diffusers_model(model_class, source, method, torch.bfloat16, skips=named)
     return transformers_model(model_class, source, method, skips=skips)
 
 
