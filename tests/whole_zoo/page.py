@@ -9,7 +9,7 @@ from typing import Any
 HEAD = """# Models
 
 Model classes of the libraries, built tiny with random weights, quantized by the library and by qz, and compared, with
-transformers {transformers}; `make zoo` writes this page. {tried} classes of {kinds} model types were tried.
+transformers {transformers} and diffusers {diffusers}; `make zoo` writes this page. {tried} classes of {kinds} model types were tried.
 
 - **identical**: every file is byte for byte the library's, loads plainly, and `qz dequantize` gives its values back.
   One forward pass gives the output of the library's quantized model, where an input was known and that model could run.
@@ -30,7 +30,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     counts = Counter(row["result"] if not row["faults"] else "differs" for row in rows)
     tried = len({(row["kind"], row["architecture"]) for row in rows})
     kinds = len({row["kind"] for row in rows})
-    text = HEAD.format(transformers=version("transformers"), tried=tried, kinds=kinds)
+    text = HEAD.format(transformers=version("transformers"), diffusers=version("diffusers"), tried=tried, kinds=kinds)
     text += "".join(f"| {result} | {count:,} |\n" for result, count in counts.most_common())
     text += "\n| class | method | result | why |\n|---|---|---|---|\n"
     for row in sorted(rows, key=lambda row: (row["architecture"], row["method"])):
