@@ -9,7 +9,8 @@ from typing import Any
 HEAD = """# Models
 
 Model classes of the libraries, built tiny with random weights, quantized by the library and by qz, and compared, with
-transformers {transformers} and diffusers {diffusers}; `make zoo` writes this page. {tried} classes of {kinds} model types were tried.
+transformers {transformers} and diffusers {diffusers}; `make zoo` writes this page. {tried} classes
+of {kinds} model types were tried.
 
 - **identical**: every file is byte for byte the library's, loads plainly, and `qz dequantize` gives its values back.
   One forward pass gives the output of the library's quantized model, where an input was known and that model could run.
