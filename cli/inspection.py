@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz.cli.output import Column, facts, fold, percent, quantity, say, show, size, table, terminal_width
 from qz.cli.tensors import COLUMNS, grouped, matching, single
+from qz.counted import counted
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.problems import Problem
@@ -52,7 +53,7 @@ def present(
         return
     show(None, as_json=False, text="\n\n".join(part for part in sections(found, listed, pattern) if part))
     if not quiet and listed and pattern is None:
-        note = "Tensors of like layers share a line; --filter '*' lists each."
+        note = "Similar layers are grouped; --filter '*' lists each tensor."
         say("\n".join(fold(note, terminal_width() or len(note))))
 
 
@@ -60,14 +61,15 @@ def sections(found: Inspection | PipelineInspection, listed: bool, pattern: str 
     """The parts of the report, those that say nothing left empty."""
     components = getattr(found, "components", None)
     yield facts(described(found, components))
-    if components:
-        yield table(COMPONENTS, [row(component) for component in components if component.model is not None])
+    rows = [row(component) for component in components or () if component.model is not None]
+    if rows:
+        yield table(COMPONENTS, rows)
     if len(found.dtypes) > 1:
-        rows = [
+        shares = [
             (dtype, f"{share.tensors:,}", quantity(share.parameters), size(share.bytes))
             for dtype, share in found.dtypes.items()
         ]
-        yield table(DTYPES, rows)
+        yield table(DTYPES, shares)
     if found.estimates:
         yield estimated(found, components)
     if listed:
@@ -88,10 +90,10 @@ def described(
         rows.append(("pipeline" if components is not None else "model", model_name(found)))
     if found.parameters is not None and found.bytes is not None:
         count = sum(share.tensors for share in found.dtypes.values())
-        rows.append(("parameters", f"{quantity(found.parameters)} in {count:,} {plural('tensor', count)}"))
+        rows.append(("parameters", f"{quantity(found.parameters)} in {counted(count, 'tensor')}"))
         shards = sum(file.tensors is not None for file in found.files)
         dtypes = f", {next(iter(found.dtypes))}" if len(found.dtypes) == 1 else ""
-        rows.append(("on disk", f"{size(found.bytes)} in {shards:,} {plural('file', shards)}{dtypes}"))
+        rows.append(("on disk", f"{size(found.bytes)} in {counted(shards, 'file')}{dtypes}"))
     elif found.files:
         weights = [file for file in found.files if file.name.endswith(".safetensors")]
         rows.append(("files", f"{len(found.files):,}, {len(weights):,} of them weights"))
@@ -114,10 +116,6 @@ def model_name(found: Inspection | PipelineInspection) -> str:
     return f"{source.architecture or 'no class named'}" + (f" ({source.library})" if source.library else "")
 
 
-def plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
-
-
 def quantization(how: Quantization, parameters: int) -> list[tuple[str, str]]:
     """How it is quantized."""
     parts = [how.method + (" + double quant" if how.double_quant else "")]
@@ -129,16 +127,16 @@ def quantization(how: Quantization, parameters: int) -> list[tuple[str, str]]:
     if how.quantized_parameters is not None:
         share = percent(how.quantized_parameters, parameters)
         count = how.quantized_tensors or 0
-        rows.append(("quantized", f"{share} of the parameters, {count:,} {plural('weight', count)}"))
+        rows.append(("quantized", f"{share} of the parameters, {counted(count, 'weight')}"))
     if how.skipped is not None:
         names = list(how.skipped)
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        rows.append(("skipped", shown or "nothing, not even what the library skips by default"))
+        rows.append(("skipped", shown or "none (library defaults disabled)"))
     return rows
 
 
 def verification(verified: Verified) -> str:
-    what = f"{verified.files:,} {plural('file', verified.files)}, {size(verified.bytes)} read"
+    what = f"{counted(verified.files, 'file')}, {size(verified.bytes)} read"
     return f"{what}: all as qz wrote them" if verified.intact else f"{what}: not as qz wrote them"
 
 
@@ -149,7 +147,7 @@ def row(component: ComponentInspection) -> tuple[str, ...]:
     how = model.quantization
     method = "–" if how is None else how.method + (" + double quant" if how.double_quant else "")
     if model.errors:
-        method = f"{len(model.errors)} {plural('error', len(model.errors))}, see below"
+        method = f"{counted(len(model.errors), 'error')}, see below"
     return (
         component.name,
         model.source.architecture or component.architecture,

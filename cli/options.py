@@ -528,7 +528,7 @@ AgainstOpt = Annotated[
         show_default=False,
     ),
 ]
-TensorsOpt = Annotated[bool, flag("--tensors", help="List the tensors, those of like layers together.", panel=REPORT)]
+TensorsOpt = Annotated[bool, flag("--tensors", help="List the tensors, similar layers grouped.", panel=REPORT)]
 FilterOpt = Annotated[
     str | None,
     typer.Option(

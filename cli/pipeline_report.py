@@ -60,7 +60,7 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
 
     others = [component.name for component in summary.components if not component.bytes]
     if others:
-        rows.append(("as they are", ", ".join(others)))
+        rows.append(("unchanged", ", ".join(others)))
     rows += left_out(summary)
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from qz.cli.output import duration, plain, say, size
+from qz.counted import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -76,7 +77,8 @@ class Display:
             if step.doing != self.doing:
                 self.begin(step.doing)
         if step.kept is not None:
-            self.tell(f"Continuing: {step.kept[0]} of {step.kept[1]} shards are done.")
+            kept, of = step.kept
+            self.tell(f"Continuing: {kept} of {counted(of, 'shard')} {'is' if of == 1 else 'are'} done.")
         if self.bar is not None:
             count = f"{step.done}/{step.total} {step.unit}s" if step.total else ""
             total = step.all_bytes or None

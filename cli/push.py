@@ -56,16 +56,16 @@ def report(result: PushResult) -> list[tuple[str, str]]:
     whole = sum(file.bytes for file in result.files)
     rows = [
         ("repository", result.url + (", new" if result.created else "")),
-        ("visible to", "you and those you let in" if result.private else "everyone"),
+        ("visibility", "private" if result.private else "public"),
         ("branch", result.to.branch),
-        ("files", f"{len(result.files)}, {size(whole)}"),
+        ("files", f"{len(result.files):,}, {size(whole)}"),
     ]
     if result.to.folder:
         rows.append(("folder", result.to.folder))
     if result.removed:
         rows.append(("replaced", ", ".join(result.removed)))
     if result.left_out:
-        rows.append(("left here", ", ".join(result.left_out)))
+        rows.append(("not uploaded", ", ".join(result.left_out)))
     if result.dry_run:
         return [*rows, ("dry run", "nothing was sent")]
     rows.append(("uploaded", size(result.bytes_uploaded)))

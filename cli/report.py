@@ -120,7 +120,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
     if summary.skipped:
         names = list(summary.skipped)
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        rows.append(("left alone", f"{shown} ({', '.join(sorted(set(summary.skipped.values())))})"))
+        rows.append(("not quantized", f"{shown} ({', '.join(sorted(set(summary.skipped.values())))})"))
     rows += left_out(summary)
     if summary.loss:
         _, _, error, ratio, largest = lost(summary.loss.total)

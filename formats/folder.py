@@ -341,7 +341,7 @@ def _kind(mode: int) -> str:
 
 
 def _changed(where: str) -> Malformed:
-    return Malformed("changed", f"{where} changed while it was read. Run again once nothing writes to it.")
+    return Malformed("changed", f"{where} changed while it was read. Retry when the file is no longer being modified.")
 
 
 def _failure(error: OSError, where: str, act: str) -> QzError:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from qz.counted import counted
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
@@ -102,7 +103,7 @@ class Summary:
         if self.dropped:
             shown = ", ".join(self.dropped[:3]) + (" …" if len(self.dropped) > 3 else "")
             found.append(
-                f"{len(self.dropped)} {'tensor' if len(self.dropped) == 1 else 'tensors'} not used by "
+                f"{counted(len(self.dropped), 'tensor')} not used by "
                 f"{self.source.architecture} {'was' if len(self.dropped) == 1 else 'were'} left out: {shown}"
             )
         found += _told_of_nonfinite(self.nonfinite, self.dtype)

@@ -55,6 +55,8 @@ REFUSED_OUTPUTS = {
     "a device that is not there": (["--device", "cuda:7", "-o", "new"], 2),
     "another one": (["--device", "xpu", "-o", "new"], 2),
     "nobody to push as": (["--push", "me/model", "-o", "new"], 77),
+    "what names no repository": (["--push", "my model", "-o", "new"], 2),
+    "nothing to push to": (["--push", "", "-o", "new"], 2),
     "five bytes": (["--max-shard-size", "5", "-o", "new"], 2),
     "a pattern of nothing": (["--skip", "q_porj", "-o", "new"], 2),
     "a component of a model": (["--components", "unet", "-o", "new"], 2),
@@ -119,6 +121,44 @@ def test_a_repository_that_is_not_there_might_have_been_a_folder(server: Server,
     ended = server.run("quantize", "modles/llama", cwd=tmp_path)
     assert ended.code in (66, 69)
     assert "There is no local folder modles/llama either" in told(ended)
+
+
+EMPTY = (8).to_bytes(8, "little") + b"{}      "
+NOTHING_INSIDE = {
+    "m": {"model.safetensors": EMPTY, "config.json": b'{"model_type":"llama","architectures":["LlamaForCausalLM"]}'},
+    "p": {"model_index.json": b'{"_class_name":"FluxPipeline"}'},
+    "s": {
+        "model_index.json": b'{"_class_name":"FluxPipeline","scheduler":["diffusers","EulerDiscreteScheduler"]}',
+        "scheduler/scheduler_config.json": b"{}",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["inspect", "m"], 65, "m holds no tensor at all"),
+        (["inspect", "m/model.safetensors"], 65, "m/model.safetensors holds no tensor at all"),
+        (["quantize", "m", "-o", "new"], 65, "m holds no tensor at all"),
+        (["quantize", "m", "-o", "new", "--dry-run"], 65, "m holds no tensor at all"),
+        (["inspect", "p"], 65, "names no component"),
+        (["quantize", "p", "-o", "new"], 66, "no component with weights"),
+        (["quantize", "s", "-o", "new"], 66, "no component with weights"),
+        (["quantize", "s", "-o", "new", "--dry-run"], 66, "no component with weights"),
+        (["dequantize", "s", "-o", "new"], 78, "No component of s is quantized"),
+    ],
+)
+def test_what_has_nothing_to_convert_inside_is_told(
+    server: Server, tmp_path: Path, words: list[str], code: int, why: str
+) -> None:
+    for folder, files in NOTHING_INSIDE.items():
+        for name, data in files.items():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_bytes(data)
+    ended = server.run(*words, cwd=tmp_path)
+    assert ended.code == code
+    assert why in ended.stdout + ended.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_short_names_mean_what_everybody_means_by_them(server: Server, place: Path) -> None:

@@ -538,7 +538,7 @@ def test_the_table_and_the_page_of_a_job_have_a_row_for_each_model(
         assert f"\n{part} " in table
         assert part.replace("_", r"\_") in page
     assert "denoiser" in table
-    assert "as they are  scheduler, tokenizer, tokenizer_2" in table
+    assert "unchanged   scheduler, tokenizer, tokenizer_2" in table
 
 
 def test_a_pipeline_on_the_hub_becomes_the_same_bytes(

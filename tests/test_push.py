@@ -457,7 +457,7 @@ def test_a_lasting_refusal_of_the_xet_storage_is_a_documented_error_and_no_commi
 
 def test_an_answer_that_is_no_json_is_not_a_bug(hub: HubServer, made: Path) -> None:
     hub.fail("validate_yaml", replace={"Content-Length": "0"}, truncate=0)
-    assert "as a Hub does" in failure(lambda: push(made, to()), HubUnreachable)
+    assert "not return a valid Hub response" in failure(lambda: push(made, to()), HubUnreachable)
 
 
 # The card

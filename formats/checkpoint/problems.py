@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qz import HubUnreachable, IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, Unsupported
+from qz.counted import counted
 from qz.formats.malformed import Malformed
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "variant-missing": (MissingInput, "{location} has no weights of the variant {name}. Variants there: {there}."),
     "index-missing": (
         MissingInput,
-        "{location} has {count} shards but no {name}, which says what is in them. Download that too.",
+        "{location} has {shards} but no {name}, which says what is in them. Download that too.",
     ),
     "weights-missing": (MissingInput, "{location} has no {name}, which {library} loads{instead}."),
     "index-malformed": (MalformedInput, "{where}: {why}. Download it again."),
@@ -140,7 +141,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "quantization-config-missing": (
         MalformedInput,
         (
-            "{where} has no quantization_config, but {count} weights are quantized ({kind}), so {library} cannot "
+            "{where} has no quantization_config, but {weights} quantized ({kind}), so {library} cannot "
             "load them. " + _AGAIN
         ),
     ),
@@ -175,7 +176,7 @@ WARNINGS: dict[str, str] = {
         "original model instead."
     ),
     "fp8-weights": (
-        "{location} holds {count} weights in 8-bit floating point ({name}); qz starts from 16 or 32 bits. Use"
+        "{location} holds {weights} in 8-bit floating point ({name}); qz starts from 16 or 32 bits. Use"
         " the original checkpoint."
     ),
     "quantization-config-differs": (
@@ -248,7 +249,7 @@ class Problems:
             listed += self._found[kind]
             if kind in self._more:
                 last = listed[-1]
-                message = f"{self.location} has {self._more[kind]} more problems of the kind {kind}."
+                message = f"{self.location} has {counted(self._more[kind], 'more problem')} of the kind {kind}."
                 listed.append(Problem(last.severity, kind, self.location, message))
         return tuple(listed)
 

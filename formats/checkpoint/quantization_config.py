@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from qz.counted import counted
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def check_settings(
     counts = Counter(kind for kind, _ in weights.values())
     found = f"the weights are {' and '.join(sorted(counts))}" if weights else "no weight is quantized"
     if not settings.present and weights:
-        facts = {"count": len(weights), "kind": ", ".join(sorted(counts)), "library": library}
+        many = counted(len(weights), "weight") + (" is" if len(weights) == 1 else " are")
+        facts = {"weights": many, "kind": ", ".join(sorted(counts)), "library": library}
         problems.add("quantization-config-missing", "config.json", **facts)
     if settings.method != "bitsandbytes":
         return

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qz.counted import counted
 from qz.formats.checkpoint.problems import Problem, Problems
 from qz.formats.checkpoint.quant_state import MAX_BYTES, QuantState, parse_quant_state
 from qz.formats.checkpoint.quantization_config import Kind, check_settings, read_settings
@@ -87,7 +88,7 @@ class _Quantized:
     def floats8(self) -> None:
         names = [tensor.name for tensor in self.checkpoint.tensors.values() if tensor.dtype.startswith("F8_")]
         if names:
-            self.problems.add("fp8-weights", names[0], count=len(names), name=quoted(names[0]))
+            self.problems.add("fp8-weights", names[0], weights=counted(len(names), "weight"), name=quoted(names[0]))
 
     # Which tensors belong together
 

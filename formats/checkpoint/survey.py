@@ -99,6 +99,8 @@ def survey_file(folder: Folder, file: str) -> tuple[dict[str, StoredTensor], dic
     headers = found.headers([file])
     tensors = found.tensors([file], headers, {})
     found.other_tools(file, tensors)
+    if headers and not tensors:
+        found.problems.add("no-tensors", file, location=found.path(file))
     return tensors, headers[file].metadata if headers else {}, found.problems.worst_first()
 
 
@@ -215,7 +217,7 @@ class _Survey:
         try:
             index = read_json(read_file(self.folder, name, MAX_INDEX_BYTES), self.path(name), limit=MAX_INDEX_BYTES)
         except QzError as error:
-            self.problems.add_error(error, name, missing="index-missing", name=name, count="its")
+            self.problems.add_error(error, name, missing="index-missing", name=name, shards="its shards")
             return None
         weight_map = index.get("weight_map")
         why = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from qz import MissingInput, QzError
+from qz.counted import counted
 from qz.formats.malformed import UNSAFE_TEXT, quoted
 from qz.formats.shards import STEMS
 
@@ -101,7 +102,8 @@ def _no_weights(folder: Folder, library: Library, problems: Problems) -> None:
     others = [each for each in names if each.endswith(".safetensors")]
     pickles = [each for each in names if PICKLE.search(each)]
     if shards:
-        problems.add("index-missing", f"{name}.index.json", name=f"{name}.index.json", count=len(shards))
+        index = f"{name}.index.json"
+        problems.add("index-missing", index, name=index, shards=counted(len(shards), "shard"))
     elif others:
         found = ", ".join(quoted(each, 60) for each in others[:3])
         instead = f", but {found}. Rename it if it is in {library}'s own layout; convert it if it is another tool's"

@@ -91,7 +91,9 @@ def meaning(
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return IOFailed(f"{doing} failed: the disk that holds the Hub cache is full. Free some space, or set HF_HOME.")
     if isinstance(error, JSONDecodeError):
-        return HubUnreachable(f"{doing} failed: {endpoint or page} does not answer as a Hub does. Check HF_ENDPOINT.")
+        return HubUnreachable(
+            f"{doing} failed: {endpoint or page} did not return a valid Hub response. Check HF_ENDPOINT."
+        )
     if isinstance(error, ValueError) and "LFS batch" in str(error):
         return HubUnreachable(f"{doing} failed: the Hub does not take the files. Try again later; see {page}.")
     if isinstance(error, ValueError) and "too large" in str(error):

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from qz import HubUnreachable, QzError, TryAgain
+from qz.counted import counted
 from qz.formats.hub.errors import Signal
 
 log = logging.getLogger("qz.hub")
@@ -80,7 +81,7 @@ class Patience:
         asked = f" and asks to wait {failed.wait:.0f} s" if failed.wait else ""
         limited = failed.status == 429
         why = "the Hub limits the rate of requests" if limited else str(failed)
-        attempts = "1 attempt" if failures == 1 else f"{failures} attempts"
+        attempts = counted(failures, "attempt")
         return (TryAgain if limited else HubUnreachable)(
             f"{self.location}/{path} could not be read after {attempts}: {why}{asked}. Run the same command again "
             "later."

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, exported by name only
+
 from qz import TryAgain, UsageError
+from qz.formats.malformed import quoted
 
 
 class UploadsLost(TryAgain):
@@ -32,6 +36,10 @@ class Destination:
     replace: bool = False
 
     def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise UsageError(f"{quoted(self.repo_id)} is not a Hub repository name such as owner/name.") from error
         if self.folder and any(part in ("", ".", "..") for part in self.folder.split("/")):
             raise UsageError(f"{self.folder!r} is not a folder inside a repository. Write it as NAME or NAME/NAME.")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz import UsageError
+from qz.counted import counted
 from qz.formats.malformed import Malformed, quoted
 from qz.quantize.calibration.statistics import Floats, InputSums, Statistics, read_statistics
 
@@ -153,7 +154,7 @@ def warnings(statistics: Statistics, matched: Matched) -> tuple[str, ...]:
 
 
 def _weights(names: Sequence[str]) -> str:
-    return "1 quantized weight" if len(names) == 1 else f"{len(names)} quantized weights"
+    return counted(len(names), "quantized weight")
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qz import MalformedInput, QzError
+from qz.counted import counted
 from qz.formats.checkpoint.problems import Problem, worst_first
 from qz.formats.malformed import quoted
 from qz.quantize.inspection.estimate import METHODS, Estimate
@@ -54,7 +55,7 @@ def _of_quantized(found: Inspection, checkpoint: Checkpoint) -> Inspection:
 def _cannot_load(checkpoint: Checkpoint, architecture: Architecture, elsewhere: tuple[str, ...]) -> Problem:
     where, count = checkpoint.folder.location, len(elsewhere)
     message = (
-        f"{where}: {count} quantized {'weight' if count == 1 else 'weights'} (first {quoted(elsewhere[0])}) cannot be "
+        f"{where}: {counted(count, 'quantized weight')} (first {quoted(elsewhere[0])}) cannot be "
         f"loaded: {architecture.class_name} has no linear layer of that name: it merges weights, or reads them. "
         f"`qz dequantize {where}` gives a model that loads, and can be quantized again."
     )

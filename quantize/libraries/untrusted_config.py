@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qz import MalformedInput
+from qz.counted import counted
 from qz.formats.malformed import quoted
 
 CODE = re.compile(
@@ -98,8 +99,9 @@ def require_plausible(config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
                 check(inner, path, counts)
         elif counts and _is_number(value) and value > most:
             raise MalformedInput(
-                f"{where}/config.json says {quoted(path)} = {value}, but the checkpoint holds {len(shapes)} tensors, "
-                f"none longer than {extent} in any dimension. Use the config.json that belongs to these weights."
+                f"{where}/config.json says {quoted(path)} = {value}, but the checkpoint holds "
+                f"{counted(len(shapes), 'tensor')}, none longer than {extent} in any dimension. Use the config.json "
+                "that belongs to these weights."
             )
 
     check(config, "", counts=False)
