@@ -295,7 +295,9 @@ def inspect(
             from qz.quantize.inspection.verification import verify as compare
 
             found = found.with_verified(*compare(folder, opened_source.root, on_progress))
-        return found.with_problems(Problem("warning", "hub-cache", location, note) for note in opened_source.notes)
+        return found.with_problems(
+            Problem("warning", "hub-cache", location, f"{note}.") for note in opened_source.notes
+        )
 
 
 def push(

@@ -449,7 +449,7 @@ def test_thousands_of_problems_of_one_kind_are_counted(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     _, problems = survey(LocalFolder(folder))
     assert len(problems) == 201
-    assert problems[-1].message == f"{folder} has 4800 more problems of the kind tensor-absent."
+    assert problems[-1].message == f"{folder} has 4,800 more problems of the kind tensor-absent."
 
 
 def test_pickles_are_refused_with_the_command_that_converts_them(saved: Path, tmp_path: Path) -> None:

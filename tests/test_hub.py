@@ -648,8 +648,12 @@ def test_a_copy_in_the_cache_that_is_not_known_to_be_complete_is_not_used(hub: H
     hf_hub_download("me/parts", "config.json")
     hub.add("me/broken", FILES)
     next(Path(snapshot_download("me/broken")).glob("model.safetensors")).unlink()
+    hub.add("me/unlisted", FILES)
+    listings = Path(snapshot_download("me/unlisted")).parent.parent / "trees"
+    for listing in listings.iterdir():
+        listing.write_text("{}")
     hub.fail("info", status=503)
-    for name in ("me/parts", "me/broken", "me/never"):
+    for name in ("me/parts", "me/broken", "me/unlisted", "me/never"):
         failure(lambda name=name: opened(hub, name), HubUnreachable)  # type: ignore[misc]
 
 

@@ -8,6 +8,7 @@ streamed whole, and ``check`` tells whether every one had the hash that the Hub 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections import OrderedDict
@@ -117,9 +118,14 @@ def _complete_in_cache(repo_id: str, revision: str | None) -> HubFolder | None:
         snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    # Without its listing (huggingface_hub's trees/COMMIT.json), snapshot_download cannot tell, and returns a part too.
-    listed = (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").is_file()
-    return HubFolder(hub_api(), repo_id, snapshot.name, snapshot=snapshot) if listed else None
+    # Without a listing that it can read, snapshot_download cannot tell, and returns a part of the repository too.
+    listing = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
+    try:
+        files = json.loads(listing.read_bytes())["files"]
+        complete = isinstance(files, dict) and all((snapshot / name).is_file() for name in files)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return HubFolder(hub_api(), repo_id, snapshot.name, snapshot=snapshot) if complete else None
 
 
 class HubFolder:
