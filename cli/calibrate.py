@@ -27,9 +27,11 @@ def calibrate(
 ) -> None:
     """Run a 16-bit model of transformers on a text, block by block, and record the inputs of its linear layers."""
     from qz import api
+    from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries import lean_imports
 
     lean_imports.forbid()  # the model runs
+    return_freed_memory()
     with Display(quiet=quiet) as display:
         found = api.calibrate(
             source,

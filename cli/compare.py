@@ -18,16 +18,18 @@ def compare(
     other: options.OtherArg,
     subfolder: options.SubfolderOpt = None,
     text: options.TextOpt = None,
-    tokens: options.ComparedTokensOpt = None,
+    tokens: options.TokensOpt = None,
     device: options.DeviceOpt = "auto",
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
 ) -> None:
     """Show what quantizing changed: in each layer's weights, and in what the model makes of a text."""
     from qz import api
+    from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries import lean_imports
 
     lean_imports.forbid()  # the models run
+    return_freed_memory()
     with Display(quiet=quiet) as display:
         found = api.compare(
             original, other, subfolder=subfolder, text=text, tokens=tokens, device=device, on_progress=display

@@ -455,18 +455,8 @@ TokensOpt = Annotated[
     typer.Option(
         "--tokens",
         metavar="N",
-        help="How many tokens of it.",
-        show_default="1024, with --hessians 16384",
-        rich_help_panel=SELECTION,
-    ),
-]
-ComparedTokensOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--tokens",
-        metavar="N",
-        help="How many tokens of it, 16384 at most.",
-        show_default="2048",
+        help="How many tokens of it are read.",
+        show_default="1024 to calibrate, with --hessians 16384; 2048 to compare",
         rich_help_panel=SELECTION,
     ),
 ]

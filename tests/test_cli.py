@@ -75,7 +75,7 @@ def act(script: Path, *arguments: str, **keywords: Any) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, **keywords)
 
 
-@pytest.mark.parametrize("name", ["quantize", "inspect", "dequantize", "push"])
+@pytest.mark.parametrize("name", ["quantize", "inspect", "dequantize", "push", "calibrate", "compare"])
 def test_the_contracts_commands_are_there(name: str) -> None:
     assert name in GROUP.commands
 
@@ -90,13 +90,15 @@ def test_every_command_and_every_option_has_help(name: str) -> None:
 
 
 def test_an_option_means_the_same_in_every_command() -> None:
-    """Options are declared once. Where --subfolder, --dtype and --revision mean another thing, they say so."""
+    """Options are declared once. Where some mean another thing, they say so: --output is a file of `qz calibrate`."""
     helps: dict[str, set[str]] = {}
     for command in GROUP.commands.values():
         for param in command.params:
             for name in param.opts if param.param_type_name == "option" else ():
                 helps.setdefault(name, set()).add(param.help)
-    assert {name for name, texts in helps.items() if len(texts) > 1} <= {"--subfolder", "--dtype", "--revision"}
+    assert {name for name, texts in helps.items() if len(texts) > 1} <= {
+        *("--subfolder", "--dtype", "--revision", "--output", "-o")
+    }
 
 
 @pytest.mark.parametrize(
