@@ -125,7 +125,8 @@ models = pathlib.Path(importlib.util.find_spec("diffusers").origin).parent / "mo
 groups = re.findall(r'"[\\w.]+"\\] = \\[([^\\]]*)\\]', models.read_text())
 names = [name for group in groups for name in re.findall(r'"(\\w+)"', group)]
 def needs(name):
-    return "transformers" in needed_by(SimpleNamespace(library="diffusers", config={"_class_name": name}))
+    found = SimpleNamespace(library="diffusers", architecture=name, config={"_class_name": name})
+    return "transformers" in needed_by(found)
 with lean_imports.lean_imports():
     import diffusers
     for name in names:

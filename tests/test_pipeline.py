@@ -492,7 +492,8 @@ def test_a_second_run_with_nothing_to_do_says_so(
     assert "up to date" in capsys.readouterr().err
     assert "up to date" in (tmp_path / "page.md").read_text()
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-    same = set(first) - {"up_to_date", "seconds", "resumed"}
+    same = set(first) - {"up_to_date", "seconds", "resumed", "nonfinite"}
+    assert (first["nonfinite"], again["nonfinite"]) == ([], None), "nothing was read to tell"
     assert {key: again[key] for key in same} == {key: first[key] for key in same}
 
 

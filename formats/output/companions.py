@@ -50,10 +50,10 @@ SENTENCES = re.compile(r"modules\.json|config_sentence_transformers\.json|senten
 SETTINGS = re.compile(r"(?:config|scheduler_config)\.json")
 """Of a pipeline's component without weights."""
 
-CONFIGS = re.compile(r"(?!adapter_config)[A-Za-z0-9_.-]+_config\.json")
-"""Every class of the libraries that saves its settings names them so: mel_config.json, guider_config.json, …
+CONFIGS = re.compile(r"(?:scheduler|guider|mel|modular|mellon_pipeline|decision|judge)_config\.json")
+"""Settings under the names that classes of the libraries give them, beside a model.
 
-Not an adapter's beside a model: transformers then loads the adapter's base model in the place of this one.
+Not an adapter's: transformers then loads the adapter's base model in the place of this one.
 """
 PROMPTS = re.compile(
     r"alphabet\.json|[a-z0-9_]+_path\.json|prompts?\.(?:json|txt)|adapter\.[A-Za-z0-9_-]+\.safetensors"
@@ -74,6 +74,12 @@ _NO_DATA = re.compile(
     re.IGNORECASE,
 )
 """What no loader reads from a folder of settings: code, cards, pictures, archives, weights, what training left."""
+_SECRET = re.compile(
+    r"(?:.*[._-])?(?:id_(?:rsa|dsa|ecdsa|ed25519)|credentials?|secrets?|passwords?|token|api[_-]?keys?|aws|netrc"
+    r"|kubeconfig)(?:[._-].*)?|[^.]+|.*\.(?:env|pem|key|p12|pfx|kdbx)",
+    re.IGNORECASE,
+)
+"""What is nobody's model and may be somebody's key: it is neither carried nor published, unless a loader names it."""
 
 _VARIANT = r"(?:\.[A-Za-z0-9_]+)?"
 WEIGHT_FILE = re.compile(
@@ -159,7 +165,7 @@ def _everything(folder: Folder, prefix: str, depth: int = 2) -> list[Companion]:
     Of pickles, which are copied unread, only those without safetensors beside them.
     """
     sizes = folder.sizes()
-    names = [name for name in sizes if not _NO_DATA.fullmatch(name) or name.endswith(".safetensors")]
+    names = [name for name in sizes if _is_data(name) or name.endswith(".safetensors")]
     if not any(name.endswith(".safetensors") for name in sizes):
         names += [name for name in sizes if name.endswith(".bin") and not name.startswith("training_args")]
     found = [Companion(folder, name, prefix + name, sizes[name]) for name in names]
@@ -167,6 +173,13 @@ def _everything(folder: Folder, prefix: str, depth: int = 2) -> list[Companion]:
         if not inner.startswith("."):
             found += _everything(folder.subfolder(inner), f"{prefix}{inner}/", depth - 1)
     return found
+
+
+def _is_data(name: str) -> bool:
+    """Whether a loader may read this file of a folder of settings."""
+    if _NO_DATA.fullmatch(name):
+        return False
+    return CHECKPOINT_FILE.fullmatch(name) is not None or _SECRET.fullmatch(name) is None
 
 
 def whole(folder: Folder) -> tuple[Companion, ...]:
@@ -208,7 +221,7 @@ def terms(folder: Folder) -> tuple[Companion, ...]:
 def settings(folder: Folder) -> tuple[Companion, ...]:
     """All of a component without weights, whatever its class reads: a scheduler, tokenizer, processor or guider."""
     sizes = folder.sizes()
-    data = [name for name in sizes if not _NO_DATA.fullmatch(name) and not TERMS.fullmatch(name)]
+    data = [name for name in sizes if _is_data(name) and not TERMS.fullmatch(name)]
     found = {each.name: each for each in companions(folder)}
     return (*found.values(), *(Companion(folder, name, name, sizes[name]) for name in data if name not in found))
 

@@ -11,7 +11,7 @@ from qz import MalformedInput, MissingInput, OutputRefused
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import read_file
 from qz.formats.json_files import MAX_BYTES, read_json
-from qz.formats.output.companions import settings, terms
+from qz.formats.output.companions import companions, settings, terms
 from qz.formats.output.record import RECORD, Record, read_record, verify_record
 from qz.formats.publish.verified_file import VerifiedFile
 
@@ -112,7 +112,9 @@ def _own_file(name: str, file: VerifiedFile, sha256: str | None) -> OwnFile:
 def _named(folder: LocalFolder, prefix: str) -> set[str]:
     """The files of one component that qz has not recorded."""
     sizes = folder.sizes()
-    own = {each.name for each in settings(folder)} | sizes.keys() & {"model_index.json"}
+    weightless = prefix and not any(name.endswith(".safetensors") for name in sizes)
+    carried = settings(folder) if weightless else companions(folder)
+    own = {each.name for each in carried} | sizes.keys() & {"model_index.json", "config.json"}
     if "model_index.json" not in sizes and (not prefix or any(name.endswith(".safetensors") for name in sizes)):
         checkpoint = open_checkpoint(folder)
         own |= set(checkpoint.files)
