@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qz.cli import options
 from qz.cli.progress import Display, timed
+from qz.cli.recorded import recorded
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
@@ -36,6 +37,7 @@ def dequantize(
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
     from qz import api
 
+    told = recorded(dequantize, locals())
     with Display(quiet=quiet) as display:
         summary = api.dequantize(
             source,
@@ -58,6 +60,7 @@ def dequantize(
             push_only=push_only,
             public=public,
             dry_run=dry_run,
+            command=told,
             on_progress=display,
         )
     present(timed(summary), as_json=as_json, quiet=quiet)

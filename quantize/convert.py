@@ -177,6 +177,15 @@ def hub_origin(folder: Folder) -> dict[str, Any] | None:
     return source if isinstance(source, dict) and source.get("revision") else None
 
 
+def command(act: str, source: Mapping[str, Any], options: Iterable[str]) -> list[str]:
+    """The words that make the same again from ``source``, of the commit that was read."""
+    words = ["qz", act, source["location"]]
+    for option in ("subfolder", "revision"):
+        if source.get(option):
+            words += [f"--{option}", source[option]]
+    return words + list(options)
+
+
 def about(
     summary: dict[str, Any],
     folders: Mapping[str, Folder],
@@ -193,5 +202,7 @@ def about(
         told["source"] = {**told["source"], "location": os.path.basename(os.path.realpath(location))}
         if (origin := hub_origin(folder)) is not None:
             told["origin"] = origin
+    if settings.command:
+        told["command"] = command(told["act"], told["source"], settings.command)
     made_from = {"identity": recorded_identity(folders, carried), "settings": settings_fingerprint(settings)}
     return {"qz": __version__, "versions": library_versions(), **told, **made_from}

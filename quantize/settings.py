@@ -50,6 +50,9 @@ class Settings:
     rounding: Rounding = "nearest"
     """Of each value to the nearest level, or so that errors cancel in the layer's output, which needs Hessians."""
 
+    command: tuple[str, ...] = ()
+    """The options that decide the bytes, as words of a command line, for the record."""
+
     def __post_init__(self) -> None:
         """Raises UsageError for choices that exclude each other, or that nobody means."""
         object.__setattr__(self, "dtype", full_name(self.dtype))

@@ -111,7 +111,7 @@ class UpToDate:
 
     def as_json(self) -> dict[str, Any]:
         """The report of the run that made the output, as of a run that had nothing to do."""
-        hidden = ("qz", "versions", "identity", "settings")
+        hidden = ("qz", "versions", "command", "identity", "settings")
         told = {key: value for key, value in self.record.about.items() if key not in hidden}
         source = told.get("source")
         shards = [file for file in self.record.files if file.name.endswith(".safetensors")]

@@ -55,6 +55,7 @@ ABOUT: dict[str, Any] = {
     "bytes": {"source": 2_000_000, "output": 700_000},
     "memory_footprint": {"before": 2_000_100, "after": 700_200},
     "settings": {"dtype": "auto", "skips": ["proj_out"], "default_skips": True},
+    "command": ["qz", "quantize", "big/llama", "--revision", COMMIT, "--nf4", "--skip", "proj_out"],
 }
 
 

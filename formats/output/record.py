@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
@@ -18,6 +19,7 @@ from qz.formats.checkpoint.problems import Problem, kind_of
 from qz.formats.folder import Range, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
+from qz.formats.output.about import check_about
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 RECORD = "qz.json"
 PIECE = 4 << 20
 """Bytes read or written at once: small enough for a cache, large enough for the cost of the calls to vanish."""
+NO_UTF8 = re.compile("[\ud800-\udfff]")
+COMPARED = ("identity", "settings")
+"""What later runs compare with their own, so it is kept as it is; all else is there to be shown."""
 MOST_PARTS = 16
 """Folders and the file in the name of a file."""
 
@@ -51,16 +56,19 @@ class Record:
 def encode_record(files: Iterable[WrittenFile], about: Mapping[str, Any]) -> bytes:
     """The record's JSON, whatever the order of ``files``."""
     listed = [asdict(file) for file in sorted(files, key=lambda file: file.name)]
-    return (json.dumps({"version": 1, "about": as_text(dict(about)), "files": listed}, indent=2) + "\n").encode()
+    told = {key: as_text(value, NO_UTF8 if key in COMPARED else UNSAFE_TEXT) for key, value in about.items()}
+    return (json.dumps({"version": 1, "about": told, "files": listed}, indent=2) + "\n").encode()
 
 
-def as_text(value: Any) -> Any:
-    """JSON values in which a byte of a file name that is no UTF-8 is written as ``\\udcff``, for no JSON holds it."""
+def as_text(value: Any, unsafe: re.Pattern[str] = NO_UTF8) -> Any:
+    """JSON values in which a byte of a file name that is no UTF-8 is written as ``\\udcff``, for no JSON holds it; and
+    likewise everything else that ``unsafe`` finds.
+    """
     if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+        return unsafe.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), value)
     if isinstance(value, dict):
-        return {as_text(key): as_text(inner) for key, inner in value.items()}
-    return [as_text(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {as_text(key, unsafe): as_text(inner, unsafe) for key, inner in value.items()}
+    return [as_text(inner, unsafe) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_record(folder: Folder) -> Record | None:
@@ -75,6 +83,7 @@ def read_record(folder: Folder) -> Record | None:
     if value.get("version") != 1 or not isinstance(about, dict) or not isinstance(listed, list):
         raise Malformed("record-malformed", f"{where} is not a record of version 1. A newer qz may read it.")
     try:
+        check_about(about)
         return Record(tuple(as_written(entry) for entry in listed), about)
     except (ValueError, TypeError, LookupError) as error:
         raise Malformed("record-malformed", f"{where} is damaged ({error}). Make the checkpoint again.") from None

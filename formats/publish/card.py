@@ -6,6 +6,7 @@ head gets the keys that it lacks.
 
 from __future__ import annotations
 
+import keyword
 import re
 from typing import Any
 
@@ -13,8 +14,8 @@ import yaml
 from huggingface_hub import CardData, ModelCard
 
 from qz import MalformedInput
-from qz.formats.malformed import UNSAFE_TEXT
 from qz.formats.publish.card_facts import HUB, CardFacts
+from qz.formats.publish.escaping import code, fenced, markdown, python_string, shell, torch_dtype
 
 LISTED = 30
 """Skipped modules that are named, at most."""
@@ -29,13 +30,13 @@ def write_card(facts: CardFacts, repo_id: str, folder: str = "", existing: str |
     section = f"{begin}\n{_section(facts, repo_id, folder)}\n{end}"
     if existing is None or not existing.strip():
         name = facts.base_model.split("/")[-1] if facts.base_model else repo_id.split("/")[-1]
-        title = f"# {_plain(name)}, {in_words(facts)}"
-        card = ModelCard(f"---\nlibrary_name: {facts.library}\n---\n\n{title}\n\n{section}\n")
+        title = f"# {markdown(name)}, {in_words(facts)}"
+        card = ModelCard(f"---\n{yaml.safe_dump({'library_name': facts.library})}---\n\n{title}\n\n{section}\n")
     else:
         try:
             card = ModelCard(existing)
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            first = str(error).split("\n", 1)[0]
+        except Exception as error:  # noqa: BLE001  of no foreseeable kind: RecursionError too
+            first = str(error).split("\n", 1)[0] or type(error).__name__
             raise MalformedInput(
                 f"The README.md of {repo_id} has a YAML head that cannot be read ({first}). Repair it, then push again."
             ) from None
@@ -77,36 +78,38 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
         _refinement(facts),
         _skips(facts),
         "## Use",
-        _fenced("python", snippet(facts, repo_id, folder)),
+        fenced("python", snippet(facts, repo_id, folder)),
     ]
     if facts.losses:
         parts += [
             "## Loss",
             "Relative error of the quantized weights (Frobenius norm), largest first.",
-            _table([(f"`{_plain(name)}`", f"{loss:.4f}") for name, loss in facts.losses[:LISTED]], "module", "error"),
+            _table([(code(name), f"{loss:.4f}") for name, loss in facts.losses[:LISTED]], "module", "error"),
         ]
     if facts.command or facts.versions:
         parts.append("## How it was made")
-        parts.append(_fenced("sh", " ".join(facts.command.split())) if facts.command else "")
-        parts.append(", ".join(f"{name} {version}" for name, version in facts.versions.items()))
+        parts.append(fenced("sh", shell(facts.command)) if facts.command else "")
+        parts.append(", ".join(markdown(f"{name} {version}") for name, version in facts.versions.items()))
     return "\n\n".join(part for part in parts if part)
 
 
 def _introduction(facts: CardFacts) -> str:
-    link = f"[{facts.base_model}]({HUB}/{facts.base_model})" if facts.base_model else ""
-    model = link if facts.commit or not facts.source else _plain(facts.source) + (f" (from {link})" if link else "")
-    model = model or "a model"
-    of = f"the `{_plain(facts.subfolder)}` of {model}" if facts.subfolder else model
-    at = f" (commit `{facts.commit[:12]}`)" if facts.commit else ""
+    base = facts.base_model
+    link = f"[{markdown(base)}]({HUB}/{base})" if base else ""
+    model = link or "a model"
+    if facts.source and facts.source != base:
+        model = markdown(facts.source) + (f" (from {link})" if link else "")
+    of = f"the {code(facts.subfolder)} of {model}" if facts.subfolder else model
+    at = f" (commit {code(facts.commit[:12])})" if facts.commit else ""
     done = "converted back to" if facts.method == "none" else "quantized to"
-    what = facts.dtype or "floats" if facts.method == "none" else in_words(facts)
+    what = markdown(facts.dtype or "floats") if facts.method == "none" else in_words(facts)
     return f"This is {of}{at}, {done} {what} with [qz](https://github.com/qz-dev/qz)."
 
 
 def in_words(facts: CardFacts) -> str:
     """The method as a title has it."""
     if not facts.bits:
-        return facts.dtype or "as it is"
+        return markdown(facts.dtype or "as it is")
     name = {"nf4": "NF4 (4 bit)", "fp4": "FP4 (4 bit)", "int8": "LLM.int8() (8 bit)"}[facts.method]
     return name + (" with double quantization" if facts.double_quant else "")
 
@@ -115,18 +118,18 @@ def _refinement(facts: CardFacts) -> str:
     """How scales and codes were chosen, where it was not as the libraries do."""
     if facts.scales == "absmax":
         return ""
-    told = [f"scales: {_plain(facts.scales)}"]
+    told = [f"scales: {markdown(facts.scales)}"]
     if facts.importance:
-        told.append(f"importance: `{_plain(facts.importance[0])}` (SHA-256 `{_plain(facts.importance[1])[:64]}`)")
+        told.append(f"importance: {code(facts.importance[0])} (SHA-256 {code(facts.importance[1])})")
     if facts.rounding != "nearest":
-        told.append(f"rounding: {_plain(facts.rounding)}")
+        told.append(f"rounding: {markdown(facts.rounding)}")
     return f"Better than by absmax, in the same format and size ({', '.join(told)})."
 
 
 def _sizes(facts: CardFacts) -> str:
     if facts.components:
         parts = [
-            (f"`{_plain(c.name)}`", _plain(c.architecture), c.method, *map(_size, c.bytes)) for c in facts.components
+            (code(c.name), markdown(c.architecture), markdown(c.method), *map(_size, c.bytes)) for c in facts.components
         ]
         return _table(parts, "component", "class", "method", "before", "after") + "\n\n" + _totals(facts)
     return _totals(facts)
@@ -141,7 +144,7 @@ def _totals(facts: CardFacts) -> str:
     parts = [_table(rows, "", "before", "after")] if rows else []
     if facts.parameters and facts.bits:
         total, quantized = facts.parameters
-        rest = f"; all else is {facts.dtype}." if facts.dtype else "."
+        rest = f"; all else is {markdown(facts.dtype)}." if facts.dtype else "."
         parts.append(f"{quantized / max(total, 1):.1%} of {total:,} parameters are quantized{rest}")
     return "\n\n".join(parts)
 
@@ -149,16 +152,16 @@ def _totals(facts: CardFacts) -> str:
 def _skips(facts: CardFacts) -> str:
     if not facts.skipped:
         return ""
-    names = ", ".join(f"`{_plain(name)}`" for name in facts.skipped[:LISTED])
+    names = ", ".join(code(name) for name in facts.skipped[:LISTED])
     more = f" and {len(facts.skipped) - LISTED} more" if len(facts.skipped) > LISTED else ""
     return f"Linear layers left as they are: {names}{more}."
 
 
 def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
     """Python that loads the checkpoint from ``repo_id``; a part of a pipeline is loaded inside its pipeline."""
-    name = facts.architecture if facts.architecture.isidentifier() else "AutoModel"
-    where = f'"{repo_id}"' + (f', subfolder="{folder}"' if folder else "")
-    dtype = (facts.compute_dtype or facts.dtype or "bfloat16").removeprefix("torch.")
+    name = facts.architecture if _is_class(facts.architecture) else "AutoModel"
+    where = python_string(repo_id) + (f", subfolder={python_string(folder)}" if folder else "")
+    dtype = torch_dtype(facts.compute_dtype or facts.dtype)
     role = (facts.subfolder or folder).rsplit("/", 1)[-1]
     if facts.pipeline:
         return "\n".join(
@@ -166,12 +169,12 @@ def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
                 "import torch",
                 "from diffusers import DiffusionPipeline",
                 "",
-                f"pipeline = DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.{dtype})",
+                f"pipeline = DiffusionPipeline.from_pretrained({where}, torch_dtype={dtype})",
                 "pipeline.enable_model_cpu_offload()",
             ]
         )
     if facts.library == "diffusers" or re.match(r"(text|image)_encoder", role):
-        role = role if role.isidentifier() else "unet" if name.startswith("UNet") else "transformer"
+        role = role if _is_class(role) else "unet" if name.startswith("UNet") else "transformer"
         pipeline = facts.base_model or "owner/pipeline"
         dtype_key = "torch_dtype" if facts.library == "diffusers" else "dtype"
         both = facts.library == "diffusers"
@@ -185,9 +188,9 @@ def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
                 "import torch",
                 *imports,
                 "",
-                f"{role} = {name}.from_pretrained({where}, {dtype_key}=torch.{dtype})",
+                f"{role} = {name}.from_pretrained({where}, {dtype_key}={dtype})",
                 "pipeline = DiffusionPipeline.from_pretrained(",
-                f'    "{pipeline}", {role}={role}, torch_dtype=torch.{dtype}',
+                f"    {python_string(pipeline)}, {role}={role}, torch_dtype={dtype}",
                 ")",
                 "pipeline.enable_model_cpu_offload()",
             ]
@@ -211,10 +214,6 @@ def _table(rows: list[tuple[str, ...]], *head: str) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _fenced(language: str, text: str) -> str:
-    return f"```{language}\n{UNSAFE_TEXT.sub(lambda c: c[0] if c[0] == chr(10) else ' ', text).replace('```', '')}\n```"
-
-
-def _plain(text: str) -> str:
-    """Text from a checkpoint that cannot become markup."""
-    return re.sub(r"[`<>\[\]|\\]", "", UNSAFE_TEXT.sub(" ", text))[:120]
+def _is_class(name: str) -> bool:
+    """Whether Python takes it as a name of its own."""
+    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)

