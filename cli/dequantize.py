@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qz.cli import options
 from qz.cli.progress import Display, timed
-from qz.cli.recorded import recorded
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
@@ -37,7 +36,6 @@ def dequantize(
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
     from qz import api
 
-    told = recorded(dequantize, locals())
     with Display(quiet=quiet) as display:
         summary = api.dequantize(
             source,
@@ -60,7 +58,6 @@ def dequantize(
             push_only=push_only,
             public=public,
             dry_run=dry_run,
-            command=told,
             on_progress=display,
         )
     present(timed(summary), as_json=as_json, quiet=quiet)

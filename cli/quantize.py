@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from qz.cli import options
 from qz.cli.progress import Display, timed
-from qz.cli.recorded import recorded
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
@@ -57,7 +56,6 @@ def quantize(
     """Quantize a model to 4 or 8 bit, streamed: no GPU needed, using a few megabytes of memory per thread."""
     from qz import api
 
-    told = recorded(quantize, locals())
     name = options.method_name(nf4, fp4, int8, method)
     own = options.parse_component_methods(component)
     four_bit_too = name == "int8" and any(each in ("nf4", "fp4") for each in own.values())
@@ -97,7 +95,6 @@ def quantize(
             public=public,
             measure_loss=report,
             dry_run=dry_run,
-            command=(f"--{name}", *told),
             on_progress=display,
         )
     present(timed(summary), as_json=as_json, quiet=quiet)

@@ -39,7 +39,6 @@ class Conversion:
     source: OpenedSource
     settings: Settings
     output: Path | None
-    variant: str | None = None
     if_exists: IfExists = "error"
     resume: bool = True
     disk: Disk = field(default_factory=Disk)
@@ -62,7 +61,7 @@ class Conversion:
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        checkpoint = open_checkpoint(self.source.folder, self.variant)
+        checkpoint = open_checkpoint(self.source.folder, self.settings.variant)
         self._download([checkpoint])
         self.on_progress(Progress("Planning"))
         planned = plan(checkpoint, self.settings)
@@ -90,7 +89,7 @@ class Conversion:
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        pipeline = open_pipeline(self.source.folder, self.variant)
+        pipeline = open_pipeline(self.source.folder, self.settings.variant)
         try:
             self._download([each.checkpoint for each in pipeline.components if each.checkpoint])
             self.on_progress(Progress("Planning"))

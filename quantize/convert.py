@@ -15,6 +15,7 @@ from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
 from qz.progress import OnProgress, ignore
+from qz.quantize.command import command
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.architecture import LoadRequest
@@ -177,15 +178,6 @@ def hub_origin(folder: Folder) -> dict[str, Any] | None:
     return source if isinstance(source, dict) and source.get("revision") else None
 
 
-def command(act: str, source: Mapping[str, Any], options: Iterable[str]) -> list[str]:
-    """The words that make the same again from ``source``, of the commit that was read."""
-    words = ["qz", act, source["location"]]
-    for option in ("subfolder", "revision"):
-        if source.get(option):
-            words += [f"--{option}", source[option]]
-    return words + list(options)
-
-
 def about(
     summary: dict[str, Any],
     folders: Mapping[str, Folder],
@@ -202,7 +194,6 @@ def about(
         told["source"] = {**told["source"], "location": os.path.basename(os.path.realpath(location))}
         if (origin := hub_origin(folder)) is not None:
             told["origin"] = origin
-    if settings.command:
-        told["command"] = command(told["act"], told["source"], settings.command)
+    told["command"] = command(told["act"], told["source"], settings)
     made_from = {"identity": recorded_identity(folders, carried), "settings": settings_fingerprint(settings)}
     return {"qz": __version__, "versions": library_versions(), **told, **made_from}

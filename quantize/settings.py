@@ -50,8 +50,8 @@ class Settings:
     rounding: Rounding = "nearest"
     """Of each value to the nearest level, or so that errors cancel in the layer's output, which needs Hessians."""
 
-    command: tuple[str, ...] = ()
-    """The options that decide the bytes, as words of a command line, for the record."""
+    variant: str | None = None
+    """Of the weight files that are read."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for choices that exclude each other, or that nobody means."""

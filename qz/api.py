@@ -94,7 +94,6 @@ def quantize(
     public: bool | None = None,
     measure_loss: bool = False,
     dry_run: bool = False,
-    command: Sequence[str] = (),
     on_progress: OnProgress = ignore,
 ) -> Converted:
     """Quantize a model, or a diffusers pipeline component by component, to 4 or 8 bit.
@@ -104,8 +103,8 @@ def quantize(
     linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"``
     makes 4-bit weights of the same format with less error, and with less still where ``importance`` names a file of it.
     ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
-    ``push_only``, shard by shard, so that no output is kept here. ``command`` is for the record: the options as words of
-    a command line. The other arguments are the options of ``qz quantize``, see the command reference.
+    ``push_only``, shard by shard, so that no output is kept here. The other arguments are the options of ``qz
+    quantize``, see the command reference.
 
     Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
     PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
@@ -131,7 +130,7 @@ def quantize(
         scales=scales or ("absmax" if importance is None else "search"),
         importance=Path(importance) if importance is not None else None,
         rounding=rounding,
-        command=tuple(command),
+        variant=variant,
     )
     location = str(source)
     on_progress(Progress("Reading headers"))
@@ -142,7 +141,6 @@ def quantize(
             source=found,
             settings=settings,
             output=Path(output) if output is not None else default_output(location, subfolder, method.name),
-            variant=variant,
             if_exists=if_exists,
             resume=resume,
             disk=Disk(durable=fsync),
@@ -195,7 +193,6 @@ def dequantize(
     push_only: bool = False,
     public: bool | None = None,
     dry_run: bool = False,
-    command: Sequence[str] = (),
     on_progress: OnProgress = ignore,
 ) -> Converted:
     """Turn a model or pipeline that bitsandbytes quantized back into an ordinary one.
@@ -215,7 +212,7 @@ def dequantize(
         device=device,
         threads=threads or 0,
         weights_only=weights_only,
-        command=tuple(command),
+        variant=variant,
     )
     on_progress(Progress("Reading headers"))
     with opened(str(source), subfolder, revision, cached=push is None) as found:
@@ -225,7 +222,6 @@ def dequantize(
             source=found,
             settings=settings,
             output=Path(output) if output is not None else None,
-            variant=variant,
             if_exists=if_exists,
             resume=resume,
             disk=Disk(durable=fsync),

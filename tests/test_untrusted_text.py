@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 
 from commands import run
 from pushes import ABOUT, COMMIT, CONFIG, make
 from qz import MalformedInput
-from qz.cli.app import app
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
-from qz.cli.recorded import DECIDING
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.record import RECORD, read_record
@@ -121,14 +118,6 @@ def test_a_card_that_is_nested_too_deep_is_malformed() -> None:
     existing = f"---\nx: {'[' * 5000}{']' * 5000}\n---\ntext\n"
     with pytest.raises(MalformedInput, match="YAML head"):
         write_card(facts_of(ABOUT, CONFIG), "me/new", existing=existing)
-
-
-def test_every_recorded_word_is_an_option() -> None:
-    commands: Any = typer.main.get_command(app)
-    options = {
-        option for name in ("quantize", "dequantize") for p in commands.commands[name].params for option in p.opts
-    }
-    assert {"--" + name.replace("_", "-") for name in DECIDING} <= options
 
 
 def test_the_record_and_the_card_tell_the_options_that_decide_the_bytes_in_one_spelling(
