@@ -37,10 +37,13 @@ def test_a_gpu_finds_what_the_cpu_finds(weighted: bool, quant_type: QuantType, d
         packed, scales, _ = searched(values, dtype, quant_type, weights)
         for chunk in (1 << 25, 3000):
             theirs = on_gpu(values, dtype, quant_type, weights, chunk)
-            assert np.array_equal(theirs[1], scales)
-            levels = kernels.QUANT_MAPS[quant_type]  # zeros have more than one code on a GPU
+            normal = np.abs(scales) >= np.finfo(np.float32).tiny  # bitsandbytes' GPU operation flushes others to zero
+            assert np.array_equal(theirs[1][normal], scales[normal])
+            assert not theirs[1][~normal].any()
+            counted = np.repeat(normal, 64)[: values.size]  # blocks of zeros have other codes on a GPU
+            levels = kernels.QUANT_MAPS[quant_type]
             mine = [np.stack([each >> 4, each & 15], 1).reshape(-1)[: values.size] for each in (theirs[0], packed)]
-            assert np.array_equal(levels[mine[0]], levels[mine[1]])
+            assert np.array_equal(levels[mine[0]][counted], levels[mine[1]][counted])
 
 
 @each_dtype
