@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import typer.main
 
-from qz import QzError, Unsupported
+from qz import QzError, Unsupported, one_line
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say, warn
 from qz.cli.streams import closed_pipe, flush_streams, open_streams
@@ -123,7 +123,7 @@ class Interruption:
 
     @property
     def message(self) -> str:
-        return " ".join(["Interrupted.", *getattr(self.error, "__notes__", ())])
+        return one_line(" ".join(["Interrupted.", *getattr(self.error, "__notes__", ())]))
 
 
 def main() -> NoReturn:
@@ -193,13 +193,13 @@ def invoke(args: Sequence[str]) -> Any:
 
 def explain(error: Exception) -> tuple[int, str]:
     """The exit code and the message of anything that was raised."""
-    text = str(error) or type(error).__name__
     if isinstance(error, QzError):
-        return error.exit_code, text
+        return error.exit_code, str(error) or type(error).__name__
+    text = one_line(str(error)) or type(error).__name__
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         hint = f"\nRun `{context.command_path} --help` for what there is." if context else ""
-        return error.exit_code, error.format_message().replace("Value error, ", "") + hint
+        return error.exit_code, " ".join(error.format_message().replace("Value error, ", "").split()) + hint
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return 75, f"Out of memory: {text}. Close other programs, or use --threads 1 or --device cpu."
     if isinstance(error, PermissionError):
@@ -220,19 +220,19 @@ def explain(error: Exception) -> tuple[int, str]:
 
 def describe(error: OSError) -> str:
     """What the system said and of which path."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    return one_line(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
 
 
 def report(code: int, message: str, *, as_json: bool, trace: BaseException | None = None) -> None:
     """The message on stderr, with its traceback if asked for, and as the last line of stdout with --json."""
     if trace is not None:
-        say("".join(traceback.format_exception(trace)))
+        say(*"".join(traceback.format_exception(trace)).rstrip("\n").split("\n"))
     lines = f"Error: {message}".rstrip().split("\n")
     if len(lines) > MOST_LINES and trace is None:
         left = len(lines) - MOST_LINES + 1
         lines = [*lines[: MOST_LINES - 1], f"… and {left} more lines; --debug shows them all."]
     try:
-        say("\n".join(part for line in lines for part in wrapped(line)))
+        say(*(part for line in lines for part in wrapped(line)))
         if as_json:
             error = {"type": "exit_error", "code": code, "message": redact(message)}
             sys.stdout.write(json.dumps(error) + "\n")

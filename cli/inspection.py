@@ -54,7 +54,7 @@ def present(
     show(None, as_json=False, text="\n\n".join(part for part in sections(found, listed, pattern) if part))
     if not quiet and listed and pattern is None:
         note = "Similar layers are grouped; --filter '*' lists each tensor."
-        say("\n".join(fold(note, terminal_width() or len(note))))
+        say(*fold(note, terminal_width() or len(note)))
 
 
 def sections(found: Inspection | PipelineInspection, listed: bool, pattern: str | None) -> Iterable[str]:

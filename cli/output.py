@@ -24,6 +24,8 @@ UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[\w.~+/=-]+")
+SIGNED = re.compile(r"(?i)\b((?:x-amz-)?(?:signature|credential|security-token)|policy|key-pair-id|sig)=[^&\s\"'\\]+")
+"""What makes a link to a file good for everybody who reads it."""
 
 
 def plain(text: str) -> str:
@@ -45,12 +47,12 @@ def spelled(character: str) -> str:
 
 
 def redact(text: str) -> str:
-    """``text`` without access tokens: those of the environment, and whatever looks like one."""
+    """``text`` without access tokens, those of the environment and whatever looks like one, nor signatures of links."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN"):
         value = os.environ.get(name, "").strip()
         if len(value) >= 8:
             text = text.replace(value, "hf_***")
-    return TOKEN.sub("hf_***", text)
+    return SIGNED.sub(r"\1=***", TOKEN.sub("hf_***", text))
 
 
 def size(count: float) -> str:
@@ -200,10 +202,10 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def say(text: str, *, quiet: bool = False) -> None:
-    """Talk: each line of ``text`` on stderr."""
+def say(*lines: str, quiet: bool = False) -> None:
+    """Talk: each of ``lines`` as one line on stderr, whatever is in it."""
     if not quiet:
-        for line in text.rstrip("\n").split("\n"):
+        for line in lines:
             tell(redact(plain(line)) + "\n")
 
 

