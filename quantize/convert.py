@@ -165,11 +165,11 @@ def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmet
 
 
 def hub_origin(folder: Folder) -> dict[str, Any] | None:
-    """The repository that a folder which qz wrote comes from in the end: whose license it has, and who may see it."""
-    try:
-        record = read_record(folder)
-    except QzError:  # damaged; reading the checkpoint says so
-        return None
+    """The repository that a folder which qz wrote comes from in the end: whose license it has, and who may see it.
+
+    Raises Malformed for a damaged record: without an origin, what is private could be made public.
+    """
+    record = read_record(folder)
     if record is None:
         return None
     origin, source = record.about.get("origin"), record.about.get("source")

@@ -222,3 +222,12 @@ def test_a_signed_link_is_never_shown(capsys: pytest.CaptureFixture[str]) -> Non
     out, err = capsys.readouterr()
     assert "s3cret" not in out + err
     assert "https://cdn.example/x" in err
+
+
+def test_a_source_whose_record_is_damaged_does_not_lose_its_origin_in_silence(tiny_llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    (source / RECORD).write_text(json.dumps({"version": 1, "about": {"origin": 5}, "files": []}))
+    with pytest.raises(Malformed, match="origin"):
+        run(quantize, source, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
