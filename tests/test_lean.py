@@ -162,13 +162,13 @@ def test_a_temporary_folder_that_cannot_be_used_is_an_io_error(folder: str, tmp_
         "import pathlib, sys, tempfile\n"
         "tempfile.tempdir = sys.argv[1]\n"
         "from qz.quantize.libraries import on_transformers\n"
-        "if sys.argv[1] != '/missing':\n"
+        "if pathlib.Path(sys.argv[1]).exists():\n"
         "    whole = on_transformers._store\n"
         "    on_transformers._store = lambda path, data: whole(pathlib.Path('/dev/full'), data)\n"
         "from qz.cli.app import run\n"
         "sys.exit(run(['quantize', sys.argv[2], '--dry-run']))\n"
     )
-    place = "/missing" if folder == "missing" else str(tmp_path)
+    place = str(tmp_path / "missing" if folder == "missing" else tmp_path)
     arguments = [sys.executable, "-c", code, place, str(tmp_path / "source")]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 74, done.stderr

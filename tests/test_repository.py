@@ -157,7 +157,9 @@ def test_the_wheel_has_the_package_and_nothing_else_and_runs(built: tuple[Path, 
     with zipfile.ZipFile(built[1]) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     code = {f"qz/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert held == code | {f"qz/{path.name}" for path in (ROOT / "qz").glob("*.py")} | {"qz/py.typed"}
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    named = {f"{package.replace('.', '/')}/{name}" for package, names in data.items() for name in names}
+    assert held == code | {f"qz/{path.name}" for path in (ROOT / "qz").glob("*.py")} | named
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*install, "--disable-pip-version-check", str(built[1])], check=True)
