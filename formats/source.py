@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz import HubUnreachable, MissingInput
+from qz import HubUnreachable, MissingInput, PermissionRefused
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import quoted
 
@@ -50,9 +50,18 @@ def open_source(
 
 
 def local_path(source: str) -> Path | None:
-    """The path that ``source`` names, if something is there; ``~`` and ``~user`` are homes."""
+    """The path that ``source`` names, if something is there; ``~`` and ``~user`` are homes.
+
+    Raises PermissionRefused where that cannot be seen: it must not be taken for a repository.
+    """
     path = os.path.expanduser(source)
-    return Path(path) if source and os.path.lexists(path) else None
+    try:
+        os.lstat(path)
+    except PermissionError as error:
+        raise PermissionRefused(f"{source}: permission denied. Check the permissions of that path.") from error
+    except (OSError, ValueError):
+        return None
+    return Path(path) if source else None
 
 
 def enter(folder: Folder, subfolder: str | None) -> Folder:

@@ -156,7 +156,7 @@ def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(MissingInput, match="no tokenizer"):
         api.calibrate(folder, output, device="cpu")
-    with pytest.raises(Unsupported, match="reads text"):
+    with pytest.raises(Unsupported, match="not made from text"):
         api.calibrate(model_folder("vit", tmp_path / "vit"), output, device="cpu")
     assert not output.exists()
 
