@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from qz.formats.safetensors import encode_header, layout
 
 QUICK = Retries(attempts=3, first_wait=0.01, longest_wait=0.02, longest_asked=2)
 SMALL = Pace(segment=1 << 18, window=1 << 20, connections=4, patience=0.1)
+UNHURRIED = replace(SMALL, patience=600)
+"""For tests that count every byte: a machine that stands still for a moment must not cost a second reading."""
 MB = 1_000_000
 OPENED: list[HubFolder] = []
 """What tests opened; their fixture closes it."""

@@ -28,6 +28,7 @@ from hub_reading import (
     FILES,
     MB,
     SMALL,
+    UNHURRIED,
     WEIGHTS,
     checkpoint_bytes,
     close_all,
@@ -58,7 +59,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 def test_a_streamed_file_is_the_file_and_costs_its_size_once(hub: HubServer) -> None:
     hub.add("me/model", FILES, private=True)
-    folder = opened(hub)
+    folder = opened(hub, pace=UNHURRIED)
     assert stream(folder) == WEIGHTS
     assert hub.bytes_out["cdn"] == len(WEIGHTS)
     assert hub.requests["resolve"] <= SMALL.connections
@@ -312,7 +313,7 @@ def test_a_passing_failure_at_any_step_is_overcome(hub: HubServer, kind: str, ho
 def test_a_connection_that_breaks_is_continued_where_it_broke(hub: HubServer) -> None:
     hub.add("me/model", FILES)
     hub.fail("cdn", nth=1, times=2, truncate=100_000)
-    folder = opened(hub)
+    folder = opened(hub, pace=UNHURRIED)
     assert stream(folder) == WEIGHTS
     assert hub.bytes_out["cdn"] == len(WEIGHTS)
 
