@@ -227,7 +227,7 @@ def lap(name):
     now = time.perf_counter(); times[name] = round(now - last, 3); last = now
 from pathlib import Path
 from qz.quantize.compute import devices
-from qz.quantize.libraries import lean_imports; lap("import qz's first parts")
+from qz.quantize.libraries.importing import lean_imports; lap("import qz's first parts")
 devices.wake("auto")
 import torch; lap("import torch")
 lean_imports.allow()

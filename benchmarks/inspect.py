@@ -162,7 +162,7 @@ def of_transformers() -> Iterator[tuple[str, Maker]]:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from qz.quantize.libraries.transformers_internals import (
+    from qz.quantize.libraries.transformers.internals import (
         get_model_conversion_mapping,
         remove_tied_weights_from_state_dict,
         revert_weight_conversion,

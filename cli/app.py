@@ -23,7 +23,7 @@ from qz import QzError, Unsupported, one_line
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say, warn
 from qz.cli.streams import closed_pipe, flush_streams, open_streams
-from qz.quantize.libraries import lean_imports
+from qz.quantize.libraries.importing import lean_imports
 
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""

@@ -28,7 +28,7 @@ def calibrate(
     """Run a 16-bit model of transformers on a text, block by block, and record the inputs of its linear layers."""
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
-    from qz.quantize.libraries import lean_imports
+    from qz.quantize.libraries.importing import lean_imports
 
     lean_imports.forbid()  # the model runs
     return_freed_memory()

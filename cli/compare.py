@@ -26,7 +26,7 @@ def compare(
     """Show what quantizing changed: in each layer's weights, and in what the model makes of a text."""
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
-    from qz.quantize.libraries import lean_imports
+    from qz.quantize.libraries.importing import lean_imports
 
     lean_imports.forbid()  # the models run
     return_freed_memory()

@@ -30,7 +30,7 @@ def inspect(
     from qz import UsageError, api
     from qz.cli.inspection import present
     from qz.cli.tensors import matching
-    from qz.quantize.libraries.lean_imports import gc_paused
+    from qz.quantize.libraries.importing.lean_imports import gc_paused
 
     with Display(quiet=quiet) as display, gc_paused():  # hundreds of thousands of tensors are objects that stay
         found = api.inspect(

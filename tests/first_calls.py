@@ -92,7 +92,7 @@ def main() -> int:
         os.environ["NUMBA_CACHE_DIR"] = folder
         import numba
 
-        importlib.import_module("qz.quantize.compute.numba_kernels")
+        importlib.import_module("qz.quantize.compute.cpu.numba_kernels")
         for number in range(options.runs):
             if options.fresh:
                 numba.config.CACHE_DIR = str(Path(folder) / str(number))

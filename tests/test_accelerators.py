@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qz import TryAgain
-from qz.quantize.compute.cpu import Cpu
-from qz.quantize.compute.gpu import CHUNK_BYTES, LEAST_BYTES, Accelerator, Lane
+from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
+from qz.quantize.compute.gpu.gpu_arithmetic import CHUNK_BYTES, LEAST_BYTES, Accelerator, Lane
 
 NO_CLASS = RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB, max allowed: 9.1 GB).")
 """What MPS raises: no OutOfMemoryError."""

@@ -40,8 +40,8 @@ from pace import HANG
 from qz import HubUnreachable, IOFailed, MalformedInput, PermissionRefused, QzError, TryAgain, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Range
-from qz.formats.hub import limits, patience
-from qz.formats.hub.patience import Retries
+from qz.formats.hub.transport import limits, patience
+from qz.formats.hub.transport.patience import Retries
 
 Connect = Callable[..., HubServer]
 

@@ -14,8 +14,8 @@ import torch
 import pipelines
 from hub_server import READER, HubServer, connected
 from qz.cli.app import run
-from qz.formats.hub import patience, session
-from qz.formats.hub.patience import Retries
+from qz.formats.hub.transport import patience, session
+from qz.formats.hub.transport.patience import Retries
 from reference import differing_files, diffusers_model, tensors_of
 
 Command = Callable[..., dict[str, Any]]

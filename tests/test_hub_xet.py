@@ -21,8 +21,8 @@ from hub_server import READER, HubServer, connected
 from pace import HANG
 from qz import HubUnreachable, MalformedInput, QzError, TryAgain
 from qz.formats.folder import Range
-from qz.formats.hub import session, xet
-from qz.formats.hub.patience import Retries
+from qz.formats.hub.transport import session, xet
+from qz.formats.hub.transport.patience import Retries
 
 Connect = Callable[..., HubServer]
 HEAD = Range("model.safetensors", 0, 8)

@@ -23,8 +23,8 @@ from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.convert import plan_quantization
-from qz.quantize.libraries.isolation import isolated
-from qz.quantize.libraries.untrusted_config import CODE, without_code
+from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.untrusted_config import CODE, without_code
 from qz.quantize.methods import FourBit
 from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
@@ -243,7 +243,7 @@ def hub() -> Iterator[Hub]:
 ASKED = """
 import sys
 from contextlib import nullcontext
-from qz.quantize.libraries.isolation import isolated
+from qz.quantize.libraries.importing.isolation import isolated
 {imports}
 with isolated() if sys.argv[1] == "closed" else nullcontext():
     try:

@@ -603,16 +603,16 @@ def test_the_kernels_need_no_torch_to_be_imported() -> None:
     code = (
         "import sys; from qz.quantize.compute import kernels; print(kernels.backend().__name__, 'torch' in sys.modules)"
     )
-    assert python(code) == "qz.quantize.compute.numba_kernels False"
+    assert python(code) == "qz.quantize.compute.cpu.numba_kernels False"
 
 
 def test_without_numba_torch_computes() -> None:
     code = "from qz.quantize.compute import kernels; print(kernels.backend().__name__)"
-    assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.compute.torch_kernels"
+    assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.compute.gpu.torch_kernels"
     moved = f"import numba; del numba.types.Array; {code}"
-    assert python(moved) == "qz.quantize.compute.torch_kernels", "another release of numba must not stop a run"
+    assert python(moved) == "qz.quantize.compute.gpu.torch_kernels", "another release of numba must not stop a run"
     assert "numba does not work here" in python(f"{moved}; print(kernels.notes())")
-    assert python(code, QZ_KERNELS="torch") == "qz.quantize.compute.torch_kernels"
+    assert python(code, QZ_KERNELS="torch") == "qz.quantize.compute.gpu.torch_kernels"
 
 
 on_x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names a CPU of this kind")
@@ -659,7 +659,8 @@ def test_code_for_older_cpus_gives_the_same_bytes() -> None:
 def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
     code = """
 import numpy as np
-from qz.quantize.compute import kernels, numba_kernels
+from qz.quantize.compute import kernels
+from qz.quantize.compute.cpu import numba_kernels
 assert numba_kernels.cast(np.zeros(64, np.uint16), "BF16", "F16", np.empty(64, np.uint16)) is None
 """
     for made, cpu in enumerate(("x86-64", "haswell"), start=1):

@@ -27,7 +27,7 @@ Qz = Callable[..., subprocess.CompletedProcess[str]]
 SHOWS_MODULES = """
 import sys
 from qz.cli.app import run
-from qz.quantize.libraries import lean_imports
+from qz.quantize.libraries.importing import lean_imports
 lean_imports.allow()
 assert run(sys.argv[1:]) == 0
 unused = "diffusers" if "transformers" in sys.modules else "transformers"
@@ -118,8 +118,8 @@ def test_the_libraries_are_imported_for_all_components_in_any_order(
 CHECKS_CLASSES = """
 import importlib.util, pathlib, re, sys
 from types import SimpleNamespace
-from qz.quantize.libraries import lean_imports
-from qz.quantize.libraries.optional_packages import needed_by
+from qz.quantize.libraries.importing import lean_imports
+from qz.quantize.libraries.importing.optional_packages import needed_by
 lean_imports.allow()
 models = pathlib.Path(importlib.util.find_spec("diffusers").origin).parent / "models/__init__.py"
 groups = re.findall(r'"[\\w.]+"\\] = \\[([^\\]]*)\\]', models.read_text())
@@ -161,7 +161,7 @@ def test_a_temporary_folder_that_cannot_be_used_is_an_io_error(folder: str, tmp_
     code = (
         "import pathlib, sys, tempfile\n"
         "tempfile.tempdir = sys.argv[1]\n"
-        "from qz.quantize.libraries import on_transformers\n"
+        "from qz.quantize.libraries.transformers import on_transformers\n"
         "if pathlib.Path(sys.argv[1]).exists():\n"
         "    whole = on_transformers._store\n"
         "    on_transformers._store = lambda path, data: whole(pathlib.Path('/dev/full'), data)\n"

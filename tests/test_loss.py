@@ -19,7 +19,7 @@ from hooks import every_disk
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Folder, LocalFolder
-from qz.quantize.compute.cpu import CHUNK_BYTES
+from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.streaming.loss import Loss, Tally

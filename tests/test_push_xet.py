@@ -17,7 +17,7 @@ from hub_server import OWNER, HubServer, connected
 from pace import HANG
 from pushes import failure, files_of, hurry, make, shard, to
 from qz import OutputRefused, PermissionRefused, TryAgain
-from qz.formats.hub import session
+from qz.formats.hub.transport import session
 from qz.formats.output.record import WrittenFile, encode_record
 from qz.formats.publish import upload
 from qz.formats.publish.blobs import Blob
@@ -56,7 +56,7 @@ def test_a_hub_that_has_less_gets_the_same_files(hub: HubServer, made: Path, rul
 
 
 def test_an_old_hf_xet_is_not_used(hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qz.formats.hub.xet.metadata.version", lambda _: "1.6.3")
+    monkeypatch.setattr("qz.formats.hub.transport.xet.metadata.version", lambda _: "1.6.3")
     push(made, to())
     assert is_there(made, hub)
     assert not hub.requests["xet_token"]

@@ -20,10 +20,12 @@ from pace import HANG
 from qz.cli.app import run
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.quantize.compute.jit import has_place_for_cache
-from qz.quantize.libraries import answer_cache, on_diffusers, on_transformers
+from qz.quantize.compute.cpu.jit import has_place_for_cache
+from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, Saved
+from qz.quantize.libraries.diffusers import on_diffusers
 from qz.quantize.libraries.examine import examine
+from qz.quantize.libraries.transformers import on_transformers
 from qz.quantize.methods import FourBit, Int8, Method
 from reference import differing_files
 from zoo import DIFFUSERS, TRANSFORMERS, build
@@ -149,7 +151,7 @@ def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) 
     shutil.copytree(root, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
     assert answered_alone(source, cwd=tmp_path) == "asked"
     assert answered_alone(source, cwd=tmp_path) == "remembered"
-    os.utime(tmp_path / "qz" / "quantize" / "libraries" / "on_transformers.py", ns=(1, 1))
+    os.utime(tmp_path / "qz" / "quantize" / "libraries" / "transformers" / "on_transformers.py", ns=(1, 1))
     assert answered_alone(source, cwd=tmp_path) == "asked"
     assert answered_alone(source, cwd=tmp_path) == "remembered"
     assert len(list(cache.iterdir())) == 1

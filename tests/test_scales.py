@@ -24,7 +24,7 @@ from qz.formats.output.record import read_record
 from qz.formats.publish.card import write_card
 from qz.formats.publish.card_facts import facts_of
 from qz.quantize.calibration.statistics import InputSums, write_statistics
-from qz.quantize.compute import cpu
+from qz.quantize.compute.cpu import cpu_arithmetic
 from reference import config_of, dequantized_by_bitsandbytes, differing_tensors, raw, tensors_of
 from zoo import build
 
@@ -119,7 +119,7 @@ def test_the_bytes_depend_neither_on_threads_nor_on_chunks(
     known = statistics(sources[name], tmp_path / "s.safetensors")
     how: dict[str, Any] = {"scales": "search", "importance": known}
     quantized(sources[name], tmp_path / "one", method, threads=1, **how)
-    arithmetic = cpu.Cpu(chunk_bytes=1000)
+    arithmetic = cpu_arithmetic.Cpu(chunk_bytes=1000)
     monkeypatch.setattr("qz.quantize.compute.devices.arithmetic_on", lambda _: arithmetic)
     quantized(sources[name], tmp_path / "two", method, threads=3, **how)
     assert differing_tensors(tmp_path / "one", tmp_path / "two") == []
@@ -232,7 +232,7 @@ def test_an_interrupted_run_continues_only_with_the_same_scales(
 
     def interrupted(**settings: Any) -> None:
         calls: list[None] = []
-        search = cpu.Cpu.search_4bit
+        search = cpu_arithmetic.Cpu.search_4bit
 
         def failing(*arguments: Any) -> Any:
             calls.append(None)
@@ -241,7 +241,7 @@ def test_an_interrupted_run_continues_only_with_the_same_scales(
             return search(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cpu.Cpu, "search_4bit", failing)
+            patch.setattr(cpu_arithmetic.Cpu, "search_4bit", failing)
             with pytest.raises(KeyboardInterrupt):
                 quantized(source, tmp_path / "out", "nf4-double", scales="search", **how, **settings)
 

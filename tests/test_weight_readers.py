@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qz.quantize.libraries.weight_readers import read_weights
+from qz.quantize.libraries.source_code.weight_readers import read_weights
 
 
 def project(x: torch.Tensor, layer: Any) -> torch.Tensor:

@@ -10,15 +10,15 @@ from huggingface_hub import hf_raise_for_status
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import HubUnreachable, __version__
-from qz.formats.hub.remote_file import RemoteFile
-from qz.formats.hub.requests import is_hub
-from qz.formats.hub.session import API_TIMEOUT, hub_session, patiently
+from qz.formats.hub.transport.remote_file import RemoteFile
+from qz.formats.hub.transport.requests import is_hub
+from qz.formats.hub.transport.session import API_TIMEOUT, hub_session, patiently
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
     import httpx2
 
-    from qz.formats.hub.patience import Retries
+    from qz.formats.hub.transport.patience import Retries
 
 MOST_PAGES = 1_000
 MOST_ENTRIES = 100_000

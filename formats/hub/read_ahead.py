@@ -16,7 +16,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 from qz import TryAgain
-from qz.formats.hub.remote_file import differs
+from qz.formats.hub.transport.remote_file import differs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

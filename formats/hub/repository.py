@@ -24,12 +24,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from qz import HubUnreachable, MissingInput
 from qz.formats.folder import LocalFolder
 from qz.formats.hub.cache import CachedFiles, require_space
-from qz.formats.hub.errors import hub_errors
 from qz.formats.hub.listing import list_folder
 from qz.formats.hub.read_ahead import AheadFile, ReadAhead, Seen
-from qz.formats.hub.remote_file import RemoteFile, differs
-from qz.formats.hub.session import API_TIMEOUT, hub_api, patiently
-from qz.formats.hub.ways import Ways
+from qz.formats.hub.transport.errors import hub_errors
+from qz.formats.hub.transport.remote_file import RemoteFile, differs
+from qz.formats.hub.transport.session import API_TIMEOUT, hub_api, patiently
+from qz.formats.hub.transport.ways import Ways
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from qz.formats.folder import Range
-    from qz.formats.hub.patience import Retries
     from qz.formats.hub.read_ahead import Pace
+    from qz.formats.hub.transport.patience import Retries
 
 HEAD = 1 << 16
 """Bytes fetched at the first look into a weight file: most headers fit."""

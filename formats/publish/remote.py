@@ -16,10 +16,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused, __version__
-from qz.formats.hub import session
-from qz.formats.hub.errors import BUSY, Signal, hub_errors
-from qz.formats.hub.patience import TOLD_FROM, log
-from qz.formats.hub.session import hub_api, patiently, seconds_asked, token
+from qz.formats.hub.transport import session
+from qz.formats.hub.transport.errors import BUSY, Signal, hub_errors
+from qz.formats.hub.transport.patience import TOLD_FROM, log
+from qz.formats.hub.transport.session import hub_api, patiently, seconds_asked, token
 from qz.formats.publish.upload import Uploads
 
 if TYPE_CHECKING:

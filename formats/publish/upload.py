@@ -17,8 +17,8 @@ from huggingface_hub import CommitOperationAdd, get_session, hf_raise_for_status
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import TryAgain, __version__
-from qz.formats.hub.session import patiently
-from qz.formats.hub.xet import unavailable
+from qz.formats.hub.transport.session import patiently
+from qz.formats.hub.transport.xet import unavailable
 from qz.formats.publish.verified_file import VerifiedFile
 from qz.formats.publish.xet import XetNotServed, XetUploads
 from qz.progress import OnProgress, Progress, ignore

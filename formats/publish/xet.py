@@ -20,8 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import HubUnreachable, OutputRefused, PermissionRefused, TryAgain, __version__
-from qz.formats.hub.errors import Signal
-from qz.formats.hub.session import patiently
+from qz.formats.hub.transport.errors import Signal
+from qz.formats.hub.transport.session import patiently
 from qz.formats.publish.verified_file import VerifiedFile
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from qz.quantize.calibration.weights import Weights
 from qz.quantize.compute.run_device import run_device
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine
-from qz.quantize.libraries.runnable import Runnable, runnable, running
+from qz.quantize.libraries.transformers.runnable import Runnable, runnable, running
 from qz.quantize.planning.dequantization import as_plain, plan_dequantization, quantized_weights
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import Settings

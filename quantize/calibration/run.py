@@ -112,7 +112,7 @@ class _Run:
         from qz.quantize.calibration.recorder import Recorder
         from qz.quantize.calibration.weights import Weights
         from qz.quantize.compute.run_device import run_device
-        from qz.quantize.libraries.runnable import runnable, running
+        from qz.quantize.libraries.transformers.runnable import runnable, running
 
         request = self.request
         words = text.default_text() if request.text is None else text.read_text_file(request.text)

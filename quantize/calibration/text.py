@@ -13,8 +13,8 @@ import torch
 
 from qz import MissingInput, Unsupported, UsageError
 from qz.formats.folder import Folder, read_file
-from qz.quantize.libraries.boundary import describe
-from qz.quantize.libraries.isolation import isolated
+from qz.quantize.libraries.importing.boundary import describe
+from qz.quantize.libraries.importing.isolation import isolated
 
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|config|vocab.*|added_tokens|special_tokens_map)\.json|.*\.model|.*\.tiktoken|merges\.txt|vocab\.txt"

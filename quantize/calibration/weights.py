@@ -11,7 +11,7 @@ from qz import MalformedInput
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.quantize.libraries.architecture import Weight
-from qz.quantize.libraries.runnable import Runnable
+from qz.quantize.libraries.transformers.runnable import Runnable
 from qz.quantize.planning.sources import Source
 from qz.quantize.streaming.readers import assemble
 

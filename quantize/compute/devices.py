@@ -10,14 +10,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qz import QzError, TryAgain, Unsupported, UsageError
-from qz.quantize.compute.cpu import Cpu
-from qz.quantize.libraries.lean_imports import gc_paused
+from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
+from qz.quantize.libraries.importing.lean_imports import gc_paused
 
 if TYPE_CHECKING:
     import torch
 
     from qz.quantize.compute.arithmetic import Arithmetic
-    from qz.quantize.compute.gpu import Accelerator
+    from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
 
 TAKEN = ("out of memory", "busy or unavailable")
 """What CUDA says where other processes leave too little memory: for a tensor, or for its own context."""
@@ -80,7 +80,7 @@ def _accelerator(device: str) -> Accelerator:
     """All devices like the first, or the one that is named. Its first operation is tried, see ``arithmetic_on``."""
     import torch
 
-    from qz.quantize.compute.gpu import Accelerator
+    from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
 
     kind, _, number = device.partition(":")
     _require(kind)

@@ -67,14 +67,14 @@ def backend() -> ModuleType:
     """
     if os.environ.get("QZ_KERNELS") != "torch":
         try:
-            module = importlib.import_module("qz.quantize.compute.numba_kernels")
+            module = importlib.import_module("qz.quantize.compute.cpu.numba_kernels")
             module.quantize_4bit(np.zeros(1, np.uint16), "BF16", "nf4", np.empty(1, np.uint8), np.empty(1, np.float32))
         except Exception as error:  # noqa: BLE001 - whatever it is, torch computes the same bytes
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             _fallen_back.append(f"computed by torch, more slowly: numba does not work here ({first_line})")
         else:
             return module
-    return importlib.import_module("qz.quantize.compute.torch_kernels")
+    return importlib.import_module("qz.quantize.compute.gpu.torch_kernels")
 
 
 def notes() -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def quantize_4bit(
 
 def _requantize_4bit(values: Array, dtype: str, quant_type: str, packed: Array, absmax: Array) -> None:
     """The blocks with non-finite values once more, by the torch operations, whose NaN rules are the reference's."""
-    from qz.quantize.compute import torch_kernels
+    from qz.quantize.compute.gpu import torch_kernels
 
     whole = values.size // BLOCK_SIZE
     grouped = values[: whole * BLOCK_SIZE].reshape(whole, BLOCK_SIZE)
@@ -176,7 +176,7 @@ def gptq_4bit(
     _check(packed, (-(-values.size // 2),), np.uint8, "packed")
     import torch
 
-    from qz.quantize.compute import gptq, torch_kernels, torch_search
+    from qz.quantize.compute.gpu import gptq, torch_kernels, torch_search
 
     with _one_gptq:
         given = torch_kernels.tensor(values, dtype), torch.from_numpy(scales), torch.from_numpy(hessian)
@@ -206,7 +206,7 @@ def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFi
 
 def _requantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> None:
     """The rows with non-finite values once more, by the torch operations."""
-    from qz.quantize.compute import torch_kernels
+    from qz.quantize.compute.gpu import torch_kernels
 
     bad = np.flatnonzero(~(scb < np.float32(65536)))
     step = max(1, 65536 // values.shape[1])
@@ -264,7 +264,7 @@ def quantize_absmax(absmax: Array) -> tuple[Array, Array, float]:
     """
     import torch
 
-    from qz.quantize.compute import torch_kernels
+    from qz.quantize.compute.gpu import torch_kernels
 
     n = absmax.size
     _check(absmax, (n,), np.float32, "absmax")

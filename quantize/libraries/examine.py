@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.json_files import dump_json
-from qz.quantize.libraries import answer_cache, lean_imports
+from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec, torch_name
-from qz.quantize.libraries.boundary import library_errors
-from qz.quantize.libraries.isolation import isolated
-from qz.quantize.libraries.optional_packages import needed_by
-from qz.quantize.libraries.untrusted_config import (
+from qz.quantize.libraries.importing import lean_imports
+from qz.quantize.libraries.importing.boundary import library_errors
+from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.optional_packages import needed_by
+from qz.quantize.libraries.importing.untrusted_config import (
     note_removed,
     parts_bounded,
     require_plausible,
@@ -86,11 +87,11 @@ def _ask(
         parts_bounded(len(tensors), where),
     ):
         if checkpoint.library == "diffusers":
-            from qz.quantize.libraries import on_diffusers
+            from qz.quantize.libraries.diffusers import on_diffusers
 
             architecture = on_diffusers.examine(asked, tensors, request)
         else:
-            from qz.quantize.libraries import on_transformers
+            from qz.quantize.libraries.transformers import on_transformers
 
             architecture = on_transformers.examine(asked, tensors, request, equal)
     notes = note_removed(removed)

@@ -12,8 +12,8 @@ import torch
 from converted import dequantized, quantized
 from qz.quantize.compute import kernels
 from qz.quantize.compute.devices import arithmetic_on
-from qz.quantize.compute.gpu import Accelerator
-from qz.quantize.compute.torch_kernels import tensor
+from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
+from qz.quantize.compute.gpu.torch_kernels import tensor
 from reference import METHODS, bitsandbytes_arguments, differing_tensors, raw, tensors_of
 from zoo import DIFFUSERS, TRANSFORMERS, build
 

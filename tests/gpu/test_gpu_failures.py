@@ -69,19 +69,19 @@ def test_without_a_driver_auto_is_the_cpu(source: Path, tmp_path: Path) -> None:
 
 LITTLE = """
 import torch
-from qz.quantize.compute import gpu
-made = gpu.Accelerator.__init__
+from qz.quantize.compute.gpu import gpu_arithmetic
+made = gpu_arithmetic.Accelerator.__init__
 def init(self, *a, **k):
     made(self, *a, **k)
     self._piece_bytes = self.chunk_bytes
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction({bytes} / torch.cuda.mem_get_info(0)[1], 0)
-gpu.Accelerator.__init__ = init
-ended = gpu.Accelerator._in_pieces
+gpu_arithmetic.Accelerator.__init__ = init
+ended = gpu_arithmetic.Accelerator._in_pieces
 def in_pieces(self, *a):
     try: return ended(self, *a)
     finally: print("piece", self._piece_bytes, file=sys.stderr)
-gpu.Accelerator._in_pieces = in_pieces
+gpu_arithmetic.Accelerator._in_pieces = in_pieces
 """
 
 
@@ -153,16 +153,16 @@ def test_when_others_hold_all_memory_auto_takes_the_cpu_and_says_so(source: Path
 
 LOST = """
 import torch
-from qz.quantize.compute import gpu
+from qz.quantize.compute.gpu import gpu_arithmetic
 count = 0
-ended = gpu.Accelerator._in_pieces
+ended = gpu_arithmetic.Accelerator._in_pieces
 def in_pieces(self, *a):
     global count
     count += 1
     if count == 20:  # a device-side assertion: from here on every call fails, as when the device falls off the bus
         torch.zeros(2, device="cuda")[torch.tensor([9], device="cuda")]
     return ended(self, *a)
-gpu.Accelerator._in_pieces = in_pieces
+gpu_arithmetic.Accelerator._in_pieces = in_pieces
 """
 
 

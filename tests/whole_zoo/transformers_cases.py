@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from qz.quantize.libraries.transformers_internals import auto_class_names, no_init_weights
+from qz.quantize.libraries.transformers.internals import auto_class_names, no_init_weights
 from whole_zoo.case import Case, NotBuilt
 from whole_zoo.tiny import tiny_configs
 

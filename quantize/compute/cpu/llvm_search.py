@@ -1,0 +1,268 @@
+"""Scale search as LLVM vectors of 64 lanes; ``scale_search`` documents the arithmetic.
+
+Additions are made in a fixed order, and none is fused with a multiplication: every processor computes the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+
+from qz.quantize.compute import scale_search, tables
+from qz.quantize.compute.cpu.jit import array, compiled, inlined, intrinsic
+from qz.quantize.compute.cpu.llvm_blocks import _I16, _I32, _broadcast, _load, _pointer, _same, _store, _store_codes
+
+_FLOAT = ir.FloatType()
+
+
+def _half_sums(builder: Any, vector: Any, lanes: int = 64, until: int = 1) -> Any:
+    """The sum of all lanes, by halves; ``until`` leaves a vector of so many sums."""
+    while lanes > until:
+        lanes //= 2
+        low = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes)))
+        high = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes, 2 * lanes)))
+        vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
+    return builder.extract_element(vector, _I32(0)) if until == 1 else vector
+
+
+def _above(builder: Any, scaled: Any, quant_type: str) -> list[Any]:
+    return [builder.fcmp_ordered(">", scaled, _same(_FLOAT, bound)) for bound in tables.bounds(quant_type).tolist()]
+
+
+def _levels(builder: Any, above: list[Any], quant_type: str) -> Any:
+    """In each lane the level after the last bound it is above."""
+    levels = tables.QUANT_MAPS[quant_type][tables.order(quant_type)].tolist()
+    chosen = _same(_FLOAT, levels[0])
+    for is_above, level in zip(above, levels[1:], strict=True):
+        chosen = builder.select(is_above, _same(_FLOAT, level), chosen)
+    return chosen
+
+
+def _fit_of(quant_type: str, weighted: bool) -> Any:
+    @intrinsic
+    def fit(_: Any, y: Any, inverse: Any, weights: Any, start: Any) -> Any:  # noqa: ARG001
+        """A and B of the levels nearest to ``y * inverse``; ``weights[start : start + 64]`` where there are any."""
+        pair = types.UniTuple(types.float32, 2)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            zero = ir.Constant(ir.IntType(64), 0)
+            values = _load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
+            scaled = builder.fmul(values, _broadcast(builder, arguments[1]))
+            q = _levels(builder, _above(builder, scaled, quant_type), quant_type)
+            wq = q
+            if weighted:
+                at = _pointer(context, builder, signature.args[2], arguments[2], arguments[3])
+                wq = builder.fmul(_load(builder, at, _FLOAT), q)
+            a = _half_sums(builder, builder.fmul(wq, values))
+            b = _half_sums(builder, builder.fmul(wq, q))
+            return context.make_tuple(builder, pair, [a, b])
+
+        return pair(y, types.float32, weights, types.int64), generate
+
+    return fit
+
+
+def _coarse_of(quant_type: str) -> Any:
+    @intrinsic
+    def coarse(_: Any, y: Any) -> Any:
+        """The least-squares scale of the best candidate without importance, in whole numbers."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            at = _pointer(context, builder, signature.args[0], arguments[0], ir.Constant(ir.IntType(64), 0))
+            # The last place of the sum is 1, its low half the whole number, rounded half to even.
+            steps = builder.fmul(_load(builder, at, _FLOAT), _same(_FLOAT, float(scale_search.GRID)))
+            moved = builder.bitcast(builder.fadd(steps, _same(_FLOAT, 12582912.0)), ir.VectorType(_I32, 64))
+            whole = builder.trunc(moved, ir.VectorType(_I16, 64))
+            best, sigma = ir.Constant(_FLOAT, -1.0), ir.Constant(_FLOAT, 1.0)
+            for bounds, levels in scale_search.coarse_candidates(quant_type):
+                q = _same(_I16, int(levels[0]))
+                for bound, level in zip(bounds.tolist(), levels[1:].tolist(), strict=True):
+                    q = builder.select(builder.icmp_signed(">", whole, _same(_I16, bound)), _same(_I16, level), q)
+                a, b = (builder.sitofp(_dot(builder, each, q), _FLOAT) for each in (whole, q))
+                gain = builder.fdiv(builder.fmul(a, a), b)
+                better = builder.fcmp_ordered(">", gain, best)
+                best = builder.select(better, gain, best)
+                sigma = builder.select(better, builder.fdiv(a, b), sigma)
+            return sigma
+
+        return types.float32(y), generate
+
+    return coarse
+
+
+def _dot(builder: Any, one: Any, other: Any) -> Any:
+    """The sum of the products of 64 int16, as int32."""
+    wide = ir.VectorType(_I32, 64)
+    products = builder.mul(builder.sext(one, wide), builder.sext(other, wide))
+    # Neighbours first: where a processor multiplies and adds pairs in one instruction, LLVM takes it.
+    even, odd = (ir.Constant(ir.VectorType(_I32, 32), list(range(first, 64, 2))) for first in (0, 1))
+    pairs = builder.add(
+        builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
+    )
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_I32, [pairs.type]), "llvm.vector.reduce.add.v32i32"
+    )
+    return builder.call(function, [pairs])
+
+
+def _nearest_of(quant_type: str) -> Any:
+    codes = tables.order(quant_type).tolist()
+
+    @intrinsic
+    def nearest(_: Any, values: Any, start: Any, inverse: Any, levels: Any, packed: Any) -> Any:  # noqa: ARG001
+        """Codes, packed, and levels nearest to ``values[start : start + 64] * inverse``."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            zero = ir.Constant(ir.IntType(64), 0)
+            loaded = _load(builder, _pointer(context, builder, signature.args[0], *arguments[:2]), _FLOAT)
+            above = _above(builder, builder.fmul(loaded, _broadcast(builder, arguments[2])), quant_type)
+            target = _pointer(context, builder, signature.args[3], arguments[3], zero)
+            _store(builder, _levels(builder, above, quant_type), target)
+            target = _pointer(context, builder, signature.args[4], arguments[4], zero)
+            _store_codes(builder, above, codes, _I32, target)
+            return context.get_dummy_value()
+
+        return types.void(values, types.int64, types.float32, levels, packed), generate
+
+    return nearest
+
+
+def _rounded(builder: Any, values: Any, dtype: str) -> Any:
+    """Each value rounded to the dtype, to nearest even. What overflows float16 becomes at least 65536."""
+    if dtype == "F32":
+        return values
+    wide, dropped = ir.VectorType(_I32, 64), {"BF16": 16, "F16": 13}[dtype]
+    raw = builder.bitcast(values, wide)
+    odd = builder.and_(builder.lshr(raw, _same(_I32, dropped)), _same(_I32, 1))
+    up = builder.add(builder.add(raw, _same(_I32, 2 ** (dropped - 1) - 1)), odd)
+    rounded = builder.bitcast(builder.and_(up, _same(_I32, 2**32 - 2**dropped)), values.type)
+    if dtype == "BF16":
+        return rounded
+    # Below 2^-14 float16 has a fixed step of 2^-24, which is the last place of float32 numbers in [0.5, 1).
+    three_quarters = _same(_FLOAT, 0.75)
+    small = builder.fsub(builder.fadd(values, three_quarters), three_quarters)
+    magnitude = builder.bitcast(builder.and_(raw, _same(_I32, 2**31 - 1)), values.type)
+    return builder.select(builder.fcmp_ordered("<", magnitude, _same(_FLOAT, 2.0**-14)), small, rounded)
+
+
+def _error_of(dtype: str, weighted: bool) -> Any:
+    @intrinsic
+    def error(_: Any, x: Any, levels: Any, scale: Any, inverse: Any, weights: Any, start: Any) -> Any:  # noqa: ARG001
+        """Σ w ((level × scale, as loaded, − x) × inverse)²."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            zero = ir.Constant(ir.IntType(64), 0)
+            values, q = (
+                _load(builder, _pointer(context, builder, signature.args[i], arguments[i], zero), _FLOAT)
+                for i in (0, 1)
+            )
+            loaded = _rounded(builder, builder.fmul(q, _broadcast(builder, arguments[2])), dtype)
+            difference = builder.fmul(builder.fsub(loaded, values), _broadcast(builder, arguments[3]))
+            squared = builder.fmul(difference, difference)
+            if weighted:
+                at = _pointer(context, builder, signature.args[4], arguments[4], arguments[5])
+                squared = builder.fmul(_load(builder, at, _FLOAT), squared)
+            return _half_sums(builder, squared)
+
+        return types.float32(x, levels, types.float32, types.float32, weights, types.int64), generate
+
+    return error
+
+
+def _search_of(quant_type: str, weighted: bool) -> Any:
+    fit, nearest, coarse = _fit_of(quant_type, weighted), _nearest_of(quant_type), _coarse_of(quant_type)
+    least, most = np.float32(scale_search.LEAST_ABSMAX), np.float32(scale_search.MOST_ABSMAX)
+    least_gain = np.float32(scale_search.LEAST_GAIN)
+
+    @inlined
+    def candidate(y: Any, inverses: Any, weights: Any, first: Any) -> Any:
+        """The least-squares scale of the best candidate."""
+        if not weighted:
+            return coarse(y)
+        best, sigma = np.float32(-1), np.float32(1)
+        for i in range(inverses.size):
+            a, b = fit(y, inverses[i], weights, first)
+            gain = a * a / b
+            if gain > best:
+                best, sigma = gain, a / b
+        return sigma
+
+    of_f32, of_bf16, of_f16 = (_error_of(dtype, weighted) for dtype in ("F32", "BF16", "F16"))
+
+    @inlined
+    def error(x: Any, scale: Any, inverse: Any, levels: Any, rounding: Any, weights: Any, first: Any) -> Any:
+        if rounding == 1:
+            return of_bf16(x, levels, scale, inverse, weights, first)
+        if rounding == 2:
+            return of_f16(x, levels, scale, inverse, weights, first)
+        return of_f32(x, levels, scale, inverse, weights, first)
+
+    @compiled(
+        types.void(
+            array(types.float32),
+            array(types.float32),
+            types.int64,
+            array(types.float32),
+            types.int64,
+            array(types.uint8, output=True),
+            array(types.float32, output=True),
+        )
+    )
+    def search(values: Any, weights: Any, column: int, inverses: Any, rounding: int, packed: Any, scales: Any) -> None:
+        y, levels = np.empty(64, np.float32), np.empty(64, np.float32)
+        codes = np.empty(32, np.uint8)
+        columns = weights.size - 64
+        for block in range(scales.size):
+            absmax = scales[block]
+            if not (absmax > least and absmax < most):
+                continue
+            first = (column + block * 64) % columns if weighted else 0
+            x = values[block * 64 : block * 64 + 64]
+            inverse = np.float32(1) / absmax
+            for i in range(64):
+                y[i] = x[i] * inverse
+            a, b = fit(y, np.float32(1) / candidate(y, inverses, weights, first), weights, first)
+            nearest(y, 0, np.float32(1), levels, codes)
+            limit = error(x, absmax, inverse, levels, rounding, weights, first) * least_gain
+            found = absmax * (a / b)
+            nearest(x, 0, np.float32(1) / found, levels, codes)
+            if error(x, found, inverse, levels, rounding, weights, first) < limit:
+                scales[block] = found
+                packed[block * 32 : block * 32 + 32] = codes
+
+    return search
+
+
+def _encode_of(quant_type: str) -> Any:
+    nearest = _nearest_of(quant_type)
+    least = np.float32(scale_search.LEAST_SCALE)
+
+    @compiled(types.void(array(types.float32), array(types.float32), array(types.uint8, output=True)))
+    def encode(values: Any, scales: Any, packed: Any) -> None:
+        levels, zeros = np.empty(64, np.float32), np.zeros(64, np.float32)
+        for block in range(scales.size):
+            target = packed[block * 32 : block * 32 + 32]
+            if abs(scales[block]) >= least:
+                nearest(values, block * 64, np.float32(1) / scales[block], levels, target)
+            else:
+                nearest(zeros, 0, np.float32(1), levels, target)
+
+    return encode
+
+
+search = {
+    (quant_type, weighted): _search_of(quant_type, weighted)
+    for quant_type in ("nf4", "fp4")
+    for weighted in (False, True)
+}
+"""Improve ``packed`` and ``scales``, which begin as absmax gives them, in place: (quant type, weighted) → function.
+
+Of ``values``, float32 in whole blocks, the first lies in ``column`` of its row; ``weights`` are
+``scale_search.tiled_weights`` (any if not weighted). ``rounding``: 0 of float32, 1 of bfloat16, 2 of float16.
+"""
+encode = {quant_type: _encode_of(quant_type) for quant_type in ("nf4", "fp4")}
+"""``packed`` = the nearest codes of ``values``, float32 in whole blocks, under the given ``scales``; by quant type."""

@@ -1,0 +1,48 @@
+"""The boundary around a library that builds a model from somebody's config: whatever it raises, the config is why."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from qz import QzError, Unsupported
+from qz.quantize.libraries.importing import lean_imports
+
+SURROUNDINGS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EACCES))
+"""What the system says of itself, not of a config."""
+
+
+@contextmanager
+def library_errors(library: str, built: str, where: str) -> Iterator[None]:
+    """Turn any exception that ``library`` raises inside into Unsupported, with its kind.
+
+    What qz's own code raises stays as it is, a bug or an error that says what is wrong; so does a lack of memory.
+    """
+    try:
+        yield
+    except (QzError, MemoryError):
+        raise
+    except Exception as error:
+        if _raised_by_qz(error.__traceback__) or (isinstance(error, OSError) and error.errno in SURROUNDINGS):
+            raise
+        lean = ", or set QZ_LEAN=0, which imports the libraries whole" if lean_imports.is_allowed() else ""
+        raise Unsupported(
+            f"{library} cannot build {built} from {where}/config.json: {describe(error)}. "
+            f"Check config.json, try another version of {library}{lean}."
+        ) from error
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error and the beginning of what it says, on one line."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
+
+
+def _raised_by_qz(trace: TracebackType | None) -> bool:
+    name = ""
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return name.partition(".")[0] == "qz"

@@ -1,0 +1,137 @@
+"""Which class of transformers a checkpoint is of. The installed library's only: code in a repository is never run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qz import MalformedInput, Unsupported
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.quantize.libraries.transformers.internals import auto_class_names, could_be_tied, packages_missing
+from qz.quantize.libraries.transformers.origins import Model, names_after_renaming
+from qz.quantize.libraries.versions import requirement
+
+_HEAD = re.compile(r"For[A-Z]\w*|LMHeadModel|Model")
+_HEAD_TODAY = {"LMHeadModel": "ForCausalLM"}
+"""Endings of class names that transformers has given up → what it calls such a class today."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelClass:
+    """A class of the library, and the class of its config: the one of ``model_type``, as ``AutoModel`` takes it."""
+
+    model: Any
+    config: Any
+    notes: tuple[str, ...] = ()
+
+
+def model_class_of(checkpoint: Checkpoint) -> ModelClass:
+    """The class that the checkpoint names; where the library has none of that name, the one of its model type.
+
+    A pipeline names the class of a component; otherwise config.json does, in ``architectures``. Several model types are
+    served by the class of another family, under a config of their own.
+    """
+    model_type = checkpoint.config.get("model_type")
+    listed = checkpoint.config.get("architectures")
+    names = [checkpoint.architecture, *(listed if isinstance(listed, list) else ())]
+    for name in names:
+        if (model_class := _class_named(name)) is not None:
+            return ModelClass(model_class, _config_class(model_class, model_type))
+    named = next((name for name in names if isinstance(name, str)), None)
+    known = auto_class_names(model_type)
+    if named is not None and (model_class := _class_named(_like(named, known))) is not None:
+        note = f"transformers has no class {named}; {model_class.__name__} is its class for the model type {model_type}"
+        return ModelClass(model_class, _config_class(model_class, model_type), (note,))
+    raise _refusal(checkpoint, named, known)
+
+
+def _refusal(checkpoint: Checkpoint, named: str | None, known: list[str]) -> Unsupported:
+    import transformers
+
+    where = f"{checkpoint.folder.location}/config.json"
+    if named is None:
+        examples = known[:4] or ["BertModel"]
+        return Unsupported(
+            f"{where} names no class in `architectures`. Add the class that the weights belong to, e.g. "
+            f'"architectures": ["{examples[0]}"]'
+            + (f" (for this model type also {', '.join(examples[1:])})." if examples[1:] else ".")
+        )
+    return Unsupported(
+        f"transformers {transformers.__version__} has no class {named}, which {where} asks for. Code "
+        f"inside a repository is never run. Try a newer version: pip install -U '{requirement('transformers')}'."
+    )
+
+
+def _class_named(name: Any) -> Any:
+    """The model class of that name, if the library has one; an ``Auto`` class is none.
+
+    Raises Unsupported if the library has it, but not without another package.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if (packages := packages_missing(found)) is not None:
+        raise Unsupported(f"transformers has the class {name} only where {packages} can be imported. Install that too.")
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and getattr(found, "config_class", None) is not None else None
+
+
+def _config_class(model_class: Any, model_type: Any) -> Any:
+    """The config class of the model type, if the model class serves that type; otherwise the model class's own.
+
+    A text model inside a larger type has a config of its own, a part of that of the type: as ``AutoModel``.
+    """
+    from transformers import CONFIG_MAPPING
+
+    own = model_class.config_class
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return own
+    of_type = CONFIG_MAPPING[model_type]
+    served = model_class.__name__ in auto_class_names(model_type) and own not in of_type.sub_configs.values()
+    return of_type if served else own
+
+
+def _like(named: str, known: list[str]) -> str | None:
+    """Of the classes of a model type, the one with the same head as the class that is named."""
+
+    def head(name: str) -> str | None:
+        found = next((match[0] for match in _endings(name)), None)
+        return _HEAD_TODAY.get(found, found) if found else None
+
+    wanted = head(named)
+    alike = [name for name in known if wanted is not None and head(name) == wanted]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _endings(name: str) -> Iterator[re.Match[str]]:
+    for start in range(1, len(name)):
+        if match := _HEAD.fullmatch(name, start):
+            yield match
+
+
+def body_class_of(checkpoint: Checkpoint, model: Model, missing: set[str]) -> Any:
+    """The class of the model without its head, if all that is missing is the head; None otherwise.
+
+    Sentence encoders are stored this way, under a config that names the class they were trained in. They are loaded
+    with ``AutoModel``. A model that generates, stored with its head's class but without its output layer, is another
+    case: its config does not tie what was tied. Raises MalformedInput for that.
+    """
+    from transformers import MODEL_MAPPING
+
+    body_class = MODEL_MAPPING.get(type(model.config), None)
+    prefix = f"{model.base_model_prefix}."
+    if not missing or not isinstance(body_class, type) or isinstance(model, body_class):
+        return None
+    if any(name.startswith(prefix) for name in missing):
+        return None
+    if missing <= could_be_tied(model) and any(
+        name.startswith(prefix) for name in names_after_renaming(model, checkpoint.tensors)
+    ):
+        raise MalformedInput(
+            f"{checkpoint.folder.location} lacks {', '.join(sorted(missing))}, and config.json does not tie it to "
+            'another weight. If the model ties its output layer to the embeddings, set "tie_word_embeddings": true in '
+            f'config.json; if it has none, set "architectures": ["{body_class.__name__}"].'
+        )
+    return body_class

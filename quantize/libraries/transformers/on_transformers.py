@@ -1,0 +1,246 @@
+"""How transformers 5 loads, quantizes and saves a checkpoint, asked of its own code on the meta device.
+
+Imported only when a transformers checkpoint is planned.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qz import IOFailed, MalformedInput
+from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.json_files import read_json
+from qz.quantize.libraries.architecture import (
+    OF_QUANTIZATION,
+    Architecture,
+    Footprint,
+    LoadRequest,
+    TensorSpec,
+    Weight,
+    checked,
+    document,
+    expand,
+    unmatched,
+)
+from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of, model_class_of
+from qz.quantize.libraries.transformers.internals import (
+    ignored_on_save,
+    kept_in_float32,
+    no_init_weights,
+    remove_tied_weights_from_state_dict,
+    should_convert_module,
+)
+from qz.quantize.libraries.transformers.origins import Model, find_origins, find_transposed, packed_elsewhere, tie
+from qz.quantize.libraries.transformers.saved_names import saved_tensors
+from qz.quantize.libraries.transformers.selection import select
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def examine(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorSpec],
+    request: LoadRequest,
+    equal: Callable[[str, str], bool] | None = None,
+) -> Architecture:
+    """See ``qz.quantize.libraries.architecture.examine``."""
+    where = checkpoint.folder.location
+    model_class = model_class_of(checkpoint)
+    model, missing, mismatched = _load(checkpoint, model_class, tensors, request)
+    class_notes = model_class.notes
+    body_class = body_class_of(checkpoint, model, missing)
+    if body_class is not None:
+        body = replace(model_class, model=body_class)
+        model, missing, mismatched = _load(checkpoint, body, tensors, request)
+        head = model_class.model.__name__
+        class_notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
+    class_name = type(model).__name__
+    origins = find_origins(model, tensors)
+    transposed_weights = find_transposed(model, origins, tensors)
+    checked(missing, [text for name, text in mismatched.items() if name not in transposed_weights], class_name, where)
+    elsewhere = packed_elsewhere(model, origins, tensors)
+    load_dtype = _name(model.config.dtype)
+    selection = select(model, request)
+    origins = tie(model, origins, equal)
+
+    in_float32 = kept_in_float32(model)
+    quantized: dict[str, Weight] = {}
+    for path, transposed in selection.linears.items():
+        shape = tuple(model.get_submodule(path).weight.shape)
+        dtype = "float32" if in_float32(f"{path}.weight") else load_dtype
+        origin = origins[f"{path}.weight"]
+        quantized[path] = Weight(
+            f"{path}.weight",
+            origin.sources,
+            dtype,
+            (shape[1], shape[0]) if transposed else shape,
+            quantized=True,
+            transposed=transposed,
+            conversion=origin.conversion,
+        )
+
+    ignored = ignored_on_save(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    state = remove_tied_weights_from_state_dict(state, model)
+    entries = expand(state, quantized, request.method)
+    saved, notes = saved_tensors(model, entries, quantized, origins, tensors, transposed_weights)
+
+    used = {source for origin in origins.values() for source in origin.sources}
+    parameters = dict(model.named_parameters())
+    documents = _documents(model, quantized, request, selection.skips)
+    loaded = model
+    if request.method is not None and _name(model.config.dtype) != load_dtype:
+        # The config gets the dtype of the first unquantized parameter; where a class keeps that in float32, the output
+        # is loaded otherwise than the model was that it is made from.
+        written = replace(checkpoint, config=json.loads(documents["config.json"]))
+        as_written = ModelClass(type(model), type(model.config))
+        loaded, _, _ = _load(written, as_written, tensors, replace(request, dtype="auto"))
+    return Architecture(
+        class_name=class_name,
+        saved=saved,
+        kept_linears=selection.kept,
+        dropped=tuple(sorted(set(tensors) - used)),
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
+        counted_parameters=sum(
+            request.method.counted(parameter.numel())
+            if request.method and name.removesuffix(".weight") in quantized
+            else parameter.numel()
+            for name, parameter in parameters.items()
+        ),
+        footprint=Footprint(model.get_memory_footprint(), _footprint(loaded, quantized, request)),
+        dtype=load_dtype,
+        documents=documents,
+        notes=class_notes + selection.notes + notes,
+        packed_elsewhere=elsewhere,
+        unmatched_skips=unmatched(
+            request.skips,
+            (path for path, _ in model.named_modules()),
+            lambda skip, path: not should_convert_module(path, [skip]),
+        ),
+    )
+
+
+def _footprint(model: Model, quantized: Mapping[str, Weight], request: LoadRequest) -> int:
+    """``get_memory_footprint()`` of the quantized model, from the one that is not."""
+    nbytes = int(model.get_memory_footprint())
+    if request.method is None:
+        return nbytes
+    weights = (model.get_parameter(weight.name) for weight in quantized.values())
+    return int(nbytes + sum(request.method.footprint(weight.numel()) - weight.nbytes for weight in weights))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _load(
+    checkpoint: Checkpoint, model_class: ModelClass, tensors: Mapping[str, TensorSpec], request: LoadRequest
+) -> tuple[Model, set[str], dict[str, str]]:
+    """The model on meta, with the names that its loader missed, and those it found in another shape, with that."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    state = {
+        name: torch.empty(given.shape, dtype=getattr(torch, given.dtype), device="meta")
+        for name, given in tensors.items()
+    }
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # Without initial values for weights that have none: torch would import sympy for them.
+        with _temporary_folder() as folder, no_init_weights():
+            model, info = model_class.model.from_pretrained(
+                None,
+                config=config_in_folder(checkpoint, model_class.config),
+                state_dict=state,
+                device_map="meta",
+                dtype=request.dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            if GENERATION_CONFIG in checkpoint.folder.sizes() and model.can_generate():
+                generation = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
+                read_json(generation, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is none
+                _store(folder / GENERATION_CONFIG, generation)
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    mismatched = {
+        key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
+    }
+    return model, set(info["missing_keys"]) - mismatched.keys(), mismatched
+
+
+def config_in_folder(checkpoint: Checkpoint, config_class: Any) -> Any:
+    """The checkpoint's config as an object of the library, which reads it from a folder."""
+    with _temporary_folder() as folder:
+        config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
+        _store(folder / "config.json", json.dumps(config).encode())
+        return config_class.from_pretrained(folder)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """The library takes configs from a folder only."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="qz-")
+    except OSError as error:
+        raise _no_room(error) from error
+    with folder as path:
+        yield Path(path)
+
+
+def _store(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> IOFailed:
+    return IOFailed(
+        f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. "
+        "Free some space there, or name another folder with TMPDIR."
+    )
+
+
+def _documents(
+    model: Model, quantized: Mapping[str, Weight], request: LoadRequest, skips: list[str] | None
+) -> dict[str, bytes]:
+    """config.json and generation_config.json as ``save_pretrained`` writes them."""
+    from transformers import BitsAndBytesConfig
+
+    floats = [
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and name.removesuffix(".weight") not in quantized
+    ]
+    model.config.dtype = _name(floats[0] if floats else model.config.dtype)
+    model.config.architectures = [type(model).__name__]
+    if request.method is not None:
+        model.config.quantization_config = BitsAndBytesConfig(**request.method.config(), llm_int8_skip_modules=skips)
+    documents = {}
+    with _temporary_folder() as folder:
+        try:
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise MalformedInput(f"transformers refuses to save this configuration: {error}") from error
+        except OSError as error:
+            raise _no_room(error) from error
+        for path in sorted(folder.iterdir()):
+            documents[path.name] = document(path.read_text(encoding="utf-8"))
+    return documents

@@ -1,0 +1,126 @@
+"""A transformers model that can be run, its parameters still on the meta device, and where each of them comes from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qz import QzError, Unsupported
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.quantize.libraries.architecture import TensorSpec, torch_name
+from qz.quantize.libraries.importing.boundary import describe, library_errors
+from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.untrusted_config import without_code
+from qz.quantize.libraries.transformers.classes import model_class_of
+from qz.quantize.libraries.transformers.internals import Conv1D, no_init_weights, tied_weights
+from qz.quantize.libraries.transformers.on_transformers import config_in_folder
+from qz.quantize.libraries.transformers.origins import Model, Origin, find_origins, find_transposed
+
+LONGEST = 512
+"""Tokens of one sequence, where the model takes as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """A model in ``eval`` mode: parameters on meta, buffers computed on ``device``; ``origins`` by its own names."""
+
+    model: Model
+    origins: Mapping[str, Origin]
+    transposed: frozenset[str]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def linears(self) -> dict[str, Any]:
+        """Path → module of every linear layer; a ``Conv1D`` is one, with its weight as (in, out)."""
+        found = {}
+        for path, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, torch.nn.Linear | Conv1D) and weight is not None and weight.ndim == 2:
+                found[path] = module
+        return found
+
+    @property
+    def head(self) -> Any:
+        """The linear layer that makes logits of the last hidden states, or None."""
+        head = self.model.get_output_embeddings()
+        return head if isinstance(head, torch.nn.Linear) else None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(LONGEST, most) if isinstance(most, int) and most > 0 else LONGEST
+
+    def arguments(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The forward's arguments of token ids [sequences, tokens]; a decoder with an encoder reads the same text."""
+        ids = ids.to(self.device)
+        two = "decoder_input_ids" in inspect.signature(self.model.forward).parameters
+        return {"input_ids": ids, "decoder_input_ids": ids} if two else {"input_ids": ids}
+
+
+def runnable(
+    checkpoint: Checkpoint,
+    class_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    given: Mapping[str, TensorSpec] | None = None,
+) -> Runnable:
+    """The model of the class that ``examine`` found. Raises Unsupported for one that does not read text.
+
+    ``given`` replaces the checkpoint's own names, dtypes and shapes, as for ``examine``.
+    """
+    import transformers
+
+    where = checkpoint.folder.location
+    harmless, _ = without_code(checkpoint.config)
+    asked = replace(checkpoint, config=harmless)
+    with library_errors("transformers", class_name, where), isolated():
+        config = config_in_folder(asked, model_class_of(asked).config)
+        with no_init_weights(), _parameters_on_meta():
+            model = getattr(transformers, class_name)._from_config(config, dtype=dtype).eval()
+        if model.main_input_name != "input_ids":
+            raise Unsupported(f"{where}: {class_name} takes {model.main_input_name}, which is not made from text.")
+        for each in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+            each.use_cache = False
+        tensors = given or {
+            name: TensorSpec(torch_name(tensor.dtype, name), tensor.shape)
+            for name, tensor in checkpoint.tensors.items()
+        }
+        origins = find_origins(model, tensors)
+        transposed = frozenset(find_transposed(model, origins, tensors))
+        for one, other in tied_weights(model).items():  # not one parameter any more: each module got its own on meta
+            for missing, stored in ((one, other), (other, one)):
+                if missing not in origins and stored in origins:
+                    origins[missing] = origins[stored]
+    for name, buffer in list(model.named_buffers()):
+        path, _, attribute = name.rpartition(".")
+        model.get_submodule(path)._buffers[attribute] = buffer.to(device)
+    return Runnable(model, origins, transposed, dtype, device)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Buffers that no checkpoint stores, such as those of rotary embeddings, get their values."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield
+
+
+@contextmanager
+def running(class_name: str, where: str) -> Iterator[None]:
+    """Turn what the model's own code raises while it runs into Unsupported; a lack of memory stays what it is."""
+    try:
+        yield
+    except (QzError, MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        raise Unsupported(f"{where}: {class_name} cannot be run block by block: {describe(error)}.") from error

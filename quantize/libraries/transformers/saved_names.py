@@ -1,0 +1,146 @@
+"""What ``save_pretrained`` writes of a transformers model: which tensors, under which names, computed from what."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qz import Unsupported
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Conversion, Saved, TensorSpec, Weight
+from qz.quantize.libraries.transformers.internals import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+    storage_of,
+    weight_conversions,
+)
+from qz.quantize.libraries.transformers.origins import Model, Origin
+
+
+def saved_tensors(
+    model: Model,
+    entries: dict[str, tuple[str, str, bool, torch.Tensor]],
+    quantized: Mapping[str, Weight],
+    origins: Mapping[str, Origin],
+    tensors: Mapping[str, TensorSpec],
+    transposed_weights: set[str],
+) -> tuple[tuple[Saved, ...], tuple[str, ...]]:
+    """The output's tensors in the order and under the names of ``save_pretrained``.
+
+    A renamed tensor is the same object before and after ``revert_weight_conversion``. What else comes out of it was
+    merged or split back: copied straight from the checkpoint when that has it under the same name and shape (fused
+    experts), computed otherwise. Where quantized data itself would be merged, transformers writes what it cannot load
+    (facts: one-to-many conversions onto linears); then the model's own names are used.
+    """
+    by_identity = {id(tensor): name for name, (_, _, _, tensor) in entries.items()}
+    reverted = _revert(model, {name: tensor for name, (_, _, _, tensor) in entries.items()})
+    notes: tuple[str, ...] = ()
+    direct = {by_identity.get(id(tensor)) for tensor in reverted.values()}
+    if any(part for name, (_, part, _, _) in entries.items() if name not in direct):
+        notes = ("saved under the model's own parameter names: the checkpoint's names would merge quantized tensors",)
+        reverted = {_own_name(model, name): entries[name][3] for name in sorted(entries, key=dot_natural_key)}
+        direct = set(entries)
+    merged = _merged(model, {name: entries[name][3] for name in entries if name not in direct}, origins)
+    saved = []
+    for name, tensor in reverted.items():
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        storage = storage_of(tensor)
+        state_name = by_identity.get(id(tensor))
+        owner, part, variable, _ = entries[state_name] if state_name is not None else (name, "", False, None)
+        if part:
+            weight = quantized[owner.removesuffix(".weight")]
+        elif state_name is not None:
+            origin = origins[state_name]
+            conversion = _Renamed(origin.conversion, state_name, name) if origin.conversion else None
+            transposed = state_name in transposed_weights
+            weight = Weight(name, origin.sources, dtype, shape, transposed=transposed, conversion=conversion)
+        elif name in tensors and tensors[name].shape == shape:
+            weight = Weight(name, (name,), dtype, shape)
+        else:
+            weight = Weight(name, merged[name].sources, dtype, shape, conversion=merged[name])
+        saved.append(Saved(name, SAFETENSORS_NAMES[dtype], shape, weight, tensor.nbytes, part, variable, storage))
+    return tuple(saved), notes
+
+
+def _own_name(model: Model, name: str) -> str:
+    """The name to save a tensor by where the checkpoint's name will not do: the model's own, or as the renamings that
+    loading applies would have had it. Raises Unsupported if neither comes back as the model's own."""
+    conversions = weight_conversions(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    undone = rename_source_key(name, [entry.reverse_transform() for entry in renamings[::-1]], [], reverse=True)[0]
+    for saved in (name, undone):
+        if rename_source_key(saved, renamings, converters)[0] == name:
+            return str(saved)
+    raise Unsupported(
+        f"{type(model).__name__} cannot be quantized: transformers would load {name} under another name than it is "
+        "saved by, and leave out its scales."
+    )
+
+
+def _merged(model: Model, state: dict[str, torch.Tensor], origins: Mapping[str, Origin]) -> dict[str, _Backward]:
+    """For every tensor that saving computes from others: the group it is computed from."""
+    reverse = [conversion.reverse_transform() for conversion in weight_conversions(model)[::-1]]
+    converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in state:
+        groups[rename_source_key(name, [], converters)[0]].append(name)
+    computed = {}
+    for names in groups.values():
+        backward = _Backward(model, {name: origins[name] for name in names})
+        computed.update(dict.fromkeys(revert_weight_conversion(model, {n: state[n] for n in names}), backward))
+    return computed
+
+
+def _revert(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``revert_weight_conversion`` on meta; empty where merging packed data fails there, as it would at save."""
+    try:
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    except (ValueError, TypeError, KeyError, RuntimeError, IndexError) as error:
+        if not any(tensor.dtype.itemsize == 1 for tensor in state.values()):
+            raise Unsupported(
+                f"transformers cannot save {type(model).__name__} under its checkpoint's names: {error}"
+            ) from error
+        reverted = {}
+    return reverted
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """One result of a conversion, under the name it is saved by."""
+
+    conversion: Conversion
+    state_name: str
+    name: str
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {self.name: self.conversion(tensors)[self.state_name]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Backward:
+    """Load-time conversions of a group of tensors, then their reversal: what saving a loaded model does."""
+
+    model: Model
+    origins: Mapping[str, Origin]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(source for origin in self.origins.values() for source in origin.sources))
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        for name, origin in self.origins.items():
+            if name in state:
+                continue
+            if origin.conversion is None:
+                state[name] = tensors[origin.sources[0]]
+            else:
+                state.update(origin.conversion(tensors))
+        reverted: Mapping[str, torch.Tensor] = revert_weight_conversion(self.model, state)
+        return reverted
