@@ -15,6 +15,7 @@ from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
 from qz.progress import OnProgress, ignore
+from qz.quantize.calibration.refine import refinement
 from qz.quantize.command import command
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
@@ -22,7 +23,6 @@ from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.planning.nearest import linears, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
-from qz.quantize.planning.refinement import refinement
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings

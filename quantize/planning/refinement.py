@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qz.quantize.methods import FourBit
-from qz.quantize.settings import Rounding, Settings
+from qz.quantize.settings import Rounding
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from qz.quantize.calibration.statistics import Statistics
-    from qz.quantize.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -29,49 +25,18 @@ class Refinement:
     notes: tuple[str, ...] = ()
     """What the user should not overlook."""
     hessians: Mapping[str, str] = field(default_factory=dict)
-    """Weights that are rounded by GPTQ → the name of their Hessian in ``statistics``."""
-    statistics: Statistics | None = None
+    """Weights that are rounded by GPTQ → the name of their Hessian for ``read_hessian``."""
+    read_hessian: Callable[[str], NDArray[np.float32] | None] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {"scales": "search", "rounding": self.rounding, "importance": self.importance}
 
     def hessian(self, weight: str) -> NDArray[np.float32]:
         """float32 (in, in) of a weight among ``hessians``, read anew."""
-        found = self.statistics.hessian(self.hessians[weight]) if self.statistics is not None else None
+        found = self.read_hessian(self.hessians[weight]) if self.read_hessian is not None else None
         assert found is not None  # planning took those that are there
         return found
 
 
 AS_THE_LIBRARIES: Mapping[str, Any] = {"scales": "absmax", "rounding": "nearest", "importance": None}
 """The same keys where nothing is refined."""
-
-
-def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline: bool = False) -> Refinement | None:
-    """What ``settings`` say of the weights that ``plan`` quantizes; None where nothing is refined.
-
-    ``component``, ``pipeline``: see ``qz.quantize.calibration.importance.match``. Raises MissingInput and
-    MalformedInput for a file of importance that cannot be used.
-    """
-    if settings.scales == "absmax" or not isinstance(plan.method, FourBit):
-        return None
-    if settings.importance is None:
-        return Refinement()
-    from qz.quantize.calibration import importance
-    from qz.quantize.compute.scale_search import tiled_weights
-
-    quantized = [step for step in plan.steps if step.act == "quantize"]
-    statistics = importance.read_importance(settings.importance, quantized, pipeline=pipeline)
-    matched = importance.match(statistics, quantized, component, pipeline=pipeline)
-    columns = {name: importance.column_weights(sums) for name, sums in matched.sums.items()}
-    hessians, notes = {}, importance.warnings(statistics, matched)
-    if settings.rounding == "gptq":
-        hessians = importance.hessians(statistics, matched)
-        notes = (*notes, *importance.gptq_warnings(statistics, matched, hessians))
-    return Refinement(
-        settings.rounding,
-        {name: tiled_weights(weights) for name, weights in columns.items() if weights is not None},
-        importance.described(statistics, matched),
-        notes,
-        hessians,
-        statistics,
-    )

@@ -1,0 +1,39 @@
+"""What is known of a model's inputs, brought to the weights that a plan quantizes."""
+
+from __future__ import annotations
+
+from qz.quantize.methods import FourBit
+from qz.quantize.planning.plan import Plan
+from qz.quantize.planning.refinement import Refinement
+from qz.quantize.settings import Settings
+
+
+def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline: bool = False) -> Refinement | None:
+    """What ``settings`` say of the weights that ``plan`` quantizes; None where nothing is refined.
+
+    ``component``, ``pipeline``: see ``qz.quantize.calibration.importance.match``. Raises MissingInput and
+    MalformedInput for a file of importance that cannot be used.
+    """
+    if settings.scales == "absmax" or not isinstance(plan.method, FourBit):
+        return None
+    if settings.importance is None:
+        return Refinement()
+    from qz.quantize.calibration import importance
+    from qz.quantize.compute.scale_search import tiled_weights
+
+    quantized = [step for step in plan.steps if step.act == "quantize"]
+    statistics = importance.read_importance(settings.importance, quantized, pipeline=pipeline)
+    matched = importance.match(statistics, quantized, component, pipeline=pipeline)
+    columns = {name: importance.column_weights(sums) for name, sums in matched.sums.items()}
+    hessians, notes = {}, importance.warnings(statistics, matched)
+    if settings.rounding == "gptq":
+        hessians = importance.hessians(statistics, matched)
+        notes = (*notes, *importance.gptq_warnings(statistics, matched, hessians))
+    return Refinement(
+        settings.rounding,
+        {name: tiled_weights(weights) for name, weights in columns.items() if weights is not None},
+        importance.described(statistics, matched),
+        notes,
+        hessians,
+        statistics.hessian,
+    )
