@@ -55,7 +55,7 @@ def main() -> int:
 
 def _run(asked: argparse.Namespace, done: set[tuple[str, str]], end: float) -> list[dict[str, Any]]:
     for library in SOURCES:  # once, before processes are forked
-        import_module(f"qz.quantize.libraries.on_{library}")
+        import_module(f"qz.quantize.libraries.{library}.on_{library}")
     cases = [case for source in SOURCES.values() for case in source()]
     if asked.only:
         cases = [case for case in cases if case.kind in asked.only.split(",")]
