@@ -1,7 +1,7 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types layers format bench quality docs dist fuzz zoo soak constraints clean
+.PHONY: help demo picture test check lint types layers format bench quality docs dist fuzz zoo soak constraints clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,7 @@ help:
 	@echo "make test    lint, types, layers and tests (also: make check; CPU=portable tests as if without AVX-512)"
 	@echo "make bench   the figures of benchmarks/README.md, on this machine"
 	@echo "make quality how good the 4-bit checkpoints are: trained models against their originals"
+	@echo "make picture docs/terminal.svg, drawn from a real session"
 	@echo "make docs    the generated reference, every link checked, and the site in site/"
 	@echo "make dist    wheel, sdist and release notes in dist (TAG=v1.2.3 checks that this is the version)"
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer), and other files"
@@ -39,6 +40,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python demo/demo.py
+
+picture: $(READY)
+	$(BIN)/python demo/picture.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -108,6 +108,14 @@ def test_the_default_output_is_named_after_source_and_method(qz: Qz, source: Pat
     assert (tmp_path / "source-int8" / "config.json").is_file()
 
 
+def test_the_default_output_is_named_after_the_link_that_leads_to_the_source(
+    qz: Qz, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my-model").symlink_to(source)
+    assert qz("quantize", "my-model", "--int8").returncode == 0
+    assert (tmp_path / "my-model-int8" / "config.json").is_file()
+
+
 REFUSALS: dict[str, tuple[list[str], int, str]] = {
     "a missing folder": (["./nowhere"], 66, "nowhere"),
     "a folder without config": (["empty"], 66, "config.json"),
