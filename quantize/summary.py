@@ -221,6 +221,7 @@ def summarize(
         dropped=architecture.dropped,
         notes=(
             *architecture.notes,
+            *_encoded(plan),
             *_left_out(plan),
             *(plan.refinement.notes if plan.refinement is not None else ()),
         ),
@@ -260,10 +261,28 @@ def _left_out(plan: Plan) -> tuple[str, ...]:
     return (f"left out, as no loader reads it: {files}" + (f" and {more} more files" if more > 0 else ""),)
 
 
+def _encoded(plan: Plan) -> tuple[str, ...]:
+    """What is told of a source that another tool quantized."""
+    checkpoint = plan.checkpoint
+    if checkpoint.encoded_as is None:
+        return ()
+    notes = [f"the source is quantized already, with {checkpoint.encoded_as}: its values were computed from that"]
+    if checkpoint.left_out:
+        shown = ", ".join(quoted(name) for name in checkpoint.left_out[:3])
+        more = " …" if len(checkpoint.left_out) > 3 else ""
+        notes.append(
+            f"{counted(len(checkpoint.left_out), 'tensor')} of the quantization (scales of activations and the like) "
+            f"left out: {shown}{more}"
+        )
+    return tuple(notes)
+
+
 def _method(plan: Plan) -> tuple[str, bool]:
     """The method that the plan quantizes with, or the one it undoes; and whether there is double quantization."""
     if plan.method is not None:
         return plan.method.name, plan.method.double_quant
+    if plan.checkpoint.encoded_as is not None:
+        return plan.checkpoint.encoded_as, False
     weights = [source.weight for step in plan.steps for source in step.sources if isinstance(source, Packed)]
     kinds = "+".join(sorted({weight.kind for weight in weights}))
     return kinds or "none", any(weight.double_quant for weight in weights)

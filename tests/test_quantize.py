@@ -198,12 +198,6 @@ def test_a_quantized_source_is_refused_and_told_how_to_go_back(source: Path, tmp
         plan_of(tmp_path / "once", "int8")
 
 
-def test_fp8_weights_are_recognised_and_named(source: Path) -> None:
-    change_tensor(source, "model.layers.1.mlp.up_proj.weight", lambda tensor: tensor.to(torch.float8_e4m3fn))
-    with pytest.raises(Unsupported, match=r"F8_E4M3 weights.*bfloat16"):
-        plan_of(source, "nf4")
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused_with_tensor_count_and_place(
     source: Path, tmp_path: Path, value: float

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
+from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.folder import Folder, Range
 from qz.formats.output.staging import IsVerified, Section, ShardLayout, ShardWriter, Staging, WrittenFile
 from qz.progress import OnProgress, Progress, ignore
@@ -28,7 +29,7 @@ from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.planning.computable import cast_by_torch
 from qz.quantize.planning.plan import Plan, Step
-from qz.quantize.planning.sources import Packed
+from qz.quantize.planning.sources import Packed, stored_parts
 from qz.quantize.streaming.deferred import Deferred, deferred
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.observer import Observer, Values
@@ -148,7 +149,11 @@ class Run:
     def convert(self, threads: int) -> None:
         """Write every unfinished shard, then check that the source did not change while it was read."""
         self.folder.announce(
-            [Range(s.file, s.offset, s.offset + s.nbytes) for step in self.steps for s in step.sources]
+            [
+                Range(part.file, part.offset, part.offset + part.nbytes)
+                for step in self.steps
+                for part in _streamed(step)
+            ]
         )
         sources = self._sources()
         for home in self.left:
@@ -207,8 +212,7 @@ class Run:
         for step in self.steps:
             for home in {self.plan.shard_of[saved.name] for saved in step.outputs} & found.keys():
                 for source in step.sources:
-                    parts = source.weight.parts.values() if isinstance(source, Packed) else ()
-                    found[home] |= {source.file, *(part.file for part in parts)}
+                    found[home] |= {part.file for part in stored_parts(source)}
         return found
 
     def _settled(self, files: set[str]) -> Callable[[], bool]:
@@ -279,12 +283,13 @@ class Run:
 
     def _look_at_kept(self, step: Step, before: Values, after: Values, memory: Memory) -> None:
         """Note values that are not finite, or no more after the cast. Dequantized ones can overflow float16 only."""
-        if step.act == "dequantize" and after[1] != "F16":
+        computed = any(isinstance(source, Packed) for source in step.sources)  # from finite scales, by finite codes
+        if computed and after[1] != "F16":
             return
         count = count_nonfinite(*after, memory)
         if count:
             stored = count_nonfinite(*before, memory) if before[1] != after[1] else count
-            if step.act == "dequantize":  # computed from finite scales
+            if computed:
                 stored = 0
             name = step.outputs[0].name
             with self.lock:
@@ -495,6 +500,15 @@ class _Buffers:
         if held is None or held.nbytes < nbytes:
             held = self.held[use] = self.arithmetic.buffer(nbytes)
         return held[:nbytes]
+
+
+def _streamed(step: Step) -> Iterator[StoredTensor]:
+    """What a step reads from one end to the other; of weights that bitsandbytes quantized the codes."""
+    for source in step.sources:
+        if isinstance(source, Packed):
+            yield source.weight.parts["weight"]
+        else:
+            yield from stored_parts(source)
 
 
 def _unit(step: Step, plan: Plan, source: Reader) -> int:
