@@ -16,7 +16,7 @@ def said(method: str | None, tensors: dict[str, object], *kinds: str, **settings
 
 
 def fp8(scale: tuple[str, tuple[int, ...]], *kinds: str, block: object = (2, 2)) -> Case:
-    weight = {"q.weight": ("F8_E4M3", (6, 4)), "q.weight_scale_inv": scale}
+    weight: dict[str, object] = {"q.weight": ("F8_E4M3", (6, 4)), "q.weight_scale_inv": scale}
     return said("fp8", weight, *kinds, weight_block_size=block)
 
 
