@@ -532,6 +532,17 @@ FilterOpt = Annotated[
 PlanOpt = Annotated[
     bool, flag("--plan", help="Estimates from the real plan, which loads the model's library (slower).", panel=REPORT)
 ]
+ForOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--for",
+        metavar="CONSUMER",
+        help="Whether it loads there, and what would: vllm, sglang, peft, unsloth, invokeai, comfyui, transformers, or "
+        "diffusers-cpu (diffusers without a GPU). Exit code 65 if not. Repeat it for more.",
+        rich_help_panel=REPORT,
+        show_default=False,
+    ),
+]
 VerifyOpt = Annotated[
     bool, flag("--verify", help="Read every byte and compare with the hashes that qz recorded.", panel=REPORT)
 ]

@@ -11,6 +11,7 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
 from qz.formats.output.record import WrittenFile
+from qz.quantize.consumers.planned import warnings as consumer_warnings
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import Packed
@@ -223,6 +224,7 @@ def summarize(
             *architecture.notes,
             *_encoded(plan),
             *_left_out(plan),
+            *consumer_warnings(plan),
             *(plan.refinement.notes if plan.refinement is not None else ()),
         ),
         bytes_source=plan.bytes_source,

@@ -254,17 +254,22 @@ def inspect(
     variant: str | None = None,
     plan: bool = False,
     verify: bool = False,
+    consumers: Sequence[str] = (),
     on_progress: OnProgress = ignore,
 ) -> Inspection | PipelineInspection:
     """What a model, pipeline or single .safetensors file holds, from its headers, and what is wrong with it.
 
     ``plan`` asks the model's library for exact figures. ``verify`` compares every byte with the hashes that qz
-    recorded. Problems are part of the value (``problems``, ``errors``), not raised.
+    recorded. ``consumers`` names programs (``vllm``, ``sglang`` …, see ``qz inspect --for``) to judge it for. Problems
+    are part of the value (``problems``, ``errors``, ``consumers``), not raised.
     """
     from qz.formats.source import local_path
+    from qz.quantize.consumers.registry import CONSUMERS
     from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
     from qz.quantize.inspection.report import Origin
 
+    if unknown := [name for name in consumers if name not in CONSUMERS]:
+        raise UsageError(f"--for {unknown[0]} is none of {', '.join(CONSUMERS)}.")
     location = str(source)
     path = local_path(location)
     if path is not None and path.exists() and not path.is_dir():
@@ -274,7 +279,7 @@ def inspect(
 
         path = path.resolve()  # the user named it: a link is followed
         with closing(LocalFolder(path.parent)) as parent:
-            return inspect_file(parent, path.name, Origin(location, None, None))
+            return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.problems import Problem
     from qz.formats.source import opened
@@ -288,9 +293,9 @@ def inspect(
         if is_pipeline(folder):
             from qz.quantize.inspection.pipeline import inspect_pipeline
 
-            found = inspect_pipeline(folder, origin, variant, plan=plan)
+            found = inspect_pipeline(folder, origin, variant, plan=plan, consumers=consumers)
         else:
-            found = inspect_model(read_folder(folder, variant), origin, plan=plan)
+            found = inspect_model(read_folder(folder, variant), origin, plan=plan, consumers=consumers)
         if verify:
             from qz.quantize.inspection.verification import verify as compare
 

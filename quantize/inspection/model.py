@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,9 @@ from qz.formats.output.record import read_record
 from qz.formats.safetensors import BITS
 from qz.formats.shards import index_name
 from qz.formats.sources.encoded import Encoded, read_encoded
+from qz.quantize.consumers.contents import Contents
+from qz.quantize.consumers.registry import judge
+from qz.quantize.inspection.consumers import checkpoint_contents
 from qz.quantize.inspection.estimate import estimates
 from qz.quantize.inspection.linear_layers import FLOATS, Value, ties, values
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor
@@ -41,6 +44,11 @@ class FolderReading:
     encoded: Encoded | None = None
     """What another tool made of the weights, where that is known."""
 
+    def contents(self) -> Contents:
+        """As the rules of a consumer look at it."""
+        assert self.checkpoint is not None
+        return checkpoint_contents(self.checkpoint, self.weights, self.problems)
+
 
 def read_folder(folder: Folder, variant: str | None = None) -> FolderReading:
     """Read config, index, headers and quant states. Raises only for a folder that cannot be looked into."""
@@ -54,7 +62,9 @@ def read_folder(folder: Folder, variant: str | None = None) -> FolderReading:
     return FolderReading(folder, checkpoint, weights, worst_first((*problems, *more)))
 
 
-def inspect_model(look: FolderReading, origin: Origin, *, plan: bool = False) -> Inspection:
+def inspect_model(
+    look: FolderReading, origin: Origin, *, plan: bool = False, consumers: Sequence[str] = ()
+) -> Inspection:
     """What was looked at. With ``plan`` the model's library is asked, which is exact and takes seconds."""
     checkpoint = look.checkpoint
     if checkpoint is None:
@@ -65,20 +75,29 @@ def inspect_model(look: FolderReading, origin: Origin, *, plan: bool = False) ->
         from qz.quantize.inspection.planned_figures import with_plan
 
         found = with_plan(found, checkpoint, look.weights)
+    if consumers:
+        found = replace(found, consumers=judge(look.contents(), consumers))
     return found
 
 
-def inspect_file(folder: Folder, name: str, origin: Origin) -> Inspection:
+def inspect_file(folder: Folder, name: str, origin: Origin, *, consumers: Sequence[str] = ()) -> Inspection:
     """One .safetensors file by itself: without a config, so nothing is known of a model."""
     tensors, metadata, problems = survey_file(folder, name)
     sizes = {file: size for file, size in folder.sizes().items() if file == name}
     if not tensors:
         return replace(_unread(folder, origin, problems), files=tuple(File(*each) for each in sizes.items()))
     alone = Checkpoint(folder, {}, "transformers", None, None, (name,), sizes, tensors, None, {name: metadata})
-    encoded, found = read_encoded(alone)
-    weights, more = ({}, found) if encoded is not None else read_quantized(alone)
+    encoded, more = read_encoded(alone)
+    weights: Mapping[str, QuantizedWeight] = {}
+    if encoded is None:
+        weights, more = read_quantized(alone)
     more = tuple(problem for problem in more if not problem.kind.startswith("quantization-config"))
-    return _described(alone, origin, weights, worst_first((*problems, *more)), encoded, estimated=False)
+    problems = worst_first((*problems, *more))
+    found = _described(alone, origin, weights, problems, encoded, estimated=False)
+    if consumers:
+        contents = checkpoint_contents(alone, weights, problems, alone=True)
+        found = replace(found, consumers=judge(contents, consumers))
+    return found
 
 
 def _unread(folder: Folder, origin: Origin, problems: tuple[Problem, ...]) -> Inspection:
