@@ -162,13 +162,14 @@ def test_every_option_that_the_pages_use_exists() -> None:
 
 @pytest.fixture(scope="session")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny, and a language model with a text."""
+    """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny, and language models with a text."""
     place = tmp_path_factory.mktemp("flux")
     readers.some_text(place / "prose.txt")
     readers.some_text(place / "other.txt")
     language_model = readers.model_folder("llama-untied", place / "my-llm")
     names = llama_cpp_names(language_model, gguf.MODEL_ARCH.LLAMA).values()
     write_gguf(place / "imatrix.gguf", {name: (np.ones(inputs, np.float32), 512) for name, inputs in names})
+    shutil.copytree(language_model, place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct")
     (place / "black-forest-labs").mkdir()
     repo = pipelines.flux(place / "black-forest-labs" / "FLUX.1-dev")
     shutil.copytree(repo, place / "my-pipeline")
@@ -260,8 +261,11 @@ def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
     with HubServer() as hub:
         given = {"HF_ENDPOINT": hub.url, "HF_TOKEN": OWNER, "HF_HOME": str(tmp_path / "home")}
         shell = environment(**given) | {"HF_HUB_OFFLINE": "0"}
-        first = "qz quantize ./black-forest-labs/FLUX.1-dev --subfolder transformer --nf4"
-        for line in (first, *sorted(lines)):
+        first = (
+            "qz quantize ./black-forest-labs/FLUX.1-dev --subfolder transformer --nf4",
+            "qz quantize HuggingFaceTB/SmolLM2-1.7B-Instruct --nf4",
+        )
+        for line in (*first, *sorted(lines)):
             result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", line],
                 cwd=place,
@@ -274,6 +278,7 @@ def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
             )
             assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
             assert OWNER not in result.stdout + result.stderr
+        assert hub.repos["me/SmolLM2-1.7B-Instruct-nf4"].private
         repo = hub.repos["me/FLUX.1-dev-nf4"]
         assert repo.private
         wanted = {"README.md", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
