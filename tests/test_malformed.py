@@ -169,8 +169,6 @@ def test_the_corpus_has_at_least_150_cases() -> None:
         "not-a-folder",  # these are about the folder itself, or need it to change: tested in test_checkpoint.py
         "variant-missing",
         "changed",
-        "encoded-part-missing",
-        "encoded-twice",
     }
 
 

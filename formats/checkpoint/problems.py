@@ -136,6 +136,10 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
         MalformedInput,
         "{name} is {found}, which does not fit its weight of shape {weight}. Download the checkpoint again.",
     ),
+    "encoded-malformed": (
+        MalformedInput,
+        "{name} is quantized ({kind}), and its parts do not fit together: {found}. Download the checkpoint again.",
+    ),
     "encoded-part-missing": (MalformedInput, "{name} is quantized ({kind}) but has no {missing}. Download it again."),
     "encoded-twice": (
         MalformedInput,

@@ -9,6 +9,9 @@ from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.malformed import quoted
+from qz.formats.sources.compressed_tensors import read_compressed_tensors
+from qz.formats.sources.gptq_awq import read_awq, read_gptq
+from qz.formats.sources.mxfp4 import read_mxfp4
 from qz.formats.sources.scaled import FLOATS_8, read_scaled
 
 if TYPE_CHECKING:
@@ -18,7 +21,17 @@ if TYPE_CHECKING:
     from qz.formats.folder import Folder
 
 _NOMINAL = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SCALED = ("fp8", "fbgemm_fp8", "modelopt", "mxfp8")
+_READERS = {
+    "fp8": read_scaled,
+    "fbgemm_fp8": read_scaled,
+    "modelopt": read_scaled,
+    "mxfp8": read_scaled,
+    "mxfp4": read_mxfp4,
+    "compressed-tensors": read_compressed_tensors,
+    "gptq": read_gptq,
+    "awq": read_awq,
+}
+"""By ``quant_method``."""
 _KEYS = frozenset(("quantization_config", "compression_config"))
 _DEPTH = 4
 """How deep in a config the part lies that states a quantization, at most."""
@@ -60,6 +73,16 @@ class Reading:
         first = next(iter(tensor.parts.values()))
         self.taken[first.name] = tensor
         self.used |= {part.name for part in tensor.parts.values()}
+
+    def misfit(self, part: StoredTensor, weight: tuple[int, ...]) -> None:
+        """A part that does not fit its weight's shape."""
+        found = f"{part.dtype} {list(part.shape)}"
+        name = quoted(part.name)
+        self.problems.add("scale-malformed", name, name=name, found=found, weight=list(weight))
+
+    def missing(self, weight: str, kind: str, part: str) -> None:
+        name = quoted(weight)
+        self.problems.add("encoded-part-missing", name, name=name, kind=kind, missing=part)
 
     def leave_out(self, tensor: StoredTensor) -> None:
         self.used.add(tensor.name)
@@ -104,8 +127,8 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
 
 
 def _reader_of(checkpoint: Checkpoint, method: object) -> Any:
-    if method in _SCALED:
-        return read_scaled
+    if isinstance(method, str) and method in _READERS:
+        return _READERS[method]
     if method is None and any(tensor.dtype in FLOATS_8 for tensor in checkpoint.tensors.values()):
         return read_scaled
     return None

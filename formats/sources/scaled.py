@@ -87,8 +87,7 @@ def _take_scaled(
         shape = (*shape[:-1], shape[-1] * 2)
     block = block_of(shape, scale.shape, reading.block)
     if block is None or (overall is not None and overall.nbytes != 4):
-        facts = {"name": quoted(scale.name), "found": f"{scale.dtype} {list(scale.shape)}", "weight": list(shape)}
-        reading.problems.add("scale-malformed", quoted(scale.name), **facts)
+        reading.misfit(scale, shape)
         return
     parts = {CODES: tensor, SCALE: scale}
     if overall is not None:

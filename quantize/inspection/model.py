@@ -210,7 +210,7 @@ def _encoded_tensors(checkpoint: Checkpoint, encoded: Encoded) -> tuple[Tensor, 
     for name, tensor in checkpoint.stored.items():
         owner = owners.get(name)
         own = owner is not None and owner.parts[CODES].name == name
-        count = math.prod(tensor.shape) if owner is None else math.prod(owner.shape) if own else 0
+        values = owner.shape if owner is not None and own else tensor.shape
         found.append(
             Tensor(
                 name=name,
@@ -218,7 +218,7 @@ def _encoded_tensors(checkpoint: Checkpoint, encoded: Encoded) -> tuple[Tensor, 
                 shape=tensor.shape,
                 bytes=tensor.nbytes,
                 file=tensor.file,
-                parameters=0 if name in encoded.left_out else count,
+                parameters=math.prod(values) if own or name in encoded.tensors else 0,
                 quantized=encoded.method if own else None,
                 original=owner.shape if owner is not None and own else None,
                 part_of=None if owner is None or own else owner.parts[CODES].name,
