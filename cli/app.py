@@ -23,6 +23,7 @@ from qz import QzError, Unsupported, one_line
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say, warn
 from qz.cli.streams import closed_pipe, flush_streams, open_streams
+from qz.quantize.libraries import process
 from qz.quantize.libraries.importing import lean_imports
 
 MOST_LINES = 5
@@ -130,6 +131,7 @@ def main() -> NoReturn:
     """The command ``qz``."""
     open_streams()
     lean_imports.allow()
+    process.allow()
     code = run(sys.argv[1:])
     # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
     # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).

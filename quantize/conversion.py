@@ -141,11 +141,14 @@ class Conversion:
 
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""
+        from qz.quantize.compute import kernels
         from qz.quantize.compute.devices import prewarm_cuda
+        from qz.quantize.libraries import process
 
         self.on_progress(Progress("Reading headers"))
         if not self.dry_run:
             prewarm_cuda(self.settings.device)
+            process.meanwhile(kernels.backend)
 
     def _target(self, dtypes: Iterable[str]) -> Target:
         names = set(dtypes)

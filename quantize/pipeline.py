@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from qz import QzError, Unsupported, UsageError
@@ -17,8 +18,8 @@ from qz.progress import OnProgress, ignore
 from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
-from qz.quantize.libraries.examine import examine, expect
-from qz.quantize.methods import FourBit
+from qz.quantize.libraries.examine import examine, examining
+from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary, cast_to
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
@@ -91,9 +92,13 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     if settings.method is None:
         raise ValueError("a pipeline is quantized by a method")
     pipeline = plain_pipeline(pipeline)
-    _expect(pipeline)
+    with _examining(pipeline):
+        return _plan_chosen(pipeline, settings, settings.method)
+
+
+def _plan_chosen(pipeline: Pipeline, settings: Settings, method: Method) -> PipelinePlan:
     unread = kept_unread(pipeline, {name for name, own in settings.component_methods.items() if own is None})
-    choices = choose(pipeline, settings.method, settings.components, settings.component_methods)
+    choices = choose(pipeline, method, settings.components, settings.component_methods)
     _require_skips(pipeline, settings.skips)
     plans: dict[str, Plan] = {}
     made: list[Choice] = []
@@ -118,14 +123,18 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
 
 def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     """Dequantize every component that bitsandbytes quantized; the others are kept. Unsupported if there is none."""
-    from qz.quantize.planning.dequantization import plan_dequantization
-
     if settings.weights_only:
         raise UsageError(
             "--weights-only leaves out what a pipeline needs to be loaded. Use --subfolder for one component."
         )
     pipeline = plain_pipeline(pipeline)
-    _expect(pipeline)
+    with _examining(pipeline):
+        return _plan_quantized(pipeline, settings)
+
+
+def _plan_quantized(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
+    from qz.quantize.planning.dequantization import plan_dequantization
+
     unread = kept_unread(pipeline)
     total = sum(component.parameters for component in pipeline.components)
     choices: list[Choice] = []
@@ -166,8 +175,8 @@ def plain_pipeline(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, components=tuple(map(plain, pipeline.components)))
 
 
-def _expect(pipeline: Pipeline) -> None:
-    expect(component.checkpoint for component in pipeline.components if component.checkpoint is not None)
+def _examining(pipeline: Pipeline) -> AbstractContextManager[None]:
+    return examining(component.checkpoint for component in pipeline.components if component.checkpoint is not None)
 
 
 def compose(

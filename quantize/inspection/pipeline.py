@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -204,15 +205,12 @@ def inspect_pipeline(
             missing.append(_gone(name, error))
             continue
         looks[name] = _look(inner[-1], variant, entries[name], name)
-    if plan:
-        from qz.quantize.libraries.examine import expect
-
-        expect(look.checkpoint for look in looks.values() if look is not None and look.checkpoint is not None)
     components: list[ComponentInspection] = []
-    for name, look in looks.items():
-        inside = replace(origin, subfolder=f"{origin.subfolder}/{name}" if origin.subfolder else name)
-        model = inspect_model(look, inside, plan=plan) if look is not None else None
-        components.append(ComponentInspection(name, *entries[name], model))
+    with _examining(looks) if plan else nullcontext():
+        for name, look in looks.items():
+            inside = replace(origin, subfolder=f"{origin.subfolder}/{name}" if origin.subfolder else name)
+            model = inspect_model(look, inside, plan=plan) if look is not None else None
+            components.append(ComponentInspection(name, *entries[name], model))
     parts = {name: look.contents() for name, look in looks.items() if look is not None and look.checkpoint is not None}
     verdicts = verdicts_on_pipeline(parts, consumers)
     for each in inner:
@@ -225,6 +223,12 @@ def inspect_pipeline(
         consumers=verdicts,
     )
     return found if found.errors else _with_estimates(found, folder, looks, firsts)
+
+
+def _examining(looks: Mapping[str, FolderReading | None]) -> AbstractContextManager[None]:
+    from qz.quantize.libraries.examine import examining
+
+    return examining(look.checkpoint for look in looks.values() if look is not None and look.checkpoint is not None)
 
 
 def _as_recorded(components: Sequence[ComponentInspection], folder: Folder) -> tuple[ComponentInspection, ...]:
