@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": "Show what a checkpoint holds, and what is wrong with it.",
     "dequantize": "Turn a quantized model back into an ordinary one.",
     "push": "Publish a checkpoint on the Hub.",
+    "merge": "Put together what --part runs made.",
     "calibrate": "Record what quantization can know of a model's inputs.",
     "compare": "Show what quantizing changed.",
 }
@@ -46,6 +47,7 @@ EXAMPLES = {
     "inspect": ("qz inspect ./my-model-nf4", "qz inspect ./my-model --tensors --filter '*.attn.*'"),
     "dequantize": ("qz dequantize ./my-model-nf4 --dtype bf16", "qz dequantize ./my-model-nf4 --against ./my-model"),
     "push": ("qz push ./my-model-nf4 me/my-model-nf4", "qz push ./my-model-nf4 me/my-model-nf4 --dry-run"),
+    "merge": ("qz merge ./my-model-nf4",),
     "calibrate": (
         "qz calibrate ./my-model -o my-model.statistics.safetensors",
         "qz calibrate ./my-model -o my-model.statistics.safetensors --text prose.txt --hessians",

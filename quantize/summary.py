@@ -19,6 +19,7 @@ from qz.quantize.streaming.loss import Loss
 from qz.quantize.streaming.not_finite import NotFinite
 
 if TYPE_CHECKING:
+    from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
     from qz.quantize.pipeline_summary import PipelineSummary
 
@@ -76,6 +77,8 @@ class Summary:
     """Files of the source that are not in the output; a folder that is not there at all ends in a slash."""
     pushed: PushResult | None = None
     """What came of publishing the output, if that was asked for."""
+    share: Share | None = None
+    """Which part of the output was made, if not all of it."""
     nonfinite: Mapping[str, NotFinite] = field(default_factory=dict)
     """Tensors that were not quantized and hold NaN or infinite values in the output."""
     refinement: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +110,7 @@ class Summary:
                 f"{counted(len(self.dropped), 'tensor')} not used by "
                 f"{self.source.architecture} {'was' if len(self.dropped) == 1 else 'were'} left out: {shown}"
             )
-        found += _told_of_nonfinite(self.nonfinite, self.dtype)
+        found += told_of_nonfinite(self.nonfinite, self.dtype)
         if self.loss is not None and self.loss.unrelated:
             found.append(
                 f"the relative error is {self.loss.total.relative_error:.2f}: the two models have nothing in common. "
@@ -133,7 +136,7 @@ def nonfinite_json(nonfinite: Mapping[str, NotFinite]) -> list[dict[str, Any]]:
     ]
 
 
-def _told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str) -> Iterator[str]:
+def told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str) -> Iterator[str]:
     """A line for what overflowed on the way, and one for what was not finite to begin with."""
     overflowed = {name: count.overflowed for name, count in sorted(nonfinite.items()) if count.overflowed}
     if overflowed:
@@ -182,6 +185,8 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
         "resumed": summary.resumed,
         "seconds": round(summary.seconds, 3),
     }
+    if summary.share is not None:
+        report["part"] = summary.share.as_json()
     return report if summary.pushed is None else {**report, "push": summary.pushed.as_json()}
 
 

@@ -387,6 +387,17 @@ class Staging:
             self._keep(written, is_verified)
         return written
 
+    def adopt(self, folder: Directory, file: WrittenFile) -> None:
+        """Move a finished file here from a folder on the same file system.
+
+        It is noted before it is moved, so that whatever happens, it is where this or a later run looks for it.
+        """
+        self._require_new(file.name)
+        self._staged.make_parents(file.name)
+        self._journal.add(file)
+        self._staged.take(folder, file.name)
+        self._written[file.name] = file
+
     def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
         folder, disk = self._staged, self._disk
         temporary = folder.path / (name + TEMPORARY)
@@ -562,6 +573,9 @@ def _sha256(data: bytes) -> str:
 
 class Section:
     """What is written here lands in the folder ``name`` of the output, or in the output itself where it is empty."""
+
+    elsewhere: Collection[str] = frozenset()
+    """Files of this folder that are not made here."""
 
     def __init__(self, staging: Staging, name: str) -> None:
         self._staging = staging

@@ -175,16 +175,27 @@ class Run:
             raise self.workers.errors[0]
         self.folder.check()
 
-    def look_again(self, threads: int) -> None:
-        """Read what an earlier run had finished and did not quantize, for values in it that are not finite."""
+    def look_again(self, threads: int, elsewhere: Container[str] = ()) -> None:
+        """Read what an earlier run had finished and did not quantize, for values in it that are not finite.
+
+        ``elsewhere``: shards that others make and look at.
+        """
         done_now = {step.weight.name for step in self.steps}
-        left = [step for step in self.plan.steps if step.act == "keep" and step.weight.name not in done_now]
+        left = [
+            step
+            for step in self.plan.steps
+            if step.act == "keep" and step.weight.name not in done_now and not self._is_elsewhere(step, elsewhere)
+        ]
         buffers = _Buffers(self.arithmetic)
         only = {step.weight.name for step in left if not self._finished_is_finite(step, buffers)}
         if only:
             again = Run(self.plan, self.folder, DiscardOutput(), self.arithmetic, only=only)
             again.convert(threads)
             self.kept_nonfinite |= again.kept_nonfinite
+
+    def _is_elsewhere(self, step: Step, files: Container[str]) -> bool:
+        """Whether all that a step writes lies in ``files``."""
+        return all(self.plan.shards[self.plan.shard_of[saved.name]].file in files for saved in step.outputs)
 
     def _finished_is_finite(self, step: Step, buffers: _Buffers) -> bool:
         """Whether the output of an earlier run has finite values only: it is nearer than a source on the Hub."""
