@@ -25,6 +25,7 @@ from qz.formats.output.shares import Share
 from qz.quantize.array_task import parse_part
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.streaming.shares import divided
+from qz.quantize.summary import Summary
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "threads": 2, "max_shard_bytes": 20_000}
 PARTED = ("--max-shard-size", "20KB", "--threads", "1", "--device", "cpu", "--quiet")
@@ -61,7 +62,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return contents(output)
 
 
-def in_parts(make: Callable[..., Any], source: Path, output: Path, count: int, **settings: Any) -> list[Any]:
+def in_parts(make: Callable[..., Any], source: Path, output: Path, count: int, **settings: Any) -> list[Summary]:
     """Make every part, the last one first."""
     numbers = range(count, 0, -1)
     return [make(source, output, part=f"{number}/{count}", **{**SETTINGS, **settings}) for number in numbers]
@@ -173,17 +174,16 @@ def test_parts_are_stretches_as_even_as_can_be(sizes: list[int], count: int) -> 
 
 
 def test_a_part_reads_its_share_only(source: Path, tmp_path: Path) -> None:
-    alone = api.quantize(source, tmp_path / "one", **SETTINGS)
+    [alone] = in_parts(api.quantize, source, tmp_path / "one", 1)
     made = in_parts(api.quantize, source, tmp_path / "out", 4)
     assert sum(each.bytes_read for each in made) <= alone.bytes_read * 1.1  # a tensor may end in two files
     assert max(each.bytes_read for each in made) < alone.bytes_read  # the large tokenizer is most of it
 
 
 def test_a_dry_run_shows_the_files_of_the_part(source: Path, tmp_path: Path) -> None:
-    shown = [
-        api.quantize(source, tmp_path / "out", part=f"{number}/3", dry_run=True, **SETTINGS) for number in (1, 2, 3)
-    ]
-    made = [api.quantize(source, tmp_path / "out", part=f"{number}/3", **SETTINGS) for number in (1, 2, 3)]
+    shown = in_parts(api.quantize, source, tmp_path / "out", 3, dry_run=True)
+    assert not (tmp_path / "out.parts").exists()
+    made = in_parts(api.quantize, source, tmp_path / "out", 3)
     for planned, done in zip(shown, made, strict=True):
         assert [(file.name, file.bytes) for file in planned.shards] == [(file.name, file.bytes) for file in done.shards]
         assert planned.as_json()["part"] == done.as_json()["part"]
@@ -314,9 +314,9 @@ def test_a_damaged_part_is_named_and_can_be_made_again(source: Path, whole: dict
 
 
 def test_a_finished_part_is_not_made_again(source: Path, tmp_path: Path) -> None:
-    first = api.quantize(source, tmp_path / "out", part="1/2", **SETTINGS)
+    [first] = in_parts(api.quantize, source, tmp_path / "out", 1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = api.quantize(source, tmp_path / "out", part="1/2", **SETTINGS)
+    [again] = in_parts(api.quantize, source, tmp_path / "out", 1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert (again.shards, again.nonfinite, again.resumed, again.bytes_read) == (first.shards, first.nonfinite, True, 0)
 
