@@ -78,7 +78,8 @@ class Display:
                 self.begin(step.doing)
         if step.kept is not None:
             kept, of = step.kept
-            self.tell(f"Continuing: {kept} of {counted(of, 'shard')} {'is' if of == 1 else 'are'} done.")
+            rest = f", and {size(step.kept_bytes)} of the rest" if step.kept_bytes else ""
+            self.tell(f"Continuing: {kept} of {counted(of, 'shard')} {'is' if of == 1 else 'are'} done{rest}.")
         if self.bar is not None:
             count = f"{step.done}/{step.total} {step.unit}s" if step.total else ""
             total = step.all_bytes or None

@@ -14,7 +14,6 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
-from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, ignore
 from qz.quantize.calibration.refine import refinement
 from qz.quantize.command import command
@@ -28,10 +27,11 @@ from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
 from qz.quantize.source_identity import identity, recorded_identity
+from qz.quantize.streaming.discard import DiscardOutput
 from qz.quantize.streaming.measure import Measure
 from qz.quantize.streaming.output_parts import Target as Target
 from qz.quantize.streaming.output_parts import model_part, write_parts
-from qz.quantize.streaming.run import DiscardOutput, Run
+from qz.quantize.streaming.run import Run
 from qz.quantize.summary import Source, Summary, summarize
 from qz.quantize.up_to_date import settings_fingerprint
 
@@ -56,7 +56,6 @@ def plan_quantization(
 
 def plan_conversion(checkpoint: Checkpoint, settings: Settings, component: str = "", *, pipeline: bool = False) -> Plan:
     """As ``plan_quantization``, also where no layer of the model can be quantized."""
-    checkpoint = plain_checkpoint(checkpoint)
     refuse_quantized(checkpoint)
     request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips)
 

@@ -13,7 +13,7 @@ class Progress:
     ``doing`` says what, in a word or two: ``Quantizing``. ``done`` of ``total`` things are finished, which ``unit``
     names in the singular; ``bytes`` of ``all_bytes`` are. Totals are 0 while they are not known. ``file`` is one that
     was just completed. ``kept``: how many files an earlier, interrupted run had completed, and of how many; told once,
-    at the beginning.
+    at the beginning. ``kept_bytes``: what it had done of others.
     """
 
     doing: str
@@ -24,6 +24,7 @@ class Progress:
     unit: str = "tensor"
     file: str | None = None
     kept: tuple[int, int] | None = None
+    kept_bytes: int = 0
 
 
 OnProgress = Callable[[Progress], None]

@@ -22,6 +22,8 @@ from functools import partialmethod
 from pathlib import Path
 from typing import IO, Any, Self
 
+from qz.formats.output.disk import KEEP_EVERY
+
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
@@ -113,12 +115,14 @@ class Server:
         before: str = "",
         environment: dict[str, str] | None = None,
         terminal: str = "",
+        keep_every: int = KEEP_EVERY,
     ) -> Running:
         """``qz ARGUMENTS`` in ``cwd``.
 
         At operation ``at`` (from 0; of the kinds ``only``, if any) the Python source ``act`` is executed, where
         ``operation`` and ``path`` are known; ``before`` is executed before the run.
-        With ``terminal``, a path such as ``/dev/pts/7``, the run has that one instead of pipes.
+        With ``terminal``, a path such as ``/dev/pts/7``, the run has that one instead of pipes. ``keep_every``: as
+        ``Disk`` has it.
         """
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
@@ -131,6 +135,7 @@ class Server:
             "before": before,
             "environment": environment or {},
             "terminal": terminal,
+            "keep_every": keep_every,
         }
         connection.sendall(json.dumps(wish).encode() + b"\n")
         return Running(connection)
@@ -258,7 +263,8 @@ def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> 
             if len(log) == wish["at"] + 1:
                 exec(wish["act"], {**globals(), "operation": operation, "path": path})
 
-    Disk.__init__ = partialmethod(Disk.__init__, hook=hook)  # type: ignore[assignment,method-assign]
+    how = {"hook": hook, "keep_every": wish["keep_every"]}
+    Disk.__init__ = partialmethod(Disk.__init__, **how)  # type: ignore[assignment,method-assign]
     exec(wish["before"], dict(globals()))
     code = run(wish["arguments"])
     sys.stdout.flush()

@@ -22,7 +22,8 @@ from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.output import companions
 from qz.formats.output.disk import Disk
-from qz.formats.output.staging import Section, Staging
+from qz.formats.output.section import Section
+from qz.formats.output.staging import Staging
 
 TEXT = "The quick brown fox jumps over the lazy dog. Small boats on a blue lake."
 TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qz import MalformedInput, api
+from qz.formats.output.shard_writer import ShardWriter
 from qz.quantize.compute.arrays import NUMPY, count_nonfinite
 from qz.quantize.methods import Fp4, Int8, Method, Nf4
-from qz.quantize.streaming.run import Run
 
 NORM, TABLE, INPUT_NORM = "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
 METHODS: dict[str, Method] = {"nf4": Nf4(), "double": Nf4(double_quant=True), "fp4": Fp4(), "int8": Int8()}
@@ -82,14 +82,14 @@ def test_kept_tensors_that_overflow_or_are_not_finite_are_named_and_counted(wide
 def test_a_continued_run_names_what_the_interrupted_one_had_written(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish, options = Run._finish, {"dtype": "float16", "max_shard_bytes": 40_000, "threads": 1}
+    finish, options = ShardWriter.finish, {"dtype": "float16", "max_shard_bytes": 40_000, "threads": 1}
 
-    def finish_and_stop(run: Run, writer: Any) -> None:
-        finish(run, writer)
+    def finish_and_stop(writer: ShardWriter) -> None:
+        finish(writer)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_finish", finish_and_stop)
+        patch.setattr(ShardWriter, "finish", finish_and_stop)
         with pytest.raises(KeyboardInterrupt):
             quantize(wide, tmp_path / "out", **options)
     summary = quantize(wide, tmp_path / "out", **options)

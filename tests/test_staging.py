@@ -30,14 +30,16 @@ from safetensors import safe_open
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
 from qz.formats.folder import LocalFolder
 from qz.formats.output import disk, staging
+from qz.formats.output.checksums import HASHED, page_checksum
 from qz.formats.output.descriptors import Descriptors
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal
 from qz.formats.output.record import read_record, verify_record
+from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.seal import user_key
-from qz.formats.output.shard_writer import HASHED, page_checksum
-from qz.formats.output.staging import ShardLayout, Staging, refuse_overlap
+from qz.formats.output.shard_layout import ShardLayout
+from qz.formats.output.staging import Staging
 from qz.formats.safetensors import TensorInfo, encode_header, layout
 
 Array = np.ndarray[Any, Any]
@@ -1221,6 +1223,48 @@ def test_a_power_cut_at_any_operation_is_recovered(
     with hooked(cut):
         make(root / "out", overwrite=overwrite)
     assert resumed == {0, 1, 2, 3}
+
+
+def make_piece_by_piece(output: Path, disk: Disk) -> Staging:
+    """A run of one shard that keeps each of its tensors at once."""
+    file = SHARDS[0]
+    planned = shard_layout(file, VALUES[file], variable=100)
+    with Staging(output, FINGERPRINT, needed=30_000, disk=disk, resumable={file: planned}) as staging:
+        if file not in staging.finished:
+            done = staging.begun[file].tensors if staging.begun else frozenset()
+            shard = staging.open_shard(planned)
+            for name in sorted(VALUES[file].keys() - done):
+                shard.write(name, VALUES[file][name])
+                staging.keep(shard, [name], lambda: True)
+            if "state" not in done:
+                shard.write_variable("state", b"of any length")
+                staging.keep(shard, ["state"], lambda: True)
+            shard.finish()
+        staging.commit()
+    return staging
+
+
+@pytest.mark.parametrize("names", ["late", "at once"])
+def test_a_power_cut_while_a_shard_is_kept_piece_by_piece_is_recovered(tmp_path: Path, names: str) -> None:
+    make_piece_by_piece(tmp_path / "reference/out", Disk())
+    reference = contents(tmp_path / "reference/out")
+    root, state = tmp_path / "root", tmp_path / "state"
+    root.mkdir()
+    platter, kept = Platter(root, names), set()
+
+    def cut(operation: str, path: str) -> None:
+        platter(operation, path)
+        platter.restore(state)
+        assert_absent_or_complete(state / "out", reference)
+        if not (state / "out").exists():
+            begun = make_piece_by_piece(state / "out", Disk()).begun
+            kept.add(frozenset[str]().union(*(each.tensors for each in begun.values())))
+            assert_nothing_beside(state / "out")
+        assert contents(state / "out") == reference, f"{operation} {path}"
+        shutil.rmtree(state)
+
+    make_piece_by_piece(root / "out", Disk(hook=cut))
+    assert kept == {frozenset(each) for each in ((), ("a",), ("a", "b"), ("a", "b", "state"))}
 
 
 # Overwriting

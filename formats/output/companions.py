@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.output.staging import Section
+    from qz.formats.output.section import Section
 
 LARGEST_INDEX = 50_000_000
 """Bytes of an index or config, which are held in memory until the end of the run."""

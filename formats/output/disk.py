@@ -97,6 +97,7 @@ def _fallocated(descriptor: int, size: int) -> bool:
     return True
 
 
+KEEP_EVERY = 256 << 20
 Hook = Callable[[str, str], None]
 
 
@@ -110,6 +111,8 @@ class Disk:
 
     durable: bool = True
     """Whether ``sync`` waits for the disk; not with ``--no-fsync``."""
+    keep_every: int = KEEP_EVERY
+    """After so many bytes of finished tensors of a shard they are stored and noted, so that a later run keeps them."""
     hook: Hook = _no_hook
     """Called with the name of each operation and its path, before the operation."""
 

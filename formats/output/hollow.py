@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz.formats.output.record import PIECE
-from qz.formats.output.shard_writer import TEMPORARY
+from qz.formats.output.shard_layout import TEMPORARY
 from qz.formats.safetensors import read_header
 
 if TYPE_CHECKING:

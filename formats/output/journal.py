@@ -2,7 +2,8 @@
 
 ``<output>.partial.journal`` is made before ``<output>.partial/`` and removed after everything else, so that whoever
 finds a ``.partial`` finds its journal. A line is a CRC-32 and a JSON object: the fingerprint of the run first, then
-each finished shard. The CRC tells a torn line; that it was this user who wrote a line, its seal tells.
+each finished file, and each finished piece of a shard that is not. The CRC tells a torn line; that it was this user who
+wrote a line, its seal tells.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from qz import OutputRefused, TryAgain
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed
+from qz.formats.output.pieces import Piece, as_piece, is_piece
 from qz.formats.output.record import WrittenFile, as_text, as_written
 from qz.formats.output.seal import is_sealed, seal
+from qz.formats.output.shard_layout import TEMPORARY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from qz.formats.output.directory import Directory
 
 LARGEST = 64 << 20
-"""Bytes of a journal, which is read whole; a line takes about 250."""
+"""Bytes of a journal, which is read whole; a file takes about 250, a piece 30 for each of its chunks."""
 HEAD = b' {"fingerprint": '
 """What follows the CRC of the first line."""
 
@@ -40,10 +43,12 @@ class Journal:
     fingerprint: dict[str, Any] | None
     """What the earlier run was asked for; None if there was none, or its journal cannot be trusted."""
     finished: dict[str, WrittenFile]
+    pieces: dict[str, list[Piece]]
+    """Of shards that are not finished, by their name."""
     uploaded: set[str]
     """Those of which no copy is here any more: they were sent to the Hub."""
     unknown: set[str]
-    """Files whose line this user did not write."""
+    """Files with a line that this user did not write."""
 
     def __init__(self, folder: Directory, name: str, key: bytes | None) -> None:
         """Take the lock. ``key``: of the seals; without one, all lines count.
@@ -86,7 +91,7 @@ class Journal:
                 "elsewhere with -o/--output."
             )
         self.fingerprint, self._stop, self._mark = None, size, ""
-        self.finished, self.uploaded, self.unknown = {}, set(), set()
+        self.finished, self.pieces, self.uploaded, self.unknown = {}, {}, set(), set()
         found = read_journal(bytes(text), self._key)
         if found is None:
             return
@@ -96,7 +101,8 @@ class Journal:
                 f"{self.path.name.removesuffix('.journal')} away, or write elsewhere with -o/--output."
             )
         self.fingerprint, self._mark = found.fingerprint, found.mark
-        self.finished, self.uploaded, self.unknown = found.finished, found.uploaded, found.unknown
+        self.finished, self.pieces = found.finished, found.pieces
+        self.uploaded, self.unknown = found.uploaded, found.unknown
         self._stop -= found.torn
         if found.torn:
             self._disk.truncate(self._descriptor, self.path, self._stop)
@@ -104,7 +110,7 @@ class Journal:
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget whatever it held, and begin anew."""
         self._disk.truncate(self._descriptor, self.path, 0)
-        self.finished, self.uploaded, self._stop = {}, set(), 0
+        self.finished, self.pieces, self.uploaded, self._stop = {}, {}, set(), 0
         entry = {"fingerprint": fingerprint}
         self._mark = seal(self._key, _encoded(entry)) if self._key is not None else ""
         self._append(entry, self._mark)
@@ -114,6 +120,14 @@ class Journal:
         with self._adding:
             self._note(asdict(file) | ({"uploaded": True} if file.name in self.uploaded else {}))
             self.finished[file.name] = file
+            self.pieces.pop(file.name, None)
+
+    def add_piece(self, piece: Piece) -> None:
+        """Note, durably, what is finished of a shard; nothing where all of it is."""
+        with self._adding:
+            if piece.name not in self.finished:
+                self._note(piece.as_entry())
+                self.pieces.setdefault(piece.name, []).append(piece)
 
     def forget(self, name: str) -> None:
         """Note that a finished file is no good after all."""
@@ -148,6 +162,7 @@ class Read:
 
     fingerprint: dict[str, Any]
     finished: dict[str, WrittenFile]
+    pieces: dict[str, list[Piece]]
     uploaded: set[str]
     unknown: set[str]
     mark: str
@@ -166,23 +181,32 @@ def read_journal(text: bytes, key: bytes | None) -> Read | None:
         except ValueError:  # power went while the last line was written
             torn += len(lines[-1]) + 1
         fingerprint, mark = entries[0]["fingerprint"], str(entries[0].get("seal", ""))
-        finished = {file.name: file for file in map(as_written, entries[1:])}
-        unknown = {
-            entry["name"]
-            for entry in entries[1:]
-            if key is not None and not is_sealed(entry.get("seal"), key, *_sealed(mark, entry))
-        }
+        is_own = key is not None and is_sealed(mark, key, _encoded({"fingerprint": fingerprint}))
+        files: dict[str, WrittenFile] = {}
+        sent: dict[str, bool] = {}
+        pieces: dict[str, list[Piece]] = {}
+        unknown: set[str] = set()
+        for entry in entries[1:]:
+            counts = key is None or (is_own and is_sealed(entry.get("seal"), key, *_sealed(mark, entry)))
+            if is_piece(entry):
+                piece = as_piece(entry)
+                if counts:
+                    pieces.setdefault(piece.name, []).append(piece)
+                else:
+                    unknown.add(piece.name + TEMPORARY)
+                continue
+            file = as_written(entry)
+            files[file.name], sent[file.name] = file, entry.get("uploaded") is True
+            if counts:
+                pieces.pop(file.name, None)
+            else:
+                unknown.add(file.name)
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     if not isinstance(fingerprint, dict):
         return None
-    is_own = key is not None and is_sealed(mark, key, _encoded({"fingerprint": fingerprint}))
-    if key is not None and not is_own:
-        unknown = set(finished)
-    kept = {name: file for name, file in finished.items() if file.sha256 and name not in unknown}
-    sent = {entry["name"]: entry.get("uploaded") is True for entry in entries[1:]}
-    uploaded = {name for name in kept if sent[name]}
-    return Read(fingerprint, kept, uploaded, unknown, mark, is_own, torn)
+    kept = {name: file for name, file in files.items() if file.sha256 and name not in unknown}
+    return Read(fingerprint, kept, pieces, {name for name in kept if sent[name]}, unknown, mark, is_own, torn)
 
 
 def _sealed(mark: str, entry: Mapping[str, Any]) -> tuple[bytes, bytes]:

@@ -1,20 +1,50 @@
-"""What a dry run refuses because the run would: where nothing can be made, too little room, another run's remains."""
+"""What a run refuses before it reads anything, and a dry run at all: no place or room for the output, another run."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qz import IOFailed, OutputRefused
-from qz.formats.output.difference import describe_difference
+from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import LARGEST, as_fingerprint, read_journal
+from qz.formats.output.earlier_run import another_run
+from qz.formats.output.exchange import ASIDE, JOURNAL, PARTIAL
+from qz.formats.output.journal import LARGEST, as_fingerprint, held_by_another, read_journal
+from qz.formats.output.refusals import refuse_output, refuse_overlap, require_name
 from qz.formats.output.seal import user_key
-from qz.formats.output.staging import ASIDE, JOURNAL, PARTIAL
+from qz.formats.output.shard_layout import TEMPORARY
+
+
+def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk: Disk | None = None) -> None:
+    """Raise what would be raised later for what lies there at this moment, to spare the user a long planning.
+
+    Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
+    """
+    disk = disk or Disk()
+    require_name(output)
+    for source in sources:
+        if isinstance(source, LocalFolder):
+            for place in source.places():
+                refuse_overlap(place, output, disk)
+    output = Path(os.path.realpath(output.parent)) / output.name
+    if disk.status(output.parent) is None:
+        return
+    journal = f"{output.name}{JOURNAL}"
+    with Directory.at(disk, output.parent) as parent:
+        descriptor = parent.open_existing(journal)
+        if descriptor is None:
+            refuse_output(parent, output.name, overwrite)
+            return
+        try:
+            if not disk.try_lock(descriptor, parent.path / journal) and parent.is_same(journal, descriptor):
+                raise held_by_another(parent.path / journal)
+        finally:
+            disk.close(descriptor, parent.path / journal)
 
 
 def check_room(output: Path, needed: int, disk: Disk) -> None:
@@ -64,12 +94,10 @@ def check_interrupted(output: Path, fingerprint: Mapping[str, Any], disk: Disk) 
     wanted = as_fingerprint(fingerprint)
     if earlier is None or earlier.fingerprint == wanted:
         return
-    if any(there.get(file.name) == file.bytes for file in earlier.finished.values()) or earlier.unknown & there.keys():
-        raise OutputRefused(
-            f"{output}{PARTIAL} holds an interrupted run that differs: "
-            f"{describe_difference(earlier.fingerprint, wanted)}. "
-            "Repeat that run to continue it, or start over with --no-resume."
-        )
+    begun = {place for name in earlier.pieces for place in (name, name + TEMPORARY)}
+    finished = any(there.get(file.name) == file.bytes for file in earlier.finished.values())
+    if finished or (begun | earlier.unknown) & there.keys():
+        raise another_run(Path(f"{output}{PARTIAL}"), earlier.fingerprint, wanted)
 
 
 def _files(folder: Directory, name: str) -> dict[str, int]:

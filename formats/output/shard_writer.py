@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qz import IOFailed, MalformedInput
+from qz.formats.output.checksums import Chunk, as_bytes, read_back, write_chunk
 from qz.formats.output.descriptors import Descriptors
 from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.record import PIECE, WrittenFile
-from qz.formats.safetensors import Header, TensorInfo, encode_header, read_header
+from qz.formats.output.pieces import Begun, Piece, by_tensor, layout_digest
+from qz.formats.output.record import WrittenFile
+from qz.formats.output.shard_layout import TEMPORARY, ShardLayout, header_of
+from qz.formats.safetensors import TensorInfo, encode_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-PAGE = 4096
-HASHED = 2 * PIECE
-"""Bytes hashed at a time, at most, while as many are read: handing over less keeps threads waiting for each other."""
-TEMPORARY = ".tmp"
-
-
-@dataclass(frozen=True, slots=True)
-class ShardLayout:
-    """Where everything lies in a shard.
-
-    ``header_size`` bytes are kept before the data section. Tensors in ``variable`` are U8, of one dimension, and lie
-    last; their ``stop`` is an upper bound, and they are moved together once their true length is known.
-    """
-
-    file: str
-    tensors: tuple[TensorInfo, ...]
-    header_size: int
-    variable: frozenset[str] = frozenset()
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file; an upper bound if there are variable tensors."""
-        return self.header_size + max((tensor.stop for tensor in self.tensors), default=0)
-
-    @property
-    def fixed_size(self) -> int:
-        """Bytes before the first variable tensor."""
-        return self.header_size + max((t.stop for t in self.tensors if t.name not in self.variable), default=0)
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Chunk:
-    """Bytes ``[start, stop)`` of a file, and what :func:`page_checksum` says of them."""
-
-    start: int
-    stop: int
-    checksum: int
+    from collections.abc import Callable, Collection
 
 
 class ShardWriter:
-    """A shard under its temporary name. ``write`` and ``write_variable`` may be called from several threads."""
+    """A shard under its temporary name. All but ``finish`` may be called from several threads at the same time."""
 
     def __init__(
         self,
@@ -70,18 +26,23 @@ class ShardWriter:
         layout: ShardLayout,
         descriptors: Descriptors,
         done: Callable[[WrittenFile], None],
+        begun: Begun | None = None,
     ) -> None:
-        """Reserve the shard's space on disk, or raise IOFailed. ``done`` is called when it is complete and named."""
+        """Reserve the shard's space on disk, or raise IOFailed. ``done`` is called when it is complete and named.
+
+        ``begun``: what an earlier run has written of it, which lies there under the temporary name.
+        """
         self.layout, self._folder, self._disk = layout, folder, folder.disk
         self._name = layout.file + TEMPORARY
         self._temporary = folder.path / self._name
         self._descriptors = descriptors
         self._done = done
         self._tensors = {tensor.name: tensor for tensor in layout.tensors}
-        self._chunks: list[Chunk] = []
-        self._variable: dict[str, bytes] = {}
-        self._finishing = False
-        with descriptors.use(self._name, create=True) as descriptor:
+        self._chunks: list[Chunk] = list(begun.chunks) if begun else []
+        self._variable: dict[str, bytes] = dict(begun.variable) if begun else {}
+        self._finishing = self._is_named = False
+        self._storing = threading.Lock()
+        with descriptors.use(self._name, create=begun is None) as descriptor:
             self._disk.reserve(descriptor, self._temporary, layout.size)
 
     def write(self, tensor: str, data: Any, offset: int = 0) -> None:
@@ -107,12 +68,28 @@ class ShardWriter:
             chunk = write_chunk(self._disk, descriptor, self._temporary, view, start)
         self._chunks.append(chunk)  # atomic under the GIL and in free-threaded CPython
 
+    def store(self, tensors: Collection[str]) -> Piece | None:
+        """Have these tensors, which are whole, stored durably: what to note of them. None if it is being finished."""
+        with self._storing:
+            if self._finishing:
+                return None
+            wanted, whole = set(tensors), by_tensor(self.layout, self._chunks)
+            chunks = [chunk for name, found in whole if name in wanted for chunk in found]
+            with self._descriptors.use(self._name) as descriptor:
+                self._disk.sync(descriptor, self._temporary)
+            if not self._is_named:
+                self._folder.sync(self._name.rpartition("/")[0])
+                self._is_named = True
+            variable = {name: self._variable[name] for name in sorted(wanted & self.layout.variable)}
+            return Piece(self.layout.file, layout_digest(self.layout), tuple(chunks), variable)
+
     def finish(self) -> WrittenFile:
         """Write the header, store the file durably, compare what can be read with what was written, and name it.
 
         Raises RuntimeError if a tensor was not written whole, IOFailed if the file reads back different.
         """
-        self._finishing = True
+        with self._storing:
+            self._finishing = True
         self._require_whole()
         tensors = self._final_tensors()
         header = encode_header(tensors, reserve=self.layout.header_size)
@@ -158,146 +135,6 @@ class ShardWriter:
         return tensors
 
     def _require_header(self, descriptor: int, tensors: list[TensorInfo], size: int) -> None:
-        found = _header(self._disk, descriptor, self._temporary, size)
+        found = header_of(self._disk, descriptor, self._temporary, size)
         if found.data_start != self.layout.header_size or found.tensors != {tensor.name: tensor for tensor in tensors}:
             raise RuntimeError(f"{self.layout.file}: its header does not read as planned")
-
-
-def _header(disk: Disk, descriptor: int, path: Path, size: int) -> Header:
-    def read(offset: int, length: int) -> bytes:
-        buffer = bytearray(length)
-        return bytes(buffer[: disk.read(descriptor, path, memoryview(buffer), offset)])
-
-    return read_header(read, size, str(path))
-
-
-def has_layout(folder: Directory, layout: ShardLayout) -> bool:
-    """Whether the header of a finished shard is the one that the layout leads to."""
-    path, disk = folder.path / layout.file, folder.disk
-    descriptor = folder.open(layout.file)
-    try:
-        found = _header(disk, descriptor, path, disk.size(descriptor, path))
-    except MalformedInput:
-        return False
-    finally:
-        disk.close(descriptor, path)
-    if found.data_start != layout.header_size or found.tensors.keys() != {tensor.name for tensor in layout.tensors}:
-        return False
-    for planned in layout.tensors:
-        tensor = found.tensors[planned.name]
-        if planned.name not in layout.variable:
-            if tensor != planned:
-                return False
-        elif (tensor.dtype, len(tensor.shape)) != ("U8", 1) or tensor.nbytes > planned.nbytes:
-            return False
-    return True
-
-
-def write_chunk(disk: Disk, descriptor: int, path: Path, view: memoryview, start: int) -> Chunk:
-    """Write the bytes of ``view`` at ``start``, and have the kernel begin to store them if they are many."""
-    checksum = 0
-    for piece in range(0, len(view), PIECE):
-        part = view[piece : piece + PIECE]
-        checksum = page_checksum(part, checksum)
-        disk.write(descriptor, path, part, start + piece)
-    stop = start + len(view)
-    if len(view) >= PIECE // 4:
-        disk.start_writeback(descriptor, -(-start // PAGE) * PAGE, stop // PAGE * PAGE)
-    return Chunk(start, stop, checksum)
-
-
-def read_back(disk: Disk, descriptor: int, path: Path, chunks: Sequence[Chunk]) -> str:
-    """The SHA-256 of a file that is all ``chunks``, in order; IOFailed if it does not read as it was written.
-
-    Meanwhile the kernel stores what is not stored yet, and a thread hashes what this one has read.
-    """
-    stop = chunks[-1].stop if chunks else 0
-    storing = threading.Thread(target=disk.start_writeback, args=(descriptor, 0, stop), kwargs={"wait": True})
-    with ThreadPoolExecutor(1) as pool:
-        if stop > PIECE:
-            storing.start()
-        try:
-            hashing = _Hashing(pool, max((chunk.stop - chunk.start for chunk in chunks), default=0))
-            for chunk in chunks:
-                checksum = 0
-                for start in range(chunk.start, chunk.stop, HASHED):
-                    part = hashing.buffer(min(HASHED, chunk.stop - start))
-                    got = disk.read(descriptor, path, part, start)
-                    checksum = page_checksum(part[:got], checksum)
-                    hashing.add(part)
-                if checksum != chunk.checksum:
-                    raise IOFailed(
-                        f"{path} reads back different from what was written at bytes {chunk.start:,} to "
-                        f"{chunk.stop:,}. Check the disk and the memory of this machine, then run the same command "
-                        "again."
-                    )
-            return hashing.digest()
-        finally:
-            if stop > PIECE:
-                storing.join()
-
-
-class _Hashing:
-    """SHA-256 of long parts in another thread, while the next one is read into another buffer."""
-
-    def __init__(self, pool: ThreadPoolExecutor, longest: int) -> None:
-        """``longest``: bytes of the longest part."""
-        self._sha256, self._pool = hashlib.sha256(), pool
-        self._buffers = [memoryview(bytearray(min(longest, HASHED))) for _ in range(2)]
-        self._under_way: Future[None] | None = None
-
-    def buffer(self, length: int) -> memoryview:
-        """Memory that is not being hashed."""
-        return self._buffers[0][:length]
-
-    def add(self, part: memoryview) -> None:
-        """Hash what was read into ``buffer``."""
-        self._wait()
-        if len(part) < PIECE // 16:
-            self._sha256.update(part)
-        else:
-            self._under_way = self._pool.submit(self._sha256.update, part)
-            self._buffers.reverse()
-
-    def digest(self) -> str:
-        self._wait()
-        return self._sha256.hexdigest()
-
-    def _wait(self) -> None:
-        if self._under_way is not None:
-            self._under_way.result()
-            self._under_way = None
-
-
-def as_bytes(data: Any) -> memoryview:
-    """A flat view of the bytes of any C-contiguous buffer."""
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes and view.ndim else memoryview(bytes(view))
-
-
-def page_checksum(data: memoryview, seed: int = 0) -> int:
-    """CRC-32 of the 64-bit sums of each 4 KiB page, and of the bytes after the last whole page.
-
-    Sees any changed word and any page that is lost, moved or repeated, as fast as memory can be read, which a CRC of
-    all bytes is not everywhere. ``seed``: the checksum of the bytes before, a whole number of pages.
-    """
-    whole = len(data) // PAGE * PAGE
-    if whole:
-        words = np.frombuffer(data[:whole], np.uint64).reshape(-1, PAGE // 8)
-        seed = zlib.crc32(np.add.reduce(words, axis=1), seed)
-    return zlib.crc32(data[whole:], seed)
-
-
-def hash_file(folder: Directory, name: str) -> str:
-    """The SHA-256 of a file, 4 MB at a time."""
-    digest, position = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(PIECE))
-    path, disk = folder.path / name, folder.disk
-    descriptor = folder.open(name)
-    try:
-        while count := disk.read(descriptor, path, buffer, position):
-            digest.update(buffer[:count])
-            position += count
-    finally:
-        disk.close(descriptor, path)
-    return digest.hexdigest()

@@ -6,7 +6,8 @@ What lies beside the output, and what the next run makes of it (each step is dur
     on disk (J = ``<output>.partial.journal``)  next run
 ==  ==========================================  =======================================================
 1   J                                           begins anew
-2   J, ``.partial/`` with finished shards       continues: finished shards are kept, all else is removed
+2   J, ``.partial/`` with finished shards, or   continues: those are kept, and of a shard the tensors that are whole
+    the finished tensors of one                 and as they were written; all else is removed
 3   J, ``.partial/``, ``.partial.old/``,        renames ``.partial.old`` back to the output, then as 2
     no output (only when overwriting)
 4   J, output, ``.partial.old/``                removes ``.partial.old`` and J: the output is the new one
@@ -16,7 +17,7 @@ What lies beside the output, and what the next run makes of it (each step is dur
 
 J is the lock as well, held by the kernel for the process: it is made first and removed last, so a ``.partial`` without
 J is not ours and is left alone; nor is a J that does not begin as a journal. Of what J names, the next run keeps what
-it would make itself, with the header that it would write, and by a line that this user wrote; see ``seal``.
+it would make itself, with the header or layout that it would write, and by a line that this user wrote; see ``seal``.
 
 All this happens by the descriptors of two folders, the output's parent and ``.partial/``: what is put in the place of
 one of them, or of a folder on the way, is neither followed nor written to.
@@ -28,85 +29,49 @@ import hashlib
 import os
 import re
 import stat
-import threading
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
-from qz.formats.folder import LocalFolder
+from qz.counted import counted
+from qz.formats.output.checksums import hash_file
 from qz.formats.output.descriptors import Descriptors
-from qz.formats.output.difference import describe_difference
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
-from qz.formats.output.journal import Journal, as_fingerprint, held_by_another
+from qz.formats.output.earlier_run import has_file, take_over
+from qz.formats.output.exchange import ASIDE, JOURNAL, PARTIAL, Exchange, recover, refuse_foreign_partial
+from qz.formats.output.journal import Journal, as_fingerprint
+from qz.formats.output.pending import IsVerified, Pending
 from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
-from qz.formats.output.refusals import refuse_output, refuse_overlap, require_name
+from qz.formats.output.refusals import refuse_output
 from qz.formats.output.seal import user_key
-from qz.formats.output.shard_writer import (
-    TEMPORARY,
-    Chunk,
-    ShardLayout,
-    ShardWriter,
-    has_layout,
-    hash_file,
-    read_back,
-    write_chunk,
-)
+from qz.formats.output.shard_layout import TEMPORARY, ShardLayout
+from qz.formats.output.shard_writer import ShardWriter
 from qz.formats.output.signals import defer_signals
+from qz.formats.output.stored_file import store_file
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-    from qz.formats.folder import Folder
+    from qz.formats.output.earlier_run import Resumable
+    from qz.formats.output.pieces import Begun
 
-__all__ = ["ShardLayout", "ShardWriter", "Staging", "WrittenFile", "refuse_overlap"]
-
-PARTIAL, ASIDE, JOURNAL = ".partial", ".partial.old", ".partial.journal"
 RESUMABLE = 1 << 20
 """Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""
-
-
-def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk: Disk | None = None) -> None:
-    """Raise what would be raised later for what lies there at this moment, to spare the user a long planning.
-
-    Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
-    """
-    disk = disk or Disk()
-    require_name(output)
-    for source in sources:
-        if isinstance(source, LocalFolder):
-            for place in source.places():
-                refuse_overlap(place, output, disk)
-    output = Path(os.path.realpath(output.parent)) / output.name
-    if disk.status(output.parent) is None:
-        return
-    journal = f"{output.name}{JOURNAL}"
-    with Directory.at(disk, output.parent) as parent:
-        descriptor = parent.open_existing(journal)
-        if descriptor is None:
-            refuse_output(parent, output.name, overwrite)
-            return
-        try:
-            if not disk.try_lock(descriptor, parent.path / journal) and parent.is_same(journal, descriptor):
-                raise held_by_another(parent.path / journal)
-        finally:
-            disk.close(descriptor, parent.path / journal)
-
-
-IsVerified = Callable[[], bool]
 
 
 class Staging:
     """A context manager around the making of one output. Without ``commit`` there is no output.
 
-    After an exception, finished shards stay for the next run with the same fingerprint; all else is removed.
+    After an exception, finished shards and what was kept of others stay for the next run with the same fingerprint; all
+    else is removed.
     """
 
     finished: Mapping[str, WrittenFile]
     """Shards that an earlier, interrupted run with the same fingerprint completed."""
+    begun: Mapping[str, Begun]
+    """What is kept of those that it began."""
     resumed: bool
     notes: tuple[str, ...] = ()
     """What of an earlier run was not kept, in words."""
@@ -121,7 +86,7 @@ class Staging:
         resume: bool = True,
         about: Mapping[str, Any] | None = None,
         disk: Disk | None = None,
-        resumable: Mapping[str, ShardLayout | None] | None = None,
+        resumable: Resumable | None = None,
     ) -> None:
         """Lock the output, refuse what cannot work, and find what an earlier run has done.
 
@@ -141,8 +106,6 @@ class Staging:
         self._resumable = resumable
         self._overwrite, self._about = overwrite, dict(about or {})
         self._unfinished: set[str] = set()
-        self._unverified: dict[str, tuple[WrittenFile, IsVerified]] = {}
-        self._settling = threading.Lock()
         self._written: dict[str, WrittenFile] = {}
         self._last: dict[str, bytes] = {}
         self._committed = False
@@ -154,13 +117,14 @@ class Staging:
         try:
             if self._parent.kind(self._name + JOURNAL) is None:
                 refuse_output(self._parent, self._name, overwrite)
-                self._refuse_foreign_partial()
+                refuse_foreign_partial(self._parent, self._name)
             with defer_signals():
                 self._journal = Journal(self._parent, self._name + JOURNAL, user_key())
                 locked = True
+                self._pending = Pending(self._journal)
                 if self._parent.kind(self._name + PARTIAL) == "folder":
                     self._partial = self._parent.enter(self._name + PARTIAL)
-                self._recover()
+                recover(self._parent, self._name)
                 refuse_output(self._parent, self._name, overwrite)
                 self._prepare(as_fingerprint(fingerprint), needed, resume)
         except BaseException as error:
@@ -171,61 +135,18 @@ class Staging:
             self._parent.close()
             raise
 
-    def _refuse_foreign_partial(self) -> None:
-        parent, journal = self._parent, self._name + JOURNAL
-        for name in (self._name + PARTIAL, self._name + ASIDE):
-            before = parent.status(name)
-            if before is None or parent.kind(journal) is not None:
-                continue
-            after = parent.status(name)
-            if after is not None and os.path.samestat(before, after) and parent.kind(journal) is None:
-                raise OutputRefused(
-                    f"{parent.path / name} exists, and it is not an interrupted run of qz. Move it away, or write "
-                    "elsewhere with -o/--output."
-                )
-
-    def _recover(self) -> None:
-        """Finish or take back an exchange of old and new output that a crash interrupted."""
-        parent, aside = self._parent, self._name + ASIDE
-        if parent.kind(aside) is None:
-            return
-        if parent.kind(self._name) is None:
-            parent.rename(aside, self._name)
-            parent.sync()
-        elif parent.kind(self._name + PARTIAL) is None:
-            parent.remove(aside)
-        else:
-            raise OutputRefused(
-                f"{parent.path / aside} is the output that an interrupted run was replacing, and {self.output} exists "
-                "again. Move one of them away."
-            )
-
     def _prepare(self, fingerprint: dict[str, Any], needed: int, resume: bool) -> None:
         journal, parent, partial = self._journal, self._parent, self._name + PARTIAL
         if self._partial is None and parent.kind(partial) is not None:
             raise OutputRefused(f"{parent.path / partial} is not a folder. Move it away.")
-        found = {name: file for name, file in journal.finished.items() if self._is_kept(file)}
-        others = [name for name in journal.unknown if self._staged_status(name) is not None]
-        if resume and (found or others) and journal.fingerprint != fingerprint:
-            raise OutputRefused(
-                f"{parent.path / partial} holds an interrupted run that differs: "
-                f"{describe_difference(journal.fingerprint or {}, fingerprint)}. "
-                "Repeat that run to continue it, or start over with --no-resume."
-            )
-        if not resume or journal.fingerprint != fingerprint:
-            found, journal.finished = {}, {}
-        self.resumed, self.finished = bool(found), found
-        if resume and others:
-            count = len(others)
-            were = "1 file of an interrupted run was" if count == 1 else f"{count} files of an interrupted run were"
-            why = "the journal's lines about it are not sealed with the key in this user's cache (QZ_CACHE)"
-            self.notes = (f"{were} made again: {why}",)
-        self._written = dict(found)
+        found = take_over(journal, self._partial, fingerprint, self._resumable, parent.path / partial, resume=resume)
+        self.resumed, self.finished, self.begun, self.notes = bool(found), found.finished, found.begun, found.notes
+        self._written = dict(found.finished)
         if found:
-            self._sweep(self._staged, keep=found.keys())
+            self._sweep(self._staged, keep=found.names)
         else:
             self._remove_partial()
-        self._require_space(needed - sum(file.bytes for file in found.values()))
+        self._require_space(needed - self._bytes_there())
         if not found:
             journal.start(fingerprint)
             parent.sync()
@@ -237,6 +158,17 @@ class Staging:
             self._partial = made
             parent.sync()
         self._descriptors = Descriptors(self._staged)
+
+    def _bytes_there(self) -> int:
+        """Of what is kept; the space of a shard that was begun is reserved."""
+        begun = (self._staged_status(name + TEMPORARY) for name in self.begun)
+        allocated = sum(found.st_blocks * 512 for found in begun if found is not None)
+        return allocated + sum(file.bytes for file in self.finished.values())
+
+    @property
+    def keep_every(self) -> int:
+        """After so many bytes of whole tensors of a shard they are worth a ``keep``."""
+        return self._disk.keep_every
 
     @property
     def _staged(self) -> Directory:
@@ -256,18 +188,6 @@ class Staging:
         self._partial = None
         if is_own:
             self._parent.remove(name)
-
-    def _is_kept(self, file: WrittenFile) -> bool:
-        """Whether a file of an earlier run is there, and one that this run would make."""
-        if self._resumable is not None and file.name not in self._resumable:
-            return False
-        layout = self._resumable[file.name] if self._resumable is not None else None
-        return self._has(file) and (layout is None or has_layout(self._staged, layout))
-
-    def _has(self, file: WrittenFile) -> bool:
-        found = self._staged_status(file.name)
-        is_file = found is not None and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-        return is_file and found.st_size == file.bytes  # type: ignore[union-attr]
 
     def _staged_status(self, name: str) -> os.stat_result | None:
         return self._partial.status(name) if self._partial is not None else None
@@ -303,7 +223,7 @@ class Staging:
             self._keep(file, is_verified)
 
         assert self._descriptors is not None
-        writer = ShardWriter(self._staged, layout, self._descriptors, done)
+        writer = ShardWriter(self._staged, layout, self._descriptors, done, self.begun.get(layout.file))
         self._unfinished.add(layout.file)
         return writer
 
@@ -318,22 +238,20 @@ class Staging:
     def give_up(self) -> None:
         """Let no thread wait for anything: the run is over."""
 
+    def keep(self, shard: ShardWriter, tensors: Collection[str], is_verified: IsVerified) -> None:
+        """Have these tensors of a shard, which are whole, for a later run. ``is_verified``: see ``open_shard``."""
+        piece = shard.store(tensors)
+        if piece is not None:
+            self._pending.add(piece, is_verified)
+
     def _keep(self, file: WrittenFile, is_verified: IsVerified) -> None:
         """Have a finished file that is worth it for a later run."""
-        self._note_verified((file, is_verified))
-
-    def _note_verified(self, *new: tuple[WrittenFile, IsVerified]) -> None:
-        """Note in the journal what is finished and now settled."""
-        with self._settling:
-            self._unverified |= {file.name: (file, is_verified) for file, is_verified in new}
-            for file, is_verified in list(self._unverified.values()):
-                if is_verified():
-                    self._journal.add(file)
-                    del self._unverified[file.name]
+        self._pending.add(file, is_verified)
 
     def distrust(self) -> None:
         """Keep nothing for a later run: the source that the finished shards were made of is no more."""
         self._journal.finished.clear()
+        self._journal.pieces.clear()
 
     def _require_new(self, name: str) -> None:
         require_safe_name(name)
@@ -387,38 +305,9 @@ class Staging:
             self._keep(written, is_verified)
         return written
 
-    def adopt(self, folder: Directory, file: WrittenFile) -> None:
-        """Move a finished file here from a folder on the same file system.
-
-        It is noted before it is moved, so that whatever happens, it is where this or a later run looks for it.
-        """
-        self._require_new(file.name)
-        self._staged.make_parents(file.name)
-        self._journal.add(file)
-        self._staged.take(folder, file.name)
-        self._written[file.name] = file
-
     def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
-        folder, disk = self._staged, self._disk
-        temporary = folder.path / (name + TEMPORARY)
-        folder.make_parents(name)
-        chunks: list[Chunk] = []
-        size = 0
-        descriptor = folder.create(name + TEMPORARY)
-        try:
-            if reserve:
-                disk.reserve(descriptor, temporary, reserve)
-            for piece in pieces:
-                chunks.append(write_chunk(disk, descriptor, temporary, piece, size))
-                size += len(piece)
-            written = WrittenFile(name, size, read_back(disk, descriptor, temporary, chunks))
-            disk.sync(descriptor, temporary)
-        finally:
-            disk.close(descriptor, temporary)
-        folder.rename(name + TEMPORARY, name)
-        folder.sync(name.rpartition("/")[0])
-        self._written[name] = written
-        return written
+        self._written[name] = store_file(self._staged, name, pieces, reserve)
+        return self._written[name]
 
     def commit(self, inspect: Callable[[Path], None] = lambda _: None) -> tuple[WrittenFile, ...]:
         """Check everything, write what comes last, and rename the whole into place. All files but the record.
@@ -428,7 +317,7 @@ class Staging:
         if self._unfinished:
             raise RuntimeError(f"shards are not finished: {sorted(self._unfinished)}")
         self._close_files()
-        self._note_verified()
+        self._pending.settle()
         for file in self.finished.values():
             self._verify(file)
         for name in sorted(self._last, key=lambda name: (_rank(name), name)):
@@ -442,7 +331,7 @@ class Staging:
         return written
 
     def _verify(self, file: WrittenFile) -> None:
-        if not self._has(file) or hash_file(self._staged, file.name) != file.sha256:
+        if not has_file(self._staged, file) or hash_file(self._staged, file.name) != file.sha256:
             self._journal.forget(file.name)
             raise IOFailed(
                 f"{self._staged.path / file.name}, made by an earlier run, is damaged. Run the same command again: "
@@ -461,51 +350,12 @@ class Staging:
                 yield name, status.st_size if status is not None and not is_folder else -1
 
     def _publish(self) -> None:
-        with defer_signals():
-            self._rename_into_place()
-
-    def _rename_into_place(self) -> None:
-        parent, name, partial = self._parent, self._name, self._name + PARTIAL
-        refuse_output(parent, name, self._overwrite)
-        self._require_in_place(partial)
-        replaced = parent.kind(name) is not None and bool(parent.names(name))
+        exchange = Exchange(self._parent, self._name, self._staged)
         try:
-            if replaced:
-                parent.rename(name, name + ASIDE)
-            parent.rename(partial, name)
-            self._committed = True
-        except BaseException:
-            if replaced and parent.kind(name) is None:
-                parent.rename(name + ASIDE, name)
-            raise
-        exchanged = False
-        try:
-            exchanged = not parent.is_same(name, self._staged.descriptor)
-            if not exchanged:
-                parent.sync()
-                parent.remove(name + ASIDE)
-                self._journal.remove()
-                parent.sync()
-        except QzError as error:
-            raise type(error)(f"{self.output} is complete, but tidying up failed: {error}") from error
+            with defer_signals():
+                exchange.carry_out(self._journal, overwrite=self._overwrite)
         finally:
-            if not exchanged:
-                self._journal.close()
-        if exchanged:  # in the moment before it was renamed
-            self._committed = False
-            parent.rename(name, partial)
-            if replaced:
-                parent.rename(name + ASIDE, name)
-            self._require_in_place(partial)
-
-    def _require_in_place(self, partial: str) -> None:
-        """Raise IOFailed unless the staged folder, and the one that the output is to lie in, are where they were."""
-        for place, is_there in (
-            (self._staged.path, self._parent.is_same(partial, self._staged.descriptor)),
-            (self._parent.path, self._parent.is_at_its_path()),
-        ):
-            if not is_there:
-                raise IOFailed(f"{place} was moved or replaced by someone else meanwhile. Run the same command again.")
+            self._committed = exchange.done
 
     def _close_files(self) -> None:
         if self._descriptors is not None:
@@ -529,21 +379,25 @@ class Staging:
         with nullcontext() if interrupted else defer_signals():  # the signal after an interrupt is not to wait
             self._tidy_up()
         if isinstance(error, KeyboardInterrupt):
-            kept = len(self._journal.finished)
-            error.add_note(
-                f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept: run the same command again to "
-                "continue, or start over with --no-resume."
-                if kept
-                else "No shard was finished, so nothing is left behind: the same command starts over."
-            )
+            error.add_note(self._kept_in_words())
+
+    def _kept_in_words(self) -> str:
+        kept, begun = len(self._journal.finished), len(self._journal.pieces)
+        if not kept and not begun:
+            return "No shard was finished, so nothing is left behind: the same command starts over."
+        finished = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept" if kept else ""
+        part = f"most of what was done of {counted(begun, 'other shard' if kept else 'shard')}" if begun else ""
+        told = f"{finished}, and {part}" if kept and begun else finished or f"{part[0].upper()}{part[1:]} is kept"
+        return f"{told}: run the same command again to continue, or start over with --no-resume."
 
     def _tidy_up(self) -> None:
         with suppress(QzError):
             self._close_files()
             partial = self._partial
-            if self._journal.finished and partial is not None:
+            begun = {place for name in self._journal.pieces for place in (name, name + TEMPORARY)}
+            if (keep := self._journal.finished.keys() | begun) and partial is not None:
                 if self._parent.is_same(self._name + PARTIAL, partial.descriptor):
-                    self._sweep(partial, keep=self._journal.finished.keys())
+                    self._sweep(partial, keep)
             else:
                 self._remove_partial()
                 if self._parent.kind(self._name + ASIDE) is None:
@@ -569,42 +423,3 @@ def _rank(name: str) -> int:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-class Section:
-    """What is written here lands in the folder ``name`` of the output, or in the output itself where it is empty."""
-
-    elsewhere: Collection[str] = frozenset()
-    """Files of this folder that are not made here."""
-
-    def __init__(self, staging: Staging, name: str) -> None:
-        self._staging = staging
-        self._prefix = f"{name}/" if name else ""
-
-    @property
-    def finished(self) -> Mapping[str, WrittenFile]:
-        """Shards of this folder that an earlier, interrupted run completed, by their name in it."""
-        found = self._staging.finished.items()
-        return {name.removeprefix(self._prefix): file for name, file in found if name.startswith(self._prefix)}
-
-    def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
-        return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), is_verified)
-
-    def read_staged(self, name: str, offset: int, buffer: memoryview) -> bool:
-        return self._staging.read_staged(self._prefix + name, offset, buffer)
-
-    def give_up(self) -> None:
-        self._staging.give_up()
-
-    def write_file(self, name: str, data: bytes) -> WrittenFile:
-        return self._staging.write_file(self._prefix + name, data)
-
-    def copy_file(
-        self,
-        name: str,
-        size: int,
-        read: Callable[[int, memoryview], None],
-        progress: Callable[[int], None] | None = None,
-        is_verified: IsVerified = lambda: True,
-    ) -> WrittenFile:
-        return self._staging.copy_file(self._prefix + name, size, read, progress, is_verified)

@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 from qz import QzError, TryAgain
 from qz.formats.json_files import read_json
 from qz.formats.output.hollow import hollow_out
+from qz.formats.output.pending import IsVerified
 from qz.formats.output.refusals import sibling
-from qz.formats.output.staging import IsVerified, Staging
+from qz.formats.output.staging import Staging
 from qz.formats.publish.destination import UploadsLost
 from qz.formats.publish.verified_file import VerifiedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from qz.formats.output.disk import Disk
+    from qz.formats.output.earlier_run import Resumable
+    from qz.formats.output.pieces import Piece
     from qz.formats.output.record import WrittenFile
-    from qz.formats.output.shard_writer import ShardLayout, ShardWriter
+    from qz.formats.output.shard_layout import ShardLayout
+    from qz.formats.output.shard_writer import ShardWriter
     from qz.formats.publish.destination import PushResult
     from qz.formats.publish.publication import Publication
 
@@ -45,7 +49,7 @@ class UploadedOutput(Staging):
         resume: bool = True,
         about: Mapping[str, Any] | None = None,
         disk: Disk | None = None,
-        resumable: Mapping[str, ShardLayout | None] | None = None,
+        resumable: Resumable | None = None,
     ) -> None:
         """``order``: the shards as they are begun; ``at_once``: how many of them may be on this disk, at least as many
         as are open at a time when they are written in that order. ``output`` names the staging area, see ``Staging``.
@@ -66,6 +70,7 @@ class UploadedOutput(Staging):
         )
         self._left_over = {name: file for name, file in self.finished.items() if name not in self._journal.uploaded}
         self._room.skip(self.finished)
+        self._room.admit(self.begun)
 
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         self._send_left_over()
@@ -110,7 +115,7 @@ class UploadedOutput(Staging):
     def _send(self, file: WrittenFile) -> None:
         self._publication.send(file.name, VerifiedFile.of(self._staged.path / file.name), file.sha256)
         self._journal.uploaded.add(file.name)
-        if file.name not in self._unverified:
+        if not self._pending.waits(file.name):
             self._journal.add(file)
         hollow_out(self._staged, file.name)
 
@@ -168,6 +173,9 @@ class _LaterShard:
     def write_variable(self, tensor: str, data: bytes) -> None:
         self._opened().write_variable(tensor, data)
 
+    def store(self, tensors: Collection[str]) -> Piece | None:
+        return self._opened().store(tensors)
+
     def finish(self) -> WrittenFile:
         return self._opened().finish()
 
@@ -188,11 +196,18 @@ class _Room:
         self._closed = False
         self._change = threading.Condition()
 
-    def skip(self, names: Mapping[str, Any]) -> None:
+    def skip(self, names: Collection[str]) -> None:
         self._waiting = [name for name in self._waiting if name not in names]
+
+    def admit(self, names: Iterable[str]) -> None:
+        """Let in what is here already, whoever's turn it is."""
+        self._inside |= set(names)
+        self.skip(self._inside)
 
     def enter(self, name: str) -> None:
         with self._change:
+            if name in self._inside:
+                return
             self._change.wait_for(
                 lambda: self._closed or (self._waiting[0] == name and len(self._inside) < self._at_once)
             )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from qz.formats.checkpoint.survey import Checkpoint
@@ -22,18 +21,13 @@ from qz.quantize.libraries.importing.untrusted_config import (
     without_code,
     without_own_code,
 )
-from qz.quantize.libraries.importing.work_bounds import work_bounded
-from qz.quantize.libraries.process import asking
 
 
-@contextmanager
-def examining(checkpoints: Iterable[Checkpoint]) -> Iterator[None]:
-    """Name, before the first, all that will be examined inside: a library is imported once, for all of them."""
+def expect(checkpoints: Iterable[Checkpoint]) -> None:
+    """Name, before the first, all that this process will examine: a library is imported once, for all of them."""
     if lean_imports.is_allowed():
         for checkpoint in checkpoints:
             lean_imports.keep(needed_by(checkpoint))
-    with asking.together():
-        yield
 
 
 def examine(
@@ -61,21 +55,6 @@ def examine(
     question = answer_cache.question(checkpoint, tensors, request, library_versions())
     if (known := answer_cache.recall(question)) is not None:
         return known
-    with examining([checkpoint]):
-        if asking.is_worthwhile(tensors):
-            told = asking.ask(checkpoint, tensors, request, question, equal)
-            if told is not None:
-                return told
-        return _ask_here(checkpoint, tensors, request, question, equal)
-
-
-def _ask_here(
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorSpec],
-    request: LoadRequest,
-    question: str,
-    equal: Callable[[str, str], bool] | None,
-) -> Architecture:
     compared = False
 
     def compare(one: str, other: str) -> bool:
@@ -83,13 +62,14 @@ def _ask_here(
         compared = True
         return equal is not None and equal(one, other)
 
-    architecture = ask_library(checkpoint, tensors, request, compare if equal else None)
+    expect([checkpoint])
+    architecture = _ask(checkpoint, tensors, request, compare if equal else None)
     if not compared:
         answer_cache.keep(question, architecture)
     return architecture
 
 
-def ask_library(
+def _ask(
     checkpoint: Checkpoint,
     tensors: Mapping[str, TensorSpec],
     request: LoadRequest,
@@ -97,8 +77,7 @@ def ask_library(
 ) -> Architecture:
     """Ask the library, which is not to be trusted with this config: no code, no network, no more parts than tensors."""
     where, config = checkpoint.folder.location, checkpoint.config
-    shapes = {name: given.shape for name, given in tensors.items()}
-    require_plausible(config, shapes, where)
+    require_plausible(config, {name: given.shape for name, given in tensors.items()}, where)
     harmless, removed = without_code(config)
     asked = replace(checkpoint, config=harmless)
     with (
@@ -110,13 +89,11 @@ def ask_library(
         if checkpoint.library == "diffusers":
             from qz.quantize.libraries.diffusers import on_diffusers
 
-            with work_bounded(shapes, where):
-                architecture = on_diffusers.examine(asked, tensors, request)
+            architecture = on_diffusers.examine(asked, tensors, request)
         else:
             from qz.quantize.libraries.transformers import on_transformers
 
-            with work_bounded(shapes, where):
-                architecture = on_transformers.examine(asked, tensors, request, equal)
+            architecture = on_transformers.examine(asked, tensors, request, equal)
     notes = note_removed(removed)
     if "auto_map" in removed and checkpoint.library == "transformers":
         elsewhere, here = without_own_code(config["auto_map"])

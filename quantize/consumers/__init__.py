@@ -1,1 +1,0 @@
-"""Who loads what qz writes, and what each of them needs of a checkpoint."""

@@ -1,0 +1,71 @@
+"""Steps under way, cut into chunks, and the memory that a thread uses again and again for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz import MalformedInput
+from qz.quantize.compute.arrays import Bytes
+from qz.quantize.streaming.deferred import Deferred
+
+if TYPE_CHECKING:
+    from qz.quantize.compute.arithmetic import Arithmetic
+    from qz.quantize.planning.plan import Plan, Step
+    from qz.quantize.streaming.readers import Reader
+
+
+@dataclass(slots=True)
+class Work:
+    """A step under way."""
+
+    step: Step
+    chunks: int
+    reader: Reader | None = None
+    """Of the one source; None where there are several, or the whole is read at once."""
+    nonfinite: int = 0
+    first: int = -1
+    absmax: NDArray[np.float32] | None = None
+    """All of the weight's scales, kept where they are quantized too, or codes are chosen for them afterwards."""
+    deferred: list[Deferred] = field(default_factory=list)
+    """Values that get their codes when the scales are known as a loader will see them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Values ``[start, stop)`` of a work's one source tensor, or the whole of a work that cannot be cut."""
+
+    work: Work
+    start: int
+    stop: int
+    whole: bool = False
+
+
+class Buffers:
+    """One thread's reusable memory, by use."""
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self.arithmetic = arithmetic
+        self.held: dict[str, Bytes] = {}
+
+    def get(self, use: str, nbytes: int) -> Bytes:
+        held = self.held.get(use)
+        if held is None or held.nbytes < nbytes:
+            held = self.held[use] = self.arithmetic.buffer(nbytes)
+        return held[:nbytes]
+
+
+def nonfinite_weight(work: Work, plan: Plan) -> MalformedInput:
+    """The error for a weight that cannot be quantized."""
+    weight = work.step.weight
+    position = [int(i) for i in np.unravel_index(work.first, weight.shape)]
+    beyond = " (or beyond float16's range)" if plan.method is not None and plan.method.bits == 8 else ""
+    values = "value" if work.nonfinite == 1 else "values"
+    return MalformedInput(
+        f"{weight.sources[0]} contains {work.nonfinite} NaN or infinite {values}{beyond}, first at {position}, "
+        "which would corrupt its quantization block. Repair the weights, or use --keep-nonfinite to leave such tensors "
+        "unquantized."
+    )
