@@ -1,7 +1,7 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types layers format bench quality docs fuzz zoo soak constraints clean
+.PHONY: help demo picture test check lint types layers format bench quality docs dist fuzz zoo soak constraints clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,9 @@ help:
 	@echo "make test    lint, types, layers and tests (also: make check; CPU=portable tests as if without AVX-512)"
 	@echo "make bench   the figures of benchmarks/README.md, on this machine"
 	@echo "make quality how good the 4-bit checkpoints are: trained models against their originals"
-	@echo "make docs    the generated command reference, and every link checked"
+	@echo "make picture docs/terminal.svg, drawn from a real session"
+	@echo "make docs    the generated reference, every link checked, and the site in site/"
+	@echo "make dist    wheel, sdist and release notes in dist (TAG=v1.2.3 checks that this is the version)"
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer), and other files"
 	@echo "make zoo     every model class of the libraries, built tiny, and docs/reference/models.md (goes on where it stopped)"
 	@echo "make soak    minutes of kills and failures against the writer"
@@ -38,6 +40,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python demo/demo.py
+
+picture: $(READY)
+	$(BIN)/python demo/picture.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -66,6 +71,15 @@ quality: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/build.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+dist: $(READY)
+	$(PIP) install --quiet -e ".[release]" -c constraints.txt
+	rm -rf dist build
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .github/release.py $(TAG) > dist/notes.md
+	@ls -l dist
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_headers.py --count $(COUNT)
@@ -88,5 +102,5 @@ constraints:
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .zoo .demo .bench build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .zoo .demo .bench build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

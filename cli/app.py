@@ -23,6 +23,7 @@ from qz import QzError, Unsupported, one_line
 from qz.cli.options import DebugOpt, VersionOpt
 from qz.cli.output import redact, say, warn
 from qz.cli.streams import closed_pipe, flush_streams, open_streams
+from qz.quantize.libraries import process
 from qz.quantize.libraries.importing import lean_imports
 
 MOST_LINES = 5
@@ -33,6 +34,7 @@ COMMANDS = {
     "inspect": "Show what a checkpoint holds, and what is wrong with it.",
     "dequantize": "Turn a quantized model back into an ordinary one.",
     "push": "Publish a checkpoint on the Hub.",
+    "merge": "Put together what --part runs made.",
     "calibrate": "Record what quantization can know of a model's inputs.",
     "compare": "Show what quantizing changed.",
 }
@@ -45,6 +47,7 @@ EXAMPLES = {
     "inspect": ("qz inspect ./my-model-nf4", "qz inspect ./my-model --tensors --filter '*.attn.*'"),
     "dequantize": ("qz dequantize ./my-model-nf4 --dtype bf16", "qz dequantize ./my-model-nf4 --against ./my-model"),
     "push": ("qz push ./my-model-nf4 me/my-model-nf4", "qz push ./my-model-nf4 me/my-model-nf4 --dry-run"),
+    "merge": ("qz merge ./my-model-nf4",),
     "calibrate": (
         "qz calibrate ./my-model -o my-model.statistics.safetensors",
         "qz calibrate ./my-model -o my-model.statistics.safetensors --text prose.txt --hessians",
@@ -130,6 +133,7 @@ def main() -> NoReturn:
     """The command ``qz``."""
     open_streams()
     lean_imports.allow()
+    process.allow()
     code = run(sys.argv[1:])
     # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
     # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).

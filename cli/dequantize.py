@@ -20,6 +20,7 @@ def dequantize(
     if_exists: options.IfExistsOpt = "error",
     overwrite: options.OverwriteOpt = False,
     resume: options.ResumeOpt = True,
+    part: options.PartOpt = None,
     fsync: options.FsyncOpt = True,
     device: options.DeviceOpt = "auto",
     threads: options.ThreadsOpt = None,
@@ -57,6 +58,7 @@ def dequantize(
             push_subfolder=push_subfolder,
             push_only=push_only,
             public=public,
+            part=part,
             dry_run=dry_run,
             on_progress=display,
         )

@@ -9,8 +9,11 @@ from qz.cli import options
 from qz.cli.progress import Display
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qz import QzError
     from qz.formats.checkpoint.problems import Problem
+    from qz.quantize.consumers.verdict import Verdict
     from qz.quantize.inspection.report import Tensor
 
 
@@ -23,6 +26,7 @@ def inspect(
     pattern: options.FilterOpt = None,
     plan: options.PlanOpt = False,
     verify: options.VerifyOpt = False,
+    consumers: options.ForOpt = None,
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
 ) -> None:
@@ -40,13 +44,29 @@ def inspect(
             variant=variant,
             plan=plan,
             verify=verify,
+            consumers=list(dict.fromkeys(consumers or ())),
             on_progress=display,
         )
     if pattern is not None and not matching(found.tensors, pattern) and not found.errors:
         raise UsageError(f"--filter {pattern} matches no tensor of {source}. {nearest_tensor(pattern, found.tensors)}")
     present(found, as_json=as_json, listed=tensors or pattern is not None, pattern=pattern, quiet=quiet)
-    if found.errors:
-        raise unusable(source, found.errors)
+    refused = {name: each for name, each in found.consumers.items() if each.loads is False}
+    errors = found.errors
+    if len(refused) < len(found.consumers):  # what another tool loads is right in that tool's layout
+        errors = tuple(error for error in errors if error.kind != "original-layout")
+    if errors:
+        raise unusable(source, errors)
+    if refused:
+        raise not_loaded(source, refused)
+
+
+def not_loaded(source: str, refused: Mapping[str, Verdict]) -> QzError:
+    """What the command ends with if a consumer that was asked for cannot load the checkpoint."""
+    from qz import MalformedInput
+    from qz.quantize.consumers.registry import CONSUMERS
+
+    listed = "; ".join(f"{CONSUMERS[name].title} ({each.errors[0].rule})" for name, each in refused.items())
+    return MalformedInput(f"{source} does not load in {listed}. The report says what would.")
 
 
 def nearest_tensor(pattern: str, tensors: tuple[Tensor, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qz.cli.output import Column, facts, fold, percent, quantity, say, show, size, table, terminal_width
@@ -11,6 +11,7 @@ from qz.counted import counted
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.problems import Problem
+    from qz.quantize.consumers.verdict import Verdict
     from qz.quantize.inspection.estimate import Estimate
     from qz.quantize.inspection.pipeline import ComponentInspection, PipelineInspection
     from qz.quantize.inspection.report import Inspection, Quantization, Verified
@@ -76,7 +77,20 @@ def sections(found: Inspection | PipelineInspection, listed: bool, pattern: str 
         tensors = matching(found.tensors, pattern)
         rows_of = grouped if pattern is None else single
         yield table(COLUMNS, rows_of(tensors)) if tensors else "no tensor matches"
+    yield judged(found.consumers)
     yield complaints(found.problems)
+
+
+def judged(verdicts: Mapping[str, Verdict]) -> str:
+    """A line for each consumer that was asked for, and one for each finding."""
+    rows = []
+    for verdict in verdicts.values():
+        loads = {True: "loads", False: "does not load", None: "not judged"}[verdict.loads]
+        if verdict.loads is None and not verdict.findings:
+            loads += ": nothing is quantized with bitsandbytes"
+        rows.append((verdict.consumer, f"{loads} ({verdict.package})"))
+        rows += [("", f"{finding.severity}: {finding.message}") for finding in verdict.findings]
+    return facts(rows) if rows else ""
 
 
 def described(

@@ -195,6 +195,15 @@ FolderArg = Annotated[
         show_default=False,
     ),
 ]
+MergedArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUTPUT",
+        help="The output that the parts are of: what -o/--output named when they were made.",
+        autocompletion=complete_folder,
+        show_default=False,
+    ),
+]
 RepoArg = Annotated[
     str,
     typer.Argument(metavar="REPO_ID", help="Where to: USER/NAME. It is made if it does not exist.", show_default=False),
@@ -405,6 +414,7 @@ WeightsOnlyOpt = Annotated[
     ),
 ]
 OverwriteOpt = Annotated[bool, flag("--overwrite", help="Short for --if-exists overwrite.", panel=OUTPUT)]
+ReplaceOutputOpt = Annotated[bool, flag("--overwrite", help="Replace an output that is there.", panel=OUTPUT)]
 IfExistsOpt = Annotated[
     IfExists,
     typer.Option(
@@ -418,6 +428,17 @@ IfExistsOpt = Annotated[
 ResumeOpt = Annotated[
     bool,
     flag("--resume/--no-resume", help="Continue an interrupted run of the same command, or start over.", panel=OUTPUT),
+]
+PartOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Make one of N parts, beside the output in DIR.parts; `qz merge DIR` puts them together. auto, auto/N: as "
+        "the array job of Slurm, Kubernetes and others says.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
 ]
 FsyncOpt = Annotated[
     bool,
@@ -531,6 +552,17 @@ FilterOpt = Annotated[
 ]
 PlanOpt = Annotated[
     bool, flag("--plan", help="Estimates from the real plan, which loads the model's library (slower).", panel=REPORT)
+]
+ForOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--for",
+        metavar="CONSUMER",
+        help="Whether it loads there, and what would: vllm, sglang, peft, unsloth, invokeai, comfyui, transformers, or "
+        "diffusers-cpu (diffusers without a GPU). Exit code 65 if not. Repeat it for more.",
+        rich_help_panel=REPORT,
+        show_default=False,
+    ),
 ]
 VerifyOpt = Annotated[
     bool, flag("--verify", help="Read every byte and compare with the hashes that qz recorded.", panel=REPORT)

@@ -56,12 +56,12 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
     ]
-    from qz.cli.report import left_out
+    from qz.cli.report import left_out, part_of
 
     others = [component.name for component in summary.components if not component.bytes]
     if others:
         rows.append(("unchanged", ", ".join(others)))
-    rows += left_out(summary)
+    rows += [*left_out(summary), *part_of(summary)]
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows

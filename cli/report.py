@@ -21,6 +21,7 @@ from qz.cli.output import (
     warn,
     write_step_summary,
 )
+from qz.counted import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,9 +126,18 @@ def described(summary: Summary) -> list[tuple[str, str]]:
     if summary.loss:
         _, _, error, ratio, largest = lost(summary.loss.total)
         rows.append(("loss", f"relative error {error}, SNR {ratio}, largest error {largest}"))
+    rows += part_of(summary)
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows
+
+
+def part_of(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
+    """The row of which part this is; none for a run that makes everything."""
+    if summary.share is None:
+        return []
+    own = f"{counted(len(summary.shards), 'weight file')}, {size(sum(shard.bytes for shard in summary.shards))}"
+    return [("part", f"{summary.share.number} of {summary.share.count}: {own}")]
 
 
 def left_out(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""Write the command reference from the app itself, and check every link of the documentation. Run by ``make docs``."""
+"""Write what is generated of the documentation, and check every link. Run by ``make docs``.
+
+The command reference comes from the app itself, the picture of the rooms from the imports.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from rooms import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference" / "commands.md"
+ARCHITECTURE = ROOT / "docs" / "explanation" / "architecture.md"
+PICTURE = re.compile(r"(?<=<!-- picture: written by `make docs` -->\n).*?(?=<!-- end of picture -->)", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
@@ -123,6 +129,8 @@ def broken_links(page: Path) -> Iterator[str]:
 def main() -> None:
     REFERENCE.parent.mkdir(parents=True, exist_ok=True)
     REFERENCE.write_text(reference(), encoding="utf-8")
+    page = ARCHITECTURE.read_text(encoding="utf-8")
+    ARCHITECTURE.write_text(PICTURE.sub(lambda _: f"\n{picture()}\n\n", page), encoding="utf-8")
     problems = [problem for page in pages() for problem in broken_links(page)]
     if problems:
         sys.exit("\n".join(problems))

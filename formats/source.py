@@ -111,7 +111,8 @@ def default_output(source: str, subfolder: str | None, suffix: str) -> Path:
     """
     path = local_path(source)
     real = path.resolve() if path is not None else None
-    name = real.name if real is not None else source.split("/")[-1]
+    # The name that the user sees: where the source is a link, its own, not that of what it leads to.
+    name = Path(os.path.abspath(path)).name if path is not None else source.split("/")[-1]
     output = "-".join([name or "model", *(subfolder.strip("/").split("/") if subfolder else ()), suffix])
     here = Path.cwd()
     return real.parent / output if real is not None and real in (here, *here.parents) else Path(output)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qz.formats.output.disk import Disk
 from qz.formats.output.preflight import check_output
@@ -16,18 +16,22 @@ from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming.output_parts import Target, model_part, staged_bytes
+from qz.quantize.streaming.shares import shards_of
 from qz.quantize.summary import Source, Summary
 from qz.quantize.up_to_date import UpToDate, up_to_date
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.output.shares import Share
     from qz.formats.publish.publication import Publication
     from qz.quantize.pipeline import PipelinePlan
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.planning.plan import Plan
     from qz.quantize.streaming.measure import Measure
+    from qz.quantize.streaming.output_parts import Part
 
+S = TypeVar("S", "Summary", "PipelineSummary")
 Report = Summary | UpToDate
 """What came of converting a model."""
 
@@ -47,6 +51,8 @@ class Conversion:
     on_progress: OnProgress = ignore
     publication: Publication | None = None
     """Where the output goes instead of staying here."""
+    share: Share | None = None
+    """Which part of the output is made, if not all of it."""
 
     def model(
         self,
@@ -78,8 +84,10 @@ class Conversion:
             self._refuse(target, staged_bytes([part], target), identity({"": self.source.folder}, part.carried))
             loss = measuring.alone(planned, self.settings) if measuring else None
             place, device = target.place, self.settings.device
-            return summarize(planned, origin, place, device=device, carried=carried, loss=loss)
-        return carry_out(planned, origin, target, self.settings, self.on_progress, carried, measuring)
+            summary = summarize(planned, origin, place, device=device, carried=carried, loss=loss)
+            return as_share(summary, [part], self.share)
+        done = carry_out(planned, origin, target, self.settings, self.on_progress, carried, measuring)
+        return replace(done, share=self.share)
 
     def pipeline(self, plan: Callable[[Pipeline, Settings], PipelinePlan]) -> PipelineSummary | UpToDate:
         """Convert a diffusers pipeline, component by component, as ``plan`` plans it."""
@@ -100,8 +108,10 @@ class Conversion:
             origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
                 self._refuse(target, staged_bytes(planned.parts, target), identity(planned.folders, planned.carried))
-                return summarize_pipeline(planned, origin, target.place, device=self.settings.device)
-            return carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
+                summary = summarize_pipeline(planned, origin, target.place, device=self.settings.device)
+                return as_share(summary, planned.parts, self.share)
+            done = carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
+            return replace(done, share=self.share)
         finally:
             pipeline.close()
 
@@ -130,28 +140,31 @@ class Conversion:
         from qz.quantize.compute.devices import arithmetic_on
         from qz.quantize.convert import fingerprint
 
-        check_room(target.output, needed, target.disk)
+        check_room(target.folder, needed, target.disk)
         if self.publication is not None:
             return
-        interrupted = target.resume and target.disk.status(sibling(target.output, ".partial.journal")) is not None
+        interrupted = target.resume and target.disk.status(sibling(target.folder, ".partial.journal")) is not None
         if interrupted or self.settings.device not in ("auto", "cpu"):
             arithmetic = arithmetic_on(self.settings.device)
             if interrupted:
-                check_interrupted(target.output, fingerprint(source, self.settings, arithmetic), target.disk)
+                check_interrupted(target.folder, fingerprint(source, self.settings, arithmetic), target.disk)
 
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""
+        from qz.quantize.compute import kernels
         from qz.quantize.compute.devices import prewarm_cuda
+        from qz.quantize.libraries import process
 
         self.on_progress(Progress("Reading headers"))
         if not self.dry_run:
             prewarm_cuda(self.settings.device)
+            process.meanwhile(kernels.backend)
 
     def _target(self, dtypes: Iterable[str]) -> Target:
         names = set(dtypes)
         suffix = names.pop() if len(names) == 1 else "dequantized"
         output = self.output or default_output(self.source.location, self.source.subfolder, suffix)
-        return Target(output, self.if_exists == "overwrite", self.resume, self.disk, self.publication)
+        return Target(output, self.if_exists == "overwrite", self.resume, self.disk, self.publication, self.share)
 
     def _download(self, checkpoints: list[Checkpoint]) -> None:
         """Every weight file into the Hub cache, from where it is then read."""
@@ -168,3 +181,10 @@ class Conversion:
 
         for each in checkpoints:
             download(each.folder, each.files, arrived)
+
+
+def as_share(summary: S, parts: Sequence[Part], share: Share | None) -> S:
+    """The report of a dry run, with those weight files only that the part makes."""
+    own = shards_of(parts, share)
+    kept = tuple(shard for shard in summary.shards if own is None or shard.name.lstrip("/") in own)
+    return replace(summary, shards=kept, share=share)

@@ -14,6 +14,7 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
+from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, ignore
 from qz.quantize.calibration.refine import refinement
 from qz.quantize.command import command
@@ -56,6 +57,7 @@ def plan_quantization(
 
 def plan_conversion(checkpoint: Checkpoint, settings: Settings, component: str = "", *, pipeline: bool = False) -> Plan:
     """As ``plan_quantization``, also where no layer of the model can be quantized."""
+    checkpoint = plain_checkpoint(checkpoint)
     refuse_quantized(checkpoint)
     request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips)
 

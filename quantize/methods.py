@@ -48,7 +48,7 @@ class FourBit:
         check_compute_dtype(self.compute_dtype)
 
     @property
-    def name(self) -> str:
+    def name(self) -> QuantType:
         return self.quant_type
 
     def config(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Int8:
     """LLM.int8(): one scale a row; hidden states beyond ``threshold`` are computed in fp16 (arXiv:2208.07339)."""
 
     threshold: float = 6.0
-    name: ClassVar[str] = "int8"
+    name: ClassVar[Literal["int8"]] = "int8"
     bits: ClassVar[int] = 8
     double_quant: ClassVar[bool] = False
     compute_dtype: ClassVar[None] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from qz import QzError, Unsupported, UsageError
@@ -12,12 +13,13 @@ from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, has_weigh
 from qz.formats.folder import Folder
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
+from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, ignore
 from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
-from qz.quantize.libraries.examine import examine, expect
-from qz.quantize.methods import FourBit
+from qz.quantize.libraries.examine import examine, examining
+from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary, cast_to
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
@@ -89,9 +91,14 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
         )
     if settings.method is None:
         raise ValueError("a pipeline is quantized by a method")
-    _expect(pipeline)
+    pipeline = plain_pipeline(pipeline)
+    with _examining(pipeline):
+        return _plan_chosen(pipeline, settings, settings.method)
+
+
+def _plan_chosen(pipeline: Pipeline, settings: Settings, method: Method) -> PipelinePlan:
     unread = kept_unread(pipeline, {name for name, own in settings.component_methods.items() if own is None})
-    choices = choose(pipeline, settings.method, settings.components, settings.component_methods)
+    choices = choose(pipeline, method, settings.components, settings.component_methods)
     _require_skips(pipeline, settings.skips)
     plans: dict[str, Plan] = {}
     made: list[Choice] = []
@@ -116,19 +123,25 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
 
 def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
     """Dequantize every component that bitsandbytes quantized; the others are kept. Unsupported if there is none."""
-    from qz.quantize.planning.dequantization import plan_dequantization
-
     if settings.weights_only:
         raise UsageError(
             "--weights-only leaves out what a pipeline needs to be loaded. Use --subfolder for one component."
         )
-    _expect(pipeline)
+    pipeline = plain_pipeline(pipeline)
+    with _examining(pipeline):
+        return _plan_quantized(pipeline, settings)
+
+
+def _plan_quantized(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
+    from qz.quantize.planning.dequantization import plan_dequantization
+
     unread = kept_unread(pipeline)
     total = sum(component.parameters for component in pipeline.components)
     choices: list[Choice] = []
     plans: dict[str, Plan] = {}
     for component in pipeline.components:
-        method = (component.quantization or {}).get("quant_method")
+        encoded = component.checkpoint.encoded_as if component.checkpoint is not None else None
+        method = encoded or (component.quantization or {}).get("quant_method")
         reason = unread.get(component.name) or (
             "has no weights"
             if component.checkpoint is None
@@ -136,19 +149,34 @@ def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             if method
             else "not quantized"
         )
-        if component.checkpoint is not None and method == "bitsandbytes":
+        if component.checkpoint is not None and (encoded is not None or method == "bitsandbytes"):
             plans[component.name] = plan_dequantization(component.checkpoint, settings)
             reason = "dequantized"
         choices.append(Choice(component, None, reason, component.parameters / max(total, 1)))
     if not plans:
         raise Unsupported(
-            f"No component of {pipeline.folder.location} is quantized with bitsandbytes: nothing to dequantize."
+            f"No component of {pipeline.folder.location} is quantized in a way that qz knows: nothing to dequantize."
         )
     return compose(pipeline, tuple(choices), plans, settings)
 
 
-def _expect(pipeline: Pipeline) -> None:
-    expect(component.checkpoint for component in pipeline.components if component.checkpoint is not None)
+def plain_pipeline(pipeline: Pipeline) -> Pipeline:
+    """With the components that another tool quantized as the plain ones that they stand for, where that is known.
+
+    A damaged one stays as it is: it may be left alone, and planning it says what is wrong.
+    """
+
+    def plain(component: Component) -> Component:
+        try:
+            return replace(component, checkpoint=component.checkpoint and plain_checkpoint(component.checkpoint))
+        except QzError:
+            return component
+
+    return replace(pipeline, components=tuple(map(plain, pipeline.components)))
+
+
+def _examining(pipeline: Pipeline) -> AbstractContextManager[None]:
+    return examining(component.checkpoint for component in pipeline.components if component.checkpoint is not None)
 
 
 def compose(
@@ -353,7 +381,7 @@ def _footprint(component: Component) -> Footprint:
     """Of a component that stays as it is: the library's figure, or what is stored if the library does not know it."""
     checkpoint = component.checkpoint
     assert checkpoint is not None
-    if component.quantization is None:
+    if component.quantization is None and checkpoint.encoded_as is None:
         try:
             return examine(checkpoint, LoadRequest(None)).footprint
         except QzError:  # carried over unseen: whether it can be loaded is not the question here

@@ -10,6 +10,7 @@ from qz.formats.output.record import WrittenFile
 from qz.quantize.summary import Source, Summary, nonfinite_json, report_json
 
 if TYPE_CHECKING:
+    from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
     from qz.quantize.planning.plan import Plan
 
@@ -120,6 +121,8 @@ class PipelineSummary:
     """What the user should know about the device that was chosen."""
     pushed: PushResult | None = None
     """What came of publishing the output, if that was asked for."""
+    share: Share | None = None
+    """Which part of the output was made, if not all of it."""
     left_out_of_root: tuple[str, ...] = ()
 
     @property

@@ -11,6 +11,7 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
 from qz.formats.output.record import WrittenFile
+from qz.quantize.consumers.planned import warnings as consumer_warnings
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import Packed
@@ -18,6 +19,7 @@ from qz.quantize.streaming.loss import Loss
 from qz.quantize.streaming.not_finite import NotFinite
 
 if TYPE_CHECKING:
+    from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
     from qz.quantize.pipeline_summary import PipelineSummary
 
@@ -75,6 +77,8 @@ class Summary:
     """Files of the source that are not in the output; a folder that is not there at all ends in a slash."""
     pushed: PushResult | None = None
     """What came of publishing the output, if that was asked for."""
+    share: Share | None = None
+    """Which part of the output was made, if not all of it."""
     nonfinite: Mapping[str, NotFinite] = field(default_factory=dict)
     """Tensors that were not quantized and hold NaN or infinite values in the output."""
     refinement: Mapping[str, Any] = field(default_factory=dict)
@@ -106,7 +110,7 @@ class Summary:
                 f"{counted(len(self.dropped), 'tensor')} not used by "
                 f"{self.source.architecture} {'was' if len(self.dropped) == 1 else 'were'} left out: {shown}"
             )
-        found += _told_of_nonfinite(self.nonfinite, self.dtype)
+        found += told_of_nonfinite(self.nonfinite, self.dtype)
         if self.loss is not None and self.loss.unrelated:
             found.append(
                 f"the relative error is {self.loss.total.relative_error:.2f}: the two models have nothing in common. "
@@ -132,7 +136,7 @@ def nonfinite_json(nonfinite: Mapping[str, NotFinite]) -> list[dict[str, Any]]:
     ]
 
 
-def _told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str) -> Iterator[str]:
+def told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str) -> Iterator[str]:
     """A line for what overflowed on the way, and one for what was not finite to begin with."""
     overflowed = {name: count.overflowed for name, count in sorted(nonfinite.items()) if count.overflowed}
     if overflowed:
@@ -181,6 +185,8 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
         "resumed": summary.resumed,
         "seconds": round(summary.seconds, 3),
     }
+    if summary.share is not None:
+        report["part"] = summary.share.as_json()
     return report if summary.pushed is None else {**report, "push": summary.pushed.as_json()}
 
 
@@ -221,7 +227,9 @@ def summarize(
         dropped=architecture.dropped,
         notes=(
             *architecture.notes,
+            *_encoded(plan),
             *_left_out(plan),
+            *consumer_warnings(plan),
             *(plan.refinement.notes if plan.refinement is not None else ()),
         ),
         bytes_source=plan.bytes_source,
@@ -260,10 +268,28 @@ def _left_out(plan: Plan) -> tuple[str, ...]:
     return (f"left out, as no loader reads it: {files}" + (f" and {more} more files" if more > 0 else ""),)
 
 
+def _encoded(plan: Plan) -> tuple[str, ...]:
+    """What is told of a source that another tool quantized."""
+    checkpoint = plan.checkpoint
+    if checkpoint.encoded_as is None:
+        return ()
+    notes = [f"the source is quantized already, with {checkpoint.encoded_as}: its values were computed from that"]
+    if checkpoint.left_out:
+        shown = ", ".join(quoted(name) for name in checkpoint.left_out[:3])
+        more = " …" if len(checkpoint.left_out) > 3 else ""
+        notes.append(
+            f"{counted(len(checkpoint.left_out), 'tensor')} of the quantization (scales of activations and the like) "
+            f"left out: {shown}{more}"
+        )
+    return tuple(notes)
+
+
 def _method(plan: Plan) -> tuple[str, bool]:
     """The method that the plan quantizes with, or the one it undoes; and whether there is double quantization."""
     if plan.method is not None:
         return plan.method.name, plan.method.double_quant
+    if plan.checkpoint.encoded_as is not None:
+        return plan.checkpoint.encoded_as, False
     weights = [source.weight for step in plan.steps for source in step.sources if isinstance(source, Packed)]
     kinds = "+".join(sorted({weight.kind for weight in weights}))
     return kinds or "none", any(weight.double_quant for weight in weights)

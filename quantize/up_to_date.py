@@ -15,6 +15,7 @@ from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.record import RECORD, Record, as_text, read_record
 from qz.quantize.methods import Method
+from qz.quantize.report_of_record import report_of_record
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import changed_file
 
@@ -111,21 +112,13 @@ class UpToDate:
 
     def as_json(self) -> dict[str, Any]:
         """The report of the run that made the output, as of a run that had nothing to do."""
-        hidden = ("qz", "versions", "command", "identity", "settings")
-        told = {key: value for key, value in self.record.about.items() if key not in hidden}
-        source = told.get("source")
-        shards = [file for file in self.record.files if file.name.endswith(".safetensors")]
-        warnings = told.get("warnings")
         report = {
-            **told,
-            "warnings": [*(warnings if isinstance(warnings, list) else ()), *self.notes],
-            "source": {**(source if isinstance(source, dict) else {}), "location": self.location},
-            "output": str(self.output),
-            "dry_run": False,
-            "shards": [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in shards],
+            **report_of_record(self.record, self.output, self.notes),
             "nonfinite": None,
             "up_to_date": True,
             "resumed": False,
             "seconds": 0.0,
         }
+        source = report["source"]
+        report["source"] = {**source, "location": self.location}
         return report if self.pushed is None else {**report, "push": self.pushed.as_json()}

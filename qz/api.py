@@ -13,6 +13,7 @@ dataclasses; ``as_json()`` gives the documented object. ``on_progress`` is calle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -28,6 +29,7 @@ from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Rounding, Scales
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
+    from qz.formats.output.shares import Share
     from qz.formats.publish.destination import Destination, PushResult
     from qz.formats.publish.publication import Publication
     from qz.formats.source import OpenedSource
@@ -35,13 +37,26 @@ if TYPE_CHECKING:
     from qz.quantize.calibration.run import Calibration
     from qz.quantize.inspection.pipeline import PipelineInspection
     from qz.quantize.inspection.report import Inspection
+    from qz.quantize.merge import Merged
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.summary import Summary
     from qz.quantize.up_to_date import UpToDate
 
     Converted = Summary | PipelineSummary | UpToDate
 
-__all__ = ["Fp4", "Int8", "Nf4", "Progress", "calibrate", "compare", "dequantize", "inspect", "push", "quantize"]
+__all__ = [
+    "Fp4",
+    "Int8",
+    "Nf4",
+    "Progress",
+    "calibrate",
+    "compare",
+    "dequantize",
+    "inspect",
+    "merge",
+    "push",
+    "quantize",
+]
 
 AnyPath = str | PathLike[str]
 P = ParamSpec("P")
@@ -92,6 +107,7 @@ def quantize(
     push_subfolder: str | None = None,
     push_only: bool = False,
     public: bool | None = None,
+    part: str | None = None,
     measure_loss: bool = False,
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
@@ -103,8 +119,9 @@ def quantize(
     linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"``
     makes 4-bit weights of the same format with less error, and with less still where ``importance`` names a file of it.
     ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
-    ``push_only``, shard by shard, so that no output is kept here. The other arguments are the options of ``qz
-    quantize``, see the command reference.
+    ``push_only``, shard by shard, so that no output is kept here. ``part`` ``"3/7"`` makes one of seven parts, which
+    ``merge`` puts together; ``"auto"`` the one that the environment of an array job names. The other arguments are the
+    options of ``qz quantize``, see the command reference.
 
     Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
     PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
@@ -133,6 +150,7 @@ def quantize(
         variant=variant,
     )
     location = str(source)
+    share = _share(part, measured=measure_loss, pushed=push is not None)
     on_progress(Progress("Reading headers"))
     with opened(location, subfolder, revision, cached=push is None) as found:
         to = _destination(push, push_subfolder, public, found)
@@ -148,6 +166,7 @@ def quantize(
             dry_run=dry_run,
             on_progress=on_progress,
             publication=publication,
+            share=share,
         )
         if is_pipeline(found.folder):
             if measure_loss:
@@ -192,6 +211,7 @@ def dequantize(
     push_subfolder: str | None = None,
     push_only: bool = False,
     public: bool | None = None,
+    part: str | None = None,
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> Converted:
@@ -214,6 +234,7 @@ def dequantize(
         weights_only=weights_only,
         variant=variant,
     )
+    share = _share(part, measured=against is not None, pushed=push is not None)
     on_progress(Progress("Reading headers"))
     with opened(str(source), subfolder, revision, cached=push is None) as found:
         to = _destination(push, push_subfolder, public, found)
@@ -229,6 +250,7 @@ def dequantize(
             dry_run=dry_run,
             on_progress=on_progress,
             publication=publication,
+            share=share,
         )
         if is_pipeline(found.folder):
             if against is not None:
@@ -254,17 +276,22 @@ def inspect(
     variant: str | None = None,
     plan: bool = False,
     verify: bool = False,
+    consumers: Sequence[str] = (),
     on_progress: OnProgress = ignore,
 ) -> Inspection | PipelineInspection:
     """What a model, pipeline or single .safetensors file holds, from its headers, and what is wrong with it.
 
     ``plan`` asks the model's library for exact figures. ``verify`` compares every byte with the hashes that qz
-    recorded. Problems are part of the value (``problems``, ``errors``), not raised.
+    recorded. ``consumers`` names programs (``vllm``, ``sglang`` …, see ``qz inspect --for``) to judge it for. Problems
+    are part of the value (``problems``, ``errors``, ``consumers``), not raised.
     """
     from qz.formats.source import local_path
+    from qz.quantize.consumers.registry import CONSUMERS
     from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
     from qz.quantize.inspection.report import Origin
 
+    if unknown := [name for name in consumers if name not in CONSUMERS]:
+        raise UsageError(f"--for {unknown[0]} is none of {', '.join(CONSUMERS)}.")
     location = str(source)
     path = local_path(location)
     if path is not None and path.exists() and not path.is_dir():
@@ -274,7 +301,7 @@ def inspect(
 
         path = path.resolve()  # the user named it: a link is followed
         with closing(LocalFolder(path.parent)) as parent:
-            return inspect_file(parent, path.name, Origin(location, None, None))
+            return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.problems import Problem
     from qz.formats.source import opened
@@ -288,9 +315,9 @@ def inspect(
         if is_pipeline(folder):
             from qz.quantize.inspection.pipeline import inspect_pipeline
 
-            found = inspect_pipeline(folder, origin, variant, plan=plan)
+            found = inspect_pipeline(folder, origin, variant, plan=plan, consumers=consumers)
         else:
-            found = inspect_model(read_folder(folder, variant), origin, plan=plan)
+            found = inspect_model(read_folder(folder, variant), origin, plan=plan, consumers=consumers)
         if verify:
             from qz.quantize.inspection.verification import verify as compare
 
@@ -298,6 +325,26 @@ def inspect(
         return found.with_problems(
             Problem("warning", "hub-cache", location, f"{note}.") for note in opened_source.notes
         )
+
+
+def merge(
+    output: AnyPath,
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+    threads: int | None = None,
+    on_progress: OnProgress = ignore,
+) -> Merged:
+    """Complete ``output`` from what ``quantize(…, part="1/N")`` to ``part="N/N"`` made, after comparing every hash.
+
+    Nothing is left of the parts. A merge that was interrupted goes on, and one that is repeated has nothing to do.
+    Raises ``qz.QzError``; then the output is as it was, and the parts are kept.
+    """
+    from qz.formats.output.disk import Disk
+    from qz.quantize.merge import merge as run
+
+    disk = Disk(durable=fsync)
+    return run(Path(output), overwrite=overwrite, disk=disk, threads=threads or 0, progress=on_progress)
 
 
 def push(
@@ -395,6 +442,19 @@ def _tokenizer_of(source: OpenedSource, subfolder: str | None) -> Folder:
     beside = (subfolder or "").strip("/").replace("text_encoder", "tokenizer")
     in_pipeline = is_pipeline(source.root) and beside in source.root.subfolders()
     return enter(source.root, beside) if in_pipeline else source.folder
+
+
+def _share(part: str | None, *, measured: bool, pushed: bool) -> Share | None:
+    """The part that is asked for, in words or by the environment; None for all."""
+    if part is None:
+        return None
+    from qz.quantize.array_task import parse_part
+
+    if measured:
+        raise UsageError("A part does not see the whole model: measure the loss with `qz compare` after the merge.")
+    if pushed:
+        raise UsageError("Parts are published when they are merged: leave out --push here, and say `qz merge --push`.")
+    return parse_part(part, os.environ)
 
 
 def _destination(

@@ -457,14 +457,6 @@ def test_another_methods_checkpoint_is_refused_by_name(method: str, llama_nf4: P
         dequantized(folder, tmp_path / "output")
 
 
-def test_weights_in_8_bit_floating_point_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = copied(tiny_llama, tmp_path)
-    name = "model.layers.0.self_attn.q_proj.weight"
-    edit(folder, lambda state: state.update({name: state[name].to(torch.float8_e4m3fn)}))
-    with pytest.raises(Unsupported, match="8-bit floating point"):
-        dequantized(folder, tmp_path / "output")
-
-
 # The command
 
 

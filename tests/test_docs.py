@@ -41,6 +41,7 @@ def load_builder() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "docs"))  # what lies beside it
     spec.loader.exec_module(module)
     return module
 
@@ -61,6 +62,51 @@ def named(page: Path) -> str:
 
 def test_the_command_reference_is_what_the_app_says() -> None:
     assert BUILD.REFERENCE.read_text() == BUILD.reference(), "Run `make docs` and commit docs/reference/commands.md."
+
+
+def test_the_picture_of_the_rooms_is_fresh() -> None:
+    assert BUILD.picture() in BUILD.ARCHITECTURE.read_text(), (
+        "Run `make docs` and commit docs/explanation/architecture.md."
+    )
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    shown = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert shown == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_messages_that_are_explained_are_those_of_the_code() -> None:
+    files = [file for room in ("cli", "quantize", "formats") for file in (ROOT / room).rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))  # a literal on several lines
+    quoted = re.findall("“([^”]+)”", (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text())
+    parts = {part.strip(" ,") for message in quoted for part in message.split("…")} - {""}
+    assert parts
+    assert {part for part in parts if part not in code} == set()
+
+
+def test_the_notes_of_a_release_are_the_changelogs(tmp_path: Path) -> None:
+    """And a tag that is not the version, or a changelog that does not know its day, stops the release."""
+    (tmp_path / ".github").mkdir()
+    (tmp_path / "qz").mkdir()
+    script = shutil.copy(ROOT / ".github" / "release.py", tmp_path / ".github")
+    (tmp_path / "qz" / "__init__.py").write_text('__version__ = "1.2.0"\n')
+
+    def release(changelog: str, *tag: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "CHANGELOG.md").write_text(changelog)
+        return subprocess.run([sys.executable, script, *tag], capture_output=True, text=True, timeout=HANG, check=False)
+
+    dated = "# Changelog\n\n## 1.2.0 (2026-11-26)\n\n- New.\n\n## 1.1.0 (2026-01-01)\n\n- Old.\n"
+    assert release(dated, "v1.2.0").stdout == "- New.\n"
+    assert release(dated).stdout == "- New.\n"
+    assert "the code is 1.2.0" in release(dated, "v1.3.0").stderr
+    unreleased = release(dated.replace("2026-11-26", "unreleased"), "v1.2.0")
+    assert unreleased.returncode != 0
+    assert "YYYY-MM-DD" in unreleased.stderr
+    assert "says nothing of 1.2.0" in release(dated.replace("1.2.0", "1.3.0")).stderr
+    notes = subprocess.run(
+        [sys.executable, ROOT / ".github" / "release.py"], capture_output=True, text=True, check=False
+    )
+    assert notes.stdout.strip(), "this version's own"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -103,7 +149,7 @@ def test_every_exit_code_is_documented_and_every_documented_one_exists() -> None
 def test_every_option_that_the_pages_use_exists() -> None:
     for page in PAGES:
         for line in re.findall(
-            r"\bqz (?:quantize|inspect|dequantize|push|calibrate|compare) [^`\n|>]*", page.read_text()
+            r"\bqz (?:quantize|inspect|dequantize|push|calibrate|compare|merge) [^`\n|>]*", page.read_text()
         ):
             words = shlex.split(line, comments=True) if line.count('"') % 2 == 0 and "'" not in line else line.split()
             params = COMMANDS[words[1]].params
@@ -116,13 +162,14 @@ def test_every_option_that_the_pages_use_exists() -> None:
 
 @pytest.fixture(scope="session")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny, and a language model with a text."""
+    """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny, and language models with a text."""
     place = tmp_path_factory.mktemp("flux")
     readers.some_text(place / "prose.txt")
     readers.some_text(place / "other.txt")
     language_model = readers.model_folder("llama-untied", place / "my-llm")
     names = llama_cpp_names(language_model, gguf.MODEL_ARCH.LLAMA).values()
     write_gguf(place / "imatrix.gguf", {name: (np.ones(inputs, np.float32), 512) for name, inputs in names})
+    shutil.copytree(language_model, place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct")
     (place / "black-forest-labs").mkdir()
     repo = pipelines.flux(place / "black-forest-labs" / "FLUX.1-dev")
     shutil.copytree(repo, place / "my-pipeline")
@@ -214,8 +261,11 @@ def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
     with HubServer() as hub:
         given = {"HF_ENDPOINT": hub.url, "HF_TOKEN": OWNER, "HF_HOME": str(tmp_path / "home")}
         shell = environment(**given) | {"HF_HUB_OFFLINE": "0"}
-        first = "qz quantize ./black-forest-labs/FLUX.1-dev --subfolder transformer --nf4"
-        for line in (first, *sorted(lines)):
+        first = (
+            "qz quantize ./black-forest-labs/FLUX.1-dev --subfolder transformer --nf4",
+            "qz quantize HuggingFaceTB/SmolLM2-1.7B-Instruct --nf4",
+        )
+        for line in (*first, *sorted(lines)):
             result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", line],
                 cwd=place,
@@ -228,6 +278,7 @@ def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
             )
             assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
             assert OWNER not in result.stdout + result.stderr
+        assert hub.repos["me/SmolLM2-1.7B-Instruct-nf4"].private
         repo = hub.repos["me/FLUX.1-dev-nf4"]
         assert repo.private
         wanted = {"README.md", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}

@@ -61,7 +61,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "backend", lambda: importlib.import_module(f"qz.quantize.compute.{name}_kernels"))
+    path = {"numba": "qz.quantize.compute.cpu.numba_kernels", "torch": "qz.quantize.compute.gpu.torch_kernels"}[name]
+    monkeypatch.setattr(kernels, "backend", lambda: importlib.import_module(path))
 
 
 def to_torch(values: Array, dtype: str) -> torch.Tensor:

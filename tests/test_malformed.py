@@ -23,12 +23,14 @@ from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import open_checkpoint, survey
 from qz.formats.folder import LocalFolder
 from qz.formats.safetensors import Header, encode_header, layout, read_header
+from qz.formats.sources.encoded import read_encoded
 
 CORPUS = Path(__file__).parent / "malformed"
 HEADERS: dict[str, tuple[bytes, str, str]] = runpy.run_path(str(CORPUS / "headers.py"))["CASES"]
 FOLDERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     **runpy.run_path(str(CORPUS / "folders.py"))["CASES"],
     **{f"quantized {name}": case for name, case in runpy.run_path(str(CORPUS / "quantized.py"))["CASES"].items()},
+    **{f"quantized {name}": case for name, case in runpy.run_path(str(CORPUS / "encoded.py"))["CASES"].items()},
     **{f"header {name}": ("single", {"model.safetensors": data}, (kind,)) for name, (data, kind, _) in HEADERS.items()},
 }
 Tensors = dict[str, tuple[Any, ...] | None]
@@ -154,7 +156,8 @@ def problems_in(folder: Path) -> tuple[Problem, ...]:
     try:
         checkpoint, problems = survey(LocalFolder(folder))
         if checkpoint is not None:
-            problems = worst_first((*problems, *read_quantized(checkpoint)[1]))
+            encoded, more = read_encoded(checkpoint)
+            problems = worst_first((*problems, *(more if encoded is not None else read_quantized(checkpoint)[1])))
     finally:
         os.seteuid(user)
     return problems

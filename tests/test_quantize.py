@@ -108,6 +108,14 @@ def test_the_default_output_is_named_after_source_and_method(qz: Qz, source: Pat
     assert (tmp_path / "source-int8" / "config.json").is_file()
 
 
+def test_the_default_output_is_named_after_the_link_that_leads_to_the_source(
+    qz: Qz, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my-model").symlink_to(source)
+    assert qz("quantize", "my-model", "--int8").returncode == 0
+    assert (tmp_path / "my-model-int8" / "config.json").is_file()
+
+
 REFUSALS: dict[str, tuple[list[str], int, str]] = {
     "a missing folder": (["./nowhere"], 66, "nowhere"),
     "a folder without config": (["empty"], 66, "config.json"),
@@ -188,12 +196,6 @@ def test_a_quantized_source_is_refused_and_told_how_to_go_back(source: Path, tmp
     quantized(source, tmp_path / "once", "nf4")
     with pytest.raises(Unsupported, match=r"already quantized with bitsandbytes.*qz dequantize"):
         plan_of(tmp_path / "once", "int8")
-
-
-def test_fp8_weights_are_recognised_and_named(source: Path) -> None:
-    change_tensor(source, "model.layers.1.mlp.up_proj.weight", lambda tensor: tensor.to(torch.float8_e4m3fn))
-    with pytest.raises(Unsupported, match=r"F8_E4M3 weights.*bfloat16"):
-        plan_of(source, "nf4")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

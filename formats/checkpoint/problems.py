@@ -127,6 +127,28 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "tensor-elsewhere": (MalformedInput, "{where} places {name} in {file}, but it is in {held}. " + _ANEW),
     "tensor-unindexed": (MalformedInput, "{where} does not list {name}, which is in {held}. " + _ANEW),
     "no-tensors": (MalformedInput, "{location} holds no tensor at all. Download it again."),
+    # What is wrong with another tool's quantization
+    "scale-missing": (
+        MalformedInput,
+        "{name} is stored as {dtype} and has no scale, while others have. Download the checkpoint again.",
+    ),
+    "scale-malformed": (
+        MalformedInput,
+        "{name} is {found}, which does not fit its weight of shape {weight}. Download the checkpoint again.",
+    ),
+    "encoded-malformed": (
+        MalformedInput,
+        "{name} is quantized ({kind}), and its parts do not fit together: {found}. Download the checkpoint again.",
+    ),
+    "encoded-part-missing": (MalformedInput, "{name} is quantized ({kind}) but has no {missing}. Download it again."),
+    "encoded-twice": (
+        MalformedInput,
+        "{where} and another tensor both stand for {name}. Use a checkpoint that has one of them.",
+    ),
+    "encoding-unknown": (
+        Unsupported,
+        "{where} is quantized in a form that qz does not know: {what}. Start from the original weights.",
+    ),
     # What is wrong with the quantization
     "nested-absmax-missing": (
         MalformedInput,

@@ -43,7 +43,7 @@ def stated_quantization(config: Mapping[str, Any]) -> Any:
     if config.get("quantization_config") is not None:
         return config["quantization_config"]
     if isinstance(config.get("compression_config"), dict):
-        return {"quant_method": "compressed-tensors"}
+        return {**config["compression_config"], "quant_method": "compressed-tensors"}
     parts = (part for part in config.values() if isinstance(part, dict))
     return next((found for part in parts if (found := stated_quantization(part)) is not None), None)
 

@@ -11,19 +11,16 @@ from qz.counted import counted
 from qz.formats.checkpoint.problems import Problem, Problems
 from qz.formats.checkpoint.quant_state import MAX_BYTES, QuantState, parse_quant_state
 from qz.formats.checkpoint.quantization_config import Kind, check_settings, read_settings
-from qz.formats.folder import LocalFolder, Range
+from qz.formats.checkpoint.small_tensors import read_small
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 
 _FOUR_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATES: dict[str, Kind] = {"bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
-_GAP = 16_384
-_READ = 1 << 20
-THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,8 @@ class _Quantized:
     def groups(self, *, expected: bool) -> dict[str, dict[str, StoredTensor]]:
         """Companions by the weight that they belong to. ``expected``: the config says that there are some."""
         found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-        for name, tensor in self.checkpoint.tensors.items():
+        stored = self.checkpoint.stored
+        for name, tensor in stored.items():
             owner, _, last = name.rpartition(".")
             if last in _FOUR_BIT:
                 found[owner][last] = tensor
@@ -106,8 +104,8 @@ class _Quantized:
             elif expected and last == "weight" and _looks_packed(tensor):
                 found[name].setdefault("weight", tensor)
         for owner, parts in found.items():
-            if owner in self.checkpoint.tensors:
-                parts["weight"] = self.checkpoint.tensors[owner]
+            if owner in stored:
+                parts["weight"] = stored[owner]
         return {
             owner: parts
             for owner, parts in found.items()
@@ -115,46 +113,14 @@ class _Quantized:
         }
 
     def contents(self, groups: Mapping[str, Mapping[str, StoredTensor]], states: int | None) -> dict[str, bytes]:
-        """The bytes of the quant states and weight formats, by tensor name. Neighbours are read together."""
+        """The bytes of the quant states and weight formats, by tensor name."""
         wanted = [
             part
             for parts in groups.values()
             for kind, part in parts.items()
             if (kind in _STATES and part.nbytes <= MAX_BYTES) or (kind == "weight_format" and part.nbytes == 1)
         ]
-        wanted = sorted(wanted, key=lambda part: (part.file, part.offset))[:states]
-        reads: list[tuple[Range, list[StoredTensor]]] = []
-        for part in wanted:
-            stop = part.offset + part.nbytes
-            last = reads[-1][0] if reads else None
-            if last and last.file == part.file and part.offset - last.stop <= _GAP and stop - last.start <= _READ:
-                reads[-1] = (Range(part.file, last.start, stop), reads[-1][1])
-                reads[-1][1].append(part)
-            else:
-                reads.append((Range(part.file, part.offset, stop), [part]))
-        return self.fetched(reads)
-
-    def fetched(self, reads: Sequence[tuple[Range, list[StoredTensor]]]) -> dict[str, bytes]:
-        folder = self.checkpoint.folder
-
-        def fetch(place: Range) -> bytes:
-            buffer = bytearray(place.stop - place.start)
-            folder.read_into(place.file, place.start, memoryview(buffer))
-            return bytes(buffer)
-
-        places = [place for place, _ in reads]
-        if len(places) > 1 and not isinstance(folder, LocalFolder):  # far away: waiting dominates
-            from concurrent.futures import ThreadPoolExecutor
-
-            with ThreadPoolExecutor(THREADS) as pool:
-                blocks = list(pool.map(fetch, places))
-        else:
-            blocks = [fetch(place) for place in places]
-        return {
-            part.name: block[part.offset - place.start : part.offset - place.start + part.nbytes]
-            for (place, parts), block in zip(reads, blocks, strict=True)
-            for part in parts
-        }
+        return read_small(self.checkpoint.folder, wanted, states)
 
     # One weight
 

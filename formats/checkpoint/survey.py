@@ -29,6 +29,8 @@ from qz.formats.safetensors import Header, read_header
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from qz.formats.checkpoint.decoded import Decoded
+
 __all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint", "read_file", "survey", "survey_file"]
 
 MAX_CONFIG_BYTES = MAX_BYTES
@@ -56,7 +58,8 @@ class Checkpoint:
     checkpoint is sharded, and ``header_metadata`` the ``__metadata__`` of every file. ``architecture`` is the class
     that config.json names, or model_index.json if this is a component of a pipeline; then ``class_module`` is where
     that has the class from: a library, or a module of diffusers' pipelines. ``unused`` are weight files beside the
-    others that no loader reads.
+    others that no loader reads. Where another tool quantized the weights, ``encoded_as`` says how once ``tensors`` are
+    those of the plain checkpoint (see ``qz.formats.sources``), and ``left_out`` what was no weight of it.
     """
 
     folder: Folder
@@ -66,11 +69,18 @@ class Checkpoint:
     variant: str | None
     files: tuple[str, ...]
     sizes: dict[str, int]
-    tensors: dict[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | Decoded]
     index: dict[str, Any] | None = None
     header_metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     class_module: str | None = None
     unused: tuple[str, ...] = ()
+    encoded_as: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Those of ``tensors`` that are stored as they are."""
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, StoredTensor)}
 
 
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:

@@ -16,6 +16,8 @@ Check = Callable[[Any], bool]
 
 REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 METHODS = frozenset({"nf4", "fp4", "int8", "none", ""})
+ENCODINGS = frozenset({"fp8", "fbgemm_fp8", "modelopt", "mxfp8", "mxfp4", "compressed-tensors", "gptq", "awq"})
+"""What another tool's quantization is called that a source has; see ``qz.formats.sources``."""
 DTYPES = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "auto", ""})
 LIBRARIES = frozenset({"transformers", "diffusers"})
 LONGEST = 1 << 16
@@ -117,7 +119,7 @@ ABOUT: Mapping[str, Any] = {
         "architecture": _class_name,
     },
     "origin": {"location": _repository, "revision": _commit},
-    "method": _among(METHODS),
+    "method": _among(METHODS | ENCODINGS),
     "double_quant": _boolean,
     "scales": _among(frozenset({"absmax", "search"})),
     "rounding": _among(frozenset({"nearest", "gptq"})),
@@ -145,7 +147,7 @@ ABOUT: Mapping[str, Any] = {
         {
             "name": _text,
             "architecture": _class_name,
-            "method": _among(METHODS),
+            "method": _among(METHODS | ENCODINGS),
             "dtype": _among(DTYPES),
             "parameters": _PARAMETERS,
             "bytes": _SIZES,

@@ -165,6 +165,18 @@ class Directory:
         ):
             os.rename(old_base, new_base, src_dir_fd=old_folder, dst_dir_fd=new_folder)
 
+    def take(self, other: Directory, name: str) -> None:
+        """Move ``name`` here from another folder of the same file system, durably."""
+        with (
+            self.disk.operation("rename", self.path / name),
+            other._holding(name) as (old_folder, base),
+            self._holding(name) as (new_folder, _),
+        ):
+            os.rename(base, base, src_dir_fd=old_folder, dst_dir_fd=new_folder)
+        parent = name.rpartition("/")[0]
+        self.sync(parent)
+        other.sync(parent)
+
     def sync(self, folder: str = "") -> None:
         """Wait until the names in it, or in a folder in it, are stored; nothing where there is no such operation."""
         if not self.disk.durable:

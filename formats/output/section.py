@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class Section:
     """What is written here lands in the folder ``name`` of the output, or in the output itself where it is empty."""
 
+    elsewhere: Collection[str] = frozenset()
+    """Files of this folder that are not made here."""
+
     def __init__(self, staging: Staging, name: str) -> None:
         self._staging = staging
         self._prefix = f"{name}/" if name else ""

@@ -305,6 +305,17 @@ class Staging:
             self._keep(written, is_verified)
         return written
 
+    def adopt(self, folder: Directory, file: WrittenFile) -> None:
+        """Move a finished file here from a folder on the same file system.
+
+        It is noted before it is moved, so that whatever happens, it is where this or a later run looks for it.
+        """
+        self._require_new(file.name)
+        self._staged.make_parents(file.name)
+        self._journal.add(file)
+        self._staged.take(folder, file.name)
+        self._written[file.name] = file
+
     def _store(self, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:
         self._written[name] = store_file(self._staged, name, pieces, reserve)
         return self._written[name]

@@ -18,6 +18,7 @@ import torch
 from qz import MalformedInput, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
+from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration import text as texts
 from qz.quantize.calibration.blocks import BlockPass
@@ -100,6 +101,7 @@ def compare(
     wanted = TOKENS if tokens is None else tokens
     if not 1 <= wanted <= MOST_TOKENS:
         raise UsageError(f"--tokens {wanted} is not a number of tokens from 1 to {MOST_TOKENS:,}.")
+    original = plain_checkpoint(original)
     refuse_quantized(original)
     for checkpoint in (original, other):
         if checkpoint.library != "transformers":

@@ -10,6 +10,7 @@ from typing import Any
 from qz import OutputRefused, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
+from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.importance import GPTQ_TOKENS
 from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
@@ -84,6 +85,7 @@ def calibrate(
 ) -> Calibration:
     """Record the inputs and write the file, which is complete or absent. Raises what reading and running raise."""
     refuse_existing(request.output)
+    checkpoint = plain_checkpoint(checkpoint)
     refuse_quantized(checkpoint)
     if checkpoint.library != "transformers":
         raise Unsupported(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qz import QzError, TryAgain, Unsupported, UsageError
 from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
+from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
 from qz.quantize.libraries.importing.lean_imports import gc_paused
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def arithmetic_on(device: str) -> Arithmetic:
     ``notes`` says why. Raises UsageError for a device that is not there, Unsupported for one that bitsandbytes cannot
     use, TryAgain for one without memory.
     """
-    if device == "cpu" or (device == "auto" and not _may_have_a_gpu()):
+    if device == "cpu" or (device == "auto" and not may_have_a_gpu()):
         return Cpu()
     with gc_paused():
         import torch
@@ -63,17 +62,6 @@ def arithmetic_on(device: str) -> Arithmetic:
         return _accelerator("cuda")
     except QzError as error:
         return Cpu(notes=(f"computed on the CPU: {error}",))
-
-
-def _may_have_a_gpu() -> bool:
-    """False where there is neither NVIDIA's driver nor AMD's, so that torch need not be imported to find none."""
-    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
-        return True
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def _accelerator(device: str) -> Accelerator:

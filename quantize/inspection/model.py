@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qz import QzError
+from qz.formats.checkpoint.decoded import CODES, Decoded
 from qz.formats.checkpoint.problems import Problem, Problems, worst_first
 from qz.formats.checkpoint.quantization_config import Settings, read_settings
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.record import read_record
+from qz.formats.safetensors import BITS
 from qz.formats.shards import index_name
+from qz.formats.sources.encoded import Encoded, read_encoded
+from qz.quantize.consumers.contents import Contents
+from qz.quantize.consumers.registry import judge
+from qz.quantize.inspection.consumers import checkpoint_contents
 from qz.quantize.inspection.estimate import estimates
 from qz.quantize.inspection.linear_layers import FLOATS, Value, ties, values
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor
@@ -35,6 +41,13 @@ class FolderReading:
     checkpoint: Checkpoint | None
     weights: Mapping[str, QuantizedWeight]
     problems: tuple[Problem, ...]
+    encoded: Encoded | None = None
+    """What another tool made of the weights, where that is known."""
+
+    def contents(self) -> Contents:
+        """As the rules of a consumer look at it."""
+        assert self.checkpoint is not None
+        return checkpoint_contents(self.checkpoint, self.weights, self.problems)
 
 
 def read_folder(folder: Folder, variant: str | None = None) -> FolderReading:
@@ -42,34 +55,49 @@ def read_folder(folder: Folder, variant: str | None = None) -> FolderReading:
     checkpoint, problems = survey(folder, variant)
     if checkpoint is None:
         return FolderReading(folder, None, {}, problems)
+    encoded, found = read_encoded(checkpoint)
+    if encoded is not None:
+        return FolderReading(folder, checkpoint, {}, worst_first((*problems, *found)), encoded)
     weights, more = read_quantized(checkpoint, states=None if isinstance(folder, LocalFolder) else REMOTE_STATES)
     return FolderReading(folder, checkpoint, weights, worst_first((*problems, *more)))
 
 
-def inspect_model(look: FolderReading, origin: Origin, *, plan: bool = False) -> Inspection:
+def inspect_model(
+    look: FolderReading, origin: Origin, *, plan: bool = False, consumers: Sequence[str] = ()
+) -> Inspection:
     """What was looked at. With ``plan`` the model's library is asked, which is exact and takes seconds."""
     checkpoint = look.checkpoint
     if checkpoint is None:
         return _unread(look.folder, origin, look.problems)
     origin = replace(origin, library=checkpoint.library, architecture=checkpoint.architecture)
-    found = _described(checkpoint, origin, look.weights, look.problems)
+    found = _described(checkpoint, origin, look.weights, look.problems, look.encoded)
     if plan and not found.errors:
         from qz.quantize.inspection.planned_figures import with_plan
 
         found = with_plan(found, checkpoint, look.weights)
+    if consumers:
+        found = replace(found, consumers=judge(look.contents(), consumers))
     return found
 
 
-def inspect_file(folder: Folder, name: str, origin: Origin) -> Inspection:
+def inspect_file(folder: Folder, name: str, origin: Origin, *, consumers: Sequence[str] = ()) -> Inspection:
     """One .safetensors file by itself: without a config, so nothing is known of a model."""
     tensors, metadata, problems = survey_file(folder, name)
     sizes = {file: size for file, size in folder.sizes().items() if file == name}
     if not tensors:
         return replace(_unread(folder, origin, problems), files=tuple(File(*each) for each in sizes.items()))
     alone = Checkpoint(folder, {}, "transformers", None, None, (name,), sizes, tensors, None, {name: metadata})
-    weights, more = read_quantized(alone)
+    encoded, more = read_encoded(alone)
+    weights: Mapping[str, QuantizedWeight] = {}
+    if encoded is None:
+        weights, more = read_quantized(alone)
     more = tuple(problem for problem in more if not problem.kind.startswith("quantization-config"))
-    return _described(alone, origin, weights, worst_first((*problems, *more)), estimated=False)
+    problems = worst_first((*problems, *more))
+    found = _described(alone, origin, weights, problems, encoded, estimated=False)
+    if consumers:
+        contents = checkpoint_contents(alone, weights, problems, alone=True)
+        found = replace(found, consumers=judge(contents, consumers))
+    return found
 
 
 def _unread(folder: Folder, origin: Origin, problems: tuple[Problem, ...]) -> Inspection:
@@ -84,17 +112,22 @@ def _described(
     origin: Origin,
     weights: Mapping[str, QuantizedWeight],
     problems: tuple[Problem, ...],
+    encoded: Encoded | None = None,
     *,
     estimated: bool = True,
 ) -> Inspection:
-    tensors = _tensors(checkpoint, weights)
-    loaded = values(checkpoint.library, checkpoint.architecture, checkpoint.config, plain(checkpoint, weights))
+    tensors = _tensors(checkpoint, weights) if encoded is None else _encoded_tensors(checkpoint, encoded)
+    unquantized = plain(checkpoint, weights) if encoded is None else _decoded_values(encoded)
+    loaded = values(checkpoint.library, checkpoint.architecture, checkpoint.config, unquantized)
     broken = any(problem.severity == "error" for problem in problems)
     settings = read_settings(checkpoint.config, Problems(""))
-    quantization = _quantization(settings, weights)
-    given = estimates(loaded, checkpoint.library) if estimated and quantization is None and not broken else None
-    packed = sum(weight.parts["weight"].nbytes for weight in weights.values())
-    footprint = packed + sum(value.nbytes for value in loaded if value.name not in weights)
+    quantization = _quantization(settings, weights) if encoded is None else _encoding(encoded)
+    estimated = estimated and (encoded is not None or quantization is None)
+    given = estimates(loaded, checkpoint.library) if estimated and not broken else None
+    held = {name: weight.parts["weight"].nbytes for name, weight in weights.items()}
+    if encoded is not None:
+        held = {name: tensor.nbytes for name, tensor in encoded.decoded.items()}
+    footprint = sum(held.values()) + sum(value.nbytes for value in loaded if value.name not in held)
     recorded = None if broken else _recorded_footprint(checkpoint, footprint)
     return Inspection(
         source=origin,
@@ -106,7 +139,12 @@ def _described(
         memory_footprint=footprint if recorded is None else recorded,
         memory_footprint_exact=recorded is not None,
         estimates=given,
-        ties=ties(checkpoint.library, checkpoint.architecture, checkpoint.config, checkpoint.tensors),
+        ties=ties(
+            checkpoint.library,
+            checkpoint.architecture,
+            checkpoint.config,
+            checkpoint.stored if encoded is None else encoded.tensors,
+        ),
         files=_files(checkpoint),
         problems=problems,
         tensors=tensors,
@@ -151,6 +189,51 @@ def _tensors(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> 
             )
         )
     return tuple(found)
+
+
+def _decoded_values(encoded: Encoded) -> list[Value]:
+    """The tensors as they would be without another tool's quantization."""
+    return [
+        Value(
+            name,
+            tensor.dtype,
+            tensor.shape,
+            math.prod(tensor.shape) * BITS[tensor.dtype] // 8 if isinstance(tensor, Decoded) else tensor.nbytes,
+        )
+        for name, tensor in encoded.tensors.items()
+    ]
+
+
+def _encoded_tensors(checkpoint: Checkpoint, encoded: Encoded) -> tuple[Tensor, ...]:
+    owners = {part.name: tensor for tensor in encoded.decoded.values() for part in tensor.parts.values()}
+    found = []
+    for name, tensor in checkpoint.stored.items():
+        owner = owners.get(name)
+        own = owner is not None and owner.parts[CODES].name == name
+        values = owner.shape if owner is not None and own else tensor.shape
+        found.append(
+            Tensor(
+                name=name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                bytes=tensor.nbytes,
+                file=tensor.file,
+                parameters=math.prod(values) if own or name in encoded.tensors else 0,
+                quantized=encoded.method if own else None,
+                original=owner.shape if owner is not None and own else None,
+                part_of=None if owner is None or own else owner.parts[CODES].name,
+            )
+        )
+    return tuple(found)
+
+
+def _encoding(encoded: Encoded) -> Quantization:
+    decoded = encoded.decoded.values()
+    return Quantization(
+        encoded.method,
+        quantized_parameters=sum(math.prod(tensor.shape) for tensor in decoded),
+        quantized_tensors=len(encoded.decoded),
+    )
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> dict[str, Share]:

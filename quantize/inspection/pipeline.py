@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qz import QzError
@@ -23,6 +24,8 @@ from qz.formats.folder import Folder
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.output.record import read_record
+from qz.quantize.consumers.verdict import Verdict
+from qz.quantize.inspection.consumers import verdicts_on_pipeline
 from qz.quantize.inspection.estimate import METHODS, Estimate
 from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
@@ -48,7 +51,7 @@ class ComponentInspection:
         if self.model is None:
             return about | dict.fromkeys(("format", "parameters", "bytes", "quantization", "memory_footprint"))
         told = self.model.as_json()
-        del told["source"], told["verified"]
+        del told["source"], told["verified"], told["consumers"]
         return about | told
 
 
@@ -61,6 +64,8 @@ class PipelineInspection:
     estimates: Mapping[str, Estimate] | None
     own_problems: tuple[Problem, ...]
     verified: Verified | None = None
+    consumers: Mapping[str, Verdict] = field(default_factory=dict)
+    """By name, those that were asked for."""
 
     def with_verified(self, verified: Verified, problems: tuple[Problem, ...]) -> PipelineInspection:
         return replace(self, verified=verified, own_problems=worst_first((*self.own_problems, *problems)))
@@ -167,12 +172,18 @@ class PipelineInspection:
             "files": self.files,
             "problems": self.problems,
             "verified": self.verified,
+            "consumers": {name: verdict.as_json() for name, verdict in self.consumers.items()},
             "components": [component.as_json() for component in self.components],
         }
 
 
 def inspect_pipeline(
-    folder: Folder, origin: Origin, variant: str | None = None, *, plan: bool = False
+    folder: Folder,
+    origin: Origin,
+    variant: str | None = None,
+    *,
+    plan: bool = False,
+    consumers: Sequence[str] = (),
 ) -> PipelineInspection:
     """The pipeline in ``folder``. Raises only for a folder that cannot be looked into."""
     problems = Problems(folder.location)
@@ -194,15 +205,14 @@ def inspect_pipeline(
             missing.append(_gone(name, error))
             continue
         looks[name] = _look(inner[-1], variant, entries[name], name)
-    if plan:
-        from qz.quantize.libraries.examine import expect
-
-        expect(look.checkpoint for look in looks.values() if look is not None and look.checkpoint is not None)
     components: list[ComponentInspection] = []
-    for name, look in looks.items():
-        inside = replace(origin, subfolder=f"{origin.subfolder}/{name}" if origin.subfolder else name)
-        model = inspect_model(look, inside, plan=plan) if look is not None else None
-        components.append(ComponentInspection(name, *entries[name], model))
+    with _examining(looks) if plan else nullcontext():
+        for name, look in looks.items():
+            inside = replace(origin, subfolder=f"{origin.subfolder}/{name}" if origin.subfolder else name)
+            model = inspect_model(look, inside, plan=plan) if look is not None else None
+            components.append(ComponentInspection(name, *entries[name], model))
+    parts = {name: look.contents() for name, look in looks.items() if look is not None and look.checkpoint is not None}
+    verdicts = verdicts_on_pipeline(parts, consumers)
     for each in inner:
         each.close()
     found = PipelineInspection(
@@ -210,8 +220,15 @@ def inspect_pipeline(
         components=_as_recorded(components, folder),
         estimates=None,
         own_problems=worst_first((*problems.worst_first(), *missing)),
+        consumers=verdicts,
     )
     return found if found.errors else _with_estimates(found, folder, looks, firsts)
+
+
+def _examining(looks: Mapping[str, FolderReading | None]) -> AbstractContextManager[None]:
+    from qz.quantize.libraries.examine import examining
+
+    return examining(look.checkpoint for look in looks.values() if look is not None and look.checkpoint is not None)
 
 
 def _as_recorded(components: Sequence[ComponentInspection], folder: Folder) -> tuple[ComponentInspection, ...]:

@@ -25,7 +25,7 @@ def with_plan(found: Inspection, checkpoint: Checkpoint, weights: Mapping[str, Q
     try:
         if weights:
             return _of_quantized(found, checkpoint)
-        if found.quantization is not None:
+        if found.quantization is not None and found.estimates is None:
             return found
         return _of_plain(found, checkpoint)
     except MalformedInput as error:
@@ -68,11 +68,12 @@ def _of_plain(found: Inspection, checkpoint: Checkpoint) -> Inspection:
 
     plans = {name: plan_conversion(checkpoint, Settings(method)) for name, method in METHODS.items()}
     architecture = plans["nf4"].architecture
+    encoded = found.quantization is not None  # by another tool, whose own footprint no library tells
     return replace(
         found,
         parameters=architecture.parameters,
-        memory_footprint=architecture.footprint.before,
-        memory_footprint_exact=True,
+        memory_footprint=found.memory_footprint if encoded else architecture.footprint.before,
+        memory_footprint_exact=not encoded,
         estimates={
             name: Estimate(
                 bytes=sum(shard.size for shard in plan.shards),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from qz.formats.checkpoint.problems import Problem, worst_first
+from qz.quantize.consumers.verdict import Verdict
 from qz.quantize.inspection.estimate import Estimate
 
 
@@ -100,6 +101,8 @@ class Inspection:
     problems: tuple[Problem, ...]
     tensors: tuple[Tensor, ...]
     verified: Verified | None = None
+    consumers: Mapping[str, Verdict] = field(default_factory=dict)
+    """By name, those that were asked for."""
 
     def with_verified(self, verified: Verified, problems: tuple[Problem, ...]) -> Inspection:
         return replace(self, verified=verified, problems=worst_first((*self.problems, *problems)))
@@ -127,4 +130,5 @@ class Inspection:
             "files": self.files,
             "problems": self.problems,
             "verified": self.verified,
+            "consumers": {name: verdict.as_json() for name, verdict in self.consumers.items()},
         }

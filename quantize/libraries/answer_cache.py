@@ -69,18 +69,18 @@ def recall(question: str) -> Architecture | None:
         kept = json.loads(body)
         if any(_state(path) != state for path, state in kept["code"].items()):
             return None
-        return _decoded(kept["architecture"])
+        return decoded(kept["architecture"])
     except Exception:  # noqa: BLE001  whatever else lies there, it is no answer
         return None
 
 
 def keep(question: str, architecture: Architecture) -> None:
     """Keep an answer that can be kept, if there is room; in the process that got it from the library."""
-    folder, encoded = _folder(), _encoded(architecture)
-    if folder is None or encoded is None:
+    folder, told = _folder(), encoded(architecture)
+    if folder is None or told is None:
         return
     with suppress(OSError):
-        body = json.dumps({"code": _code(), "architecture": encoded}).encode()
+        body = json.dumps({"code": _code(), "architecture": told}).encode()
         folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=folder, delete=False) as file:
             try:
@@ -110,7 +110,7 @@ def _state(path: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _encoded(architecture: Architecture) -> dict[str, Any] | None:
+def encoded(architecture: Architecture) -> dict[str, Any] | None:
     """JSON values; None where a weight is made by the library's functions. Outputs of one weight go on sharing it."""
     weights = {id(saved.weight): saved.weight for saved in architecture.saved}
     if any(weight.conversion is not None for weight in weights.values()):
@@ -136,7 +136,7 @@ def _encoded(architecture: Architecture) -> dict[str, Any] | None:
     }
 
 
-def _decoded(kept: dict[str, Any]) -> Architecture:
+def decoded(kept: dict[str, Any]) -> Architecture:
     weights = [
         Weight(name, tuple(sources), dtype, tuple(shape), quantized, transposed)
         for name, sources, dtype, shape, quantized, transposed in kept["weights"]

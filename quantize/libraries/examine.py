@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from qz.formats.checkpoint.survey import Checkpoint
@@ -21,13 +22,18 @@ from qz.quantize.libraries.importing.untrusted_config import (
     without_code,
     without_own_code,
 )
+from qz.quantize.libraries.importing.work_bounds import work_bounded
+from qz.quantize.libraries.process import asking
 
 
-def expect(checkpoints: Iterable[Checkpoint]) -> None:
-    """Name, before the first, all that this process will examine: a library is imported once, for all of them."""
+@contextmanager
+def examining(checkpoints: Iterable[Checkpoint]) -> Iterator[None]:
+    """Name, before the first, all that will be examined inside: a library is imported once, for all of them."""
     if lean_imports.is_allowed():
         for checkpoint in checkpoints:
             lean_imports.keep(needed_by(checkpoint))
+    with asking.together():
+        yield
 
 
 def examine(
@@ -55,6 +61,21 @@ def examine(
     question = answer_cache.question(checkpoint, tensors, request, library_versions())
     if (known := answer_cache.recall(question)) is not None:
         return known
+    with examining([checkpoint]):
+        if asking.is_worthwhile(tensors):
+            told = asking.ask(checkpoint, tensors, request, question, equal)
+            if told is not None:
+                return told
+        return _ask_here(checkpoint, tensors, request, question, equal)
+
+
+def _ask_here(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorSpec],
+    request: LoadRequest,
+    question: str,
+    equal: Callable[[str, str], bool] | None,
+) -> Architecture:
     compared = False
 
     def compare(one: str, other: str) -> bool:
@@ -62,14 +83,13 @@ def examine(
         compared = True
         return equal is not None and equal(one, other)
 
-    expect([checkpoint])
-    architecture = _ask(checkpoint, tensors, request, compare if equal else None)
+    architecture = ask_library(checkpoint, tensors, request, compare if equal else None)
     if not compared:
         answer_cache.keep(question, architecture)
     return architecture
 
 
-def _ask(
+def ask_library(
     checkpoint: Checkpoint,
     tensors: Mapping[str, TensorSpec],
     request: LoadRequest,
@@ -77,7 +97,8 @@ def _ask(
 ) -> Architecture:
     """Ask the library, which is not to be trusted with this config: no code, no network, no more parts than tensors."""
     where, config = checkpoint.folder.location, checkpoint.config
-    require_plausible(config, {name: given.shape for name, given in tensors.items()}, where)
+    shapes = {name: given.shape for name, given in tensors.items()}
+    require_plausible(config, shapes, where)
     harmless, removed = without_code(config)
     asked = replace(checkpoint, config=harmless)
     with (
@@ -89,11 +110,13 @@ def _ask(
         if checkpoint.library == "diffusers":
             from qz.quantize.libraries.diffusers import on_diffusers
 
-            architecture = on_diffusers.examine(asked, tensors, request)
+            with work_bounded(shapes, where):
+                architecture = on_diffusers.examine(asked, tensors, request)
         else:
             from qz.quantize.libraries.transformers import on_transformers
 
-            architecture = on_transformers.examine(asked, tensors, request, equal)
+            with work_bounded(shapes, where):
+                architecture = on_transformers.examine(asked, tensors, request, equal)
     notes = note_removed(removed)
     if "auto_map" in removed and checkpoint.library == "transformers":
         elsewhere, here = without_own_code(config["auto_map"])

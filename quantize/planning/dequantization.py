@@ -15,6 +15,7 @@ from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
+from qz.formats.sources.encoded import plain_checkpoint
 from qz.quantize.compute.arrays import elements
 from qz.quantize.libraries.architecture import (
     FLOATS,
@@ -51,6 +52,9 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     Raises Unsupported if the checkpoint is not quantized, or by another method than bitsandbytes', MalformedInput
     where companions of a weight are missing or do not fit it.
     """
+    plain = plain_checkpoint(checkpoint)
+    if plain.encoded_as is not None:
+        return _plan_decoding(plain, settings)
     weights = quantized_weights(checkpoint)
     before = dtype_before(checkpoint, weights)
     dtype = before if settings.dtype == "auto" else settings.dtype
@@ -65,6 +69,17 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
     architecture = replace(architecture, footprint=footprint)
     return make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
+
+
+def _plan_decoding(plain: Checkpoint, settings: Settings) -> Plan:
+    """The plan of what another tool quantized, written plain. No library tells the footprint before: it is taken to be
+    what is stored of the tensors that the class uses."""
+    request = LoadRequest(None, settings.dtype)
+    architecture = examine(plain, request, equal=lambda one, other: equal_tensors(plain, one, other))
+    used = {source for saved in architecture.saved for source in saved.weight.sources}
+    stored = sum(plain.tensors[name].nbytes for name in used)
+    footprint = Footprint(stored, architecture.footprint.after)
+    return make_plan(plain, replace(architecture, footprint=footprint), None, settings.max_shard_bytes)
 
 
 def as_plain(

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qz.formats import shards
-from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.output.shard_layout import ShardLayout
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
 from qz.quantize.planning.computable import require_computable
 from qz.quantize.planning.refinement import Refinement
-from qz.quantize.planning.sources import Packed, Source
+from qz.quantize.planning.sources import Source
 
 Act = Literal["keep", "quantize", "dequantize"]
 
@@ -38,7 +38,7 @@ class Step:
     def act(self) -> Act:
         if self.weight.quantized:
             return "quantize"
-        return "dequantize" if any(isinstance(source, Packed) for source in self.sources) else "keep"
+        return "keep" if all(isinstance(source, StoredTensor) for source in self.sources) else "dequantize"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,9 @@ class Plan:
 
     @property
     def quantized(self) -> tuple[Weight, ...]:
-        """The weights that are quantized, in the output or in the source."""
-        return tuple(step.weight for step in self.steps if step.act != "keep")
+        """The weights that are quantized: in the output, or in a source that is dequantized."""
+        act = "quantize" if self.method is not None else "dequantize"
+        return tuple(step.weight for step in self.steps if step.act == act)
 
 
 def make_plan(

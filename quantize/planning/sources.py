@@ -1,9 +1,10 @@
-"""What a step reads: a tensor as it is stored, or a weight that bitsandbytes quantized."""
+"""What a step reads: a tensor as it is stored, or one that bitsandbytes or another tool quantized."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import StoredTensor
 
@@ -37,4 +38,11 @@ class Packed:
         return self.weight.parts["weight"].nbytes
 
 
-Source = StoredTensor | Packed
+Source = StoredTensor | Packed | Decoded
+
+
+def stored_parts(source: Source) -> tuple[StoredTensor, ...]:
+    """All that is stored of a source."""
+    if isinstance(source, StoredTensor):
+        return (source,)
+    return tuple((source.weight if isinstance(source, Packed) else source).parts.values())

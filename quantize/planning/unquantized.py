@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from qz import Unsupported
+from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+from qz.quantize.planning.sources import stored_parts
 
 COMPARE_BYTES = 1 << 20
 
@@ -36,14 +38,24 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two stored tensors hold the same bytes, compared piece by piece."""
+    """Whether two tensors are stored as the same bytes, compared piece by piece."""
     first, second = checkpoint.tensors[one], checkpoint.tensors[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    if (first.dtype, first.shape) != (second.dtype, second.shape) or encoding(first) != encoding(second):
         return False
+    parts = zip(stored_parts(first), stored_parts(second), strict=True)
+    return all(_equal_parts(checkpoint, *pair) for pair in parts)
 
+
+def encoding(tensor: StoredTensor | Decoded) -> object:
+    return (tensor.encoding, tuple(tensor.parts)) if isinstance(tensor, Decoded) else None
+
+
+def _equal_parts(checkpoint: Checkpoint, first: StoredTensor, second: StoredTensor) -> bool:
     def piece(tensor: StoredTensor, start: int) -> bytes:
         buffer = bytearray(min(COMPARE_BYTES, tensor.nbytes - start))
         checkpoint.folder.read_into(tensor.file, tensor.offset + start, memoryview(buffer))
         return bytes(buffer)
 
-    return all(piece(first, start) == piece(second, start) for start in range(0, first.nbytes, COMPARE_BYTES))
+    return first.nbytes == second.nbytes and all(
+        piece(first, start) == piece(second, start) for start in range(0, first.nbytes, COMPARE_BYTES)
+    )

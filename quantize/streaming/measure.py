@@ -13,6 +13,7 @@ from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, open_chec
 from qz.formats.folder import Folder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
+from qz.formats.sources.encoded import plain_checkpoint
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, LoadRequest
@@ -193,6 +194,7 @@ class AgainstOriginal(Measure):
 
 def steps_of(original: Checkpoint) -> dict[str, Step]:
     """How the original's weights are read, by the name under which the library saves them."""
+    original = plain_checkpoint(original)
     refuse_quantized(original)
     architecture = examine(original, LoadRequest(None), equal=lambda one, other: equal_tensors(original, one, other))
     plan = make_plan(original, architecture, None, 1 << 62)

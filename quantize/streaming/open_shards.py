@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from qz.quantize.planning.sources import Packed
+from qz.quantize.planning.sources import stored_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -133,5 +133,4 @@ class OpenShards:
 
 def _source_files(step: Step) -> set[str]:
     """The files that a step's outputs are made of."""
-    parts = [source.weight.parts.values() if isinstance(source, Packed) else () for source in step.sources]
-    return {source.file for source in step.sources} | {part.file for each in parts for part in each}
+    return {part.file for source in step.sources for part in stored_parts(source)}

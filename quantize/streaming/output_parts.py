@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,14 @@ from qz.formats.output.record import WrittenFile
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.section import Section
 from qz.formats.output.shard_layout import ShardLayout
+from qz.formats.output.shares import PART_FILE, SectionOfShare, Share
 from qz.formats.output.staging import RESUMABLE, Staging
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
+from qz.quantize.streaming import shares
 from qz.quantize.streaming.measure import Measure
 from qz.quantize.streaming.not_finite import NotFinite
-from qz.quantize.streaming.readable import UnreadableOutput, require_readable
+from qz.quantize.streaming.readable import UnreadableOutput, converted, require_readable
 from qz.quantize.streaming.run import Run
 from qz.quantize.streaming.shard_order import ShardOrder, by_shard, joined, shard_order
 
@@ -42,11 +44,18 @@ class Target:
     disk: Disk = field(default_factory=Disk)
     publication: Publication | None = None
     """Where finished files go at once, so that none stays here."""
+    share: Share | None = None
+    """Which part of the output is made, if not all of it."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is made."""
+        return self.output if self.share is None else self.share.place(self.output)
 
     @property
     def place(self) -> str:
         """The folder that is written, empty where there is none in the end."""
-        return "" if self.publication is not None else str(self.output)
+        return "" if self.publication is not None else str(self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,12 @@ def write_parts(
     local = [each for each in sources if isinstance(each, LocalFolder)]
     for place in (place for each in local for place in each.places()):
         refuse_overlap(place, target.output, target.disk)
+        if target.share is not None:
+            refuse_overlap(place, target.folder.parent, target.disk)
+    if (made := shares.made_before(target, fingerprint)) is not None:
+        return Written(tuple(made.files.values()), True, shares.not_finite(made.receipt))
+    owners = shares.owners_of(parts, target.share)
+    elsewhere = shares.elsewhere(owners, target.share)
     publication = target.publication
     if publication is not None:
         parts = [replace(part, plan=by_shard(part.plan)) if part.plan is not None else part for part in parts]
@@ -122,9 +137,13 @@ def write_parts(
         _staging(parts, target, fingerprint, about) as staging,
         _trust(staging, local),
     ):
+        shares.require_alone(target, fingerprint)
         resumed = staging.resumed
         meter = _Meter(progress, _doing(parts))
-        sections = [Section(staging, part.name) for part in parts]
+        sections = [
+            SectionOfShare(staging, part.name, elsewhere) if elsewhere else Section(staging, part.name)
+            for part in parts
+        ]
         runs = [
             Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, observer=part.measure)
             if part.plan
@@ -135,12 +154,12 @@ def write_parts(
             meter.expect(run, part.carried, section)
         if resumed:
             begun = sum(each.bytes for each in staging.begun.values())
-            meter.go_on((len(staging.finished), len(_resumable(parts))), begun)
+            meter.go_on((len(staging.finished), len(_resumable(parts, elsewhere))), begun)
         for part, section, run in zip(parts, sections, runs, strict=True):
             copy(part.carried, section, meter.copied)
             if run is not None:
                 run.convert(threads)
-                run.look_again(threads)
+                run.look_again(threads, section.elsewhere)
                 meter.finish(run)
             if part.plan is not None and part.measure is not None:
                 part.measure.finish(part.plan, arithmetic, threads)
@@ -149,8 +168,12 @@ def write_parts(
             if part.name:  # what it holds to read ahead is of no more use
                 for folder in _folders(part):
                     folder.close()
-        written = staging.commit(lambda folder: require_readable(folder, parts))
-    found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
+        found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
+        if target.share is not None:
+            staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found))
+            written = staging.commit()  # the merge reads the whole
+        else:
+            written = staging.commit(lambda folder: require_readable(folder, converted(parts)))
     return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes, staging.notes)
 
 
@@ -161,14 +184,14 @@ def _staging(
     needed = staged_bytes(parts, target)
     if target.publication is None:
         return Staging(
-            target.output,
+            target.folder,
             fingerprint,
             needed=needed,
-            overwrite=target.overwrite,
+            overwrite=target.overwrite or target.share is not None,  # a damaged part is made again
             resume=target.resume,
             about=about,
             disk=target.disk,
-            resumable=_resumable(parts),
+            resumable=_resumable(parts, shares.elsewhere(shares.owners_of(parts, target.share), target.share)),
         )
     from qz.formats.publish.uploaded_output import UploadedOutput
 
@@ -187,13 +210,13 @@ def _staging(
     )
 
 
-def _resumable(parts: Sequence[Part]) -> dict[str, ShardLayout | None]:
-    return {name: layout for part in parts for name, layout in part.resumable.items()}
+def _resumable(parts: Sequence[Part], elsewhere: Collection[str] = ()) -> dict[str, ShardLayout | None]:
+    return {name: layout for part in parts for name, layout in part.resumable.items() if name not in elsewhere}
 
 
 def staged_bytes(parts: Sequence[Part], target: Target) -> int:
     """Bytes on the disk, at most, while the parts are written."""
-    needed = sum(part.bytes_output for part in parts)
+    needed = sum(part.bytes_output for part in parts) - shares.bytes_elsewhere(parts, target.share)
     if target.publication is None:
         return needed
     sent = sum(shard.size for part in parts if part.plan is not None for shard in part.plan.shards)

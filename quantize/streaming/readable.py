@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,19 +20,23 @@ class UnreadableOutput(Unsupported):
     """What was written is not what qz itself can read: it is not kept, nor used by a later run."""
 
 
-def require_readable(folder: Path, parts: Iterable[Part]) -> None:
+def converted(parts: Iterable[Part]) -> dict[str, str]:
+    """The folders in which a converted model lies, and where it comes from."""
+    return {part.name: part.plan.checkpoint.folder.location for part in parts if part.plan is not None}
+
+
+def require_readable(folder: Path, models: Mapping[str, str]) -> None:
     """Raise UnreadableOutput unless the record and every converted model in ``folder`` can be read without an error.
 
-    Reads headers and quant states, some milliseconds' worth: what the tensors hold was compared when it was written.
+    ``models``: folders in it, and where what is in them comes from. Reads headers and quant states, some milliseconds'
+    worth: what the tensors hold was compared when it was written.
     """
     root = LocalFolder(folder)
     try:
-        for part in parts:
-            if part.plan is not None:
-                inner = root.subfolder(part.name) if part.name else root
-                source = part.plan.checkpoint.folder.location
-                _require_no_errors(inner, source)
-                inner.close()
+        for name, source in models.items():
+            inner = root.subfolder(name) if name else root
+            _require_no_errors(inner, source)
+            inner.close()
         read_record(root)
     except UnreadableOutput:
         raise

@@ -1,4 +1,4 @@
-"""What a step reads: tensors as they are stored, and weights that bitsandbytes quantized, as values in chunks."""
+"""What a step reads: tensors as they are stored, and weights that were quantized, as values in chunks."""
 
 from __future__ import annotations
 
@@ -10,27 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
+from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, elements
+from qz.quantize.decoding.open import Reader as Reader
+from qz.quantize.decoding.open import decoding_reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
 from qz.quantize.planning.sources import Packed, Source
 
+PIECE = 4 << 20
+"""Values computed at a time where a whole tensor is needed."""
+_NOTHING = np.empty(0, np.uint8)
 MAP_TOLERANCE = 1e-6
 """Versions of bitsandbytes computed the same maps with different last bits."""
-
-
-class Reader(Protocol):
-    """Reads one source in chunks, from any thread."""
-
-    unit: int
-    """Values that cannot be parted: a chunk starts at a multiple of it."""
-
-    def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
-        """The bytes of values ``[start, stop)``, and their dtype: the source's own, or ``target`` if that is exact."""
-        ...
 
 
 class Dequantizer(Protocol):
@@ -56,6 +51,8 @@ def reader(folder: Folder, source: Source, dequantizer: Dequantizer = kernels) -
     """The reader of a source; it holds what it needs of the whole tensor, so it should live as long as the work."""
     if isinstance(source, StoredTensor):
         return _Stored(folder, source)
+    if isinstance(source, Decoded):
+        return decoding_reader(folder, source)
     kind = _Int8 if source.weight.kind == "int8" else _FourBit
     return kind(folder, source, dequantizer)
 
@@ -187,7 +184,7 @@ def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes
     tensors = {}
     for source in sources:
         count = elements(source.shape)
-        raw, stored = reader(folder, source).read(0, count, target, lambda _, nbytes: np.empty(nbytes, np.uint8))
+        raw, stored = _read_whole(reader(folder, source), count, target)
         tensor = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[stored])).reshape(source.shape)
         tensors[source.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
@@ -195,3 +192,26 @@ def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes
         tensor = tensor.T
     assembled: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return assembled
+
+
+def _read_whole(opened: Reader, count: int, target: str) -> tuple[Bytes, str]:
+    """All values of a source, computed in pieces: what decoding needs besides stays small."""
+    length = max(opened.unit, PIECE // opened.unit * opened.unit)
+    held: dict[str, Bytes] = {}
+
+    def memory(use: str, nbytes: int) -> Bytes:
+        if nbytes > held.get(use, _NOTHING).size:
+            held[use] = np.empty(nbytes, np.uint8)
+        return held[use][:nbytes]
+
+    if count <= length:
+        return opened.read(0, count, target, memory)
+    raw, dtype = opened.read(0, length, target, memory)
+    size = raw.nbytes // length
+    whole = np.empty(count * size, np.uint8)
+    whole[: raw.nbytes] = raw
+    for start in range(length, count, length):
+        stop = min(start + length, count)
+        raw, _ = opened.read(start, stop, target, memory)
+        whole[start * size : stop * size] = raw
+    return whole, dtype

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable, Iterator
 
 import numpy as np
 
+from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.folder import Folder, Range
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
@@ -23,6 +24,7 @@ from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.computable import cast_by_torch
 from qz.quantize.planning.plan import Plan, Step
+from qz.quantize.planning.sources import Packed, stored_parts
 from qz.quantize.streaming.discard import DiscardOutput
 from qz.quantize.streaming.encoder import Encoder
 from qz.quantize.streaming.not_finite import NotFinite
@@ -89,7 +91,11 @@ class Run:
     def convert(self, threads: int) -> None:
         """Write every unfinished shard, then check that the source did not change while it was read."""
         self.folder.announce(
-            [Range(s.file, s.offset, s.offset + s.nbytes) for step in self.steps for s in step.sources]
+            [
+                Range(part.file, part.offset, part.offset + part.nbytes)
+                for step in self.steps
+                for part in _streamed(step)
+            ]
         )
         full = self.shards.open(self.steps)
         chunks = self._chunks()
@@ -110,16 +116,27 @@ class Run:
             raise self.workers.errors[0]
         self.folder.check()
 
-    def look_again(self, threads: int) -> None:
-        """Read what an earlier run had finished and did not quantize, for values in it that are not finite."""
+    def look_again(self, threads: int, elsewhere: Container[str] = ()) -> None:
+        """Read what an earlier run had finished and did not quantize, for values in it that are not finite.
+
+        ``elsewhere``: shards that others make and look at.
+        """
         done_now = {step.weight.name for step in self.steps}
-        left = [step for step in self.plan.steps if step.act == "keep" and step.weight.name not in done_now]
+        left = [
+            step
+            for step in self.plan.steps
+            if step.act == "keep" and step.weight.name not in done_now and not self._is_elsewhere(step, elsewhere)
+        ]
         buffers = Buffers(self.arithmetic)
         only = {step.weight.name for step in left if not self._finished_is_finite(step, buffers)}
         if only:
             again = Run(self.plan, self.folder, DiscardOutput(), self.arithmetic, only=only)
             again.convert(threads)
             self.kept_nonfinite |= again.kept_nonfinite
+
+    def _is_elsewhere(self, step: Step, files: Container[str]) -> bool:
+        """Whether all that a step writes lies in ``files``."""
+        return all(self.plan.shards[self.plan.shard_of[saved.name]].file in files for saved in step.outputs)
 
     def _finished_is_finite(self, step: Step, buffers: Buffers) -> bool:
         """Whether the output of an earlier run has finite values only: it is nearer than a source on the Hub."""
@@ -197,12 +214,13 @@ class Run:
 
     def _look_at_kept(self, step: Step, before: Values, after: Values, memory: Memory) -> None:
         """Note values that are not finite, or no more after the cast. Dequantized ones can overflow float16 only."""
-        if step.act == "dequantize" and after[1] != "F16":
+        computed = any(isinstance(source, Packed) for source in step.sources)  # from finite scales, by finite codes
+        if computed and after[1] != "F16":
             return
         count = count_nonfinite(*after, memory)
         if count:
             stored = count_nonfinite(*before, memory) if before[1] != after[1] else count
-            if step.act == "dequantize":  # computed from finite scales
+            if computed:
                 stored = 0
             name = step.outputs[0].name
             with self.lock:
@@ -283,6 +301,15 @@ class Run:
         doing = "Dequantizing" if self.plan.method is None else "Quantizing"
         total = len(self.steps)
         self.progress(Progress(doing, self.weights_done, total, self.bytes_done, self.all_bytes, file=shard))
+
+
+def _streamed(step: Step) -> Iterator[StoredTensor]:
+    """What a step reads from one end to the other; of weights that bitsandbytes quantized the codes."""
+    for source in step.sources:
+        if isinstance(source, Packed):
+            yield source.weight.parts["weight"]
+        else:
+            yield from stored_parts(source)
 
 
 def _unit(step: Step, plan: Plan, source: Reader) -> int:

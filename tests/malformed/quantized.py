@@ -219,7 +219,7 @@ CASES: dict[str, Case] = {
         {"config.json": {"model_type": "llama", "compression_config": {"format": "x"}}},
         ("quantized-by-other",),
     ),
-    "other: fp8 weights": ("single", {FILE: {"a.weight": ("F8_E4M3", (2, 2))}}, ("fp8-weights",)),
+    "other: fp8 weights beside nf4": tensors("nf4", {"a.weight": ("F8_E4M3", (2, 2))}, "fp8-weights"),
     # diffusers
     "diffusers: bf16 storage": tensors("diffusers-nf4", {"q.weight": ("BF16", (32, 1))}, "storage-unsupported"),
     "diffusers: split across shards": (

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,20 +20,17 @@ from qz import QzError
 from qz.formats.folder import LocalFolder
 from qz.quantize.inspection.model import inspect_model, read_folder
 from qz.quantize.inspection.report import Origin
-from reference import (
-    config_of,
-    dequantized_by_bitsandbytes,
-    differing_files,
-    diffusers_model,
-    raw,
-    tensors_of,
-    transformers_model,
-)
+from reference import config_of, dequantized_by_bitsandbytes, differing_files, differing_tensors, tensors_of
+from whole_zoo.inputs import Inputs, inputs_that_run
+from whole_zoo.oracles import LIBRARIES, Library, differing_values, loads_back
 
 METHODS = ("nf4", "int8")
+SAMPLED = {"fp4": 8, "nf4-double": 8}
+"""Methods tried on a part of the classes: one of so many."""
 NEAR = 0.5
 """Cosine between the outputs of the original and of a model with a layer kept on purpose; nonsense is near 0."""
-
+STAGE = "stage"
+"""A file in a case's folder: what is being done, for the case that the process does not survive."""
 
 KNOWN = {
     (
@@ -54,13 +55,19 @@ class NotBuilt(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A class to try. ``build`` makes the model, and gives a function from a model to its inputs."""
+    """A class to try. ``rows_of`` yields what comes of it, a row for each method, in a folder of its own."""
 
     library: str
     kind: str
     """The model type in transformers, the class in diffusers."""
     architecture: str
-    build: Callable[[], tuple[Any, Callable[[Any], dict[str, torch.Tensor] | None]]]
+    rows_of: Callable[[Case, Path], Iterator[Row]]
+
+    def rows(self, folder: Path) -> Iterator[Row]:
+        return self.rows_of(self, folder)
+
+    def row(self, method: str = "", result: str = "", why: str = "") -> Row:
+        return Row(self.library, self.kind, self.architecture, method, result, " ".join(why.split())[:400])
 
 
 @dataclass
@@ -76,79 +83,112 @@ class Row:
     ran: str = ""
     faults: list[str] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+def seed(name: str) -> None:
+    torch.manual_seed(zlib.crc32(name.encode()))
 
 
-def rows_of(case: Case, folder: Path) -> list[Row]:
-    """A row for each method, or a single one for a class that cannot be built."""
-    torch.manual_seed(zlib.crc32(case.architecture.encode()))
-    try:
-        model, inputs_of = case.build()
+def fill(model: torch.nn.Module) -> None:
+    """Random weights, also where a class begins with zeros or ones."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data.normal_(std=0.05)
+
+
+def methods_of(name: str) -> list[str]:
+    number = zlib.crc32(name.encode())
+    return [*METHODS, *(method for order, (method, one_of) in enumerate(SAMPLED.items()) if number % one_of == order)]
+
+
+def model_rows(build: Callable[[], Any]) -> Callable[[Case, Path], Iterator[Row]]:
+    """The rows of the model that ``build`` makes, or a single one for a class that cannot be built."""
+
+    def rows_of(case: Case, folder: Path) -> Iterator[Row]:
+        seed(case.architecture)
         source = folder / "source"
-        model = model.bfloat16().eval()
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data.normal_(std=0.05)
-        model.save_pretrained(source)
-    except NotBuilt as error:
-        return [Row(case.library, case.kind, case.architecture, "", "not built", str(error))]
-    except Exception as error:  # the library's own trouble with a random model
-        return [
-            Row(case.library, case.kind, case.architecture, "", "not built", f"{type(error).__name__}: {error}"[:120])
-        ]
-    rows = []
-    for method in METHODS:
-        row = Row(case.library, case.kind, case.architecture, method)
         try:
-            _compare(row, model, inputs_of(model), source, folder / method)
+            model = build().bfloat16().eval()
+            fill(model)
+            model.save_pretrained(source)
+        except NotBuilt as error:
+            yield case.row(result="not built", why=str(error))
+            return
+        except Exception as error:  # the library's own trouble with a random model
+            yield case.row(result="not built", why=f"{type(error).__name__}: {error}")
+            return
+        mark(folder, "", "while the library loads and runs the original")
+        try:
+            model, _ = LIBRARIES[case.library](type(model), source).loaded(source)
         except Exception as error:
-            row.faults.append(f"{type(error).__name__}: {str(error).strip()[:200]}")
-        for (kind, beginning), reason in KNOWN.items():
-            if kind == case.kind and any(fault.startswith(beginning) for fault in row.faults):
-                row.faults = [fault for fault in row.faults if not fault.startswith(beginning)]
-                row.result, row.why = "known difference", reason
-        rows.append(row)
-    return rows
+            yield case.row(result="not built", why=f"does not load what it saved: {type(error).__name__}: {error}")
+            return
+        inputs = inputs_that_run(model)
+        for method in methods_of(case.architecture):
+            row = case.row(method)
+            try:
+                _compare(row, model, inputs, source, folder / method)
+            except Exception as error:
+                row.faults.append(f"{type(error).__name__}: {str(error).strip()[:300]}")
+            _explain(row)
+            shutil.rmtree(folder / method, ignore_errors=True)
+            yield row
+
+    return rows_of
 
 
-def _compare(row: Row, model: Any, inputs: Any, source: Path, folder: Path) -> None:
+def _explain(row: Row) -> None:
+    for (kind, beginning), reason in KNOWN.items():
+        if kind == row.kind and any(fault.startswith(beginning) for fault in row.faults):
+            row.faults = [fault for fault in row.faults if not fault.startswith(beginning)]
+            row.result, row.why = "known difference", reason
+
+
+def _compare(row: Row, model: Any, inputs: Inputs, source: Path, folder: Path) -> None:
     output, reference, plain = folder / "output", folder / "reference", folder / "plain"
-    model_class = type(model)
+    library = LIBRARIES[row.library](type(model), source)
+    mark(source.parent, row.method, "in qz quantize")
     try:
         summary = quantized(source, output, row.method)
     except QzError as error:
-        row.result, row.why = "refused", str(error)
-        if "nothing of" not in row.why and _library_can(row.library, model_class, source, reference, row.method):
+        row.result, row.why = "refused", one_line(str(error).replace(str(source), "the model"))
+        mark(source.parent, row.method, "while the library quantizes")
+        if "nothing of" not in row.why and _library_can(library, source, reference, row.method):
             row.faults.append("refused, though what the library writes loads back")
         return
-    listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
     kept = any("its weight is read by" in reason for reason in summary.skipped.values())
     own_names = any("the model's own parameter names" in warning for warning in summary.warnings)
-    of_diffusers = row.library == "diffusers"
-    theirs = _quantized_by_library(row.library, model_class, source, row.method, listed)
-    theirs.save_pretrained(reference, **({} if of_diffusers else {"save_original_format": not own_names}))
     row.result = "kept on purpose" if kept else "the model's names" if own_names else "identical"
-    row.why = (
-        next((warning for warning in summary.warnings if "unquantized: its weight" in warning), "") if kept else ""
-    )
-    row.faults += [f"other bytes: {name}" for name in differing_files(reference, output)[:3]]
-    if of_diffusers:
-        loaded = diffusers_model(model_class, output, None, torch.bfloat16)
+    row.why = next((text for text in summary.warnings if "unquantized: its weight" in text), "") if kept else ""
+    mark(source.parent, row.method, "while the library quantizes")
+    listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
+    try:
+        theirs = library.quantized(source, row.method, listed)
+        library.save(theirs, reference, own_names=own_names)
+    except Exception as error:
+        row.result, row.why = "the library fails", one_line(f"{type(error).__name__}: {error}")
+        theirs = None
     else:
-        loaded, info = model_class.from_pretrained(output, output_loading_info=True)
-        left = {key: sorted(names)[:3] for key, names in info.items() if names and key != "error_msgs"}
-        if left:
-            row.faults.append(f"does not load plainly: {left}")
-    wanted, held = theirs.state_dict(), loaded.state_dict()
-    others = [name for name, value in wanted.items() if name not in held or not _same(held[name], value)]
-    row.faults += [f"another value: {name}" for name in others[:3]]
+        if row.method.endswith("-double"):  # how long a mean is as text decides the order in a file
+            others = differing_tensors(reference, output)
+        else:
+            others = differing_files(reference, output)
+        if others and own_names and not loads_back(library, theirs, reference):
+            row.why = "what the library writes does not load back, under the checkpoint's names or the model's"
+        else:
+            row.faults += [f"other bytes: {name}" for name in others[:3]]
+    mark(source.parent, row.method, "while the library loads what qz wrote")
+    loaded, left = library.loaded(output)
+    if left:
+        row.faults.append(f"does not load plainly: {left}")
     if loaded.get_memory_footprint() != summary.footprint_after:
         row.faults.append(f"footprint {summary.footprint_after:,} told, {loaded.get_memory_footprint():,} loaded")
+    if theirs is not None:
+        row.faults += [f"another value: {name}" for name in differing_values(theirs, loaded)[:3]]
+        _in_child(row, folder, lambda row: _run(row, model, theirs, loaded, inputs, kept=kept))
+    mark(source.parent, row.method, "in qz inspect and qz dequantize")
     with closing(LocalFolder(output)) as opened:
         errors = inspect_model(read_folder(opened), Origin(str(output), None, None)).errors
     row.faults += [f"inspect: {problem.kind}" for problem in errors]
-    row.ran = _run(row, model, theirs, loaded, inputs, kept=kept)
     dequantized(output, plain)
     found = tensors_of(plain)
     wrong = [
@@ -159,34 +199,22 @@ def _compare(row: Row, model: Any, inputs: Any, source: Path, folder: Path) -> N
     row.faults += [f"dequantize: {name}" for name in wrong[:3]]
 
 
-def _quantized_by_library(
-    library: str, model_class: Any, source: Path, method: str, skips: list[str] | None = None
-) -> Any:
-    if library == "diffusers":
-        kept = model_class._keep_in_fp32_modules or []  # the library adds them to the list by itself
-        named = [skip for skip in skips if skip not in kept] if skips is not None else None
-        return diffusers_model(model_class, source, method, torch.bfloat16, skips=named)
-    return transformers_model(model_class, source, method, skips=skips)
-
-
-def _library_can(library: str, model_class: Any, source: Path, reference: Path, method: str) -> bool:
-    """Whether the library's own output loads back whole."""
+def _library_can(library: Library, source: Path, reference: Path, method: str) -> bool:
+    """Whether the library loads the source whole, and what it writes of it quantized."""
     try:
-        _quantized_by_library(library, model_class, source, method).save_pretrained(reference)
-        if library == "diffusers":
-            diffusers_model(model_class, reference, None, torch.bfloat16)
-            return True
-        _, info = model_class.from_pretrained(reference, output_loading_info=True)
+        if library.loaded(source)[1]:
+            return False
+        return loads_back(library, library.quantized(source, method), reference)
     except Exception:
         return False
-    return not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two entries of a state dict are the same bits, or what tensors have beside them."""
-    if not torch.is_tensor(one) or not torch.is_tensor(other):
-        return type(one) is type(other)
-    return one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
+def mark(folder: Path, method: str, doing: str) -> None:
+    (folder / STAGE).write_text(f"{method} {doing}", encoding="utf-8")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())[:400]
 
 
 def _same_values(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -195,31 +223,44 @@ def _same_values(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return torch.equal(found, wanted) or (found.shape == wanted.T.shape and torch.equal(found, wanted.T))
 
 
-def _run(row: Row, model: Any, theirs: Any, loaded: Any, inputs: Any, *, kept: bool) -> str:
+def _run(row: Row, model: Any, theirs: Any, loaded: Any, inputs: Inputs, *, kept: bool) -> None:
     """One forward pass: "equal", "near", or why there is none. What the library's own model cannot do is no fault."""
-    if inputs is None:
-        return "no input known"
-    with torch.no_grad():
+    if inputs.values is None:
+        row.ran = inputs.why
+        return
+    try:
+        wanted = inputs.run(theirs)
+    except Exception as error:
+        row.ran = one_line(f"the library's quantized model fails: {type(error).__name__}: {error}")[:160]
+        return
+    found = inputs.run(loaded)
+    if not torch.equal(found, wanted) and not (found.isnan() & wanted.isnan()).any():
+        row.faults.append("another output than the library's quantized model")
+    row.ran = "equal"
+    if kept:
+        original = inputs.run(model).flatten().float()
+        near = torch.nn.functional.cosine_similarity(found.flatten().float(), original, dim=0)
+        row.ran = "near"
+        if not near > NEAR:
+            row.faults.append(f"the output is far from the original's: cosine {near:.2f}")
+
+
+def _in_child(row: Row, folder: Path, act: Callable[[Row], None]) -> None:
+    """Do what may end the process in one of its own, and take over what it says of the row."""
+    told = folder / "row.json"
+    child = os.fork()
+    if not child:
         try:
-            wanted = _first(theirs.eval()(**_cast(inputs, theirs)))
+            act(row)
+            told.write_text(json.dumps(asdict(row)), encoding="utf-8")
         except Exception as error:
-            return f"the library's own fails: {type(error).__name__}"
-        found = _first(loaded.eval()(**_cast(inputs, loaded)))
-        if not torch.equal(found, wanted) and not (found.isnan() & wanted.isnan()).any():
-            row.faults.append("another output than the library's quantized model")
-        if not kept:
-            return "equal"
-        original = _first(model(**_cast(inputs, model)))
-    near = torch.nn.functional.cosine_similarity(found.flatten().float(), original.flatten().float(), dim=0)
-    if not near > NEAR:
-        row.faults.append(f"the output is far from the original's: cosine {near:.2f}")
-    return "near"
-
-
-def _cast(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-def _first(output: Any) -> torch.Tensor:
-    values = output.values() if hasattr(output, "values") else output
-    return next(value for value in values if torch.is_tensor(value) and value.is_floating_point())
+            row.faults.append(one_line(f"does not run: {type(error).__name__}: {error}"))
+            told.write_text(json.dumps(asdict(row)), encoding="utf-8")
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if told.exists():
+        found = json.loads(told.read_text(encoding="utf-8"))
+        row.ran, row.faults = found["ran"], found["faults"]
+    else:
+        row.ran = f"the library ends the process: {signal.Signals(os.WTERMSIG(status)).name}"

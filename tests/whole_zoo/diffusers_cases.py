@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from whole_zoo.case import Case, NotBuilt
+from whole_zoo.case import Case, NotBuilt, model_rows
 
 MOST_PARAMETERS = 4_000_000
 _LAYERS = re.compile(r"(?:.*_)?(?:n_)?(?:num_)?(?:\w+_)?(?:layers?|blocks|depth|nlayers)")
@@ -52,7 +52,7 @@ def cases() -> Iterator[Case]:
     """Every class that subclasses ``ModelMixin`` by its source, in an order that is the same on every day."""
     found = {name: module for module, name in _definitions()}
     for name in sorted(found, key=lambda name: zlib.crc32(name.encode())):
-        yield Case("diffusers", name, name, _builder(found[name], name))
+        yield Case("diffusers", name, name, model_rows(_builder(found[name], name)))
 
 
 def _definitions() -> Iterator[tuple[str, str]]:
@@ -67,7 +67,7 @@ def _definitions() -> Iterator[tuple[str, str]]:
 
 
 def _builder(module: str, name: str) -> Any:
-    def build() -> tuple[Any, Any]:
+    def build() -> Any:
         try:
             model_class = getattr(import_module(module), name)
         except ImportError as error:
@@ -86,7 +86,7 @@ def _builder(module: str, name: str) -> Any:
             elif not any(isinstance(each, torch.nn.Linear) for each in model.modules()):
                 raise NotBuilt("no linear layer")
             else:
-                return model_class(**arguments), lambda _: None
+                return model_class(**arguments)
         raise NotBuilt(last)
 
     return build

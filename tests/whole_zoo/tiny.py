@@ -34,6 +34,26 @@ _POSITIONS = re.compile(
 _IMAGE = ("image_size", "pretrain_image_size", "crop_size", "resolution", "img_size", "sample_size")
 _TOKEN = re.compile(r".*(?:_token|_id|_ids|_index|_idx)")
 _AS_THEY_ARE = ("id2label", "label2id", "rope_parameters", "rope_scaling")
+_OF_STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+"""Follow from the number of layers."""
+_EMBED = re.compile(r".*(?:hidden_size|hidden_dim|embed_dim)")
+_WIDTHS = re.compile(
+    r".*(?:hidden_sizes|embed_dims?|widths|dims|channels|conv_dim|tdnn_dim|decoder_hidden_size|channel_list|filters)|"
+    r"embed_dim_per_stage"
+)
+NUMBERS: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
+    "cohere_compass": {"text_config.layer_types": ["sliding_attention", "sliding_attention"]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2}},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "granite_speech5_ctc": {"context_size": 32},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "reformer": {"is_decoder": True},
+}
+"""What a class's default config lacks, or what does not follow from it, by model type and path in the config."""
 
 Rule = Callable[[str, int, int, int], int]
 
@@ -78,42 +98,149 @@ def _shallow(key: str, value: int, layers: int, image: int) -> int:
     return min(value, layers) if _LAYERS.fullmatch(key) and not _NOT_LAYERS.search(key) else value
 
 
+def _divided(by: int) -> Rule:
+    """Fewer layers, and every width divided by one number, so that their ratios stay."""
+
+    def rule(key: str, value: int, layers: int, image: int) -> int:
+        if _KEY_HEADS.fullmatch(key) or _HEADS.fullmatch(key) or _HEAD_DIM.fullmatch(key):
+            return value
+        is_width = _INNER.fullmatch(key) or (_WIDTH.fullmatch(key) and not _LEFT.search(key)) or _EMBED.fullmatch(key)
+        if is_width:
+            return value // by if value >= 8 * by and value % by == 0 else value
+        return _shallow(key, value, layers, image)
+
+    return rule
+
+
 def _shrunk(config: dict[str, Any], rule: Rule, layers: int, image: int) -> dict[str, Any]:
     depths = {
         value
         for key, value in config.items()
-        if type(value) is int and _LAYERS.fullmatch(key) and not _NOT_LAYERS.search(key)
+        if type(value) is int and value > 2 and _LAYERS.fullmatch(key) and not _NOT_LAYERS.search(key)
     }
+    stages = config.get("depths")
+    if isinstance(stages, list):
+        depths -= {len(stages)}
+    kinds = config.get("layer_types") or config.get("layers_block_type") or config.get("block_types")
+    if isinstance(kinds, list) and len(kinds) in depths and all(isinstance(kind, str) for kind in kinds):
+        layers = max(layers, min(len(set(kinds)), 5))
+    outputs = config.get("out_indices")
+    if isinstance(outputs, list) and len(outputs) > 1 and depths:
+        layers = max(layers, len(outputs))
+    if config.get("model_type") == "timm_backbone":  # from another library, and never small
+        return _backbone(len(outputs) if isinstance(outputs, list) else 1)
     new: dict[str, Any] = {}
     for key, value in config.items():
-        if key in _AS_THEY_ARE or key.startswith(("tie_", "use_", "is_")):
+        if key in _OF_STAGES and depths and not isinstance(stages, list):
+            if key == "out_indices" and isinstance(value, list) and len(value) > 1:
+                new[key] = list(range(1, len(value) + 1))
+        elif key in _AS_THEY_ARE or str(key).startswith(("tie_", "use_", "is_")):
             new[key] = value
+        elif key == "per_layer_config" and isinstance(value, dict) and value:
+            new[key] = {str(layers - 1): next(iter(value.values()))}
         elif isinstance(value, dict):
             new[key] = _shrunk(value, rule, layers, image)
+        elif isinstance(stages, list) and value == len(stages):
+            new[key] = value
         elif type(value) is int:
             new[key] = rule(key, value, layers, image)
-        elif isinstance(value, list) and len(value) in depths and len(value) > layers:
-            kinds = list(dict.fromkeys(value)) if all(isinstance(each, str) for each in value) else []
-            new[key] = (kinds + value)[:layers]
-        elif isinstance(value, list) and re.fullmatch(r"depths|layers_per_stage|num_blocks|\w+_depths", key):
-            new[key] = [min(each, 1) if type(each) is int else each for each in value]
+        elif isinstance(value, list):
+            new[key] = _shrunk_list(key, value, rule, layers, depths)
         else:
             new[key] = value
+    return new | _fitting(config, new)
+
+
+def _shrunk_list(key: str, value: list[Any], rule: Rule, layers: int, depths: set[int]) -> list[Any]:
+    if len(value) in depths and len(value) > layers:
+        kinds = list(dict.fromkeys(value)) if all(isinstance(each, str) for each in value) else []
+        return (kinds + value)[:layers]
+    if not all(type(each) is int for each in value):
+        return value
+    if re.fullmatch(r"depths|layers_per_stage|num_blocks|num_layers|\w+_depths|hidden_layers|stage_num_blocks", key):
+        return [min(each, 1) for each in value]
+    if re.fullmatch(r"\w*(?:token_ids?|token_index)", key):
+        return [3 + each % 90 for each in value]
+    if _WIDTHS.fullmatch(key) and rule is not _shallow:
+        by = 8 if min(value) >= 64 else 4
+        return [max(8, each // by) if each % by == 0 and each >= 32 else each for each in value]
+    return value
+
+
+def _fitting(config: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that follow from others: the width of a head, the parts of a rotary embedding, the heads of Mamba."""
+    found: dict[str, Any] = {}
+    width, heads = new.get("hidden_size"), new.get("num_attention_heads")
+    if not isinstance(width, int):
+        return found
+    head = new.get("head_dim")
+    if (
+        type(head) is int
+        and type(heads) is int
+        and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+    ):
+        found["head_dim"] = head = max(width // heads, 8)
+    if "mamba_n_heads" in new and "mamba_d_head" in new:
+        found |= {"mamba_n_heads": 8, "mamba_d_head": int(new.get("mamba_expand") or 2) * width // 8}
+    if {"expand", "num_heads", "head_dim", "state_size"} <= new.keys():
+        found |= {"head_dim": 16, "num_heads": int(new["expand"]) * width // 16}
+    if new.get("num_key_value_heads", 0) is None and type(heads) is int:
+        found["num_key_value_heads"] = heads
+    half = (head or (width // heads if type(heads) is int and heads else 0)) // 2
+    if isinstance(new.get("rope_parameters"), dict) and half:
+        found["rope_parameters"] = _sections(new["rope_parameters"], half)
+    return found
+
+
+def _sections(rope: dict[str, Any], half: int) -> dict[str, Any]:
+    """The sections of a multimodal rotary embedding, for a smaller head."""
+    new: dict[str, Any] = {
+        key: _sections(value, half) if isinstance(value, dict) else value for key, value in rope.items()
+    }
+    parts = new.get("mrope_section")
+    if isinstance(parts, list) and len(parts) > 1:
+        total = max(int(half * (new.get("partial_rotary_factor") or 1)), len(parts))
+        new["mrope_section"] = [
+            total // len(parts) + (total % len(parts) if not index else 0) for index in range(len(parts))
+        ]
+    if rope.get("rope_type") == "dynamic" and rope.get("alpha", 0) is None:
+        new["alpha"] = 1000.0
     return new
 
 
+def _backbone(stages: int) -> dict[str, Any]:
+    names = [f"stage{number}" for number in range(1, 5)]
+    return {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+            "layer_type": "basic", "out_features": names[-stages:]}  # fmt: skip
+
+
 def tiny_configs(model_type: str) -> Iterator[Any]:
-    """Configs of a model type, the smallest first; those that the class refuses are left out."""
+    """Configs of a model type, the smallest first, and the errors of those that the class refuses."""
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    whole = config_class().to_dict()
+    try:
+        whole = config_class().to_dict()
+    except Exception as error:  # a class may have no config by default
+        yield error
+        whole = {}
     for key in ("transformers_version", "architectures", "dtype"):
         whole.pop(key, None)
-    tries: list[tuple[Rule, int, int]] = [(_narrow, 2, 32), (_narrow, 2, 64), (_narrow, 4, 224)]
-    tries += [(_shallow, 1, 224), (_shallow, 2, 224)]
+    tries: list[tuple[Rule, int, int]] = [(_narrow, 2, 32), (_narrow, 2, 64)]
+    tries += [(_divided(by), 2, 64) for by in (16, 8, 4)]
+    tries += [(_narrow, 4, 224), (_shallow, 1, 224), (_shallow, 2, 224)]
     for rule, layers, image in tries:
         try:
-            yield config_class.from_dict(json.loads(json.dumps(_shrunk(whole, rule, layers, image))))
-        except Exception:  # whatever a class says against such numbers
-            continue
+            small = _shrunk(whole, rule, layers, image)
+            for path, value in NUMBERS.get(model_type, {}).items():
+                _put(small, path, value)
+            yield config_class.from_dict(json.loads(json.dumps(small)))
+        except Exception as error:  # whatever a class says against such numbers
+            yield error
+
+
+def _put(config: dict[str, Any], path: str, value: Any) -> None:
+    *outer, last = path.split(".")
+    for key in outer:
+        config = config[key] if isinstance(config.get(key), dict) else config.setdefault(key, {})
+    config[last] = value

@@ -53,6 +53,11 @@ def keep(packages: Iterable[str]) -> None:
     _kept.update(packages)
 
 
+def kept() -> frozenset[str]:
+    """What ``keep`` was told."""
+    return frozenset(_kept)
+
+
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """Inside, where it is allowed, what is imported for the first time leaves out the compiler and what is optional."""

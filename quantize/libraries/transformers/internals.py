@@ -57,6 +57,7 @@ __all__ = [
     "get_model_conversion_mapping",
     "ignored_on_save",
     "kept_in_float32",
+    "loading_quantizer",
     "no_init_weights",
     "packages_missing",
     "remove_tied_weights_from_state_dict",
@@ -149,6 +150,14 @@ def weight_conversions(model: Any) -> list[Any]:
     """Renamings and converters that were at work when the model was loaded, and are undone when it is saved."""
     with _known_layout():
         return list(model._weight_conversions)
+
+
+def loading_quantizer(config: dict[str, Any]) -> Any:
+    """What the library loads a quantized checkpoint with, for the arguments of a ``BitsAndBytesConfig``."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    with _known_layout():
+        return AutoHfQuantizer.from_config(transformers.BitsAndBytesConfig(**config), pre_quantized=True)
 
 
 def storage_of(tensor: torch.Tensor) -> int:

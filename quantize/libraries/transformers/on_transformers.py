@@ -91,7 +91,7 @@ def examine(
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     state = remove_tied_weights_from_state_dict(state, model)
     entries = expand(state, quantized, request.method)
-    saved, notes = saved_tensors(model, entries, quantized, origins, tensors, transposed_weights)
+    saved, notes = saved_tensors(model, entries, quantized, origins, tensors, transposed_weights, request.method)
 
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())

@@ -32,25 +32,45 @@ class Origin:
     conversion: Conversion | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedNames:
+    """Which name of the model's state dict a checkpoint's name becomes in ``convert_and_load_state_dict_in_model``."""
+
+    renamings: list[Any]
+    converters: list[Any]
+    prefix: str
+    state: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: Model, state: Mapping[str, torch.Tensor], quantizer: Any = None) -> LoadedNames:
+        """``quantizer``: the library's, for a checkpoint that is quantized."""
+        mapping = get_model_conversion_mapping(model, None, quantizer)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        return cls(renamings, converters, model.base_model_prefix, state)
+
+    def after_loading(self, source: str) -> tuple[str, str | None]:
+        """The name, and the pattern of the converter that collects it; a name of the model itself is not renamed to
+        one that the model does not have."""
+        name, pattern = rename_source_key(source, self.renamings, self.converters, self.prefix, self.state)
+        if name not in self.state and source in self.state:
+            name, pattern = rename_source_key(source, [], [], self.prefix, self.state)
+        return str(name), pattern
+
+
 def find_origins(model: Model, tensors: Mapping[str, TensorSpec]) -> dict[str, Origin]:
     """State dict name → its sources, by the steps of ``convert_and_load_state_dict_in_model``.
 
     A source that matches a converter is collected with the others of its target; any other is only renamed, and the
     first one to arrive at a name wins, as there.
     """
-    mapping = get_model_conversion_mapping(model, None, None)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    prefix = model.base_model_prefix
+    names = LoadedNames.of(model, model.state_dict())
     origins: dict[str, Origin] = {}
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    by_pattern = {pattern: converter for converter in names.converters for pattern in converter.source_patterns}
     for source in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(source, renamings, converters, prefix, state)
-        if name not in state and source in state:
-            name, pattern = rename_source_key(source, [], [], prefix, state)
-        if name not in state:
+        name, pattern = names.after_loading(source)
+        if name not in names.state:
             continue
         if pattern is None:
             origins.setdefault(name, Origin((source,)))

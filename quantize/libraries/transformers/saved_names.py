@@ -14,21 +14,27 @@ from qz.quantize.libraries.transformers.internals import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    loading_quantizer,
     rename_source_key,
     revert_weight_conversion,
     storage_of,
     weight_conversions,
 )
-from qz.quantize.libraries.transformers.origins import Model, Origin
+from qz.quantize.libraries.transformers.origins import LoadedNames, Model, Origin
+from qz.quantize.methods import Method
+
+Entries = Mapping[str, tuple[str, str, bool, torch.Tensor]]
+"""Name in the state dict after quantization → (weight's name, part, variable, tensor on meta)."""
 
 
 def saved_tensors(
     model: Model,
-    entries: dict[str, tuple[str, str, bool, torch.Tensor]],
+    entries: Entries,
     quantized: Mapping[str, Weight],
     origins: Mapping[str, Origin],
     tensors: Mapping[str, TensorSpec],
     transposed_weights: set[str],
+    method: Method | None,
 ) -> tuple[tuple[Saved, ...], tuple[str, ...]]:
     """The output's tensors in the order and under the names of ``save_pretrained``.
 
@@ -40,12 +46,12 @@ def saved_tensors(
     by_identity = {id(tensor): name for name, (_, _, _, tensor) in entries.items()}
     reverted = _revert(model, {name: tensor for name, (_, _, _, tensor) in entries.items()})
     notes: tuple[str, ...] = ()
-    direct = {by_identity.get(id(tensor)) for tensor in reverted.values()}
-    if any(part for name, (_, part, _, _) in entries.items() if name not in direct):
-        notes = ("saved under the model's own parameter names: the checkpoint's names would merge quantized tensors",)
-        reverted = {_own_name(model, name): entries[name][3] for name in sorted(entries, key=dot_natural_key)}
-        direct = set(entries)
-    merged = _merged(model, {name: entries[name][3] for name in entries if name not in direct}, origins)
+    names = {by_identity[id(tensor)]: name for name, tensor in reverted.items() if id(tensor) in by_identity}
+    if method is not None and (reason := _unusable(entries, names)) is not None:
+        notes = (f"saved under the model's own parameter names: the checkpoint's names would {reason}",)
+        names = _own_names(model, entries, method)
+        reverted = {names[name]: entries[name][3] for name in sorted(entries, key=dot_natural_key)}
+    merged = _merged(model, {name: entries[name][3] for name in entries if name not in names}, origins)
     saved = []
     for name, tensor in reverted.items():
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
@@ -67,20 +73,48 @@ def saved_tensors(
     return tuple(saved), notes
 
 
-def _own_name(model: Model, name: str) -> str:
-    """The name to save a tensor by where the checkpoint's name will not do: the model's own, or as the renamings that
-    loading applies would have had it. Raises Unsupported if neither comes back as the model's own."""
-    conversions = weight_conversions(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    undone = rename_source_key(name, [entry.reverse_transform() for entry in renamings[::-1]], [], reverse=True)[0]
-    for saved in (name, undone):
-        if rename_source_key(saved, renamings, converters)[0] == name:
-            return str(saved)
-    raise Unsupported(
-        f"{type(model).__name__} cannot be quantized: transformers would load {name} under another name than it is "
-        "saved by, and leave out its scales."
-    )
+def _unusable(entries: Entries, names: Mapping[str, str]) -> str | None:
+    """What keeps the checkpoint's ``names``, by the model's own, from being the output's; None if nothing does."""
+    for name, (owner, part, _, _) in entries.items():
+        if part and name not in names:
+            return "merge quantized tensors"
+        if part.startswith("weight.") and names[name] != names[owner] + part.removeprefix("weight"):
+            return "part quantized weights from their scales"
+        if part and names[name].rpartition(".")[0] != names[owner].rpartition(".")[0] and "." not in part:
+            return "part quantized weights from their scales"
+    return None
+
+
+def _own_names(model: Model, entries: Entries, method: Method) -> dict[str, str]:
+    """The names to save by where the checkpoint's will not do: the model's own, or as they were before the renamings
+    that loading applies; the same way for all parts of a weight. Raises Unsupported if neither comes back."""
+    loaded = LoadedNames.of(model, model.state_dict(), loading_quantizer(method.config()))
+    reverse = [entry.reverse_transform() for entry in weight_conversions(model)[::-1]]
+    undone = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, (owner, part, _, _) in entries.items():
+        groups[owner if part else name].append(name)
+
+    def comes_back(saved: str, name: str) -> bool:
+        owner, part, _, _ = entries[name]
+        found, pattern = loaded.after_loading(saved)
+        return found == (owner if part else name) and not (part and pattern is None)
+
+    found: dict[str, str] = {}
+    for members in groups.values():
+        own = {name: name for name in members}
+        before = {name: str(rename_source_key(name, undone, [], reverse=True)[0]) for name in members}
+        for names in (own, before):
+            if all(comes_back(saved, name) for name, saved in names.items()):
+                found |= names
+                break
+        else:
+            lost = next(name for name in members if not comes_back(name, name))
+            raise Unsupported(
+                f"{type(model).__name__} cannot be quantized: transformers would load {lost} under another name than "
+                "it is saved by, and leave it out."
+            )
+    return found
 
 
 def _merged(model: Model, state: dict[str, torch.Tensor], origins: Mapping[str, Origin]) -> dict[str, _Backward]:

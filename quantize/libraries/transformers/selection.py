@@ -11,6 +11,7 @@ import torch
 from qz import Unsupported, UsageError
 from qz.quantize.libraries.architecture import LoadRequest, Skips, skip_list
 from qz.quantize.libraries.exemptions import exempt
+from qz.quantize.libraries.skip_names import spelled_out
 from qz.quantize.libraries.source_code.weight_readers import read_by_others
 from qz.quantize.libraries.transformers.internals import (
     MODULES_TO_PATCH_FOR_QUANTIZATION,
@@ -70,7 +71,10 @@ def select(model: Model, request: LoadRequest) -> Selection:
     exempted = exempt(reasons, linears, _matches, wanted=request.default_skips)
     linears = {path: transposed for path, transposed in linears.items() if path not in exempted.kept}
     skips = skip_list(Skips(tuple(sorted(defaults)), exempted.keys), request)
-    return Selection(linears, kept | dict(exempted.kept), skips, exempted.notes)
+    kept |= exempted.kept
+    if skips is not None:  # a list of its own: it is to mean the same to those that take no patterns
+        skips += [path for path in spelled_out(kept, skips) if not any(_matches([path], other) for other in linears)]
+    return Selection(linears, kept, skips, exempted.notes)
 
 
 def _matches(keys: Iterable[str], path: str) -> bool:

@@ -1,0 +1,44 @@
+"""``qz merge``: what the runs of ``--part`` made becomes one output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qz.cli import options
+from qz.cli.output import duration, facts, show, size, warn
+from qz.cli.progress import Display
+
+if TYPE_CHECKING:
+    from qz.quantize.merge import Merged
+
+
+def merge(
+    output: options.MergedArg,
+    overwrite: options.ReplaceOutputOpt = False,
+    fsync: options.FsyncOpt = True,
+    threads: options.ThreadsOpt = None,
+    as_json: options.JsonOpt = False,
+    quiet: options.QuietOpt = False,
+) -> None:
+    """Complete an output from its parts: all there, alike, every hash compared, then moved into place at once."""
+    from qz import api
+
+    with Display(quiet=quiet) as display:
+        done = api.merge(output, overwrite=overwrite, fsync=fsync, threads=threads, on_progress=display)
+    for warning in done.warnings if not done.up_to_date else ():
+        warn(warning)
+    text = facts(report(done))
+    show(done.as_json(), as_json=as_json, text=text, done=f"{done.output} is complete. There is nothing to run again.")
+
+
+def report(done: Merged) -> list[tuple[str, str]]:
+    """The result as labels and values."""
+    rows = [("output", str(done.output))]
+    if done.up_to_date:
+        return [*rows, ("merged", "before this run, and complete: nothing was to be done")]
+    return [
+        *rows,
+        ("parts", f"{done.parts:,}, every hash compared"),
+        ("files", f"{len(done.record.files):,}, {size(done.bytes)}"),
+        ("took", duration(done.seconds)),
+    ]

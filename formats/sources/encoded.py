@@ -1,0 +1,169 @@
+"""A checkpoint that another tool than bitsandbytes quantized, shown as the plain one that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from qz.formats.checkpoint.decoded import Decoded
+from qz.formats.checkpoint.problems import Problem, Problems, as_error
+from qz.formats.checkpoint.quantization_config import stated_quantization
+from qz.formats.malformed import quoted
+from qz.formats.sources.compressed_tensors import read_compressed_tensors
+from qz.formats.sources.gptq_awq import read_awq, read_gptq
+from qz.formats.sources.mxfp4 import read_mxfp4
+from qz.formats.sources.scaled import FLOATS_8, read_scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+    from qz.formats.folder import Folder
+
+_NOMINAL = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_READERS = {
+    "fp8": read_scaled,
+    "fbgemm_fp8": read_scaled,
+    "modelopt": read_scaled,
+    "mxfp8": read_scaled,
+    "mxfp4": read_mxfp4,
+    "compressed-tensors": read_compressed_tensors,
+    "gptq": read_gptq,
+    "awq": read_awq,
+}
+"""By ``quant_method``."""
+_KEYS = frozenset(("quantization_config", "compression_config"))
+_DEPTH = 4
+"""How deep in a config the part lies that states a quantization, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """``method`` as configs name it, and the tensors of the plain checkpoint by name, in the order of the stored ones.
+
+    ``left_out``: stored tensors that say nothing of the weights, such as scales of activations.
+    """
+
+    method: str
+    tensors: Mapping[str, StoredTensor | Decoded]
+    left_out: tuple[str, ...]
+
+    @property
+    def decoded(self) -> dict[str, Decoded]:
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, Decoded)}
+
+
+@dataclass
+class Reading:
+    """One checkpoint, while its tensors are taken apart. ``dtype``: of values that may be of any dtype."""
+
+    folder: Folder
+    tensors: Mapping[str, StoredTensor]
+    settings: Mapping[str, Any]
+    problems: Problems
+    dtype: str
+    block: tuple[int, int] | None = None
+    taken: dict[str, Decoded] = field(default_factory=dict)
+    """By the name of the tensor that holds the codes."""
+    used: set[str] = field(default_factory=set)
+    left: list[str] = field(default_factory=list)
+
+    def take(self, tensor: Decoded) -> None:
+        """``tensor`` stands for all of its parts."""
+        first = next(iter(tensor.parts.values()))
+        self.taken[first.name] = tensor
+        self.used |= {part.name for part in tensor.parts.values()}
+
+    def misfit(self, part: StoredTensor, weight: tuple[int, ...]) -> None:
+        """A part that does not fit its weight's shape."""
+        found = f"{part.dtype} {list(part.shape)}"
+        name = quoted(part.name)
+        self.problems.add("scale-malformed", name, name=name, found=found, weight=list(weight))
+
+    def missing(self, weight: str, kind: str, part: str) -> None:
+        name = quoted(weight)
+        self.problems.add("encoded-part-missing", name, name=name, kind=kind, missing=part)
+
+    def leave_out(self, tensor: StoredTensor) -> None:
+        self.used.add(tensor.name)
+        self.left.append(tensor.name)
+
+
+def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem, ...]]:
+    """What another tool's quantization made of the weights; None where there is none, or none that is known.
+
+    Reads headers, and of few formats some small tensors.
+    """
+    settings = stated_quantization(checkpoint.config)
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    read = _reader_of(checkpoint, method)
+    if read is None:
+        return None, ()
+    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    dtype = _NOMINAL.get(str(said).removeprefix("torch."), "BF16")
+    block = settings.get("weight_block_size") if isinstance(settings, dict) else None
+    reading = Reading(
+        checkpoint.folder,
+        checkpoint.stored,
+        settings if isinstance(settings, dict) else {},
+        Problems(checkpoint.folder.location),
+        dtype,
+        _pair(block),
+    )
+    read(reading)
+    tensors: dict[str, StoredTensor | Decoded] = {}
+    for name, tensor in reading.tensors.items():
+        if name in reading.taken:
+            found = reading.taken[name]
+            if found.name in tensors or (found.name != name and found.name in checkpoint.tensors):
+                reading.problems.add("encoded-twice", quoted(name), name=quoted(found.name))
+            tensors[found.name] = found
+        elif name not in reading.used:
+            tensors[name] = tensor
+    encoded = Encoded(str(method or "fp8"), tensors, tuple(reading.left))
+    if not reading.taken and not reading.problems.worst_first():
+        return None, ()
+    return encoded, reading.problems.worst_first()
+
+
+def _reader_of(checkpoint: Checkpoint, method: object) -> Any:
+    if isinstance(method, str) and method in _READERS:
+        return _READERS[method]
+    if method is None and any(tensor.dtype in FLOATS_8 for tensor in checkpoint.tensors.values()):
+        return read_scaled
+    return None
+
+
+def _pair(block: object) -> tuple[int, int] | None:
+    if isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block):
+        return block[0], block[1]
+    return None
+
+
+def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as it would be unquantized, if it is in a form that can be read; otherwise itself.
+
+    Raises MalformedInput or Unsupported for one that is in such a form, and damaged or beyond what is known of it.
+    """
+    encoded, problems = read_encoded(checkpoint)
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise as_error(checkpoint.folder.location, errors)
+    if encoded is None:
+        return checkpoint
+    return replace(
+        checkpoint,
+        tensors=encoded.tensors,
+        config=without_quantization(checkpoint.config),
+        encoded_as=encoded.method,
+        left_out=encoded.left_out,
+    )
+
+
+def without_quantization(config: Mapping[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
+    """``config`` without what it says of a quantization, at its root or in a part."""
+    return {
+        key: without_quantization(value, depth - 1) if isinstance(value, dict) and depth else value
+        for key, value in config.items()
+        if key not in _KEYS
+    }

@@ -1,0 +1,1 @@
+"""Who loads what qz writes, and what each of them needs of a checkpoint."""

@@ -1,0 +1,117 @@
+"""Linear layers that are not quantized, as vLLM and SGLang see them: by config.json alone, and fused into groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from qz.quantize.consumers.contents import EXPERT, Contents, shown
+from qz.quantize.consumers.verdict import Finding
+from qz.quantize.libraries.skip_names import named
+
+FUSED: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")),
+    "gate_up_proj": (("gate_proj", "up_proj"),),
+}
+"""Layers that vLLM (``packed_modules_mapping``) and SGLang (``bitsandbytes_stacked_params_mapping``) load into one
+parameter: its name → the names that the checkpoint has beside each other."""
+
+
+def split_groups(packed: Iterable[str], plain: Iterable[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Fused groups of which some members are quantized and some are not: the path of the fused layer, and both.
+
+    ``packed`` and ``plain`` are the paths of linear layers. Experts are no such groups: they are fused otherwise.
+    """
+    quantized = {path for path in packed if not EXPERT.fullmatch(f"{path}.weight")}
+    parents = dict.fromkeys(path.rpartition(".")[0] for path in plain)
+    others = set(plain)
+    for parent in parents:
+        prefix = f"{parent}." if parent else ""
+        for fused, alternatives in FUSED.items():
+            for members in alternatives:
+                paths = [prefix + member for member in members]
+                inside = [path for path in paths if path in quantized]
+                left = [path for path in paths if path in others]
+                if inside and left:
+                    yield prefix + fused, inside, left
+
+
+def _kept(contents: Contents) -> list[str]:
+    """Kept linears, experts aside."""
+    return [path for path in contents.kept_linears if not EXPERT.fullmatch(f"{path}.weight")]
+
+
+def _splits(contents: Contents) -> list[tuple[str, list[str], list[str]]]:
+    packed = [name.removesuffix(".weight") for name in contents.packed]
+    return list(split_groups(packed, _kept(contents)))
+
+
+def split_group_vllm(contents: Contents) -> Iterator[Finding]:
+    """vLLM fuses q/k/v and gate/up. Of a group that is quantized in part it quantizes the rest, too, to nf4 with double
+    quantization; in int8 it reads the rest's values as codes."""
+    found = _splits(contents)
+    if not found:
+        return
+    places = shown(fused for fused, _, _ in found)
+    left = shown(path.rpartition(".")[2] for path in found[0][2])
+    inside = shown(path.rpartition(".")[2] for path in found[0][1])
+    how = f"Skip {inside} too, or do not skip {left}."
+    if contents.is_int8:
+        text = f"fuses {places}, of which {left} is not quantized: its values would be read as int8 codes. {how}"
+        yield Finding("error", "split-group", text)
+    else:
+        text = f"fuses {places}, and quantizes the part that is not ({left}) to nf4 when it loads. {how}"
+        yield Finding("warning", "split-group", text)
+
+
+def split_group_sglang(contents: Contents) -> Iterator[Finding]:
+    """SGLang fuses q/k/v and gate/up, and has one packed parameter for a group: a part of it that is not quantized does
+    not fit."""
+    found = _splits(contents)
+    if found:
+        places = shown(fused for fused, _, _ in found)
+        left = shown(path.rpartition(".")[2] for path in found[0][2])
+        inside = shown(path.rpartition(".")[2] for path in found[0][1])
+        text = (
+            f"fuses {places} into one packed parameter, where {left}, which is not quantized, does not fit. "
+            f"Skip {inside} too, or do not skip {left}."
+        )
+        yield Finding("error", "split-group", text)
+
+
+def unlisted(contents: Contents) -> list[str]:
+    """Kept linears that ``llm_int8_skip_modules`` does not name so that vLLM and SGLang find it, but for output layers,
+    which both leave alone, and for members of split groups.
+
+    Only layers whose name is quantized elsewhere count: those are linear layers there for certain.
+    """
+    in_groups = {path for _, _, left in _splits(contents) for path in left}
+    leaves = {name.removesuffix(".weight").rpartition(".")[2] for name in contents.packed}
+    skips = contents.settings.skipped or ()
+    return [
+        path
+        for path in _kept(contents)
+        if path.rpartition(".")[2] in leaves and path not in in_groups and not named(path, skips)
+    ]
+
+
+def unlisted_vllm(contents: Contents) -> Iterator[Finding]:
+    """vLLM takes a layer for quantized unless config.json's llm_int8_skip_modules names it or a part of its path: it
+    quantizes it when it loads, to nf4 with double quantization; in int8 it reads the values as codes."""
+    if paths := unlisted(contents):
+        what = "would read as int8 codes" if contents.is_int8 else "quantizes to nf4 when it loads"
+        text = (
+            f"{what} what llm_int8_skip_modules does not name by a part of its path: {shown(paths)}. "
+            "Quantize again, with --skip and such names."
+        )
+        yield Finding("error" if contents.is_int8 else "warning", "unlisted-skip", text)
+
+
+def unlisted_sglang(contents: Contents) -> Iterator[Finding]:
+    """SGLang has a packed parameter for every layer that config.json's llm_int8_skip_modules does not name: values that
+    are not quantized do not fit."""
+    if paths := unlisted(contents):
+        text = (
+            "has no place for unquantized layers that llm_int8_skip_modules does not name by a part of their path: "
+            f"{shown(paths)}. Quantize again, with --skip and such names."
+        )
+        yield Finding("error", "unlisted-skip", text)

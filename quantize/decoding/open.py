@@ -1,0 +1,34 @@
+"""The reader of a tensor that is stored in another form than its values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from qz.formats.checkpoint.decoded import Columns, Decoded, Grid
+from qz.quantize.decoding.columns import ColumnsReader
+from qz.quantize.decoding.grid import GridReader
+from qz.quantize.decoding.transposed_blocks import TransposedBlocksReader
+
+if TYPE_CHECKING:
+    from qz.formats.folder import Folder
+    from qz.quantize.compute.arrays import Bytes, Memory
+
+
+class Reader(Protocol):
+    """Reads one source in chunks, from any thread."""
+
+    unit: int
+    """Values that cannot be parted: a chunk starts at a multiple of it."""
+
+    def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
+        """The bytes of values ``[start, stop)``, and their dtype: the source's own, or ``target`` if that is exact."""
+        ...
+
+
+def decoding_reader(folder: Folder, tensor: Decoded) -> Reader:
+    """It holds what it needs of the whole tensor, so it should live as long as the work."""
+    if isinstance(tensor.encoding, Grid):
+        return GridReader(folder, tensor, tensor.encoding)
+    if isinstance(tensor.encoding, Columns):
+        return ColumnsReader(folder, tensor, tensor.encoding)
+    return TransposedBlocksReader(folder, tensor)

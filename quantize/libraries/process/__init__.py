@@ -1,0 +1,28 @@
+"""A process of its own in which a library builds a class, so that the one that streams need not import it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+_allowed = False
+_meanwhile: list[Callable[[], object]] = []
+
+
+def allow() -> None:
+    """Say that this process is a command, which may start another one."""
+    global _allowed
+    _allowed = True
+
+
+def is_allowed() -> bool:
+    return _allowed
+
+
+def meanwhile(work: Callable[[], object]) -> None:
+    """Name what can be done here while the other process is at work; it is done once, if there is one."""
+    _meanwhile.append(work)
+
+
+def do_meanwhile() -> None:
+    while _meanwhile:
+        _meanwhile.pop()()

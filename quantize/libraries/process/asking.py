@@ -1,0 +1,193 @@
+"""The side that asks: it starts the other process, hands it a checkpoint's headers, and takes an architecture from it.
+
+What comes back is JSON, since a library with somebody's config is at work there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import qz
+from qz import QzError, TryAgain, Unsupported
+from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.malformed import Malformed
+from qz.quantize.libraries.answer_cache import GENERATION_CONFIG, decoded
+from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec
+from qz.quantize.libraries.importing import lean_imports
+from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
+from qz.quantize.libraries.process import do_meanwhile, is_allowed
+from qz.quantize.libraries.process.documents import Documents
+from qz.quantize.libraries.process.frames import READY, receive, send
+
+MODULE = "qz.quantize.libraries.process.answering"
+_process: _Process | None = None
+_together = 0
+
+
+class PlanningFailed(Exception):
+    """An error in the other process that no checkpoint explains: a bug."""
+
+
+def is_worthwhile(tensors: Mapping[str, TensorSpec]) -> bool:
+    """Whether this process gets by without the libraries, if another one asks them.
+
+    Not where a GPU needs torch here, nor where experts are merged, which the library does on the weights themselves.
+    """
+    return (
+        is_allowed()
+        and lean_imports.is_allowed()
+        and "torch" not in sys.modules
+        and bool(sys.executable)
+        and not any("expert" in name for name in tensors)
+        and not may_have_a_gpu()
+    )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What is asked inside is asked of one process."""
+    global _together
+    _together += 1
+    try:
+        yield
+    finally:
+        _together -= 1
+        if not _together:
+            close()
+
+
+def ask(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorSpec],
+    request: LoadRequest,
+    question: str,
+    equal: Callable[[str, str], bool] | None,
+) -> Architecture | None:
+    """As ``examine``, with its errors; None where it has to be asked here: the answer holds functions of the library,
+    or no process could be started."""
+    global _process
+    with together():
+        if _process is None:
+            _process = _Process.started()
+        if _process is None:
+            return None
+        folder = Documents(checkpoint.folder.location)
+        if GENERATION_CONFIG in checkpoint.folder.sizes():
+            folder.add(GENERATION_CONFIG, read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES))
+        told = replace(checkpoint, folder=folder, index=None, header_metadata={})
+        try:
+            return _process.answer(pickle.dumps((told, dict(tensors), request, question, equal is not None)), equal)
+        except BaseException:
+            close()
+            raise
+
+
+def close() -> None:
+    """End the other process, if there is one."""
+    global _process
+    process, _process = _process, None
+    if process is not None:
+        process.end()
+
+
+class _Process:
+    """The other process. It ends when its input does, and by ``end`` in any case."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._in, self._out = process, process.stdin, process.stdout
+
+    @classmethod
+    def started(cls) -> _Process | None:
+        """With the settings of this one; None where it does not come up."""
+        quiet = bool(warnings.filters) and warnings.filters[0][0] == "ignore"
+        level = logging.getLogger("bitsandbytes").level
+        # -P: the working directory, which may be a download, is no place to import from.
+        words = [sys.executable, "-P", *(["-W", "ignore"] if quiet else []), "-m", MODULE, str(level)]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        try:
+            process = subprocess.Popen(  # noqa: S603  this Python and this package
+                [*words, *sorted(lean_imports.kept())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **threads},
+                process_group=0,  # Ctrl-C is for the one that was started by hand, which ends this one
+            )
+        except (OSError, ValueError):
+            return None
+        found = cls(process)
+        try:
+            if receive(found._out) == READY:
+                return found
+        except BaseException:
+            found.end()
+            raise
+        found.end()
+        return None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._in, self._out):
+            with suppress(OSError):
+                stream.close()
+
+    def answer(self, question: bytes, equal: Callable[[str, str], bool] | None) -> Architecture | None:
+        with suppress(BrokenPipeError):
+            send(self._in, question)
+        do_meanwhile()
+        while (data := receive(self._out)) is not None:
+            said = json.loads(data)
+            if "equal" not in said:
+                return _taken(said)
+            assert equal is not None
+            one, other = said["equal"]
+            answer = equal(one, other)
+            with suppress(BrokenPipeError):
+                send(self._in, b"1" if answer else b"0")
+        raise _ended(self._process.wait())
+
+
+def _taken(said: dict[str, Any]) -> Architecture | None:
+    if "architecture" in said:
+        return decoded(said["architecture"])
+    if "error" not in said:
+        return None
+    error = _error(said["error"], said["kind"], said["message"])
+    error.add_note(said["trace"])
+    raise error
+
+
+def _error(name: str, kind: str | None, message: str) -> Exception:
+    """The error as it was in the other process."""
+    found = getattr(qz, name, None)
+    if kind is not None:
+        return Malformed(kind, message)
+    if isinstance(found, type) and issubclass(found, QzError):
+        return found(*message.split("\n"))
+    return MemoryError(message) if name == "MemoryError" else PlanningFailed(f"{name}: {message}")
+
+
+def _ended(code: int) -> QzError:
+    """What it means that the other process ended without an answer. ``code``: minus the signal that ended it."""
+    if code in (-signal.SIGKILL, -signal.SIGTERM):
+        return TryAgain(
+            "The process that builds the model was ended by the system, most likely for want of memory. Close other "
+            "programs, and run the same command again."
+        )
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return Unsupported(
+        f"The library crashed while it built the model ({name}). Check config.json, or try another version of it."
+    )

@@ -1,0 +1,26 @@
+"""The report of the run that made an output, from the record that it left there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qz.formats.output.record import Record
+
+HIDDEN = ("qz", "versions", "command", "identity", "settings")
+"""What a record says of the making that no report says."""
+
+
+def report_of_record(record: Record, output: Path, notes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys that do not depend on the run: see ``Summary.as_json``. ``notes`` are added to the warnings."""
+    told = {key: value for key, value in record.about.items() if key not in HIDDEN}
+    source, warnings = told.get("source"), told.get("warnings")
+    shards = [file for file in record.files if file.name.endswith(".safetensors")]
+    return {
+        **told,
+        "warnings": [*(warnings if isinstance(warnings, list) else ()), *notes],
+        "source": source if isinstance(source, dict) else {},
+        "output": str(output),
+        "dry_run": False,
+        "shards": [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in shards],
+    }

@@ -1,0 +1,179 @@
+"""The command has the library asked in a process of its own, with bounds on what a config can make it take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converted import quantized
+from pace import HANG
+from qz import MalformedInput
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.quantize.convert import plan_quantization
+from qz.quantize.libraries.importing import work_bounds
+from qz.quantize.methods import FourBit
+from qz.quantize.settings import Settings
+from reference import differing_files
+
+Qz = Callable[..., subprocess.CompletedProcess[str]]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is told and bounded on Linux")
+
+AS_COMMAND = """
+import resource, sys
+from qz.cli import app
+from qz.quantize.libraries import process
+from qz.quantize.libraries.importing import lean_imports
+lean_imports.allow()
+process.allow()
+code = app.run(sys.argv[1:])
+most = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print([name for name in ("torch", "transformers") if name in sys.modules],
+      int(most.split()[1]) >> 10,
+      resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10, file=sys.stderr)
+sys.exit(code)
+"""
+MOST_MB = 400
+"""Of memory, for any process of a command that is given something hostile."""
+
+
+def as_command(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], str, int, int]:
+    """The run; the libraries that its process imported; its largest memory and that of the other process, in MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", AS_COMMAND, *arguments],
+        cwd=folder,
+        env={**os.environ, "QZ_CACHE": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    found = re.fullmatch(r"(\[.*\]) (\d+) (\d+)", done.stderr.splitlines()[-1])
+    assert found is not None, done.stderr
+    return done, found[1], int(found[2]), int(found[3])
+
+
+@pytest.fixture
+def source(tiny_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+
+
+def configure(source: Path, config: dict[str, Any]) -> None:
+    own = json.loads((source / "config.json").read_text())
+    if "_class_name" in config:
+        (source / "model.safetensors").rename(source / "diffusion_pytorch_model.safetensors")
+        own = {}
+    (source / "config.json").write_text(json.dumps(own | config))
+
+
+def test_the_process_that_streams_imports_no_library_and_writes_the_same(source: Path, tmp_path: Path) -> None:
+    for name in ("torch.py", "qz.py", "json.py"):  # the working directory may be a download
+        (tmp_path / name).write_text("raise SystemExit('code of somebody ran')\n")
+    quantized(source, tmp_path / "here", "nf4")
+    (tmp_path / "qz.py").unlink()  # `python -c` itself imports from there
+    (tmp_path / "json.py").unlink()
+    (tmp_path / "torch.py").unlink()
+    work = tmp_path / "work"
+    work.mkdir()
+    done, imported, _, there = as_command(work, "quantize", str(source), "-o", "there")
+    assert done.returncode == 0, done.stderr
+    assert imported == "[]"
+    assert there > 0
+    assert differing_files(tmp_path / "here", work / "there") == []
+
+
+BOMBS: dict[str, dict[str, Any]] = {
+    "a table made in a loop": {
+        "architectures": ["MarianModel"],
+        "model_type": "marian",
+        "max_position_embeddings": 10**8,
+    },
+    "a table made at once": {"head_dim": 10**9},
+    "the size of a picture": {"_class_name": "PixArtTransformer2DModel", "sample_size": 20_000, "patch_size": 1},
+}
+
+
+@pytest.mark.parametrize("config", BOMBS.values(), ids=BOMBS.keys())
+def test_a_config_whose_sizes_would_fill_the_memory_is_refused_before_they_do(
+    config: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    configure(source, config)
+    done, _, here, there = as_command(tmp_path, "quantize", "source")
+    assert done.returncode == MalformedInput.exit_code, done.stderr
+    assert "config.json describes a model whose building takes more than" in done.stderr
+    assert max(here, there) <= MOST_MB
+
+
+def test_a_program_that_uses_the_package_is_protected_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_bounds, "OF_OTHERS", 0)
+    monkeypatch.setattr(work_bounds, "SECONDS", 0.3)
+    configure(source, BOMBS["a table made in a loop"])
+    with pytest.raises(MalformedInput, match=r"takes more than .*, far more than the 21 tensors there are call for"):
+        plan_quantization(open_checkpoint(LocalFolder(source)), Settings(FourBit("nf4")))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int]] = {
+    "unsupported": ({"architectures": ["NoSuchModel"], "model_type": "none"}, 78),
+    "malformed": ({"num_hidden_layers": 3}, 65),
+    "a library's own error": ({"hidden_size": "64"}, 78),
+}
+
+
+@pytest.mark.parametrize(("config", "code"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_refused_there_is_refused_as_here(
+    config: dict[str, Any], code: int, source: Path, tmp_path: Path, qz: Qz, forked_qz: Qz
+) -> None:
+    configure(source, config)
+    there, here = qz("quantize", "source", QZ_CACHE="", QZ_LEAN="1"), forked_qz("quantize", "source")
+    assert there.returncode == here.returncode == code
+    assert there.stderr.replace(", or set QZ_LEAN=0, which imports the libraries whole", "") == here.stderr
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def other_process(pid: int) -> int | None:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(found[0]) if found else None
+
+
+def killed(source: Path, tmp_path: Path, number: int, *, both: bool) -> tuple[int, str]:
+    """A run that gets a signal while the library is asked, or whose other process does: how it ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qz", "quantize", str(source)],
+        cwd=tmp_path,
+        env={**os.environ, "QZ_CACHE": "", "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while (other := other_process(process.pid)) is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid if both else other, number)
+    _, errors = process.communicate(timeout=HANG)
+    while Path(f"/proc/{other}").exists():  # by itself, if the signal came while it was started
+        time.sleep(0.01)
+    return process.returncode, errors
+
+
+def test_ctrl_c_ends_both(source: Path, tmp_path: Path) -> None:
+    code, errors = killed(source, tmp_path, signal.SIGINT, both=True)
+    assert (code, errors.splitlines()[-1:]) == (130, ["Error: Interrupted."])
+
+
+def test_a_library_that_crashes_takes_nothing_along(source: Path, tmp_path: Path) -> None:
+    code, errors = killed(source, tmp_path, signal.SIGSEGV, both=False)
+    assert code in (0, 78), errors  # before it is ready, the library is asked here
+    if code == 78:
+        assert "The library crashed while it built the model (SIGSEGV)" in errors

@@ -1,0 +1,103 @@
+"""What the libraries themselves make of a model: quantized, saved and loaded by their own code. Not a line of qz."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from reference import config_of, diffusers_model, raw, transformers_model
+
+
+class Transformers:
+    """By the Auto class that serves a class under the config's model type, or by the class where none does."""
+
+    def __init__(self, model_class: Any, source: Path) -> None:
+        model_type = config_of(source).get("model_type")
+        self._loader = auto_class(model_class.__name__, model_type) or model_class
+
+    def quantized(self, source: Path, method: str, skips: list[str] | None = None) -> Any:
+        return transformers_model(self._loader, source, method, skips=skips)
+
+    def save(self, model: Any, folder: Path, *, own_names: bool = False) -> None:
+        model.save_pretrained(folder, save_original_format=not own_names)
+
+    def loaded(self, folder: Path) -> tuple[Any, dict[str, list[str]]]:
+        """The model, and what loading left over or missed."""
+        model, info = self._loader.from_pretrained(folder, output_loading_info=True)
+        left = {key: sorted(map(str, names))[:3] for key, names in info.items() if names and key != "error_msgs"}
+        return model, left
+
+
+class Diffusers:
+    """By the class, in bfloat16."""
+
+    def __init__(self, model_class: Any, source: Path) -> None:
+        self._class = model_class
+
+    def quantized(self, source: Path, method: str, skips: list[str] | None = None) -> Any:
+        kept = self._class._keep_in_fp32_modules or []  # the library adds them to the list by itself
+        named = [skip for skip in skips if skip not in kept] if skips is not None else None
+        return diffusers_model(self._class, source, method, torch.bfloat16, skips=named)
+
+    def save(self, model: Any, folder: Path, *, own_names: bool = False) -> None:
+        model.save_pretrained(folder)
+
+    def loaded(self, folder: Path) -> tuple[Any, dict[str, list[str]]]:
+        if "quantization_config" not in config_of(folder):
+            return self._class.from_pretrained(folder), {}
+        return diffusers_model(self._class, folder, None, torch.bfloat16), {}
+
+
+class Library(Protocol):
+    """One of the two."""
+
+    def quantized(self, source: Path, method: str, skips: list[str] | None = None) -> Any: ...
+
+    def save(self, model: Any, folder: Path, *, own_names: bool = False) -> None: ...
+
+    def loaded(self, folder: Path) -> tuple[Any, dict[str, list[str]]]: ...
+
+
+LIBRARIES: dict[str, Callable[[Any, Path], Library]] = {"transformers": Transformers, "diffusers": Diffusers}
+
+
+def loads_back(library: Library, model: Any, folder: Path, *, own_names: bool = False) -> bool:
+    """Whether what the library writes of a quantized model loads as that model."""
+    try:
+        if not folder.exists():
+            library.save(model, folder, own_names=own_names)
+        loaded, left = library.loaded(folder)
+        return not left and not differing_values(model, loaded)
+    except Exception:
+        return False
+
+
+def differing_values(wanted: Any, found: Any) -> list[str]:
+    """Names in the state dict of a model whose values are not the same bits in another's."""
+    held = found.state_dict()
+    return [name for name, value in wanted.state_dict().items() if name not in held or not _same(held[name], value)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two entries of a state dict are the same bits, or what tensors have beside them."""
+    if not torch.is_tensor(one) or not torch.is_tensor(other):
+        return type(one) is type(other)
+    return one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
+
+
+def auto_class(name: str, model_type: str | None) -> Any:
+    """The Auto class that loads a class for a model type."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for auto_name in dir(modeling_auto):
+        mapping = getattr(getattr(modeling_auto, auto_name), "_model_mapping", None)
+        if not auto_name.startswith("AutoModel") or mapping is None or not hasattr(transformers, auto_name):
+            continue
+        served = mapping._model_mapping.get(model_type, ())
+        if name == served or (not isinstance(served, str) and name in served):
+            return getattr(transformers, auto_name)
+    return None
