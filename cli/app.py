@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import traceback
 import warnings
 from collections.abc import Sequence
 from types import FrameType
@@ -21,10 +20,12 @@ import typer.main
 
 from qz import QzError, Unsupported, one_line
 from qz.cli.options import DebugOpt, VersionOpt
-from qz.cli.output import redact, say, warn
+from qz.cli.output import say, warn
 from qz.cli.streams import closed_pipe, flush_streams, open_streams
 from qz.quantize.libraries import process
 from qz.quantize.libraries.importing import lean_imports
+from qz.redaction import redact
+from qz.trace import trace_lines
 
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
@@ -230,7 +231,7 @@ def describe(error: OSError) -> str:
 def report(code: int, message: str, *, as_json: bool, trace: BaseException | None = None) -> None:
     """The message on stderr, with its traceback if asked for, and as the last line of stdout with --json."""
     if trace is not None:
-        say(*"".join(traceback.format_exception(trace)).rstrip("\n").split("\n"))
+        say(*trace_lines(trace))
     lines = f"Error: {message}".rstrip().split("\n")
     if len(lines) > MOST_LINES and trace is None:
         left = len(lines) - MOST_LINES + 1

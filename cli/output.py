@@ -19,13 +19,10 @@ from typing import Any
 
 from qz import IOFailed
 from qz.cli.streams import tell
+from qz.redaction import redact
 
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
-
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[\w.~+/=-]+")
-SIGNED = re.compile(r"(?i)\b((?:x-amz-)?(?:signature|credential|security-token)|policy|key-pair-id|sig)=[^&\s\"'\\]+")
-"""What makes a link to a file good for everybody who reads it."""
 
 
 def plain(text: str) -> str:
@@ -44,15 +41,6 @@ def plain(text: str) -> str:
 def spelled(character: str) -> str:
     """``character`` as Python would escape it."""
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-def redact(text: str) -> str:
-    """``text`` without access tokens, those of the environment and whatever looks like one, nor signatures of links."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN"):
-        value = os.environ.get(name, "").strip()
-        if len(value) >= 8:
-            text = text.replace(value, "hf_***")
-    return SIGNED.sub(r"\1=***", TOKEN.sub("hf_***", text))
 
 
 def size(count: float) -> str:

@@ -304,6 +304,7 @@ def inspect(
             return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.problems import Problem
+    from qz.formats.output.record import damaged_record
     from qz.formats.source import opened
 
     if path is None:
@@ -322,6 +323,8 @@ def inspect(
             from qz.quantize.inspection.verification import verify as compare
 
             found = found.with_verified(*compare(folder, opened_source.root, on_progress))
+        else:
+            found = found.with_problems(damaged_record(folder))
         return found.with_problems(
             Problem("warning", "hub-cache", location, f"{note}.") for note in opened_source.notes
         )

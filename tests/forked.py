@@ -269,7 +269,7 @@ def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> 
     code = run(wish["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(operations, "\n".join(log).encode())
+    os.write(operations, "\n".join(log).encode(errors="surrogateescape"))
     return code
 
 

@@ -24,6 +24,7 @@ from conftest import Qz
 from converted import quantized
 from hub_server import HubServer, connected
 from pace import stopwatch
+from qz import api
 from qz.cli.app import run
 from qz.cli.tensors import pattern_of, ranges
 from qz.formats.checkpoint.problems import ERRORS
@@ -398,6 +399,17 @@ def test_verify_finds_a_changed_byte_and_a_lost_file(models: Path, tmp_path: Pat
     code, out, _ = inspect(models / "flux", "--verify")
     assert code == 65
     assert "nothing to compare it with" in out
+
+
+@pytest.mark.parametrize("entry", [{"bytes": -1}, {"sha256": "x"}, {"name": "n" * 300}, {"name": "../x"}], ids=str)
+def test_a_damaged_record_is_told_without_being_asked_for(
+    entry: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    listed = {"name": "config.json", "bytes": 1, "sha256": "0" * 64, **entry}
+    (folder / "qz.json").write_text(json.dumps({"version": 1, "about": {}, "files": [listed]}))
+    found = api.inspect(folder)
+    assert [(each.severity, each.kind) for each in found.problems] == [("warning", "record-malformed")]
 
 
 def test_a_component_of_a_verified_pipeline_is_checked_by_the_pipelines_record(

@@ -95,6 +95,19 @@ def test_a_checkpoint_becomes_visible_in_one_commit_of_a_private_repository(
     assert result.as_json()["bytes"]["uploaded"] == result.bytes_uploaded
 
 
+def test_a_hub_that_calls_weights_small_does_not_get_them_inside_the_commit(
+    hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent inside the commit is held in memory, several times."""
+    monkeypatch.setattr(upload, "LARGEST_REGULAR", 200_000)
+    files = [{"path": path, "uploadMode": "regular"} for path in files_of(made)]
+    hub.fail("preupload", status=200, body=json.dumps({"files": files}).encode())
+    push(made, to())
+    kinds = {line["value"]["path"]: line["key"] for line in hub.commit_bodies[0] if line["key"] != "header"}
+    assert {kinds[name] for name in kinds if name.endswith(".safetensors")} == {"lfsFile"}
+    assert kinds["config.json"] == "file"
+
+
 def test_public_is_public_only_when_it_is_said(hub: HubServer, made: Path) -> None:
     assert push(made, to("me/one", private=False)).private is False
     assert not hub.repos["me/one"].private

@@ -713,7 +713,9 @@ def test_a_torn_or_damaged_journal_costs_time_but_never_bytes(tmp_path: Path, re
         journal[:i] + bytes([journal[i] ^ 1]) + journal[i + 1 :] for i in chosen.sample(range(25, len(journal)), 20)
     ]
     deep, half = b"[" * 100_000 + b"]" * 100_000, b'{"bytes": 8, "name": "\\ud800", "sha256": "0"}'
-    damaged += [journal + b"%08x %b\n" % (zlib.crc32(line), line) for line in (deep, half, b"9" * 5000, b"[]")]
+    entries = ({"name": "n" * 300, "bytes": 8}, {"name": "n", "bytes": -8}, {"name": "n", "bytes": 8, "sha256": "x"})
+    odd = [json.dumps({"sha256": "0" * 64, **entry}).encode() for entry in entries]
+    damaged += [journal + b"%08x %b\n" % (zlib.crc32(line), line) for line in (deep, half, b"9" * 5000, b"[]", *odd)]
     damaged += [journal + b"\0" * 50, journal + b"{", b"\0" * 4096]
     for text in damaged:
         output = tmp_path / "out"

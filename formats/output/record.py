@@ -32,8 +32,10 @@ PIECE = 4 << 20
 NO_UTF8 = re.compile("[\ud800-\udfff]")
 COMPARED = ("identity", "settings")
 """What later runs compare with their own, so it is kept as it is; all else is there to be shown."""
-MOST_PARTS = 16
-"""Folders and the file in the name of a file."""
+MOST_PARTS, LONGEST_PART = 16, 255
+"""Folders and the file in the name of a file, and bytes of each."""
+_SHA256 = re.compile("([0-9a-f]{64})?")
+"""In hexadecimal; empty in a journal, for a file that is no good after all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,15 @@ def read_record(folder: Folder) -> Record | None:
         return Record(tuple(as_written(entry) for entry in listed), about)
     except (ValueError, TypeError, LookupError) as error:
         raise Malformed("record-malformed", f"{where} is damaged ({error}). Make the checkpoint again.") from None
+
+
+def damaged_record(folder: Folder) -> tuple[Problem, ...]:
+    """A warning if the record cannot be read: loaders do without it, but qz does not convert or publish the folder."""
+    try:
+        read_record(folder)
+    except QzError as error:
+        return (Problem("warning", kind_of(error, "record-missing"), RECORD, str(error)),)
+    return ()
 
 
 def verify_record(folder: Folder, progress: Callable[[int], None] | None = None) -> tuple[Problem, ...]:
@@ -174,6 +185,8 @@ def as_written(entry: Mapping[str, Any]) -> WrittenFile:
     file = WrittenFile(entry["name"], entry["bytes"], entry["sha256"])
     if [type(value) for value in (file.name, file.bytes, file.sha256)] != [str, int, str]:
         raise TypeError("an entry is not a file")
+    if file.bytes < 0 or _SHA256.fullmatch(file.sha256) is None:
+        raise ValueError(f"{quoted(file.name)} has a size or a hash that is none")
     require_safe_name(file.name)
     return file
 
@@ -182,5 +195,6 @@ def require_safe_name(name: str) -> None:
     """Raise ValueError unless ``name`` is a relative path that stays inside the folder."""
     parts = PurePosixPath(name).parts
     is_relative = bool(parts) and name == "/".join(parts) and parts[0] != "/" and ".." not in parts
-    if not is_relative or len(parts) > MOST_PARTS or UNSAFE_TEXT.search(name):
+    is_short = len(parts) <= MOST_PARTS and all(len(part.encode(errors="replace")) <= LONGEST_PART for part in parts)
+    if not is_relative or not is_short or UNSAFE_TEXT.search(name):
         raise ValueError(f"{quoted(name)} does not name a file inside the folder")

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from qz.formats.publish.verified_file import VerifiedFile
 
+LARGEST_REGULAR = 10_000_000
+"""Bytes of a file that Git itself may hold, and that is sent within a commit: the Hub takes none larger so."""
 SAMPLE = 512
 """Bytes of a file that the Hub is shown to choose between Git and LFS."""
 
@@ -53,7 +55,8 @@ class Blob:
             return False
         if entry.lfs:
             return entry.lfs.sha256 == self.hashed()
-        return self.content is not None and entry.blob_id == git_hash(self.read())
+        is_small = self.size <= LARGEST_REGULAR
+        return is_small and self.content is not None and entry.blob_id == git_hash(self.read())
 
     def hashed(self) -> str:
         """Its SHA-256, for which the file is read if nobody has done so yet."""

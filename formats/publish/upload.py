@@ -19,6 +19,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from qz import TryAgain, __version__
 from qz.formats.hub.transport.session import patiently
 from qz.formats.hub.transport.xet import unavailable
+from qz.formats.publish.blobs import LARGEST_REGULAR
 from qz.formats.publish.verified_file import VerifiedFile
 from qz.formats.publish.xet import XetNotServed, XetUploads
 from qz.progress import OnProgress, Progress, ignore
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-    from qz.formats.publish.blobs import Blob
+    from qz.formats.publish.blobs import LARGEST_REGULAR, Blob
 
 AT_ONCE = 4
 """Files that are uploaded at a time by LFS; hf_xet sends the parts of a file in parallel itself."""
@@ -84,7 +85,8 @@ class Uploads:
             modes = self._post(url, {"files": files})["files"]  # what a .gitignore says of them is not asked for
             lfs = {file["path"] for file in modes if file["uploadMode"] == "lfs"}
             for blob in batch:
-                blob.lfs = blob.path in lfs and blob.size > 0  # the storage takes no empty files
+                large = blob.path in lfs or blob.size > LARGEST_REGULAR
+                blob.lfs = large and blob.size > 0  # the storage takes no empty files
 
     def _post(self, url: str, value: Any) -> Any:
         params = {"create_pr": "1"} if self._create_pr else None

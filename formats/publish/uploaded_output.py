@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError, TryAgain
-from qz.formats.json_files import read_json
+from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.hollow import hollow_out
 from qz.formats.output.pending import IsVerified
 from qz.formats.output.refusals import sibling
@@ -152,7 +152,7 @@ class UploadedOutput(Staging):
         found: Mapping[str, Any] = {}
         for name in sorted(here, key=lambda name: (name.count("/"), name)):
             if name.rpartition("/")[2] == "config.json":
-                config = read_json(here[name].read(), name)
+                config = read_json(here[name].read(MAX_BYTES), name)
                 found = found or config
                 if "quantization_config" in config:
                     return config

@@ -46,8 +46,10 @@ class VerifiedFile:
             raise self._changed()
         return descriptor
 
-    def read(self) -> bytes:
-        """All of it, if it is the same before and after."""
+    def read(self, limit: int | None = None) -> bytes:
+        """All of it, if it is the same before and after; MalformedInput if it is longer than ``limit`` bytes."""
+        if limit is not None and self.size > limit:
+            raise MalformedInput(f"{self.path} is longer than {limit:,} bytes, too large for such a file.")
         with open(self.open(), "rb") as file:
             data = file.read(self.size + 1)
             if _identity(os.fstat(file.fileno())) != self.identity or len(data) != self.size:

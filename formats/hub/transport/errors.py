@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-import traceback
 from contextlib import contextmanager
 from json import JSONDecodeError
 from typing import TYPE_CHECKING
@@ -26,6 +25,8 @@ from qz import (
 from qz.formats.hub.transport.limits import TooSlow
 from qz.formats.hub.transport.tokens import exchange_failure, known_token, one_scope, scope
 from qz.formats.malformed import UNSAFE_TEXT, Malformed
+from qz.redaction import redact
+from qz.trace import trace_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,8 @@ BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses that another attempt may not get."""
 RETRYABLE = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
 """Failures of a connection that another one may not have."""
-_SECRET = re.compile(r"hf_\w+|https?://\S+\?\S*|Bearer\s+\S+|\b(?:Signature|Policy|Key-Pair-Id|X-Amz-\w+)=\S+")
+_LINK = re.compile(r"https?://\S+\?\S*|\bhf_\w+")
+"""With parameters, which may be a signature; and whatever looks like the beginning of a token."""
 
 
 class Signal(Exception):
@@ -62,7 +64,7 @@ def hub_errors(
         if meant is None:
             raise
         # The original may quote a signed link, so it is not shown as the cause, but made harmless, for --debug.
-        meant.add_note("".join(_without_secrets(line) for line in traceback.format_exception(error)))
+        meant.add_note("\n".join(_without_secrets(line) for line in trace_lines(error)))
         raise meant from None
 
 
@@ -188,4 +190,4 @@ def harmless(text: str) -> str:
 
 
 def _without_secrets(text: str) -> str:
-    return _SECRET.sub("…", text)
+    return redact(_LINK.sub("…", text))

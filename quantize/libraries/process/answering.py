@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import sys
-import traceback
 from contextlib import suppress
 from typing import IO, Any
 
@@ -16,6 +15,7 @@ from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.examine import ask_library
 from qz.quantize.libraries.importing import lean_imports, work_bounds
 from qz.quantize.libraries.process.frames import READY, receive, send
+from qz.trace import trace_lines
 
 
 def main(level: str, *kept: str) -> None:
@@ -52,7 +52,7 @@ def _answered(data: bytes, questions: IO[bytes], answers: IO[bytes]) -> dict[str
             ),
             "kind": getattr(told, "kind", None),
             "message": str(error),
-            "trace": "".join(traceback.format_exception(error)),
+            "trace": "\n".join(trace_lines(error)),
         }
     if not compared:
         answer_cache.keep(question, architecture)

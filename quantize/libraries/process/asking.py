@@ -20,7 +20,7 @@ from typing import Any
 
 import qz
 from qz import QzError, TryAgain, Unsupported
-from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, StoredTensor, read_file
 from qz.formats.malformed import Malformed
 from qz.quantize.libraries.answer_cache import GENERATION_CONFIG, decoded
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec
@@ -85,7 +85,8 @@ def ask(
         folder = Documents(checkpoint.folder.location)
         if GENERATION_CONFIG in checkpoint.folder.sizes():
             folder.add(GENERATION_CONFIG, read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES))
-        told = replace(checkpoint, folder=folder, index=None, header_metadata={})
+        names = {name: StoredTensor(name, "", (), "", 0, 0) for name in checkpoint.tensors}
+        told = replace(checkpoint, folder=folder, tensors=names, index=None, header_metadata={})
         try:
             return _process.answer(pickle.dumps((told, dict(tensors), request, question, equal is not None)), equal)
         except BaseException:

@@ -16,6 +16,7 @@ from qz.quantize.libraries.architecture import TensorSpec, torch_name
 from qz.quantize.libraries.importing.boundary import describe, library_errors
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.untrusted_config import without_code
+from qz.quantize.libraries.importing.work_bounds import work_bounded
 from qz.quantize.libraries.transformers.classes import model_class_of
 from qz.quantize.libraries.transformers.internals import Conv1D, no_init_weights, tied_weights
 from qz.quantize.libraries.transformers.on_transformers import config_in_folder
@@ -82,7 +83,8 @@ def runnable(
     asked = replace(checkpoint, config=harmless)
     with library_errors("transformers", class_name, where), isolated():
         config = config_in_folder(asked, model_class_of(asked).config)
-        with no_init_weights(), _parameters_on_meta():
+        shapes = {name: tensor.shape for name, tensor in (given or checkpoint.tensors).items()}
+        with work_bounded(shapes, where), no_init_weights(), _parameters_on_meta():
             model = getattr(transformers, class_name)._from_config(config, dtype=dtype).eval()
         if model.main_input_name != "input_ids":
             raise Unsupported(f"{where}: {class_name} takes {model.main_input_name}, which is not made from text.")
@@ -115,9 +117,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def running(class_name: str, where: str) -> Iterator[None]:
-    """Turn what the model's own code raises while it runs into Unsupported; a lack of memory stays what it is."""
+    """Turn what the model's own code raises while it runs into Unsupported; a lack of memory stays what it is.
+
+    What it might load only now is refused as while it was built.
+    """
     try:
-        yield
+        with isolated():
+            yield
     except (QzError, MemoryError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
