@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from whole_zoo.case import Case, NotBuilt, model_rows
 
-MOST_PARAMETERS = 4_000_000
+MOST_PARAMETERS = 25_000_000
 _LAYERS = re.compile(r"(?:.*_)?(?:n_)?(?:num_)?(?:\w+_)?(?:layers?|blocks|depth|nlayers)")
 _HEADS = re.compile(r"(?:\w+_)?(?:num_|n_)?(?:\w+_)?n?heads?")
 _WIDTH = re.compile(
@@ -23,28 +24,13 @@ _WIDTH = re.compile(
 _LEFT = re.compile(
     r"in_channels|out_channels|patch|sample|rope|axes|kernel|image|vocab|latent|kv|spatial|temporal|groups"
 )
+_WIDTHS = re.compile(r"\w*(?:channels|dims|hidden_size|c_hidden|channel_list)")
+_AXES = re.compile(r"(?:rope_)?axes_dims?(?:_rope)?|rope_dim_list")
+"""Of a head's 32."""
 _DEFINITION = re.compile(r"^class (\w+)\(([^)]*\bModelMixin\b[^)]*)\)", re.MULTILINE)
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "FluxTransformer2DModel": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "in_channels": 4,
-                               "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
-                               "axes_dims_rope": (4, 4, 8)},
-    "FluxControlNetModel": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
-                            "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8),
-                            "in_channels": 16},
-    "SD3Transformer2DModel": {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4, "in_channels": 4,
-                              "joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 32,
-                              "sample_size": 16, "out_channels": 4},
-    "QwenImageTransformer2DModel": {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
-                                    "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8), "in_channels": 16,
-                                    "out_channels": 4},
-    "PRXTransformer2DModel": {"patch_size": 1, "in_channels": 4, "context_in_dim": 8, "hidden_size": 16, "num_heads": 2,
-                              "depth": 1, "axes_dim": [4, 4]},
-    "ReduxImageEncoder": {"redux_dim": 16, "txt_in_features": 32},
-    "T5FilmDecoder": {"input_dims": 8, "targets_length": 8, "d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8,
-                      "d_ff": 64},
-    "WuerstchenPrior": {"c_in": 4, "c": 32, "c_cond": 16, "c_r": 16, "depth": 1, "nhead": 2},
-    "MLPNeRSTFModel": {"d_hidden": 16, "n_hidden_layers": 3, "insert_direction_at": 2},
-}  # fmt: skip
+ARGUMENTS: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("diffusers_arguments.json").read_text(encoding="utf-8")
+)
 """Where defaults made small by name do not fit each other."""
 
 
@@ -52,7 +38,7 @@ def cases() -> Iterator[Case]:
     """Every class that subclasses ``ModelMixin`` by its source, in an order that is the same on every day."""
     found = {name: module for module, name in _definitions()}
     for name in sorted(found, key=lambda name: zlib.crc32(name.encode())):
-        yield Case("diffusers", name, name, model_rows(_builder(found[name], name)))
+        yield Case("diffusers", name, name, model_rows(builder(found[name], name)))
 
 
 def _definitions() -> Iterator[tuple[str, str]]:
@@ -62,11 +48,13 @@ def _definitions() -> Iterator[tuple[str, str]]:
     for room in ("models", "pipelines"):
         for path in sorted((root / room).rglob("*.py")):
             for match in _DEFINITION.finditer(path.read_text("utf-8")):
-                if not match[1].startswith("Multi"):  # holds several nets of another class
+                if "Multi" not in match[1] or "MultiView" in match[1]:  # holds several nets of another class
                     yield ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts)), match[1]
 
 
-def _builder(module: str, name: str) -> Any:
+def builder(module: str, name: str, *, any_layer: bool = False) -> Callable[[], Any]:
+    """A function that makes the small model; it raises NotBuilt for one without a linear unless ``any_layer``."""
+
     def build() -> Any:
         try:
             model_class = getattr(import_module(module), name)
@@ -83,7 +71,7 @@ def _builder(module: str, name: str) -> Any:
             count = sum(parameter.numel() for parameter in model.parameters())
             if count > MOST_PARAMETERS:
                 last = f"no small arguments found: {count:,} parameters"
-            elif not any(isinstance(each, torch.nn.Linear) for each in model.modules()):
+            elif not any_layer and not any(isinstance(each, torch.nn.Linear) for each in model.modules()):
                 raise NotBuilt("no linear layer")
             else:
                 return model_class(**arguments)
@@ -95,19 +83,34 @@ def _builder(module: str, name: str) -> Any:
 def _small(model_class: Any) -> Iterator[dict[str, Any]]:
     """Arguments of the constructor, all made small, then fewer of them."""
     defaults = {
-        name: parameter.default
+        name: None if parameter.default is parameter.empty else parameter.default
         for name, parameter in inspect.signature(model_class.__init__).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
+        if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     for kinds in ((_LAYERS, _HEADS, _WIDTH), (_LAYERS, _HEADS), (_LAYERS,)):
-        yield {name: small for name, value in defaults.items() if (small := _made_small(name, value, kinds)) != value}
+        small = {name: _made_small(name, value, kinds) for name, value in defaults.items()}
+        known = {name: value for name, value in small.items() if value is not None}
+        yield known | {name: _UNSET[name] for name, value in small.items() if value is None and name in _UNSET}
+        yield known
+
+
+_UNSET = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "sample_size": 8,
+          "cross_attention_dim": 64, "caption_channels": 64, "num_layers": 1, "patch_size": 2}  # fmt: skip
 
 
 def _made_small(name: str, value: Any, kinds: tuple[re.Pattern[str], ...]) -> Any:
+    if name.endswith("_layers") and isinstance(value, list | tuple) and all(type(each) is int for each in value):
+        return [0] if len(value) > 4 else [min(each, 1) for each in value]
+    if _AXES.fullmatch(name) and isinstance(value, list | tuple) and _WIDTH in kinds:
+        return {2: (16, 16), 3: (8, 12, 12), 4: (8, 8, 8, 8)}.get(len(value), value)
+    if isinstance(value, list | tuple) and _WIDTHS.fullmatch(name) and all(type(each) is int for each in value):
+        return [32 if each == min(value) else 64 for each in value] if min(value, default=0) >= 32 else value
     if type(value) is not int or _LEFT.search(name):
         return value
     if _LAYERS.fullmatch(name) and _LAYERS in kinds:
         return min(value, 1)
     if _HEADS.fullmatch(name) and _HEADS in kinds:
         return min(value, 2)
+    if name == "attention_head_dim" and _HEADS in kinds and value > 32:
+        return 32
     return min(value, 64) if _WIDTH.fullmatch(name) and _WIDTH in kinds and value > 64 else value

@@ -1,11 +1,188 @@
-"""The pipelines of diffusers."""
+"""The pipelines of diffusers, made of small components: quantized by qz, loaded by the library, called."""
 
 from __future__ import annotations
 
+import inspect
+import shutil
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from whole_zoo.case import Case
+import numpy
+import torch
+
+from qz import QzError, api
+from reference import bitsandbytes_arguments, config_of, differing_tensors
+from whole_zoo.case import Case, NotBuilt, Row, fill, mark, one_line, seed
+from whole_zoo.components import build_components
+
+METHODS = ("nf4", "int8")
+MOST_PARAMETERS = 60_000_000
 
 
 def cases() -> Iterator[Case]:
-    yield from ()
+    """Every pipeline class at diffusers' top level, in an order that is the same on every day."""
+    import diffusers
+
+    names = [name for name in dir(diffusers) if name.endswith("Pipeline") and name != "DiffusionPipeline"]
+    for name in sorted(names, key=lambda name: zlib.crc32(name.encode())):
+        yield Case("diffusers pipeline", name, name, _rows)
+
+
+def _rows(case: Case, folder: Path) -> Iterator[Row]:
+    import diffusers
+
+    seed(case.architecture)
+    pipeline_class = getattr(diffusers, case.architecture)
+    _without_gpu_checks()
+    source = folder / "source"
+    try:
+        if type(pipeline_class).__name__ == "DummyObject":
+            raise NotBuilt("needs a package that is not installed")
+        components = build_components(pipeline_class, folder)
+        models = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+        for model in models.values():
+            fill(model)
+        if sum(each.numel() for model in models.values() for each in model.parameters()) > MOST_PARAMETERS:
+            raise NotBuilt(f"more than {MOST_PARAMETERS:,} parameters")
+        pipeline = pipeline_class(**components)
+        pipeline.save_pretrained(source)
+        pipeline = pipeline_class.from_pretrained(source, torch_dtype=torch.bfloat16)
+    except Exception as error:  # a class may raise anything for components that do not fit each other
+        told = str(error) if isinstance(error, NotBuilt) else f"{type(error).__name__}: {error}"
+        yield case.row(result="not built", why=told)
+        return
+    mark(folder, "", "while the library calls the original")
+    arguments, reason = _arguments_that_run(pipeline)
+    for method in METHODS:
+        row = case.row(method)
+        try:
+            _compare(row, pipeline_class, models, source, folder / method, arguments)
+        except Exception as error:
+            row.faults.append(one_line(f"{type(error).__name__}: {error}")[:300])
+        row.ran = row.ran or reason
+        shutil.rmtree(folder / method, ignore_errors=True)
+        yield row
+
+
+def _without_gpu_checks() -> None:
+    """Let diffusers load quantized components on a CPU: its two checks for a GPU, and nothing else, are taken out."""
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        quantizer.validate_environment = lambda *_, **__: None
+        quantizer.update_device_map = lambda _, device_map: device_map or {"": "cpu"}
+
+
+def _compare(
+    row: Row, pipeline_class: Any, models: dict[str, Any], source: Path, folder: Path, arguments: dict[str, Any] | None
+) -> None:
+    output, back = folder / "output", folder / "back"
+    mark(source.parent, row.method, "in qz quantize")
+    method = api.Int8() if row.method == "int8" else api.Nf4()
+    try:
+        api.quantize(source, output, method=method, device="cpu", fsync=False)
+    except QzError as error:
+        row.result, row.why = "refused", one_line(str(error).replace(str(source), "the pipeline"))
+        return
+    row.result = "identical"
+    chosen = [name for name in models if "quantization_config" in config_of(output / name)]
+    carried = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    own = {path for path in carried if path.parts[0] in chosen and path.suffix in (".safetensors", ".json")}
+    for path in sorted(carried - own):
+        if not (output / path).is_file() or (output / path).read_bytes() != (source / path).read_bytes():
+            row.faults.append(f"not carried: {path}")
+    mark(source.parent, row.method, "while the library quantizes")
+    parts = {}
+    for name in chosen:
+        skips = config_of(output / name)["quantization_config"]["llm_int8_skip_modules"]
+        parts[name] = _quantized_by_library(type(models[name]), source / name, row.method, skips)
+        parts[name].save_pretrained(folder / "reference" / name)
+        row.faults += [f"{name}: other bytes: {each}" for each in
+                       differing_tensors(folder / "reference" / name, output / name)[:2]]  # fmt: skip
+    row.why = f"quantized: {', '.join(chosen)}"
+    mark(source.parent, row.method, "while the library loads what qz wrote")
+    loaded = pipeline_class.from_pretrained(output, torch_dtype=torch.bfloat16)
+    mark(source.parent, row.method, "while the library's pipeline runs")
+    if arguments is not None:
+        theirs = pipeline_class.from_pretrained(source, torch_dtype=torch.bfloat16, **parts)
+        row.ran = _called(row, theirs, loaded, arguments)
+    mark(source.parent, row.method, "in qz dequantize")
+    api.dequantize(output, back, fsync=False, device="cpu")
+    pipeline_class.from_pretrained(back, torch_dtype=torch.bfloat16)
+
+
+def _quantized_by_library(model_class: Any, source: Path, method: str, skips: list[str] | None) -> Any:
+    import diffusers
+    import transformers
+
+    if issubclass(model_class, diffusers.ModelMixin):
+        kept = model_class._keep_in_fp32_modules or []
+        listed = [skip for skip in skips if skip not in kept] if skips is not None else None
+        config = diffusers.BitsAndBytesConfig(**bitsandbytes_arguments(method), llm_int8_skip_modules=listed)
+        return model_class.from_pretrained(source, quantization_config=config, torch_dtype=torch.bfloat16)
+    config = transformers.BitsAndBytesConfig(**bitsandbytes_arguments(method), llm_int8_skip_modules=skips)
+    return model_class.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+
+
+def _called(row: Row, theirs: Any, loaded: Any, arguments: dict[str, Any]) -> str:
+    try:
+        wanted = _call(theirs, arguments)
+    except Exception as error:
+        return one_line(f"the library's quantized pipeline fails: {type(error).__name__}: {error}")[:160]
+    if not _same(wanted, _call(loaded, arguments)):
+        row.faults.append("another output than the pipeline of the library's parts")
+    return "equal"
+
+
+def _call(pipeline: Any, arguments: dict[str, Any]) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    generator = {"generator": torch.Generator().manual_seed(0)} if "generator" in _parameters(pipeline) else {}
+    with torch.no_grad():
+        output = pipeline(**arguments, **generator)
+    return output.to_tuple() if hasattr(output, "to_tuple") else output
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if torch.is_tensor(one):
+        return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    if isinstance(one, numpy.ndarray):
+        return numpy.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    return bool(one.tobytes() == other.tobytes()) if hasattr(one, "tobytes") else type(one) is type(other)
+
+
+def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(pipeline.__call__).parameters)
+
+
+def _arguments_that_run(pipeline: Any) -> tuple[dict[str, Any] | None, str]:
+    """Arguments of a call that gives an output, or why there are none."""
+    from PIL import Image
+
+    known = _parameters(pipeline)
+    required = [name for name, parameter in known.items() if parameter.default is parameter.empty
+                and parameter.kind is parameter.POSITIONAL_OR_KEYWORD]  # fmt: skip
+    last = ""
+    for side in (64, 32, 128):
+        image = Image.fromarray(numpy.full((side, side, 3), 128, dtype=numpy.uint8))
+        mask = Image.fromarray(numpy.full((side, side), 255, dtype=numpy.uint8))
+        every: dict[str, Any]
+        every = {"prompt": "a cat", "height": side, "width": side, "num_inference_steps": 2, "output_type": "latent"}
+        every |= {"max_sequence_length": 16, "num_frames": 5, "image": image, "mask_image": mask, "class_labels": [1]}
+        every |= {"source_prompt": "a cat", "control_image": image, "adapter_image": image, "video": [image] * 5}
+        few = [name for name in every if name in known and (name in required or name not in ("image", "video"))]
+        for names in (few, [name for name in every if name in known]):
+            for kind in ("latent", "pt"):
+                arguments = {name: every[name] for name in names}
+                if "output_type" in arguments:
+                    arguments["output_type"] = kind
+                try:
+                    _call(pipeline, arguments)
+                    return arguments, ""
+                except Exception as error:
+                    last = last or one_line(f"no call found: {type(error).__name__}: {error}")[:160]
+    return None, last

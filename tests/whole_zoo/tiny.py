@@ -29,7 +29,7 @@ _LEFT = re.compile(
 _EXPERTS = re.compile(r"(?:\w+_)?experts(?:_\d+)?")
 _VOCABULARY = re.compile(r".*vocab_size.*|n_vocab|.*codebook_size|num_codes|num_embeddings|n_tokens")
 _POSITIONS = re.compile(
-    r".*max_position(?:_embedding)?s|n_positions|max_seq\w*|max_(?:source|target)_positions|n_ctx|seq_length|max_length"
+    r"context_size|.*max_position(?:_embedding)?s|n_positions|max_seq\w*|max_(?:source|target)_positions|n_ctx|seq_length|max_length"
 )
 _IMAGE = ("image_size", "pretrain_image_size", "crop_size", "resolution", "img_size", "sample_size")
 _TOKEN = re.compile(r".*(?:_token|_id|_ids|_index|_idx)")
@@ -42,15 +42,26 @@ _WIDTHS = re.compile(
     r"embed_dim_per_stage"
 )
 NUMBERS: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 8},
+    "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
     "cohere_compass": {"text_config.layer_types": ["sliding_attention", "sliding_attention"]},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
-    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
-    "granite_speech5_ctc": {"context_size": 32},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32},
+    "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {"is_decoder": True},
 }
 """What a class's default config lacks, or what does not follow from it, by model type and path in the config."""
@@ -81,12 +92,13 @@ def _shallow(key: str, value: int, layers: int, image: int) -> int:
     if _TOKEN.fullmatch(key) and value >= 100:
         return 3 + zlib.crc32(key.encode()) % 90
     limits = (
-        (_VOCABULARY, 128),
+        (_VOCABULARY, 256),
         (_EXPERTS, 4),
         (re.compile(r"num_experts_per_tok|moe_top_?k|top_k|n_activated_experts"), 2),
         (re.compile(r"topk_group|n_group|n_shared_experts|first_k_dense_replace"), 1),
-        (_POSITIONS, 64),
+        (_POSITIONS, 128),
         (re.compile(r"(?:num_|norm_num_)groups|num_norm_groups"), 4),
+        (re.compile(r"upsample_groups|num_latents|d_latents"), 64),
     )
     for pattern, most in limits:
         if pattern.fullmatch(key):
@@ -113,6 +125,8 @@ def _divided(by: int) -> Rule:
 
 
 def _shrunk(config: dict[str, Any], rule: Rule, layers: int, image: int) -> dict[str, Any]:
+    if not all(isinstance(key, str) for key in config):  # a table of numbers
+        return config
     depths = {
         value
         for key, value in config.items()
@@ -134,7 +148,7 @@ def _shrunk(config: dict[str, Any], rule: Rule, layers: int, image: int) -> dict
         if key in _OF_STAGES and depths and not isinstance(stages, list):
             if key == "out_indices" and isinstance(value, list) and len(value) > 1:
                 new[key] = list(range(1, len(value) + 1))
-        elif key in _AS_THEY_ARE or str(key).startswith(("tie_", "use_", "is_")):
+        elif key in _AS_THEY_ARE or key.startswith(("tie_", "use_", "is_")):
             new[key] = value
         elif key == "per_layer_config" and isinstance(value, dict) and value:
             new[key] = {str(layers - 1): next(iter(value.values()))}
@@ -170,10 +184,18 @@ def _shrunk_list(key: str, value: list[Any], rule: Rule, layers: int, depths: se
 def _fitting(config: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Numbers that follow from others: the width of a head, the parts of a rotary embedding, the heads of Mamba."""
     found: dict[str, Any] = {}
+    if "vocab_size" in new and new["vocab_size"] is None:
+        found["vocab_size"] = 128
+    if {"d_head", "d_model", "n_head"} <= new.keys():
+        found["d_head"] = new["d_model"] // new["n_head"]
+    if new.get("num_kv_shared_layers"):
+        found["num_kv_shared_layers"] = 0
     width, heads = new.get("hidden_size"), new.get("num_attention_heads")
     if not isinstance(width, int):
         return found
     head = new.get("head_dim")
+    if "head_dim" in new and head is None and isinstance(heads, int):
+        found["head_dim"] = head = width // heads
     if (
         type(head) is int
         and type(heads) is int
@@ -203,7 +225,7 @@ def _sections(rope: dict[str, Any], half: int) -> dict[str, Any]:
         new["mrope_section"] = [
             total // len(parts) + (total % len(parts) if not index else 0) for index in range(len(parts))
         ]
-    if rope.get("rope_type") == "dynamic" and rope.get("alpha", 0) is None:
+    if new.get("rope_type") == "dynamic" and not new.get("alpha"):
         new["alpha"] = 1000.0
     return new
 

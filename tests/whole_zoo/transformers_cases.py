@@ -12,7 +12,7 @@ from qz.quantize.libraries.transformers.internals import auto_class_names, no_in
 from whole_zoo.case import Case, NotBuilt, model_rows
 from whole_zoo.tiny import tiny_configs
 
-MOST_PARAMETERS = 12_000_000
+MOST_PARAMETERS = 25_000_000
 HEADS = 2
 
 
@@ -24,14 +24,16 @@ def cases() -> Iterator[Case]:
         names = auto_class_names(model_type)
         first = [name for name in names if "For" in name or "LMHead" in name][:1]
         for name in dict.fromkeys([*first, *names[-1:]][:HEADS]):
-            yield Case("transformers", model_type, name, model_rows(_builder(model_type, name)))
+            yield Case("transformers", model_type, name, model_rows(builder(model_type, name)))
 
 
-def _builder(model_type: str, name: str) -> Callable[[], Any]:
+def builder(model_type: str, name: str, found: Any = None) -> Callable[[], Any]:
+    """A function that makes the small model; ``found`` is the class, where transformers has it under no such name."""
+
     def build() -> Any:
         import transformers
 
-        model_class: Any = getattr(transformers, name, None)
+        model_class: Any = found or getattr(transformers, name, None)
         if model_class is None or type(model_class).__name__ == "DummyObject":
             raise NotBuilt("needs a package that is not installed")
         reasons = []
@@ -41,7 +43,7 @@ def _builder(model_type: str, name: str) -> Callable[[], Any]:
                 continue
             try:
                 if model_class.config_class in config.sub_configs.values():  # as the Auto classes do
-                    config = config.get_text_config()
+                    config = config.get_text_config(decoder=True)
                 with torch.device("meta"), no_init_weights():
                     count = sum(parameter.numel() for parameter in model_class(config).parameters())
                 if count > MOST_PARAMETERS:
