@@ -1,7 +1,7 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test check lint types layers format bench quality docs dist fuzz zoo soak constraints clean
+.PHONY: help demo picture space test check lint types layers format bench quality docs dist fuzz zoo soak constraints clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,7 @@ help:
 	@echo "make test    lint, types, layers and tests (also: make check; CPU=portable tests as if without AVX-512)"
 	@echo "make bench   the figures of benchmarks/README.md, on this machine"
 	@echo "make quality how good the 4-bit checkpoints are: trained models against their originals"
+	@echo "make space   the page in space/ in a real browser, against the tests' Hub"
 	@echo "make picture docs/terminal.svg, drawn from a real session"
 	@echo "make docs    the generated reference, every link checked, and the site in site/"
 	@echo "make dist    wheel, sdist and release notes in dist (TAG=v1.2.3 checks that this is the version)"
@@ -40,6 +41,12 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python demo/demo.py
+
+# Not by the pins: gradio wants another Pillow. It needs Chromium (apt install chromium); pictures are left in .space.
+space: $(READY)
+	$(PIP) install --quiet -e ".[space]"
+	mkdir -p .space
+	$(PYTEST) tests/space --timeout=300
 
 picture: $(READY)
 	$(BIN)/python demo/picture.py
@@ -102,5 +109,5 @@ constraints:
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .zoo .demo .bench build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .zoo .demo .bench .space build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

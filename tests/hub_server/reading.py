@@ -39,6 +39,7 @@ class Reading(Request):
                 "type": "user",
                 "name": user["name"],
                 "fullname": user["name"],
+                "avatarUrl": f"{self.server.hub.url}/avatars/{user['name']}.svg",
                 "orgs": [{"name": org} for org in user["orgs"]],
                 "auth": {"accessToken": {"displayName": "test", "role": user["role"]}},
             }
