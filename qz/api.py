@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
 from qz import UsageError
+from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import Fp4, Int8, Method, Nf4
 from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Rounding, Scales, Settings
@@ -77,6 +78,7 @@ def once_more_if_lost(convert: Callable[P, Converted]) -> Callable[P, Converted]
     return converted
 
 
+@settings_given_back()
 @once_more_if_lost
 def quantize(
     source: AnyPath,
@@ -189,6 +191,7 @@ def quantize(
         return _published(conversion.model(plan, measure), to, found, on_progress)
 
 
+@settings_given_back()
 @once_more_if_lost
 def dequantize(
     source: AnyPath,
@@ -268,6 +271,7 @@ def dequantize(
             return _published(conversion.model(plan_dequantization, measure), to, found, on_progress)
 
 
+@settings_given_back()
 def inspect(
     source: AnyPath,
     *,
@@ -350,6 +354,7 @@ def merge(
     return run(Path(output), overwrite=overwrite, disk=disk, threads=threads or 0, progress=on_progress)
 
 
+@settings_given_back()
 def push(
     folder: AnyPath,
     repo_id: str,
@@ -376,6 +381,7 @@ def push(
     return send(Path(folder), to, dry_run=dry_run, progress=on_progress)
 
 
+@settings_given_back()
 def calibrate(
     source: AnyPath,
     output: AnyPath,
@@ -410,6 +416,7 @@ def calibrate(
         return run(open_checkpoint(found.folder, variant), tokenizer, str(source), request, on_progress)
 
 
+@settings_given_back()
 def compare(
     original: AnyPath,
     other: AnyPath,

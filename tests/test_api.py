@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from commands import contents
 from conftest import Qz
+from hub_server.client import connected
 from qz import MissingInput, OutputRefused, QzError, UsageError, api
 from qz.api import Fp4, Int8, Nf4, Progress
 from qz.cli import dequantize, inspect, push, quantize
@@ -114,6 +116,49 @@ def test_the_libraries_settings_are_left_as_they_were(tiny_llama: Path, tmp_path
         of_diffusers.get_verbosity(),
         logging.getLogger("bitsandbytes").level,
     )
+
+
+def test_the_hub_clients_settings_are_left_as_they_were(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its logging, its bars group by group, and the session that all of the process shares; also after an error."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub import logging as of_the_client
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    bars_of = import_module("huggingface_hub.utils.tqdm")
+
+    def settings() -> tuple[object, ...]:
+        hooks = {kind: list(found) for kind, found in get_session().event_hooks.items()}
+        logger = logging.getLogger("huggingface_hub")
+        return logger.level, dict(bars_of.progress_bar_states), get_session().timeout, hooks
+
+    meanwhile = []
+
+    def on_progress(step: Progress) -> None:
+        if step.doing != "Reading headers":
+            meanwhile.append(of_the_client.get_verbosity())
+
+    with connected(monkeypatch, tmp_path / "home") as hub:
+        for module in (constants, bars_of):
+            monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+        monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+        monkeypatch.setattr(bars_of, "progress_bar_states", {})
+        hub.add("some/model", {path.name: path for path in tiny_llama.iterdir()})
+        enable_progress_bars()
+        disable_progress_bars("peft.adapters")
+        of_the_client.set_verbosity_info()
+        before = settings()
+        capfd.readouterr()
+        api.quantize("some/model", tmp_path / "out", download=True, on_progress=on_progress)
+        assert settings() == before
+        assert set(meanwhile) == {logging.ERROR}
+        with pytest.raises(QzError):
+            api.inspect("some/other-model")
+        api.push(tmp_path / "out", "pushed")
+        assert settings() == before
+        assert "it/s" not in capfd.readouterr().err
+        of_the_client.set_verbosity_warning()
 
 
 def test_the_example_in_the_docs_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
 import portable_cpu
+import qz
 from qz.quantize.compute import kernels, tables
 from qz.quantize.compute.kernels import NonFinite
 from reference import with_one_zero
@@ -656,15 +658,35 @@ def test_code_for_older_cpus_gives_the_same_bytes() -> None:
         assert python(DIGEST, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features) == expected
 
 
-@on_x86_64
-def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
-    code = """
+CAST = """
 import numpy as np
-from qz.quantize.compute import kernels
 from qz.quantize.compute.cpu import numba_kernels
 assert numba_kernels.cast(np.zeros(64, np.uint16), "BF16", "F16", np.empty(64, np.uint16)) is None
+print(numba_kernels.__file__)
 """
+
+
+@on_x86_64
+def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
     for made, cpu in enumerate(("x86-64", "haswell"), start=1):
         for _ in range(2):
-            python(code, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
-            assert len(list(tmp_path.rglob("*._cast_16-*.nbc"))) == made
+            python(CAST, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
+            assert len(list(tmp_path.rglob("*._cast_16_*.nbc"))) == made
+
+
+def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: Path) -> None:
+    """In a copy of the package, where a file's age says nothing."""
+    shutil.copytree(Path(qz.__file__).parent, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
+    compute, made = tmp_path / "qz/quantize/compute", 0
+    for changed in ("", "", "cpu/llvm_blocks.py", "cpu/llvm_search.py", "tables.py"):
+        if changed:
+            source = compute / changed
+            times = source.stat().st_atime_ns, source.stat().st_mtime_ns
+            source.write_text(source.read_text() + "# changed\n")
+            os.utime(source, ns=times)
+        environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+        where = python(CAST, NUMBA_CACHE_DIR=str(tmp_path / "cache"), **environment)
+        assert where == str(compute / "cpu/numba_kernels.py")
+        found = len(list((tmp_path / "cache").rglob("*._cast_16_*.nbc")))
+        assert found - made == (0 if made and not changed else 1), changed
+        made = found

@@ -13,6 +13,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from qz import IOFailed, __version__
 from qz.formats.folder import LocalFolder
+from qz.formats.hub.bars import without_bars
 from qz.formats.hub.transport.errors import hub_errors
 from qz.formats.hub.transport.remote_file import RemoteFile, differs
 
@@ -84,7 +85,7 @@ class CachedFiles:
 
     def _download(self, file: RemoteFile) -> Path:
         doing = f"Downloading {self._repo_id}@{self._commit[:12]}/{file.path}"
-        with hub_errors(self._repo_id, doing, revision=self._commit, endpoint=self._endpoint):
+        with hub_errors(self._repo_id, doing, revision=self._commit, endpoint=self._endpoint), without_bars():
             path = hf_hub_download(
                 self._repo_id,
                 file.path,

@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, get_session, hf_raise_for_status
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import TryAgain, __version__
+from qz.formats.hub.bars import without_bars
 from qz.formats.hub.transport.session import patiently
 from qz.formats.hub.transport.xet import unavailable
 from qz.formats.publish.blobs import LARGEST_REGULAR
@@ -119,15 +120,16 @@ class Uploads:
 
             return count
 
-        self._api.preupload_lfs_files(
-            self._repo_id,
-            additions=[_addition(blob, reader(blob)) for blob in batch],
-            revision=self._branch,
-            create_pr=self._create_pr,
-            num_threads=1,
-            free_memory=False,
-            gitignore_content="",  # else a .gitignore over there would leave files out in silence
-        )
+        with without_bars():
+            self._api.preupload_lfs_files(
+                self._repo_id,
+                additions=[_addition(blob, reader(blob)) for blob in batch],
+                revision=self._branch,
+                create_pr=self._create_pr,
+                num_threads=1,
+                free_memory=False,
+                gitignore_content="",  # else a .gitignore over there would leave files out in silence
+            )
         state.done(batch)
         return sum(read.values())
 

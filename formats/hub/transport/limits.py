@@ -35,6 +35,13 @@ def bind(session: httpx2.Client) -> None:
         hooks.append(_limit)
 
 
+def unbind(session: httpx2.Client) -> None:
+    """Take the bounds away again."""
+    hooks = session.event_hooks.get("response", [])
+    if _limit in hooks:
+        hooks.remove(_limit)
+
+
 def _limit(response: httpx2.Response) -> None:
     request = response.request
     if "qz/" not in request.headers.get("user-agent", ""):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from email.utils import parsedate_to_datetime
-from logging import ERROR
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, get_token, logging
+from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exported by name only
-    disable_progress_bars,
-    parse_ratelimit_headers,
-)
+from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public, exported by name only
 
 from qz import __version__
+from qz.formats.borrowed import borrow
 from qz.formats.hub.transport.errors import BUSY, hub_errors
-from qz.formats.hub.transport.limits import bind
+from qz.formats.hub.transport.limits import bind, unbind
 from qz.formats.hub.transport.patience import TOLD_FROM, Retries, log
 
 if TYPE_CHECKING:
@@ -36,20 +34,37 @@ ASKING = Retries(attempts=4)
 def hub_api() -> HfApi:
     """The Hub at HF_ENDPOINT, with the token of the environment or of ``hf auth login``."""
     if not {"HF_DEBUG", "HF_HUB_VERBOSITY"} & os.environ.keys():
-        logging.set_verbosity(ERROR)  # its warnings quote links, and what goes wrong is raised
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
-        disable_progress_bars()  # progress is a callback
+        borrow("huggingface_hub's verbosity", _quiet)
     hub_session()
     return HfApi(library_name="qz", library_version=__version__, headers={"Accept-Encoding": "gzip"})
+
+
+def _quiet() -> Callable[[], None]:
+    """No warnings of the client: they quote links, and what goes wrong is raised."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    return lambda: logger.setLevel(level)
 
 
 def hub_session() -> httpx2.Client:
     """huggingface_hub's session, with timeouts and bounds: it is made anew after some failures."""
     session = get_session()
-    if session.timeout == httpx2.Timeout(None):
+    borrow(session, lambda: _bounded(session))
+    return session
+
+
+def _bounded(session: httpx2.Client) -> Callable[[], None]:
+    timeout = session.timeout
+    if timeout == httpx2.Timeout(None):
         session.timeout = httpx2.Timeout(300.0, connect=10.0)  # a large commit takes the Hub a while
     bind(session)
-    return session
+
+    def restore() -> None:
+        session.timeout = timeout
+        unbind(session)
+
+    return restore
 
 
 def token(doing: str) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,15 +28,17 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
 
     The cache lies beside the module, or in the user's cache directory where that cannot be written (or where
     ``NUMBA_CACHE_DIR`` says); without a home there is none. Processes that write it at the same time replace whole
-    files. Thread-safe.
+    files. What is cached counts as long as none of the sources that kernels are made of has changed. Thread-safe.
     """
 
     def decorate(function: _Function) -> _Function:
         built: list[Callable[..., Any]] = []
         known: set[tuple[object, ...]] = set()
 
-        def build(*, cache: bool) -> Callable[..., Any]:
-            decorator = numba.njit([signature], nogil=True, error_model="numpy", cache=cache, **options)
+        def build(*, keep: bool) -> Callable[..., Any]:
+            if keep:  # numba itself looks at the function's own file only; its name is part of the cache's
+                function.__qualname__ = f"{function.__name__}_{sources_digest()}"
+            decorator = numba.njit([signature], nogil=True, error_model="numpy", cache=keep, **options)
             return cast(Callable[..., Any], decorator(function))
 
         @wraps(function)
@@ -46,9 +49,9 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
             with _first_calls:
                 if not built:
                     try:
-                        built.append(build(cache=has_place_for_cache(Path(function.__code__.co_filename).parent)))
+                        built.append(build(keep=has_place_for_cache(Path(function.__code__.co_filename).parent)))
                     except (RuntimeError, OSError):  # nowhere to keep the cache, or no room there
-                        built.append(build(cache=False))
+                        built.append(build(keep=False))
                 result = built[0](*arguments)
                 known.add(kinds)
             return result
@@ -75,6 +78,16 @@ def has_place_for_cache(modules: Path) -> bool:
     """Whether numba would keep its cache elsewhere than in a folder ``~`` of the working directory."""
     home = os.path.expanduser("~")
     return bool(os.environ.get("NUMBA_CACHE_DIR")) or os.path.isabs(home) or os.access(modules, os.W_OK)
+
+
+@cache
+def sources_digest() -> str:
+    """Of the modules that kernels are made of: of loops, generators of LLVM, and tables."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def inlined(function: _Function) -> _Function:

@@ -17,6 +17,7 @@ import torch
 
 from qz import IOFailed, MalformedInput
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.hub.bars import bars_as_found
 from qz.formats.json_files import read_json
 from qz.quantize.libraries.architecture import (
     OF_QUANTIZATION,
@@ -155,10 +156,10 @@ def _load(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         # Without initial values for weights that have none: torch would import sympy for them.
-        with _temporary_folder() as folder, no_init_weights():
+        with bars_as_found(), _temporary_folder() as folder, no_init_weights():
+            logging.disable_progress_bar()
             model, info = model_class.model.from_pretrained(
                 None,
                 config=config_in_folder(checkpoint, model_class.config),
@@ -176,7 +177,8 @@ def _load(
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            with bars_as_found():  # it enables all of huggingface_hub's, too
+                logging.enable_progress_bar()
     mismatched = {
         key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
     }
