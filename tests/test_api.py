@@ -123,21 +123,18 @@ def test_the_hub_clients_settings_are_left_as_they_were(
 ) -> None:
     """Its logging, its bars group by group, and the session that all of the process shares; also after an error."""
     from huggingface_hub import constants, get_session
-    from huggingface_hub import logging as of_the_client
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-    bars_of = import_module("huggingface_hub.utils.tqdm")
+    bars_of, of_the_client = import_module("huggingface_hub.utils.tqdm"), logging.getLogger("huggingface_hub")
 
     def settings() -> tuple[object, ...]:
         hooks = {kind: list(found) for kind, found in get_session().event_hooks.items()}
-        logger = logging.getLogger("huggingface_hub")
-        return logger.level, dict(bars_of.progress_bar_states), get_session().timeout, hooks
+        return of_the_client.level, dict(bars_of.progress_bar_states), get_session().timeout, hooks
 
     meanwhile = []
 
     def on_progress(step: Progress) -> None:
         if step.doing != "Reading headers":
-            meanwhile.append(of_the_client.get_verbosity())
+            meanwhile.append(of_the_client.level)
 
     with connected(monkeypatch, tmp_path / "home") as hub:
         for module in (constants, bars_of):
@@ -145,9 +142,9 @@ def test_the_hub_clients_settings_are_left_as_they_were(
         monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
         monkeypatch.setattr(bars_of, "progress_bar_states", {})
         hub.add("some/model", {path.name: path for path in tiny_llama.iterdir()})
-        enable_progress_bars()
-        disable_progress_bars("peft.adapters")
-        of_the_client.set_verbosity_info()
+        bars_of.enable_progress_bars()
+        bars_of.disable_progress_bars("peft.adapters")
+        of_the_client.setLevel(logging.INFO)
         before = settings()
         capfd.readouterr()
         api.quantize("some/model", tmp_path / "out", download=True, on_progress=on_progress)
@@ -158,7 +155,7 @@ def test_the_hub_clients_settings_are_left_as_they_were(
         api.push(tmp_path / "out", "pushed")
         assert settings() == before
         assert "it/s" not in capfd.readouterr().err
-        of_the_client.set_verbosity_warning()
+        of_the_client.setLevel(logging.WARNING)
 
 
 def test_the_example_in_the_docs_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
