@@ -313,6 +313,15 @@ VariantOpt = Annotated[
         show_default=False,
     ),
 ]
+AllowPickleOpt = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read pickled weights (.bin) where there are no others. Nothing in them is run; what is not tensors and "
+        "containers is refused.",
+        rich_help_panel=SELECTION,
+    ),
+]
 SkipOpt = Annotated[
     list[str] | None,
     typer.Option(

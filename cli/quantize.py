@@ -28,6 +28,7 @@ def quantize(
     subfolder: options.SubfolderOpt = None,
     revision: options.RevisionOpt = None,
     variant: options.VariantOpt = None,
+    allow_pickle: options.AllowPickleOpt = False,
     skip: options.SkipOpt = None,
     no_default_skips: options.NoDefaultSkipsOpt = False,
     components: options.ComponentsOpt = None,
@@ -71,6 +72,7 @@ def quantize(
             subfolder=subfolder,
             revision=revision,
             variant=variant,
+            allow_pickle=allow_pickle,
             components=options.parse_components(components),
             component_methods={
                 part: None

@@ -36,6 +36,8 @@ class Folder(Protocol):
 
     location: str
     """How to show it to the user: a path, or ``repo_id@commit``."""
+    allow_pickle: bool
+    """Whether the user lets pickled weights be read where there are no others."""
 
     def sizes(self) -> Mapping[str, int]:
         """Every regular file's name and size in bytes."""
@@ -109,6 +111,8 @@ class LocalFolder:
     so links that its owner made to share weights, configs or components count, unless it was downloaded (see
     ``qz.formats.links``). Raises MissingInput, MalformedInput (not a folder) or PermissionRefused.
     """
+
+    allow_pickle = False
 
     def __init__(self, path: Path, *, shared_links: bool = False, _roots: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
@@ -297,6 +301,7 @@ class LocalFolder:
             _roots=self._roots if self._inside(path) else (),
         )
         inner.path, inner.location = self.path / name, os.path.join(self.location, name)
+        inner.allow_pickle = self.allow_pickle
         return inner
 
     def _is_shared(self, path: str) -> bool:

@@ -89,13 +89,19 @@ class OpenedSource:
 
 @contextmanager
 def opened(
-    location: str, subfolder: str | None = None, revision: str | None = None, *, cached: bool = True
+    location: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    *,
+    cached: bool = True,
+    allow_pickle: bool = False,
 ) -> Iterator[OpenedSource]:
-    """The source, closed afterwards, with ``cached`` as in ``open_source``.
+    """The source, closed afterwards, with ``cached`` as in ``open_source``, and ``allow_pickle`` as of a ``Folder``.
 
     Raises MissingInput, and what the Hub answers.
     """
     root = folder = open_source(location, None, revision, cached=cached)
+    root.allow_pickle = allow_pickle
     try:
         folder = enter(root, subfolder)
         yield OpenedSource(location, subfolder, root, folder)

@@ -39,6 +39,8 @@ def _method(settings: Settings) -> Iterator[str]:
 
 def _selection(settings: Settings) -> Iterator[str]:
     yield from _unless_default(settings, "variant")
+    if settings.allow_pickle:
+        yield "--allow-pickle"
     for skip in settings.skips:
         yield from ("--skip", skip)
     if not settings.default_skips:

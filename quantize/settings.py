@@ -52,6 +52,8 @@ class Settings:
 
     variant: str | None = None
     """Of the weight files that are read."""
+    allow_pickle: bool = False
+    """Read pickled weights where there are no others."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for choices that exclude each other, or that nobody means."""

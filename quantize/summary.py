@@ -271,16 +271,15 @@ def _left_out(plan: Plan) -> tuple[str, ...]:
 def _encoded(plan: Plan) -> tuple[str, ...]:
     """What is told of a source that another tool quantized."""
     checkpoint = plan.checkpoint
-    if checkpoint.encoded_as is None:
-        return ()
-    notes = [f"the source is quantized already, with {checkpoint.encoded_as}: its values were computed from that"]
+    notes = []
+    if checkpoint.encoded_as is not None:
+        notes = [f"the source is quantized already, with {checkpoint.encoded_as}: its values were computed from that"]
     if checkpoint.left_out:
+        what = "tensor" if checkpoint.encoded_as is not None else "value"
+        why = "no weight of the model" if checkpoint.encoded_as is not None else "no tensor"
         shown = ", ".join(quoted(name) for name in checkpoint.left_out[:3])
         more = " …" if len(checkpoint.left_out) > 3 else ""
-        notes.append(
-            f"{counted(len(checkpoint.left_out), 'tensor')} of the quantization (scales of activations and the like) "
-            f"left out: {shown}{more}"
-        )
+        notes.append(f"{counted(len(checkpoint.left_out), what)} left out, being {why}: {shown}{more}")
     return tuple(notes)
 
 

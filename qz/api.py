@@ -91,6 +91,7 @@ def quantize(
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    allow_pickle: bool = False,
     components: Sequence[str] | None = None,
     component_methods: Mapping[str, Method | None] | None = None,
     scales: Scales | None = None,
@@ -150,11 +151,12 @@ def quantize(
         importance=Path(importance) if importance is not None else None,
         rounding=rounding,
         variant=variant,
+        allow_pickle=allow_pickle,
     )
     location = str(source)
     share = _share(part, measured=measure_loss, pushed=push is not None)
     on_progress(Progress("Reading headers"))
-    with opened(location, subfolder, revision, cached=push is None) as found:
+    with opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found:
         to = _destination(push, push_subfolder, public, found)
         publication = _publication(to, found, if_exists, on_progress) if push_only else None
         conversion = Conversion(
@@ -201,6 +203,7 @@ def dequantize(
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    allow_pickle: bool = False,
     against: AnyPath | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     weights_only: bool = False,
@@ -236,6 +239,7 @@ def dequantize(
         threads=threads or 0,
         weights_only=weights_only,
         variant=variant,
+        allow_pickle=allow_pickle,
     )
     share = _share(part, measured=against is not None, pushed=push is not None)
     on_progress(Progress("Reading headers"))
@@ -278,6 +282,7 @@ def inspect(
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    allow_pickle: bool = False,
     plan: bool = False,
     verify: bool = False,
     consumers: Sequence[str] = (),
@@ -305,6 +310,7 @@ def inspect(
 
         path = path.resolve()  # the user named it: a link is followed
         with closing(LocalFolder(path.parent)) as parent:
+            parent.allow_pickle = allow_pickle
             return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.problems import Problem
@@ -313,7 +319,7 @@ def inspect(
 
     if path is None:
         on_progress(Progress("Reading headers"))
-    with opened(location, subfolder, revision) as opened_source:
+    with opened(location, subfolder, revision, allow_pickle=allow_pickle) as opened_source:
         folder = opened_source.folder
         origin = Origin(location, folder.identity().get("commit"), subfolder)
         found: Inspection | PipelineInspection

@@ -568,6 +568,7 @@ class Remote:
     """A folder in memory that, as one far away does, is no LocalFolder."""
 
     location = "org/name@0000000"
+    allow_pickle = False
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.files = files

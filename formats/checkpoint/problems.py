@@ -94,8 +94,10 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "pickle": (MalformedInput, ""),
     "pickle-only": (
         MalformedInput,
-        ("{location} has only pickle weights ({name}), which can run code and which qz never loads. {how}"),
+        ("{location} has only pickle weights ({name}), which can run code. {how}"),
     ),
+    "pickle-unsafe": (MalformedInput, ""),
+    "pickle-malformed": (MalformedInput, ""),
     "gguf": (MalformedInput, ""),
     "json-malformed": (MalformedInput, ""),
     "library-unknown": (
@@ -209,7 +211,7 @@ WARNINGS: dict[str, str] = {
     ),
     "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",
     "file-unused": "{where} is not listed by the index, so no loader reads it. Delete it, or download the index again.",
-    "pickle-files": "{where} is a pickle file, which can run code. qz never loads it; delete it if nothing needs it.",
+    "pickle-files": "{where} is a pickle file, which can run code. It is not read; delete it if nothing needs it.",
     "custom-code": ("{location} brings code of its own{named}. qz never runs it: the class must come with {library}."),
 }
 _PLACES = {kind: place for place, kind in enumerate((*ERRORS, "", *WARNINGS))}

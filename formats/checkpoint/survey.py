@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from qz import QzError
 from qz.formats.checkpoint import adapters
@@ -14,6 +14,7 @@ from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.weights import (
+    PICKLE,
     Library,
     architecture_of,
     find_weights,
@@ -21,15 +22,16 @@ from qz.formats.checkpoint.weights import (
     library_of,
     unused_files,
 )
+from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.folder import Folder, LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from qz.formats.checkpoint.decoded import Decoded
+    from qz.formats.pickles.file import PickledFile
 
 __all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint", "read_file", "survey", "survey_file"]
 
@@ -37,17 +39,6 @@ MAX_CONFIG_BYTES = MAX_BYTES
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
 THREADS = 8
-
-
-class StoredTensor(NamedTuple):
-    """A tensor and where it lies: ``offset`` counts from the start of ``file``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,9 @@ def survey(folder: Folder, variant: str | None = None) -> tuple[Checkpoint | Non
     return checkpoint, found.problems.worst_first()
 
 
-def survey_file(folder: Folder, file: str) -> tuple[dict[str, StoredTensor], dict[str, str], tuple[Problem, ...]]:
+def survey_file(
+    folder: Folder, file: str
+) -> tuple[dict[str, StoredTensor | Decoded], dict[str, str], tuple[Problem, ...]]:
     """One .safetensors file by itself: its tensors, its metadata, and what is wrong with it."""
     found = _Survey(folder)
     headers = found.headers([file])
@@ -111,7 +104,17 @@ def survey_file(folder: Folder, file: str) -> tuple[dict[str, StoredTensor], dic
     found.other_tools(file, tensors)
     if headers and not tensors:
         found.problems.add("no-tensors", file, location=found.path(file))
-    return tensors, headers[file].metadata if headers else {}, found.problems.worst_first()
+    header = headers.get(file)
+    return tensors, header.metadata if isinstance(header, Header) else {}, found.problems.worst_first()
+
+
+def _stored(header: Header | PickledFile, file: str) -> Iterator[StoredTensor | Decoded]:
+    if not isinstance(header, Header):
+        yield from header.tensors.values()
+        return
+    for info in header.tensors.values():
+        offset = header.data_start + info.start
+        yield StoredTensor(info.name, info.dtype, info.shape, file, offset, info.stop - info.start)
 
 
 class _Survey:
@@ -162,8 +165,9 @@ class _Survey:
             sizes={file: self.sizes[file] for file in headers},
             tensors=tensors,
             index=index,
-            header_metadata={file: header.metadata for file, header in headers.items()},
+            header_metadata={file: each.metadata for file, each in headers.items() if isinstance(each, Header)},
             unused=unused,
+            left_out=tuple(name for each in headers.values() if not isinstance(each, Header) for name in each.left_out),
         )
 
     def config(self) -> dict[str, Any] | None:
@@ -240,12 +244,13 @@ class _Survey:
         if why:
             self.problems.add("index-malformed", name, why=why)
             return None
-        unsafe = sorted(file for file in set(index["weight_map"].values()) if not is_shard_name(file))
+        suffix = ".bin" if ".bin." in name else ".safetensors"
+        unsafe = sorted(file for file in set(index["weight_map"].values()) if not is_shard_name(file, suffix))
         for file in unsafe:
             self.problems.add("unsafe-name", name, name=quoted(file))
         return None if unsafe else index
 
-    def headers(self, files: Sequence[str]) -> dict[str, Header]:
+    def headers(self, files: Sequence[str]) -> dict[str, Header | PickledFile]:
         """The headers that can be read, in the order of ``files``."""
         if len(files) > 1 and not isinstance(self.folder, LocalFolder):  # far away: waiting dominates
             from concurrent.futures import ThreadPoolExecutor
@@ -254,15 +259,15 @@ class _Survey:
                 found = list(pool.map(self.header, files))
         else:
             found = [self.header(file) for file in files]
-        headers: dict[str, Header] = {}
+        headers: dict[str, Header | PickledFile] = {}
         for file, header in zip(files, found, strict=True):
-            if isinstance(header, Header):
-                headers[file] = header
-            else:
+            if isinstance(header, QzError):
                 self.problems.add_error(header, file, missing="shard-missing")
+            else:
+                headers[file] = header
         return headers
 
-    def header(self, file: str) -> Header | QzError:
+    def header(self, file: str) -> Header | PickledFile | QzError:
         def read(offset: int, length: int) -> bytearray:
             buffer = bytearray(length)
             self.folder.read_into(file, offset, memoryview(buffer))
@@ -271,21 +276,22 @@ class _Survey:
         try:
             if file not in self.sizes:
                 read_file(self.folder, file, 1)
+            if self.folder.allow_pickle and PICKLE.search(file):
+                from qz.formats.pickles.file import read_pickled
+
+                return read_pickled(read, self.sizes[file], file, self.path(file))
             return read_header(read, self.sizes[file], self.path(file))
         except QzError as error:
             return error
 
     def tensors(
-        self, files: Iterable[str], headers: Mapping[str, Header], weight_map: Mapping[str, str]
-    ) -> dict[str, StoredTensor]:
+        self, files: Iterable[str], headers: Mapping[str, Header | PickledFile], weight_map: Mapping[str, str]
+    ) -> dict[str, StoredTensor | Decoded]:
         """Every tensor; one that lies in two shards is taken from the one that the index names."""
-        tensors: dict[str, StoredTensor] = {}
+        tensors: dict[str, StoredTensor | Decoded] = {}
         for file in files:
-            if file not in headers:
-                continue
-            start = headers[file].data_start
-            for info in headers[file].tensors.values():
-                name = info.name
+            for tensor in _stored(headers[file], file) if file in headers else ():
+                name = tensor.name
                 if name in tensors:
                     self.problems.add(
                         "tensor-twice", quoted(name), name=quoted(name), first=tensors[name].file, second=file
@@ -293,16 +299,15 @@ class _Survey:
                     if weight_map.get(name) != file:
                         continue
                     del tensors[name]
-                offset = start + info.start
-                tensors[name] = StoredTensor(name, info.dtype, info.shape, file, offset, info.stop - info.start)
+                tensors[name] = tensor
         return tensors
 
     def reconcile(
         self,
         index: str,
         weight_map: Mapping[str, str],
-        headers: Mapping[str, Header],
-        tensors: Mapping[str, StoredTensor],
+        headers: Mapping[str, Header | PickledFile],
+        tensors: Mapping[str, StoredTensor | Decoded],
     ) -> None:
         """The index against the headers. What is in a shard that cannot be read is not counted as absent."""
         where = self.path(index)
@@ -319,7 +324,7 @@ class _Survey:
                 self.problems.add("tensor-unindexed", quoted(name), **facts)
 
     def metadata(
-        self, name: str, index: Mapping[str, Any], library: Library, tensors: Mapping[str, StoredTensor]
+        self, name: str, index: Mapping[str, Any], library: Library, tensors: Mapping[str, StoredTensor | Decoded]
     ) -> None:
         metadata = index.get("metadata")
         if isinstance(metadata, dict):

@@ -41,8 +41,9 @@ class Weights:
 def find_weights(folder: Folder, library: Library, variant: str | None, problems: Problems) -> Weights | None:
     """The weights that ``library`` would load, or None with the reason among ``problems``."""
     sizes = folder.sizes()
-    stem = STEMS[library]
-    singles, indexes = _candidates(stem, sizes)
+    singles, indexes = _candidates(STEMS[library], sizes)
+    if not singles and not indexes and folder.allow_pickle:
+        singles, indexes = _candidates(PICKLED[STEMS[library]], sizes, "bin")
     there = {**singles, **indexes}
     if variant not in there:
         if variant is not None:
@@ -67,13 +68,15 @@ def _preference(variant: str) -> tuple[int, str]:
     return VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS), variant
 
 
-def _candidates(stem: str, names: Iterable[str]) -> tuple[dict[str | None, str], dict[str | None, str]]:
+def _candidates(
+    stem: str, names: Iterable[str], suffix: str = "safetensors"
+) -> tuple[dict[str | None, str], dict[str | None, str]]:
     """The single files and the indexes among ``names``, by variant, wherever a library has ever put the variant."""
-    single = re.compile(rf"{stem}{_VARIANT}\.safetensors")
+    single = re.compile(rf"{stem}{_VARIANT}\.{suffix}")
     index = [
-        re.compile(rf"{stem}\.safetensors\.index{_VARIANT}\.json"),
-        re.compile(rf"{stem}\.safetensors{_VARIANT}\.index\.json"),
-        re.compile(rf"{stem}{_VARIANT}\.safetensors\.index\.json"),
+        re.compile(rf"{stem}\.{suffix}\.index{_VARIANT}\.json"),
+        re.compile(rf"{stem}\.{suffix}{_VARIANT}\.index\.json"),
+        re.compile(rf"{stem}{_VARIANT}\.{suffix}\.index\.json"),
     ]
     singles: dict[str | None, str] = {}
     indexes: dict[str | None, str] = {}
@@ -133,7 +136,10 @@ def _conversion(stem: str, pickles: Sequence[str], location: str) -> str:
     )
     fetch = f"hf download {remote[1]} --local-dir NEW && " if remote and plain else ""
     again = "use NEW" if remote else "run this again"
-    return f'If you trust them, convert them, then {again}: {fetch}python -c "{code}"'
+    return (
+        "With --allow-pickle qz reads them, and runs nothing of them. Or, if you trust them, convert them, then "
+        f'{again}: {fetch}python -c "{code}"'
+    )
 
 
 def unused_files(
@@ -152,14 +158,14 @@ def unused_files(
         if name not in used and weights.fullmatch(name) and not of_another_variant.fullmatch(name):
             problems.add("file-unused", name)
             unused.append(name)
-        elif PICKLE.search(name):
+        elif PICKLE.search(name) and name not in used:
             problems.add("pickle-files", name)
     return tuple(unused)
 
 
-def is_shard_name(name: Any) -> bool:
+def is_shard_name(name: Any, suffix: str = ".safetensors") -> bool:
     """Whether ``name`` is a plain file name that a shard may have."""
-    if not isinstance(name, str) or not name.endswith(".safetensors") or len(name.encode("utf-8", "replace")) > 255:
+    if not isinstance(name, str) or not name.endswith(suffix) or len(name.encode("utf-8", "replace")) > 255:
         return False
     return "/" not in name and "\\" not in name and not UNSAFE_TEXT.search(name)
 

@@ -139,6 +139,8 @@ class HubFolder:
     license: Mapping[str, Any] = MappingProxyType({})
     """license, license_name and license_link of the repository's card, as far as given."""
 
+    allow_pickle = False
+
     def __init__(
         self,
         api: HfApi,
@@ -188,7 +190,7 @@ class HubFolder:
             pace=self._pace,
         )
         inner.revision, inner.private, inner.gated = self.revision, self.private, self.gated
-        inner.license, inner.note = self.license, self.note
+        inner.license, inner.note, inner.allow_pickle = self.license, self.note, self.allow_pickle
         try:
             inner.sizes()
         except MissingInput:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qz.formats.checkpoint.weights import PICKLED
 from qz.formats.folder import Folder, Range, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
 from qz.formats.malformed import Malformed
@@ -87,7 +88,7 @@ WEIGHT_FILE = re.compile(
     rf"|(?:{'|'.join(STEMS.values())}){_VARIANT}\.safetensors(?:\.index{_VARIANT}|{_VARIANT}\.index)\.json"
 )
 """Weights and their index, under every name that a library has ever given them."""
-INDEXES = re.compile(r".*\.safetensors.*\.json")
+INDEXES = re.compile(r".*\.(?:safetensors|bin)\..*json")
 CHECKPOINT_FILE = re.compile(
     "|".join(
         f"(?:{pattern.pattern})"
@@ -237,11 +238,13 @@ def weights(checkpoint: Checkpoint) -> tuple[tuple[Companion, ...], dict[str, by
     documents: dict[str, bytes] = {}
     if checkpoint.index is not None:
         stem = STEMS[checkpoint.library]
+        pickled = checkpoint.files[0].endswith(".bin")
+        index = f"{PICKLED[stem]}.bin.index.json" if pickled else f"{stem}.safetensors.index.json"
         if variant is None:
-            names.append(f"{stem}.safetensors.index.json")
+            names.append(index)
         else:
             places = {name: plain_name(file, variant) for name, file in checkpoint.index["weight_map"].items()}
-            documents[f"{stem}.safetensors.index.json"] = dump_json({**checkpoint.index, "weight_map": places})
+            documents[index] = dump_json({**checkpoint.index, "weight_map": places})
     plain = [Companion(folder, name, plain_name(name, variant), sizes[name]) for name in names]
     config = _matching(folder, (re.compile(r"config\.json"),))
     return (*config, *companions(folder), *plain), documents

@@ -9,8 +9,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.checkpoint.decoded import CODES, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded, Grid
 from qz.formats.checkpoint.small_tensors import read_small
+from qz.formats.decoded import CODES, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded, Grid
 from qz.formats.malformed import quoted
 from qz.formats.sources.scaled import FLOATS_8, block_of
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
+from qz.formats.decoded import Decoded
 from qz.formats.malformed import quoted
 from qz.formats.sources.compressed_tensors import read_compressed_tensors
 from qz.formats.sources.gptq_awq import read_awq, read_gptq
@@ -50,7 +50,7 @@ class Encoded:
 
     @property
     def decoded(self) -> dict[str, Decoded]:
-        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, Decoded)}
+        return {name: each for name, each in self.tensors.items() if isinstance(each, Decoded) and each.computed}
 
 
 @dataclass
@@ -112,7 +112,7 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
     )
     read(reading)
     tensors: dict[str, StoredTensor | Decoded] = {}
-    for name, tensor in reading.tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         if name in reading.taken:
             found = reading.taken[name]
             if found.name in tensors or (found.name != name and found.name in checkpoint.tensors):
@@ -156,7 +156,7 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         tensors=encoded.tensors,
         config=without_quantization(checkpoint.config),
         encoded_as=encoded.method,
-        left_out=encoded.left_out,
+        left_out=(*checkpoint.left_out, *encoded.left_out),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.checkpoint.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Columns, Decoded
+from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Columns, Decoded
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:

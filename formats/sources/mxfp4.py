@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.checkpoint.decoded import CODES, SCALE, Decoded, TransposedBlocks
+from qz.formats.decoded import CODES, SCALE, Decoded, TransposedBlocks
 
 if TYPE_CHECKING:
     from qz.formats.sources.encoded import Reading

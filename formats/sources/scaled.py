@@ -12,8 +12,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.checkpoint.decoded import CODES, GLOBAL_SCALE, SCALE, Decoded, Grid
 from qz.formats.checkpoint.small_tensors import read_small
+from qz.formats.decoded import CODES, GLOBAL_SCALE, SCALE, Decoded, Grid
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qz.formats.checkpoint.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Columns, Decoded
+from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Columns, Decoded
 from qz.quantize.decoding.groups import group_indexes
 from qz.quantize.decoding.parts import Parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput
-from qz.formats.checkpoint.decoded import GROUPS
+from qz.formats.decoded import GROUPS
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:

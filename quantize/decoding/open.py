@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from qz.formats.checkpoint.decoded import Columns, Decoded, Grid
+from qz.formats.decoded import Columns, Decoded, Grid, Strided
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader
+from qz.quantize.decoding.strided import StridedReader
 from qz.quantize.decoding.transposed_blocks import TransposedBlocksReader
 
 if TYPE_CHECKING:
@@ -31,4 +32,6 @@ def decoding_reader(folder: Folder, tensor: Decoded) -> Reader:
         return GridReader(folder, tensor, tensor.encoding)
     if isinstance(tensor.encoding, Columns):
         return ColumnsReader(folder, tensor, tensor.encoding)
+    if isinstance(tensor.encoding, Strided):
+        return StridedReader(folder, tensor, tensor.encoding)
     return TransposedBlocksReader(folder, tensor)

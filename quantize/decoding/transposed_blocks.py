@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qz.formats.checkpoint.decoded import CODES, SCALE, Decoded
+from qz.formats.decoded import CODES, SCALE, Decoded
 from qz.quantize.decoding.codes import Floats, look_up, pairs, table
 from qz.quantize.decoding.parts import Parts
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qz import QzError
-from qz.formats.checkpoint.decoded import CODES, Decoded
 from qz.formats.checkpoint.problems import Problem, Problems, worst_first
 from qz.formats.checkpoint.quantization_config import Settings, read_settings
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
+from qz.formats.decoded import CODES, Decoded
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.record import read_record
 from qz.formats.safetensors import BITS

@@ -8,6 +8,7 @@ from typing import Literal
 
 from qz.formats import shards
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+from qz.formats.decoded import Decoded
 from qz.formats.output.shard_layout import ShardLayout
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
@@ -38,7 +39,11 @@ class Step:
     def act(self) -> Act:
         if self.weight.quantized:
             return "quantize"
-        return "keep" if all(isinstance(source, StoredTensor) for source in self.sources) else "dequantize"
+        plain = (
+            isinstance(source, StoredTensor) or (isinstance(source, Decoded) and not source.computed)
+            for source in self.sources
+        )
+        return "keep" if all(plain) else "dequantize"
 
 
 @dataclass(frozen=True, slots=True)

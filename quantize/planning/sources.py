@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import StoredTensor
+from qz.formats.decoded import Decoded
 
 
 @dataclass(frozen=True, slots=True)

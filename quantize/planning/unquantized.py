@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qz import Unsupported
-from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+from qz.formats.decoded import Decoded
 from qz.quantize.planning.sources import stored_parts
 
 COMPARE_BYTES = 1 << 20

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
-from qz.formats.checkpoint.decoded import Decoded
 from qz.formats.checkpoint.survey import StoredTensor
+from qz.formats.decoded import Decoded
 from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels

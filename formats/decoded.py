@@ -1,4 +1,4 @@
-"""A tensor that is stored in another form than its values: where its parts lie, and how they become values.
+"""A tensor as it is stored: its values, or parts in another form and how they become values.
 
 Recognizing needs headers only; ``qz.quantize.decoding`` computes. In all encodings a value is
 ``(code - zero point) * scale``, in float32, rounded once.
@@ -7,12 +7,22 @@ Recognizing needs headers only; ``qz.quantize.decoding`` computes. In all encodi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qz.formats.checkpoint.survey import StoredTensor
+
+class StoredTensor(NamedTuple):
+    """A tensor and where it lies: ``offset`` counts from the start of ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
 
 CODES = "codes"
 SCALE = "scale"
@@ -60,7 +70,14 @@ class TransposedBlocks:
     """
 
 
-Encoding = Grid | Columns | TransposedBlocks
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """The values themselves in another order: ``strides`` in values, as in torch; ``CODES`` begins at the first."""
+
+    strides: tuple[int, ...]
+
+
+Encoding = Grid | Columns | TransposedBlocks | Strided
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,11 @@ class Decoded:
     @property
     def offset(self) -> int:
         return self.parts[CODES].offset
+
+    @property
+    def computed(self) -> bool:
+        """Whether its values are computed from codes."""
+        return not isinstance(self.encoding, Strided)
 
     @property
     def nbytes(self) -> int:
