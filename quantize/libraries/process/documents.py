@@ -12,6 +12,8 @@ from qz.formats.folder import Range
 class Documents:
     """A ``Folder`` in memory."""
 
+    allow_pickle = False
+
     def __init__(self, location: str) -> None:
         self.location = location
         self._texts: dict[str, bytes] = {}
