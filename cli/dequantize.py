@@ -14,6 +14,7 @@ def dequantize(
     revision: options.RevisionOpt = None,
     variant: options.VariantOpt = None,
     allow_pickle: options.AllowPickleOpt = False,
+    lora: options.LoraOpt = None,
     output: options.OutputOpt = None,
     dtype: options.TargetDTypeOpt = "auto",
     max_shard_size: options.MaxShardSizeOpt = DEFAULT_SHARD_BYTES,
@@ -42,6 +43,7 @@ def dequantize(
         summary = api.dequantize(
             source,
             output,
+            lora=lora or (),
             dtype=dtype,
             subfolder=subfolder,
             revision=revision,

@@ -361,6 +361,17 @@ ComponentOpt = Annotated[
         show_default=False,
     ),
 ]
+LoraOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="LORA[:SCALE]",
+        help="Fuse a LoRA into the weights first: a file, a folder or a repository, and how much of it counts "
+        "(default: 1). Repeat it for more.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
 KeepNonfiniteOpt = Annotated[
     bool,
     flag(

@@ -114,6 +114,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         ("output", (summary.output or "on the Hub only") + (" (dry run: nothing written)" if summary.dry_run else "")),
         ("method", f"{method} → {summary.dtype}" if back else f"{method}, {summary.dtype} elsewhere"),
         *([("scales", refined(summary.refinement))] if summary.refinement.get("scales") == "search" else []),
+        *fused_loras(summary),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them {'were ' if back else ''}quantized"),
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
@@ -138,6 +139,17 @@ def part_of(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
         return []
     own = f"{counted(len(summary.shards), 'weight file')}, {size(sum(shard.bytes for shard in summary.shards))}"
     return [("part", f"{summary.share.number} of {summary.share.count}: {own}")]
+
+
+def fused_loras(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
+    """A row for each LoRA that was fused into the weights."""
+    rows = []
+    for lora in summary.loras:
+        location, file = lora["location"], lora["file"]
+        place = location if location == file else f"{location}/{file}"
+        times = f" × {lora['scale']:g}" if lora["scale"] != 1 else ""
+        rows.append(("LoRA", f"{plain(place)}{times} (fused into {counted(lora['weights'], 'tensor')})"))
+    return rows
 
 
 def left_out(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:

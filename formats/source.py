@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,18 @@ from qz.formats.malformed import quoted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from qz.formats.checkpoint.adapter_file import AdapterFile
     from qz.formats.folder import Folder
 
+_REPO_FILE = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<path>(?:/[^/@]+)+)?(?:@(?P<revision>[^@\s]+))?", re.ASCII
+)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 LONGEST_REPO_ID = 200
 """Characters; the Hub has 96 for each of the two names."""
+LONGEST_PATH = 1000
+"""Of a file inside a repository."""
 
 
 def open_source(
@@ -108,6 +114,43 @@ def opened(
     finally:
         folder.close()
         root.close()
+
+
+@contextmanager
+def opened_loras(names: Iterable[str]) -> Iterator[tuple[AdapterFile, ...]]:
+    """LoRAs named as REPO|FOLDER|FILE[:SCALE], opened in their order; closed afterwards.
+
+    A repository may be followed by the path of a file in it and by @REVISION. Raises what opening raises.
+    """
+    with ExitStack() as stack:
+        yield tuple(_opened_lora(name, stack) for name in names)
+
+
+def _opened_lora(name: str, stack: ExitStack) -> AdapterFile:
+    from qz.formats.checkpoint.adapter_file import open_adapter, parse_scale
+
+    location, scale = parse_scale(name, exists=local_path(name) is not None)
+    path = local_path(location)
+    if path is not None:
+        path = path.resolve()  # the user named it: a link is followed
+        parent = LocalFolder(path if path.is_dir() else path.parent, shared_links=True)
+        stack.callback(parent.close)
+        return open_adapter(parent, None if path.is_dir() else path.name, path.name, scale)
+    match = _REPO_FILE.fullmatch(location)
+    if match is None or len(location) > LONGEST_REPO_ID + LONGEST_PATH:
+        raise MissingInput(
+            f"--lora {quoted(location, 200)} does not exist. Give a local file or folder, or a repository on the Hub "
+            "as USER/NAME, USER/NAME/FILE.safetensors or USER/NAME@REVISION, each with :SCALE if it is not 1."
+        )
+    root = folder = open_source(match["repo"], None, match["revision"])
+    stack.callback(root.close)
+    *inside, file = (match["path"] or "").strip("/").split("/")
+    if file and not file.endswith(".safetensors"):
+        inside, file = [*inside, file], ""
+    folder = enter(root, "/".join(inside) or None)
+    if folder is not root:
+        stack.callback(folder.close)
+    return open_adapter(folder, file or None, "/".join([match["repo"], *inside]), scale)
 
 
 def default_output(source: str, subfolder: str | None, suffix: str) -> Path:

@@ -38,6 +38,10 @@ def _method(settings: Settings) -> Iterator[str]:
 
 
 def _selection(settings: Settings) -> Iterator[str]:
+    for lora in settings.loras:
+        place = lora.location if lora.location.endswith(lora.file) else f"{lora.location}/{lora.file}"
+        at = f"@{lora.revision}" if lora.revision else ""
+        yield from ("--lora", f"{place}{at}" + (f":{lora.scale:g}" if lora.scale != 1 else ""))
     yield from _unless_default(settings, "variant")
     if settings.allow_pickle:
         yield "--allow-pickle"

@@ -20,11 +20,14 @@ from qz.quantize.calibration.refine import refinement
 from qz.quantize.command import command
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
-from qz.quantize.libraries.architecture import LoadRequest
+from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine, library_versions
+from qz.quantize.planning.dequantization import dequantized_checkpoint
+from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.nearest import linears, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
-from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
+from qz.quantize.planning.sources import Source as TensorSource
+from qz.quantize.planning.unquantized import equal_sources, is_bitsandbytes, refuse_quantized
 from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
 from qz.quantize.source_identity import identity, recorded_identity
@@ -41,29 +44,53 @@ TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date", 
 
 
 def plan_quantization(
-    checkpoint: Checkpoint, settings: Settings, component: str = "", *, pipeline: bool = False
+    checkpoint: Checkpoint,
+    settings: Settings,
+    component: str = "",
+    *,
+    pipeline: bool = False,
+    pipeline_class: str | None = None,
 ) -> Plan:
-    """The plan of a plain checkpoint. Raises Unsupported if it is quantized already, cannot be, or nothing of it would
-    be; UsageError if nothing would be because of ``settings.skips``.
+    """The plan of a plain checkpoint, or of one that bitsandbytes quantized if LoRAs are fused into it.
 
-    ``component``: the folder of a ``pipeline`` that the checkpoint is. Raises UsageError for a skip that matches
-    nothing, but in a pipeline, where it may match in another component.
+    Raises Unsupported if it is quantized already, cannot be, or nothing of it would be; UsageError if nothing would be
+    because of ``settings.skips``.
+
+    ``component``: the folder of a ``pipeline`` that the checkpoint is, which is of ``pipeline_class``. Raises
+    UsageError for a skip that matches nothing, but in a pipeline, where it may match in another component.
     """
-    plan = plan_conversion(checkpoint, settings, component, pipeline=pipeline)
+    plan = plan_conversion(checkpoint, settings, component, pipeline=pipeline, pipeline_class=pipeline_class)
     if not plan.quantized:
         raise _nothing_to_quantize(plan)
     return plan
 
 
-def plan_conversion(checkpoint: Checkpoint, settings: Settings, component: str = "", *, pipeline: bool = False) -> Plan:
-    """As ``plan_quantization``, also where no layer of the model can be quantized."""
+def plan_conversion(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    component: str = "",
+    *,
+    pipeline: bool = False,
+    pipeline_class: str | None = None,
+) -> Plan:
+    """As ``plan_quantization``, also where no layer can be quantized. A ``pipeline`` fuses its LoRAs itself."""
     checkpoint = plain_checkpoint(checkpoint)
-    refuse_quantized(checkpoint)
     request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips)
+    sources: dict[str, TensorSource] | None = None
+    given: dict[str, TensorSpec] | None = None
+    if settings.loras and is_bitsandbytes(checkpoint):
+        sources, given, before = dequantized_checkpoint(checkpoint)
+        request = replace(request, dtype=before if request.dtype == "auto" else request.dtype)
+    else:
+        refuse_quantized(checkpoint)
+
+    def equal(one: str, other: str) -> bool:
+        return equal_sources(checkpoint, sources, one, other)
 
     def planned(request: LoadRequest) -> Plan:
-        architecture = examine(checkpoint, request, equal=lambda one, other: equal_tensors(checkpoint, one, other))
-        return make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes)
+        architecture = examine(checkpoint, request, given, equal)
+        plan = make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes, sources)
+        return plan if pipeline else fuse(plan, settings.loras, component, pipeline_class)
 
     plan = planned(request)
     if not pipeline:

@@ -7,14 +7,17 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qz import QzError, Unsupported, UsageError
+from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, has_weights
 from qz.formats.folder import Folder
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
 from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, ignore
+from qz.quantize.adapters.placement import Placement, placements
 from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
@@ -22,6 +25,7 @@ from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary, cast_to
 from qz.quantize.planning.components import Choice, choose
+from qz.quantize.planning.fusing import fused
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
@@ -30,7 +34,7 @@ from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
-from qz.quantize.summary import Source, made_from, summarize
+from qz.quantize.summary import Source, fused_weights, made_from, summarize
 
 _COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)\Z")
 
@@ -47,6 +51,8 @@ class PipelinePlan:
     plans: Mapping[str, Plan]
     kept: Mapping[str, Footprint]
     casts: Mapping[str, Plan] = field(default_factory=dict)
+    adapters: tuple[AdapterFile, ...] = ()
+    """LoRAs that are fused into any of them."""
 
     @property
     def folders(self) -> dict[str, Folder]:
@@ -150,7 +156,7 @@ def _plan_quantized(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             else "not quantized"
         )
         if component.checkpoint is not None and (encoded is not None or method == "bitsandbytes"):
-            plans[component.name] = plan_dequantization(component.checkpoint, settings)
+            plans[component.name] = plan_dequantization(component.checkpoint, settings, pipeline=True)
             reason = "dequantized"
         choices.append(Choice(component, None, reason, component.parameters / max(total, 1)))
     if not plans:
@@ -188,12 +194,21 @@ def compose(
     """
     others = [each for each in pipeline.components if each.checkpoint and each.name not in plans]
     kept = {each.name: _footprint(each) for each in others}
-    if settings is None or settings.dtype == "auto":
+    loras = settings.loras if settings is not None else ()
+    if settings is None or (settings.dtype == "auto" and not loras):
         return PipelinePlan(pipeline, choices, plans, kept)
+    placed = _placed(pipeline, loras)
+    plans = {name: fused(plan, placed[name], loras) if name in placed else plan for name, plan in plans.items()}
     casts: dict[str, Plan] = {}
     made = {choice.name: choice for choice in choices}
     for each in others:
         choice = made[each.name]
+        if each.name in placed:
+            casts[each.name] = fused(_unquantized(each, settings), placed[each.name], loras)
+            made[each.name] = replace(choice, reason=f"{choice.reason}; LoRA fused")
+            continue
+        if settings.dtype == "auto":
+            continue
         try:
             cast = _cast(each, settings)
         except QzError as error:
@@ -202,18 +217,35 @@ def compose(
         if cast is not None:
             casts[each.name] = cast
             made[each.name] = replace(choice, reason=f"{choice.reason}; cast to {settings.dtype}")
-    return PipelinePlan(pipeline, tuple(made[choice.name] for choice in choices), plans, kept, casts)
+    return PipelinePlan(pipeline, tuple(made[choice.name] for choice in choices), plans, kept, casts, loras)
+
+
+def _placed(pipeline: Pipeline, loras: tuple[AdapterFile, ...]) -> dict[str, list[Placement]]:
+    """What LoRAs change, by component."""
+    models = {each.name: each.checkpoint for each in pipeline.components if each.checkpoint is not None}
+    placed: dict[str, list[Placement]] = {}
+    for lora in loras:
+        for placement in placements(lora, models, pipeline.class_name):
+            placed.setdefault(placement.component, []).append(placement)
+    return placed
+
+
+def _unquantized(component: Component, settings: Settings) -> Plan:
+    """The plan that writes a component as it is, or in the dtype that was asked for. Raises Unsupported for a quantized
+    one."""
+    checkpoint = component.checkpoint
+    assert checkpoint is not None
+    if component.quantization is not None:
+        raise Unsupported(f"{component.name} is quantized with {component.quantization.get('quant_method')}.")
+    request = LoadRequest(None, settings.dtype)
+    architecture = examine(checkpoint, request, equal=lambda one, other: equal_tensors(checkpoint, one, other))
+    return make_plan(checkpoint, architecture, None, settings.max_shard_bytes)
 
 
 def _cast(component: Component, settings: Settings) -> Plan | None:
     """The plan that writes an unquantized component in the dtype that was asked for; None if it is so already."""
-    checkpoint = component.checkpoint
-    assert checkpoint is not None
-    if component.quantization is not None:
-        raise Unsupported(f"it is quantized with {component.quantization.get('quant_method')}.")
-    request = LoadRequest(None, settings.dtype)
-    architecture = examine(checkpoint, request, equal=lambda one, other: equal_tensors(checkpoint, one, other))
-    plan = make_plan(checkpoint, architecture, None, settings.max_shard_bytes)
+    plan = _unquantized(component, settings)
+    architecture = plan.architecture
     stored = {step.weight.name: {source.dtype for source in step.sources} for step in plan.steps}
     same = all(stored[saved.weight.name] == {saved.dtype} for saved in architecture.saved)
     return None if same else plan
@@ -318,6 +350,15 @@ def summarize_pipeline(
             *(f"{name} holds a model that {INDEX} does not name; it was left out" for name in strays),
         ),
         left_out_of_root=of_root,
+        loras=_fused_loras(plan),
+    )
+
+
+def _fused_loras(plan: PipelinePlan) -> tuple[Mapping[str, Any], ...]:
+    every = [*plan.plans.values(), *plan.casts.values()]
+    return tuple(
+        {**adapter.as_json(), "weights": sum(fused_weights(each, adapter) for each in every)}
+        for adapter in plan.adapters
     )
 
 

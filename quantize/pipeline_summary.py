@@ -124,6 +124,8 @@ class PipelineSummary:
     share: Share | None = None
     """Which part of the output was made, if not all of it."""
     left_out_of_root: tuple[str, ...] = ()
+    loras: tuple[Mapping[str, Any], ...] = ()
+    """Those that were fused, as the record tells of them; ``weights`` counts those of all components."""
 
     @property
     def left_out(self) -> tuple[str, ...]:

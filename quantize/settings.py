@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qz import UsageError
 from qz.quantize.methods import COMPUTE_DTYPES, Int8, Method, full_name
+
+if TYPE_CHECKING:
+    from qz.formats.checkpoint.adapter_file import AdapterFile
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 LEAST_SHARD_BYTES = 1000
@@ -54,6 +57,8 @@ class Settings:
     """Of the weight files that are read."""
     allow_pickle: bool = False
     """Read pickled weights where there are no others."""
+    loras: tuple[AdapterFile, ...] = ()
+    """Fused into the weights, in this order, before they are quantized."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for choices that exclude each other, or that nobody means."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qz.counted import counted
+from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
@@ -14,7 +15,7 @@ from qz.formats.output.record import WrittenFile
 from qz.quantize.consumers.planned import warnings as consumer_warnings
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
-from qz.quantize.planning.sources import Packed
+from qz.quantize.planning.sources import Fused, Packed
 from qz.quantize.streaming.loss import Loss
 from qz.quantize.streaming.not_finite import NotFinite
 
@@ -83,6 +84,8 @@ class Summary:
     """Tensors that were not quantized and hold NaN or infinite values in the output."""
     refinement: Mapping[str, Any] = field(default_factory=dict)
     """How scales and codes are chosen: ``scales``, ``rounding``, ``importance``; empty if nothing is quantized."""
+    loras: tuple[Mapping[str, Any], ...] = ()
+    """Those that were fused into the weights, in their order, as the record tells of them."""
 
     @property
     def coverage(self) -> float:
@@ -170,6 +173,7 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
         "method": summary.method,
         "double_quant": summary.double_quant,
         **summary.refinement,
+        **({"loras": [dict(lora) for lora in summary.loras]} if summary.loras else {}),
         "device": summary.device,
         "dry_run": summary.dry_run,
         "parameters": {"total": summary.parameters, "quantized": summary.quantized_parameters},
@@ -250,7 +254,14 @@ def summarize(
         else AS_THE_LIBRARIES
         if plan.refinement is None
         else plan.refinement.as_json(),
+        loras=tuple({**adapter.as_json(), "weights": fused_weights(plan, adapter)} for adapter in plan.adapters),
     )
+
+
+def fused_weights(plan: Plan, adapter: AdapterFile) -> int:
+    """How many tensors of the model a LoRA changes."""
+    sources = [source for step in plan.steps for source in step.sources if isinstance(source, Fused)]
+    return sum(any(change.adapter is adapter for change in source.changes) for source in sources)
 
 
 def made_from(checkpoint: Checkpoint) -> set[str]:
@@ -289,6 +300,7 @@ def _method(plan: Plan) -> tuple[str, bool]:
         return plan.method.name, plan.method.double_quant
     if plan.checkpoint.encoded_as is not None:
         return plan.checkpoint.encoded_as, False
-    weights = [source.weight for step in plan.steps for source in step.sources if isinstance(source, Packed)]
+    sources = [source.base if isinstance(source, Fused) else source for step in plan.steps for source in step.sources]
+    weights = [source.weight for source in sources if isinstance(source, Packed)]
     kinds = "+".join(sorted({weight.kind for weight in weights}))
     return kinds or "none", any(weight.double_quant for weight in weights)

@@ -30,6 +30,8 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
         refined = {"scales": settings.scales, "rounding": settings.rounding}
         if settings.importance is not None:
             refined["importance"] = {"file": settings.importance.name, "sha256": sha256_of(settings.importance)}
+    if settings.loras:
+        refined["loras"] = [lora.as_json() for lora in settings.loras]
     return {
         "method": method_fingerprint(settings.method),
         "dtype": settings.dtype,

@@ -29,6 +29,7 @@ from qz.quantize.methods import Fp4, Int8, Method, Nf4
 from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Rounding, Scales, Settings
 
 if TYPE_CHECKING:
+    from qz.formats.checkpoint.adapter_file import AdapterFile
     from qz.formats.folder import Folder
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import Destination, PushResult
@@ -85,6 +86,7 @@ def quantize(
     output: AnyPath | None = None,
     *,
     method: Method | None = None,
+    lora: Sequence[str] = (),
     dtype: str = "auto",
     skip: Sequence[str] = (),
     default_skips: bool = True,
@@ -121,6 +123,8 @@ def quantize(
     source. ``method`` is ``Nf4()`` (the default), ``Fp4()`` or ``Int8()``, each with its settings. ``skip`` names
     linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"``
     makes 4-bit weights of the same format with less error, and with less still where ``importance`` names a file of it.
+    ``lora`` names LoRAs to fuse into the weights first, each as REPO|FOLDER|FILE[:SCALE]; then the model may be one
+    that bitsandbytes quantized, whose dequantized weights they are fused into.
     ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
     ``push_only``, shard by shard, so that no output is kept here. ``part`` ``"3/7"`` makes one of seven parts, which
     ``merge`` puts together; ``"auto"`` the one that the environment of an array job names. The other arguments are the
@@ -129,9 +133,9 @@ def quantize(
     Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
     PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
     """
-    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
     from qz.formats.output.disk import Disk
-    from qz.formats.source import default_output, opened
+    from qz.formats.source import default_output, opened, opened_loras
     from qz.quantize.conversion import Conversion
 
     method = method or Nf4()
@@ -156,9 +160,13 @@ def quantize(
     location = str(source)
     share = _share(part, measured=measure_loss, pushed=push is not None)
     on_progress(Progress("Reading headers"))
-    with opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found:
-        to = _destination(push, push_subfolder, public, found)
-        publication = _publication(to, found, if_exists, on_progress) if push_only else None
+    with (
+        opened_loras(lora) as loras,
+        opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
+    ):
+        settings = replace(settings, loras=loras)
+        to = _destination(push, push_subfolder, public, found, loras)
+        publication = _publication(to, found, if_exists, on_progress, loras) if push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
@@ -180,7 +188,7 @@ def quantize(
                 )
             from qz.quantize.pipeline import plan_pipeline
 
-            return _published(conversion.pipeline(plan_pipeline), to, found, on_progress)
+            return _published(conversion.pipeline(plan_pipeline), to, found, on_progress, loras)
         if components is not None or component_methods:
             raise UsageError(
                 f"{found.folder.location} is one model, not a pipeline: leave out --components and --component."
@@ -189,8 +197,9 @@ def quantize(
         from qz.quantize.streaming.measure import WhileQuantizing
 
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
-        plan = partial(plan_quantization, component=(subfolder or "").strip("/"))
-        return _published(conversion.model(plan, measure), to, found, on_progress)
+        component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
+        plan = partial(plan_quantization, component=component, pipeline_class=of)
+        return _published(conversion.model(plan, measure), to, found, on_progress, loras)
 
 
 @settings_given_back()
@@ -199,6 +208,7 @@ def dequantize(
     source: AnyPath,
     output: AnyPath | None = None,
     *,
+    lora: Sequence[str] = (),
     dtype: str = "auto",
     subfolder: str | None = None,
     revision: str | None = None,
@@ -223,14 +233,17 @@ def dequantize(
 ) -> Converted:
     """Turn a model or pipeline that bitsandbytes quantized back into an ordinary one.
 
-    ``against`` names the original: what quantization lost is measured and becomes part of the summary. The other
-    arguments are those of ``quantize``. Raises ``qz.QzError`` as ``quantize`` does.
+    ``against`` names the original: what quantization lost is measured and becomes part of the summary. ``lora`` names
+    LoRAs to fuse into the dequantized weights. The other arguments are those of ``quantize``. Raises ``qz.QzError`` as
+    ``quantize`` does.
     """
-    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
     from qz.formats.output.disk import Disk
-    from qz.formats.source import opened
+    from qz.formats.source import opened, opened_loras
     from qz.quantize.conversion import Conversion
 
+    if lora and against is not None:
+        raise UsageError("--against measures what quantization lost, and --lora changes the weights. Use one of them.")
     settings = Settings(
         None,
         dtype,
@@ -243,9 +256,10 @@ def dequantize(
     )
     share = _share(part, measured=against is not None, pushed=push is not None)
     on_progress(Progress("Reading headers"))
-    with opened(str(source), subfolder, revision, cached=push is None) as found:
-        to = _destination(push, push_subfolder, public, found)
-        publication = _publication(to, found, if_exists, on_progress) if push_only else None
+    with opened_loras(lora) as loras, opened(str(source), subfolder, revision, cached=push is None) as found:
+        settings = replace(settings, loras=loras)
+        to = _destination(push, push_subfolder, public, found, loras)
+        publication = _publication(to, found, if_exists, on_progress, loras) if push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
@@ -264,7 +278,7 @@ def dequantize(
                 raise UsageError("--against compares one model. Name a component with --subfolder, or leave it out.")
             from qz.quantize.pipeline import plan_way_back
 
-            return _published(conversion.pipeline(plan_way_back), to, found, on_progress)
+            return _published(conversion.pipeline(plan_way_back), to, found, on_progress, loras)
         from qz.quantize.planning.dequantization import plan_dequantization
         from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
 
@@ -272,7 +286,9 @@ def dequantize(
             measure = None
             if original is not None:
                 measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
-            return _published(conversion.model(plan_dequantization, measure), to, found, on_progress)
+            component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
+            plan = partial(plan_dequantization, component=component, pipeline_class=of)
+            return _published(conversion.model(plan, measure), to, found, on_progress, loras)
 
 
 @settings_given_back()
@@ -474,7 +490,11 @@ def _share(part: str | None, *, measured: bool, pushed: bool) -> Share | None:
 
 
 def _destination(
-    push: str | None, subfolder: str | None, public: bool | None, source: OpenedSource
+    push: str | None,
+    subfolder: str | None,
+    public: bool | None,
+    source: OpenedSource,
+    loras: Sequence[AdapterFile] = (),
 ) -> Destination | None:
     """Where the output is published; raises now what would fail after the work."""
     if push is None:
@@ -485,15 +505,25 @@ def _destination(
         return None
     from qz.formats.publish.destination import Destination
     from qz.formats.publish.push import require_possible
-    from qz.formats.source import is_restricted
 
     to = Destination(push, subfolder or "", private=None if public is None else not public)
-    require_possible(to, source_private=is_restricted(source.folder))
+    require_possible(to, source_private=_is_restricted(source, loras))
     return to
 
 
+def _is_restricted(source: OpenedSource, loras: Sequence[AdapterFile]) -> bool:
+    """Whether not everyone may see something that the output is made of."""
+    from qz.formats.source import is_restricted
+
+    return any(map(is_restricted, [source.folder, *(lora.folder for lora in loras)]))
+
+
 def _publication(
-    to: Destination | None, source: OpenedSource, if_exists: IfExists, on_progress: OnProgress
+    to: Destination | None,
+    source: OpenedSource,
+    if_exists: IfExists,
+    on_progress: OnProgress,
+    loras: Sequence[AdapterFile] = (),
 ) -> Publication:
     """Where the output goes while it is made."""
     if to is None:
@@ -501,18 +531,22 @@ def _publication(
     if if_exists != "error":
         raise UsageError("--if-exists and --overwrite are about an output here, which --push-only does not make.")
     from qz.formats.publish.publication import Publication
-    from qz.formats.source import is_restricted
 
-    return Publication(to, source_private=is_restricted(source.folder), progress=on_progress)
+    return Publication(to, source_private=_is_restricted(source, loras), progress=on_progress)
 
 
-def _published(done: Converted, to: Destination | None, source: OpenedSource, on_progress: OnProgress) -> Converted:
+def _published(
+    done: Converted,
+    to: Destination | None,
+    source: OpenedSource,
+    on_progress: OnProgress,
+    loras: Sequence[AdapterFile] = (),
+) -> Converted:
     """The report of a conversion, with what is to be told of its source, and of the push, if one was asked for."""
     from qz.formats.publish.push import push as send
-    from qz.formats.source import is_restricted
 
     done = replace(done, notes=(*done.notes, *source.notes))
     if to is None or getattr(done, "dry_run", False) or done.pushed is not None:
         return done
-    pushed = send(Path(done.output), to, source_private=is_restricted(source.folder), progress=on_progress)
+    pushed = send(Path(done.output), to, source_private=_is_restricted(source, loras), progress=on_progress)
     return replace(done, pushed=pushed)

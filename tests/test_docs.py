@@ -17,8 +17,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 import typer.main
 import yaml
+from safetensors.torch import save_file
 
 import pipelines
 import readers
@@ -177,6 +179,10 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "qz", "quantize", "my-model", "--quiet"]
     subprocess.run(command, cwd=place, env=environment(), capture_output=True, check=True)
     (place / "my-model-nf4").rename(place / "made-before")
+    for name in ("style", "character"):
+        changed = "transformer.transformer_blocks.0.attn.to_q"
+        factors = {f"{changed}.lora_A.weight": torch.ones(2, 64), f"{changed}.lora_B.weight": torch.ones(64, 2)}
+        save_file(factors, place / f"{name}.safetensors")
     return place
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import (
@@ -277,43 +278,39 @@ def test_a_folder_with_only_a_lora_is_named_for_what_it_is(file: str, pattern: s
         run(quantize, tmp_path / "lora", output=tmp_path / "out")
 
 
-def test_a_lora_in_a_pipeline_is_merged_as_the_advice_says(pipeline: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+def test_a_pipeline_saved_with_a_lora_attached_is_named_for_what_it_is(pipeline: Path, tmp_path: Path) -> None:
     loaded = DiffusionPipeline.from_pretrained(pipeline)
     loaded.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
-    loaded.save_lora_weights(tmp_path / "lora", transformer_lora_layers=_lora_of(loaded.transformer))
     loaded.save_pretrained(tmp_path / "attached")
     with pytest.raises(Unsupported, match="saved while a LoRA was attached") as raised:
         run(quantize, tmp_path / "attached", output=tmp_path / "out")
     assert "pipe.unload_lora_weights()" in str(raised.value)
+
+
+def test_a_lora_is_fused_into_its_pipeline_as_the_advice_says(pipeline: Path, tmp_path: Path) -> None:
+    loaded = DiffusionPipeline.from_pretrained(pipeline)
+    loaded.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    layers = dict(peft.get_peft_model_state_dict(loaded.transformer))
+    loaded.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
     with pytest.raises(Unsupported, match="only a LoRA") as raised:
         run(quantize, tmp_path / "lora", output=tmp_path / "out")
-    (code,) = re.findall(r"`(pipe\..*?)`", str(raised.value))
-    pipe = DiffusionPipeline.from_pretrained(pipeline)
-    before = pipe.transformer.state_dict()["transformer_blocks.0.attn.to_q.weight"].clone()
-    exec(code.replace("'ADAPTER'", "lora").replace("'MERGED'", "merged"),
-         {"pipe": pipe, "lora": str(tmp_path / "lora"), "merged": str(tmp_path / "merged")})  # fmt: skip
-    assert not torch.equal(pipe.transformer.state_dict()["transformer_blocks.0.attn.to_q.weight"], before)
-    run(quantize, tmp_path / "merged", output=tmp_path / "out", components="transformer")
+    assert run_advice(str(raised.value), pipeline, tmp_path / "out")["loras"][0]["weights"] == 3
 
 
-def _lora_of(transformer: Any) -> dict[str, torch.Tensor]:
-    peft = pytest.importorskip("peft")
-    return dict(peft.get_peft_model_state_dict(transformer))
-
-
-def test_a_peft_adapter_is_merged_as_the_advice_says(llama: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+def test_a_peft_adapter_is_fused_into_its_model_as_the_advice_says(llama: Path, tmp_path: Path) -> None:
     base = LlamaForCausalLM.from_pretrained(llama)
     peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
         tmp_path / "adapter"
     )
     with pytest.raises(Unsupported, match="only an adapter") as raised:
         run(quantize, tmp_path / "adapter", output=tmp_path / "out")
-    (code,) = re.findall(r"`(from peft .*?)`", str(raised.value))
-    exec(code.replace("'ADAPTER'", "adapter").replace("'MERGED'", "merged"),
-         {"adapter": str(tmp_path / "adapter"), "merged": str(tmp_path / "merged")})  # fmt: skip
-    run(quantize, tmp_path / "merged", output=tmp_path / "out")
+    assert run_advice(str(raised.value), llama, tmp_path / "out")["loras"][0]["weights"] == 1
+
+
+def run_advice(message: str, base: Path, output: Path) -> Any:
+    """What the command in a message does to the model ``base``."""
+    (words,) = re.findall(r"`qz quantize BASE --lora (.*?)`", message)
+    return run(quantize, base, output=output, lora=[words])
 
 
 def test_a_modular_pipeline_says_where_its_models_are_and_how_to_quantize_them(pipeline: Path, tmp_path: Path) -> None:

@@ -95,6 +95,15 @@ class Pipeline:
         self.folder.close()
 
 
+def pipeline_class(folder: Folder) -> str | None:
+    """The class that a pipeline's model_index.json names; None for a folder that is no pipeline."""
+    if not is_pipeline(folder):
+        return None
+    index = read_json(read_file(folder, INDEX, MAX_BYTES), f"{folder.location}/{INDEX}")
+    name = index.get("_class_name")
+    return name if isinstance(name, str) else None
+
+
 def is_pipeline(folder: Folder) -> bool:
     """Whether a folder is a whole pipeline, not one model: diffusers reads the index, and no config.json beside it."""
     return INDEX in folder.sizes()

@@ -55,7 +55,10 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     ),
     "adapter-only": (
         Unsupported,
-        "{location} holds only {what}, not a model. Merge it into its base model first, then quantize that: {how}",
+        (
+            "{location} holds only {what}, not a model. Name the model that it was made for, and fuse it on the way: "
+            "`qz quantize BASE --lora {location}`."
+        ),
     ),
     "adapter-unmerged": (
         Unsupported,

@@ -150,7 +150,7 @@ class _Survey:
         unused = unused_files(self.folder, library, weights.variant, files, self.problems)
         if not tensors and len(headers) == len(files):
             self.problems.add("no-tensors", files[0])
-        if library == "diffusers" or adapters.adapter_in(tensors):
+        if library == "diffusers" or adapters.is_adapter(tensors):
             self.other_tools(files[0], tensors, architecture)
         if (name := adapters.unmerged(tensors)) is not None:
             how = adapters.HOW_UNMERGED[library]
@@ -192,7 +192,7 @@ class _Survey:
         elif MODULAR_INDEX in self.sizes:
             self.problems.add("modular-pipeline", MODULAR_INDEX, components=self.modular_components())
         elif "adapter_config.json" in self.sizes:
-            self.problems.add("adapter-only", "adapter_config.json", what="an adapter", how=adapters.HOW_PEFT)
+            self.problems.add("adapter-only", "adapter_config.json", what="an adapter")
         elif any(name.endswith(".gguf") for name in self.sizes) and not weights:
             self.problems.add("gguf-only", min(name for name in self.sizes if name.endswith(".gguf")))
         elif weights:
@@ -211,8 +211,8 @@ class _Survey:
 
     def other_tools(self, file: str, names: Iterable[str], class_name: str | None = None) -> bool:
         names = list(names)
-        if (adapter := adapters.adapter_in(names)) is not None:
-            self.problems.add("adapter-only", file, what=adapter.what, how=adapter.how)
+        if adapters.is_adapter(names):
+            self.problems.add("adapter-only", file, what="a LoRA adapter")
         elif facts := original_layout(names, class_name):
             self.problems.add("original-layout", file, **facts)
         else:

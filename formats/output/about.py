@@ -124,6 +124,17 @@ ABOUT: Mapping[str, Any] = {
     "scales": _among(frozenset({"absmax", "search"})),
     "rounding": _among(frozenset({"nearest", "gptq"})),
     "importance": {"file": _text, "sha256": _like(r"[0-9a-f]{64}"), "tokens": _number},
+    "loras": [
+        {
+            "location": _text,
+            "revision": _commit,
+            "file": _text,
+            "sha256": _like(r"[0-9a-f]{64}"),
+            "config_sha256": _like(r"[0-9a-f]{64}"),
+            "scale": _number,
+            "weights": _count,
+        }
+    ],
     "device": _text,
     "dtype": _among(DTYPES),
     "parameters": _PARAMETERS,

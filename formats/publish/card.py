@@ -75,6 +75,7 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
     parts = [
         _introduction(facts),
         _sizes(facts),
+        _loras(facts),
         _refinement(facts),
         _skips(facts),
         "## Use",
@@ -124,6 +125,12 @@ def _refinement(facts: CardFacts) -> str:
     if facts.rounding != "nearest":
         told.append(f"rounding: {markdown(facts.rounding)}")
     return f"Better than by absmax, in the same format and size ({', '.join(told)})."
+
+
+def _loras(facts: CardFacts) -> str:
+    """What was fused into the weights before they were quantized."""
+    told = [f"{code(place)} × {scale:g} (SHA-256 {code(sha256)})" for place, scale, sha256 in facts.loras]
+    return f"LoRAs fused into the weights: {', '.join(told)}." if told else ""
 
 
 def _sizes(facts: CardFacts) -> str:

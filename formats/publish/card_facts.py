@@ -42,6 +42,8 @@ class CardFacts:
     rounding: str = "nearest"
     importance: tuple[str, str] | None = None
     """File and SHA-256 of what was known of the model's inputs."""
+    loras: tuple[tuple[str, float, str], ...] = ()
+    """Of those that were fused into the weights, the file with its repository or folder, the scale, and the SHA-256."""
     dtype: str | None = None
     compute_dtype: str | None = None
     parameters: tuple[int, int] | None = None
@@ -93,6 +95,7 @@ def facts_of(
         scales=str(about.get("scales") or "absmax"),
         rounding=str(about.get("rounding") or "nearest"),
         importance=_importance(about.get("importance")),
+        loras=_loras(about.get("loras")),
         dtype=_text(about.get("dtype") or config.get("dtype") or config.get("torch_dtype")),
         compute_dtype=str(compute) if compute and method in ("nf4", "fp4") else None,
         parameters=_pair(about.get("parameters"), "total", "quantized"),
@@ -148,6 +151,16 @@ def _text(value: Any) -> str | None:
 def _importance(value: Any) -> tuple[str, str] | None:
     file, sha256 = _text(_mapping(value).get("file")), _text(_mapping(value).get("sha256"))
     return (file, sha256) if file and sha256 else None
+
+
+def _loras(value: Any) -> tuple[tuple[str, float, str], ...]:
+    found = []
+    for each in map(_mapping, value if isinstance(value, list) else ()):
+        location, file = _text(each.get("location")) or "", _text(each.get("file")) or ""
+        place = location if location == file else f"{location}/{file}"
+        scale = each.get("scale")
+        found.append((place, float(scale) if isinstance(scale, int | float) else 1.0, str(each.get("sha256") or "")))
+    return tuple(found)
 
 
 def _pair(value: Any, first: str, second: str) -> tuple[int, int] | None:

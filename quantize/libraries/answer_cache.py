@@ -118,7 +118,9 @@ def encoded(architecture: Architecture) -> dict[str, Any] | None:
     number = {key: number for number, key in enumerate(weights)}
     return {
         "class_name": architecture.class_name,
-        "weights": [(w.name, w.sources, w.dtype, w.shape, w.quantized, w.transposed) for w in weights.values()],
+        "weights": [
+            (w.name, w.sources, w.dtype, w.shape, w.quantized, w.transposed, w.parameter) for w in weights.values()
+        ],
         "saved": [
             (s.name, s.dtype, s.shape, number[id(s.weight)], s.nbytes, s.part, s.variable, s.storage)
             for s in architecture.saved
@@ -133,13 +135,15 @@ def encoded(architecture: Architecture) -> dict[str, Any] | None:
         "notes": architecture.notes,
         "packed_elsewhere": architecture.packed_elsewhere,
         "unmatched_skips": architecture.unmatched_skips,
+        "tied": dict(architecture.tied),
+        "conv1d": architecture.conv1d,
     }
 
 
 def decoded(kept: dict[str, Any]) -> Architecture:
     weights = [
-        Weight(name, tuple(sources), dtype, tuple(shape), quantized, transposed)
-        for name, sources, dtype, shape, quantized, transposed in kept["weights"]
+        Weight(name, tuple(sources), dtype, tuple(shape), quantized, transposed, parameter=parameter)
+        for name, sources, dtype, shape, quantized, transposed, parameter in kept["weights"]
     ]
     return Architecture(
         class_name=kept["class_name"],
@@ -157,4 +161,6 @@ def decoded(kept: dict[str, Any]) -> Architecture:
         notes=tuple(kept["notes"]),
         packed_elsewhere=tuple(kept["packed_elsewhere"]),
         unmatched_skips=tuple(kept["unmatched_skips"]),
+        tied=kept["tied"],
+        conv1d=tuple(kept["conv1d"]),
     )

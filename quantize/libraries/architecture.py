@@ -63,6 +63,8 @@ class Weight:
     """Turned after it was read: a ``Conv1D`` holds (in, out), quantized it is (out, in)."""
     conversion: Conversion | None = field(default=None, compare=False)
     """Set where the checkpoint's tensors are merged or split; its result is looked up under ``name``."""
+    parameter: str = ""
+    """Its name in the model's state dict, if that is not ``name``: the checkpoint may have another one."""
 
     @property
     def count(self) -> int:
@@ -122,6 +124,10 @@ class Architecture:
     cannot load their codes."""
     unmatched_skips: tuple[str, ...] = ()
     """Skips asked for that no module of the model matches."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Names of weights that are the same as others → those others, which are saved."""
+    conv1d: tuple[str, ...] = ()
+    """Weights of ``Conv1D`` modules, which hold (in, out)."""
 
 
 @dataclass(frozen=True, slots=True)

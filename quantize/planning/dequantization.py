@@ -27,6 +27,7 @@ from qz.quantize.libraries.architecture import (
     torch_name,
 )
 from qz.quantize.libraries.examine import examine
+from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Packed, Source
 from qz.quantize.planning.unquantized import equal_tensors
@@ -46,15 +47,26 @@ DAMAGED = frozenset(
 the library cannot load) keep a loader from its work, but not this."""
 
 
-def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
+def plan_dequantization(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    component: str = "",
+    *,
+    pipeline: bool = False,
+    pipeline_class: str | None = None,
+) -> Plan:
     """The plan of a quantized checkpoint's way back; ``settings.dtype`` auto is the dtype before quantization.
+
+    LoRAs are fused into the dequantized weights; ``component``, ``pipeline`` and ``pipeline_class`` as in
+    ``qz.quantize.convert.plan_quantization``.
 
     Raises Unsupported if the checkpoint is not quantized, or by another method than bitsandbytes', MalformedInput
     where companions of a weight are missing or do not fit it.
     """
     plain = plain_checkpoint(checkpoint)
     if plain.encoded_as is not None:
-        return _plan_decoding(plain, settings)
+        plan = _plan_decoding(plain, settings)
+        return plan if pipeline else fuse(plan, settings.loras, component, pipeline_class)
     weights = quantized_weights(checkpoint)
     before = dtype_before(checkpoint, weights)
     dtype = before if settings.dtype == "auto" else settings.dtype
@@ -68,7 +80,15 @@ def plan_dequantization(checkpoint: Checkpoint, settings: Settings) -> Plan:
     same = architecture if dtype == before else examine(checkpoint, LoadRequest(None, before), given, equal)
     footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
     architecture = replace(architecture, footprint=footprint)
-    return make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
+    plan = make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
+    return plan if pipeline else fuse(plan, settings.loras, component, pipeline_class)
+
+
+def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Source], dict[str, TensorSpec], str]:
+    """A quantized checkpoint as the plain one that LoRAs are fused into: its sources, what they are, and the dtype
+    before quantization. Raises as ``plan_dequantization``."""
+    weights = quantized_weights(checkpoint)
+    return *as_plain(checkpoint, weights), dtype_before(checkpoint, weights)
 
 
 def _plan_decoding(plain: Checkpoint, settings: Settings) -> Plan:

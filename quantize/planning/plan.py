@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qz.formats import shards
-from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
-from qz.formats.decoded import Decoded
+from qz.formats.checkpoint.adapter_file import AdapterFile
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.output.shard_layout import ShardLayout
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
 from qz.quantize.planning.computable import require_computable
 from qz.quantize.planning.refinement import Refinement
-from qz.quantize.planning.sources import Source
+from qz.quantize.planning.sources import Source, is_quantized
 
 Act = Literal["keep", "quantize", "dequantize"]
 
@@ -39,11 +39,7 @@ class Step:
     def act(self) -> Act:
         if self.weight.quantized:
             return "quantize"
-        plain = (
-            isinstance(source, StoredTensor) or (isinstance(source, Decoded) and not source.computed)
-            for source in self.sources
-        )
-        return "keep" if all(plain) else "dequantize"
+        return "dequantize" if any(map(is_quantized, self.sources)) else "keep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +56,8 @@ class Plan:
     """Output tensor → position in ``shards``."""
     files: Mapping[str, bytes]
     """Small files written beside the shards: index, config.json, generation_config.json."""
+    adapters: tuple[AdapterFile, ...] = ()
+    """LoRAs that are fused into the weights."""
     refinement: Refinement | None = None
     """How 4-bit weights are quantized better than by absmax; None for the libraries' own bytes."""
 

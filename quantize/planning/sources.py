@@ -1,4 +1,4 @@
-"""What a step reads: a tensor as it is stored, or one that bitsandbytes or another tool quantized."""
+"""What a step reads: a stored tensor, one that bitsandbytes or another tool quantized, or one with LoRAs in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qz.formats.checkpoint.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.decoded import Decoded
+from qz.quantize.adapters.changes import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,49 @@ class Packed:
         return self.weight.parts["weight"].nbytes
 
 
-Source = StoredTensor | Packed | Decoded
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A source with LoRAs fused into it: read as float32, which is rounded once, to the weight's dtype."""
+
+    base: StoredTensor | Packed | Decoded
+    changes: tuple[Change, ...]
+    """In the order in which the LoRAs were named."""
+    dtype: str = "F32"
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def file(self) -> str:
+        return self.base.file
+
+    @property
+    def offset(self) -> int:
+        return self.base.offset
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes
+
+
+Source = StoredTensor | Packed | Decoded | Fused
 
 
 def stored_parts(source: Source) -> tuple[StoredTensor, ...]:
     """All that is stored of a source."""
+    if isinstance(source, Fused):
+        source = source.base
     if isinstance(source, StoredTensor):
         return (source,)
     return tuple((source.weight if isinstance(source, Packed) else source).parts.values())
+
+
+def is_quantized(source: Source) -> bool:
+    """Whether what is read is stored in another form than its values."""
+    base = source.base if isinstance(source, Fused) else source
+    return not isinstance(base, StoredTensor) and (isinstance(base, Packed) or base.computed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qz import Unsupported
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.decoded import Decoded
-from qz.quantize.planning.sources import stored_parts
+from qz.quantize.planning.sources import Source, stored_parts
 
 COMPARE_BYTES = 1 << 20
 
@@ -35,6 +37,21 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
                 f"{where} is already quantized with bitsandbytes ({tensor.name}), though config.json does not say so. "
                 f"Run `qz inspect {where}`."
             )
+
+
+def is_bitsandbytes(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint says, or its tensors show, that bitsandbytes quantized it."""
+    config = stated_quantization(checkpoint.config)
+    if isinstance(config, dict):
+        return config.get("quant_method") == "bitsandbytes"
+    return any(".quant_state.bitsandbytes__" in name for name in checkpoint.tensors)
+
+
+def equal_sources(checkpoint: Checkpoint, sources: Mapping[str, Source] | None, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint, some of which may be quantized, hold the same values for certain."""
+    if sources is not None and not all(isinstance(sources.get(name), StoredTensor) for name in (one, other)):
+        return False
+    return equal_tensors(checkpoint, one, other)
 
 
 def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -1,7 +1,8 @@
-"""What a step reads: tensors as they are stored, and weights that were quantized, as values in chunks."""
+"""What a step reads, as values in chunks: stored tensors, weights that were quantized, and LoRAs fused into both."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol
@@ -14,12 +15,13 @@ from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.decoded import Decoded
 from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
+from qz.quantize.adapters.changes import Changes
 from qz.quantize.compute import kernels
-from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, elements
+from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, elements, values
 from qz.quantize.decoding.open import Reader as Reader
 from qz.quantize.decoding.open import decoding_reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
-from qz.quantize.planning.sources import Packed, Source
+from qz.quantize.planning.sources import Fused, Packed, Source
 
 PIECE = 4 << 20
 """Values computed at a time where a whole tensor is needed."""
@@ -53,6 +55,8 @@ def reader(folder: Folder, source: Source, dequantizer: Dequantizer = kernels) -
         return _Stored(folder, source)
     if isinstance(source, Decoded):
         return decoding_reader(folder, source)
+    if isinstance(source, Fused):
+        return _Fused(source, reader(folder, source.base, dequantizer))
     kind = _Int8 if source.weight.kind == "int8" else _FourBit
     return kind(folder, source, dequantizer)
 
@@ -162,6 +166,29 @@ class _Int8:
             raw.view(NUMPY[dtype]).reshape(rows, columns),
         )
         return raw, dtype
+
+
+class _Fused:
+    """Values as float32, with what LoRAs add to them. Norms of rows need whole rows, norms of columns all of them."""
+
+    def __init__(self, source: Fused, base: Reader) -> None:
+        shape = source.shape or (1,)
+        self.base, self.columns = base, max(elements(shape[1:]), 1)
+        norms = {change.magnitude_of for change in source.changes}
+        whole = elements(shape) if "columns" in norms else self.columns if "rows" in norms else 1
+        self.unit = math.lcm(base.unit, max(whole, 1))
+        self.changes = Changes(source.changes, self.columns)
+
+    def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
+        raw, dtype = self.base.read(start, stop, "F32", memory)
+        first, last = start // self.columns, -(-stop // self.columns)
+        rows = memory("fused", (last - first) * self.columns * 4).view(np.float32)
+        before, count = start - first * self.columns, stop - start
+        rows[:before] = rows[before + count :] = 0
+        own = rows[before : before + count]
+        kernels.cast(values(raw, dtype), dtype, "F32", own)
+        self.changes.apply(rows.reshape(last - first, self.columns), first)
+        return own.view(np.uint8), "F32"
 
 
 def require_finite(scales: NDArray[np.float32], stored: StoredTensor, folder: Folder) -> None:

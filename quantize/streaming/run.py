@@ -24,7 +24,7 @@ from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.computable import cast_by_torch
 from qz.quantize.planning.plan import Plan, Step
-from qz.quantize.planning.sources import Packed, stored_parts
+from qz.quantize.planning.sources import Fused, Packed, stored_parts
 from qz.quantize.streaming.discard import DiscardOutput
 from qz.quantize.streaming.encoder import Encoder
 from qz.quantize.streaming.not_finite import NotFinite
@@ -115,6 +115,8 @@ class Run:
         if self.workers.errors:
             raise self.workers.errors[0]
         self.folder.check()
+        for adapter in self.plan.adapters:
+            adapter.check()
 
     def look_again(self, threads: int, elsewhere: Container[str] = ()) -> None:
         """Read what an earlier run had finished and did not quantize, for values in it that are not finite.
@@ -305,7 +307,7 @@ class Run:
 
 def _streamed(step: Step) -> Iterator[StoredTensor]:
     """What a step reads from one end to the other; of weights that bitsandbytes quantized the codes."""
-    for source in step.sources:
+    for source in (each.base if isinstance(each, Fused) else each for each in step.sources):
         if isinstance(source, Packed):
             yield source.weight.parts["weight"]
         else:

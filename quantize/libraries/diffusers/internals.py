@@ -32,3 +32,26 @@ def rename_old_keys(model: Any, state: dict[str, Any]) -> None:
         model._fix_state_dict_keys_on_load(state)
     except AttributeError as error:
         raise _unknown(error) from error
+
+
+def lora_mixins() -> dict[str, Any]:
+    """The classes that read LoRAs of pipelines, by name."""
+    try:
+        from diffusers.loaders import lora_pipeline
+    except ImportError as error:
+        raise _unknown(error) from error
+    found = {name: value for name, value in vars(lora_pipeline).items() if name.endswith("LoraLoaderMixin")}
+    if not found:
+        raise _unknown(ImportError("diffusers.loaders.lora_pipeline has no LoRA loaders"))
+    return found
+
+
+def lora_converters() -> tuple[Any, Any, Any]:
+    """Functions that give the keys of a LoRA's state dict PEFT's names: of a denoiser, and in two steps those of a text
+    encoder."""
+    try:
+        from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+        from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+    except ImportError as error:
+        raise _unknown(error) from error
+    return convert_unet_state_dict_to_peft, convert_state_dict_to_diffusers, convert_state_dict_to_peft

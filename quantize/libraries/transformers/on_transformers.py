@@ -33,11 +33,13 @@ from qz.quantize.libraries.architecture import (
 )
 from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of, model_class_of
 from qz.quantize.libraries.transformers.internals import (
+    Conv1D,
     ignored_on_save,
     kept_in_float32,
     no_init_weights,
     remove_tied_weights_from_state_dict,
     should_convert_module,
+    tied_weights,
 )
 from qz.quantize.libraries.transformers.origins import Model, find_origins, find_transposed, packed_elsewhere, tie
 from qz.quantize.libraries.transformers.saved_names import saved_tensors
@@ -121,6 +123,8 @@ def examine(
         documents=documents,
         notes=class_notes + selection.notes + notes,
         packed_elsewhere=elsewhere,
+        tied={name: kept for name, kept in tied_weights(model).items() if name in origins and kept in origins},
+        conv1d=tuple(f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)),
         unmatched_skips=unmatched(
             request.skips,
             (path for path, _ in model.named_modules()),

@@ -64,7 +64,9 @@ def saved_tensors(
             origin = origins[state_name]
             conversion = _Renamed(origin.conversion, state_name, name) if origin.conversion else None
             transposed = state_name in transposed_weights
-            weight = Weight(name, origin.sources, dtype, shape, transposed=transposed, conversion=conversion)
+            weight = Weight(
+                name, origin.sources, dtype, shape, transposed=transposed, conversion=conversion, parameter=state_name
+            )
         elif name in tensors and tensors[name].shape == shape:
             weight = Weight(name, (name,), dtype, shape)
         else:

@@ -1,0 +1,170 @@
+"""A LoRA as people publish it: one .safetensors file, alone, in a folder or in a repository, opened by its header."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qz import MissingInput, Unsupported, UsageError
+from qz.formats.checkpoint.problems import as_error
+from qz.formats.checkpoint.survey import StoredTensor, survey_file
+from qz.formats.folder import Folder, LocalFolder, read_file
+from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.malformed import quoted
+
+CONFIG = "adapter_config.json"
+PREFERRED = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""What PEFT and diffusers call the file; any other name is taken where there is one file only."""
+NAMES_ALONE = ("adapter-only", "original-layout")
+"""Problems that say no more than that these are no weights of a model."""
+MAX_REMOTE_BYTES = 8 << 30
+_SCALE = re.compile(r"(?P<location>.+):(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTALL)
+_PIECE = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """An opened LoRA. ``scale`` multiplies what it adds, beside the adapter's own alpha."""
+
+    location: str
+    """As a record may tell it: a repository's id, or the name of the local file or folder."""
+    file: str
+    revision: str | None
+    sha256: str
+    scale: float
+    config_sha256: str | None = None
+    tensors: Mapping[str, StoredTensor] = field(repr=False, compare=False)
+    metadata: Mapping[str, str] = field(repr=False, compare=False)
+    """``__metadata__`` of the file."""
+    config: Mapping[str, Any] | None = field(repr=False, compare=False)
+    """PEFT's adapter_config.json, if there is one."""
+    folder: Folder = field(repr=False, compare=False)
+    data: memoryview | None = field(repr=False, compare=False)
+    """The whole file, compared with the hash that the Hub lists, where it comes from there."""
+
+    @property
+    def where(self) -> str:
+        """The file in a message."""
+        return f"{self.folder.location}/{self.file}"
+
+    def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
+        """Bytes of one of its tensors, from byte ``start`` of it."""
+        offset = tensor.offset + start
+        if self.data is None:
+            self.folder.read_into(self.file, offset, buffer)
+        else:
+            buffer.cast("B")[:] = self.data[offset : offset + buffer.nbytes]
+
+    def check(self) -> None:
+        """Raise MalformedInput if the file has changed since it was opened."""
+        if self.data is None:
+            self.folder.check()
+
+    def as_json(self) -> dict[str, Any]:
+        """What the report and the record say of it; nothing private, so no local path."""
+        return {
+            "location": self.location,
+            "revision": self.revision,
+            "file": self.file,
+            "sha256": self.sha256,
+            "config_sha256": self.config_sha256,
+            "scale": self.scale,
+        }
+
+
+def parse_scale(text: str, *, exists: bool) -> tuple[str, float]:
+    """``LOCATION[:SCALE]``; the whole is the location if it ``exists``. UsageError for a scale that adds nothing."""
+    match = None if exists else _SCALE.fullmatch(text)
+    if match is None:
+        return text, 1.0
+    scale = float(match["scale"])
+    if not math.isfinite(scale) or scale == 0:
+        raise UsageError(f"--lora {text}: a scale of {match['scale']} makes no sense. Give a number such as 0.8.")
+    return match["location"], scale
+
+
+def open_adapter(folder: Folder, file: str | None, location: str, scale: float) -> AdapterFile:
+    """The LoRA in ``folder``: ``file``, or the one that is there.
+
+    Raises MissingInput where there is none, UsageError where there are several, MalformedInput for a file that breaks
+    the rules, and Unsupported for a pickle.
+    """
+    file = file or _only_file(folder, location)
+    if not file.endswith(".safetensors"):
+        raise Unsupported(
+            f"{folder.location}/{file} is not a .safetensors file, and reading a pickle may run code. Save the LoRA "
+            "with save_pretrained() of its library, or use a repository that has it as .safetensors."
+        )
+    tensors, metadata, problems = survey_file(folder, file)
+    errors = [each for each in problems if each.severity == "error" and each.kind not in NAMES_ALONE]
+    if errors:
+        raise as_error(folder.location, errors)
+    config = config_sha256 = None
+    if CONFIG in folder.sizes():
+        raw = read_file(folder, CONFIG, MAX_BYTES)
+        config, config_sha256 = read_json(raw, f"{folder.location}/{CONFIG}"), hashlib.sha256(raw).hexdigest()
+    data, sha256 = _content(folder, file)
+    return AdapterFile(
+        location=location,
+        file=file,
+        revision=folder.identity().get("commit"),
+        sha256=sha256,
+        scale=scale,
+        config_sha256=config_sha256,
+        tensors=tensors,
+        metadata=metadata,
+        config=config,
+        folder=folder,
+        data=data,
+    )
+
+
+def _only_file(folder: Folder, location: str) -> str:
+    names = folder.sizes()
+    for name in PREFERRED:
+        if name in names:
+            return name
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(
+            f"{location} holds {len(found)} .safetensors files: {_shown(found)}. "
+            f"Name one: --lora {location}/{found[0]}."
+        )
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+        raise Unsupported(
+            f"{location} holds its weights as a pickle only ({quoted(pickles[0])}), and reading one may run code. "
+            "Load it once with PEFT or diffusers, save it with save_pretrained(), and use that folder."
+        )
+    raise MissingInput(f"{location} has no .safetensors file: no LoRA. Files there: {_shown(sorted(names)) or 'none'}.")
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(quoted(name, 60) for name in names[:4]) + (" …" if len(names) > 4 else "")
+
+
+def _content(folder: Folder, file: str) -> tuple[memoryview | None, str]:
+    """The file of a repository, at once, which compares it with its hash there; of a local file only the SHA-256."""
+    size, digest = folder.sizes()[file], hashlib.sha256()
+    if not isinstance(folder, LocalFolder):
+        if size > MAX_REMOTE_BYTES:
+            raise Unsupported(
+                f"{folder.location}/{file} has {size:,} bytes: no LoRA is so large. Name another file, or download it "
+                "and name the local one."
+            )
+        whole = memoryview(bytearray(size))
+        folder.read_into(file, 0, whole)
+        digest.update(whole)
+        return whole, digest.hexdigest()
+    buffer = bytearray(min(_PIECE, max(size, 1)))
+    for start in range(0, size, len(buffer)):
+        view = memoryview(buffer)[: min(len(buffer), size - start)]
+        folder.read_into(file, start, view)
+        digest.update(view)
+    return None, digest.hexdigest()

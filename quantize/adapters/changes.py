@@ -1,0 +1,271 @@
+"""The arithmetic of a LoRA: what it makes of rows of a weight, in float32.
+
+As ``peft`` 0.21 merges: LoRA W + s·B·A (Hu et al., 2021), DoRA m·(W + s·B·A)/‖W + s·B·A‖ (Liu et al., 2024), LoHa the
+element-wise product of two low-rank products, LoKr a Kronecker product (``peft/tuners/{lora,loha,lokr}/layer.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qz import MalformedInput
+from qz.formats.checkpoint.adapter_file import AdapterFile
+from qz.formats.checkpoint.survey import StoredTensor
+from qz.formats.malformed import quoted
+from qz.quantize.adapters.modules import AdapterModule
+from qz.quantize.compute.arrays import NUMPY, elements
+
+Floats = NDArray[np.float32]
+_ALPHAS = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``[start, start + count)`` of a weight are changed as the rows from ``first`` on of a module's change."""
+
+    start: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one module of a LoRA does to one tensor."""
+
+    module: AdapterModule
+    scale: float
+    """Alpha by rank, times what the user asked for."""
+    pieces: tuple[Piece, ...]
+    what: Literal["weight", "bias", "bias of B", "replace"] = "weight"
+    transposed: bool = False
+    """The tensor holds (in, out): the weight of a ``Conv1D``, or of an embedding whose ``B·A`` is (out, in)."""
+    magnitude_of: Literal["rows", "columns"] | None = None
+    """Of which norms a DoRA sets, in the tensor as it is stored."""
+
+    @property
+    def adapter(self) -> AdapterFile:
+        return self.module.adapter
+
+
+@dataclass
+class Loaded:
+    """A change with its factors in memory, float32; ``columns`` of the changed tensor, which is seen as a matrix."""
+
+    change: Change
+    columns: int
+    factors: dict[str, Floats] = field(default_factory=dict)
+    full: Floats | None = None
+    """The whole change where it cannot be computed by rows."""
+
+    def __post_init__(self) -> None:
+        module = self.change.module
+        wanted = _WANTED[self.change.what]
+        for part, tensor in module.parts.items():
+            if part != "alpha" and (wanted is None or part in wanted):
+                self.factors[part] = read_floats(module.adapter, tensor)
+        if self.change.what == "weight" and module.kind == "LoHa" and "hada_t1" in self.factors:
+            self.full = self._tucker_loha()
+
+    def apply(self, weight: Floats, start: int) -> None:
+        """Change ``weight`` in place: rows from ``start`` on, (rows, columns)."""
+        stop = start + len(weight)
+        touched = [each for each in self.change.pieces if each.start < stop and start < each.start + each.count]
+        for piece in touched:
+            low, high = max(start, piece.start), min(stop, piece.start + piece.count)
+            first = piece.first + low - piece.start
+            rows = weight[low - start : high - start]
+            added = self._rows(first, first + high - low)
+            if self.change.what == "replace":
+                rows[:] = added
+            else:
+                rows += added
+            if self.change.magnitude_of == "rows":
+                magnitude = self.factors["magnitude"].reshape(-1)[first : first + high - low]
+                rows *= (magnitude / np.linalg.norm(rows, axis=1))[:, None]
+        if self.change.magnitude_of == "columns":  # all rows are here
+            weight *= self.factors["magnitude"].reshape(-1) / np.linalg.norm(weight, axis=0)
+
+    def _rows(self, first: int, last: int) -> Floats:
+        """Rows of what is added, or of what replaces the tensor."""
+        factors, scale = self.factors, np.float32(self.change.scale)
+        if self.change.what == "replace":
+            return factors["replacement"].reshape(-1, self.columns)[first:last]
+        if self.change.what == "bias":
+            return factors["bias_difference"].reshape(-1, 1)[first:last] * scale
+        if self.change.what == "bias of B":
+            return factors["up_bias"].reshape(-1, 1)[first:last] * scale
+        if self.full is not None:
+            return self.full[first:last] * scale
+        kind = self.change.module.kind
+        if kind == "difference":
+            return factors["difference"].reshape(-1, self.columns)[first:last] * scale
+        if kind == "LoHa":
+            one = _rows_of(factors["hada_w1_a"], first, last) @ _flat(factors["hada_w1_b"])
+            return one * (_rows_of(factors["hada_w2_a"], first, last) @ _flat(factors["hada_w2_b"])) * scale
+        if kind == "LoKr":
+            return self._kronecker_rows(first, last) * scale
+        left, right = self._low_rank()
+        added: Floats = left[first:last] @ right
+        added *= scale
+        return added
+
+    def _low_rank(self) -> tuple[Floats, Floats]:
+        """(rows, r) and (r, columns)."""
+        factors = self.factors
+        down, up = (factors.get(name, factors.get(f"embedding_{name}")) for name in ("down", "up"))
+        assert down is not None
+        assert up is not None
+        if "mid" in factors:
+            down = np.einsum("rskl,si->rikl", factors["mid"], _flat(down))
+        down, up = _flat(down), _flat(up)
+        return (down.T, up.T) if self.change.transposed else (up, down)
+
+    def _kronecker_rows(self, first: int, last: int) -> Floats:
+        factors = self.factors
+        one = factors["lokr_w1"] if "lokr_w1" in factors else factors["lokr_w1_a"] @ factors["lokr_w1_b"]
+        if "lokr_w2" in factors:
+            two = _flat(factors["lokr_w2"])
+        elif "lokr_t2" in factors:
+            core = factors["lokr_t2"]
+            two = _flat(np.einsum("ijkl,jr,ip->prkl", core, factors["lokr_w2_b"], factors["lokr_w2_a"]))
+        else:
+            two = factors["lokr_w2_a"] @ _flat(factors["lokr_w2_b"])
+        rows = np.arange(first, last)
+        return (one[rows // len(two), :, None] * two[rows % len(two), None, :]).reshape(last - first, -1)
+
+    def _tucker_loha(self) -> Floats:
+        """``make_weight_cp`` of LyCORIS: each factor is a core with a matrix on two of its sides."""
+        one, two = (
+            np.einsum("ijkl,jr,ip->prkl", *(self.factors[f"hada_{name}"] for name in names))
+            for names in (("t1", "w1_b", "w1_a"), ("t2", "w2_b", "w2_a"))
+        )
+        return _flat(one * two)
+
+
+_WANTED: dict[str, tuple[str, ...] | None] = {
+    "weight": None, "bias": ("bias_difference",), "bias of B": ("up_bias",), "replace": ("replacement",),
+}  # fmt: skip
+
+
+class Changes:
+    """All changes of one tensor, in the order in which the LoRAs were named; loaded when they are first needed."""
+
+    def __init__(self, changes: Sequence[Change], columns: int) -> None:
+        self.changes, self.columns = changes, columns
+        self.lock = threading.Lock()
+        self.loaded: list[Loaded] | None = None
+
+    def apply(self, weight: Floats, start: int) -> None:
+        """Change rows from ``start`` on in place; from any thread."""
+        with self.lock:
+            if self.loaded is None:
+                self.loaded = [Loaded(change, self.columns) for change in self.changes]
+        for loaded in self.loaded:
+            loaded.apply(weight, start)
+
+
+def delta_shape(module: AdapterModule) -> tuple[int, int]:
+    """(rows, columns) of a module's change to a weight, as its factors say; MalformedInput if they do not fit."""
+    shapes = {part: tensor.shape for part, tensor in module.parts.items()}
+
+    def product(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, int]:
+        inner = elements(left[1:])
+        if len(left) < 2 or len(right) < 2 or inner != right[0]:
+            raise _misfit(module)
+        return left[0], elements(right[1:])
+
+    kind = module.kind
+    if kind == "difference":
+        shape = shapes["difference"]
+        return (shape[0], elements(shape[1:])) if shape else (1, 1)
+    if kind == "LoHa":
+        if "hada_t1" in shapes:
+            return _tucker(module, "hada_t1", "hada_w1_a", "hada_w1_b")
+        both = product(shapes["hada_w1_a"], shapes["hada_w1_b"]), product(shapes["hada_w2_a"], shapes["hada_w2_b"])
+        if both[0] != both[1]:
+            raise _misfit(module)
+        return both[0]
+    if kind == "LoKr":
+        one = shapes["lokr_w1"] if "lokr_w1" in shapes else product(shapes["lokr_w1_a"], shapes["lokr_w1_b"])
+        if len(one) != 2:
+            raise _misfit(module)
+        if "lokr_w2" in shapes:
+            two = (shapes["lokr_w2"][0], elements(shapes["lokr_w2"][1:])) if len(shapes["lokr_w2"]) > 1 else (0, 0)
+        elif "lokr_t2" in shapes:
+            two = _tucker(module, "lokr_t2", "lokr_w2_a", "lokr_w2_b")
+        else:
+            two = product(shapes["lokr_w2_a"], shapes["lokr_w2_b"])
+        return one[0] * two[0], one[1] * two[1]
+    if "embedding_down" in shapes:
+        return product(shapes["embedding_up"], shapes["embedding_down"])
+    if "mid" in shapes:
+        mid, down, up = shapes["mid"], shapes["down"], shapes["up"]
+        if len(mid) != 4 or elements(up[1:]) != mid[0] or down[0] != mid[1]:
+            raise _misfit(module)
+        return up[0], elements(down[1:]) * mid[2] * mid[3]
+    return product(shapes["up"], shapes["down"])
+
+
+def _tucker(module: AdapterModule, core: str, out: str, into: str) -> tuple[int, int]:
+    shapes = [module.parts[name].shape for name in (core, out, into)]
+    if [len(shape) for shape in shapes] != [4, 2, 2] or shapes[0][:2] != (shapes[1][0], shapes[2][0]):
+        raise _misfit(module)
+    return shapes[1][1], shapes[2][1] * shapes[0][2] * shapes[0][3]
+
+
+def _misfit(module: AdapterModule) -> MalformedInput:
+    shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sorted(module.parts.items()))
+    return MalformedInput(
+        f"{module.adapter.where}: the parts of {quoted(module.stem)} do not fit each other ({shown}). "
+        "Download the LoRA again."
+    )
+
+
+def read_floats(adapter: AdapterFile, tensor: StoredTensor) -> Floats:
+    """A tensor of a LoRA as float32; MalformedInput for values that are NaN or infinite."""
+    raw = np.empty(tensor.nbytes, np.uint8)
+    adapter.read_into(tensor, 0, raw.data)
+    values = raw.view(NUMPY[tensor.dtype])
+    if tensor.dtype == "BF16":
+        floats = (values.astype(np.uint32) << 16).view(np.float32)
+    else:
+        floats = raw.view(np.float16).astype(np.float32) if tensor.dtype == "F16" else values.view(np.float32)
+    if not np.isfinite(floats).all():
+        raise MalformedInput(
+            f"{adapter.where}: {quoted(tensor.name)} holds NaN or infinite values, which would spoil the weight that "
+            "it is fused into. Download the LoRA again, or use another one."
+        )
+    return floats.reshape(tensor.shape)
+
+
+def read_alpha(module: AdapterModule) -> float | None:
+    """The alpha that the file states for a module; None if it states none."""
+    tensor = module.parts.get("alpha")
+    if tensor is None:
+        return None
+    raw = np.empty(tensor.nbytes, np.uint8)
+    if elements(tensor.shape) == 1 and tensor.dtype in (*_ALPHAS, "BF16"):
+        module.adapter.read_into(tensor, 0, raw.data)
+        if tensor.dtype == "BF16":
+            value = float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
+        else:
+            value = float(raw.view(_ALPHAS[tensor.dtype])[0])
+        if np.isfinite(value):
+            return value
+    raise MalformedInput(f"{module.adapter.where}: {quoted(tensor.name)} is not one finite number. Download it again.")
+
+
+def _flat(factor: Floats) -> Floats:
+    return factor.reshape(len(factor), -1)
+
+
+def _rows_of(factor: Floats, first: int, last: int) -> Floats:
+    return _flat(factor)[first:last]

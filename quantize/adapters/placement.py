@@ -1,0 +1,196 @@
+"""Where the modules of a LoRA belong: which component of a pipeline, which module, which rows of its weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from qz import MalformedInput, MissingInput, Unsupported
+from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.malformed import quoted
+from qz.quantize.adapters.changes import Piece, delta_shape, read_alpha
+from qz.quantize.adapters.modules import AdapterModule, modules_of
+from qz.quantize.adapters.peft_config import head_config, peft_config
+from qz.quantize.libraries.importing import lean_imports
+from qz.quantize.libraries.importing.boundary import describe
+from qz.quantize.libraries.importing.isolation import isolated
+
+DENOISERS = ("transformer", "unet", "transformer_2", "prior", "decoder")
+_PEFT = "base_model.model."
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_KOHYA = re.compile(r"(?P<of>lora_unet|lora_transformer|lycoris|lora_te\d?|lora_prior_\w+?)_(?P<path>\w+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A module's change of one module of a component. ``pieces`` None: all rows, as they come."""
+
+    component: str
+    path: str
+    """Of the module, or of the parameter that a whole tensor replaces."""
+    module: AdapterModule
+    scale: float
+    pieces: tuple[Piece, ...] | None = None
+
+
+def placements(adapter: AdapterFile, models: Mapping[str, Checkpoint], pipeline_class: str | None) -> list[Placement]:
+    """Every change that a LoRA makes in ``models``, by component; the one model under its component's name, or "".
+
+    ``pipeline_class``: of the pipeline that the models are of, if that is known. Raises MalformedInput for tensors
+    that belong nowhere, MissingInput where PEFT's config is missing, and Unsupported for what cannot be fused.
+    """
+    modules, others = modules_of(adapter)
+    if not modules:
+        shown = next(iter(adapter.tensors))
+        raise Unsupported(
+            f"{adapter.where} is not a LoRA: its tensors are named as {quoted(shown)}. Name the file of a LoRA with "
+            "--lora; a model to quantize comes first on the line."
+        )
+    if adapter.config is not None and "peft_type" in adapter.config:
+        return _of_peft(adapter, modules, others, models)
+    if others:
+        raise _belongs_nowhere(adapter, others)
+    if all(model.library == "transformers" for model in models.values()):
+        raise MissingInput(
+            f"{adapter.folder.location} has no {CONFIG}, without which the scale of {adapter.file} is not known. Name "
+            "the adapter's folder or repository, with both files of one revision."
+        )
+    return _of_diffusers(adapter, modules, models, pipeline_class)
+
+
+def _belongs_nowhere(adapter: AdapterFile, names: Iterable[str], more: str = "") -> MalformedInput:
+    names = sorted(names)
+    shown = ", ".join(quoted(name) for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    return MalformedInput(
+        f"{adapter.where} changes what this model does not have: {shown}.{more} Is it a LoRA for another model? "
+        "Nothing of it was left out silently, so nothing was written."
+    )
+
+
+def _of_peft(
+    adapter: AdapterFile,
+    modules: Mapping[str, AdapterModule],
+    others: Mapping[str, object],
+    models: Mapping[str, Checkpoint],
+) -> list[Placement]:
+    """An adapter that PEFT saved: names are paths of the model it was trained on."""
+    config = peft_config(adapter)
+    component = next((name for name in DENOISERS if name in models), next(iter(models)))
+    found = []
+    for name in others:  # first: what is added is added to them
+        path = _WRAPPED.sub("", name.removeprefix(_PEFT))
+        whole = AdapterModule(adapter, path, {"replacement": adapter.tensors[name]})
+        found.append(Placement(component, path, whole, 1.0))
+    for stem, module in modules.items():
+        path = stem.removeprefix(_PEFT)
+        if "embedding_down" in module.parts and "magnitude" in module.parts:
+            raise Unsupported(
+                f"{adapter.where}: a DoRA of an embedding ({quoted(stem)}) cannot be fused. Merge it with PEFT."
+            )
+        scale = config.scale_of(path, module.rank) * adapter.scale
+        found.append(Placement(component, path, module, scale))
+    return found
+
+
+def _of_diffusers(
+    adapter: AdapterFile,
+    modules: Mapping[str, AdapterModule],
+    models: Mapping[str, Checkpoint],
+    pipeline_class: str | None,
+) -> list[Placement]:
+    """A LoRA in the names of diffusers, kohya, another trainer or the model's own code, as diffusers reads them."""
+    from qz.quantize.libraries.diffusers import lora_names
+
+    denoiser = next((name for name in DENOISERS if name in models), next(iter(models)))
+    checkpoint = models[denoiser]
+    shown = {stem: _factors(module) for stem, module in modules.items()}
+    with lean_imports.lean_imports(), isolated():
+        mixin = lora_names.lora_mixin(pipeline_class, checkpoint.architecture or "")
+        unet = checkpoint.config if "XL" in mixin.__name__ else None
+        try:
+            rows = lora_names.lora_rows(shown, mixin, unet)
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            RuntimeError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+        ) as error:
+            rows, why = {}, f" diffusers cannot read it ({describe(error)})."
+        else:
+            why = ""
+    found = []
+    for path, runs in rows.items():
+        component, _, inner = path.partition(".")
+        if component not in models and component in (*DENOISERS, "") and len(models) == 1:
+            component = denoiser
+        by_module: dict[str, list[Piece]] = {}
+        for each in runs:
+            by_module.setdefault(each.module, []).append(Piece(each.start, each.first, each.count))
+        found += [
+            Placement(component, inner, modules[stem], _stated_scale(modules[stem], path), tuple(pieces))
+            for stem, pieces in by_module.items()
+        ]
+    placed = {each.module.stem for each in found}
+    left = {stem: module for stem, module in modules.items() if stem not in placed}
+    for stem, module in list(left.items()):
+        if (place := _by_underscores(stem, models)) is not None:
+            found.append(Placement(*place, module, _stated_scale(module, ".".join(place))))
+            del left[stem]
+    if left:
+        raise _belongs_nowhere(adapter, left, why)
+    elsewhere = {each.module.stem: each.component for each in found if each.component not in models}
+    if elsewhere:
+        raise _belongs_nowhere(adapter, elsewhere, _other_components(elsewhere.values(), models))
+    return found
+
+
+def _other_components(components: Iterable[str], models: Mapping[str, Checkpoint]) -> str:
+    names = ", ".join(sorted(set(components)))
+    return f" They belong to {names}; what is converted here is {', '.join(models) or 'one model'}."
+
+
+def _factors(module: AdapterModule) -> tuple[tuple[int, ...], tuple[int, ...], str, str]:
+    """The shapes and names of a module's factors, were it a LoRA of rank 1."""
+    parts = module.parts
+    if "down" in parts:
+        down, up = parts["down"], parts["up"]
+        delta_shape(module)
+        return (1, *down.shape[1:]), (up.shape[0], 1, *(1 for _ in up.shape[2:])), down.name, up.name
+    if module.kind is None:
+        rows, columns = parts["bias_difference"].shape[0] if parts["bias_difference"].shape else 1, 1
+    else:
+        rows, columns = delta_shape(module)
+    ways = ("lora_down", "lora_up") if _KOHYA.fullmatch(module.stem) else ("lora_A", "lora_B")
+    return (1, columns), (rows, 1), f"{module.stem}.{ways[0]}.weight", f"{module.stem}.{ways[1]}.weight"
+
+
+def _stated_scale(module: AdapterModule, path: str) -> float:
+    """What the file states of a module's scale: alpha by rank, or what diffusers puts into the file's header."""
+    alpha = read_alpha(module)
+    ranks_known = module.kind != "LoKr" or not {"lokr_w1", "lokr_w2"} <= module.parts.keys()
+    if alpha is not None and module.rank and ranks_known:
+        return alpha / module.rank * module.adapter.scale
+    component, _, inner = path.partition(".")
+    if alpha is None and (config := head_config(module.adapter, component)) is not None:
+        return config.scale_of(inner, module.rank) * module.adapter.scale
+    return module.adapter.scale
+
+
+def _by_underscores(stem: str, models: Mapping[str, Checkpoint]) -> tuple[str, str] | None:
+    """The module whose path, with underscores for its dots, is the name that kohya and LyCORIS give it."""
+    match = _KOHYA.fullmatch(stem)
+    if match is None:
+        return None
+    for component, checkpoint in models.items():
+        if match["of"].startswith("lora_te") != (checkpoint.library == "transformers"):
+            continue
+        for name in checkpoint.tensors:
+            path = name.removesuffix(".weight")
+            if path.replace(".", "_") == match["path"]:
+                return component, path
+    return None

@@ -1,0 +1,155 @@
+"""Put LoRAs into a plan: the tensors that they change are read through them, and all else stays as it was planned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from qz import MalformedInput, Unsupported
+from qz.formats.checkpoint.adapter_file import AdapterFile
+from qz.formats.malformed import quoted
+from qz.quantize.adapters.changes import Change, Piece, delta_shape
+from qz.quantize.adapters.modules import AdapterModule
+from qz.quantize.adapters.placement import Placement, placements
+from qz.quantize.compute.arrays import NUMPY, elements
+from qz.quantize.planning.plan import Plan, Step
+from qz.quantize.planning.sources import Fused, Source
+
+What = Literal["weight", "bias", "bias of B", "replace"]
+
+
+def fuse(plan: Plan, adapters: Sequence[AdapterFile], component: str = "", pipeline_class: str | None = None) -> Plan:
+    """The plan of one model with LoRAs fused into it; ``component``: its name in a pipeline of ``pipeline_class``.
+
+    Raises MalformedInput for tensors of a LoRA that belong nowhere or have another shape, and Unsupported for weights
+    that a LoRA cannot be fused into.
+    """
+    if not adapters:
+        return plan
+    name = component or ("transformer" if plan.checkpoint.library == "diffusers" else "")
+    placed = [each for adapter in adapters for each in placements(adapter, {name: plan.checkpoint}, pipeline_class)]
+    return fused(plan, placed, adapters)
+
+
+def fused(plan: Plan, placed: Iterable[Placement], adapters: Sequence[AdapterFile]) -> Plan:
+    """The plan with every one of ``placed`` in it, which are all of this model."""
+    by_name = {step.sources[0].name: step for step in plan.steps}
+    by_name |= {step.weight.parameter or step.weight.name: step for step in plan.steps}
+    changes: dict[str, list[Change]] = defaultdict(list)
+    nowhere: list[tuple[AdapterFile, str]] = []
+    for placement in placed:
+        for target, what in _targets(placement):
+            step = _step(plan, by_name, target)
+            if step is None:
+                nowhere.append((placement.module.adapter, target))
+                continue
+            conv1d = target in plan.architecture.conv1d
+            changes[step.name].append(_change(placement, step, what, conv1d=conv1d))
+    if nowhere:
+        adapter = nowhere[0][0]
+        names = sorted(quoted(name) for mine, name in nowhere if mine is adapter)
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+        raise MalformedInput(
+            f"{adapter.where} does not fit {plan.architecture.class_name} in {plan.checkpoint.folder.location}: there "
+            f"is no {shown}. Is it a LoRA for another model?"
+        )
+    steps = [
+        replace(step, sources=_through(step, changes[step.name])) if step.name in changes else step
+        for step in plan.steps
+    ]
+    return replace(plan, steps=tuple(steps), adapters=tuple(adapters))
+
+
+def _through(step: Step, changes: list[Change]) -> tuple[Source, ...]:
+    """The step's one source with changes on the way."""
+    [source] = step.sources
+    assert not isinstance(source, Fused)  # all LoRAs are fused at once
+    return (Fused(source, tuple(changes)),)
+
+
+def _step(plan: Plan, by_name: Mapping[str, Step], name: str) -> Step | None:
+    """The step of a parameter, by the model's or the checkpoint's name; Unsupported if it cannot be changed alone."""
+    tied = plan.architecture.tied
+    if name in tied or name in tied.values():
+        other = tied.get(name) or next(mine for mine, kept in tied.items() if kept == name)
+        raise Unsupported(
+            f"The LoRA changes {quoted(name)}, which is tied to {quoted(other)} in {plan.checkpoint.folder.location}: "
+            "fused, both would change. Untie the model (tie_word_embeddings: false, with both weights saved), or leave "
+            "that layer out of the LoRA."
+        )
+    # CLIP's text encoder has lost a prefix in transformers 5, which LoRAs still have.
+    names = (name, name.removeprefix("text_model."), f"text_model.{name}")
+    step = next((by_name[each] for each in names if each in by_name), None)
+    if step is not None and (step.weight.conversion is not None or len(step.sources) != 1):
+        raise Unsupported(
+            f"The LoRA changes {quoted(name)}, which {plan.checkpoint.library} computes from several tensors of "
+            f"{plan.checkpoint.folder.location}. Merge the LoRA with its library, then quantize that."
+        )
+    return step
+
+
+def _targets(placement: Placement) -> list[tuple[str, What]]:
+    """The parameters that a placement changes."""
+    parts, path = placement.module.parts, placement.path
+    if "replacement" in parts:
+        return [(path, "replace")]
+    found: list[tuple[str, What]] = []
+    if placement.module.kind is not None:
+        found.append((f"{path}.weight", "weight"))
+    if "up_bias" in parts:
+        found.append((f"{path}.bias", "bias of B"))
+    if "bias_difference" in parts:
+        found.append((f"{path}.bias", "bias"))
+    return found
+
+
+def _change(placement: Placement, step: Step, what: What, *, conv1d: bool) -> Change:
+    """The change of one tensor, whose shape is compared with it."""
+    module, source = placement.module, step.sources[0]
+    if source.dtype not in NUMPY:
+        raise Unsupported(
+            f"{quoted(source.name)} is stored as {source.dtype}; a LoRA is fused into float32, float16 and bfloat16 "
+            "only."
+        )
+    shape = source.shape or (1,)
+    rows, columns = shape[0], elements(shape[1:])
+    transposed = what == "weight" and (("embedding_down" in module.parts) or (conv1d and module.kind == "LoRA"))
+    own = _own_shape(module, what)
+    if transposed:
+        own = own[::-1]
+    pieces = placement.pieces or (Piece(0, 0, own[0]),)
+    fits = own[1] == columns and all(
+        each.start + each.count <= rows and each.first + each.count <= own[0] for each in pieces
+    )
+    if not fits or (placement.pieces is None and own[0] != rows) or (transposed and placement.pieces is not None):
+        raise MalformedInput(
+            f"{module.adapter.where}: {quoted(module.stem)} has a change of the shape {list(own)}, but "
+            f"{quoted(source.name)} of the model is {list(source.shape)}. Is it a LoRA for another model?"
+        )
+    magnitude = module.parts.get("magnitude") if what == "weight" else None
+    axis = None if magnitude is None else _axis(module, own, conv1d=conv1d)
+    return Change(module, placement.scale, pieces, what, transposed, axis)
+
+
+def _own_shape(module: AdapterModule, what: What) -> tuple[int, int]:
+    if what == "weight":
+        return delta_shape(module)
+    part = {"bias": "bias_difference", "bias of B": "up_bias", "replace": "replacement"}[what]
+    shape = module.parts[part].shape or (1,)
+    return shape[0], elements(shape[1:])
+
+
+def _axis(module: AdapterModule, own: tuple[int, int], *, conv1d: bool) -> Literal["rows", "columns"]:
+    """Of which norms a DoRA states the magnitudes: kohya's of outputs are (out, 1), those of inputs (1, in)."""
+    shape = module.parts["magnitude"].shape
+    outputs, inputs = own[::-1] if conv1d else own
+    if elements(shape) == outputs and (len(shape) == 1 or shape[0] == outputs):
+        return "columns" if conv1d else "rows"
+    if elements(shape) == inputs and len(shape) > 1 and shape[0] == 1 and module.kind == "LoRA" and not conv1d:
+        return "columns"
+    raise MalformedInput(
+        f"{module.adapter.where}: the magnitudes of {quoted(module.stem)} have the shape {list(shape)}, which fits "
+        f"neither its {outputs} outputs nor its {inputs} inputs. Download the LoRA again."
+    )
