@@ -115,7 +115,7 @@ def open_adapter(folder: Folder, file: str | None, location: str, scale: float) 
         sha256=sha256,
         scale=scale,
         config_sha256=config_sha256,
-        tensors=tensors,
+        tensors={name: tensor for name, tensor in tensors.items() if isinstance(tensor, StoredTensor)},
         metadata=metadata,
         config=config,
         folder=folder,
