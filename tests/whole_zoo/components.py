@@ -130,6 +130,7 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
     for arguments in tries:
         try:
             tokenizer = kind(**arguments, model_max_length=32)
+            tokenizer.pad_token = tokenizer.pad_token or "</s>"
             tokenizer("a cat", padding="max_length", max_length=8, truncation=True)
             return tokenizer
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from whole_zoo.components import build_components
 
 METHODS = ("nf4", "int8")
 MOST_PARAMETERS = 60_000_000
+SECONDS = 30
+"""CPU time for finding a call."""
 
 
 def cases() -> Iterator[Case]:
@@ -166,7 +169,7 @@ def _arguments_that_run(pipeline: Any) -> tuple[dict[str, Any] | None, str]:
     known = _parameters(pipeline)
     required = [name for name, parameter in known.items() if parameter.default is parameter.empty
                 and parameter.kind is parameter.POSITIONAL_OR_KEYWORD]  # fmt: skip
-    last = ""
+    last, end = "", time.process_time() + SECONDS
     for side in (64, 32, 128):
         image = Image.fromarray(numpy.full((side, side, 3), 128, dtype=numpy.uint8))
         mask = Image.fromarray(numpy.full((side, side), 255, dtype=numpy.uint8))
@@ -184,5 +187,7 @@ def _arguments_that_run(pipeline: Any) -> tuple[dict[str, Any] | None, str]:
                     _call(pipeline, arguments)
                     return arguments, ""
                 except Exception as error:
-                    last = last or one_line(f"no call found: {type(error).__name__}: {error}")[:160]
+                    last = one_line(f"no call found: {type(error).__name__}: {error}")[:160]
+                if time.process_time() > end:
+                    return None, last
     return None, last

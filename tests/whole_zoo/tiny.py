@@ -55,6 +55,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "qwen2_vl": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
+    "qwen2_5_vl": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
