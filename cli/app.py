@@ -36,6 +36,7 @@ COMMANDS = {
     "dequantize": "Turn a quantized model back into an ordinary one.",
     "push": "Publish a checkpoint on the Hub.",
     "merge": "Put together what --part runs made.",
+    "verify": "Compare an output with its hashes or its source.",
     "calibrate": "Record what quantization can know of a model's inputs.",
     "compare": "Show what quantizing changed.",
 }
@@ -49,6 +50,7 @@ EXAMPLES = {
     "dequantize": ("qz dequantize ./my-model-nf4 --dtype bf16", "qz dequantize ./my-model-nf4 --against ./my-model"),
     "push": ("qz push ./my-model-nf4 me/my-model-nf4", "qz push ./my-model-nf4 me/my-model-nf4 --dry-run"),
     "merge": ("qz merge ./my-model-nf4",),
+    "verify": ("qz verify ./my-model-nf4", "qz verify ./my-model-nf4 --against ./my-model --sample 5%"),
     "calibrate": (
         "qz calibrate ./my-model -o my-model.statistics.safetensors",
         "qz calibrate ./my-model -o my-model.statistics.safetensors --text prose.txt --hessians",

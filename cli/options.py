@@ -106,6 +106,15 @@ def parse_threads(text: str | int) -> int:
     return int(text)
 
 
+def parse_share(text: str | float) -> float:
+    """``5%`` or ``0.05``, more than nothing and at most all."""
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,9})?|\.\d{1,9})\s*(%?)\s*", str(text), re.ASCII)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share <= 1:
+        raise typer.BadParameter(f"{text!r} is not a share of more than 0% and at most 100%. Write it as 5%.")
+    return share
+
+
 def parse_components(text: str | None) -> tuple[str, ...] | None:
     """The names in ``transformer,text_encoder_2``; None where the option was not given."""
     if text is None:
@@ -191,6 +200,15 @@ FolderArg = Annotated[
     typer.Argument(
         metavar="FOLDER",
         help="The folder to publish: what qz quantize or qz dequantize wrote.",
+        autocompletion=complete_folder,
+        show_default=False,
+    ),
+]
+VerifiedArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUTPUT",
+        help="What qz wrote: a local folder, or a repository on the Hub.",
         autocompletion=complete_folder,
         show_default=False,
     ),
@@ -556,6 +574,48 @@ AgainstOpt = Annotated[
         help="Compare with the original, a folder or Hub repository, and show the loss per layer.",
         autocompletion=complete_folder,
         rich_help_panel=REPORT,
+        show_default=False,
+    ),
+]
+SourceOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="SOURCE",
+        help="Make every tensor again from this source, with the recorded settings, and compare. Nothing is written.",
+        autocompletion=complete_folder,
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+SourceRevisionOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Of SOURCE on the Hub. Default: the recorded commit.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+UsedImportanceOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--importance",
+        metavar="FILE",
+        help="The file of importance that OUTPUT was made with, if it was; its hash is compared.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+SampleOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--sample",
+        metavar="SHARE",
+        parser=parse_share,
+        help="With --against, look at weights chosen at random, as many as this share of the bytes: 5%.",
+        rich_help_panel=SELECTION,
         show_default=False,
     ),
 ]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.summary import Summary
     from qz.quantize.up_to_date import UpToDate
+    from qz.quantize.verification.report import Verification
 
     Converted = Summary | PipelineSummary | UpToDate
 
@@ -58,6 +59,7 @@ __all__ = [
     "merge",
     "push",
     "quantize",
+    "verify",
 ]
 
 AnyPath = str | PathLike[str]
@@ -374,6 +376,45 @@ def merge(
 
     disk = Disk(durable=fsync)
     return run(Path(output), overwrite=overwrite, disk=disk, threads=threads or 0, progress=on_progress)
+
+
+@settings_given_back()
+def verify(
+    output: AnyPath,
+    against: AnyPath | None = None,
+    *,
+    revision: str | None = None,
+    importance: AnyPath | None = None,
+    sample: float | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    on_progress: OnProgress = ignore,
+) -> Verification:
+    """Compare what qz wrote, a folder or a repository, with the hashes in its record, or with its source.
+
+    With ``against``, every tensor is computed once more from that source, at ``revision``, with the recorded settings,
+    and compared; nothing is written. ``sample`` 0.05 takes weights at random until they have 5 % of the bytes.
+    ``importance`` names the file that was used, if one was. What differs is part of the value (``intact``), not raised.
+    """
+    from qz.formats.source import opened
+    from qz.quantize.verification.verify import verify_against, verify_record
+
+    if against is None and (sample, importance, revision) != (None, None, None):
+        raise UsageError("--sample, --importance and --revision belong to --against SOURCE.")
+    on_progress(Progress("Reading headers"))
+    with opened(str(output)) as found:
+        if against is None:
+            return verify_record(found, on_progress)
+        return verify_against(
+            found,
+            str(against),
+            revision=revision,
+            importance=Path(importance) if importance is not None else None,
+            sample=sample,
+            device=device,
+            threads=threads or 0,
+            progress=on_progress,
+        )
 
 
 @settings_given_back()

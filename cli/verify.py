@@ -1,0 +1,93 @@
+"""``qz verify``: is an output what its record says, or what its source becomes?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qz.cli import options
+from qz.cli.output import Column, duration, facts, percent, plain, show, size, table, warn
+from qz.cli.progress import Display
+from qz.counted import counted
+
+if TYPE_CHECKING:
+    from qz.quantize.verification.report import Verification
+
+MOST = 20
+"""Differences that the table shows; the JSON has all."""
+DIFFERENCES = (Column("differs", foldable=True), Column("how", foldable=True), Column("explained by", foldable=True))
+
+
+def verify(
+    output: options.VerifiedArg,
+    against: options.SourceOpt = None,
+    revision: options.SourceRevisionOpt = None,
+    importance: options.UsedImportanceOpt = None,
+    sample: options.SampleOpt = None,
+    device: options.DeviceOpt = "auto",
+    threads: options.ThreadsOpt = None,
+    as_json: options.JsonOpt = False,
+    quiet: options.QuietOpt = False,
+) -> None:
+    """Compare an output with the hashes in its record, or with what its source becomes: every tensor, streamed."""
+    from qz import MalformedInput, api
+
+    with Display(quiet=quiet) as display:
+        found = api.verify(
+            output,
+            against,
+            revision=revision,
+            importance=importance,
+            sample=sample,
+            device=device,
+            threads=threads,
+            on_progress=display,
+        )
+    for note in found.notes:
+        warn(note)
+    parts = [facts(report(found)), *([table(DIFFERENCES, rows(found))] if rows(found) else [])]
+    show(found.as_json(), as_json=as_json, text="\n\n".join(parts))
+    if not found.intact:
+        raise MalformedInput(verdict(found))
+
+
+def verdict(found: Verification) -> str:
+    """What the command ends with if something differs."""
+    if found.source is None:
+        return f"{found.output} is not as qz wrote it. The report says what differs."
+    why = (
+        f"All of it is what the libraries write on another device: it was made on {found.recorded_device}."
+        if found.explained
+        else "The report says what differs."
+    )
+    return f"{found.output} is not what {found.source} becomes with the recorded settings. {why}"
+
+
+def report(found: Verification) -> list[tuple[str, str]]:
+    """The result as labels and values."""
+    rows = [("output", found.output)]
+    if found.recorded is not None:
+        rows.append(("compared", f"{counted(found.recorded.files, 'file')} with the recorded hashes"))
+    if found.recomputed is not None:
+        compared, whole = found.recomputed.tensors
+        some = f"{compared:,} of {counted(whole, 'tensor')}" if found.sample else counted(compared, "tensor")
+        files, _ = found.recomputed.files
+        rows.append(("source", str(found.source) + (f"@{found.revision}" if found.revision else "")))
+        rows.append(("compared", f"{some} and {counted(files, 'other file')}, {size(found.recomputed.bytes)} read"))
+        if found.sample:
+            rows.append(("sample", percent(found.sample, 1.0)))
+    rows.append(("result", "intact" if found.intact else "differs"))
+    return [*rows, ("took", duration(found.seconds))]
+
+
+def rows(found: Verification) -> list[tuple[str, str, str]]:
+    """A row for each thing that differs."""
+    listed = [(problem.where, problem.message, "") for problem in found.problems]
+    if found.recomputed is not None:
+        listed += [(name, "the file is missing or has other bytes", "") for name in found.recomputed.unlike_files]
+        for each in found.recomputed.differences:
+            how = each.missing or f"{counted(each.bytes, 'byte')}, first at {each.first:,}"
+            listed.append((each.name, how, each.explained or "–"))
+    shown = [(plain(name), how, why) for name, how, why in listed[:MOST]]
+    if len(listed) > MOST:
+        shown.append((f"… and {len(listed) - MOST:,} more, see --json", "", ""))
+    return shown

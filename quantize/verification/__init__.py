@@ -1,0 +1,1 @@
+"""Whether an output is what a source becomes: recomputed, and compared tensor by tensor."""

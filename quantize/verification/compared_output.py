@@ -1,0 +1,214 @@
+"""A staging area that keeps nothing: what is written is compared with what lies in a finished output."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.output.shard_writer import as_bytes
+from qz.formats.output.staging import IsVerified, ShardLayout, WrittenFile
+from qz.quantize.methods import BLOCK_SIZE
+from qz.quantize.streaming.run import DiscardOutput
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qz.quantize.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """How a tensor differs from what was recomputed. ``bytes``: how many of its bytes; ``first``: the first of them.
+
+    ``missing``: it is not there, or with another dtype, shape or file; then in words. ``explained``: by what is known
+    of the libraries' arithmetic on other devices, in words.
+    """
+
+    name: str
+    file: str
+    bytes: int
+    first: int
+    missing: str | None = None
+    explained: str | None = None
+
+    def inside(self, prefix: str) -> TensorDifference:
+        """With the name and file as they are in a whole output."""
+        return replace(self, name=prefix + self.name, file=prefix + self.file)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "file": self.file,
+            "bytes": self.bytes,
+            "first": self.first,
+            "missing": self.missing,
+            "explained": self.explained,
+        }
+
+
+@dataclass(slots=True)
+class _Tally:
+    bytes: int = 0
+    first: int = -1
+    explained: str | None = ""
+    """Empty while nothing differs, None as soon as something is not explained."""
+
+
+class ComparedOutput(DiscardOutput):
+    """Where a ``Run`` puts what it makes."""
+
+    def __init__(self, plan: Plan, stored: Checkpoint, *, other_device: bool) -> None:
+        """``other_device``: whether what is stored was computed on another kind of device than what is written."""
+        self._plan, self._stored, self._other_device = plan, stored, other_device
+        self._kinds = {
+            saved.name: saved.part if step.act == "quantize" else "" for step in plan.steps for saved in step.outputs
+        }
+        self._tallies: dict[str, _Tally] = {}
+        self._lock = threading.Lock()
+        self.misplaced = {each.name: each for each in self._misplaced()}
+        self.compared: set[str] = set()
+
+    def _misplaced(self) -> list[TensorDifference]:
+        """Tensors that are not where they are planned, and those that nobody planned."""
+        found: list[TensorDifference] = []
+        left = dict(self._stored.tensors)
+        for layout in self._plan.shards:
+            for planned in layout.tensors:
+                stored = left.pop(planned.name, None)
+                why = None
+                if stored is None:
+                    why = "it is not there"
+                elif stored.file != layout.file:
+                    why = f"it lies in {stored.file}"
+                elif planned.name not in layout.variable and stored.offset != layout.header_size + planned.start:
+                    why = "it lies at another place of the file"
+                elif stored.dtype != planned.dtype or (
+                    planned.name not in layout.variable and stored.shape != planned.shape
+                ):
+                    why = f"it is {stored.dtype} {list(stored.shape)}, not {planned.dtype} {list(planned.shape)}"
+                if why is not None:
+                    found.append(TensorDifference(planned.name, layout.file, 0, 0, why))
+        found += [TensorDifference(name, stored.file, 0, 0, "it is not planned") for name, stored in left.items()]
+        return found
+
+    @property
+    def differences(self) -> tuple[TensorDifference, ...]:
+        """In the order of the names."""
+        found = [
+            TensorDifference(
+                name, self._stored.tensors[name].file, tally.bytes, tally.first, explained=tally.explained or None
+            )
+            for name, tally in self._tallies.items()
+        ]
+        return tuple(sorted([*found, *self.misplaced.values()], key=lambda each: each.name))
+
+    def open_shard(self, layout: ShardLayout, is_verified: IsVerified) -> ComparedShard:  # type: ignore[override]  # noqa: ARG002 - has the methods that are used
+        return ComparedShard(self, layout.file)
+
+    def give_up(self) -> None:
+        self._stored.folder.give_up()
+
+    def compare(self, tensor: str, data: memoryview, offset: int) -> None:
+        """``data`` is what ``tensor`` has to hold from byte ``offset`` on."""
+        with self._lock:
+            self.compared.add(tensor)
+        stored = self._stored.tensors.get(tensor)
+        if stored is None or tensor in self.misplaced or not len(data):
+            return
+        there = bytearray(len(data))
+        self._stored.folder.read_into(stored.file, stored.offset + offset, memoryview(there))
+        if there != data:
+            self._note(tensor, np.frombuffer(there, np.uint8), np.frombuffer(data, np.uint8), offset)
+
+    def compare_whole(self, tensor: str, data: bytes) -> None:
+        """The same for a tensor whose length is not planned."""
+        stored = self._stored.tensors.get(tensor)
+        if stored is not None and stored.nbytes != len(data):
+            padded = data[: stored.nbytes].ljust(stored.nbytes, b"\0")
+            self.compare(tensor, memoryview(padded), 0)
+        else:
+            self.compare(tensor, memoryview(data), 0)
+
+    def _note(self, tensor: str, there: NDArray[np.uint8], wanted: NDArray[np.uint8], offset: int) -> None:
+        places = np.flatnonzero(there != wanted)
+        why = self._explained(tensor, there, wanted) if self._other_device else None
+        with self._lock:
+            tally = self._tallies.setdefault(tensor, _Tally())
+            tally.bytes += len(places)
+            first = offset + int(places[0])
+            tally.first = first if tally.first < 0 else min(tally.first, first)
+            tally.explained = None if why is None or tally.explained is None else why
+
+    def _explained(self, tensor: str, there: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> str | None:
+        method, kind = self._plan.method, self._kinds.get(tensor, "")
+        if method is None or not kind:
+            return None
+        return explained(method.name, method.double_quant, kind, there, wanted)
+
+
+def explained(
+    method: str, double_quant: bool, kind: str, there: NDArray[np.uint8], wanted: NDArray[np.uint8]
+) -> str | None:
+    """What makes the libraries write the two on different devices, in words; None if nothing known does.
+
+    ``kind``: which tensor of a quantized weight it is. See docs/explanation/equal-bytes.md, "CPU and GPU".
+    """
+    if method == "int8" and kind == "weight":
+        apart = np.abs(there.view(np.int8).astype(np.int16) - wanted.view(np.int8))
+        return "ties of int8 are rounded otherwise" if apart.max() <= 1 else None
+    if kind == "weight" and method == "nf4":
+        return "blocks of zeros have another code" if _in_blocks_of_zeros(there, wanted) else None
+    if kind == "weight" and method == "fp4":
+        clear = (_without_sign_of_zero(there) == _without_sign_of_zero(wanted)).all()
+        return "zero has another sign" if clear else None
+    if not double_quant:
+        return None
+    if kind == "weight.absmax":
+        apart = np.abs(there.astype(np.int16) - wanted)
+        return SUMS if apart.max() <= 1 else None
+    if kind == "weight.nested_absmax" and len(there) % 4 == 0:
+        return SUMS if np.allclose(there.view(np.float32), wanted.view(np.float32), rtol=1e-6, atol=0) else None
+    return SUMS if "quant_state" in kind else None
+
+
+SUMS = "the mean of the scales is summed in another order"
+
+
+def _in_blocks_of_zeros(there: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> bool:
+    """Whether they differ only in whole blocks in which one has the code 7 for all values, and the other the code 0."""
+    width = BLOCK_SIZE // 2
+    if len(there) % width:
+        return False
+    one, other = there.reshape(-1, width), wanted.reshape(-1, width)
+    unlike = (one != other).any(axis=1)
+    pairs = np.sort(np.stack([one[unlike], other[unlike]]), axis=0)
+    return bool((pairs[0] == 0).all() and (pairs[1] == 0x77).all())
+
+
+def _without_sign_of_zero(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """4-bit codes of fp4, two a byte, in which -0 (0b1000) is 0."""
+    plain = codes.copy()
+    plain[codes & 0xF0 == 0x80] &= 0x0F
+    plain[codes & 0x0F == 0x08] &= 0xF0
+    return plain
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedShard:
+    """Has what a ``Run`` needs of a shard's writer."""
+
+    output: ComparedOutput
+    file: str
+
+    def write(self, tensor: str, data: Any, offset: int = 0) -> None:
+        self.output.compare(tensor, as_bytes(data), offset)
+
+    def write_variable(self, tensor: str, data: bytes) -> None:
+        self.output.compare_whole(tensor, data)
+
+    def finish(self) -> WrittenFile:
+        return WrittenFile(self.file, 0, "")

@@ -1,0 +1,267 @@
+"""Make an output once more from its source, and compare every tensor and file with what is there, streamed."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qz import MalformedInput, QzError, Unsupported
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.folder import Folder, LocalFolder, Range
+from qz.formats.output.record import PIECE, Record
+from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.streaming.output_parts import Part, model_part
+from qz.quantize.streaming.run import Run
+from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference
+
+if TYPE_CHECKING:
+    from qz.formats.source import OpenedSource
+    from qz.quantize.compute.arithmetic import Arithmetic
+    from qz.quantize.settings import Settings
+
+LARGE = 1 << 20
+"""Bytes of a copied file from which on it counts as a part of a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """What came of it. ``tensors``: of the output, compared and in all; ``bytes``: of the source that were read."""
+
+    tensors: tuple[int, int]
+    files: tuple[int, int]
+    bytes: int
+    differences: tuple[TensorDifference, ...]
+    unlike_files: tuple[str, ...]
+    """Files beside the weights that are missing or have other bytes, and recorded ones that it does not become."""
+    device: str
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def recompute(
+    output: Folder,
+    record: Record,
+    source: OpenedSource,
+    settings: Settings,
+    *,
+    sample: float | None = None,
+    seed: int = 0,
+    progress: OnProgress = ignore,
+) -> Recomputed:
+    """Plan as the run did that made ``output``, and compare. ``sample``: the share of the weights' bytes to look at.
+
+    Raises what planning and reading raise; Unsupported where a library reads the source otherwise now.
+    """
+    from qz.quantize.compute.devices import arithmetic_on
+
+    begun, about = time.monotonic(), record.about
+    progress(Progress("Planning"))
+    parts = _planned(source, about, settings)
+    arithmetic = arithmetic_on(settings.device)
+    other_device = _kind(str(about.get("device", ""))) != _kind(arithmetic.name)
+    chosen = _Sample(parts, sample, seed) if sample is not None else None
+    found = _Comparison(output, arithmetic, settings.threads or arithmetic.threads, other_device, progress, chosen)
+    for part in parts:
+        found.compare(part)
+    found.unlike_files += sorted(file.name for file in record.files if file.name not in found.planned)
+    return Recomputed(
+        (found.tensors, found.all_tensors),
+        (found.files, found.all_files),
+        found.bytes,
+        tuple(found.differences),
+        tuple(found.unlike_files),
+        arithmetic.name,
+        (*arithmetic.notes,),
+        time.monotonic() - begun,
+    )
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings) -> Sequence[Part]:
+    from qz.formats.checkpoint.pipeline import is_pipeline, open_pipeline
+    from qz.quantize.convert import companion_files, plan_quantization
+    from qz.quantize.planning.dequantization import plan_dequantization
+
+    if about.get("act") not in ("quantize", "dequantize"):
+        raise Unsupported(f"The record says {about.get('act')!r} of how it was made, which this qz cannot repeat.")
+    back = about["act"] == "dequantize"
+    if is_pipeline(source.folder):
+        from qz.quantize.pipeline import plan_pipeline, plan_way_back
+
+        pipeline = open_pipeline(source.folder, settings.variant)
+        return (plan_way_back if back else plan_pipeline)(pipeline, settings).parts
+    checkpoint = open_checkpoint(source.folder, settings.variant)
+    if back:
+        plan = plan_dequantization(checkpoint, settings)
+    else:
+        plan = plan_quantization(checkpoint, settings, component=(source.subfolder or "").strip("/"))
+    return [model_part(plan, companion_files(checkpoint, source.root, settings))]
+
+
+class _Sample:
+    """Weights and large files chosen at random until they make up a share of all bytes; at least one."""
+
+    def __init__(self, parts: Iterable[Part], share: float, seed: int) -> None:
+        things: list[tuple[str, str, int]] = []
+        for part in parts:
+            steps = part.plan.steps if part.plan is not None else ()
+            things += [(part.name, step.weight.name, sum(s.nbytes for s in step.sources)) for step in steps]
+            things += [(part.name, f"/{each.name}", each.bytes) for each in part.carried if each.bytes >= LARGE]
+        random.Random(seed).shuffle(things)  # noqa: S311 - a sample, not a secret
+        left = share * sum(nbytes for _, _, nbytes in things)
+        self._chosen: set[tuple[str, str]] = set()
+        for folder, name, nbytes in things:
+            if left <= 0:
+                break
+            self._chosen.add((folder, name))
+            left -= nbytes
+
+    def weights(self, folder: str) -> set[str]:
+        return {name for inner, name in self._chosen if inner == folder and not name.startswith("/")}
+
+    def has_file(self, folder: str, name: str) -> bool:
+        return (folder, f"/{name}") in self._chosen
+
+
+class _Comparison:
+    """Goes through the folders of an output and keeps count."""
+
+    def __init__(
+        self,
+        output: Folder,
+        arithmetic: Arithmetic,
+        threads: int,
+        other_device: bool,
+        progress: OnProgress,
+        sample: _Sample | None,
+    ) -> None:
+        self._output, self._arithmetic, self._threads = output, arithmetic, threads
+        self._other_device, self._progress, self._sample = other_device, progress, sample
+        self.tensors = self.all_tensors = self.files = self.all_files = self.bytes = 0
+        self.differences: list[TensorDifference] = []
+        self.unlike_files: list[str] = []
+        self.planned: set[str] = set()
+        """Names of all files that the output has to have."""
+
+    def compare(self, part: Part) -> None:
+        """One folder: its model, the small files that are made with it, and what was copied."""
+        try:
+            folder = self._output.subfolder(part.name) if part.name else self._output
+        except QzError as error:
+            raise MalformedInput(f"{self._output.location} lacks {part.name}: {error}") from error
+        prefix = f"{part.name}/" if part.name else ""
+        if part.plan is not None:
+            self._compare_model(part, folder, prefix)
+        shards = part.plan.shards if part.plan is not None else ()
+        self.planned |= {prefix + each.file for each in shards} | {prefix + each.name for each in part.carried}
+        made = {**(part.plan.files if part.plan is not None else {}), **part.documents}
+        self.planned |= {prefix + name for name in made}
+        for name, data in made.items():
+            self._note_file(prefix + name, _is_same(folder, name, len(data), _bytes_of(data)))
+        for each in part.carried:
+            if self._sample is not None and each.bytes >= LARGE and not self._sample.has_file(part.name, each.name):
+                self.all_files += 1
+                continue
+            read = partial(each.folder.read_into, each.file)
+            self._note_file(prefix + each.name, _is_same(folder, each.name, each.bytes, read))
+            self.bytes += each.bytes
+
+    def _note_file(self, name: str, same: bool) -> None:
+        self.files, self.all_files = self.files + 1, self.all_files + 1
+        if not same:
+            self.unlike_files.append(name)
+
+    def _compare_model(self, part: Part, folder: Folder, prefix: str) -> None:
+        plan = part.plan
+        assert plan is not None
+        there = ComparedOutput(plan, open_checkpoint(folder), other_device=self._other_device)
+        only: Collection[str] | None = self._sample.weights(part.name) if self._sample is not None else None
+        source: Folder = plan.checkpoint.folder
+        if only is not None and not isinstance(source, LocalFolder):
+            source = _ByRanges(source)
+        run = Run(plan, source, there, self._arithmetic, self._told, only=only)
+        self.all_tensors += sum(len(layout.tensors) for layout in plan.shards)
+        if run.steps:
+            run.convert(self._threads)
+        self.tensors += len(there.compared)
+        self.bytes += run.all_bytes
+        self.differences += [each.inside(prefix) for each in there.differences]
+
+    def _told(self, step: Progress) -> None:
+        self._progress(Progress("Comparing", step.done, step.total, step.bytes, step.all_bytes))
+
+
+def _bytes_of(data: bytes) -> Callable[[int, memoryview], None]:
+    def read(offset: int, buffer: memoryview) -> None:
+        buffer[:] = data[offset : offset + len(buffer)]
+
+    return read
+
+
+def _is_same(folder: Folder, name: str, size: int, read: Callable[[int, memoryview], None]) -> bool:
+    """Whether a file of the output has these bytes."""
+    *parents, base = name.split("/")
+    opened = []
+    try:
+        for parent in parents:
+            folder = folder.subfolder(parent)
+            opened.append(folder)
+        if folder.sizes().get(base) != size:
+            return False
+        one, other = memoryview(bytearray(min(PIECE, size))), memoryview(bytearray(min(PIECE, size)))
+        for start in range(0, size, PIECE):
+            length = min(PIECE, size - start)
+            read(start, one[:length])
+            folder.read_into(base, start, other[:length])
+            if one[:length] != other[:length]:
+                return False
+        return True
+    except QzError as error:
+        if parents and not opened:
+            return False
+        raise error
+    finally:
+        for each in opened:
+            each.close()
+
+
+class _ByRanges:
+    """A folder of which only little is read: nothing is fetched ahead, so no file is fetched as a whole."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self.location = folder, folder.location
+
+    def sizes(self) -> Mapping[str, int]:
+        return self._folder.sizes()
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        self._folder.read_into(file, offset, buffer)
+
+    def announce(self, ranges: Sequence[Range]) -> None: ...
+
+    def is_verified(self, file: str) -> bool:  # noqa: ARG002 - compared with what is there, it need not be
+        return True
+
+    def check(self) -> None: ...
+
+    def identity(self) -> dict[str, Any]:
+        return self._folder.identity()
+
+    def subfolder(self, name: str) -> Folder:
+        return self._folder.subfolder(name)
+
+    def subfolders(self) -> Sequence[str]:
+        return self._folder.subfolders()
+
+    def give_up(self) -> None:
+        self._folder.give_up()
+
+    def close(self) -> None:
+        self._folder.close()
