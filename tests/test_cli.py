@@ -75,7 +75,9 @@ def act(script: Path, *arguments: str, **keywords: Any) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, **keywords)
 
 
-@pytest.mark.parametrize("name", ["quantize", "inspect", "dequantize", "push", "calibrate", "compare", "merge"])
+@pytest.mark.parametrize(
+    "name", ["quantize", "inspect", "dequantize", "push", "calibrate", "compare", "merge", "verify"]
+)
 def test_the_contracts_commands_are_there(name: str) -> None:
     assert name in GROUP.commands
 
@@ -97,7 +99,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
             for name in param.opts if param.param_type_name == "option" else ():
                 helps.setdefault(name, set()).add(param.help)
     assert {name for name, texts in helps.items() if len(texts) > 1} <= {
-        *("--subfolder", "--dtype", "--revision", "--output", "-o", "--overwrite")
+        *("--subfolder", "--dtype", "--revision", "--output", "-o", "--overwrite", "--against", "--importance")
     }
 
 

@@ -151,7 +151,7 @@ def test_every_exit_code_is_documented_and_every_documented_one_exists() -> None
 def test_every_option_that_the_pages_use_exists() -> None:
     for page in PAGES:
         for line in re.findall(
-            r"\bqz (?:quantize|inspect|dequantize|push|calibrate|compare|merge) [^`\n|>]*", page.read_text()
+            r"\bqz (?:quantize|inspect|dequantize|push|calibrate|compare|merge|verify) [^`\n|>]*", page.read_text()
         ):
             words = shlex.split(line, comments=True) if line.count('"') % 2 == 0 and "'" not in line else line.split()
             params = COMMANDS[words[1]].params
