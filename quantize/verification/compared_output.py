@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.output.shard_writer import as_bytes
-from qz.formats.output.staging import IsVerified, ShardLayout, WrittenFile
+from qz.formats.output.checksums import as_bytes
+from qz.formats.output.pending import IsVerified
+from qz.formats.output.shard_layout import ShardLayout
 from qz.quantize.methods import BLOCK_SIZE
-from qz.quantize.streaming.run import DiscardOutput
+from qz.quantize.streaming.discard import DiscardedShard, DiscardOutput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,8 +107,8 @@ class ComparedOutput(DiscardOutput):
         ]
         return tuple(sorted([*found, *self.misplaced.values()], key=lambda each: each.name))
 
-    def open_shard(self, layout: ShardLayout, is_verified: IsVerified) -> ComparedShard:  # type: ignore[override]  # noqa: ARG002 - has the methods that are used
-        return ComparedShard(self, layout.file)
+    def open_shard(self, layout: ShardLayout, is_verified: IsVerified) -> ComparedShard:  # noqa: ARG002 - as a staging area has it
+        return ComparedShard(layout.file, self)
 
     def give_up(self) -> None:
         self._stored.folder.give_up()
@@ -198,17 +199,13 @@ def _without_sign_of_zero(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True, slots=True)
-class ComparedShard:
+class ComparedShard(DiscardedShard):
     """Has what a ``Run`` needs of a shard's writer."""
 
     output: ComparedOutput
-    file: str
 
     def write(self, tensor: str, data: Any, offset: int = 0) -> None:
         self.output.compare(tensor, as_bytes(data), offset)
 
     def write_variable(self, tensor: str, data: bytes) -> None:
         self.output.compare_whole(tensor, data)
-
-    def finish(self) -> WrittenFile:
-        return WrittenFile(self.file, 0, "")
