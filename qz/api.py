@@ -358,6 +358,7 @@ def inspect(
         )
 
 
+@settings_given_back()
 def merge(
     output: AnyPath,
     *,

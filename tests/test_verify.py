@@ -242,5 +242,5 @@ def test_both_may_lie_on_the_hub_and_a_sample_reads_little(tmp_path: Path, monke
         assert api.verify("me/model-nf4").intact
         before = sum(hub.bytes_out.values())
         assert api.verify("me/model-nf4", "org/model", sample=0.01, **ON_CPU).intact
-        assert sum(hub.bytes_out.values()) - before < sum(path.stat().st_size for path in source.iterdir()) / 4
+        assert sum(hub.bytes_out.values()) - before < before / 2
         assert not api.verify("org/model").intact
