@@ -236,7 +236,7 @@ class _ByRanges:
     """A folder of which only little is read: nothing is fetched ahead, so no file is fetched as a whole."""
 
     def __init__(self, folder: Folder) -> None:
-        self._folder, self.location = folder, folder.location
+        self._folder, self.location, self.allow_pickle = folder, folder.location, folder.allow_pickle
 
     def sizes(self) -> Mapping[str, int]:
         return self._folder.sizes()
