@@ -1,7 +1,8 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture space test check lint types layers format bench quality docs dist fuzz zoo soak constraints clean
+.PHONY: help demo picture space test check lint types layers format bench quality docs dist fuzz hostile zoo soak constraints \
+	clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +27,7 @@ help:
 	@echo "make docs    the generated reference, every link checked, and the site in site/"
 	@echo "make dist    wheel, sdist and release notes in dist (TAG=v1.2.3 checks that this is the version)"
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer), and other files"
+	@echo "make hostile the memory of commands that are given what is malformed or made to fill it"
 	@echo "make zoo     every model class of the libraries, built tiny, and docs/reference/models.md (goes on where it stopped)"
 	@echo "make soak    minutes of kills and failures against the writer"
 	@echo "make format  let ruff lay out the code"
@@ -91,6 +93,9 @@ dist: $(READY)
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_headers.py --count $(COUNT)
 	$(BIN)/python tests/fuzz_files.py --seconds 60
+
+hostile: $(READY)
+	$(BIN)/python tests/hostile_memory.py
 
 zoo: $(READY)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(BIN)/python -m whole_zoo --page

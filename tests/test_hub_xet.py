@@ -59,6 +59,8 @@ REFUSALS: dict[str, dict[str, Any]] = {
     "no-ranges": {"kind": "cdn", "ignore_range": True},
     "no-content-range": {"kind": "cdn", "replace": {"Content-Range": None}},
     "cdn-429": {"kind": "cdn", "status": 429},
+    "cdn-503": {"kind": "cdn", "status": 503},
+    "cdn-drops": {"kind": "cdn", "drop": True},
     "resolvers": {"kind": "resolve", "status": 429, "headers": BEYOND_PATIENCE},
 }
 
@@ -113,6 +115,19 @@ def test_a_lasting_failure_of_both_ways_names_both(connect: Connect, kind: str, 
     message = failure(lambda: read(opened(hub), HEAD), TryAgain, HubUnreachable)
     assert "invalid key pair id" in message
     assert "Xet: " in message
+
+
+@pytest.mark.parametrize(
+    "storage", ["local://{folder}", "file://{folder}", "memory:", "/{folder}", "http://", "http://["]
+)
+def test_a_storage_that_is_not_on_the_web_is_none(connect: Connect, storage: str, tmp_path: Path) -> None:
+    """hf_xet takes a folder of this machine for one."""
+    folder = tmp_path / "storage"
+    folder.mkdir()
+    hub = refusing(connect)
+    hub.fail("xet_token", replace={"X-Xet-Cas-Url": storage.format(folder=folder)})
+    assert "no address on the web" in failure(lambda: read(opened(hub), HEAD), TryAgain, HubUnreachable)
+    assert not any(folder.iterdir())
 
 
 def test_the_cdn_is_tried_once_more_when_xet_fails(connect: Connect) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from converted import quantized
+from hostile_configs import BOMBS, configure
 from pace import HANG
 from qz import MalformedInput
 from qz.formats.checkpoint.survey import open_checkpoint
@@ -70,14 +70,6 @@ def source(tiny_llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "source"))
 
 
-def configure(source: Path, config: dict[str, Any]) -> None:
-    own = json.loads((source / "config.json").read_text())
-    if "_class_name" in config:
-        (source / "model.safetensors").rename(source / "diffusion_pytorch_model.safetensors")
-        own = {}
-    (source / "config.json").write_text(json.dumps(own | config))
-
-
 def test_the_process_that_streams_imports_no_library_and_writes_the_same(source: Path, tmp_path: Path) -> None:
     for name in ("torch.py", "qz.py", "json.py"):  # the working directory may be a download
         (tmp_path / name).write_text("raise SystemExit('code of somebody ran')\n")
@@ -94,22 +86,15 @@ def test_the_process_that_streams_imports_no_library_and_writes_the_same(source:
     assert differing_files(tmp_path / "here", work / "there") == []
 
 
-BOMBS: dict[str, dict[str, Any]] = {
-    "a table made in a loop": {
-        "architectures": ["MarianModel"],
-        "model_type": "marian",
-        "max_position_embeddings": 10**8,
-    },
-    "a table made at once": {"head_dim": 10**9},
-    "the size of a picture": {"_class_name": "PixArtTransformer2DModel", "sample_size": 20_000, "patch_size": 1},
-}
+TRIED = ("a table made in a loop", "a table made at once", "the size of a picture")
+"""The others are for `make hostile`."""
 
 
-@pytest.mark.parametrize("config", BOMBS.values(), ids=BOMBS.keys())
+@pytest.mark.parametrize("name", TRIED)
 def test_a_config_whose_sizes_would_fill_the_memory_is_refused_before_they_do(
-    config: dict[str, Any], source: Path, tmp_path: Path
+    name: str, source: Path, tmp_path: Path
 ) -> None:
-    configure(source, config)
+    configure(source, BOMBS[name])
     done, _, here, there = as_command(tmp_path, "quantize", "source")
     assert done.returncode == MalformedInput.exit_code, done.stderr
     assert "config.json describes a model whose building takes more than" in done.stderr

@@ -16,7 +16,7 @@ import pytest
 from hub_server import OWNER, HubServer, connected
 from pace import HANG
 from pushes import failure, files_of, hurry, make, shard, to
-from qz import OutputRefused, PermissionRefused, TryAgain
+from qz import HubUnreachable, OutputRefused, PermissionRefused, TryAgain
 from qz.formats.hub.transport import session
 from qz.formats.output.record import WrittenFile, encode_record
 from qz.formats.publish import upload
@@ -53,6 +53,15 @@ def test_a_hub_that_has_less_gets_the_same_files(hub: HubServer, made: Path, rul
     assert is_there(made, hub)
     assert hub.requests["xet_token"]
     assert hub.bytes_in[way] >= result.bytes_uploaded - hub.bytes_in["shard"] > MB
+
+
+def test_nothing_is_written_into_a_folder_that_the_hub_names_as_its_storage(
+    hub: HubServer, made: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "storage").mkdir()
+    hub.fail("xet_token", replace={"X-Xet-Cas-Url": f"local://{tmp_path}/storage"})
+    assert "no address on the web" in failure(lambda: push(made, to()), HubUnreachable)
+    assert not any((tmp_path / "storage").iterdir())
 
 
 def test_an_old_hf_xet_is_not_used(hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from qz import HubUnreachable, __version__
 from qz.formats.hub.transport.remote_file import RemoteFile
-from qz.formats.hub.transport.requests import is_hub
 from qz.formats.hub.transport.session import API_TIMEOUT, hub_session, patiently
+from qz.formats.hub.transport.trust import is_hub
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import httpx2
 
 from qz import HubUnreachable
+from qz.formats.hub.transport.trust import is_ours, require_storage_on_the_web
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +32,7 @@ class TooSlow(httpx2.ReadTimeout):
 def bind(session: httpx2.Client) -> None:
     """Put the bounds around what ``session`` receives for qz."""
     hooks = session.event_hooks.setdefault("response", [])
-    if _limit not in hooks:
-        hooks.append(_limit)
+    hooks += [hook for hook in (_limit, require_storage_on_the_web) if hook not in hooks]
 
 
 def unbind(session: httpx2.Client) -> None:
@@ -44,7 +44,7 @@ def unbind(session: httpx2.Client) -> None:
 
 def _limit(response: httpx2.Response) -> None:
     request = response.request
-    if "qz/" not in request.headers.get("user-agent", ""):
+    if not is_ours(request):
         return
     is_file = response.is_success and "/api/" not in request.url.path.replace("/api/resolve-cache/", "")
     inflater = None

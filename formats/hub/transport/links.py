@@ -16,8 +16,9 @@ from huggingface_hub import constants, hf_raise_for_status
 from qz.formats.hub.transport.errors import BUSY
 from qz.formats.hub.transport.patience import Failed, Patience
 from qz.formats.hub.transport.remote_file import RemoteFile, not_as_listed
-from qz.formats.hub.transport.requests import Requests, is_hub, target_of
+from qz.formats.hub.transport.requests import Requests, target_of
 from qz.formats.hub.transport.session import seconds_asked
+from qz.formats.hub.transport.trust import is_hub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -65,8 +65,8 @@ class Connection:
     def fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of ``file`` from ``start`` on.
 
-        Raises CdnRefused; MalformedInput (the server's file is another one), PermissionRefused or MissingInput at once;
-        TryAgain (rate limit) or HubUnreachable when the retries are used up.
+        Raises CdnRefused at once, or when the retries are used up; MalformedInput (the server's file is another one),
+        PermissionRefused or MissingInput at once; TryAgain (rate limit) or HubUnreachable when those of the Hub are.
         """
         done = failures = 0
         refusals: list[_LinkRefused] = []
@@ -93,7 +93,7 @@ class Connection:
             except Failed as failed:
                 # A connection that brings something each time may break as often as it likes.
                 failures = 1 if done - before >= min(1 << 20, len(view)) else failures + 1
-                self._back_off(failed, failures, file)
+                self._back_off(failed, failures, file, asked_cdn=link is not None)
             finally:
                 with self._lock:
                     self.bytes_received += done - before
@@ -167,12 +167,13 @@ class Connection:
         if int(served[1]) != start or int(served[3]) != file.size:
             raise not_as_listed(self._where(file), f"bytes {served[1]}-{served[2]} of {served[3]}")
 
-    def _back_off(self, failed: Failed, failures: int, file: RemoteFile) -> None:
+    def _back_off(self, failed: Failed, failures: int, file: RemoteFile, *, asked_cdn: bool) -> None:
         retries = self.patience.retries
         beyond = failures >= retries.attempts or (failed.wait or 0) > retries.longest_asked
-        if failed.status == 429 and beyond:
+        if beyond and (asked_cdn or failed.status == 429):
             error = self.patience.used_up(failed, failures, file.path)
-            raise CdnRefused("the rate of requests is limited", 429, error)
+            why = "the rate of requests is limited" if failed.status == 429 else str(failed)
+            raise CdnRefused(why, failed.status, error)
         self.patience.back_off(failed, failures, file.path)
 
     def _where(self, file: RemoteFile) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import httpx2
 from huggingface_hub import constants, hf_hub_url
@@ -15,6 +15,7 @@ from qz import __version__
 from qz.formats.hub.transport.errors import RETRYABLE, harmless, hub_errors, reason
 from qz.formats.hub.transport.patience import Failed
 from qz.formats.hub.transport.session import hub_session
+from qz.formats.hub.transport.trust import is_web_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -66,7 +67,7 @@ def target_of(response: httpx2.Response, url: str) -> str:
     if len(location) > LONGEST_LINK:
         raise Failed(f"it redirects to a link of {len(location)} characters")
     target = urljoin(url, location)
-    if urlsplit(target).scheme not in ("http", "https") or not urlsplit(target).hostname:
+    if not is_web_address(target):
         raise Failed("it redirects to something other than a web address")
     return target
 
@@ -82,10 +83,3 @@ def first_line(response: httpx2.Response) -> str:
     found = _MESSAGE.search(text)
     lines = [found[1]] if found else [line for line in _TAGS.sub(" ", text).splitlines() if line.strip()]
     return harmless(lines[0])[:200] if lines else ""
-
-
-def is_hub(url: str, target: str) -> bool:
-    """Whether ``target`` is at the same origin as ``url``, or at one that huggingface_hub trusts with the token."""
-    here, there = urlsplit(url), urlsplit(target)
-    trusted = there.scheme == "https" and there.hostname in constants.HF_URL_HOSTS and there.port is None
-    return (here.scheme, here.netloc) == (there.scheme, there.netloc) or trusted
