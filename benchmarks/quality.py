@@ -1,11 +1,12 @@
 """How good the checkpoints are that qz writes in one format: trained models against their originals.
 
 ``make quality``: the error of MiniLM's weights and embeddings, and the KL divergence of SmolLM2-135M's predictions on
-two texts that calibration has not seen. Every output is loaded by plain ``from_pretrained``; then its weights, as
-bitsandbytes gives them back, are computed with in float32, so that nothing but they differ.
+two texts that calibration has not seen, all made by the commands ``qz calibrate`` and ``qz quantize``. Every output is
+loaded by plain ``from_pretrained``; then its weights, as bitsandbytes gives them back, are computed with in float32, so
+that nothing but they differ. It takes minutes on a GPU, hours on a CPU with the full texts.
 
     python -m benchmarks.quality [--models minilm smollm2] [--methods …] [--sequences 48] [--length 512]
-                                 [--calibration 65536] [--device auto] [--json]
+                                 [--calibration 16384] [--device auto] [--json]
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,30 +27,63 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks import real_models
-from qz import api
-from qz.quantize.calibration.statistics import HessianPlace, InputSums, write_hessians, write_statistics
 
-METHODS: dict[str, dict[str, Any]] = {
-    "absmax": {},
-    "absmax, double": {"double": True},
-    "search": {"scales": "search"},
-    "search, double": {"scales": "search", "double": True},
-    "importance": {"importance": "statistics"},
-    "importance, double": {"importance": "statistics", "double": True},
-    "importance, 1,024 tokens": {"importance": "small"},
-    "gptq": {"importance": "statistics", "rounding": "gptq"},
-    "fp4": {"fp4": True},
-    "fp4, search": {"fp4": True, "scales": "search"},
-    "fp4, importance": {"fp4": True, "importance": "statistics"},
+KEPT, KEPT_GROUPS = 0.06, 0.16
+"""Shares of the weights that stay at 16 bit: linears one by one, and in groups."""
+RANDOM = 3
+"""Random choices of the same size, whose mean loss the others are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """``options`` of ``qz quantize``; ``known``: the file given to ``--importance`` or, where layers are kept, to
+    ``--scores``."""
+
+    options: tuple[str, ...] = ()
+    known: str | None = None
+    kept: float = 0.0
+    """Of the weights, chosen by qz, or where there is a ``seed`` at random."""
+    seed: int | None = None
+
+    @property
+    def base(self) -> str:
+        return f"random {self.kept:.0%}" if self.kept else "absmax"
+
+
+SEARCH, GPTQ, SPLIT = ("--scales", "search"), ("--rounding", "gptq"), ("--split-groups",)
+METHODS = {
+    "absmax": Method(),
+    "absmax, double": Method(("--double-quant",)),
+    "search": Method(SEARCH),
+    "search, double": Method((*SEARCH, "--double-quant")),
+    "importance": Method((), "statistics"),
+    "importance, double": Method(("--double-quant",), "statistics"),
+    "importance, 1,024 tokens": Method((), "small"),
+    "gptq": Method(GPTQ, "statistics"),
+    "fp4": Method(("--fp4",)),
+    "fp4, search": Method(("--fp4", *SEARCH)),
+    "fp4, importance": Method(("--fp4",), "statistics"),
+    **{f"6 % kept, random {seed}": Method(SPLIT, kept=KEPT, seed=seed) for seed in range(1, RANDOM + 1)},
+    "6 % kept, names and places": Method(SPLIT, kept=KEPT),
+    "6 % kept, scores": Method(SPLIT, "scores", KEPT),
+    **{f"16 % in groups, random {seed}": Method(kept=KEPT_GROUPS, seed=seed) for seed in range(1, RANDOM + 1)},
+    "16 % in groups, names and places": Method(kept=KEPT_GROUPS),
+    "16 % in groups, scores": Method((), "scores", KEPT_GROUPS),
+    "16 % in groups, scores, gptq": Method(GPTQ, "statistics", KEPT_GROUPS),
 }
 TARGETS = {
     "minilm": {"search": 0.94, "importance": 0.82},
-    "smollm2": {"search": 0.86, "importance": 0.50, "importance, 1,024 tokens": 0.50, "gptq": 0.40},
+    "smollm2": {
+        "search": 0.86,
+        "importance": 0.50,
+        "importance, 1,024 tokens": 0.50,
+        "gptq": 0.40,
+        "6 % kept, scores": 0.70,
+    },
 }
-"""Of absmax's loss on unseen text."""
+"""Of absmax's loss on unseen text, or of a random choice's."""
+WEIGHT_TARGETS = {("minilm", "search"): 0.0857}
 SMALL = 1024
-AT_ONCE = 2048
-"""Tokens whose outer products are added up together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +95,13 @@ class Figure:
     weight_error: float
     loss: dict[str, float]
     ratio: float
-    """To absmax's, the mean over texts."""
+    """To absmax's, or to that of layers kept at random; the mean over texts."""
     noise: float
     """Standard error of the ratio: over sentences or sequences, in pairs."""
     target: float | None
+    weight_target: float | None = None
+    expected: float | None = None
+    """The loss that qz expected on its own text, where it chose layers."""
 
 
 class Subject(Protocol):
@@ -70,7 +111,6 @@ class Subject(Protocol):
     source: Path
 
     def load(self, folder: Path) -> Any: ...
-    def calibration(self, tokens: int) -> Iterable[dict[str, torch.Tensor]]: ...
     def losses(self, reference: Any, model: Any) -> dict[str, torch.Tensor]: ...
 
 
@@ -88,7 +128,6 @@ class MiniLM:
             "prose": real_models.sentences(real_models.prose(), options.sentences),
             "tech": real_models.sentences(real_models.jargon(), options.sentences),
         }
-        self.known = real_models.sentences(real_models.documentation(), 4 * options.sentences)
         self.embedded: dict[str, torch.Tensor] = {}
 
     def load(self, folder: Path) -> Any:
@@ -100,15 +139,6 @@ class MiniLM:
         for start in range(0, len(sentences), 64):
             encoded = self.tokenizer(sentences[start : start + 64], padding=True, truncation=True, return_tensors="pt")
             yield dict(encoded.to(self.device))
-
-    def calibration(self, tokens: int) -> Iterable[dict[str, torch.Tensor]]:
-        left = tokens
-        for sentence in self.known:  # one at a time: padding is no input
-            encoded = dict(self.tokenizer(sentence, truncation=True, return_tensors="pt").to(self.device))
-            left -= encoded["input_ids"].numel()
-            yield encoded
-            if left <= 0:
-                return
 
     def embed(self, model: Any, sentences: list[str]) -> torch.Tensor:
         rows = []
@@ -144,16 +174,11 @@ class SmolLM2:
             "prose": rows(real_models.prose(), options.sequences),
             "tech": rows(real_models.jargon(), options.sequences),
         }
-        self.known = rows(real_models.documentation(), -(-options.calibration // self.length))
 
     def load(self, folder: Path) -> Any:
         from transformers import LlamaForCausalLM
 
         return LlamaForCausalLM.from_pretrained(folder, device_map=self.device)
-
-    def calibration(self, tokens: int) -> Iterable[dict[str, torch.Tensor]]:
-        for row in self.known[: max(1, tokens // self.length)]:
-            yield {"input_ids": row[:tokens].unsqueeze(0)}
 
     def losses(self, reference: Any, model: Any) -> dict[str, torch.Tensor]:
         def divergence(row: torch.Tensor) -> torch.Tensor:
@@ -164,44 +189,65 @@ class SmolLM2:
         return {name: torch.stack([divergence(row) for row in rows]) for name, rows in self.texts.items()}
 
 
-def calibrate(subject: Subject, model: Any, tokens: int, path: Path, *, hessians: bool) -> None:
-    """Statistics of every linear's inputs in one pass of the original."""
-    sums: dict[str, torch.Tensor] = {}
-    seen: dict[str, int] = {}
-    waiting: dict[str, list[torch.Tensor]] = {}
+def qz(*words: str | Path | int) -> dict[str, Any]:
+    """The report of a command."""
+    command = [sys.executable, "-m", "qz", *map(str, words), "--json", "--quiet"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
-    def add(name: str, least: int) -> None:
-        if sum(map(len, waiting[name])) > least:
-            x = torch.cat(waiting[name])
-            found = x.T @ x if hessians else x.square().sum(0)
-            sums[name] = sums[name] + found if name in sums else found
-            seen[name] = seen.get(name, 0) + len(x)
-            waiting[name] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: Any, given: tuple[torch.Tensor, ...]) -> None:
-            waiting.setdefault(name, []).append(given[0].detach().flatten(0, -2).float())
-            add(name, AT_ONCE)
+def calibrate(subject: Subject, work: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Statistics with Hessians and scores, of a few tokens, and of the scores alone."""
+    text = work / "documentation.txt"
+    text.write_text(real_models.documentation(), encoding="utf-8")
+    known = {name: work / f"{name}.safetensors" for name in ("statistics", "small", "scores")}
+    how: dict[str, tuple[str | int, ...]] = {
+        "statistics": ("--tokens", options.calibration, "--hessians", "--scores"),
+        "small": ("--tokens", SMALL),
+        "scores": ("--tokens", 2 * SMALL, "--scores"),
+    }
+    for name, path in known.items():
+        qz("calibrate", subject.source, "-o", path, "--text", text, "--device", options.device, *how[name])
+    return known
 
-        return hook
 
-    linears = {path: each for path, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
-    handles = [each.register_forward_pre_hook(watch(f"{path}.weight")) for path, each in linears.items()]
-    for batch in subject.calibration(tokens):
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    for name in waiting:
-        add(name, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: value.cpu().numpy() for name, value in sums.items()}
-    places, files = {}, {}
-    if hessians:
-        file = f"{path.stem}.hessians.safetensors"
-        files[file] = write_hessians(path.with_name(file), arrays)
-        places = {name: HessianPlace(file, f"{name}.hessian") for name in arrays}
-        arrays = {name: value.diagonal().copy() for name, value in arrays.items()}
-    write_statistics(path, {name: InputSums(value, seen[name]) for name, value in arrays.items()}, {}, places, files)
+def quantize(
+    subject: Subject, method: Method, output: Path, known: dict[str, Path], reference: Any, device: str
+) -> dict[str, Any]:
+    """The report of ``qz quantize``."""
+    words: list[str | Path | int] = ["quantize", subject.source, "-o", output, "--overwrite", "--no-fsync"]
+    words += ["--device", device, *(each for each in method.options if method.seed is None or each != SPLIT[0])]
+    if method.known is not None:
+        words += ["--scores" if method.known == "scores" else "--importance", known[method.known]]
+    if method.kept:
+        plain = qz(*words[:4], "--dry-run")
+        more = int(plain["parameters"]["quantized"] * method.kept * (2 - 0.5))
+        if method.seed is None:
+            words += ["--target-size", plain["memory_footprint"]["after"] + more]
+        else:
+            for path in at_random(reference, set(plain["skipped"]), more, method):
+                words += ["--skip", path]
+    return qz(*words)
+
+
+def at_random(reference: Any, skipped: set[str], nbytes: int, method: Method) -> list[str]:
+    """Linears, or groups of them, that take ``nbytes`` more at 16 bit."""
+    groups: dict[str, list[str]] = {}
+    for path, module in reference.named_modules():
+        if isinstance(module, torch.nn.Linear) and path not in skipped:
+            whole = re.sub(r"(gate|up)_proj", "gate_up", re.sub(r"[qkv]_proj", "qkv", path))
+            groups.setdefault(path if SPLIT[0] in method.options else whole, []).append(path)
+    order, chosen = list(groups.values()), []
+    random.Random(method.seed).shuffle(order)
+    for group in order:
+        size = int(sum(reference.get_submodule(path).weight.numel() for path in group) * 1.5)
+        if size <= nbytes:
+            chosen += group
+            nbytes -= size
+    return chosen
 
 
 def plain(subject: Subject, reference: Any, folder: Path) -> tuple[Any, float]:
@@ -236,54 +282,59 @@ def ratio(losses: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> tup
 def measured(subject: Subject, options: argparse.Namespace) -> Iterable[Figure]:
     work = real_models.ROOT / "work" / subject.name
     shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     reference = subject.load(subject.source).float()
-    known = {"statistics": work / "statistics.safetensors", "small": work / "small.safetensors"}
-    calibrate(subject, reference, options.calibration, known["statistics"], hessians=True)
-    calibrate(subject, reference, SMALL, known["small"], hessians=False)
-    base: dict[str, torch.Tensor] = {}
-    for method, how in METHODS.items():
-        if method != "absmax" and options.methods and method not in options.methods:
+    known = calibrate(subject, work, options)
+    bases: dict[str, list[dict[str, torch.Tensor]]] = {}
+    wanted = options.methods or list(METHODS)
+    needed = {"absmax", *(METHODS[name].base for name in wanted)}
+    for name, method in METHODS.items():
+        is_base = name == "absmax" or method.seed is not None
+        if name not in wanted and not (is_base and method.base in needed):
             continue
-        given = {key: value for key, value in how.items() if key in ("scales", "rounding")}
-        if "importance" in how:
-            given["importance"] = known[how["importance"]]
-        kind = api.Fp4 if how.get("fp4") else api.Nf4
-        output = work / "output"
-        api.quantize(
-            subject.source,
-            output,
-            method=kind(double_quant=how.get("double", False)),
-            if_exists="overwrite",
-            fsync=False,
-            device=options.device,
-            **given,
-        )
-        model, weight_error = plain(subject, reference, output)
+        if method.kept and subject.name != "smollm2":
+            continue
+        report = quantize(subject, method, work / "output", known, reference, options.device)
+        model, weight_error = plain(subject, reference, work / "output")
         losses = subject.losses(reference, model)
-        base = base or losses
-        found, noise = ratio(losses, base)
+        if is_base:
+            bases.setdefault(method.base, []).append(losses)
+        below = bases["absmax" if is_base else method.base]
+        found, noise = ratio(losses, {text: torch.stack([each[text] for each in below]).mean(0) for text in losses})
         yield Figure(
             subject.name,
-            method,
+            name,
             weight_error,
-            {name: float(each.mean()) for name, each in losses.items()},
+            {text: float(each.mean()) for text, each in losses.items()},
             found,
             noise,
-            TARGETS[subject.name].get(method),
+            TARGETS[subject.name].get(name),
+            WEIGHT_TARGETS.get((subject.name, name)),
+            report.get("kept_layers", {}).get("expected_loss"),
         )
 
 
 def line(figure: Figure) -> str:
     losses = "  ".join(f"{name} {value:.5f}" for name, value in figure.loss.items())
-    target = "" if figure.target is None else f"  target {figure.target:.2f}: {'met' if met(figure) else 'MISSED'}"
+    told = ""
+    if figure.target is not None:
+        told += f"  target {figure.target:.2f}: {'met' if figure.ratio <= figure.target else 'MISSED'}"
+    if figure.weight_target is not None:
+        told += (
+            f"  weights {figure.weight_target}: {'met' if figure.weight_error <= figure.weight_target else 'MISSED'}"
+        )
+    if figure.expected is not None:
+        told += f"  expected {figure.expected:.4f}"
     return (
-        f"{figure.model:8} {figure.method:26} weights {figure.weight_error:.4f}  {losses}  "
-        f"ratio {figure.ratio:.3f} ± {figure.noise:.3f}{target}"
+        f"{figure.model:8} {figure.method:32} weights {figure.weight_error:.4f}  {losses}  "
+        f"ratio {figure.ratio:.3f} ± {figure.noise:.3f}{told}"
     )
 
 
 def met(figure: Figure) -> bool:
-    return figure.target is None or figure.ratio <= figure.target
+    return (figure.target is None or figure.ratio <= figure.target) and (
+        figure.weight_target is None or figure.weight_error <= figure.weight_target
+    )
 
 
 def main() -> int:
@@ -293,7 +344,7 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=48, help="of each text, for the language model")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--sentences", type=int, default=1000, help="of each text, for the embeddings")
-    parser.add_argument("--calibration", type=int, default=65_536, help="tokens")
+    parser.add_argument("--calibration", type=int, default=16_384, help="tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

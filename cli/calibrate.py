@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 from qz.cli import options
 from qz.cli.output import facts, show, size, took, warn
 from qz.cli.progress import Display, timed
+from qz.cli.quantize import chosen_method
 
 if TYPE_CHECKING:
     from qz.quantize.calibration.run import Calibration
+
+
+LOSSES = {"kl": "KL divergence in nats a token", "cosine": "1 − cosine of mean hidden states"}
 
 
 def calibrate(
@@ -19,8 +23,11 @@ def calibrate(
     revision: options.RevisionOpt = None,
     variant: options.VariantOpt = None,
     text: options.TextOpt = None,
+    generate: options.GenerateOpt = False,
     tokens: options.TokensOpt = None,
     hessians: options.HessiansOpt = False,
+    scores: options.ScoresOpt = False,
+    method: options.ScoredMethodOpt = None,
     device: options.DeviceOpt = "auto",
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -40,8 +47,11 @@ def calibrate(
             revision=revision,
             variant=variant,
             text=text,
+            generate=generate,
             tokens=tokens,
             hessians=hessians,
+            scores=scores,
+            method=chosen_method(method, False, "bfloat16", 6.0) if method is not None else None,
             device=device,
             on_progress=display,
         )
@@ -54,7 +64,7 @@ def calibrate(
 def report(found: Calibration) -> list[tuple[str, str]]:
     """The result as labels and values."""
     sequences = "1 sequence" if found.sequences == 1 else f"{found.sequences:,} sequences"
-    text = "qz's own" if found.text == "default" else found.text
+    text = {"default": "qz's own", "generated": "the model's own"}.get(found.text, found.text)
     rows = [
         ("model", f"{found.architecture}, {found.linears:,} linear layers"),
         ("text", f"{text}: {found.tokens:,} tokens in {sequences}"),
@@ -62,4 +72,9 @@ def report(found: Calibration) -> list[tuple[str, str]]:
     ]
     if found.hessian_files:
         rows.append(("Hessians", f"{len(found.hessian_files):,} files beside it, {size(found.hessian_bytes)}"))
+    if found.scores is not None:
+        scores = found.scores
+        rows.append(("all as " + scores.method, f"{LOSSES[scores.loss]} {scores.total:.4g}"))
+        most = sorted(scores.of, key=lambda name: -scores.of[name])[:3]
+        rows.append(("most sensitive", ", ".join(name.removesuffix(".weight") for name in most)))
     return [*rows, ("time", took(found.seconds, f"{found.device} in {found.dtype}", found.bytes_read))]

@@ -299,6 +299,48 @@ RoundingOpt = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+TargetSizeOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--target-size",
+        metavar="SIZE",
+        parser=parse_size,
+        help="The most memory that the model may take (get_memory_footprint()), as 16GB: its most sensitive linears "
+        "stay unquantized until it is full; of a pipeline, each component's method is chosen too.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+MaxLossOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--max-loss",
+        metavar="NUMBER",
+        help="The most that may be lost, in the unit of the scores (KL divergence, or 1 − cosine): as many linears "
+        "stay unquantized as that needs. Needs scores.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+ScoresFileOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--scores",
+        metavar="FILE",
+        help="How sensitive each linear is, from `qz calibrate --scores`. Default: the scores in the --importance "
+        "file, else a rule by names and places.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+SplitGroupsOpt = Annotated[
+    bool,
+    flag(
+        "--split-groups",
+        help="Keep linears one by one, instead of whole q/k/v and gate/up groups, which vLLM and SGLang need.",
+        panel=METHOD,
+    ),
+]
 
 SubfolderOpt = Annotated[
     str | None,
@@ -509,6 +551,14 @@ TextOpt = Annotated[
         show_default=False,
     ),
 ]
+GenerateOpt = Annotated[
+    bool,
+    flag(
+        "--generate",
+        help="Let the model write the text that it reads, sampled at temperature 1. All of it is in memory meanwhile.",
+        panel=SELECTION,
+    ),
+]
 TokensOpt = Annotated[
     int | None,
     typer.Option(
@@ -525,6 +575,24 @@ HessiansOpt = Annotated[
         "--hessians",
         help="Record Hessians too, for --rounding gptq, in files beside the output; large. Needs --text.",
         panel=OUTPUT,
+    ),
+]
+ScoresOpt = Annotated[
+    bool,
+    flag(
+        "--scores",
+        help="Score how sensitive each linear is to being quantized, for --target-size and --max-loss.",
+        panel=OUTPUT,
+    ),
+]
+ScoredMethodOpt = Annotated[
+    MethodName | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="What it is scored for: nf4, fp4 or int8.",
+        rich_help_panel=OUTPUT,
+        show_default="nf4",
     ),
 ]
 

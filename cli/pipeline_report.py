@@ -16,12 +16,38 @@ COLUMNS = (
     Column("method"),
     Column("why", foldable=True),
 )
+COMBINATIONS = (
+    Column("in memory", right=True),
+    Column("quantized", foldable=True),
+    Column("weight error", right=True),
+    Column(""),
+)
+BAR = 20
+"""Characters of the longest."""
 
 
 def pipeline_sections(summary: PipelineSummary) -> list[Section]:
     """A row for each component with weights, then the whole."""
     components = [row(component) for component in summary.components if component.bytes]
-    return [Section(components, COLUMNS), Section(report(summary))]
+    sections = [Section(components, COLUMNS), Section(report(summary))]
+    if summary.dry_run and summary.combinations:
+        sections.append(Section(combinations(summary), COMBINATIONS))
+    return sections
+
+
+def combinations(summary: PipelineSummary) -> list[tuple[str, ...]]:
+    """Sizes, the methods that they leave room for, and what the weights are expected to lose; the chosen one marked."""
+    most = max(each.error for each in summary.combinations) or 1.0
+    fits = [each for each in summary.combinations if each.size <= summary.footprint_after]
+    return [
+        (
+            ("→ " if fits and each is fits[-1] else "") + size(each.size),
+            ", ".join(f"{option.component} {option.method.name}" for option in each.options if option.method) or "–",
+            f"{each.error:.4f}",
+            "█" * round(BAR * each.error / most),
+        )
+        for each in summary.combinations
+    ]
 
 
 def row(component: ComponentSummary) -> tuple[str, ...]:

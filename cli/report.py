@@ -24,15 +24,24 @@ from qz.cli.output import (
 from qz.counted import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from qz.formats.publish.destination import PushResult
     from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.planning.kept_layers import KeptLayers
     from qz.quantize.streaming.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
     from qz.quantize.up_to_date import UpToDate
 
 FILES = (Column("file", foldable=True), Column("bytes", right=True))
+CURVE = (
+    Column("in memory", right=True),
+    Column("kept", right=True),
+    Column("expected loss", right=True),
+    Column(""),
+)
+POINTS, BAR = 12, 30
+"""Rows of that table, and characters of its longest bar."""
 WORST = 10
 """Layers that the table of the loss shows; the JSON has all."""
 LAYERS = (
@@ -61,6 +70,7 @@ def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, qui
     for warning in summary.warnings:
         warn(warning)
     sections = pipeline_sections(summary) if isinstance(summary, PipelineSummary) else model_sections(summary)
+    sections += kept_sections(summary)
     texts = [*(section.text() for section in sections), *pushed_text(summary.pushed)]
     show(summary.as_json(), as_json=as_json, text="\n\n".join(texts), done=outcome(summary))
     if not summary.dry_run:
@@ -119,6 +129,8 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
     ]
+    if summary.kept_layers is not None:
+        rows.append(("kept", kept_layers(summary.kept_layers)))
     if summary.skipped:
         names = list(summary.skipped)
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -168,6 +180,42 @@ def refined(how: Mapping[str, Any]) -> str:
     if importance is not None:
         text += f" with {importance['file']} ({quantity(importance['tokens'])} tokens)"
     return text + (", rounded by GPTQ" if how["rounding"] == "gptq" else "")
+
+
+def kept_sections(summary: Summary | PipelineSummary) -> list[Section]:
+    """In a dry run, what each size would lose: a table with a picture in it, of each model whose layers were chosen."""
+    models: Sequence[Summary] = getattr(summary, "models", None) or [summary]
+    return [Section(curve_rows(each), CURVE) for each in models if each.kept_layers is not None and each.dry_run]
+
+
+def curve_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """Points from nothing kept to everything, and the chosen one; bars show the loss, or sizes where none is known."""
+    from qz.quantize.planning.kept_layers import Point
+
+    kept = summary.kept_layers
+    assert kept is not None  # the caller looked
+    chosen = Point(len(kept.kept), summary.footprint_after, kept.loss)
+    last = len(kept.curve) - 1
+    some = [kept.curve[number] for number in sorted({round(n * last / (POINTS - 1)) for n in range(POINTS)})]
+    points = sorted([chosen, *(point for point in some if point != chosen)], key=lambda point: point.size)
+    values = [float(point.size if point.loss is None else point.loss) for point in points]
+    most = max(values) or 1.0
+    return [
+        (
+            ("→ " if point is chosen else "") + size(point.size),
+            f"{point.kept:,}",
+            "–" if point.loss is None else f"{point.loss:.4f}",
+            "█" * round(BAR * value / most),
+        )
+        for point, value in zip(points, values, strict=True)
+    ]
+
+
+def kept_layers(kept: KeptLayers) -> str:
+    """What stays unquantized for a size or a loss, and how it was chosen."""
+    by = f"scores of {kept.scores['file']}" if kept.scores is not None else "names and places, without data"
+    expected = f"; expected loss {kept.loss:.4g} (by absmax scales)" if kept.loss is not None else ""
+    return f"{counted(len(kept.kept), 'linear')}, by {by}{expected}"
 
 
 def worst_layers(loss: Loss) -> list[tuple[str, ...]]:

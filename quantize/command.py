@@ -53,6 +53,12 @@ def _selection(settings: Settings) -> Iterator[str]:
         yield from ("--components", ",".join(settings.components))
     for name, own in settings.component_methods.items():
         yield from ("--component", f"{name}={own.name if own is not None else 'none'}")
+    yield from _unless_default(settings, "target_size", "--target-size")
+    yield from _unless_default(settings, "max_loss", "--max-loss")
+    if settings.scores is not None:
+        yield from ("--scores", settings.scores.name)
+    if settings.split_groups:
+        yield "--split-groups"
     if settings.keep_nonfinite:
         yield "--keep-nonfinite"
 

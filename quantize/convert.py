@@ -17,6 +17,7 @@ from qz.formats.output.record import read_record
 from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, ignore
 from qz.quantize.calibration.refine import refinement
+from qz.quantize.calibration.score_file import score_file
 from qz.quantize.command import command
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
@@ -24,6 +25,7 @@ from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.planning.dequantization import dequantized_checkpoint
 from qz.quantize.planning.fusing import fuse
+from qz.quantize.planning.kept_layers import with_kept_layers
 from qz.quantize.planning.nearest import linears, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Source as TensorSource
@@ -96,7 +98,11 @@ def plan_conversion(
     if not pipeline:
         refuse_unmatched(plan.architecture.unmatched_skips, checkpoint.folder.location, linears(plan))
     if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
-        plan = planned(replace(request, skips=(*request.skips, *modules)))
+        request = replace(request, skips=(*request.skips, *modules))
+        plan = planned(request)
+    if settings.chooses_layers and plan.quantized:
+        again = lambda paths: planned(replace(request, skips=(*request.skips, *paths)))  # noqa: E731
+        plan = with_kept_layers(plan, settings, again, None if pipeline else score_file(settings))
     return replace(plan, refinement=refinement(plan, settings, component, pipeline=pipeline))
 
 

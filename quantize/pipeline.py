@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -23,7 +22,9 @@ from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.methods import FourBit, Method
+from qz.quantize.pipeline_size import fit, refuse_settings, unquantized
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary, cast_to
+from qz.quantize.planning.component_sizes import Combination
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.fusing import fused
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
@@ -35,8 +36,6 @@ from qz.quantize.source_identity import identity
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
 from qz.quantize.summary import Source, fused_weights, made_from, summarize
-
-_COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|quant_state\..*)\Z")
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class PipelinePlan:
     casts: Mapping[str, Plan] = field(default_factory=dict)
     adapters: tuple[AdapterFile, ...] = ()
     """LoRAs that are fused into any of them."""
+    combinations: tuple[Combination, ...] = ()
+    """Methods of the components that were chosen from, for a size."""
 
     @property
     def folders(self) -> dict[str, Folder]:
@@ -105,13 +106,19 @@ def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
 def _plan_chosen(pipeline: Pipeline, settings: Settings, method: Method) -> PipelinePlan:
     unread = kept_unread(pipeline, {name for name, own in settings.component_methods.items() if own is None})
     choices = choose(pipeline, method, settings.components, settings.component_methods)
+    choices = tuple(
+        replace(choice, reason=unread.get(choice.name, choice.reason)) if choice.method is None else choice
+        for choice in choices
+    )
     _require_skips(pipeline, settings.skips)
+    if settings.chooses_layers:
+        return _fitted(pipeline, choices, settings)
     plans: dict[str, Plan] = {}
     made: list[Choice] = []
     refused: list[Unsupported] = []
     for choice in choices:
         if choice.method is None:
-            made.append(replace(choice, reason=unread.get(choice.name, choice.reason)))
+            made.append(choice)
             continue
         try:
             plans[choice.name] = _plan(choice, _own_settings(choice, settings))
@@ -125,6 +132,19 @@ def _plan_chosen(pipeline: Pipeline, settings: Settings, method: Method) -> Pipe
         raise refused[0]
     _require_matches(plans, settings.skips)
     return compose(pipeline, tuple(made), plans, settings)
+
+
+def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings) -> PipelinePlan:
+    """The plan for ``settings.target_size``."""
+    refuse_settings(settings)
+
+    def planned(choice: Choice, size: int | None) -> Plan:
+        own = replace(settings, target_size=size, split_groups=settings.split_groups and size is not None)
+        return _plan(choice, _own_settings(choice, own))
+
+    found = fit(pipeline, choices, settings, planned)
+    _require_matches(found.plans, settings.skips)
+    return replace(compose(pipeline, found.choices, found.plans, settings), combinations=found.combinations)
 
 
 def plan_way_back(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
@@ -193,7 +213,7 @@ def compose(
     A dtype that was asked for is theirs, too, as ``torch_dtype`` is of all components where diffusers loads a pipeline.
     """
     others = [each for each in pipeline.components if each.checkpoint and each.name not in plans]
-    kept = {each.name: _footprint(each) for each in others}
+    kept = {each.name: unquantized(each) for each in others}
     loras = settings.loras if settings is not None else ()
     if settings is None or (settings.dtype == "auto" and not loras):
         return PipelinePlan(pipeline, choices, plans, kept)
@@ -351,6 +371,7 @@ def summarize_pipeline(
         ),
         left_out_of_root=of_root,
         loras=_fused_loras(plan),
+        combinations=plan.combinations,
     )
 
 
@@ -416,16 +437,3 @@ def _plan(choice: Choice, settings: Settings) -> Plan:
         if not choice.asked_for:
             raise
         raise Unsupported(f"{error} Or leave it as it is: --component {choice.name}=none.") from error
-
-
-def _footprint(component: Component) -> Footprint:
-    """Of a component that stays as it is: the library's figure, or what is stored if the library does not know it."""
-    checkpoint = component.checkpoint
-    assert checkpoint is not None
-    if component.quantization is None and checkpoint.encoded_as is None:
-        try:
-            return examine(checkpoint, LoadRequest(None)).footprint
-        except QzError:  # carried over unseen: whether it can be loaded is not the question here
-            pass
-    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not _COMPANION.search(tensor.name))
-    return Footprint(stored, stored)

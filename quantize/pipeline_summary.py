@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.output.record import WrittenFile
-from qz.quantize.summary import Source, Summary, nonfinite_json, report_json
+from qz.quantize.summary import Source, Summary, kept_layers_json, nonfinite_json, report_json
 
 if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
+    from qz.quantize.planning.component_sizes import Combination
     from qz.quantize.planning.plan import Plan
 
 
@@ -94,6 +95,7 @@ class ComponentSummary:
                 "quantized": model.quantized_parameters if model is not None else 0,
             },
             "skipped": sorted(model.skipped) if model is not None else [],
+            **(kept_layers_json(model) if model is not None else {}),
             "bytes": {"source": self.bytes, "output": self.bytes_output},
             "memory_footprint": {"before": self.footprint_before, "after": self.footprint_after},
         }
@@ -126,6 +128,8 @@ class PipelineSummary:
     left_out_of_root: tuple[str, ...] = ()
     loras: tuple[Mapping[str, Any], ...] = ()
     """Those that were fused, as the record tells of them; ``weights`` counts those of all components."""
+    combinations: tuple[Combination, ...] = ()
+    """Methods of the components that were chosen from, for a size."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -216,4 +220,5 @@ class PipelineSummary:
             ),
             "components": [component.as_json() for component in self.components],
             "bytes": {**report["bytes"], "all_files": self.bytes_all},
+            **({"combinations": [each.as_json() for each in self.combinations]} if self.combinations else {}),
         }

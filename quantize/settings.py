@@ -53,6 +53,15 @@ class Settings:
     rounding: Rounding = "nearest"
     """Of each value to the nearest level, or so that errors cancel in the layer's output, which needs Hessians."""
 
+    target_size: int | None = None
+    """Bytes in memory that the model may take: its most sensitive linears stay unquantized until it is full."""
+    max_loss: float | None = None
+    """What the model may lose, in the unit of the scores: as many linears stay unquantized as that needs."""
+    scores: Path | None = None
+    """How sensitive each linear is, as ``qz calibrate --scores`` found; None for those of ``importance``, or a rule."""
+    split_groups: bool = False
+    """Choose linears one by one, also those that serving engines load as one."""
+
     variant: str | None = None
     """Of the weight files that are read."""
     allow_pickle: bool = False
@@ -74,6 +83,21 @@ class Settings:
                 "--rounding gptq needs the Hessians of the model's inputs: make them with `qz calibrate --hessians`, "
                 "and name the file with --importance."
             )
+        self._check_kept()
         methods = [self.method, *self.component_methods.values()]
         if self.scales == "search" and all(method is None or isinstance(method, Int8) for method in methods):
             raise UsageError(INT8_HAS_NO_SEARCH)
+
+    def _check_kept(self) -> None:
+        if self.max_loss is not None and not 0 <= self.max_loss < float("inf"):
+            raise UsageError(f"--max-loss {self.max_loss} is not a finite number ≥ 0.")
+        if self.chooses_layers:
+            return
+        for option, given in (("--scores", self.scores is not None), ("--split-groups", self.split_groups)):
+            if given:
+                raise UsageError(f"{option} is for --target-size and --max-loss: add one of them, or leave it out.")
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether some linears stay unquantized for a size or a loss."""
+        return self.target_size is not None or self.max_loss is not None

@@ -13,6 +13,7 @@ from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
 from qz.formats.output.record import WrittenFile
 from qz.quantize.consumers.planned import warnings as consumer_warnings
+from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import Fused, Packed
@@ -86,6 +87,8 @@ class Summary:
     """How scales and codes are chosen: ``scales``, ``rounding``, ``importance``; empty if nothing is quantized."""
     loras: tuple[Mapping[str, Any], ...] = ()
     """Those that were fused into the weights, in their order, as the record tells of them."""
+    kept_layers: KeptLayers | None = None
+    """What stays unquantized for a size or a loss."""
 
     @property
     def coverage(self) -> float:
@@ -129,7 +132,13 @@ class Summary:
             "dtype": self.dtype,
             "nonfinite": nonfinite_json(self.nonfinite),
             "loss": self.loss.as_json() if self.loss else None,
+            **kept_layers_json(self),
         }
+
+
+def kept_layers_json(summary: Summary) -> dict[str, Any]:
+    """Told only where a size or a loss was asked for."""
+    return {} if summary.kept_layers is None else {"kept_layers": summary.kept_layers.as_json()}
 
 
 def nonfinite_json(nonfinite: Mapping[str, NotFinite]) -> list[dict[str, Any]]:
@@ -235,6 +244,7 @@ def summarize(
             *_left_out(plan),
             *consumer_warnings(plan),
             *(plan.refinement.notes if plan.refinement is not None else ()),
+            *(plan.kept_layers.notes if plan.kept_layers is not None else ()),
         ),
         bytes_source=plan.bytes_source,
         bytes_output=sum(file.bytes for file in files) if files else plan.bytes_output,
@@ -255,6 +265,7 @@ def summarize(
         if plan.refinement is None
         else plan.refinement.as_json(),
         loras=tuple({**adapter.as_json(), "weights": fused_weights(plan, adapter)} for adapter in plan.adapters),
+        kept_layers=plan.kept_layers,
     )
 
 

@@ -32,6 +32,14 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
             refined["importance"] = {"file": settings.importance.name, "sha256": sha256_of(settings.importance)}
     if settings.loras:
         refined["loras"] = [lora.as_json() for lora in settings.loras]
+    if settings.chooses_layers:
+        refined |= {
+            "target_size": settings.target_size,
+            "max_loss": settings.max_loss,
+            "split_groups": settings.split_groups,
+        }
+        if settings.scores is not None:
+            refined["scores"] = {"file": settings.scores.name, "sha256": sha256_of(settings.scores)}
     return {
         "method": method_fingerprint(settings.method),
         "dtype": settings.dtype,

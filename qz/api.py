@@ -101,6 +101,10 @@ def quantize(
     scales: Scales | None = None,
     importance: AnyPath | None = None,
     rounding: Rounding = "nearest",
+    target_size: int | None = None,
+    max_loss: float | None = None,
+    scores: AnyPath | None = None,
+    split_groups: bool = False,
     keep_nonfinite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     weights_only: bool = False,
@@ -127,6 +131,8 @@ def quantize(
     makes 4-bit weights of the same format with less error, and with less still where ``importance`` names a file of it.
     ``lora`` names LoRAs to fuse into the weights first, each as REPO|FOLDER|FILE[:SCALE]; then the model may be one
     that bitsandbytes quantized, whose dequantized weights they are fused into.
+    ``target_size`` (bytes in memory) and ``max_loss`` keep the most sensitive linears unquantized, those that the file
+    ``scores`` of ``calibrate`` names; of a pipeline ``target_size`` chooses each component's method as well.
     ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
     ``push_only``, shard by shard, so that no output is kept here. ``part`` ``"3/7"`` makes one of seven parts, which
     ``merge`` puts together; ``"auto"`` the one that the environment of an array job names. The other arguments are the
@@ -156,6 +162,10 @@ def quantize(
         scales=scales or ("absmax" if importance is None else "search"),
         importance=Path(importance) if importance is not None else None,
         rounding=rounding,
+        target_size=target_size,
+        max_loss=max_loss,
+        scores=Path(scores) if scores is not None else None,
+        split_groups=split_groups,
         variant=variant,
         allow_pickle=allow_pickle,
     )
@@ -456,13 +466,18 @@ def calibrate(
     text: AnyPath | None = None,
     tokens: int | None = None,
     hessians: bool = False,
+    scores: bool = False,
+    method: Method | None = None,
+    generate: bool = False,
     device: str = "auto",
     on_progress: OnProgress = ignore,
 ) -> Calibration:
     """Run a 16-bit transformers model on a text and write the statistics of its linears' inputs to ``output``.
 
     One block of the model and the hidden states are in memory at a time. ``text`` is a file, by default qz's own text;
-    ``tokens`` of it are read. ``hessians`` adds what ``quantize(…, rounding="gptq")`` needs, in files beside it.
+    ``tokens`` of it are read. With ``generate`` the model writes the text itself, for which all of it is in memory.
+    ``hessians`` adds what ``quantize(…, rounding="gptq")`` needs, in files beside it; ``scores`` how sensitive each
+    linear is to being quantized by ``method`` (default: ``Nf4()``), for ``quantize(…, target_size=…)``.
     An interrupted run starts over. Raises ``qz.QzError``; then there is no output.
     """
     from qz.formats.checkpoint.pipeline import is_pipeline
@@ -471,7 +486,11 @@ def calibrate(
     from qz.quantize.calibration.run import CalibrationRequest
     from qz.quantize.calibration.run import calibrate as run
 
-    request = CalibrationRequest(Path(output), Path(text) if text is not None else None, tokens, hessians, device)
+    if method is not None and not scores:
+        raise UsageError("A method is for scores: add --scores, or leave the method out.")
+    chosen = (method or Nf4()) if scores else None
+    own = Path(text) if text is not None else None
+    request = CalibrationRequest(Path(output), own, tokens, hessians, device, chosen, generate)
     on_progress(Progress("Reading headers"))
     with opened(str(source), subfolder, revision) as found:
         if is_pipeline(found.folder):

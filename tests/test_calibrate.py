@@ -116,6 +116,35 @@ def test_calibrate_then_quantize_from_the_command_line(qz: Qz, tmp_path: Path) -
     assert torch.nn.functional.cosine_similarity(near.flatten(), plain.flatten(), dim=0) > 0.9
 
 
+def test_a_language_model_is_calibrated_on_its_own_text(tmp_path: Path) -> None:
+    folder = model_folder("llama-untied", tmp_path / "model")
+    before = torch.random.get_rng_state()
+    seen: set[str] = set()
+    for name in ("one", "two"):
+        found = api.calibrate(
+            folder,
+            tmp_path / name,
+            generate=True,
+            tokens=900,
+            hessians=True,
+            device="cpu",
+            on_progress=lambda progress: seen.add(progress.doing),
+        )
+        assert (found.text, found.tokens) == ("generated", 900)
+    assert "Writing a text" in seen
+    assert torch.equal(torch.random.get_rng_state(), before)
+    one, two = (read_statistics(tmp_path / name) for name in ("one", "two"))
+    assert one.metadata["text"] == "generated"
+    for weight, sums in one.sums.items():
+        np.testing.assert_array_equal(sums.sum2, two.sums[weight].sum2)
+    with pytest.raises(UsageError, match="exclude each other"):
+        api.calibrate(folder, tmp_path / "three", generate=True, text=tmp_path / "one")
+    for kind in ("bert", "t5-encoder"):
+        reader = model_folder(kind, tmp_path / kind)
+        with pytest.raises(Unsupported, match="does not write text"):
+            api.calibrate(reader, tmp_path / "three", generate=True, device="cpu")
+
+
 def test_hessians_of_calibrate_round_by_gptq(tmp_path: Path) -> None:
     folder, words = model_folder("llama-odd", tmp_path / "model"), some_text(tmp_path / "words.txt")
     stats = tmp_path / "stats.safetensors"

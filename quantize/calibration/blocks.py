@@ -53,12 +53,27 @@ def parts_of(model: Any) -> dict[str, Any]:
     return {path: module for path, module in parts.items() if next(module.parameters(), None) is not None}
 
 
+Entering = Callable[[str, Any, int], None]
+"""What is told that a batch, by its number, goes through a part, by its path and module."""
+Leaving = Callable[[str, Any], None]
+"""What is told that all batches have gone through a part, while its weights are still there."""
+
+
 class BlockPass:
     """One pass of several batches through a model. ``visited`` is called when all batches have left a part."""
 
-    def __init__(self, model: Any, weights: Weights, visited: Callable[[str], None], head: Any = None) -> None:
-        """``head``, if it is given, is a part like the blocks."""
+    def __init__(
+        self,
+        model: Any,
+        weights: Weights,
+        visited: Callable[[str], None],
+        head: Any = None,
+        entering: Entering | None = None,
+        leaving: Leaving | None = None,
+    ) -> None:
+        """``head``, if it is given, is a part like the blocks. ``leaving`` may run the part again."""
         self.model, self.weights, self.visited = model, weights, visited
+        self.entering, self.leaving = entering, leaving
         self.parts = parts_of(model)
         if head is not None:
             self.parts |= {path: module for path, module in model.named_modules() if module is head}
@@ -96,8 +111,12 @@ class BlockPass:
         for each in waiting:
             if each.waits_for == part:
                 each.waits_for = None
+                if self.entering is not None:
+                    self.entering(part, self.parts[part], each.number)
                 each.go.release()
                 self._await(each)
+        if self.leaving is not None:
+            self.leaving(part, self.parts[part])
         self.loaded = None
         self.weights.release(part, self.parts[part])
         self.visited(part)
@@ -125,8 +144,8 @@ class BlockPass:
 
     def _waits(self, path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            each: _Batch = self.here.batch
             if self.loaded != path:
+                each: _Batch = self.here.batch
                 each.waits_for = path
                 self.back.release()
                 each.go.acquire()

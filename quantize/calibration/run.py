@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
@@ -13,10 +13,14 @@ from qz.formats.folder import Folder
 from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.importance import GPTQ_TOKENS
-from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
+from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, Scores, write_hessians, write_statistics
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine
+from qz.quantize.methods import Method
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS = 1024
 """More of them hardly change the importance of inputs."""
@@ -31,15 +35,26 @@ class CalibrationRequest:
     tokens: int | None = None
     hessians: bool = False
     device: str = "auto"
+    scores: Method | None = None
+    """Score how sensitive each linear is to this method."""
+    generate: bool = False
+    """Let the model write the text."""
 
     def __post_init__(self) -> None:
-        if self.hessians and self.text is None:
+        if self.generate and self.text is not None:
+            raise UsageError("--generate and --text exclude each other: the model writes a text, or reads one.")
+        if self.hessians and self.text is None and not self.generate:
             raise UsageError(
                 f"--hessians need a text of {GPTQ_TOKENS:,} tokens or more, of the kind that the model is for. "
-                "Name one with --text FILE."
+                "Name one with --text FILE, or let the model write one with --generate."
             )
         if self.tokens is not None and self.tokens < 1:
             raise UsageError(f"--tokens {self.tokens} is not a number of tokens. The default is {TOKENS:,}.")
+
+    @property
+    def text_name(self) -> str:
+        """What the report calls the text."""
+        return "generated" if self.generate else "default" if self.text is None else self.text.name
 
     @property
     def wanted(self) -> int:
@@ -54,7 +69,7 @@ class Calibration:
     output: str
     architecture: str
     text: str
-    """The file's name, or ``default``."""
+    """The file's name, ``default`` or ``generated``."""
     tokens: int
     sequences: int
     linears: int
@@ -67,9 +82,23 @@ class Calibration:
     seconds: float
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    scores: Scores | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "dry_run"}
+        told = {name: value for name, value in asdict(self).items() if name not in ("dry_run", "scores")}
+        return told | {"scores": None if self.scores is None else scores_json(self.scores)}
+
+
+def scores_json(scores: Scores) -> dict[str, Any]:
+    """What is told of scores, the most sensitive linear first."""
+    ranked = sorted(scores.of.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "method": scores.method,
+        "loss": scores.loss,
+        "total": scores.total,
+        "tokens": scores.tokens,
+        "linears": [{"name": name.removesuffix(".weight"), "score": score} for name, score in ranked],
+    }
 
 
 def refuse_existing(output: Path) -> None:
@@ -111,6 +140,7 @@ class _Run:
     def run(self, class_name: str, dtype: str, tokenizer_folder: Folder) -> Calibration:
         from qz.quantize.calibration import text
         from qz.quantize.calibration.blocks import BlockPass
+        from qz.quantize.calibration.generated import sample
         from qz.quantize.calibration.recorder import Recorder
         from qz.quantize.calibration.weights import Weights
         from qz.quantize.compute.run_device import run_device
@@ -123,7 +153,12 @@ class _Run:
         tokenizer = text.open_tokenizer(tokenizer_folder)
         device, run_dtype = run_device(request.device, dtype)
         model = runnable(self.checkpoint, class_name, run_dtype, device)
-        rows = text.sequences(tokenizer, words, model.longest, request.wanted)
+        if request.generate:
+            writer = runnable(self.checkpoint, class_name, run_dtype, device)
+            rows = sample(self.checkpoint, writer, tokenizer, request.wanted, self.progress)
+            del writer
+        else:
+            rows = text.sequences(tokenizer, words, model.longest, request.wanted)
         tokens = sum(map(len, rows))
         recorder = Recorder(model.linears, model.head, hessians=request.hessians)
         weights = Weights(self.checkpoint, model)
@@ -150,10 +185,11 @@ class _Run:
             told = {
                 "architecture": class_name,
                 "tokens": str(tokens),
-                "text": "default" if request.text is None else "own",
+                "text": request.text_name if request.text is None else "own",
             }
+            scores = self._scores(request.scores, class_name, rows, device) if request.scores is not None else None
             refuse_existing(request.output)
-            write_statistics(request.output, sums, told, places, self.files)
+            write_statistics(request.output, sums, told, places, self.files, scores)
         except BaseException:
             self._forget()
             raise
@@ -164,7 +200,7 @@ class _Run:
             self.source,
             str(request.output),
             class_name,
-            "default" if request.text is None else request.text.name,
+            request.text_name,
             tokens,
             len(rows),
             len(sums),
@@ -176,6 +212,34 @@ class _Run:
             weights.bytes_read,
             time.monotonic() - self.begun,
             self._warnings(tokens, unseen),
+            scores=scores,
+        )
+
+    def _scores(self, method: Method, class_name: str, rows: list[list[int]], device: torch.device) -> Scores:
+        """Of the weights that ``method`` quantizes, on some of the text, in float32: bfloat16's own errors are larger
+        than many a score."""
+        import torch
+
+        from qz.quantize.calibration import scores
+        from qz.quantize.calibration.text import first_tokens
+        from qz.quantize.compute.devices import arithmetic_on
+        from qz.quantize.libraries.transformers.runnable import runnable
+
+        checkpoint = self.checkpoint
+        quantized = examine(
+            checkpoint, LoadRequest(method), equal=lambda one, other: equal_tensors(checkpoint, one, other)
+        )
+        model = runnable(checkpoint, class_name, torch.float32, device)
+        there = {f"{path}.weight" for path in model.linears}
+        names = list(dict.fromkeys(saved.weight.name for saved in quantized.saved if saved.weight.quantized))
+        return scores.score(
+            checkpoint,
+            model,
+            first_tokens(rows, scores.TOKENS),
+            [name for name in names if name in there],
+            method,
+            arithmetic_on(self.request.device),
+            self.progress,
         )
 
     def _warnings(self, tokens: int, unseen: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,6 +9,9 @@ of shape (out, in), by its name in the model:
 Hessians lie in files beside it, named in its metadata under ``hessians``, a JSON object: ``files`` (file → SHA-256) and
 ``of`` (weight → [file, tensor]; linears with the same input share a tensor). Each is ``NAME.hessian``, F32 [in, in]:
 the sum over all tokens of the outer product of the input with itself. Its diagonal is ``in_sum2``.
+
+Scores of sensitivity (``qz.quantize.calibration.scores``) are ``NAME.score``, F32 [], and in the metadata under
+``scores`` a JSON object: ``method``, ``loss`` (kl or cosine), ``total`` and ``tokens``.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +36,7 @@ from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, re
 
 FORMAT = "qz-importance"
 VERSION = "1"
-SUM2, COUNTS, HESSIAN = ".in_sum2", ".counts", ".hessian"
+SUM2, COUNTS, HESSIAN, SCORE = ".in_sum2", ".counts", ".hessian", ".score"
 MAX_FILE_BYTES = 1 << 31
 MAX_INPUTS = 1 << 20
 MAX_HESSIAN_INPUTS = 1 << 16
@@ -58,6 +61,21 @@ class HessianPlace:
     tensor: str
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How sensitive each weight is to being quantized, and what is lost when all are."""
+
+    of: Mapping[str, float]
+    """Weight → its share of the loss, ≥ 0."""
+    method: str
+    """nf4, fp4 or int8."""
+    loss: Literal["kl", "cosine"]
+    """What ``total`` is: KL divergence in nats a token, or 1 − cosine of a sequence's mean hidden states."""
+    total: float
+    """The loss when all of these weights are quantized."""
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Statistics:
     """A file of statistics. ``sums`` by the weights' names; Hessians are read when they are asked for."""
@@ -69,6 +87,7 @@ class Statistics:
     hessians: Mapping[str, HessianPlace] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     folder: Folder | None = field(default=None, compare=False)
+    scores: Scores | None = None
 
     @property
     def tokens(self) -> int:
@@ -112,7 +131,7 @@ def read_statistics(path: Path) -> Statistics:
         name, suffix = info.name.rpartition(".")[::2]
         if f".{suffix}" == SUM2:
             sums[name] = _sums(folder, path, header, info, header.tensors.get(name + COUNTS))
-        elif f".{suffix}" != COUNTS or name + SUM2 not in header.tensors:
+        elif f".{suffix}" not in (COUNTS, SCORE) or name + SUM2 not in header.tensors:
             raise _malformed(f"{path} contains {quoted(info.name)}, which is no statistic")
     if not sums:
         raise _malformed(f"{path} contains no statistics")
@@ -120,7 +139,8 @@ def read_statistics(path: Path) -> Statistics:
     missing = sorted(set(files) - folder.sizes().keys())
     if missing:
         raise _malformed(f"{path} needs {missing[0]} beside it, which is missing")
-    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder)
+    scores = _scores(folder, path, header)
+    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder, scores)
 
 
 def write_statistics(
@@ -129,6 +149,7 @@ def write_statistics(
     metadata: Mapping[str, str],
     hessians: Mapping[str, HessianPlace] | None = None,
     hessian_files: Mapping[str, str] | None = None,
+    scores: Scores | None = None,
 ) -> None:
     """Write the file at ``path``, replacing one that is there, at once. ``hessian_files``: name → SHA-256.
 
@@ -142,6 +163,11 @@ def write_statistics(
     if hessians:
         places = {name: [place.file, place.tensor] for name, place in sorted(hessians.items())}
         told["hessians"] = json.dumps({"files": dict(sorted((hessian_files or {}).items())), "of": places})
+    if scores is not None:
+        tensors |= {name + SCORE: np.array(score, np.float32) for name, score in scores.of.items()}
+        told["scores"] = json.dumps(
+            {"method": scores.method, "loss": scores.loss, "total": scores.total, "tokens": scores.tokens}
+        )
     _write(path, tensors, told)
 
 
@@ -206,6 +232,28 @@ def _sums(folder: Folder, path: Path, header: Header, info: TensorInfo, counts: 
     tokens = int(_read(folder, path.name, header, counts).view(np.int64)[0])
     check_sums(values, tokens, f"{path}: {quoted(info.name)}")
     return InputSums(values, tokens)
+
+
+def _scores(folder: Folder, path: Path, header: Header) -> Scores | None:
+    """The file's scores, if it has some. Raises Malformed for any that are none."""
+    infos = {name.removesuffix(SCORE): info for name, info in header.tensors.items() if name.endswith(SCORE)}
+    if "scores" not in header.metadata:
+        if infos:
+            raise _malformed(f"{path} has scores, and does not say of what")
+        return None
+    told = read_json(header.metadata["scores"].encode(), f"{path}: scores")
+    method, loss, total, tokens = (told.get(key) for key in ("method", "loss", "total", "tokens"))
+    known = method in ("nf4", "fp4", "int8") and loss in ("kl", "cosine") and type(tokens) is int
+    if not known or not isinstance(total, int | float) or not 0 <= total < float("inf"):
+        raise _malformed(f"{path} does not say of what its scores are")
+    of = {}
+    for name, info in infos.items():
+        if info.dtype != "F32" or info.shape not in ((), (1,)):
+            raise _malformed(f"{path}: the score of {quoted(name)} is {info.dtype} {list(info.shape)}, not F32 []")
+        of[name] = float(_read(folder, path.name, header, info).view(np.float32)[0])
+        if not 0 <= of[name] < float("inf"):
+            raise _malformed(f"{path}: the score of {quoted(name)} is {of[name]}")
+    return Scores(of, str(method), "kl" if loss == "kl" else "cosine", float(total), int(str(tokens)))
 
 
 def check_sums(values: NDArray[np.floating[Any]], tokens: float, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[
     else:
         ids = tokenizer(text)["input_ids"]
         rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return first_tokens(rows, tokens)
+
+
+def first_tokens(rows: Iterable[list[int]], tokens: int) -> list[list[int]]:
+    """Sequences of ``tokens`` in all, or of as many as there are."""
     chosen: list[list[int]] = []
     left = tokens
     for row in rows:

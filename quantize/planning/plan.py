@@ -14,6 +14,7 @@ from qz.formats.safetensors import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
 from qz.quantize.planning.computable import require_computable
+from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.refinement import Refinement
 from qz.quantize.planning.sources import Source, is_quantized
 
@@ -60,6 +61,8 @@ class Plan:
     """LoRAs that are fused into the weights."""
     refinement: Refinement | None = None
     """How 4-bit weights are quantized better than by absmax; None for the libraries' own bytes."""
+    kept_layers: KeptLayers | None = None
+    """What stays unquantized for a size or a loss; None where neither was asked for."""
 
     @property
     def bytes_output(self) -> int:

@@ -1,0 +1,127 @@
+"""What a model answers to a text: one run keeps its answers in files, another is compared with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qz import MalformedInput
+from qz.progress import OnProgress, Progress
+from qz.quantize.calibration.blocks import BlockPass
+from qz.quantize.calibration.weights import Weights
+from qz.quantize.libraries.transformers.runnable import Runnable, running
+
+ROWS = 64
+"""Tokens whose predictions are compared at a time, in float64."""
+
+
+@dataclass(slots=True)
+class Divergence:
+    """Per sequence: the mean of what was found over its tokens."""
+
+    kl: list[float] = field(default_factory=list)
+    same: list[float] = field(default_factory=list)
+    surprise: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    """Of the next token, in nats: by the original, by the other."""
+    cosine: list[float] = field(default_factory=list)
+
+    @property
+    def perplexities(self) -> tuple[float | None, float | None]:
+        """Of the original, and of the other."""
+        one, other = (math.exp(sum(each) / len(each)) if each else None for each in self.surprise)
+        return one, other
+
+
+def answer(
+    model: Runnable,
+    weights: Weights,
+    rows: Sequence[list[int]],
+    place: Path,
+    divergence: Divergence | None,
+    task: str,
+    progress: OnProgress,
+) -> None:
+    """Run a model over sequences of token ids, to keep its answers in ``place``, or to compare them with those kept.
+
+    Raises MalformedInput for answers that are NaN, or have another shape than the kept.
+    """
+    visited: list[str] = []
+
+    def tell(part: str) -> None:
+        visited.append(part)
+        progress(Progress(task, len(visited), len(steps.parts), unit="block"))
+
+    def used(number: int, answer: Any) -> None:
+        values = answered(model, answer, weights.checkpoint.folder.location)
+        if divergence is None:
+            keep(place, number, values)
+        else:
+            add(divergence, model, place, number, values, rows[number])
+
+    steps = BlockPass(model.model, weights, tell, model.head)
+    with running(type(model.model).__name__, weights.checkpoint.folder.location):
+        weights.load_rest(steps.parts)
+        steps.run((model.arguments(torch.tensor([row])) for row in rows), used)
+
+
+def answered(model: Runnable, answer: Any, where: str) -> NDArray[np.float32]:
+    """Of one sequence the logits, or the last hidden states: float32[tokens, …]. Raises MalformedInput for NaN."""
+    states = answer.logits if model.head is not None else answer.last_hidden_state
+    values: NDArray[np.float32] = states[0].float().cpu().numpy()
+    if np.isnan(values).any():
+        raise MalformedInput(f"{where} answers a text with NaN: its weights, or the numbers' range, do not allow it.")
+    return values
+
+
+def keep(place: Path, number: int, values: NDArray[np.float32]) -> None:
+    np.save(place / f"{number}.npy", values)
+
+
+def add(
+    divergence: Divergence, model: Runnable, place: Path, number: int, values: NDArray[np.float32], row: list[int]
+) -> None:
+    """Compare the answer to the sequence ``row`` with the one that was kept under ``number``."""
+    kept = np.load(place / f"{number}.npy", mmap_mode="r")
+    if kept.shape != values.shape:
+        raise MalformedInput(
+            f"The models' answers have the shapes {kept.shape} and {values.shape}: these are two different models."
+        )
+    if model.head is None:
+        divergence.cosine.append(_cosine_loss(kept, values))
+    else:
+        _add(divergence, kept, values, row[1:] if _predicts_next(model) else None)
+
+
+def _predicts_next(model: Runnable) -> bool:
+    return bool(model.model.can_generate()) and not model.model.config.is_encoder_decoder
+
+
+def _add(found: Divergence, kept: Any, values: Any, follows: list[int] | None) -> None:
+    """Add the logits float32[tokens, vocabulary] of one sequence, by the original and by the other."""
+    divergence, same, surprise = 0.0, 0, [0.0, 0.0]
+    for start in range(0, len(values), ROWS):
+        logits = (torch.from_numpy(np.array(each[start : start + ROWS])).double() for each in (kept, values))
+        both = [each.log_softmax(-1) for each in logits]
+        chance = both[0].exp()
+        divergence += float(torch.where(chance == 0, 0, chance * (both[0] - both[1])).sum())
+        same += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
+        for which, each in enumerate(both):
+            for row, token in enumerate((follows or [])[start : start + ROWS]):
+                surprise[which] -= float(each[row, token])
+    found.kl.append(divergence / len(values))
+    found.same.append(same / len(values))
+    if follows:
+        for which, total in enumerate(surprise):
+            found.surprise[which].append(total / len(follows))
+
+
+def _cosine_loss(kept: Any, values: Any) -> float:
+    one, two = (torch.from_numpy(np.array(each)).double().mean(0) for each in (kept, values))
+    return float(1 - torch.nn.functional.cosine_similarity(one, two, dim=0))
