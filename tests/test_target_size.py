@@ -22,8 +22,8 @@ from qz.formats.folder import LocalFolder
 from qz.formats.output.record import read_record
 from qz.quantize.calibration import text
 from qz.quantize.calibration.blocks import parts_of
-from qz.quantize.calibration.statistics import Scores, read_statistics, write_statistics
-from qz.quantize.planning.sensitivity import FUSED
+from qz.quantize.calibration.statistics import read_statistics, write_statistics
+from qz.quantize.planning.sensitivity import FUSED, Scores
 from readers import model_folder, some_text
 from zoo import build
 

@@ -13,10 +13,11 @@ from qz.formats.folder import Folder
 from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.importance import GPTQ_TOKENS
-from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, Scores, write_hessians, write_statistics
+from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import Method
+from qz.quantize.planning.sensitivity import Scores
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 
 if TYPE_CHECKING:

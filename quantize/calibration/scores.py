@@ -21,11 +21,11 @@ from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.answers import Divergence, add, answered, keep
 from qz.quantize.calibration.blocks import BlockPass, parts_of
 from qz.quantize.calibration.rounded import rounded
-from qz.quantize.calibration.statistics import Scores
 from qz.quantize.calibration.weights import Weights
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.transformers.runnable import Runnable, running
 from qz.quantize.methods import Method
+from qz.quantize.planning.sensitivity import Scores
 
 TOKENS = 2048
 """As many are enough: the scores of several texts agree."""

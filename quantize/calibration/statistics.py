@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from qz.formats.malformed import Malformed, quoted
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
+from qz.quantize.planning.sensitivity import Scores
 
 FORMAT = "qz-importance"
 VERSION = "1"
@@ -59,21 +60,6 @@ class HessianPlace:
 
     file: str
     tensor: str
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """How sensitive each weight is to being quantized, and what is lost when all are."""
-
-    of: Mapping[str, float]
-    """Weight → its share of the loss, ≥ 0."""
-    method: str
-    """nf4, fp4 or int8."""
-    loss: Literal["kl", "cosine"]
-    """What ``total`` is: KL divergence in nats a token, or 1 − cosine of a sequence's mean hidden states."""
-    total: float
-    """The loss when all of these weights are quantized."""
-    tokens: int
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from qz import UsageError
 from qz.counted import counted
 from qz.quantize.libraries.architecture import Architecture, Weight
-from qz.quantize.planning.sensitivity import Candidate, ranked, without_data
+from qz.quantize.planning.sensitivity import Candidate, Scores, ranked, without_data
 from qz.quantize.settings import Settings
 
 if TYPE_CHECKING:
-    from qz.quantize.calibration.statistics import Scores
     from qz.quantize.planning.plan import Plan
 
 KEPT = "kept for its sensitivity"

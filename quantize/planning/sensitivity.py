@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from qz.quantize.libraries.architecture import Weight
 
@@ -35,6 +36,21 @@ AT_THE_ENDS = 2.0
 """How much more the first and the last block count."""
 
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How sensitive each weight is to being quantized, and what is lost when all are."""
+
+    of: Mapping[str, float]
+    """Weight → its share of the loss, ≥ 0."""
+    method: str
+    """nf4, fp4 or int8."""
+    loss: Literal["kl", "cosine"]
+    """What ``total`` is: KL divergence in nats a token, or 1 − cosine of a sequence's mean hidden states."""
+    total: float
+    """The loss when all of these weights are quantized."""
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
