@@ -15,6 +15,8 @@ from qz.formats.malformed import Malformed, quoted
 MAGIC: Final = b"GGUF"
 MAX_ENTRIES = 1_000_000
 MAX_STRING = 1 << 20
+MAX_ELEMENTS, MAX_HEADER = 8_000_000, 256 << 20
+"""Of all lists together, of which a vocabulary has three; and bytes."""
 MAX_DIMENSIONS = 4
 FLOAT32: Final = 0
 """The type of tensors of float32."""
@@ -77,7 +79,7 @@ class _Cursor:
 
     def __init__(self, read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> None:
         self.read, self.size, self.where = read, size, where
-        self.position = 0
+        self.position = self.elements = 0
         self.start, self.buffer = 0, bytes(read(0, min(size, 1 << 20)))
 
     def malformed(self, why: str) -> Malformed:
@@ -121,4 +123,7 @@ class _Cursor:
         inner, count = self.number("I"), self.count()
         if inner == _ARRAY:
             raise self.malformed("a list of it holds lists")
+        self.elements += count
+        if self.elements > MAX_ELEMENTS or self.position > MAX_HEADER:
+            raise self.malformed("its lists are longer than those of any model")
         return [self.value(inner) for _ in range(count)]

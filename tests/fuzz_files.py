@@ -12,8 +12,10 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import random
+import struct
 import sys
 import tempfile
 import time
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -35,9 +38,13 @@ from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.journal import Journal
 from qz.formats.output.record import encode_record, read_record
+from qz.formats.output.shares import PART_FILE, Share, ShareReceipt, read_share
+from qz.quantize.calibration.importance import read_importance
+from qz.quantize.calibration.statistics import InputSums, write_statistics
 from qz.quantize.convert import plan_quantization
 from qz.quantize.methods import Nf4
 from qz.quantize.settings import Settings
+from qz.quantize.streaming.shares import not_finite
 from qz.quantize.up_to_date import UpToDate, up_to_date
 
 VALUES: tuple[Any, ...] = (
@@ -113,6 +120,22 @@ class Mutator:
                 place = self.choose.randrange(len(data) + 1)
                 data[place : place + self.choose.choice((0, 1, 1, 4))] = self.choose.choice(BYTES)
         return bytes(data)
+
+    def binary(self, data: bytes) -> bytes:
+        """Changed bytes: numbers of 4 or 8 bytes anywhere, single bytes, and an early end."""
+        changed = bytearray(data)
+        for _ in range(self.choose.choice((1, 1, 2, 4))):
+            place, kind = self.choose.randrange(len(changed)), self.choose.choice("bBiqdfe")
+            if kind == "e":
+                del changed[place:]
+                changed += b"\0"
+            elif kind in "bB":
+                changed[place] ^= 1 << self.choose.randrange(8)
+            else:
+                extremes: tuple[float, ...] = (0, 1, -1, 2**31 - 1) if kind in "iq" else (0, -1, math.nan, math.inf)
+                number = struct.pack("<" + kind, self.choose.choice(extremes))
+                changed[place : place + len(number)] = number
+        return bytes(changed)
 
     def _change(self, tree: Any) -> None:
         places = [tree]
@@ -337,6 +360,56 @@ class Journals(Target):
         return data
 
 
+class Importance(Target):
+    """An imatrix of llama.cpp's, both formats, and a file of statistics, as --importance reads them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        sums = {f"blk.0.{name}.weight": np.ones((1, 8), np.float32) for name in ("attn_q", "ffn_up")}
+        writer = gguf.GGUFWriter(folder / "x.gguf", "")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", ["x"])
+        for name, values in sums.items():
+            writer.add_tensor(name + ".in_sum2", values)
+            writer.add_tensor(name + ".counts", np.ones((1, 1), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        old = [struct.pack("<i", len(sums))]
+        for name, values in sums.items():
+            old += [struct.pack("<i", len(name)), name.encode(), struct.pack("<ii", 1, values.size), values.tobytes()]
+        write_statistics(folder / "x.safetensors", {"q": InputSums(np.ones(8, np.float32), 5)}, {"text": "x"})
+        self.files = {name: (folder / name).read_bytes() for name in ("x.gguf", "x.safetensors")}
+        self.files["x.dat"] = b"".join(old)
+
+    def feed(self, mutator: Mutator) -> bytes:
+        name = mutator.choose.choice(sorted(self.files))
+        data = mutator.binary(self.files[name])
+        (self.folder / name).write_bytes(data)
+        with told(data):
+            read_importance(self.folder / name, [])
+        return data
+
+
+class Parts(Target):
+    """part.json, as merging reads it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        found = {"": {"a.weight": {"stored": 1, "overflowed": 2}}}
+        receipt = ShareReceipt(Share(1, 2), {"source": {"files": {}}}, {"model.safetensors": 1}, ("",), found)
+        self.value = json.loads(receipt.encode())
+        (folder / "qz.json").write_bytes(encode_record([], {}))
+
+    def feed(self, mutator: Mutator) -> bytes:
+        data = mutator.data(self.value)
+        (self.folder / PART_FILE).write_bytes(data)
+        with told(data):
+            not_finite(read_share(self.folder).receipt)
+        return data
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "configs": InspectedConfigs,
     "indexes": Indexes,
@@ -344,6 +417,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "quant states": QuantStates,
     "records": Records,
     "journals": Journals,
+    "importance files": Importance,
+    "parts": Parts,
     "classes": Configs,
 }
 

@@ -23,7 +23,7 @@ from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.exchange import JOURNAL
 from qz.formats.output.journal import LARGEST, as_fingerprint, read_journal
-from qz.formats.output.record import Record, WrittenFile, as_text, read_record
+from qz.formats.output.record import Record, WrittenFile, as_text, read_record, require_safe_name
 from qz.formats.output.refusals import sibling
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
@@ -87,7 +87,7 @@ class ShareReceipt:
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> ShareReceipt:
-        """From its JSON; ValueError, TypeError or LookupError if it is not one."""
+        """From its JSON; ValueError, TypeError, LookupError or AttributeError if it is not one."""
         if value["version"] != 1:
             raise ValueError("its version is not 1; a newer qz may read it")
         share = Share(int(value["share"]["number"]), int(value["share"]["of"]))
@@ -101,7 +101,10 @@ class ShareReceipt:
         }
         if not isinstance(value["fingerprint"], dict) or not all(1 <= each <= share.count for each in owners.values()):
             raise ValueError("its fingerprint or its owners are damaged")
-        return cls(share, value["fingerprint"], owners, tuple(map(str, value["folders"])), nonfinite)
+        folders = tuple(map(str, value["folders"]))
+        for name in (*owners, *filter(None, folders)):
+            require_safe_name(name)
+        return cls(share, value["fingerprint"], owners, folders, nonfinite)
 
 
 class SectionOfShare(Section):
@@ -159,7 +162,7 @@ def read_share(place: Path) -> FinishedShare:
         value = read_json(read_file(folder, PART_FILE, MAX_BYTES), where)
         try:
             return FinishedShare(ShareReceipt.of(value), record)
-        except (ValueError, TypeError, LookupError, QzError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, QzError) as error:
             raise Malformed("record-malformed", f"{where} is damaged ({error}). Run this --part again.") from None
     finally:
         folder.close()

@@ -81,7 +81,7 @@ def _gguf_entries(read: Any, size: int, path: Path) -> dict[str, Entry]:
 def _gguf_entry(read: Any, size: int, path: Path, header: GgufHeader, name: str) -> Entry:
     def values(tensor: GgufTensor | None, what: str) -> Floats:
         count = int(np.prod(tensor.shape, dtype=object)) if tensor is not None else 0
-        if tensor is None or tensor.type != FLOAT32 or not count or tensor.offset + 4 * count > size:
+        if tensor is None or tensor.type != FLOAT32 or not tensor.shape or not 0 < 4 * count <= size - tensor.offset:
             raise _malformed(f"{path}: {quoted(name + what)} is missing, cut off, or not of float32")
         found: Floats = np.frombuffer(read(tensor.offset, 4 * count), np.float32)
         return found.reshape(-1, tensor.shape[0])
@@ -90,7 +90,8 @@ def _gguf_entry(read: Any, size: int, path: Path, header: GgufHeader, name: str)
     counts = values(header.tensors.get(name + ".counts"), ".counts").reshape(-1)
     if counts.size != len(sum2):
         raise _malformed(f"{path}: {quoted(name)} has {len(sum2)} rows of sums and {counts.size} counts")
-    check_sums(sum2, float(counts.min()), f"{path}: {quoted(name)}")
+    for count in (float(counts.min()), float(counts.max())):
+        check_sums(sum2, count, f"{path}: {quoted(name)}")
     return Entry(sum2, counts)
 
 

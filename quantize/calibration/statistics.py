@@ -38,6 +38,7 @@ from qz.quantize.planning.sensitivity import Scores
 FORMAT = "qz-importance"
 VERSION = "1"
 SUM2, COUNTS, HESSIAN, SCORE = ".in_sum2", ".counts", ".hessian", ".score"
+MAX_TOKENS = 1 << 62
 MAX_FILE_BYTES = 1 << 31
 MAX_INPUTS = 1 << 20
 MAX_HESSIAN_INPUTS = 1 << 16
@@ -246,7 +247,7 @@ def check_sums(values: NDArray[np.floating[Any]], tokens: float, where: str) -> 
     """Raise Malformed unless these are sums of squares over a number of tokens."""
     if not np.isfinite(values).all() or (values < 0).any():
         raise _malformed(f"{where} contains values that are no sums of squares (negative, NaN or infinite)")
-    if tokens < 0:
+    if not 0 <= tokens < MAX_TOKENS:  # nor NaN
         raise _malformed(f"{where} was summed over {tokens} tokens")
 
 
