@@ -141,6 +141,7 @@ def quantize(
     Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
     PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
     """
+    on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
     from qz.formats.output.disk import Disk
     from qz.formats.source import default_output, opened, opened_loras
@@ -171,7 +172,6 @@ def quantize(
     )
     location = str(source)
     share = _share(part, measured=measure_loss, pushed=push is not None)
-    on_progress(Progress("Reading headers"))
     with (
         opened_loras(lora) as loras,
         opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
@@ -249,6 +249,7 @@ def dequantize(
     LoRAs to fuse into the dequantized weights. The other arguments are those of ``quantize``. Raises ``qz.QzError`` as
     ``quantize`` does.
     """
+    on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
     from qz.formats.output.disk import Disk
     from qz.formats.source import opened, opened_loras
@@ -267,7 +268,6 @@ def dequantize(
         allow_pickle=allow_pickle,
     )
     share = _share(part, measured=against is not None, pushed=push is not None)
-    on_progress(Progress("Reading headers"))
     with opened_loras(lora) as loras, opened(str(source), subfolder, revision, cached=push is None) as found:
         settings = replace(settings, loras=loras)
         to = _destination(push, push_subfolder, public, found, loras)
@@ -322,6 +322,7 @@ def inspect(
     recorded. ``consumers`` names programs (``vllm``, ``sglang`` …, see ``qz inspect --for``) to judge it for. Problems
     are part of the value (``problems``, ``errors``, ``consumers``), not raised.
     """
+    on_progress(Progress("Reading headers"))
     from qz.formats.source import local_path
     from qz.quantize.consumers.registry import CONSUMERS
     from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
@@ -345,12 +346,12 @@ def inspect(
     from qz.formats.output.record import damaged_record
     from qz.formats.source import opened
 
-    if path is None:
-        on_progress(Progress("Reading headers"))
     with opened(location, subfolder, revision, allow_pickle=allow_pickle) as opened_source:
         folder = opened_source.folder
         origin = Origin(location, folder.identity().get("commit"), subfolder)
         found: Inspection | PipelineInspection
+        if plan:
+            on_progress(Progress("Planning"))
         if is_pipeline(folder):
             from qz.quantize.inspection.pipeline import inspect_pipeline
 
@@ -382,6 +383,7 @@ def merge(
     Nothing is left of the parts. A merge that was interrupted goes on, and one that is repeated has nothing to do.
     Raises ``qz.QzError``; then the output is as it was, and the parts are kept.
     """
+    on_progress(Progress("Reading headers"))
     from qz.formats.output.disk import Disk
     from qz.quantize.merge import merge as run
 
@@ -412,7 +414,6 @@ def verify(
 
     if against is None and (sample, importance, revision) != (None, None, None):
         raise UsageError("--sample, --importance and --revision belong to --against SOURCE.")
-    on_progress(Progress("Reading headers"))
     with opened(str(output)) as found:
         if against is None:
             return verify_record(found, on_progress)
@@ -447,6 +448,7 @@ def push(
     ``public`` True or False decides who may see a new repository (None: private); ``replace`` allows weights that qz
     did not make to be replaced. Raises ``qz.QzError``; then nothing has become visible.
     """
+    on_progress(Progress("Reading headers"))
     from qz.formats.publish.destination import Destination
     from qz.formats.publish.push import push as send
 
@@ -480,6 +482,7 @@ def calibrate(
     linear is to being quantized by ``method`` (default: ``Nf4()``), for ``quantize(…, target_size=…)``.
     An interrupted run starts over. Raises ``qz.QzError``; then there is no output.
     """
+    on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.survey import open_checkpoint
     from qz.formats.source import opened
@@ -491,7 +494,6 @@ def calibrate(
     chosen = (method or Nf4()) if scores else None
     own = Path(text) if text is not None else None
     request = CalibrationRequest(Path(output), own, tokens, hessians, device, chosen, generate)
-    on_progress(Progress("Reading headers"))
     with opened(str(source), subfolder, revision) as found:
         if is_pipeline(found.folder):
             raise UsageError(f"{found.folder.location} is a pipeline. Name a text encoder of it with --subfolder.")
@@ -515,11 +517,11 @@ def compare(
     Both run block by block, one after the other. ``subfolder`` is the component of a pipeline in both, where they have
     it. Raises ``qz.QzError``.
     """
+    on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.survey import open_checkpoint
     from qz.formats.source import opened
     from qz.quantize.calibration.compare import compare as run
 
-    on_progress(Progress("Reading headers"))
     with opened(str(original), subfolder) as first, opened(str(other), subfolder) as second:
         checkpoints = open_checkpoint(first.folder), open_checkpoint(second.folder)
         chosen = Path(text) if text is not None else None

@@ -222,6 +222,45 @@ def test_help_starts_at_once_and_without_the_libraries() -> None:
     assert min(loops) <= 3
 
 
+SIGNS_OF_LIFE = """
+import sys
+from qz.cli import progress
+from qz.cli.app import run
+
+class Stop(BaseException): ...
+
+def show(display, step):
+    shown.append((step.doing, sorted(heavy & set(sys.modules))))
+    if step.doing == until:
+        raise Stop
+
+progress.Display.__call__ = show
+heavy = {"torch", "huggingface_hub.hf_api", "transformers", "diffusers", "bitsandbytes"}
+source = sys.argv[1]
+for until, command in (
+    ("Planning", ["quantize", source, "-o", "out"]),
+    ("Planning", ["inspect", source, "--plan"]),
+    *(("Reading headers", [*arguments]) for arguments in (
+        ["inspect", "some/model"], ["dequantize", source, "-o", "out"], ["push", source, "some/model"],
+        ["calibrate", source, "-o", "file"], ["compare", source, source], ["merge", "out"],
+    )),
+):
+    shown = []
+    try:
+        run(command)
+    except Stop:
+        pass
+    assert shown[0][0] == "Reading headers" and shown[-1][0] == until, (command, shown)
+    assert not any(imported for _, imported in shown), (command, shown)
+"""
+
+
+def test_each_command_says_what_it_does_before_it_imports_the_libraries(tiny_llama: Path, tmp_path: Path) -> None:
+    code = [sys.executable, "-c", SIGNS_OF_LIFE, tiny_llama]
+    ended = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.parametrize(("name", "code"), [(e.__name__, e.exit_code) for e in ERRORS.values()])
 def test_every_error_of_qz_has_its_documented_exit_code(name: str, code: int) -> None:
     documented = (Path(__file__).parent.parent / "docs/reference/exit-codes.md").read_text()
