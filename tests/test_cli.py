@@ -256,7 +256,7 @@ for until, command in (
 
 
 def test_each_command_says_what_it_does_before_it_imports_the_libraries(tiny_llama: Path, tmp_path: Path) -> None:
-    code = [sys.executable, "-c", SIGNS_OF_LIFE, tiny_llama]
+    code = [sys.executable, "-c", SIGNS_OF_LIFE, str(tiny_llama)]
     ended = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
