@@ -1,8 +1,8 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture space test check lint types layers format bench quality docs dist fuzz hostile zoo soak constraints \
-	clean
+.PHONY: help demo picture space test check lint types layers format bench quality docs dist fuzz hostile zoo consumers soak \
+	constraints clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,6 +29,7 @@ help:
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer), and other files"
 	@echo "make hostile the memory of commands that are given what is malformed or made to fill it"
 	@echo "make zoo     every model class of the libraries, built tiny, and docs/reference/models.md (goes on where it stopped)"
+	@echo "make consumers  what vLLM, SGLang, InvokeAI and unsloth read of an output, and docs/reference/consumers.md"
 	@echo "make soak    minutes of kills and failures against the writer"
 	@echo "make format  let ruff lay out the code"
 	@echo "make clean   remove what the other targets made"
@@ -100,6 +101,9 @@ hostile: $(READY)
 zoo: $(READY)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(BIN)/python -m whole_zoo --page
 
+consumers: $(READY)
+	cd tests && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(abspath $(BIN))/python -m real_consumers $(abspath .consumers)
+
 soak: $(READY)
 	$(PYTEST) -m soak --timeout=0
 
@@ -114,5 +118,5 @@ constraints:
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .zoo .demo .bench .space build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .zoo .consumers .demo .bench .space build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -393,6 +393,15 @@ SkipOpt = Annotated[
         show_default=False,
     ),
 ]
+ExpertsOpt = Annotated[
+    bool,
+    flag(
+        "--experts",
+        help="Quantize the experts of MoE models, too (nf4, fp4). qz.load loads that, and unsloth and vLLM most of it; "
+        "plain transformers does not.",
+        panel=SELECTION,
+    ),
+]
 NoDefaultSkipsOpt = Annotated[
     bool,
     flag(

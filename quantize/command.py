@@ -61,6 +61,8 @@ def _selection(settings: Settings) -> Iterator[str]:
         yield "--split-groups"
     if settings.keep_nonfinite:
         yield "--keep-nonfinite"
+    if settings.experts:
+        yield "--experts"
 
 
 def _output(settings: Settings) -> Iterator[str]:

@@ -21,6 +21,7 @@ from qz.quantize.calibration.score_file import score_file
 from qz.quantize.command import command
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
+from qz.quantize.consumers.planned import loads_in
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.planning.dequantization import dequantized_checkpoint
@@ -77,7 +78,9 @@ def plan_conversion(
 ) -> Plan:
     """As ``plan_quantization``, also where no layer can be quantized. A ``pipeline`` fuses its LoRAs itself."""
     checkpoint = plain_checkpoint(checkpoint)
-    request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips)
+    if settings.experts and checkpoint.library != "transformers":
+        raise UsageError(f"{checkpoint.folder.location} is a model of {checkpoint.library}: leave out --experts.")
+    request = LoadRequest(settings.method, settings.dtype, settings.skips, settings.default_skips, settings.experts)
     sources: dict[str, TensorSource] | None = None
     given: dict[str, TensorSpec] | None = None
     if settings.loras and is_bitsandbytes(checkpoint):
@@ -172,7 +175,10 @@ def carry_out(
         arithmetic,
         settings.threads or arithmetic.threads,
         fingerprint=fingerprint(identity({"": folder}, part.carried), settings, arithmetic),
-        about=about(summary.as_json(), {"": folder}, part.carried, source.location, settings),
+        about={
+            **about(summary.as_json(), {"": folder}, part.carried, source.location, settings),
+            "loads_in": loads_in(plan),
+        },
         progress=progress,
     )
     done = summarize(

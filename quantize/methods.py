@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -62,7 +63,7 @@ class FourBit:
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
         """What ``Linear4bit`` adds to a state dict, in its order, for a weight of that shape and torch dtype."""
-        count = shape[0] * shape[1]
+        count = math.prod(shape)
         blocks = -(-count // BLOCK_SIZE)
         state_name = f"weight.quant_state.bitsandbytes__{self.quant_type}"
         weight = Part("weight", "U8", (-(-count // 2), 1))

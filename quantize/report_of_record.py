@@ -7,7 +7,7 @@ from typing import Any
 
 from qz.formats.output.record import Record
 
-HIDDEN = ("qz", "versions", "command", "identity", "settings")
+HIDDEN = ("qz", "versions", "command", "identity", "settings", "loads_in")
 """What a record says of the making that no report says."""
 
 

@@ -62,6 +62,8 @@ class Settings:
     split_groups: bool = False
     """Choose linears one by one, also those that serving engines load as one."""
 
+    experts: bool = False
+    """Quantize the experts of MoE models, too, which transformers leaves alone and cannot load."""
     variant: str | None = None
     """Of the weight files that are read."""
     allow_pickle: bool = False
@@ -84,6 +86,10 @@ class Settings:
                 "and name the file with --importance."
             )
         self._check_kept()
+        if self.experts and isinstance(self.method, Int8):
+            raise UsageError("--experts is for nf4 and fp4: nobody loads experts in int8. Use --nf4.")
+        if self.experts and self.chooses_layers:
+            raise UsageError("--experts quantizes all experts of a layer: leave out --target-size and --max-loss.")
         methods = [self.method, *self.component_methods.values()]
         if self.scales == "search" and all(method is None or isinstance(method, Int8) for method in methods):
             raise UsageError(INT8_HAS_NO_SEARCH)

@@ -16,7 +16,7 @@ from qz.quantize.consumers.planned import warnings as consumer_warnings
 from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
-from qz.quantize.planning.sources import Fused, Packed
+from qz.quantize.planning.sources import Fused, packed_parts
 from qz.quantize.streaming.loss import Loss
 from qz.quantize.streaming.not_finite import NotFinite
 
@@ -311,7 +311,6 @@ def _method(plan: Plan) -> tuple[str, bool]:
         return plan.method.name, plan.method.double_quant
     if plan.checkpoint.encoded_as is not None:
         return plan.checkpoint.encoded_as, False
-    sources = [source.base if isinstance(source, Fused) else source for step in plan.steps for source in step.sources]
-    weights = [source.weight for source in sources if isinstance(source, Packed)]
+    weights = [part.weight for step in plan.steps for source in step.sources for part in packed_parts(source)]
     kinds = "+".join(sorted({weight.kind for weight in weights}))
     return kinds or "none", any(weight.double_quant for weight in weights)

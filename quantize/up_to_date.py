@@ -40,6 +40,8 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
         }
         if settings.scores is not None:
             refined["scores"] = {"file": settings.scores.name, "sha256": sha256_of(settings.scores)}
+    if settings.experts:
+        refined["experts"] = True
     return {
         "method": method_fingerprint(settings.method),
         "dtype": settings.dtype,

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from qz import UsageError
 from qz.formats.borrowed import settings_given_back
@@ -56,6 +56,7 @@ __all__ = [
     "compare",
     "dequantize",
     "inspect",
+    "load",
     "merge",
     "push",
     "quantize",
@@ -92,6 +93,7 @@ def quantize(
     dtype: str = "auto",
     skip: Sequence[str] = (),
     default_skips: bool = True,
+    experts: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -127,8 +129,9 @@ def quantize(
 
     ``source`` is a folder or a repository on the Hub, ``output`` a folder that is made; without it one named after the
     source. ``method`` is ``Nf4()`` (the default), ``Fp4()`` or ``Int8()``, each with its settings. ``skip`` names
-    linears to keep, ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"``
-    makes 4-bit weights of the same format with less error, and with less still where ``importance`` names a file of it.
+    linears to keep, ``experts`` quantizes those of MoE models, too (load the output with ``qz.load``),
+    ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"`` makes 4-bit
+    weights of the same format with less error, and with less still where ``importance`` names a file of it.
     ``lora`` names LoRAs to fuse into the weights first, each as REPO|FOLDER|FILE[:SCALE]; then the model may be one
     that bitsandbytes quantized, whose dequantized weights they are fused into.
     ``target_size`` (bytes in memory) and ``max_loss`` keep the most sensitive linears unquantized, those that the file
@@ -153,6 +156,7 @@ def quantize(
         dtype,
         tuple(skip),
         default_skips=default_skips,
+        experts=experts,
         max_shard_bytes=max_shard_bytes,
         device=device,
         threads=threads or 0,
@@ -193,6 +197,11 @@ def quantize(
             share=share,
         )
         if is_pipeline(found.folder):
+            if experts:
+                raise UsageError(
+                    f"--experts is for one model, and {found.folder.location} is a pipeline. Name a component with "
+                    "--subfolder."
+                )
             if measure_loss:
                 raise UsageError(
                     f"--report measures one model, and {found.folder.location} is a pipeline. Name a component with "
@@ -367,6 +376,20 @@ def inspect(
         return found.with_problems(
             Problem("warning", "hub-cache", location, f"{note}.") for note in opened_source.notes
         )
+
+
+def load(source: AnyPath, *, subfolder: str | None = None, variant: str | None = None, device: str = "auto") -> Any:
+    """A model or a pipeline from a folder, as an object of its library: what qz wrote, or ``save_pretrained``.
+
+    Where ``from_pretrained`` loads it, that is what this calls. Besides, it loads models whose experts are quantized
+    (``quantize(experts=True)``), which transformers cannot, and quantized models and pipelines of diffusers without a
+    GPU, where diffusers refuses them. ``device`` is a torch device; auto takes the first GPU, if there is one.
+
+    Raises ``qz.QzError``: MissingInput, MalformedInput, Unsupported, UsageError; and what the libraries raise.
+    """
+    from qz.quantize.loading.load import load as run
+
+    return run(str(source), subfolder, variant, device)
 
 
 @settings_given_back()

@@ -20,6 +20,8 @@ from qz.quantize.consumers.contents import Contents, Packed
 from qz.quantize.consumers.planned import warnings
 from qz.quantize.consumers.registry import CONSUMERS, judge
 from qz.quantize.libraries.skip_names import named
+from real_consumers.page import PAGE
+from real_consumers.page import rules as rules_page
 from reference import config_of
 
 Judged = Callable[..., dict[str, Any]]
@@ -196,7 +198,11 @@ def test_a_damaged_checkpoint_loads_nowhere(llama: Path, tmp_path: Path, judged:
     }
 
 
-def held(*names: str, kind: Any = "nf4", shape: tuple[int, int] = (64, 64), **more: Any) -> Contents:
+def test_the_page_has_the_rules_as_they_are() -> None:
+    assert rules_page(CONSUMERS.values()) in PAGE.read_text(), "Run `make consumers`."
+
+
+def held(*names: str, kind: Any = "nf4", shape: tuple[int, ...] = (64, 64), **more: Any) -> Contents:
     """A checkpoint with these quantized weights."""
     config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     packed = {name: Packed(kind, shape, "I8" if kind == "int8" else "U8") for name in names}
@@ -226,7 +232,7 @@ GATE, UP, DOWN = (f"model.layers.0.mlp.experts.0.{name}_proj.weight" for name in
         (held(GATE, UP, plain={DOWN: (64, 64)}), "vllm", ["experts-some"]),
         (held(UP, DOWN), "vllm", ["experts-gate"]),
         (held("a.experts.gate_up_projs.0.weight"), "vllm", ["experts-layout"]),
-        (held("a.experts.gate_up_proj"), "vllm", ["experts-layout"]),
+        (held("a.experts.gate_up_proj", shape=(2, 64, 64)), "vllm", ["experts-layout"]),
         (held("a.q.weight", kind="int8", plain={GATE: (8, 8)}), "vllm", ["experts-int8"]),
         (held("a.q.weight", plain={GATE: (8, 8)}), "vllm", []),
     ],

@@ -215,6 +215,10 @@ WARNINGS: dict[str, str] = {
     "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",
     "file-unused": "{where} is not listed by the index, so no loader reads it. Delete it, or download the index again.",
     "pickle-files": "{where} is a pickle file, which can run code. It is not read; delete it if nothing needs it.",
+    "experts-quantized": (
+        "{location} has quantized experts ({name} …), which transformers 5 cannot load: it would merge their codes. "
+        "Load it with qz.load; `qz inspect {location} --for vllm --for unsloth` says who else can."
+    ),
     "custom-code": ("{location} brings code of its own{named}. qz never runs it: the class must come with {library}."),
 }
 _PLACES = {kind: place for place, kind in enumerate((*ERRORS, "", *WARNINGS))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 _FOUR_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATES: dict[str, Kind] = {"bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
+
+
+_EXPERT = re.compile(r"\.experts\.(?:\d+\.|\w+\.\d+\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,16 @@ class _Quantized:
                     weights[name] = weight
             kinds = {name: (weight.kind, weight.double_quant) for name, weight in weights.items()}
             check_settings(self.settings, kinds, self.checkpoint.library, self.problems)
+            self.experts(weights)
             self.floats8()
         return weights, self.problems.worst_first()
+
+    def experts(self, weights: Mapping[str, QuantizedWeight]) -> None:
+        """transformers 5 has no class whose experts are linear layers of their own."""
+        found = (name for name, each in weights.items() if _EXPERT.search(name) or len(each.shape or ()) == 3)
+        name = next(found, None)
+        if name is not None and self.checkpoint.library == "transformers":
+            self.problems.add("experts-quantized", quoted(name), name=quoted(name))
 
     def floats8(self) -> None:
         names = [tensor.name for tensor in self.checkpoint.tensors.values() if tensor.dtype.startswith("F8_")]

@@ -145,6 +145,7 @@ ABOUT: Mapping[str, Any] = {
     "warnings": _texts,
     "skipped": _texts,
     "loss": {"layers": [{"name": _text, "relative_error": _number}]},
+    "loads_in": [{"name": _text, "package": _text, "loads": _boolean, "why": _text}],
     "identity": {"files": {}},
     "settings": {
         "method": {"name": _among(METHODS), "bnb_4bit_compute_dtype": _among(DTYPES)},
@@ -153,6 +154,7 @@ ABOUT: Mapping[str, Any] = {
         "components": _strings,
         "component_methods": {},
         "max_shard_bytes": _count,
+        "experts": _boolean,
     },
     "components": [
         {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -81,6 +82,13 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
         "## Use",
         fenced("python", snippet(facts, repo_id, folder)),
     ]
+    if facts.loads_in:
+        rows = [(markdown(name), "yes" if loads else "no", markdown(why)) for name, loads, why in facts.loads_in]
+        parts += [
+            "## Loads in",
+            "By rules from the code of these programs (`qz inspect --for`); they were not run on this checkpoint.",
+            _table(rows, "program", "", "to know", align="---"),
+        ]
     if facts.losses:
         parts += [
             "## Loss",
@@ -170,6 +178,16 @@ def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
     where = python_string(repo_id) + (f", subfolder={python_string(folder)}" if folder else "")
     dtype = torch_dtype(facts.compute_dtype or facts.dtype)
     role = (facts.subfolder or folder).rsplit("/", 1)[-1]
+    if facts.experts:
+        part = f", subfolder={python_string(folder)}" if folder else ""
+        return "\n".join(
+            [
+                "import qz  # transformers cannot load quantized experts",
+                "from huggingface_hub import snapshot_download",
+                "",
+                f"model = qz.load(snapshot_download({python_string(repo_id)}){part})",
+            ]
+        )
     if facts.pipeline:
         return "\n".join(
             [
@@ -216,8 +234,8 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _table(rows: list[tuple[str, ...]], *head: str) -> str:
-    lines = [head, tuple("---" + ":" * (n > 0) for n in range(len(head))), *rows]
+def _table(rows: Sequence[tuple[str, ...]], *head: str, align: str = "---:") -> str:
+    lines = [head, ("---", *[align] * (len(head) - 1)), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -62,6 +62,10 @@ class CardFacts:
     pipeline: bool = False
     """Whether it is a whole pipeline; ``components`` are its models."""
     components: tuple[Component, ...] = ()
+    loads_in: tuple[tuple[str, bool, str], ...] = ()
+    """Programs with their versions, whether they load it by the rules from their code, and what is to know."""
+    experts: bool = False
+    """Whether the experts of an MoE model are quantized, which the library cannot load."""
 
     @property
     def base_model(self) -> str | None:
@@ -110,6 +114,11 @@ def facts_of(
         tokenizer=tokenizer,
         pipeline=pipeline or "components" in about,
         components=_components(about.get("components")),
+        loads_in=tuple(
+            (f"{each.get('name')} ({each.get('package')})", bool(each.get("loads")), str(each.get("why") or ""))
+            for each in about.get("loads_in") or ()
+        ),
+        experts=bool(_mapping(about.get("settings")).get("experts")),
     )
 
 

@@ -76,11 +76,7 @@ class Contents:
     @cached_property
     def fused_experts(self) -> dict[str, Packed]:
         """Quantized tensors that hold all experts of a layer."""
-        return {
-            name: each
-            for name, each in self.packed.items()
-            if FUSED_EXPERTS.fullmatch(name) and not name.endswith(".weight")
-        }
+        return {name: each for name, each in self.packed.items() if each.shape is not None and len(each.shape) == 3}
 
     @cached_property
     def plain_experts(self) -> tuple[str, ...]:

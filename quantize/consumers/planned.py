@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from qz.quantize.consumers.contents import Contents, Packed
 from qz.quantize.consumers.registry import CONSUMERS, judge
 from qz.quantize.planning.plan import Plan
 
 TOLD = ("vllm", "sglang")
+LISTED = ("vllm", "sglang", "unsloth", "peft")
 RULES = ("split-group", "unlisted-skip", "int8-capitals", "ending-names")
 """What depends on how a model was quantized, so that another choice would help."""
 
@@ -47,3 +49,19 @@ def warnings(plan: Plan) -> Iterator[str]:
             if finding.rule in RULES and finding.rule not in told:
                 told.add(finding.rule)
                 yield f"{CONSUMERS[verdict.consumer].title} {finding.message.removesuffix('.')}"
+
+
+def loads_in(plan: Plan) -> list[dict[str, Any]]:
+    """For the record and the card: of each program that serves or trains language models whether it loads the output,
+    and what is to know. Empty for what is not quantized, and for models of diffusers."""
+    if plan.method is None or plan.checkpoint.library != "transformers":
+        return []
+    return [
+        {
+            "name": CONSUMERS[name].title,
+            "package": verdict.package,
+            "loads": verdict.loads,
+            "why": " ".join(finding.message for finding in verdict.errors or verdict.findings),
+        }
+        for name, verdict in judge(planned_contents(plan), LISTED).items()
+    ]

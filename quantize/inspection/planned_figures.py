@@ -40,7 +40,10 @@ def _of_quantized(found: Inspection, checkpoint: Checkpoint) -> Inspection:
     from qz.quantize.settings import Settings
 
     architecture = plan_dequantization(checkpoint, Settings(None)).architecture
-    if elsewhere := architecture.packed_elsewhere:
+    shapes = {tensor.name: tensor.original or () for tensor in found.tensors}
+    # Of quantized experts, another problem speaks.
+    others = (name for name in architecture.packed_elsewhere if ".experts." not in name)
+    if elsewhere := tuple(name for name in others if len(shapes.get(name, ())) != 3):
         found = replace(
             found, problems=worst_first((*found.problems, _cannot_load(checkpoint, architecture, elsewhere)))
         )

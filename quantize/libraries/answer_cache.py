@@ -50,7 +50,7 @@ def question(
         "generation": read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES).hex() if generation else None,
         "tensors": [(name, given.dtype, given.shape, given.linear) for name, given in tensors.items()],
         "method": request.method and [type(request.method).__name__, request.method.config()],
-        "request": [request.dtype, request.skips, request.default_skips],
+        "request": [request.dtype, request.skips, request.default_skips, request.experts],
     }
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -119,7 +119,8 @@ def encoded(architecture: Architecture) -> dict[str, Any] | None:
     return {
         "class_name": architecture.class_name,
         "weights": [
-            (w.name, w.sources, w.dtype, w.shape, w.quantized, w.transposed, w.parameter) for w in weights.values()
+            (w.name, w.sources, w.dtype, w.shape, w.quantized, w.transposed, w.parameter, w.index)
+            for w in weights.values()
         ],
         "saved": [
             (s.name, s.dtype, s.shape, number[id(s.weight)], s.nbytes, s.part, s.variable, s.storage)
@@ -142,8 +143,8 @@ def encoded(architecture: Architecture) -> dict[str, Any] | None:
 
 def decoded(kept: dict[str, Any]) -> Architecture:
     weights = [
-        Weight(name, tuple(sources), dtype, tuple(shape), quantized, transposed, parameter=parameter)
-        for name, sources, dtype, shape, quantized, transposed, parameter in kept["weights"]
+        Weight(name, tuple(sources), dtype, tuple(shape), quantized, transposed, parameter=parameter, index=index)
+        for name, sources, dtype, shape, quantized, transposed, parameter, index in kept["weights"]
     ]
     return Architecture(
         class_name=kept["class_name"],

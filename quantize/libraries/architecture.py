@@ -65,6 +65,8 @@ class Weight:
     """Set where the checkpoint's tensors are merged or split; its result is looked up under ``name``."""
     parameter: str = ""
     """Its name in the model's state dict, if that is not ``name``: the checkpoint may have another one."""
+    index: int | None = None
+    """Of its one source only this part, along the first dimension: an expert of many."""
 
     @property
     def count(self) -> int:
@@ -139,6 +141,8 @@ class LoadRequest:
     dtype: str = "auto"
     skips: tuple[str, ...] = ()
     default_skips: bool = True
+    experts: bool = False
+    """Quantize the experts of MoE models, too, which the library leaves alone."""
 
 
 def torch_name(dtype: str, tensor: str) -> str:
@@ -204,7 +208,7 @@ class Skips:
 
 def skip_list(skips: Skips, request: LoadRequest) -> list[str] | None:
     """``llm_int8_skip_modules`` to write: None when the library's own defaults are meant."""
-    if request.default_skips and not request.skips and not skips.exempted:
+    if request.default_skips and not (request.skips or skips.exempted or request.experts):
         return None
     defaults = (*skips.library, *skips.exempted) if request.default_skips else ()
     return list(dict.fromkeys([*defaults, *request.skips]))

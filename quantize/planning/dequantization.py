@@ -13,7 +13,7 @@ from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.problems import Problem, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
-from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.malformed import quoted
 from qz.formats.sources.encoded import plain_checkpoint
 from qz.quantize.compute.arrays import elements
@@ -27,9 +27,10 @@ from qz.quantize.libraries.architecture import (
     torch_name,
 )
 from qz.quantize.libraries.examine import examine
+from qz.quantize.libraries.expert_layout import expert_lists
 from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.plan import Plan, make_plan
-from qz.quantize.planning.sources import Packed, Source
+from qz.quantize.planning.sources import Packed, Source, Stacked, packed_parts
 from qz.quantize.planning.unquantized import equal_tensors
 from qz.quantize.settings import Settings
 
@@ -113,11 +114,22 @@ def as_plain(
             sources[name] = packed(weights[name])
         elif name not in companions:
             sources[name] = tensor
+    _stack_experts(sources)
     given = {
-        name: TensorSpec(torch_name(source.dtype, name), source.shape, linear=name in weights)
+        name: TensorSpec(torch_name(source.dtype, name), source.shape, linear=bool(packed_parts(source)))
         for name, source in sources.items()
     }
     return sources, given
+
+
+def _stack_experts(sources: dict[str, Source]) -> None:
+    """Put the parameters that gpt-oss has for all experts in the place of the single experts."""
+    lists = expert_lists(sources)
+    for parameter, singles in lists.stacked.items():
+        parts = tuple(sources.pop(name) for name in singles)
+        sources[parameter] = Stacked(parameter, tuple(p for p in parts if isinstance(p, StoredTensor | Packed)))
+    for name, renamed in lists.renamed.items():
+        sources[name] = sources.pop(renamed)
 
 
 def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
@@ -202,6 +214,6 @@ def footprint_before(architecture: Architecture, sources: Mapping[str, Source]) 
     before = architecture.footprint.after
     for saved in architecture.saved:
         source = sources[saved.weight.sources[0]]
-        if isinstance(source, Packed) and len(saved.weight.sources) == 1:
+        if packed_parts(source) and len(saved.weight.sources) == 1:
             before += source.nbytes - saved.nbytes
     return before

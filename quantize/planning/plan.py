@@ -16,7 +16,7 @@ from qz.quantize.methods import Method
 from qz.quantize.planning.computable import require_computable
 from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.refinement import Refinement
-from qz.quantize.planning.sources import Source, is_quantized
+from qz.quantize.planning.sources import Source, is_quantized, part_of
 
 Act = Literal["keep", "quantize", "dequantize"]
 
@@ -131,7 +131,9 @@ def _steps(
     steps = []
     for group in outputs.values():
         weight = group[0].weight
-        sources = tuple(stored[name] for name in weight.sources)
+        sources = tuple(
+            stored[name] if weight.index is None else part_of(stored[name], weight.index) for name in weight.sources
+        )
         homes = {shard_of[saved.name] for saved in group}
         steps.append(Step(weight, sources, tuple(group), homes.pop() if len(homes) == 1 else -1))
     order = {file: number for number, file in enumerate(checkpoint.files)}

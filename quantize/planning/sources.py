@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from qz import Unsupported
 from qz.formats.checkpoint.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import StoredTensor
-from qz.formats.decoded import Decoded
+from qz.formats.decoded import Decoded, TransposedBlocks
 from qz.quantize.adapters.changes import Change
 
 
@@ -40,10 +41,38 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
+class Stacked:
+    """Matrices of one shape that lie apart and are read as one tensor, each transposed: the experts of a layer."""
+
+    name: str
+    parts: tuple[StoredTensor | Packed, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape[::-1])
+
+    @property
+    def file(self) -> str:
+        return self.parts[0].file
+
+    @property
+    def offset(self) -> int:
+        return self.parts[0].offset
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Fused:
     """A source with LoRAs fused into it: read as float32, which is rounded once, to the weight's dtype."""
 
-    base: StoredTensor | Packed | Decoded
+    base: StoredTensor | Packed | Decoded | Stacked
     changes: tuple[Change, ...]
     """In the order in which the LoRAs were named."""
     dtype: str = "F32"
@@ -69,19 +98,47 @@ class Fused:
         return self.base.nbytes
 
 
-Source = StoredTensor | Packed | Decoded | Fused
+Source = StoredTensor | Packed | Decoded | Stacked | Fused
+
+
+def unfused(source: Source) -> StoredTensor | Packed | Decoded | Stacked:
+    """The source without the LoRAs that are fused into it."""
+    return source.base if isinstance(source, Fused) else source
 
 
 def stored_parts(source: Source) -> tuple[StoredTensor, ...]:
     """All that is stored of a source."""
-    if isinstance(source, Fused):
-        source = source.base
-    if isinstance(source, StoredTensor):
-        return (source,)
-    return tuple((source.weight if isinstance(source, Packed) else source).parts.values())
+    base = unfused(source)
+    if isinstance(base, StoredTensor):
+        return (base,)
+    if isinstance(base, Stacked):
+        return tuple(stored for part in base.parts for stored in stored_parts(part))
+    return tuple((base.weight if isinstance(base, Packed) else base).parts.values())
+
+
+def packed_parts(source: Source) -> tuple[Packed, ...]:
+    """What bitsandbytes quantized of a source."""
+    base = unfused(source)
+    parts = base.parts if isinstance(base, Stacked) else (base,)
+    return tuple(part for part in parts if isinstance(part, Packed))
 
 
 def is_quantized(source: Source) -> bool:
     """Whether what is read is stored in another form than its values."""
-    base = source.base if isinstance(source, Fused) else source
-    return not isinstance(base, StoredTensor) and (isinstance(base, Packed) or base.computed)
+    base = unfused(source)
+    return bool(packed_parts(base)) or (isinstance(base, Decoded) and base.computed)
+
+
+def part_of(source: Source, index: int) -> Source:
+    """The part of a source at ``index`` along its first dimension, as a source of its own."""
+    if isinstance(source, StoredTensor):
+        return _slice(source, index)
+    if isinstance(source, Decoded) and isinstance(source.encoding, TransposedBlocks):
+        parts = {kind: _slice(part, index) for kind, part in source.parts.items()}
+        return replace(source, shape=source.shape[1:], parts=parts)
+    raise Unsupported(f"{source.name} cannot be read expert by expert as it is stored. Leave out --experts.")
+
+
+def _slice(tensor: StoredTensor, index: int) -> StoredTensor:
+    nbytes = tensor.nbytes // tensor.shape[0]
+    return tensor._replace(shape=tensor.shape[1:], offset=tensor.offset + index * nbytes, nbytes=nbytes)

@@ -59,7 +59,7 @@ class Encoder:
             if refined is None:
                 found = self.arithmetic.quantize_4bit(values, dtype, method.quant_type, packed, absmax)
             else:
-                weights, column = refined.weights.get(weight.name), start % max(weight.shape[1], 1)
+                weights, column = refined.weights.get(weight.name), start % max(weight.shape[-1], 1)
                 found = self.arithmetic.search_4bit(values, dtype, method.quant_type, weights, column, packed, absmax)
                 if work.absmax is not None:
                     work.deferred.append(deferred(start, (values, dtype), original, observed=self.observer is not None))

@@ -21,7 +21,7 @@ from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, elements, values
 from qz.quantize.decoding.open import Reader as Reader
 from qz.quantize.decoding.open import decoding_reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
-from qz.quantize.planning.sources import Fused, Packed, Source
+from qz.quantize.planning.sources import Fused, Packed, Source, Stacked
 
 PIECE = 4 << 20
 """Values computed at a time where a whole tensor is needed."""
@@ -57,6 +57,8 @@ def reader(folder: Folder, source: Source, dequantizer: Dequantizer = kernels) -
         return decoding_reader(folder, source)
     if isinstance(source, Fused):
         return _Fused(source, reader(folder, source.base, dequantizer))
+    if isinstance(source, Stacked):
+        return _Stacked(folder, source, dequantizer)
     kind = _Int8 if source.weight.kind == "int8" else _FourBit
     return kind(folder, source, dequantizer)
 
@@ -72,6 +74,24 @@ class _Stored:
         raw = memory("raw", (stop - start) * self.size)
         self.folder.read_into(self.source.file, self.source.offset + start * self.size, raw.data)
         return raw, self.source.dtype
+
+
+class _Stacked:
+    """Whole matrices, each read and turned."""
+
+    def __init__(self, folder: Folder, source: Stacked, dequantizer: Dequantizer) -> None:
+        self.source = source
+        self.unit = elements(source.parts[0].shape)
+        self.readers = [reader(folder, part, dequantizer) for part in source.parts]
+
+    def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
+        held: list[Bytes] = []
+        for number in range(start // self.unit, -(-stop // self.unit)):
+            raw, dtype = self.readers[number].read(0, self.unit, target, memory)
+            size = raw.nbytes // self.unit
+            turned = raw.reshape(*self.source.parts[number].shape, size)
+            held.append((turned.swapaxes(0, 1) if turned.ndim == 3 else turned).flatten())  # a copy: raw is reused
+        return np.concatenate(held), dtype
 
 
 class _FourBit:

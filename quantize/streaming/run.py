@@ -24,7 +24,7 @@ from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.computable import cast_by_torch
 from qz.quantize.planning.plan import Plan, Step
-from qz.quantize.planning.sources import Fused, Packed, stored_parts
+from qz.quantize.planning.sources import Packed, Stacked, packed_parts, stored_parts, unfused
 from qz.quantize.streaming.discard import DiscardOutput
 from qz.quantize.streaming.encoder import Encoder
 from qz.quantize.streaming.not_finite import NotFinite
@@ -216,7 +216,7 @@ class Run:
 
     def _look_at_kept(self, step: Step, before: Values, after: Values, memory: Memory) -> None:
         """Note values that are not finite, or no more after the cast. Dequantized ones can overflow float16 only."""
-        computed = any(isinstance(source, Packed) for source in step.sources)  # from finite scales, by finite codes
+        computed = any(packed_parts(source) for source in step.sources)  # from finite scales, by finite codes
         if computed and after[1] != "F16":
             return
         count = count_nonfinite(*after, memory)
@@ -307,11 +307,12 @@ class Run:
 
 def _streamed(step: Step) -> Iterator[StoredTensor]:
     """What a step reads from one end to the other; of weights that bitsandbytes quantized the codes."""
-    for source in (each.base if isinstance(each, Fused) else each for each in step.sources):
-        if isinstance(source, Packed):
-            yield source.weight.parts["weight"]
-        else:
-            yield from stored_parts(source)
+    for source in map(unfused, step.sources):
+        for each in source.parts if isinstance(source, Stacked) else (source,):
+            if isinstance(each, Packed):
+                yield each.weight.parts["weight"]
+            else:
+                yield from stored_parts(each)
 
 
 def _unit(step: Step, plan: Plan, source: Reader) -> int:

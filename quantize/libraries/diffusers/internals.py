@@ -26,6 +26,36 @@ def float32_modules(model: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
+def quantizer_of(config: Any) -> Any:
+    """The library's quantizer for a checkpoint with this quantization_config."""
+    try:
+        from diffusers.quantizers import DiffusersAutoQuantizer
+    except ImportError as error:
+        raise _unknown(error) from error
+    return DiffusersAutoQuantizer.from_config(config, pre_quantized=True)
+
+
+def load_into_meta(model: Any, state: dict[str, Any], dtype: Any, quantizer: Any, fp32: list[str], device: str) -> None:
+    """Put the tensors of a file into a model on meta; what the model does not know is left out."""
+    try:
+        from diffusers.models.model_loading_utils import load_model_dict_into_meta
+    except ImportError as error:
+        raise _unknown(error) from error
+    known = model.state_dict().keys()
+    try:
+        load_model_dict_into_meta(
+            model,
+            state,
+            dtype=dtype,
+            hf_quantizer=quantizer,
+            keep_in_fp32_modules=fp32,
+            device_map={"": device},
+            unexpected_keys=[name for name in state if name not in known],
+        )
+    except TypeError as error:
+        raise _unknown(error) from error
+
+
 def rename_old_keys(model: Any, state: dict[str, Any]) -> None:
     """Give the keys of a state dict the names of today; attention layers had others before diffusers 0.17."""
     try:

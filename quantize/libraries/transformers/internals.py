@@ -55,9 +55,11 @@ __all__ = [
     "dot_natural_key",
     "float32_modules",
     "get_model_conversion_mapping",
+    "holds_experts",
     "ignored_on_save",
     "kept_in_float32",
     "loading_quantizer",
+    "model_on_meta",
     "no_init_weights",
     "packages_missing",
     "remove_tied_weights_from_state_dict",
@@ -92,6 +94,17 @@ def default_skips(model: Any) -> list[str]:
         untied = type(model)(copy.deepcopy(model.config))
         keys: list[str] = get_keys_to_not_convert(untied)
         return keys
+
+
+def model_on_meta(model_class: Any, config: Any) -> Any:
+    """A model of the class without data, as it is before it is quantized."""
+    plain = copy.deepcopy(config)
+    plain.__dict__.pop("quantization_config", None)
+    with _known_layout(), ExitStack() as stack:
+        stack.enter_context(no_init_weights())
+        for context in model_class.get_init_context(plain.dtype or torch.float32, False, False, None):
+            stack.enter_context(context)
+        return model_class(plain)
 
 
 def float32_modules(model: Any) -> list[str]:
@@ -131,6 +144,11 @@ def could_be_tied(model: Any) -> set[str]:
     for path, module in model.named_modules():
         found |= {f"{path}.{name}".lstrip(".") for name in getattr(module, "_tied_weights_keys", None) or ()}
     return found
+
+
+def holds_experts(module: Any) -> bool:
+    """Whether a module's parameters hold all experts of a layer: ``use_experts_implementation`` marks its class."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def ignored_on_save(model: Any) -> set[str]:

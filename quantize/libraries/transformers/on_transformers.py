@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from qz.quantize.libraries.architecture import (
     unmatched,
 )
 from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of, model_class_of
+from qz.quantize.libraries.transformers.experts import find_experts, quantize_experts
 from qz.quantize.libraries.transformers.internals import (
     Conv1D,
     ignored_on_save,
@@ -46,6 +47,10 @@ from qz.quantize.libraries.transformers.saved_names import saved_tensors
 from qz.quantize.libraries.transformers.selection import select
 
 GENERATION_CONFIG = "generation_config.json"
+EXPERTS_NOTE = (
+    "the experts are quantized: plain from_pretrained of transformers cannot load this, qz.load can; "
+    "`qz inspect --for` says who else"
+)
 
 
 def examine(
@@ -95,6 +100,12 @@ def examine(
     state = remove_tied_weights_from_state_dict(state, model)
     entries = expand(state, quantized, request.method)
     saved, notes = saved_tensors(model, entries, quantized, origins, tensors, transposed_weights, request.method)
+    packed_experts: tuple[str, ...] = ()
+    if request.experts and request.method is not None:
+        experts = find_experts(model, request.skips)
+        saved = quantize_experts(model, saved, origins, experts, request.method, load_dtype)
+        packed_experts = experts.parameters
+        notes += (EXPERTS_NOTE,)
 
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())
@@ -118,7 +129,10 @@ def examine(
             else parameter.numel()
             for name, parameter in parameters.items()
         ),
-        footprint=Footprint(model.get_memory_footprint(), _footprint(loaded, quantized, request)),
+        footprint=Footprint(
+            model.get_memory_footprint(),
+            _footprint(loaded, [*(weight.name for weight in quantized.values()), *packed_experts], request),
+        ),
         dtype=load_dtype,
         documents=documents,
         notes=class_notes + selection.notes + notes,
@@ -133,12 +147,12 @@ def examine(
     )
 
 
-def _footprint(model: Model, quantized: Mapping[str, Weight], request: LoadRequest) -> int:
-    """``get_memory_footprint()`` of the quantized model, from the one that is not."""
+def _footprint(model: Model, quantized: Iterable[str], request: LoadRequest) -> int:
+    """``get_memory_footprint()`` of the model when the parameters of these names are quantized."""
     nbytes = int(model.get_memory_footprint())
     if request.method is None:
         return nbytes
-    weights = (model.get_parameter(weight.name) for weight in quantized.values())
+    weights = (model.get_parameter(name) for name in quantized)
     return int(nbytes + sum(request.method.footprint(weight.numel()) - weight.nbytes for weight in weights))
 
 

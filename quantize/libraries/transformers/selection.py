@@ -13,6 +13,7 @@ from qz.quantize.libraries.architecture import LoadRequest, Skips, skip_list
 from qz.quantize.libraries.exemptions import exempt
 from qz.quantize.libraries.skip_names import spelled_out
 from qz.quantize.libraries.source_code.weight_readers import read_by_others
+from qz.quantize.libraries.transformers.experts import GATE, find_experts, routers
 from qz.quantize.libraries.transformers.internals import (
     MODULES_TO_PATCH_FOR_QUANTIZATION,
     Conv1D,
@@ -51,7 +52,9 @@ def select(model: Model, request: LoadRequest) -> Selection:
     _require_patterns(request.skips)
     defaults = default_skips(model)
     float32 = float32_modules(model)
-    patterns = list(dict.fromkeys([*(defaults if request.default_skips else ()), *float32, *request.skips]))
+    experts = find_experts(model, request.skips) if request.experts else None
+    gates = [GATE] if experts is not None else []
+    patterns = list(dict.fromkeys([*(defaults if request.default_skips else ()), *float32, *gates, *request.skips]))
     linears: dict[str, bool] = {}
     kept: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -65,6 +68,8 @@ def select(model: Model, request: LoadRequest) -> Selection:
             kept[path] = "skipped on request"
         elif _matches(float32, path):
             kept[path] = "kept in float32 by the model"
+        elif _matches(gates, path):
+            kept[path] = "a gate, which vLLM cannot load quantized"
         else:
             kept[path] = "tied to another weight" if path in tied else "output layer"
     reasons = read_by_others(model, linears, request.method)
@@ -73,7 +78,9 @@ def select(model: Model, request: LoadRequest) -> Selection:
     skips = skip_list(Skips(tuple(sorted(defaults)), exempted.keys), request)
     kept |= exempted.kept
     if skips is not None:  # a list of its own: it is to mean the same to those that take no patterns
-        skips += [path for path in spelled_out(kept, skips) if not any(_matches([path], other) for other in linears)]
+        skips += [gate for gate in gates if any(_matches([gate], path) for path in kept)]
+        others = [*kept, *(routers(model, experts.layers) if experts is not None else ())]
+        skips += [path for path in spelled_out(others, skips) if not any(_matches([path], each) for each in linears)]
     return Selection(linears, kept, skips, exempted.notes)
 
 
