@@ -107,7 +107,7 @@ def _sizes(model: Any) -> dict[str, Any]:
         for key, value in waiting.pop(0).items():
             if isinstance(value, dict):
                 waiting.append(value)
-            elif value is not None:
+            elif value is not None and isinstance(key, str):
                 found.setdefault(key, value)
     return found
 

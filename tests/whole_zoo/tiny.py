@@ -198,11 +198,9 @@ def _fitting(config: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     head = new.get("head_dim")
     if "head_dim" in new and head is None and isinstance(heads, int):
         found["head_dim"] = head = width // heads
-    if (
-        type(head) is int
-        and type(heads) is int
-        and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
-    ):
+    had, had_heads = config.get("head_dim"), config.get("num_attention_heads")
+    fits = type(had) is int and type(had_heads) is int and had * had_heads == config["hidden_size"]
+    if isinstance(heads, int) and fits:
         found["head_dim"] = head = max(width // heads, 8)
     if "mamba_n_heads" in new and "mamba_d_head" in new:
         found |= {"mamba_n_heads": 8, "mamba_d_head": int(new.get("mamba_expand") or 2) * width // 8}
