@@ -6,11 +6,11 @@ Recognizing needs headers only; ``qz.quantize.decoding`` computes. In all encodi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 class StoredTensor(NamedTuple):
@@ -77,7 +77,22 @@ class Strided:
     strides: tuple[int, ...]
 
 
-Encoding = Grid | Columns | TransposedBlocks | Strided
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """ggml's blocks of ``type``, of ``values`` in ``width`` bytes each, in the order of the values.
+
+    ``rows``: which stored row each row of the result is, as int64. ``arrange``: what a library makes of the values
+    otherwise, a function of an array in float32.
+    """
+
+    type: int
+    values: int
+    width: int
+    rows: bytes | None = None
+    arrange: Callable[[Any], Any] | None = field(default=None, compare=False)
+
+
+Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks
 
 
 @dataclass(frozen=True, slots=True)

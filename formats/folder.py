@@ -38,6 +38,8 @@ class Folder(Protocol):
     """How to show it to the user: a path, or ``repo_id@commit``."""
     allow_pickle: bool
     """Whether the user lets pickled weights be read where there are no others."""
+    named_file: str | None
+    """The file in it that the user named, if it was a file."""
 
     def sizes(self) -> Mapping[str, int]:
         """Every regular file's name and size in bytes."""
@@ -113,6 +115,7 @@ class LocalFolder:
     """
 
     allow_pickle = False
+    named_file: str | None = None
 
     def __init__(self, path: Path, *, shared_links: bool = False, _roots: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
@@ -148,7 +151,13 @@ class LocalFolder:
         return self._folders
 
     def places(self) -> Iterator[Path]:
-        """This folder, and the files and folders elsewhere that it holds by links, in its own folders too."""
+        """This folder, and the files and folders elsewhere that it holds by links, in its own folders too.
+
+        Of a folder in which the user named a file, that file alone.
+        """
+        if self.named_file is not None:
+            yield self.path / self.named_file
+            return
         yield self.path
         self.sizes()
         yield from map(Path, self._linked)

@@ -106,7 +106,15 @@ def opened(
 
     Raises MissingInput, and what the Hub answers.
     """
-    root = folder = open_source(location, None, revision, cached=cached)
+    root: Folder
+    path = local_path(location)
+    if path is not None and path.is_file() and path.suffix.lower() == ".gguf":
+        path = path.resolve()  # the user named it: a link is followed
+        root = LocalFolder(path.parent, shared_links=True)
+        root.named_file = path.name
+    else:
+        root = open_source(location, None, revision, cached=cached)
+    folder = root
     root.allow_pickle = allow_pickle
     try:
         folder = enter(root, subfolder)
@@ -162,6 +170,7 @@ def default_output(source: str, subfolder: str | None, suffix: str) -> Path:
     real = path.resolve() if path is not None else None
     # The name that the user sees: where the source is a link, its own, not that of what it leads to.
     name = Path(os.path.abspath(path)).name if path is not None else source.split("/")[-1]
+    name = re.sub(r"\.gguf\Z", "", name, flags=re.IGNORECASE)
     output = "-".join([name or "model", *(subfolder.strip("/").split("/") if subfolder else ()), suffix])
     here = Path.cwd()
     return real.parent / output if real is not None and real in (here, *here.parents) else Path(output)

@@ -14,7 +14,6 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.record import read_record
-from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, ignore
 from qz.quantize.calibration.refine import refinement
 from qz.quantize.calibration.score_file import score_file
@@ -24,6 +23,7 @@ from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.consumers.planned import loads_in
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine, library_versions
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.planning.dequantization import dequantized_checkpoint
 from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.kept_layers import with_kept_layers
@@ -137,7 +137,7 @@ def companion_files(checkpoint: Checkpoint, root: Folder, settings: Settings) ->
 
     ``root`` is the repository, if ``checkpoint`` lies in a folder of it: its licence covers that folder too.
     """
-    if settings.weights_only:
+    if settings.weights_only or root.named_file is not None:
         return ()
     found = companions(checkpoint.folder)
     names = {each.name for each in found}

@@ -14,13 +14,13 @@ from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, has_weigh
 from qz.formats.folder import Folder
 from qz.formats.output import companions
 from qz.formats.output.record import WrittenFile
-from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, ignore
 from qz.quantize.adapters.placement import Placement, placements
 from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint, plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_size import fit, refuse_settings, unquantized
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary, cast_to

@@ -51,6 +51,8 @@ def changed_file(folder: LocalFolder, recorded: Mapping[str, Any], made: int, *,
             return f"{name} has another size"
         if found.st_mtime_ns > made:
             return f"{name} is newer"
+    if folder.named_file is not None:
+        return None
     for name, path in _checkpoint_files(folder, weights_only=weights_only):
         found = os.stat(path)
         if name not in recorded and max(found.st_mtime_ns, found.st_ctime_ns) > made:

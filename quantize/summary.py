@@ -257,7 +257,9 @@ def summarize(
         resumed=resumed,
         loss=loss,
         carried=tuple(sorted(copied)),
-        left_out=left_out(plan.checkpoint.folder, {*copied, *made_from(plan.checkpoint)}),
+        left_out=left_out(plan.checkpoint.folder, {*copied, *made_from(plan.checkpoint)})
+        if plan.checkpoint.folder.named_file is None
+        else (),
         nonfinite=nonfinite or {},
         refinement={}
         if plan.method is None
@@ -302,6 +304,11 @@ def _encoded(plan: Plan) -> tuple[str, ...]:
         shown = ", ".join(quoted(name) for name in checkpoint.left_out[:3])
         more = " …" if len(checkpoint.left_out) > 3 else ""
         notes.append(f"{counted(len(checkpoint.left_out), what)} left out, being {why}: {shown}{more}")
+    if checkpoint.encoded_as == "gguf":
+        notes.append(
+            "the tokenizer inside of a GGUF file is not written: take that of the original model, or load it with "
+            "AutoTokenizer.from_pretrained(folder, gguf_file=…) and save it"
+        )
     return tuple(notes)
 
 

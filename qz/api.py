@@ -341,7 +341,7 @@ def inspect(
         raise UsageError(f"--for {unknown[0]} is none of {', '.join(CONSUMERS)}.")
     location = str(source)
     path = local_path(location)
-    if path is not None and path.exists() and not path.is_dir():
+    if path is not None and path.exists() and not path.is_dir() and path.suffix.lower() != ".gguf":
         if subfolder is not None or verify:
             raise UsageError(f"{location} is a file: --subfolder and --verify need the folder that it lies in.")
         from qz.formats.folder import LocalFolder

@@ -106,7 +106,7 @@ def pipeline_class(folder: Folder) -> str | None:
 
 def is_pipeline(folder: Folder) -> bool:
     """Whether a folder is a whole pipeline, not one model: diffusers reads the index, and no config.json beside it."""
-    return INDEX in folder.sizes()
+    return folder.named_file is None and INDEX in folder.sizes()
 
 
 def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:

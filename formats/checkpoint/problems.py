@@ -71,13 +71,19 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
         Unsupported,
         ("{where} names its tensors as {tool} does ({example}), which {library} does not load as it is. {how}"),
     ),
-    "gguf-only": (
+    "gguf-several": (
+        MissingInput,
+        "{location} holds several models in GGUF: {names}. Choose one with --variant, such as Q8_0, or name the file.",
+    ),
+    "gguf-parts": (
         Unsupported,
         (
-            "{location} holds GGUF files, which are quantized already, for llama.cpp. Use the model's original "
-            "checkpoint."
+            "{location} holds a model in GGUF that is split into several files ({names}), which transformers does not "
+            "read either. Merge them with llama.cpp's llama-gguf-split --merge, or use the original checkpoint."
         ),
     ),
+    "gguf-malformed": (MalformedInput, ""),
+    "gguf-type": (Unsupported, ""),
     # What may not be touched
     "unsafe-name": (
         MalformedInput,

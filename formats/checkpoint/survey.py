@@ -89,6 +89,10 @@ def survey(folder: Folder, variant: str | None = None) -> tuple[Checkpoint | Non
     ``variant`` names one of several sets of weights, such as ``fp16``; without it the plain one is taken, or the only
     one there is. Never raises for a bad checkpoint, only for a folder that cannot be listed.
     """
+    from qz.formats.checkpoint.gguf import gguf_files, survey_gguf
+
+    if files := gguf_files(folder):
+        return survey_gguf(folder, files, variant)
     found = _Survey(folder)
     checkpoint = found.run(variant)
     return checkpoint, found.problems.worst_first()
@@ -193,8 +197,6 @@ class _Survey:
             self.problems.add("modular-pipeline", MODULAR_INDEX, components=self.modular_components())
         elif "adapter_config.json" in self.sizes:
             self.problems.add("adapter-only", "adapter_config.json", what="an adapter")
-        elif any(name.endswith(".gguf") for name in self.sizes) and not weights:
-            self.problems.add("gguf-only", min(name for name in self.sizes if name.endswith(".gguf")))
         elif weights:
             header = self.header(weights[0])
             return isinstance(header, Header) and self.other_tools(weights[0], header.tensors)

@@ -140,6 +140,7 @@ class HubFolder:
     """license, license_name and license_link of the repository's card, as far as given."""
 
     allow_pickle = False
+    named_file: str | None = None
 
     def __init__(
         self,

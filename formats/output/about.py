@@ -16,7 +16,7 @@ Check = Callable[[Any], bool]
 
 REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 METHODS = frozenset({"nf4", "fp4", "int8", "none", ""})
-ENCODINGS = frozenset({"fp8", "fbgemm_fp8", "modelopt", "mxfp8", "mxfp4", "compressed-tensors", "gptq", "awq"})
+ENCODINGS = frozenset({"fp8", "fbgemm_fp8", "modelopt", "mxfp8", "mxfp4", "compressed-tensors", "gptq", "awq", "gguf"})
 """What another tool's quantization is called that a source has; see ``qz.formats.sources``."""
 DTYPES = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "auto", ""})
 LIBRARIES = frozenset({"transformers", "diffusers"})

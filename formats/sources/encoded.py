@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from qz.formats.checkpoint.gguf import METHOD as GGUF
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.decoded import Decoded
@@ -94,6 +95,8 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
 
     Reads headers, and of few formats some small tensors.
     """
+    if checkpoint.encoded_as == GGUF:
+        return Encoded(GGUF, checkpoint.tensors, ()), ()
     settings = stated_quantization(checkpoint.config)
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     read = _reader_of(checkpoint, method)

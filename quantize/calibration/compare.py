@@ -17,7 +17,6 @@ import numpy as np
 from qz import Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
-from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration import text as texts
 from qz.quantize.calibration.answers import Divergence, answer
@@ -25,6 +24,7 @@ from qz.quantize.calibration.weights import Weights
 from qz.quantize.compute.run_device import run_device
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.libraries.transformers.runnable import runnable
 from qz.quantize.planning.dequantization import as_plain, plan_dequantization, quantized_weights
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized

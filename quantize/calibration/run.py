@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from qz import OutputRefused, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
-from qz.formats.sources.encoded import plain_checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.importance import GPTQ_TOKENS
 from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import Method
 from qz.quantize.planning.sensitivity import Scores
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from qz.formats.decoded import Columns, Decoded, Grid, Strided
+from qz.formats.decoded import Blocks, Columns, Decoded, Grid, Strided
+from qz.quantize.decoding.blocks import BlocksReader
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader
 from qz.quantize.decoding.strided import StridedReader
@@ -32,6 +33,8 @@ def decoding_reader(folder: Folder, tensor: Decoded) -> Reader:
         return GridReader(folder, tensor, tensor.encoding)
     if isinstance(tensor.encoding, Columns):
         return ColumnsReader(folder, tensor, tensor.encoding)
+    if isinstance(tensor.encoding, Blocks):
+        return BlocksReader(folder, tensor, tensor.encoding)
     if isinstance(tensor.encoding, Strided):
         return StridedReader(folder, tensor, tensor.encoding)
     return TransposedBlocksReader(folder, tensor)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from qz import QzError
@@ -16,7 +17,7 @@ from qz.formats.checkpoint.problems import Problem, Problems, worst_first
 from qz.formats.checkpoint.quantization_config import Settings, read_settings
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
-from qz.formats.decoded import CODES, Decoded
+from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.record import read_record
 from qz.formats.safetensors import BITS
@@ -122,7 +123,8 @@ def _described(
     broken = any(problem.severity == "error" for problem in problems)
     settings = read_settings(checkpoint.config, Problems(""))
     quantization = _quantization(settings, weights) if encoded is None else _encoding(encoded)
-    estimated = estimated and (encoded is not None or quantization is None)
+    known = encoded is not None and encoded.method != "gguf"  # its names say nothing to the rule
+    estimated = estimated and (known or quantization is None)
     given = estimates(loaded, checkpoint.library) if estimated and not broken else None
     held = {name: weight.parts["weight"].nbytes for name, weight in weights.items()}
     if encoded is not None:
@@ -131,7 +133,7 @@ def _described(
     recorded = None if broken else _recorded_footprint(checkpoint, footprint)
     return Inspection(
         source=origin,
-        format="safetensors" if checkpoint.index is None else "sharded safetensors",
+        format=_format(checkpoint),
         parameters=sum(tensor.parameters for tensor in tensors),
         bytes=sum(checkpoint.sizes.values()),
         dtypes=_dtypes(tensors),
@@ -149,6 +151,11 @@ def _described(
         problems=problems,
         tensors=tensors,
     )
+
+
+def _format(checkpoint: Checkpoint) -> str:
+    form = {".gguf": "gguf", ".bin": "pickle"}.get(PurePath(checkpoint.files[0]).suffix, "safetensors")
+    return form if checkpoint.index is None else f"sharded {form}"
 
 
 def plain(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> list[Value]:
@@ -207,7 +214,8 @@ def _decoded_values(encoded: Encoded) -> list[Value]:
 def _encoded_tensors(checkpoint: Checkpoint, encoded: Encoded) -> tuple[Tensor, ...]:
     owners = {part.name: tensor for tensor in encoded.decoded.values() for part in tensor.parts.values()}
     found = []
-    for name, tensor in checkpoint.stored.items():
+    for tensor in _stored(checkpoint):
+        name = tensor.name
         owner = owners.get(name)
         own = owner is not None and owner.parts[CODES].name == name
         values = owner.shape if owner is not None and own else tensor.shape
@@ -225,6 +233,14 @@ def _encoded_tensors(checkpoint: Checkpoint, encoded: Encoded) -> tuple[Tensor, 
             )
         )
     return tuple(found)
+
+
+def _stored(checkpoint: Checkpoint) -> Iterator[StoredTensor]:
+    for tensor in checkpoint.tensors.values():
+        if isinstance(tensor, StoredTensor):
+            yield tensor
+        else:
+            yield from tensor.parts.values()
 
 
 def _encoding(encoded: Encoded) -> Quantization:

@@ -25,7 +25,7 @@ def with_plan(found: Inspection, checkpoint: Checkpoint, weights: Mapping[str, Q
     try:
         if weights:
             return _of_quantized(found, checkpoint)
-        if found.quantization is not None and found.estimates is None:
+        if found.quantization is not None and found.estimates is None and checkpoint.encoded_as is None:
             return found
         return _of_plain(found, checkpoint)
     except MalformedInput as error:

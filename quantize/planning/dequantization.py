@@ -15,7 +15,6 @@ from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.malformed import quoted
-from qz.formats.sources.encoded import plain_checkpoint
 from qz.quantize.compute.arrays import elements
 from qz.quantize.libraries.architecture import (
     FLOATS,
@@ -28,6 +27,7 @@ from qz.quantize.libraries.architecture import (
 )
 from qz.quantize.libraries.examine import examine
 from qz.quantize.libraries.expert_layout import expert_lists
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Packed, Source, Stacked, packed_parts

@@ -13,11 +13,11 @@ from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, open_chec
 from qz.formats.folder import Folder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
-from qz.formats.sources.encoded import plain_checkpoint
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, LoadRequest
 from qz.quantize.libraries.examine import examine
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import BLOCK_SIZE, FourBit, Method
 from qz.quantize.planning.plan import Plan, Step, make_plan
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized

@@ -175,13 +175,22 @@ CASES: dict[str, Case] = {
     "GGUF only": (
         "single",
         GONE | {"m-Q4_K_M.gguf": b"GGUF\3\0\0\0"},
-        ("gguf-only",),
+        ("gguf-malformed",),
     ),
     "GGUF and a config": (
         "single",
         {"model.safetensors": None, "m-Q4_K_M.gguf": b"GGUF\3\0\0\0"},
-        ("weights-missing",),
+        ("gguf-malformed",),
     ),
+    "GGUF without tensors": ("single", GONE | {"m.gguf": b"GGUF\3\0\0\0" + bytes(60)}, ("gguf-malformed",)),
+    "GGUF of a million tensors": (
+        "single",
+        GONE | {"m.gguf": b"GGUF\3\0\0\0\x40\x42\x0f" + bytes(60)},
+        ("gguf-malformed",),
+    ),
+    "GGUF of more than that": ("single", GONE | {"m.gguf": b"GGUF\3\0\0\0" + b"\xff" * 60}, ("gguf-malformed",)),
+    "GGUF twice": ("single", GONE | {"m-Q4_0.gguf": b"GGUF", "m-Q8_0.gguf": b"GGUF"}, ("gguf-several",)),
+    "GGUF in parts": ("single", GONE | {"m-00001-of-00002.gguf": b"GGUF"}, ("gguf-parts",)),
     "Black Forest Labs' file": (
         "single",
         {

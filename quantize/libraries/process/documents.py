@@ -13,6 +13,7 @@ class Documents:
     """A ``Folder`` in memory."""
 
     allow_pickle = False
+    named_file: str | None = None
 
     def __init__(self, location: str) -> None:
         self.location = location

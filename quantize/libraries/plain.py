@@ -1,0 +1,24 @@
+"""A checkpoint as the plain one of its library, whatever form it is stored in."""
+
+from __future__ import annotations
+
+from qz.formats.checkpoint.gguf import METHOD
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.sources import encoded
+from qz.quantize.libraries.importing import lean_imports
+from qz.quantize.libraries.importing.boundary import library_errors
+from qz.quantize.libraries.importing.isolation import isolated
+
+
+def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """As ``qz.formats.sources.encoded.plain_checkpoint``; of a GGUF file, what transformers makes of it."""
+    if checkpoint.config.get("model_type") != METHOD or checkpoint.encoded_as != METHOD:
+        return encoded.plain_checkpoint(checkpoint)
+    file, first = checkpoint.files[0], min(tensor.offset for tensor in checkpoint.tensors.values())
+    header = bytearray(first)
+    checkpoint.folder.read_into(file, 0, memoryview(header))
+    where = checkpoint.folder.location
+    with lean_imports.lean_imports(), library_errors("transformers", "a model in GGUF", where), isolated():
+        from qz.quantize.libraries.transformers.gguf import plain_gguf
+
+        return plain_gguf(checkpoint, bytes(header))

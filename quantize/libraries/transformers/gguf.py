@@ -1,0 +1,188 @@
+"""What transformers makes of a GGUF file: its config, the names of its tensors, and how it arranges their values.
+
+Asked of the library's own loader (5.23, ``modeling_gguf_pytorch_utils``, which is not public), with the file's header
+alone. Where each row of a weight comes from is found by giving the loader numbers of rows instead of values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from qz import IOFailed, Unsupported
+from qz.formats.checkpoint.gguf import METHOD
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.decoded import CODES, Blocks, Decoded, StoredTensor
+from qz.quantize.libraries.versions import requirement
+
+try:
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError as error:
+    raise Unsupported(
+        f"transformers {transformers.__version__} reads GGUF files in another way than qz knows ({error}). Install one "
+        f"that it knows: pip install '{requirement('transformers')}', or a newer qz."
+    ) from error
+
+_TYPES = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2), "F64": (28, 8)}
+_SMALL = 1 << 24
+"""Values of a tensor that may be given to the loader to see what it does."""
+
+
+def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
+    """The checkpoint under transformers' names and with its config. ``header``: the file's bytes up to its tensors.
+
+    Raises Unsupported for an architecture that the library does not read, or reads by merging tensors.
+    """
+    where, architecture = checkpoint.folder.location, str(checkpoint.config.get("gguf"))
+    with _header_file(header, checkpoint.sizes[checkpoint.files[0]]) as path:
+        try:
+            found = load_gguf_checkpoint(path, return_tensors=False)["config"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+            raise Unsupported(f"{where}: transformers does not read GGUF files of {architecture} ({error}).") from error
+    config: dict[str, Any] = json.loads(json.dumps(found, default=_plain_value))
+    model_type = str(config.get("model_type"))
+    if "architectures" not in config and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        config["architectures"] = [named if isinstance(named, str) else named[0]]
+    if "architectures" not in config or not _by_this_loader(architecture):
+        raise Unsupported(
+            f"{where}: qz does not read GGUF files of {architecture} yet. Use the model's original checkpoint."
+        )
+    model = _meta_model(config)
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=found)
+    names = get_gguf_hf_weights_map(model, processor)
+    tensors: dict[str, StoredTensor | Decoded] = {}
+    left_out: list[str] = []
+    for name, tensor in checkpoint.tensors.items():
+        arranged, new_name = _arranged(processor, name, tensor, names, where)
+        if new_name is None:
+            left_out.append(name)
+        else:
+            tensors[new_name] = arranged
+    return replace(
+        checkpoint,
+        config=config,
+        architecture=config["architectures"][0],
+        tensors=tensors,
+        encoded_as=METHOD,
+        left_out=tuple(left_out),
+    )
+
+
+def _by_this_loader(architecture: str) -> bool:
+    """Whether the library's ``from_pretrained`` still reads the architecture by the loader that is asked here."""
+    try:
+        from transformers.integrations.gguf.utils import is_gguf_arch_supported
+    except ImportError:
+        return True
+    return not is_gguf_arch_supported(architecture)
+
+
+def _meta_model(config: Mapping[str, Any]) -> Any:
+    model_class = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        return model_class._from_config(model_class.config_class.from_dict(dict(config)))
+
+
+def _arranged(
+    processor: Any, name: str, tensor: StoredTensor | Decoded, names: Mapping[str, str], where: str
+) -> tuple[StoredTensor | Decoded, str | None]:
+    """The tensor under its name in the model, None if it has none there, with what the loader does to its values."""
+    shape = tensor.shape
+    same, new_name = _processed(processor, np.broadcast_to(np.float32(0), shape), name, names, where)
+    if new_name is None:
+        return tensor, None
+    if same is None:
+        return replace_name(tensor, new_name), new_name
+    if len(shape) == 2 and (rows := _permutation(processor, name, shape, names, where)) is not None:
+        return _blocks(tensor, new_name, shape, rows=rows), new_name
+
+    def arrange(values: Any) -> Any:
+        made, _ = _processed(processor, values, name, names, where)
+        return values if made is None else made
+
+    return _blocks(tensor, new_name, tuple(same.shape), arrange=arrange), new_name
+
+
+def _processed(processor: Any, values: Any, name: str, names: Mapping[str, str], where: str) -> tuple[Any, str | None]:
+    """What the loader makes of values (None if nothing), and their name in the model (None if they have none there)."""
+    kept: dict[str, dict[str, Any]] = {"tensors": {}}
+    try:
+        result = processor.process(weights=values, name=name, tensor_key_mapping=names, parsed_parameters=kept)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise Unsupported(f"{where}: transformers cannot arrange {name} ({type(error).__name__}).") from error
+    if kept["tensors"] or result.name is None:
+        raise Unsupported(
+            f"{where}: transformers merges or splits {name} while it reads a GGUF file, which qz does not yet. Use the "
+            "model's original checkpoint."
+        )
+    made = None if result.weights is values else result.weights
+    return made, names.get(result.name)
+
+
+def _permutation(
+    processor: Any, name: str, shape: tuple[int, ...], names: Mapping[str, str], where: str
+) -> bytes | None:
+    """Where each row comes from, if the loader does no more than to move rows; None otherwise."""
+    rows = np.arange(shape[0], dtype=np.float64).reshape(-1, 1)
+    try:
+        made, _ = _processed(processor, rows, name, names, where)
+    except Unsupported:
+        return None
+    if made is None or made.shape != rows.shape or not np.array_equal(np.sort(made, axis=0), rows):
+        return None
+    return np.ascontiguousarray(made.reshape(-1).astype(np.int64)).tobytes()
+
+
+def _blocks(
+    tensor: StoredTensor | Decoded,
+    name: str,
+    shape: tuple[int, ...],
+    rows: bytes | None = None,
+    arrange: Callable[[Any], Any] | None = None,
+) -> Decoded:
+    if isinstance(tensor, Decoded) and isinstance(tensor.encoding, Blocks):
+        return Decoded(name, "F32", shape, tensor.parts, replace(tensor.encoding, rows=rows, arrange=arrange))
+    assert isinstance(tensor, StoredTensor)
+    kind, width = _TYPES[tensor.dtype]
+    return Decoded(name, "F32", shape, {CODES: tensor}, Blocks(kind, 1, width, rows, arrange))
+
+
+def replace_name(tensor: StoredTensor | Decoded, name: str) -> StoredTensor | Decoded:
+    return tensor._replace(name=name) if isinstance(tensor, StoredTensor) else replace(tensor, name=name)
+
+
+def _plain_value(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+@contextmanager
+def _header_file(header: bytes, size: int) -> Iterator[str]:
+    """A file that is as long as the original and holds its header: the library maps what it reads."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="qz-") as folder:
+            path = os.path.join(folder, "model.gguf")
+            with open(path, "wb") as file:
+                file.write(header)
+                file.truncate(size)
+            yield path
+    except OSError as error:
+        raise IOFailed(
+            f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. Free some "
+            "space there, or name another folder with TMPDIR."
+        ) from error

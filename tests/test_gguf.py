@@ -1,0 +1,227 @@
+"""GGUF files as sources: the values are those that transformers gives them, whatever they are stored as."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from converted import dequantized
+from qz import MalformedInput, MissingInput, Unsupported
+from qz.api import inspect, quantize
+from qz.formats.checkpoint.gguf import TYPES
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.folder import LocalFolder
+from qz.quantize.convert import plan_quantization
+from qz.quantize.inspection.report import Inspection
+from qz.quantize.methods import FourBit
+from qz.quantize.settings import Settings
+from reference import differing_tensors, tensors_of, transformers_model
+
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Those that the gguf package makes."""
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Where the float16 scales of a block lie; all other bytes may be any."""
+HIDDEN, INNER, HEADS, GROUPS, VOCABULARY = 256, 512, 8, 2, 64
+
+
+def stored(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Values of a matrix in ggml's type: quantized by the gguf package, or any blocks of it."""
+    if kind not in SCALES:
+        quantized: np.ndarray[Any, Any] = gguf.quants.quantize(values, Type[kind])
+        return quantized
+    _, count, width = TYPES[Type[kind].value]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (values.size // count, width), dtype=np.uint8)
+    for place in SCALES[kind]:
+        scales = random.uniform(-0.01, 0.01, len(blocks)).astype(np.float16)
+        blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(values.shape[0], -1)
+
+
+def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool = False) -> Path:
+    """A Llama of two layers with matrices of ``kind``, as llama.cpp writes it."""
+    random = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(GROUPS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{number}>" for number in range(VOCABULARY)])
+    sizes = {
+        "attn_q": (HIDDEN, HIDDEN),
+        "attn_k": (HIDDEN // HEADS * GROUPS, HIDDEN),
+        "attn_v": (HIDDEN // HEADS * GROUPS, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_gate": (INNER, HIDDEN),
+        "ffn_up": (INNER, HIDDEN),
+        "ffn_down": (HIDDEN, INNER),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        f"blk.{layer}.{name}.weight": shape for layer in range(2) for name, shape in sizes.items()
+    }
+    norms = [f"blk.{layer}.{name}_norm.weight" for layer in range(2) for name in ("attn", "ffn")]
+    shapes |= {"token_embd.weight": (VOCABULARY, HIDDEN)} | ({} if tied else {"output.weight": (VOCABULARY, HIDDEN)})
+    if architecture == "qwen2":
+        shapes |= {f"blk.{layer}.attn_{name}.bias": (sizes[f"attn_{name}"][0],) for layer in range(2) for name in "qkv"}
+    if architecture == "gemma2":
+        norms += [f"blk.{layer}.post_{name}_norm.weight" for layer in range(2) for name in ("attention", "ffw")]
+        writer.add_key_length(HIDDEN // HEADS)
+    for name, shape in (shapes | dict.fromkeys([*norms, "output_norm.weight"], (HIDDEN,))).items():
+        values = random.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1 or kind == "F32":
+            writer.add_tensor(name, values)
+        elif kind == "F16":
+            writer.add_tensor(name, values.astype(np.float16))
+        else:
+            writer.add_tensor(name, stored(values, kind), raw_dtype=Type[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def theirs(file: Path, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTIZED, *SCALES])
+def test_every_type_of_block_has_transformers_values(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "source").mkdir()
+    file = write_llama(tmp_path / "source/model.gguf", kind)
+    expected = theirs(file, torch.bfloat16).state_dict()
+    dequantized(file.parent, tmp_path / "output", dtype="bfloat16", chunk_bytes=50_000)
+    found = tensors_of(tmp_path / "output")
+    assert found.keys() == expected.keys()
+    assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+def test_what_the_library_does_to_the_values_is_done(tmp_path: Path, architecture: str) -> None:
+    (tmp_path / "source").mkdir()
+    file = write_llama(tmp_path / "source/model.gguf", "Q8_0", architecture, tied=True)
+    expected = theirs(file, torch.float32).state_dict()
+    dequantized(file.parent, tmp_path / "output", dtype="float32")
+    found = tensors_of(tmp_path / "output")
+    assert found.keys() == expected.keys() - {"lm_head.weight"}
+    assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_quantizing_a_gguf_file_is_quantizing_what_it_stands_for(tmp_path: Path, method: str) -> None:
+    from transformers import LlamaForCausalLM
+
+    from qz.quantize.methods import Int8
+
+    (tmp_path / "source").mkdir()
+    file = write_llama(tmp_path / "source/tiny.Q4_K.gguf", "Q4_K")
+    loaded = theirs(file, torch.bfloat16)
+    del loaded.config.quantization_config
+    plain = LlamaForCausalLM(loaded.config).bfloat16()  # the one that was loaded cannot be saved
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(tmp_path / "between")
+    transformers_model(LlamaForCausalLM, tmp_path / "between", method).save_pretrained(tmp_path / "reference")
+    chosen = Int8() if method == "int8" else FourBit("nf4")
+    summary = quantize(file, tmp_path / "output", method=chosen, dtype="bfloat16", device="cpu")
+    assert differing_tensors(tmp_path / "reference", tmp_path / "output") == []
+    ours, reference = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("output", "reference"))
+    assert ours == reference
+    assert any("quantized already, with gguf" in text for text in summary.as_json()["warnings"])
+    assert any("tokenizer" in text for text in summary.as_json()["warnings"])
+
+
+def test_a_dry_run_gives_exact_sizes_and_inspect_names_the_format(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    file = write_llama(tmp_path / "source/model.gguf", "Q4_0")
+    planned = quantize(file, tmp_path / "output", dry_run=True).as_json()
+    done = quantize(file, tmp_path / "output", device="cpu").as_json()
+    assert [shard["bytes"] for shard in planned["shards"]] == [shard["bytes"] for shard in done["shards"]]
+    found = inspect(file)
+    assert isinstance(found, Inspection)
+    assert found.quantization is not None
+    assert (found.quantization.method, found.problems) == ("gguf", ())
+    assert found.parameters == done["parameters"]["total"]
+    assert found.dtypes["Q4_0"].tensors == 16
+
+
+def test_one_of_several_files_is_chosen_by_its_name(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny-Q8_0.gguf", "Q8_0")
+    write_llama(tmp_path / "tiny-Q4_0.gguf", "Q4_0")
+    with pytest.raises(MissingInput, match=r"several models in GGUF: .*--variant"):
+        open_checkpoint(LocalFolder(tmp_path))
+    assert open_checkpoint(LocalFolder(tmp_path), "q8_0").files == (file.name,)
+    with pytest.raises(MissingInput, match="Q2_K"):
+        open_checkpoint(LocalFolder(tmp_path), "Q2_K")
+
+
+def test_the_table_of_types_is_that_of_the_package() -> None:
+    for number, (name, values, width) in TYPES.items():
+        assert (Type(number).name, *gguf.GGML_QUANT_SIZES[Type(number)]) == (name, values, width)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, forked_qz: Callable[..., Any]) -> None:
+    (tmp_path / "source").mkdir()
+    file = write_llama(tmp_path / "source/model.gguf", "Q5_0")
+    arguments = ("quantize", file, "--max-shard-size", "200KB", "--device", "cpu", "-o")
+    assert forked_qz(*arguments, tmp_path / "whole").returncode == 0
+    plan = plan_quantization(open_checkpoint(LocalFolder(file.parent)), Settings(FourBit("nf4"), device="cpu"))
+    assert len(plan.shards) == 1
+    again = forked_qz(*arguments, tmp_path / "again", "--json")
+    assert again.returncode == 0
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert len(names) > 2
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda data: data[:-100], MalformedInput),
+        (lambda data: data[:200], MalformedInput),
+        (lambda data: data[:4] + b"\x09\0\0\0" + data[8:], MalformedInput),
+        (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"), MalformedInput),
+        (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.\x1b[2Jn_q.we\nt"), MalformedInput),
+        (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"), MalformedInput),
+        (lambda data: data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lLama"), Unsupported),
+    ],
+    ids=["cut off", "cut in the header", "version 9", "twice", "a name with ESC", "a tensor missing", "unknown"],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, change: Callable[[bytes], bytes], error: type[Exception]) -> None:
+    file = write_llama(tmp_path / "model.gguf", "Q8_0")
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(error) as raised:
+        quantize(file, tmp_path / "output", device="cpu")
+    assert str(raised.value).isprintable()
+    assert not (tmp_path / "output").exists()
+
+
+def test_what_the_library_does_not_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    file = write_llama(tmp_path / "source/model.gguf", "TQ2_0")
+    with pytest.raises(Unsupported, match=r"in ggml's type 35"):
+        quantize(file, tmp_path / "output", device="cpu")
+    shutil.move(file, tmp_path / "source/part-00001-of-00002.gguf")
+    with pytest.raises(Unsupported, match="split into several files"):
+        quantize(tmp_path / "source", tmp_path / "output", device="cpu")
