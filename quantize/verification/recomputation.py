@@ -237,6 +237,7 @@ class _ByRanges:
 
     def __init__(self, folder: Folder) -> None:
         self._folder, self.location, self.allow_pickle = folder, folder.location, folder.allow_pickle
+        self.named_file = folder.named_file
 
     def sizes(self) -> Mapping[str, int]:
         return self._folder.sizes()
