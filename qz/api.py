@@ -494,6 +494,7 @@ def calibrate(
     scores: bool = False,
     method: Method | None = None,
     generate: bool = False,
+    resume: bool = True,
     device: str = "auto",
     on_progress: OnProgress = ignore,
 ) -> Calibration:
@@ -503,7 +504,7 @@ def calibrate(
     ``tokens`` of it are read. With ``generate`` the model writes the text itself, for which all of it is in memory.
     ``hessians`` adds what ``quantize(…, rounding="gptq")`` needs, in files beside it; ``scores`` how sensitive each
     linear is to being quantized by ``method`` (default: ``Nf4()``), for ``quantize(…, target_size=…)``.
-    An interrupted run starts over. Raises ``qz.QzError``; then there is no output.
+    An interrupted run goes on at the last block that it finished. Raises ``qz.QzError``; then there is no output.
     """
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline
@@ -516,7 +517,7 @@ def calibrate(
         raise UsageError("A method is for scores: add --scores, or leave the method out.")
     chosen = (method or Nf4()) if scores else None
     own = Path(text) if text is not None else None
-    request = CalibrationRequest(Path(output), own, tokens, hessians, device, chosen, generate)
+    request = CalibrationRequest(Path(output), own, tokens, hessians, device, chosen, generate, resume)
     with opened(str(source), subfolder, revision) as found:
         if is_pipeline(found.folder):
             raise UsageError(f"{found.folder.location} is a pipeline. Name a text encoder of it with --subfolder.")

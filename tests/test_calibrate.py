@@ -162,6 +162,71 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (tmp_path / "stats.hessians-00002.safetensors").read_text() == "mine"
 
 
+class Killed(BaseException):
+    """As a signal would end it: nothing of qz sees it."""
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "t5-encoder", "qwen3-moe", "bert"])
+def test_an_interrupted_run_goes_on_at_the_last_finished_block_and_finds_the_same(name: str, tmp_path: Path) -> None:
+    folder, words = model_folder(name, tmp_path / "model"), some_text(tmp_path / "words.txt")
+
+    def run(output: str, before_end: int = 0) -> Any:
+        def look(progress: Any) -> None:
+            if before_end and progress.total and progress.done >= progress.total - before_end:
+                raise Killed
+
+        return api.calibrate(
+            folder, tmp_path / output, text=words, tokens=600, hessians=True, device="cpu", on_progress=look
+        )
+
+    whole = run("whole")
+    for before_end in (2, 1):
+        with pytest.raises(Killed):
+            run("cut", before_end)
+        assert not (tmp_path / "cut").exists()
+    journal = json.loads((tmp_path / "cut.unfinished" / "journal.json").read_text())
+    assert journal["blocks"]
+    again = run("cut")
+    assert (again.resumed, whole.resumed) == (True, False)
+    assert again.bytes_read < whole.bytes_read
+    assert sorted(each.name.replace("cut", "whole") for each in tmp_path.glob("cut*")) == sorted(
+        each.name for each in tmp_path.glob("whole*")
+    )
+    one, two = (read_statistics(tmp_path / output) for output in ("whole", "cut"))
+    assert set(one.sums) == set(two.sums)
+    for weight, sums in one.sums.items():
+        assert sums.tokens == two.sums[weight].tokens
+        np.testing.assert_array_equal(sums.sum2, two.sums[weight].sum2)
+        np.testing.assert_array_equal(one.hessian(weight), two.hessian(weight))
+
+
+@pytest.mark.parametrize("change", ["text", "damage", "option", "files"])
+def test_what_another_run_left_is_not_gone_on_with(change: str, tmp_path: Path) -> None:
+    folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt")
+
+    def stop(progress: Any) -> None:
+        if progress.done >= 2:
+            raise Killed
+
+    def run(**how: Any) -> Any:
+        return api.calibrate(folder, tmp_path / "stats", text=words, tokens=90, hessians=True, device="cpu", **how)
+
+    with pytest.raises(Killed):
+        run(on_progress=stop)
+    kept = sorted((tmp_path / "stats.unfinished").glob("block-*"))
+    assert kept
+    if change == "text":
+        words.write_text(words.read_text() + " ferry")
+    elif change == "damage":
+        kept[0].write_bytes(kept[0].read_bytes()[:-1] + b"?")
+    elif change == "files":
+        next(tmp_path.glob("stats.hessians-*")).unlink()
+    found = run(resume=change != "option")
+    assert not found.resumed
+    assert not (tmp_path / "stats.unfinished").exists()
+    assert {file.name for file in tmp_path.glob("stats.hessians-*")} == set(found.hessian_files)
+
+
 def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path) -> None:
     output, folder = tmp_path / "stats.safetensors", model_folder("llama-untied", tmp_path / "model")
     with pytest.raises(UsageError, match=r"--text FILE"):

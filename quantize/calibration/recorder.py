@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qz import Unsupported
 from qz.quantize.calibration.blocks import Finished
@@ -48,6 +49,16 @@ class Recorder:
             if first in taken:
                 self.sums[name] = taken[first].diagonal().astype(np.float64)
         return taken
+
+    def restore(
+        self, values: Mapping[str, NDArray[np.float64]], tokens: Mapping[str, int], first: Mapping[str, str]
+    ) -> None:
+        """Take over what an earlier run recorded of weights whose blocks it finished."""
+        for name, each in values.items():
+            self.sums[name], self.tokens[name] = each, tokens[name]
+            if name in first:
+                self.first[name] = first[name]
+                self.written.add(first[name])
 
     def input_sums(self) -> dict[str, InputSums]:
         return {name: InputSums(values.astype(np.float32), self.tokens[name]) for name, values in self.sums.items()}

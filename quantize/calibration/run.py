@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qz import OutputRefused, Unsupported, UsageError
+from qz import IOFailed, OutputRefused, QzError, TryAgain, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.importance import GPTQ_TOKENS
 from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
 from qz.quantize.libraries.architecture import LoadRequest
-from qz.quantize.libraries.examine import examine
+from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import Method
 from qz.quantize.planning.sensitivity import Scores
@@ -22,6 +23,9 @@ from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 
 if TYPE_CHECKING:
     import torch
+
+    from qz.quantize.calibration.resume import BlockStore
+    from qz.quantize.libraries.transformers.runnable import Runnable
 
 TOKENS = 1024
 """More of them hardly change the importance of inputs."""
@@ -40,6 +44,8 @@ class CalibrationRequest:
     """Score how sensitive each linear is to this method."""
     generate: bool = False
     """Let the model write the text."""
+    resume: bool = True
+    """Go on where an interrupted run with the same settings was."""
 
     def __post_init__(self) -> None:
         if self.generate and self.text is not None:
@@ -84,6 +90,7 @@ class Calibration:
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
     scores: Scores | None = None
+    resumed: bool = False
 
     def as_json(self) -> dict[str, Any]:
         told = {name: value for name, value in asdict(self).items() if name not in ("dry_run", "scores")}
@@ -140,12 +147,9 @@ class _Run:
 
     def run(self, class_name: str, dtype: str, tokenizer_folder: Folder) -> Calibration:
         from qz.quantize.calibration import text
-        from qz.quantize.calibration.blocks import BlockPass
-        from qz.quantize.calibration.generated import sample
-        from qz.quantize.calibration.recorder import Recorder
-        from qz.quantize.calibration.weights import Weights
+        from qz.quantize.calibration.resume import BlockStore
         from qz.quantize.compute.run_device import run_device
-        from qz.quantize.libraries.transformers.runnable import runnable, running
+        from qz.quantize.libraries.transformers.runnable import runnable
 
         request = self.request
         words = text.default_text() if request.text is None else text.read_text_file(request.text)
@@ -154,29 +158,71 @@ class _Run:
         tokenizer = text.open_tokenizer(tokenizer_folder)
         device, run_dtype = run_device(request.device, dtype)
         model = runnable(self.checkpoint, class_name, run_dtype, device)
-        if request.generate:
+        store = BlockStore(request.output, resume=request.resume)
+        try:
+            return self._go_on(store, class_name, words, model, tokenizer)
+        except (TryAgain, IOFailed):
+            raise
+        except QzError:
+            store.give_up()
+            raise
+        finally:
+            store.close()
+
+    def _go_on(self, store: BlockStore, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
+        """From where an earlier run was interrupted, or from the beginning."""
+        import torch
+
+        from qz.quantize.calibration import text
+        from qz.quantize.calibration.blocks import BlockPass, parts_of
+        from qz.quantize.calibration.generated import sample
+        from qz.quantize.calibration.recorder import Recorder
+        from qz.quantize.calibration.resume import Sums
+        from qz.quantize.calibration.weights import Weights
+        from qz.quantize.libraries.transformers.runnable import runnable, running
+
+        request, device, run_dtype = self.request, model.device, model.dtype
+        store.open(self._fingerprint(class_name, str(run_dtype), str(device), words))
+        if store.rows:
+            rows = store.rows
+        elif request.generate:
             writer = runnable(self.checkpoint, class_name, run_dtype, device)
             rows = sample(self.checkpoint, writer, tokenizer, request.wanted, self.progress)
             del writer
         else:
             rows = text.sequences(tokenizer, words, model.longest, request.wanted)
+        store.begin(rows)
         tokens = sum(map(len, rows))
         recorder = Recorder(model.linears, model.head, hessians=request.hessians)
+        recorder.restore(store.values, store.sums.tokens, store.sums.first)
+        self.files, self.places = dict(store.sums.files), dict(store.sums.places)
         weights = Weights(self.checkpoint, model)
+        parts = parts_of(model.model)
+        blocks = {path: part for path, part in parts.items() if not isinstance(part, torch.nn.Embedding)}
+        hooks = store.watch(blocks)
+        if store.kept:
+            self.progress(Progress("Calibrating", kept=(store.kept, len(blocks)), unit="block"))
 
         def visited(part: str) -> None:
             self.passed.add(part)
             if request.hessians:
-                self._write(recorder.take_hessians())
+                self._write(recorder.take_hessians(), store)
+            if part in blocks:
+                inside = {name: each for name, each in recorder.sums.items() if name.startswith(f"{part}.")}
+                sums = Sums(dict(recorder.tokens), dict(recorder.first), dict(self.files), dict(self.places))
+                store.finished(part, inside, sums)
             self.progress(Progress("Calibrating", len(self.passed), len(steps.parts), unit="block"))
 
-        steps = BlockPass(model.model, weights, visited)
+        def replay(part: str) -> list[list[Any]] | None:
+            return store.replay(part, device) if part in blocks else None
+
+        steps = BlockPass(model.model, weights, visited, entering=store.entering, replay=replay)
         try:
             with running(class_name, self.checkpoint.folder.location):
                 weights.load_rest(steps.parts, model.head)
                 steps.run([model.arguments(ids) for ids in text.batches(rows)])
             if request.hessians:
-                self._write(recorder.take_hessians())
+                self._write(recorder.take_hessians(), store)
             sums = recorder.input_sums()
             places = {
                 name: HessianPlace(self.places[first], first + HESSIAN)
@@ -191,11 +237,11 @@ class _Run:
             scores = self._scores(request.scores, class_name, rows, device) if request.scores is not None else None
             refuse_existing(request.output)
             write_statistics(request.output, sums, told, places, self.files, scores)
-        except BaseException:
-            self._forget()
-            raise
+            store.remove()
         finally:
             recorder.close()
+            for hook in hooks:
+                hook.remove()
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
         return Calibration(
             self.source,
@@ -214,7 +260,24 @@ class _Run:
             time.monotonic() - self.begun,
             self._warnings(tokens, unseen),
             scores=scores,
+            resumed=store.kept > 0,
         )
+
+    def _fingerprint(self, class_name: str, dtype: str, device: str, words: str) -> dict[str, Any]:
+        """What must be the same for a run to go on where another was interrupted."""
+        from qz import __version__
+
+        request = self.request
+        return {
+            "source": self.checkpoint.folder.identity(),
+            "class": class_name,
+            "dtype": dtype,
+            "device": device,
+            "text": None if request.generate else sha256(words.encode()).hexdigest(),
+            "tokens": request.wanted,
+            "hessians": request.hessians,
+            "versions": {"qz": __version__, **library_versions()},
+        }
 
     def _scores(self, method: Method, class_name: str, rows: list[list[int]], device: torch.device) -> Scores:
         """Of the weights that ``method`` quantizes, on some of the text, in float32: bfloat16's own errors are larger
@@ -255,17 +318,14 @@ class _Run:
             found.append(f"no token came to {count}, whose inputs will count all the same: {shown}")
         return tuple(found)
 
-    def _write(self, hessians: dict[str, Any]) -> None:
+    def _write(self, hessians: dict[str, Any], store: BlockStore) -> None:
         """One file of Hessians beside the output, for each part of the model that has some."""
+        hessians = {name: each for name, each in hessians.items() if name not in self.places}
         if not hessians:
             return
         file = f"{self.request.output.stem}.hessians-{len(self.files) + 1:05}.safetensors"
         path = self.request.output.with_name(file)
         refuse_existing(path)
+        store.claim(file)
         self.files[file] = write_hessians(path, hessians)
         self.places |= dict.fromkeys(hessians, file)
-
-    def _forget(self) -> None:
-        """Remove the Hessians of a run that failed: without the statistics nobody can use them."""
-        for file in self.files:
-            self.request.output.with_name(file).unlink(missing_ok=True)
