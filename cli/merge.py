@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qz.cli import options
 from qz.cli.output import duration, facts, show, size, warn
 from qz.cli.progress import Display
+from qz.cli.report import pushed_text
 
 if TYPE_CHECKING:
     from qz.quantize.merge import Merged
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 def merge(
     output: options.MergedArg,
     overwrite: options.ReplaceOutputOpt = False,
+    push: options.PushOpt = None,
+    push_subfolder: options.IntoSubfolderOpt = None,
+    public: options.PublicOpt = None,
     fsync: options.FsyncOpt = True,
     threads: options.ThreadsOpt = None,
     as_json: options.JsonOpt = False,
@@ -24,16 +28,26 @@ def merge(
     from qz import api
 
     with Display(quiet=quiet) as display:
-        done = api.merge(output, overwrite=overwrite, fsync=fsync, threads=threads, on_progress=display)
+        done = api.merge(
+            output,
+            overwrite=overwrite,
+            push=push,
+            push_subfolder=push_subfolder,
+            public=public,
+            fsync=fsync,
+            threads=threads,
+            on_progress=display,
+        )
     for warning in done.warnings if not done.up_to_date else ():
         warn(warning)
-    text = facts(report(done))
-    show(done.as_json(), as_json=as_json, text=text, done=f"{done.output} is complete. There is nothing to run again.")
+    text = "\n\n".join([facts(report(done)), *pushed_text(done.pushed)])
+    place = str(done.output) if done.here or done.pushed is None else done.pushed.url
+    show(done.as_json(), as_json=as_json, text=text, done=f"{place} is complete. There is nothing to run again.")
 
 
 def report(done: Merged) -> list[tuple[str, str]]:
     """The result as labels and values."""
-    rows = [("output", str(done.output))]
+    rows = [("output", str(done.output) if done.here else "on the Hub only")]
     if done.up_to_date:
         return [*rows, ("merged", "before this run, and complete: nothing was to be done")]
     return [

@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qz import MalformedInput, MissingInput, OutputRefused, QzError, TryAgain
+from qz import MalformedInput, MissingInput, OutputRefused, QzError, TryAgain, UsageError
 from qz.formats.folder import LocalFolder
 from qz.formats.output.checksums import hash_file
 from qz.formats.output.difference import describe_difference
@@ -35,6 +35,9 @@ from qz.quantize.streaming.readable import require_readable
 from qz.quantize.streaming.shares import not_finite
 from qz.quantize.summary import told_of_nonfinite
 
+if TYPE_CHECKING:
+    from qz.formats.publish.destination import Destination, PushResult
+
 MOST_NAMED = 12
 """Parts that a message names."""
 
@@ -48,6 +51,10 @@ class Merged:
     parts: int
     nonfinite: Mapping[str, Mapping[str, int]] | None
     """As in the report of a run; None if it is not known any more."""
+    pushed: PushResult | None = None
+    """What came of publishing it, if that was asked for."""
+    here: bool = True
+    """Whether the output is in its folder, and not on the Hub only."""
     up_to_date: bool = False
     """It was complete already."""
     seconds: float = 0.0
@@ -65,8 +72,9 @@ class Merged:
 
     def as_json(self) -> dict[str, Any]:
         """The report of a run that makes everything at once, and ``parts``."""
-        return {
+        report = {
             **report_of_record(self.record, self.output),
+            "output": str(self.output) if self.here else None,
             "warnings": list(self.warnings),
             "nonfinite": None
             if self.nonfinite is None
@@ -76,25 +84,64 @@ class Merged:
             "parts": self.parts,
             "seconds": round(self.seconds, 3),
         }
+        return report if self.pushed is None else {**report, "push": self.pushed.as_json()}
 
 
 def merge(
     output: Path,
     *,
     overwrite: bool = False,
+    to: Destination | None = None,
     disk: Disk | None = None,
     threads: int = 0,
     progress: OnProgress = ignore,
 ) -> Merged:
-    """Complete ``output`` from the parts beside it. ``threads`` read and hash; 0 for one per CPU.
+    """Complete ``output`` from the parts beside it, and publish it if there is somewhere ``to`` do that.
+
+    ``threads`` read and hash; 0 for one per CPU.
 
     Raises MissingInput (naming the parts that are missing), TryAgain (one is being made, or another merge is at work),
     MalformedInput (parts that differ, or are damaged), OutputRefused (the output exists and is another one).
     """
-    begun, disk = time.monotonic(), disk or Disk()
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    disk = disk or Disk()
     require_name(output)
     output = Path(os.path.realpath(output.parent)) / output.name
+    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    first = _first_part(output, disk)
+    if first is not None and first.receipt.uploaded:
+        if to is None:
+            where = first.receipt.fingerprint["push"]["repository"]
+            raise UsageError(f"The parts of {output} were sent to {where}. Merge them there: --push {where}.")
+        from qz.quantize.merge_on_hub import merge_on_hub
+
+        return merge_on_hub(output, to, disk, progress)
+    if to is not None:
+        from qz.formats.publish.push import require_possible
+
+        require_possible(to)
+    done = _merge_here(output, overwrite, disk, threads, progress)
+    if to is None:
+        return done
+    from qz.formats.publish.push import push as send
+
+    return replace(done, pushed=send(output, to, progress=progress))
+
+
+def _first_part(output: Path, disk: Disk) -> FinishedShare | None:
+    """Any part that is finished and can be read."""
+    place = sibling(output, PARTS)
+    if disk.status(place) is None:
+        return None
+    with Directory.at(disk, place) as folder:
+        found = find_shares(disk, folder)
+    for number in sorted(found.finished):
+        with suppress(QzError):
+            return read_share(place / Share(number, found.count).folder)
+    return None
+
+
+def _merge_here(output: Path, overwrite: bool, disk: Disk, threads: int, progress: OnProgress) -> Merged:
+    begun = time.monotonic()
     place = sibling(output, PARTS)
     if disk.status(place) is None:
         return _merged_before(output, place)
@@ -103,9 +150,9 @@ def merge(
         found = find_shares(disk, folder)
         if (record := _equal_output(output, place, found)) is not None:
             _finish_exchange(output, disk)
-            _remove(folder, parent, found)
+            remove(folder, parent, found)
             return Merged(output, record, found.count, None, up_to_date=True)
-        _require_all(output, place, found)
+        require_all(output, place, found)
         first = read_share(place / Share(1, found.count).folder)
         files = dict.fromkeys(first.receipt.owners)
         with Staging(
@@ -118,9 +165,9 @@ def merge(
             resumable=files,
         ) as staging:
             found = find_shares(disk, folder)  # now that no part begins any more
-            _require_all(output, place, found)
+            require_all(output, place, found)
             made = [read_share(place / Share(number, found.count).folder) for number in sorted(found.finished)]
-            _require_alike(place, made)
+            require_alike(place, made)
             _require_equal(staging, made)
             checked = _Verification(folder, staging, progress, threads)
             checked.verify(made)
@@ -131,17 +178,21 @@ def merge(
                 staging.write_file(file.name, checked.shared[file.name])
             folders = {name: str(place) for name in made[0].receipt.folders}
             staging.commit(lambda staged: require_readable(staged, folders))
-        _remove(folder, parent, found)
+        remove(folder, parent, found)
     record = _record_in(output)
     if record is None:
         raise MalformedInput(f"{output} was complete, and has no record any more: somebody changed it.")
-    odd = {
+    return Merged(output, record, len(made), nonfinite_of(made), seconds=time.monotonic() - begun)
+
+
+def nonfinite_of(made: Sequence[FinishedShare]) -> dict[str, dict[str, int]]:
+    """What the parts kept that is not finite, by its name in the output."""
+    return {
         f"{inner}/{name}".lstrip("/"): {"stored": count.stored, "overflowed": count.overflowed}
         for each in made
         for inner, counts in not_finite(each.receipt).items()
         for name, count in counts.items()
     }
-    return Merged(output, record, len(made), odd, seconds=time.monotonic() - begun)
 
 
 def check_nobody_writes(output: Path, disk: Disk) -> None:
@@ -213,7 +264,7 @@ def _equal_output(output: Path, place: Path, found: SharesFound) -> Record | Non
     return record
 
 
-def _require_all(output: Path, place: Path, found: SharesFound) -> None:
+def require_all(output: Path, place: Path, found: SharesFound) -> None:
     """Raise MissingInput or TryAgain, naming what is missing, unless every part is finished and none is at work."""
     if len(found.counts) > 1:
         several = " and ".join(f"of {count}" for count in sorted(found.counts))
@@ -241,7 +292,7 @@ def _numbers(numbers: Sequence[int], count: int) -> str:
     return f"Part {shown} of {count} is" if len(numbers) == 1 else f"Parts {shown}{more} of {count} are"
 
 
-def _require_alike(place: Path, made: Sequence[FinishedShare]) -> None:
+def require_alike(place: Path, made: Sequence[FinishedShare]) -> None:
     """Raise MalformedInput unless all parts are of one run, and each lists what is its to make."""
     first = made[0]
     for each in made:
@@ -271,7 +322,7 @@ def _require_alike(place: Path, made: Sequence[FinishedShare]) -> None:
         owned = {name for name, number in each.receipt.owners.items() if number == share.number}
         if each.own.keys() != owned or not each.files.keys() <= owned | each.shared.keys():
             raise MalformedInput(
-                f"Part {share} in {place} does not list the files that are its to make. {_again(share)}"
+                f"Part {share} in {place} does not list the files that are its to make. {again(share)}"
             )
 
 
@@ -286,7 +337,7 @@ def _require_equal(staging: Staging, made: Sequence[FinishedShare]) -> None:
                 )
 
 
-def _again(share: Share) -> str:
+def again(share: Share) -> str:
     return f"Make it again: the same command with --part {share} --no-resume."
 
 
@@ -325,11 +376,11 @@ class _Verification:
         where = self._folder.path / name
         mark = self._mark(name)
         if mark is None or mark[1] != file.bytes:
-            raise MalformedInput(f"{where} is missing or has another size than when it was made. {_again(share)}")
+            raise MalformedInput(f"{where} is missing or has another size than when it was made. {again(share)}")
         found = hash_file(self._folder, name)
         if found != file.sha256:
             raise MalformedInput(
-                f"{where} is damaged: its SHA-256 is {found}; it was made with {file.sha256}. {_again(share)}"
+                f"{where} is damaged: its SHA-256 is {found}; it was made with {file.sha256}. {again(share)}"
             )
         if file.name in part.shared and file.name not in self.shared:
             self.shared[file.name] = self._read(name, file)
@@ -369,7 +420,7 @@ def _changed(path: Path) -> MalformedInput:
     return MalformedInput(f"{path} was changed by someone else meanwhile. Run the same command again.")
 
 
-def _remove(folder: Directory, parent: Directory, found: SharesFound) -> None:
+def remove(folder: Directory, parent: Directory, found: SharesFound) -> None:
     """Remove what is left of the parts, and nothing else: a folder that holds more stays."""
     for number in sorted(found.finished):
         share = Share(number, found.count)

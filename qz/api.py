@@ -175,7 +175,7 @@ def quantize(
         allow_pickle=allow_pickle,
     )
     location = str(source)
-    share = _share(part, measured=measure_loss, pushed=push is not None)
+    share = _share(part, measured=measure_loss, pushed=push is not None and not push_only)
     with (
         opened_loras(lora) as loras,
         opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
@@ -276,7 +276,7 @@ def dequantize(
         variant=variant,
         allow_pickle=allow_pickle,
     )
-    share = _share(part, measured=against is not None, pushed=push is not None)
+    share = _share(part, measured=against is not None, pushed=push is not None and not push_only)
     with opened_loras(lora) as loras, opened(str(source), subfolder, revision, cached=push is None) as found:
         settings = replace(settings, loras=loras)
         to = _destination(push, push_subfolder, public, found, loras)
@@ -397,21 +397,30 @@ def merge(
     output: AnyPath,
     *,
     overwrite: bool = False,
+    push: str | None = None,
+    push_subfolder: str | None = None,
+    public: bool | None = None,
     fsync: bool = True,
     threads: int | None = None,
     on_progress: OnProgress = ignore,
 ) -> Merged:
     """Complete ``output`` from what ``quantize(…, part="1/N")`` to ``part="N/N"`` made, after comparing every hash.
 
-    Nothing is left of the parts. A merge that was interrupted goes on, and one that is repeated has nothing to do.
-    Raises ``qz.QzError``; then the output is as it was, and the parts are kept.
+    ``push`` publishes it. Where the parts sent their weights there (``push_only``), one commit makes all of it visible,
+    and no output is here. Nothing is left of the parts. A merge that was interrupted goes on, and one that is repeated
+    has nothing to do. Raises ``qz.QzError``; then the output is as it was, and the parts are kept.
     """
     on_progress(Progress("Reading headers"))
     from qz.formats.output.disk import Disk
+    from qz.formats.publish.destination import Destination
     from qz.quantize.merge import merge as run
 
+    if push is None and (public is not None or push_subfolder is not None):
+        raise UsageError("--public and --push-subfolder are about what --push publishes. Add --push REPO_ID.")
+    private = None if public is None else not public
+    to = None if push is None else Destination(push, push_subfolder or "", private=private)
     disk = Disk(durable=fsync)
-    return run(Path(output), overwrite=overwrite, disk=disk, threads=threads or 0, progress=on_progress)
+    return run(Path(output), overwrite=overwrite, to=to, disk=disk, threads=threads or 0, progress=on_progress)
 
 
 @settings_given_back()
@@ -572,7 +581,10 @@ def _share(part: str | None, *, measured: bool, pushed: bool) -> Share | None:
     if measured:
         raise UsageError("A part does not see the whole model: measure the loss with `qz compare` after the merge.")
     if pushed:
-        raise UsageError("Parts are published when they are merged: leave out --push here, and say `qz merge --push`.")
+        raise UsageError(
+            "Parts are published when they are merged: leave out --push here, and say `qz merge --push`. Or add "
+            "--push-only, to send each weight file when it is finished and keep none here."
+        )
     return parse_part(part, os.environ)
 
 
@@ -633,7 +645,7 @@ def _published(
     from qz.formats.publish.push import push as send
 
     done = replace(done, notes=(*done.notes, *source.notes))
-    if to is None or getattr(done, "dry_run", False) or done.pushed is not None:
+    if to is None or getattr(done, "dry_run", False) or done.pushed is not None or getattr(done, "share", None):
         return done
     pushed = send(Path(done.output), to, source_private=_is_restricted(source, loras), progress=on_progress)
     return replace(done, pushed=pushed)

@@ -351,7 +351,7 @@ def test_files_that_are_not_of_the_parts_are_kept(source: Path, whole: dict[str,
 def test_what_parts_cannot_do_is_said(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="qz compare"):
         api.quantize(source, tmp_path / "out", part="1/2", measure_loss=True, **SETTINGS)
-    with pytest.raises(UsageError, match="--push"):
+    with pytest.raises(UsageError, match="--push-only"):
         api.quantize(source, tmp_path / "out", part="1/2", push="me/model", **SETTINGS)
 
 

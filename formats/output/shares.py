@@ -80,6 +80,10 @@ class ShareReceipt:
     """Those of the output that a converted model lies in; the output itself is the empty name."""
     nonfinite: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     """By folder, tensors that were kept and are not finite: how many values are ``stored`` so, and ``overflowed``."""
+    uploaded: bool = False
+    """Its own files were sent to the Hub, where the fingerprint says, and are not here."""
+    restricted: bool = False
+    """Then: whether not everyone may see the source."""
 
     def encode(self) -> bytes:
         value = {**asdict(self), "share": self.share.as_json()}
@@ -101,10 +105,10 @@ class ShareReceipt:
         }
         if not isinstance(value["fingerprint"], dict) or not all(1 <= each <= share.count for each in owners.values()):
             raise ValueError("its fingerprint or its owners are damaged")
-        folders = tuple(map(str, value["folders"]))
+        folders, sent = tuple(map(str, value["folders"])), value["uploaded"] is True
         for name in (*owners, *filter(None, folders)):
             require_safe_name(name)
-        return cls(share, value["fingerprint"], owners, folders, nonfinite)
+        return cls(share, value["fingerprint"], owners, folders, nonfinite, sent, value["restricted"] is not False)
 
 
 class SectionOfShare(Section):
@@ -291,7 +295,10 @@ def finished_share(output: Path, share: Share, fingerprint: Mapping[str, Any], d
             "write elsewhere with -o/--output."
         )
     with Directory.at(disk, place) as folder:
+        own = found.own if found.receipt.uploaded else {}
         for file in found.record.files:
+            if file.name in own:
+                continue
             status = folder.status(file.name)
             if status is None or status.st_size != file.bytes:
                 if disk.status(sibling(output, JOURNAL)) is not None:

@@ -51,6 +51,11 @@ class Publication:
         return {"endpoint": remote.api.endpoint, "repository": remote.repo_id, "branch": to.branch, "folder": to.folder}
 
     @property
+    def is_restricted(self) -> bool:
+        """Whether not everyone may see the source."""
+        return self._source_private
+
+    @property
     def location(self) -> str:
         return f"{self._remote.api.endpoint}/{self._remote.repo_id}"
 

@@ -36,6 +36,8 @@ class UploadedOutput(Staging):
     """As ``Staging``, but after ``commit`` the output is in one commit on the Hub (``pushed``), and nothing is here."""
 
     pushed: PushResult
+    replaces = False
+    """Whether what lies in its place may be replaced."""
 
     def __init__(
         self,
@@ -58,11 +60,11 @@ class UploadedOutput(Staging):
         self._room = _Room(order, at_once)
         self._left_over: dict[str, WrittenFile] = {}
         self._needed = needed
-        place = sibling(output, ".push")  # nothing with the name of the output is in the way, or made
         super().__init__(
-            place,
+            self._place(output),
             {**fingerprint, "push": publication.place},
             needed=needed,
+            overwrite=self.replaces,
             resume=resume,
             about=about,
             disk=disk,
@@ -71,6 +73,10 @@ class UploadedOutput(Staging):
         self._left_over = {name: file for name, file in self.finished.items() if name not in self._journal.uploaded}
         self._room.skip(self.finished)
         self._room.admit(self.begun)
+
+    def _place(self, output: Path) -> Path:
+        """Where it is staged: nothing with the name of the output is in the way, or made."""
+        return sibling(output, ".push")
 
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         self._send_left_over()
@@ -133,7 +139,7 @@ class UploadedOutput(Staging):
         }
         here = {name: VerifiedFile.of(self._staged.path / name) for name in self._written if name not in uploaded}
         try:
-            self.pushed = self._publication.publish(uploaded, here, self._about, self._config(here))
+            self.pushed = self._publication.publish(uploaded, here, self._about, config_among(here))
         except UploadsLost as lost:
             for name in lost.names:
                 self._journal.forget(name)
@@ -147,16 +153,17 @@ class UploadedOutput(Staging):
         finally:
             self._journal.close()
 
-    def _config(self, here: Mapping[str, VerifiedFile]) -> Mapping[str, Any]:
-        """The config of the model; of a pipeline's first quantized component, if it is one."""
-        found: Mapping[str, Any] = {}
-        for name in sorted(here, key=lambda name: (name.count("/"), name)):
-            if name.rpartition("/")[2] == "config.json":
-                config = read_json(here[name].read(MAX_BYTES), name)
-                found = found or config
-                if "quantization_config" in config:
-                    return config
-        return found
+
+def config_among(here: Mapping[str, VerifiedFile]) -> Mapping[str, Any]:
+    """The config of the model; of a pipeline's first quantized component, if it is one."""
+    found: Mapping[str, Any] = {}
+    for name in sorted(here, key=lambda name: (name.count("/"), name)):
+        if name.rpartition("/")[2] == "config.json":
+            config = read_json(here[name].read(MAX_BYTES), name)
+            found = found or config
+            if "quantization_config" in config:
+                return config
+    return found
 
 
 class _LaterShard:

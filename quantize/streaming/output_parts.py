@@ -55,7 +55,7 @@ class Target:
     @property
     def place(self) -> str:
         """The folder that is written, empty where there is none in the end."""
-        return "" if self.publication is not None else str(self.folder)
+        return "" if self.publication is not None and self.share is None else str(self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,8 @@ def write_parts(
         refuse_overlap(place, target.output, target.disk)
         if target.share is not None:
             refuse_overlap(place, target.folder.parent, target.disk)
+    if target.share is not None and target.publication is not None:
+        fingerprint = {**fingerprint, "push": target.publication.place}
     if (made := shares.made_before(target, fingerprint)) is not None:
         return Written(tuple(made.files.values()), True, shares.not_finite(made.receipt))
     owners = shares.owners_of(parts, target.share)
@@ -134,7 +136,7 @@ def write_parts(
         publication.begin(_weights(parts))
         progress = publication.converting
     with (
-        _staging(parts, target, fingerprint, about) as staging,
+        _staging(parts, target, elsewhere, fingerprint, about) as staging,
         _trust(staging, local),
     ):
         shares.require_alone(target, fingerprint)
@@ -170,7 +172,7 @@ def write_parts(
                     folder.close()
         found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
         if target.share is not None:
-            staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found))
+            staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found, publication))
             written = staging.commit()  # the merge reads the whole
         else:
             written = staging.commit(lambda folder: require_readable(folder, converted(parts)))
@@ -178,9 +180,13 @@ def write_parts(
 
 
 def _staging(
-    parts: Sequence[Part], target: Target, fingerprint: Mapping[str, Any], about: Mapping[str, Any]
+    parts: Sequence[Part],
+    target: Target,
+    elsewhere: frozenset[str],
+    fingerprint: Mapping[str, Any],
+    about: Mapping[str, Any],
 ) -> Staging:
-    """The staging area of a folder, or of an output that is published as it is made."""
+    """The staging area of a folder, or of an output that is published as it is made. ``elsewhere``: made by others."""
     needed = staged_bytes(parts, target)
     if target.publication is None:
         return Staging(
@@ -191,22 +197,24 @@ def _staging(
             resume=target.resume,
             about=about,
             disk=target.disk,
-            resumable=_resumable(parts, shares.elsewhere(shares.owners_of(parts, target.share), target.share)),
+            resumable=_resumable(parts, elsewhere),
         )
     from qz.formats.publish.uploaded_output import UploadedOutput
+    from qz.formats.publish.uploaded_share import UploadedShare
 
     order = _order(parts)
-    return UploadedOutput(
+    kind = UploadedOutput if target.share is None else UploadedShare
+    return kind(
         target.publication,
-        target.output,
+        target.folder,
         fingerprint,
         needed=needed,
-        order=order.names,
+        order=[name for name in order.names if name not in elsewhere],
         at_once=order.at_once,
         resume=target.resume,
         about=about,
         disk=target.disk,
-        resumable=_resumable(parts),
+        resumable=_resumable(parts, elsewhere),
     )
 
 
@@ -216,9 +224,9 @@ def _resumable(parts: Sequence[Part], elsewhere: Collection[str] = ()) -> dict[s
 
 def staged_bytes(parts: Sequence[Part], target: Target) -> int:
     """Bytes on the disk, at most, while the parts are written."""
-    needed = sum(part.bytes_output for part in parts) - shares.bytes_elsewhere(parts, target.share)
+    needed = sum(part.bytes_output for part in parts)
     if target.publication is None:
-        return needed
+        return needed - shares.bytes_elsewhere(parts, target.share)
     sent = sum(shard.size for part in parts if part.plan is not None for shard in part.plan.shards)
     copied = [each.bytes for part in parts for each in part.carried if each.bytes >= RESUMABLE]
     return needed - sent - sum(copied) + max([_order(parts).bytes, *copied])

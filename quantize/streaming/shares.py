@@ -16,6 +16,7 @@ from qz.formats.output.staging import RESUMABLE
 from qz.quantize.streaming.not_finite import NotFinite
 
 if TYPE_CHECKING:
+    from qz.formats.publish.publication import Publication
     from qz.quantize.planning.plan import Plan
     from qz.quantize.streaming.output_parts import Part, Target
 
@@ -115,6 +116,7 @@ def require_alone(target: Target, fingerprint: Mapping[str, Any]) -> None:
     """
     if target.share is not None:
         refuse_others(target.output, target.share, fingerprint, target.disk)
+    if target.share is not None and target.publication is None:
         check_output(target.output, target.overwrite, (), target.disk)
 
 
@@ -124,13 +126,16 @@ def receipt(
     owners: Mapping[str, int],
     parts: Sequence[Part],
     nonfinite: Mapping[str, Mapping[str, NotFinite]],
+    publication: Publication | None,
 ) -> bytes:
     """``part.json``."""
     counts = {
         folder: {name: asdict(count) for name, count in found.items()} for folder, found in nonfinite.items() if found
     }
     folders = tuple(part.name for part in parts if part.plan is not None)
-    return ShareReceipt(share, fingerprint, owners, folders, counts).encode()
+    uploaded = publication is not None
+    restricted = publication is not None and publication.is_restricted
+    return ShareReceipt(share, fingerprint, owners, folders, counts, uploaded, restricted).encode()
 
 
 def not_finite(found: ShareReceipt) -> dict[str, dict[str, NotFinite]]:
