@@ -64,6 +64,8 @@ __all__ = [
 ]
 
 AnyPath = str | PathLike[str]
+LARGE_INDEX = 1 << 20
+"""Bytes: to read the headers of so many tensors takes a while, also from a folder here."""
 P = ParamSpec("P")
 
 
@@ -331,7 +333,6 @@ def inspect(
     recorded. ``consumers`` names programs (``vllm``, ``sglang`` …, see ``qz inspect --for``) to judge it for. Problems
     are part of the value (``problems``, ``errors``, ``consumers``), not raised.
     """
-    on_progress(Progress("Reading headers"))
     from qz.formats.source import local_path
     from qz.quantize.consumers.registry import CONSUMERS
     from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
@@ -355,8 +356,15 @@ def inspect(
     from qz.formats.output.record import damaged_record
     from qz.formats.source import opened
 
+    if path is None or plan:
+        on_progress(Progress("Reading headers"))
     with opened(location, subfolder, revision, allow_pickle=allow_pickle) as opened_source:
         folder = opened_source.folder
+        if (
+            max((size for name, size in folder.sizes().items() if name.endswith(".index.json")), default=0)
+            > LARGE_INDEX
+        ):
+            on_progress(Progress("Reading headers"))
         origin = Origin(location, folder.identity().get("commit"), subfolder)
         found: Inspection | PipelineInspection
         if plan:

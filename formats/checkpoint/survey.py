@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
@@ -68,7 +69,7 @@ class Checkpoint:
     encoded_as: str | None = None
     left_out: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def stored(self) -> dict[str, StoredTensor]:
         """Those of ``tensors`` that are stored as they are."""
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, StoredTensor)}

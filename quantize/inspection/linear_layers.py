@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz.quantize.inspection.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED, OWN_LINEARS, UNFUSED
@@ -31,14 +32,23 @@ _EMBEDDING = re.compile(
 _DIFFUSERS_EMBEDDING = re.compile(
     r"embeddings?|embedding_table|(?!patch_)\w+_embedding|\w+_type_embed|embed_image_indicator"
 )
-_HEAD = re.compile(
-    r"(?:.+\.)?(?:lm_head|embed_out|unembed|output_projection)|cls\.predictions\.decoder|head|output|score"
-)
+_HEADS = {"lm_head", "embed_out", "unembed", "output_projection"}
+_WHOLE_HEADS = {"cls.predictions.decoder", "head", "output", "score"}
 _EXPERTS = re.compile(r"(.+)\.experts\b")
 _EXPERT = re.compile(r".+\.experts\.\d+\.")
 _ROUTER = re.compile(r"(.+)\.(?:gate|router)(?:\.(?:gate|layer))?")
+_ROUTER_ENDS = {"gate", "router", "layer"}
 _NOT_SAVED = (".position_ids", ".inv_freq", ".masked_bias")
 """Buffers that older versions saved and the present ones drop."""
+
+
+def _is_head(module: str) -> bool:
+    return module.rpartition(".")[2] in _HEADS or module in _WHOLE_HEADS
+
+
+@lru_cache(1 << 12)
+def _is_embedding(leaf: str) -> bool:
+    return _EMBEDDING.fullmatch(leaf) is not None
 
 
 class Value(NamedTuple):
@@ -135,17 +145,20 @@ class _Transformers:
         self.routed = {match[1] for name in self.names if ".experts" in name and (match := _EXPERTS.match(name))}
 
     def dtype(self, name: str) -> str:
-        return "F32" if self.float32 and any(key in name for key in self.float32) else self.load
+        for key in self.float32:  # once for every tensor, of which there may be hundreds of thousands
+            if key in name:
+                return "F32"
+        return self.load
 
     def is_linear(self, module: str, _: Value) -> bool:
         leaf = module.rpartition(".")[2]
-        if _HEAD.fullmatch(module) or module == self.last:
+        if _is_head(module) or module == self.last:
             return False
-        if _EMBEDDING.fullmatch(leaf) and f"{module}.bias" not in self.names:
+        if _is_embedding(leaf) and f"{module}.bias" not in self.names:
             return False
-        if self.own_linears or (self.fuses and _EXPERT.match(module)):
+        if self.own_linears or (self.fuses and ".experts." in module and _EXPERT.match(module)):
             return False
-        router = _ROUTER.fullmatch(module)
+        router = _ROUTER.fullmatch(module) if leaf in _ROUTER_ENDS else None
         if router and router[1] in self.routed:
             return False
         if leaf == "out_proj" and f"{module.removesuffix('.out_proj')}.in_proj_weight" in self.names:
@@ -198,7 +211,7 @@ def ties(library: Library, architecture: str | None, config: Mapping[str, Any], 
             if name not in stored and any(each.startswith(f"{prefix}{side}.") for each in stored):
                 found[name] = table
     heads = (name.removesuffix(".weight") for name in stored if name.endswith(".weight"))
-    if tied and not _WITHOUT_HEAD.fullmatch(architecture or "Model") and not any(map(_HEAD.fullmatch, heads)):
+    if tied and not _WITHOUT_HEAD.fullmatch(architecture or "Model") and not any(map(_is_head, heads)):
         leaf = "cls.predictions.decoder" if any(name.startswith("cls.") for name in stored) else "lm_head"
         if any(name.startswith("lm_head.dense") for name in stored):
             leaf = "lm_head.decoder"
