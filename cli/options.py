@@ -172,7 +172,7 @@ SourceArg = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A local folder, or a repository on the Hub such as black-forest-labs/FLUX.1-dev.",
+        help="A local folder, a repository on the Hub such as black-forest-labs/FLUX.1-dev, or one .safetensors file.",
         autocompletion=complete_folder,
         show_default=False,
     ),
@@ -426,6 +426,27 @@ ComponentOpt = Annotated[
         "--component",
         metavar="NAME=METHOD",
         help="Another method for one component of a pipeline: text_encoder_2=int8, or none. Repeat it for more.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+FileOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--file",
+        metavar="NAME",
+        help="Of a repository or folder, the one .safetensors file to read, in a model's original names or ComfyUI's.",
+        rich_help_panel=SELECTION,
+        show_default=False,
+    ),
+]
+ConfigOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="SOURCE",
+        help="The folder or repository that has the config of a single file's model. Default: what diffusers takes.",
+        autocompletion=complete_folder,
         rich_help_panel=SELECTION,
         show_default=False,
     ),

@@ -92,7 +92,17 @@ class Blocks:
     arrange: Callable[[Any], Any] | None = field(default=None, compare=False)
 
 
-Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The values of all parts, one after the other: ``CODES``, then those that ``joined_part`` names."""
+
+
+def joined_part(number: int) -> str:
+    """The name of a part of a ``Joined``, from 0 on."""
+    return CODES if not number else f"part {number}"
+
+
+Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks | Joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +131,7 @@ class Decoded:
     @property
     def computed(self) -> bool:
         """Whether its values are computed from codes."""
-        return not isinstance(self.encoding, Strided)
+        return not isinstance(self.encoding, Strided | Joined)
 
     @property
     def nbytes(self) -> int:

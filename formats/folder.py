@@ -40,6 +40,8 @@ class Folder(Protocol):
     """Whether the user lets pickled weights be read where there are no others."""
     named_file: str | None
     """The file in it that the user named, if it was a file."""
+    only: str | None
+    """The one file that counts, if a file was named and not the folder."""
 
     def sizes(self) -> Mapping[str, int]:
         """Every regular file's name and size in bytes."""
@@ -116,6 +118,7 @@ class LocalFolder:
 
     allow_pickle = False
     named_file: str | None = None
+    only: str | None = None
 
     def __init__(self, path: Path, *, shared_links: bool = False, _roots: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
@@ -143,20 +146,21 @@ class LocalFolder:
     def sizes(self) -> Mapping[str, int]:
         if self._sizes is None:
             self._list()
-        return MappingProxyType(self._sizes or {})
+        sizes = self._sizes or {}
+        return MappingProxyType(sizes if self.only is None else {k: sizes[k] for k in (self.only,) if k in sizes})
 
     def subfolders(self) -> Sequence[str]:
         if self._sizes is None:
             self._list()
-        return self._folders
+        return self._folders if self.only is None else ()
 
     def places(self) -> Iterator[Path]:
         """This folder, and the files and folders elsewhere that it holds by links, in its own folders too.
 
         Of a folder in which the user named a file, that file alone.
         """
-        if self.named_file is not None:
-            yield self.path / self.named_file
+        if (named := self.named_file or self.only) is not None:
+            yield self.path / named
             return
         yield self.path
         self.sizes()

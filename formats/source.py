@@ -85,6 +85,8 @@ class OpenedSource:
     subfolder: str | None
     root: Folder
     folder: Folder
+    file: str | None = None
+    """The one file of ``folder`` that is the source, where it is not the folder."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -101,24 +103,39 @@ def opened(
     *,
     cached: bool = True,
     allow_pickle: bool = False,
+    file: str | None = None,
 ) -> Iterator[OpenedSource]:
     """The source, closed afterwards, with ``cached`` as in ``open_source``, and ``allow_pickle`` as of a ``Folder``.
+
+    ``file``: the path of one file in it that is the source; a local one may be the ``location`` itself.
 
     Raises MissingInput, and what the Hub answers.
     """
     root: Folder
     path = local_path(location)
-    if path is not None and path.is_file() and path.suffix.lower() == ".gguf":
+    if path is not None and path.is_file() and file is None:
         path = path.resolve()  # the user named it: a link is followed
         root = LocalFolder(path.parent, shared_links=True)
-        root.named_file = path.name
+        if path.suffix.lower() == ".gguf":
+            root.named_file = path.name
+        else:
+            file = path.name
     else:
         root = open_source(location, None, revision, cached=cached)
-    folder = root
     root.allow_pickle = allow_pickle
+    folder = root
     try:
-        folder = enter(root, subfolder)
-        yield OpenedSource(location, subfolder, root, folder)
+        *inside, name = (file or "").strip("/").split("/")
+        folder = enter(root, "/".join(filter(None, (subfolder, *inside))) or None)
+        if name:
+            if name not in folder.sizes():
+                there = ", ".join(quoted(each, 60) for each in folder.sizes() if each.endswith(".safetensors"))
+                raise MissingInput(f"{folder.location} has no file {quoted(name)}. There are: {there or 'none'}.")
+            if name.lower().endswith(".gguf"):
+                folder.named_file, name = name, ""
+            else:
+                folder.only = name
+        yield OpenedSource(location, subfolder, root, folder, name or None)
     finally:
         folder.close()
         root.close()
@@ -171,6 +188,7 @@ def default_output(source: str, subfolder: str | None, suffix: str) -> Path:
     # The name that the user sees: where the source is a link, its own, not that of what it leads to.
     name = Path(os.path.abspath(path)).name if path is not None else source.split("/")[-1]
     name = re.sub(r"\.gguf\Z", "", name, flags=re.IGNORECASE)
+    name = name.removesuffix(".safetensors") if real is not None and real.is_file() else name
     output = "-".join([name or "model", *(subfolder.strip("/").split("/") if subfolder else ()), suffix])
     here = Path.cwd()
     return real.parent / output if real is not None and real in (here, *here.parents) else Path(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,12 @@ def _method(settings: Settings) -> Iterator[str]:
 
 
 def _selection(settings: Settings) -> Iterator[str]:
+    yield from _unless_default(settings, "file")
+    if settings.config is not None:
+        yield from (
+            "--config",
+            os.path.basename(settings.config) if os.path.exists(settings.config) else settings.config,
+        )
     for lora in settings.loras:
         place = lora.location if lora.location.endswith(lora.file) else f"{lora.location}/{lora.file}"
         at = f"@{lora.revision}" if lora.revision else ""

@@ -60,14 +60,13 @@ class Conversion:
         measure: Callable[[Checkpoint], Measure] | None = None,
     ) -> Report:
         """Convert one model as ``plan`` plans it; ``measure`` makes what measures the loss on the way."""
-        from qz.formats.checkpoint.survey import open_checkpoint
         from qz.quantize.convert import carry_out, companion_files
         from qz.quantize.summary import summarize
 
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        checkpoint = open_checkpoint(self.source.folder, self.settings.variant)
+        checkpoint = self._checkpoint()
         self._download([checkpoint])
         self.on_progress(Progress("Planning"))
         planned = plan(checkpoint, self.settings)
@@ -78,7 +77,8 @@ class Conversion:
         if measuring is not None:
             measuring.check(planned)
         origin = self._origin(checkpoint.library, planned.architecture.class_name)
-        carried = companion_files(checkpoint, self.source.root, self.settings)
+        alone = self.source.file is not None  # what lies beside it belongs to others
+        carried = () if alone else companion_files(checkpoint, self.source.root, self.settings)
         if self.dry_run:
             part = model_part(planned, carried)
             self._refuse(target, staged_bytes([part], target), identity({"": self.source.folder}, part.carried))
@@ -114,6 +114,16 @@ class Conversion:
             return replace(done, share=self.share)
         finally:
             pipeline.close()
+
+    def _checkpoint(self) -> Checkpoint:
+        """The one model that the source is, or that its one file is."""
+        from qz.formats.checkpoint.survey import open_checkpoint
+        from qz.formats.source import open_source
+        from qz.quantize.planning.single_file import open_single_file
+
+        if self.source.file is None:
+            return open_checkpoint(self.source.folder, self.settings.variant)
+        return open_single_file(self.source.folder, self.source.file, self.settings.config, open_source)
 
     def _origin(self, library: str, architecture: str) -> Source:
         commit = self.source.folder.identity().get("commit")

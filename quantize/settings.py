@@ -66,6 +66,10 @@ class Settings:
     """Quantize the experts of MoE models, too, which transformers leaves alone and cannot load."""
     variant: str | None = None
     """Of the weight files that are read."""
+    file: str | None = None
+    """The one file of a repository or folder that is read."""
+    config: str | None = None
+    """The folder or repository of the config of a model that comes in one file."""
     allow_pickle: bool = False
     """Read pickled weights where there are no others."""
     loras: tuple[AdapterFile, ...] = ()

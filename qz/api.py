@@ -91,6 +91,8 @@ def quantize(
     output: AnyPath | None = None,
     *,
     method: Method | None = None,
+    file: str | None = None,
+    config: AnyPath | None = None,
     lora: Sequence[str] = (),
     dtype: str = "auto",
     skip: Sequence[str] = (),
@@ -134,8 +136,10 @@ def quantize(
     linears to keep, ``experts`` quantizes those of MoE models, too (load the output with ``qz.load``),
     ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"`` makes 4-bit
     weights of the same format with less error, and with less still where ``importance`` names a file of it.
-    ``lora`` names LoRAs to fuse into the weights first, each as REPO|FOLDER|FILE[:SCALE]; then the model may be one
-    that bitsandbytes quantized, whose dequantized weights they are fused into.
+    ``source`` may be one .safetensors file in a model's original names, or have such a ``file``; ``config`` names the
+    folder or repository of its config. ``lora`` names LoRAs to fuse into the weights first, each as
+    REPO|FOLDER|FILE[:SCALE]; then the model may be one that bitsandbytes quantized, whose dequantized weights they are
+    fused into.
     ``target_size`` (bytes in memory) and ``max_loss`` keep the most sensitive linears unquantized, those that the file
     ``scores`` of ``calibrate`` names; of a pipeline ``target_size`` chooses each component's method as well.
     ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
@@ -174,15 +178,19 @@ def quantize(
         scores=Path(scores) if scores is not None else None,
         split_groups=split_groups,
         variant=variant,
+        file=file,
+        config=str(config) if config is not None else None,
         allow_pickle=allow_pickle,
     )
     location = str(source)
     share = _share(part, measured=measure_loss, pushed=push is not None and not push_only)
     with (
         opened_loras(lora) as loras,
-        opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
+        opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle, file=file) as found,
     ):
         settings = replace(settings, loras=loras)
+        if config is not None and found.file is None:
+            raise UsageError("--config says what a single file is a model of. Name such a file, or leave it out.")
         to = _destination(push, push_subfolder, public, found, loras)
         publication = _publication(to, found, if_exists, on_progress, loras) if push_only else None
         conversion = Conversion(

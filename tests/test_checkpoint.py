@@ -570,6 +570,7 @@ class Remote:
     location = "org/name@0000000"
     allow_pickle = False
     named_file: str | None = None
+    only: str | None = None
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.files = files

@@ -22,6 +22,7 @@ import typer.main
 import yaml
 from safetensors.torch import save_file
 
+import original_names
 import pipelines
 import readers
 from conftest import Qz
@@ -183,6 +184,9 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changed = "transformer.transformer_blocks.0.attn.to_q"
         factors = {f"{changed}.lora_A.weight": torch.ones(2, 64), f"{changed}.lora_B.weight": torch.ones(64, 2)}
         save_file(factors, place / f"{name}.safetensors")
+    model = original_names.sd3_model().to(torch.bfloat16)
+    model.save_pretrained(place / "stable-diffusion-3.5-medium")
+    original_names.single_file(original_names.sd3_names(model.state_dict()), place / "sd3.5_medium.safetensors")
     return place
 
 

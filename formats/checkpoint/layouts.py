@@ -71,11 +71,15 @@ def original_layout(names: Iterable[str], class_name: str | None = None) -> dict
         example = next((name for name in names if layout.sign.match(name)), None)
         if example is not None:
             loader = class_name if class_name and layout.loader and "Pipeline" not in layout.loader else layout.loader
-            how = (
-                f"Open it there once with diffusers' {loader}.from_single_file(), save it with save_pretrained(), and "
+            once = (
+                f"open it there once with diffusers' {loader}.from_single_file(), save it with save_pretrained(), and "
                 "use that folder."
-                if loader
-                else "Use a repository of this model in diffusers' layout."
             )
+            if loader is None:
+                how = "Use a repository of this model in diffusers' layout."
+            elif "Pipeline" in loader:
+                how = once[0].upper() + once[1:]
+            else:
+                how = f"Name the file itself: `qz quantize FILE.safetensors` reads it. Or {once}"
             return {"tool": layout.tool, "example": quoted(example), "library": "diffusers", "how": how}
     return None

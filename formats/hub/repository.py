@@ -141,6 +141,7 @@ class HubFolder:
 
     allow_pickle = False
     named_file: str | None = None
+    only: str | None = None
 
     def __init__(
         self,
@@ -171,11 +172,11 @@ class HubFolder:
         return self._ways.bytes_received
 
     def sizes(self) -> Mapping[str, int]:
-        return {name: file.size for name, file in self._listed().items()}
+        return {name: file.size for name, file in self._listed().items() if self.only in (None, name)}
 
     def subfolders(self) -> Sequence[str]:
         self._listed()
-        return self._folders
+        return self._folders if self.only is None else ()
 
     def subfolder(self, name: str) -> HubFolder:
         if any(part in ("", ".", "..") or "\0" in part for part in name.split("/")):

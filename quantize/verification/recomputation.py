@@ -235,6 +235,8 @@ def _is_same(folder: Folder, name: str, size: int, read: Callable[[int, memoryvi
 class _ByRanges:
     """A folder of which only little is read: nothing is fetched ahead, so no file is fetched as a whole."""
 
+    only: str | None = None
+
     def __init__(self, folder: Folder) -> None:
         self._folder, self.location, self.allow_pickle = folder, folder.location, folder.allow_pickle
         self.named_file = folder.named_file

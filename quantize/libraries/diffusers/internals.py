@@ -85,3 +85,37 @@ def lora_converters() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise _unknown(error) from error
     return convert_unet_state_dict_to_peft, convert_state_dict_to_diffusers, convert_state_dict_to_peft
+
+
+def single_file_classes() -> dict[str, Any]:
+    """Name of a class → what makes its state dict of a config and of the state dict of a file in other names."""
+    try:
+        from diffusers.loaders import single_file_model
+
+        known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+        functions = {name: entry["checkpoint_mapping_fn"] for name, entry in known.items()}
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise _unknown(error) from error
+    return {name: _converter(function) for name, function in functions.items()}
+
+
+def _converter(function: Any) -> Any:
+    return lambda config, state: function(config=config, checkpoint=state)
+
+
+def needs_conversion(model_class: Any, config: Any, state: dict[str, Any]) -> bool:
+    """Whether the library would convert the state dict of a file; not if it has the class's own names already."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        own = set(model_class.from_config(dict(config)).state_dict())
+    return own != set(state)
+
+
+def default_pipeline(state: dict[str, Any]) -> str:
+    """The repository whose configs the library takes for such a state dict."""
+    try:
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    except ImportError as error:
+        raise _unknown(error) from error
+    return str(fetch_diffusers_config(state)["pretrained_model_name_or_path"])

@@ -14,6 +14,7 @@ class Documents:
 
     allow_pickle = False
     named_file: str | None = None
+    only: str | None = None
 
     def __init__(self, location: str) -> None:
         self.location = location

@@ -1,0 +1,162 @@
+"""One file in original names gives what diffusers' ``from_single_file`` and bitsandbytes make of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel, SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+
+from commands import run
+from conftest import Qz
+from hub_server import HubServer, connected
+from original_names import ltx_model, ltx_names, sd3_model, sd3_names, single_file
+from qz import HubUnreachable, MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError
+from qz.cli.quantize import quantize
+from reference import differing_tensors
+
+MODELS: dict[str, tuple[Any, Callable[[], Any], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]] = {
+    "SD3": (SD3Transformer2DModel, sd3_model, sd3_names),
+    "LTX": (LTXVideoTransformer3DModel, ltx_model, ltx_names),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    """A class of diffusers, a model of it as a folder, and the same in one file in its original names."""
+    model_class, make, renamed = MODELS[request.param]
+    return (model_class, *made(make, renamed, tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return made(sd3_model, sd3_names, tmp_path_factory.mktemp("sd3"))
+
+
+def made(make: Callable[[], Any], renamed: Any, place: Path) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    built = make().to(torch.bfloat16)
+    built.save_pretrained(place / "folder")
+    return place / "folder", single_file(renamed(built.state_dict()), place / "original.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("options", [{}, {"double_quant": True}, {"int8": True}], ids=["nf4", "double", "int8"])
+def test_a_single_file_gives_the_bytes_of_from_single_file(
+    model: tuple[Any, Path, Path], prefix: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model_class, folder, file = model
+    named = single_file(load_file(file), tmp_path / "comfy.safetensors", prefix)
+    loaded = model_class.from_single_file(str(named), config=str(folder), torch_dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "loaded")
+    run(quantize, tmp_path / "loaded", output=tmp_path / "wanted", **options)
+    report = run(quantize, named, output=tmp_path / "made", config=str(folder), **options)
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
+    assert report["source"]["architecture"] == model_class.__name__
+    assert report["left_out"] == report["warnings"] == []
+
+
+def test_a_dry_run_of_a_single_file_is_exact_and_its_record_names_the_file(
+    sd3: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, file = sd3
+    planned = run(quantize, file, output=tmp_path / "made", config=str(folder), dry_run=True)
+    done = run(quantize, file, output=tmp_path / "made", config=str(folder))
+    assert planned["bytes"] == done["bytes"]
+    about = json.loads((tmp_path / "made" / "qz.json").read_text())["about"]
+    assert about["command"][:3] == ["qz", "quantize", "original.safetensors"]
+    assert about["command"][-2:] == ["--config", "folder"]
+    assert run(quantize, file, output=tmp_path / "made", config=str(folder), if_exists="skip")["up_to_date"]
+    with pytest.raises(OutputRefused, match="different settings"):
+        run(quantize, file, output=tmp_path / "made", config=str(folder), int8=True, if_exists="skip")
+
+
+def test_the_output_of_a_file_lies_beside_it_and_takes_nothing_of_its_neighbours(
+    forked_qz: Qz, sd3: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, file = sd3
+    here = tmp_path / "models"
+    here.mkdir()
+    (here / "sd3.safetensors").write_bytes(file.read_bytes())
+    (here / "other.safetensors").write_bytes(b"not one")
+    (here / "tokenizer.json").write_text("{}")
+    done = forked_qz("quantize", "sd3.safetensors", "--config", folder, cwd=here)
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in (here / "sd3-nf4").iterdir()}
+    assert written == {"config.json", "diffusion_pytorch_model.safetensors", "qz.json"}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with connected(monkeypatch, tmp_path / "home", xet=False) as hub:
+        yield hub
+
+
+def test_a_file_of_a_repository_is_read_with_the_config_of_another(
+    hub: HubServer, sd3: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, file = sd3
+    hub.add("me/originals", {"split/sd3.safetensors": file, "split/other.safetensors": b"x"})
+    hub.add("me/sd3", {"transformer/config.json": folder / "config.json"})
+    report = run(quantize, "me/originals", output=tmp_path / "made", file="split/sd3.safetensors", config="me/sd3")
+    assert report["left_out"] == []
+    run(quantize, folder, output=tmp_path / "wanted")
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
+
+
+def test_without_a_config_the_one_that_diffusers_takes_is_named(sd3: tuple[Path, Path], tmp_path: Path) -> None:
+    _, video = made(ltx_model, ltx_names, tmp_path)
+    with pytest.raises(HubUnreachable, match=r"diffusers/LTX-Video.* with --config"):
+        run(quantize, video, output=tmp_path / "made")
+    with pytest.raises(UsageError, match="--config says what a single file"):
+        run(quantize, sd3[0], output=tmp_path / "made", config=str(sd3[0]))
+
+
+def changed(file: Path, path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, path)
+    return path
+
+
+QKV = "joint_blocks.0.x_block.attn.qkv.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda t: t.pop(QKV), Unsupported, "cannot be read as a SD3Transformer2DModel"),
+        (lambda t: t.update({QKV: torch.ones(96, 64).bfloat16()}), MalformedInput, r"to_q.weight is \(32, 64\)"),
+        (lambda t: t.update({"first_stage_model.x.weight": torch.ones(2)}), Unsupported, "holds a whole pipeline"),
+        (lambda t: t.pop("x_embedder.proj.bias"), Unsupported, r"x_embedder\.proj\.bias"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused(
+    sd3: tuple[Path, Path], change: Any, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    bad = changed(sd3[1], tmp_path / "bad.safetensors", change)
+    with pytest.raises(error, match=words):
+        run(quantize, bad, output=tmp_path / "made", config=str(sd3[0]))
+    assert not (tmp_path / "made").exists()
+
+
+def test_tensors_that_the_model_has_no_use_for_are_named(sd3: tuple[Path, Path], tmp_path: Path) -> None:
+    more = changed(sd3[1], tmp_path / "more.safetensors", lambda t: t.update({"model_ema.decay": torch.ones(1)}))
+    report = run(quantize, more, output=tmp_path / "made", config=str(sd3[0]))
+    assert any("model_ema.decay" in warning for warning in report["warnings"])
+
+
+def test_what_is_no_model_of_diffusers_is_named(tmp_path: Path, sd3: tuple[Path, Path]) -> None:
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(sd3[1].read_bytes()[:-10])
+    with pytest.raises(MalformedInput, match=r"cut\.safetensors"):
+        run(quantize, tmp_path / "cut.safetensors", config=str(sd3[0]), output=tmp_path / "made")
+    with pytest.raises(Unsupported, match="cannot be read as a SD3Transformer2DModel"):
+        run(quantize, tmp_path / "x.safetensors", config=str(sd3[0]), output=tmp_path / "made")
+    with pytest.raises(MissingInput, match=r"has no file 'none\.safetensors'"):
+        run(quantize, tmp_path, file="none.safetensors", config=str(sd3[0]), output=tmp_path / "made")
