@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from qz import IOFailed, OutputRefused
 from qz.cli import options
 from qz.cli.output import facts, show, table, took, warn
+from qz.cli.picture import bars
 from qz.cli.progress import Display, timed
 from qz.cli.report import LAYERS, lost, worst_layers
 
@@ -19,6 +23,7 @@ def compare(
     subfolder: options.SubfolderOpt = None,
     text: options.TextOpt = None,
     tokens: options.TokensOpt = None,
+    picture: options.PictureOpt = None,
     device: options.DeviceOpt = "auto",
     as_json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -28,6 +33,8 @@ def compare(
     from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries.importing import lean_imports
 
+    if picture is not None:
+        require_new(picture)
     lean_imports.forbid()  # the models run
     return_freed_memory()
     with Display(quiet=quiet) as display:
@@ -37,8 +44,26 @@ def compare(
     for warning in found.warnings:
         warn(warning)
     found = timed(found)
+    if picture is not None:
+        title = f"{PurePath(found.other).name}: relative error of what each block returns"
+        store(picture, bars(title, [(name, math.sqrt(error)) for name, error in found.blocks.items()]))
     parts = [facts(report(found)), table(LAYERS, worst_layers(found.loss))]
     show(found.as_json(), as_json=as_json, text="\n\n".join(parts))
+
+
+def require_new(path: Path) -> None:
+    """Raise OutputRefused for a file that is there, or has no folder to be in."""
+    if path.exists() or path.is_symlink():
+        raise OutputRefused(f"{path} exists. Move it away, or choose another file with --picture.")
+    if not path.parent.is_dir():
+        raise OutputRefused(f"{path.parent} is not a folder. Make it, or choose another file with --picture.")
+
+
+def store(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise IOFailed(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def report(found: Comparison) -> list[tuple[str, str]]:
@@ -55,6 +80,11 @@ def report(found: Comparison) -> list[tuple[str, str]]:
         rows.append(("perplexity", f"{found.perplexity_original:.2f} → {found.perplexity_other:.2f}"))
     if found.cosine_loss is not None:
         rows.append(("1 − cosine", f"{found.cosine_loss:.4f}, of the mean last hidden states"))
+    if found.blocks:
+        worst = max(found.blocks, key=lambda name: found.blocks[name])
+        last = math.sqrt(list(found.blocks.values())[-1])
+        most = math.sqrt(found.blocks[worst])
+        rows.append(("blocks", f"relative error {last:.4f} after the last, at most {most:.4f} (after {worst})"))
     _, _, error, ratio, largest = lost(found.loss.total)
     rows.append(("weights", f"relative error {error}, SNR {ratio}, largest error {largest}"))
     return [*rows, ("took", took(found.seconds, f"{found.device} in {found.dtype}", 0))]

@@ -581,6 +581,16 @@ TextOpt = Annotated[
         show_default=False,
     ),
 ]
+PictureOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture",
+        metavar="FILE",
+        help="Write a picture of what each block lost, as SVG, for a model card.",
+        rich_help_panel=REPORT,
+        show_default=False,
+    ),
+]
 GenerateOpt = Annotated[
     bool,
     flag(

@@ -64,6 +64,42 @@ def test_the_figures_of_a_language_model_are_those_of_the_whole_models(name: str
     assert 0.05 < found.loss.total.relative_error < 0.15
 
 
+def test_the_error_of_a_block_is_that_of_what_it_returns_in_the_whole_models(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt", 900)
+    api.quantize(folder, tmp_path / "nf4", device="cpu")
+    found = api.compare(folder, tmp_path / "nf4", text=words, tokens=600, device="cpu")
+    errors: dict[str, list[torch.Tensor]] = {}
+    one, two = whole(AutoModelForCausalLM, folder), whole(AutoModelForCausalLM, folder, tmp_path / "nf4")
+    with torch.no_grad():
+        for ids in rows_of(folder, words, 600):
+            states = [model.model(input_ids=ids, output_hidden_states=True).hidden_states for model in (one, two)]
+            for number, (before, after) in enumerate(zip(*states, strict=True)):
+                square = (after - before).double().square().sum(-1) / before.double().square().sum(-1)
+                errors.setdefault(f"model.layers.{number - 1}", []).append(square.flatten())
+    assert list(found.blocks) == ["model.layers.0", "model.layers.1"]
+    first = "model.layers.0"  # after the last block transformers gives the normalized states
+    assert found.blocks[first] == pytest.approx(float(torch.cat(errors[first]).mean()), rel=1e-3)
+
+
+def test_the_picture_is_an_svg_with_a_bar_for_each_block(forked_qz: Qz, tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    folder = model_folder("llama-untied", tmp_path / "<model>")
+    api.quantize(folder, tmp_path / "a&b", device="cpu")
+    asked = ("compare", "<model>", "a&b", "--tokens", "64", "--device", "cpu", "--picture", "blocks.svg")
+    done = forked_qz(*asked)
+    assert done.returncode == 0, done.stderr
+    drawn = ElementTree.parse(tmp_path / "blocks.svg").getroot()
+    inside = "{http://www.w3.org/2000/svg}"
+    assert drawn.tag == f"{inside}svg"
+    titles = [str(bar.text) for bar in drawn.iter(f"{inside}title")]
+    assert [title.split(":")[0] for title in titles] == ["model.layers.0", "model.layers.1"]
+    assert any("a&b" in str(text.text) for text in drawn.iter(f"{inside}text"))
+    assert forked_qz(*asked).returncode == 73
+
+
 def test_an_encoder_is_compared_by_its_last_hidden_states(tmp_path: Path) -> None:
     from transformers import BertModel
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.progress import OnProgress, Progress
+from qz.quantize.calibration.block_errors import BlockErrors
 from qz.quantize.calibration.blocks import BlockPass
 from qz.quantize.calibration.weights import Weights
 from qz.quantize.libraries.transformers.runnable import Runnable, running
@@ -47,10 +48,12 @@ def answer(
     divergence: Divergence | None,
     task: str,
     progress: OnProgress,
+    blocks: BlockErrors | None = None,
 ) -> None:
     """Run a model over sequences of token ids, to keep its answers in ``place``, or to compare them with those kept.
 
-    Raises MalformedInput for answers that are NaN, or have another shape than the kept.
+    ``blocks`` is shown what every block returns. Raises MalformedInput for answers that are NaN, or have another shape
+    than the kept.
     """
     visited: list[str] = []
 
@@ -65,10 +68,15 @@ def answer(
         else:
             add(divergence, model, place, number, values, rows[number])
 
-    steps = BlockPass(model.model, weights, tell, model.head)
-    with running(type(model.model).__name__, weights.checkpoint.folder.location):
-        weights.load_rest(steps.parts)
-        steps.run((model.arguments(torch.tensor([row])) for row in rows), used)
+    steps = BlockPass(model.model, weights, tell, model.head, blocks.entering if blocks is not None else None)
+    hooks = blocks.watch(model.model, compare=divergence is not None) if blocks is not None else []
+    try:
+        with running(type(model.model).__name__, weights.checkpoint.folder.location):
+            weights.load_rest(steps.parts)
+            steps.run((model.arguments(torch.tensor([row])) for row in rows), used)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def answered(model: Runnable, answer: Any, where: str) -> NDArray[np.float32]:

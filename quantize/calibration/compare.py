@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from qz.formats.folder import Folder
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration import text as texts
 from qz.quantize.calibration.answers import Divergence, answer
+from qz.quantize.calibration.block_errors import BlockErrors
 from qz.quantize.calibration.weights import Weights
 from qz.quantize.compute.run_device import run_device
 from qz.quantize.libraries.architecture import LoadRequest
@@ -66,10 +68,13 @@ class Comparison:
     seconds: float
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    """Block → the mean over tokens of |Δ|² / |y|²: y what it returns in the original, Δ what has changed of it."""
 
     def as_json(self) -> dict[str, Any]:
-        names = [name for name in self.__slots__ if name not in ("loss", "dry_run")]
-        return {name: getattr(self, name) for name in names} | {"loss": self.loss.as_json()}
+        names = [name for name in self.__slots__ if name not in ("loss", "dry_run", "blocks")]
+        blocks = [{"name": name, "error": error} for name, error in self.blocks.items()]
+        return {name: getattr(self, name) for name in names} | {"blocks": blocks, "loss": self.loss.as_json()}
 
 
 def compare(
@@ -111,8 +116,9 @@ def compare(
     apart = Divergence()
     with tempfile.TemporaryDirectory(prefix="qz-") as name:
         place = Path(name)
-        answer(first, Weights(original, first), rows, place, None, "Running the original", progress)
-        answer(second, Weights(other, second, sources), rows, place, apart, "Running the other", progress)
+        blocks = BlockErrors(place)
+        answer(first, Weights(original, first), rows, place, None, "Running the original", progress, blocks)
+        answer(second, Weights(other, second, sources), rows, place, apart, "Running the other", progress, blocks)
     progress(Progress("Comparing weights"))
     loss = measure.alone(plan, Settings(None, device=device))
     count = sum(map(len, rows))
@@ -133,6 +139,7 @@ def compare(
         loss,
         time.monotonic() - begun,
         few if count < wanted else (),
+        blocks=blocks.means(),
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.answers import Divergence, add, answered, keep
+from qz.quantize.calibration.block_errors import RelativeError, states_of
 from qz.quantize.calibration.blocks import BlockPass, parts_of
 from qz.quantize.calibration.rounded import rounded
 from qz.quantize.calibration.weights import Weights
@@ -38,25 +39,6 @@ class _Call:
 
 
 @dataclass(slots=True)
-class _Error:
-    """Of the squared relative errors of tokens."""
-
-    total: float = 0.0
-    tokens: int = 0
-
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Both [tokens, features]."""
-        size = before.double().square().sum(-1)
-        error = (after.double() - before.double()).square().sum(-1)
-        self.total += float((error / size.clamp_min(torch.finfo(torch.float64).tiny)).sum())
-        self.tokens += len(before)
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.tokens if self.tokens else 0.0
-
-
-@dataclass(slots=True)
 class _Scorer:
     """Quantizes what each batch wants quantized, and scores the linears of a block when all have gone through it.
 
@@ -70,7 +52,7 @@ class _Scorer:
     """Path → the weights in it that are quantized."""
     outside: tuple[str, ...]
     """Those in no block."""
-    errors: dict[str, _Error] = field(default_factory=dict)
+    errors: dict[str, RelativeError] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
     both: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
@@ -95,7 +77,7 @@ class _Scorer:
 
     def watch(self) -> None:
         """Begin to listen to the model."""
-        self.errors = {name: _Error() for names in (*self.blocks.values(), self.outside) for name in names}
+        self.errors = {name: RelativeError() for names in (*self.blocks.values(), self.outside) for name in names}
         for path in self.blocks:
             block = self.model.model.get_submodule(path)
             self.handles.append(block.register_forward_pre_hook(self._note, with_kwargs=True))
@@ -252,14 +234,7 @@ def _is_conv1d(model: Runnable, weight: str) -> bool:
 
 def _run(block: Any, call: _Call) -> torch.Tensor:
     """What a block makes of its hidden states, [tokens, features]."""
-    output = block(*_copied(call.args), **_copied(call.kwargs))
-    if not torch.is_tensor(output):
-        output = next(each for each in (output.values() if hasattr(output, "values") else output) if _is_states(each))
-    return output.flatten(0, -2)  # type: ignore[no-any-return]
-
-
-def _is_states(value: Any) -> bool:
-    return torch.is_tensor(value) and value.is_floating_point() and value.ndim > 1
+    return states_of(block(*_copied(call.args), **_copied(call.kwargs)))
 
 
 def _copied(value: Any) -> Any:
