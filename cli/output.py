@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -21,6 +21,8 @@ from qz import IOFailed
 from qz.cli.streams import tell
 from qz.redaction import redact
 
+AT_ONCE = 1000
+"""Elements of a list that become text at a time."""
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
 
@@ -207,9 +209,10 @@ def show(value: object, *, as_json: bool, text: str, done: str = "") -> None:
 
     ``done``: what holds although stdout cannot take the report, for the IOFailed that says so.
     """
-    rendered = as_json_text(value) if as_json else redact(text)
     try:
-        sys.stdout.write(rendered + "\n")
+        for piece in json_pieces(value) if as_json else (redact(text),):
+            sys.stdout.write(piece)
+        sys.stdout.write("\n")
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -218,10 +221,27 @@ def show(value: object, *, as_json: bool, text: str, done: str = "") -> None:
         raise IOFailed(f"{told} {done}" if done else f"{told} Send it elsewhere, and run the command again.") from error
 
 
-def as_json_text(value: object) -> str:
-    """``value`` (dataclasses, tuples, paths too) as one JSON object: one line, but indented on a terminal."""
-    indent = 2 if sys.stdout.isatty() else None
-    return redact(json.dumps(jsonable(value), indent=indent, allow_nan=False))
+def json_pieces(value: object) -> Iterator[str]:
+    """``value`` (dataclasses, tuples, paths too) as one JSON object: one line, but indented on a terminal.
+
+    Piece by piece: the text of hundreds of thousands of tensors is never there as a whole.
+    """
+    if sys.stdout.isatty() or not isinstance(value, Mapping):
+        indent = 2 if sys.stdout.isatty() else None
+        yield redact(json.dumps(jsonable(value), indent=indent, allow_nan=False))
+        return
+    before = "{"
+    for key, item in value.items():
+        yield f"{before}{json.dumps(str(key))}: "
+        before = ", "
+        if not isinstance(item, list | tuple) or hasattr(item, "_asdict") or len(item) <= AT_ONCE:
+            yield redact(json.dumps(jsonable(item), allow_nan=False))
+            continue
+        for start in range(0, len(item), AT_ONCE):
+            batch = redact(json.dumps(jsonable(item[start : start + AT_ONCE]), allow_nan=False))
+            yield ("[" if not start else ", ") + batch[1:-1]
+        yield "]"
+    yield "{}" if before == "{" else "}"
 
 
 def jsonable(value: object) -> Any:

@@ -19,7 +19,19 @@ from hypothesis import strategies as st
 
 from pace import HANG
 from qz.cli import app, output
-from qz.cli.output import Column, display_width, duration, facts, jsonable, markdown_table, percent, plain, size, table
+from qz.cli.output import (
+    Column,
+    display_width,
+    duration,
+    facts,
+    json_pieces,
+    jsonable,
+    markdown_table,
+    percent,
+    plain,
+    size,
+    table,
+)
 from qz.cli.progress import Display
 from qz.progress import Progress
 
@@ -257,3 +269,12 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
     os.close(leader)
     assert "━" in shown.getvalue().decode()
     assert shown.getvalue().rstrip().endswith(b"\x1b[2K")
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 1001, 2500])
+def test_a_report_that_is_written_in_pieces_is_the_same_text(count: int) -> None:
+    value = {"a": 1, "tensors": [{"name": f"t{n}", "shape": (n, 2)} for n in range(count)], "é": ("x",), "last": {}}
+    pieces = list(json_pieces(value))
+    assert "".join(pieces) == json.dumps(jsonable(value))
+    assert max(map(len, pieces)) < 60_000
+    assert "".join(json_pieces({})) == "{}"
