@@ -48,7 +48,12 @@ def open_source(
         try:
             folder = open_repo(source, revision=revision, cached=cached)
         except (HubUnreachable, MissingInput) as error:
-            raise type(error)(f"{error} There is no local folder {source} either.") from error
+            from huggingface_hub import is_offline_mode
+
+            # A name without an owner is a folder's, but for a few old repositories: offline, it names nothing.
+            nothing = "/" not in source and is_offline_mode()
+            kind = MissingInput if nothing else type(error)
+            raise kind(f"{error} There is no local folder {source} either.") from error
     else:
         shown = quoted(source) if len(source) > LONGEST_REPO_ID or not source.strip() else source
         raise MissingInput(f"{shown} does not exist. Give a local folder, or a repository on the Hub as USER/NAME.")

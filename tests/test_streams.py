@@ -64,6 +64,7 @@ def test_a_run_without_streams_makes_the_same_output(made: Path, tmp_path: Path,
         ("inspect nosuch/a/b --json >&-", 66),
         ("inspect nosuch/a/b >&- 2>&-", 66),
         ("inspect nosuch/a/b 2>/dev/full", 66),
+        ("inspect nosuch 2>&-", 66),
     ],
 )
 def test_a_closed_stream_does_not_change_how_a_command_ends(made: Path, command: str, code: int) -> None:
