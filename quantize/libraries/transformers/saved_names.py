@@ -47,9 +47,9 @@ def saved_tensors(
     reverted = _revert(model, {name: tensor for name, (_, _, _, tensor) in entries.items()})
     notes: tuple[str, ...] = ()
     names = {by_identity[id(tensor)]: name for name, tensor in reverted.items() if id(tensor) in by_identity}
-    if method is not None and (reason := _unusable(entries, names)) is not None:
-        notes = (f"saved under the model's own parameter names: the checkpoint's names would {reason}",)
-        names = _own_names(model, entries, method)
+    if method is not None and (reason := _unusable(_Reloaded.of(model, entries, method), names)) is not None:
+        notes = (f"saved under the model's own parameter names: {reason}",)
+        names = _own_names(_Reloaded.of(model, entries, method))
         reverted = {names[name]: entries[name][3] for name in sorted(entries, key=dot_natural_key)}
     merged = _merged(model, {name: entries[name][3] for name in entries if name not in names}, origins)
     saved = []
@@ -75,43 +75,65 @@ def saved_tensors(
     return tuple(saved), notes
 
 
-def _unusable(entries: Entries, names: Mapping[str, str]) -> str | None:
+@dataclass(frozen=True, slots=True)
+class _Reloaded:
+    """Under which names the library finds the parts of quantized weights again."""
+
+    model: Model
+    entries: Entries
+    loaded: LoadedNames
+
+    @classmethod
+    def of(cls, model: Model, entries: Entries, method: Method) -> _Reloaded:
+        return cls(model, entries, LoadedNames.of(model, model.state_dict(), loading_quantizer(method.config())))
+
+    def comes_back(self, saved: str, name: str) -> bool:
+        """Whether what is called ``name`` in the model is loaded as that, or with its weight, from ``saved``."""
+        owner, part, _, _ = self.entries[name]
+        found, pattern = self.loaded.after_loading(saved)
+        return found == (owner if part else name) and not (part and pattern is None)
+
+
+def _unusable(reloaded: _Reloaded, names: Mapping[str, str]) -> str | None:
     """What keeps the checkpoint's ``names``, by the model's own, from being the output's; None if nothing does."""
-    for name, (owner, part, _, _) in entries.items():
-        if part and name not in names:
-            return "merge quantized tensors"
-        if part.startswith("weight.") and names[name] != names[owner] + part.removeprefix("weight"):
-            return "part quantized weights from their scales"
-        if part and names[name].rpartition(".")[0] != names[owner].rpartition(".")[0] and "." not in part:
-            return "part quantized weights from their scales"
+    for name, (owner, part, _, _) in reloaded.entries.items():
+        if not part:
+            continue
+        if name not in names:
+            return "the checkpoint's names would merge quantized tensors"
+        suffix = part.removeprefix("weight")
+        together = names[name] == names[owner] + suffix if suffix.startswith(".") else _module(names, name, owner)
+        if not together:
+            return "the checkpoint's names would part quantized weights from their scales"
+        if not reloaded.comes_back(names[name], name):
+            return f"transformers would not find {name} again under the checkpoint's name for it"
     return None
 
 
-def _own_names(model: Model, entries: Entries, method: Method) -> dict[str, str]:
+def _module(names: Mapping[str, str], name: str, owner: str) -> bool:
+    """Whether two tensors are saved as those of one module."""
+    return names[name].rpartition(".")[0] == names[owner].rpartition(".")[0]
+
+
+def _own_names(reloaded: _Reloaded) -> dict[str, str]:
     """The names to save by where the checkpoint's will not do: the model's own, or as they were before the renamings
     that loading applies; the same way for all parts of a weight. Raises Unsupported if neither comes back."""
-    loaded = LoadedNames.of(model, model.state_dict(), loading_quantizer(method.config()))
+    model, entries = reloaded.model, reloaded.entries
     reverse = [entry.reverse_transform() for entry in weight_conversions(model)[::-1]]
     undone = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
     groups: dict[str, list[str]] = defaultdict(list)
     for name, (owner, part, _, _) in entries.items():
         groups[owner if part else name].append(name)
-
-    def comes_back(saved: str, name: str) -> bool:
-        owner, part, _, _ = entries[name]
-        found, pattern = loaded.after_loading(saved)
-        return found == (owner if part else name) and not (part and pattern is None)
-
     found: dict[str, str] = {}
     for members in groups.values():
         own = {name: name for name in members}
         before = {name: str(rename_source_key(name, undone, [], reverse=True)[0]) for name in members}
         for names in (own, before):
-            if all(comes_back(saved, name) for name, saved in names.items()):
+            if all(reloaded.comes_back(saved, name) for name, saved in names.items()):
                 found |= names
                 break
         else:
-            lost = next(name for name in members if not comes_back(name, name))
+            lost = next(name for name in members if not reloaded.comes_back(name, name))
             raise Unsupported(
                 f"{type(model).__name__} cannot be quantized: transformers would load {lost} under another name than "
                 "it is saved by, and leave it out."
