@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write docs/reference/models.md from all results")
     parser.add_argument("--page-only", action="store_true", help="write the page from the results of earlier runs")
     asked = parser.parse_args()
+    if asked.page or asked.page_only:
+        _require_pins()
     rows = _read(asked.results) if not asked.slice else []
     if not asked.page_only:
         rows += _run(asked, {(row["library"], row["kind"], row["architecture"]) for row in rows})
@@ -52,6 +55,14 @@ def main() -> int:
     counts = Counter("fault" if row["faults"] else row["result"] for row in rows)
     print(", ".join(f"{result}: {count:,}" for result, count in counts.most_common()))
     return 1 if faults else 0
+
+
+def _require_pins() -> None:
+    """The page speaks of the versions that constraints.txt pins."""
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8")
+    for package in ("transformers", "diffusers", "bitsandbytes"):
+        if f"{package}=={version(package)}\n" not in pins:
+            sys.exit(f"{package} {version(package)} is not the version in constraints.txt: no page is made of it")
 
 
 def _run(asked: argparse.Namespace, done: set[tuple[str, str, str]]) -> list[dict[str, Any]]:

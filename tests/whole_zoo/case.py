@@ -22,7 +22,7 @@ from qz.quantize.inspection.model import inspect_model, read_folder
 from qz.quantize.inspection.report import Origin
 from reference import config_of, dequantized_by_bitsandbytes, differing_files, differing_tensors, tensors_of
 from whole_zoo.inputs import Inputs, inputs_that_run
-from whole_zoo.oracles import LIBRARIES, Library, differing_values, loads_back
+from whole_zoo.oracles import LIBRARIES, Library, differ_in_dtype_only, differing_values, loads_back
 
 METHODS = ("nf4", "int8")
 SAMPLED = {"fp4": 8, "nf4-double": 8}
@@ -45,6 +45,10 @@ KNOWN = {
         "nemo_speechlm",
         "footprint",
     ): "told 3 % too much: the library loads parts of the output in another dtype than it says",
+    (
+        "xlnet",
+        "footprint",
+    ): "told 4 % too much: the library loads parts of the output in another dtype than it says",
 }
 """Differences that are understood, by kind and the beginning of the fault."""
 
@@ -166,7 +170,7 @@ def _compare(row: Row, model: Any, inputs: Inputs, source: Path, folder: Path) -
         library.save(theirs, reference, own_names=own_names)
     except Exception as error:
         row.result, row.why = "the library fails", one_line(f"{type(error).__name__}: {error}")
-        theirs = None
+        theirs, others = None, []
     else:
         if row.method.endswith("-double"):  # how long a mean is as text decides the order in a file
             others = differing_tensors(reference, output)
@@ -183,7 +187,11 @@ def _compare(row: Row, model: Any, inputs: Inputs, source: Path, folder: Path) -
     if loaded.get_memory_footprint() != summary.footprint_after:
         row.faults.append(f"footprint {summary.footprint_after:,} told, {loaded.get_memory_footprint():,} loaded")
     if theirs is not None:
-        row.faults += [f"another value: {name}" for name in differing_values(theirs, loaded)[:3]]
+        values = differing_values(theirs, loaded)
+        if values and not others and differ_in_dtype_only(theirs, loaded, values):
+            row.result, row.why = "known difference", "the library loads what it writes in another dtype than it had"
+        else:
+            row.faults += [f"another value: {name}" for name in values[:3]]
         _in_child(row, folder, lambda row: _run(row, model, theirs, loaded, inputs, kept=kept))
     mark(source.parent, row.method, "in qz inspect and qz dequantize")
     with closing(LocalFolder(output)) as opened:

@@ -31,7 +31,7 @@ def build_components(pipeline_class: Any, folder: Path) -> dict[str, Any]:
 
 
 _MAIN = ("transformer", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_LEFT_OUT = ("safety_checker", "image_encoder", "watermarker")
+_LEFT_OUT = ("safety_checker", "watermarker")
 """Pipelines take None for these."""
 
 
@@ -92,6 +92,8 @@ def _made(name: str, kind: Any, folder: Path, is_xl: bool) -> Any:
         return _tokenizer(transformers.Qwen2Tokenizer if kind is transformers.AutoTokenizer else kind, folder / name)
     if issubclass(kind, transformers.ProcessorMixin):
         raise NotBuilt("a processor of several parts")
+    if "CLIPImageProcessor" in kind.__name__:
+        return kind(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return kind()
 
 

@@ -137,6 +137,8 @@ def _of_transformers(
     if {"input_ids", "pixel_values"} <= known:
         for image in images:
             yield {**others, "input_ids": ids, "pixel_values": image, **decoder}
+    if "inputs_embeds" in known and _number(sizes.get("hidden_size")):
+        yield {**others, "inputs_embeds": _random(1, LENGTH, sizes["hidden_size"])}
     if {"input_ids", "bbox"} <= known:
         yield {**others, "input_ids": ids, "bbox": torch.ones(1, LENGTH, 4, dtype=torch.long)}
 

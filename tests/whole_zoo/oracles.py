@@ -81,6 +81,17 @@ def differing_values(wanted: Any, found: Any) -> list[str]:
     return [name for name, value in wanted.state_dict().items() if name not in held or not _same(held[name], value)]
 
 
+def differ_in_dtype_only(wanted: Any, found: Any, names: list[str]) -> bool:
+    """Whether each of these values is the other one, cast."""
+    mine, theirs = wanted.state_dict(), found.state_dict()
+    return all(
+        name in theirs
+        and mine[name].shape == theirs[name].shape
+        and torch.equal(mine[name].to(theirs[name].dtype), theirs[name])
+        for name in names
+    )
+
+
 def _same(one: Any, other: Any) -> bool:
     """Whether two entries of a state dict are the same bits, or what tensors have beside them."""
     if not torch.is_tensor(one) or not torch.is_tensor(other):

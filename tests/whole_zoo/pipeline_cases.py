@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import time
 import zlib
@@ -20,7 +21,8 @@ from whole_zoo.components import build_components
 
 METHODS = ("nf4", "int8")
 MOST_PARAMETERS = 60_000_000
-SECONDS = 30
+_PICTURES = ("image", "video", "mask_image", "control_image", "adapter_image", "class_labels", "ip_adapter_image")
+SECONDS = 40
 """CPU time for finding a call."""
 
 
@@ -28,7 +30,11 @@ def cases() -> Iterator[Case]:
     """Every pipeline class at diffusers' top level, in an order that is the same on every day."""
     import diffusers
 
-    names = [name for name in dir(diffusers) if name.endswith("Pipeline") and name != "DiffusionPipeline"]
+    names = [
+        name
+        for name in dir(diffusers)
+        if name.endswith("Pipeline") and "Modular" not in name and name != "DiffusionPipeline"
+    ]
     for name in sorted(names, key=lambda name: zlib.crc32(name.encode())):
         yield Case("diffusers pipeline", name, name, _rows)
 
@@ -52,6 +58,7 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
         pipeline = pipeline_class(**components)
         pipeline.save_pretrained(source)
         pipeline = pipeline_class.from_pretrained(source, torch_dtype=torch.bfloat16)
+        models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     except Exception as error:  # a class may raise anything for components that do not fit each other
         told = str(error) if isinstance(error, NotBuilt) else f"{type(error).__name__}: {error}"
         yield case.row(result="not built", why=told)
@@ -177,8 +184,13 @@ def _arguments_that_run(pipeline: Any) -> tuple[dict[str, Any] | None, str]:
         every = {"prompt": "a cat", "height": side, "width": side, "num_inference_steps": 2, "output_type": "latent"}
         every |= {"max_sequence_length": 16, "num_frames": 5, "image": image, "mask_image": mask, "class_labels": [1]}
         every |= {"source_prompt": "a cat", "control_image": image, "adapter_image": image, "video": [image] * 5}
-        few = [name for name in every if name in known and (name in required or name not in ("image", "video"))]
-        for names in (few, [name for name in every if name in known]):
+        every |= {name: image for name in known if re.fullmatch(r"(?:\w+_)?image", name) and name not in every}
+        few = [name for name in every if name in known and (name in required or name not in _PICTURES)]
+        for names in (
+            few,
+            [*few, *({"image", "control_image"} & known.keys())],
+            [name for name in every if name in known],
+        ):
             for kind in ("latent", "pt"):
                 arguments = {name: every[name] for name in names}
                 if "output_type" in arguments:
