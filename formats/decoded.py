@@ -52,7 +52,7 @@ class Columns:
     """Codes of the transposed matrix in 32-bit words, with a scale and a zero point for each column of it and group.
 
     The value [n, k] has the code [k, n] and the scale [group of k, n]. ``packed``: along which of code's dimensions a
-    word goes: GPTQ packs ``rows`` (k), AWQ ``columns`` (n) in the order 0 2 4 6 1 3 5 7. ``bits``: 2, 4 or 8 of a code.
+    word goes: GPTQ packs ``rows`` (k), AWQ ``columns`` (n) in the order 0 2 4 6 1 3 5 7. ``bits``: 2, 3, 4 or 8 a code.
     ``zero_offset``: added to the stored zero points. ``group``: columns that share a scale, unless ``GROUPS`` says.
     """
 

@@ -112,12 +112,11 @@ def said_by_compressed_tensors(form: str, weights: Mapping[str, Any]) -> dict[st
 
 def words(codes: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
     """Codes packed along the last dimension into int32, the first in the lowest bits, or in the places of ``order``."""
-    factor = 32 // bits
-    places = order or tuple(range(factor))
-    grouped = codes.long().reshape(*codes.shape[:-1], -1, factor)
-    packed = sum(grouped[..., code] << (bits * place) for place, code in enumerate(places))
-    assert isinstance(packed, torch.Tensor)
-    return packed.to(torch.uint32).view(torch.int32)
+    if order is not None:
+        codes = codes.reshape(*codes.shape[:-1], -1, len(order))[..., list(order)].flatten(-2)
+    stream = codes.long().unsqueeze(-1) >> torch.arange(bits) & 1
+    thirty_two = stream.reshape(*codes.shape[:-1], -1, 32)
+    return (thirty_two << torch.arange(32)).sum(-1).to(torch.uint32).view(torch.int32)
 
 
 def gptq(state: State, bits: int, group: int, version: str = "gptq", order: bool = False) -> State:

@@ -127,7 +127,7 @@ def test_the_experts_of_gpt_oss(gpt_oss: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "desc_act"])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq(plain: Path, tmp_path: Path, bits: int, version: str, order: bool) -> None:
     expected: State = {}
 

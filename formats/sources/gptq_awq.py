@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from qz.formats.checkpoint.survey import StoredTensor
     from qz.formats.sources.encoded import Reading
 
-_GPTQ_BITS = (2, 4, 8)
+_GPTQ_BITS = (2, 3, 4, 8)
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0}
 """What is added to a stored zero point."""
 
 
 def read_gptq(reading: Reading) -> None:
-    """Take every weight that GPTQ packed, of 2, 4 or 8 bits, in the original format or ``gptq_v2``."""
+    """Take every weight that GPTQ packed, of 2, 3, 4 or 8 bits, in the original format or ``gptq_v2``."""
     bits, settings = reading.settings.get("bits"), reading.settings
     said = str(settings.get("checkpoint_format", settings.get("format")) or "gptq")
     if bits not in _GPTQ_BITS or said not in _GPTQ_FORMATS:
@@ -68,7 +68,7 @@ def _take(reading: Reading, name: str, layout: Columns) -> None:
 def _shape(parts: dict[str, StoredTensor], layout: Columns) -> tuple[int, int] | None:
     """(out, in) of the weight; None if its parts do not fit together."""
     codes, scale, zero, order = parts[CODES], parts[SCALE], parts[ZERO_POINT], parts.get(GROUPS)
-    factor = 32 // layout.bits
+    bits = layout.bits
     if any(len(part.shape) != 2 or 0 in part.shape for part in (codes, scale, zero)):
         return None
     if codes.dtype != "I32" or zero.dtype != "I32" or scale.dtype not in ("F16", "BF16", "F32"):
@@ -76,12 +76,12 @@ def _shape(parts: dict[str, StoredTensor], layout: Columns) -> tuple[int, int] |
     rows = scale.shape[1]
     along = order.shape[0] if order is not None and len(order.shape) == 1 else None
     if layout.packed == "rows":
-        columns = along or codes.shape[0] * factor
-        fits = codes.shape == (-(-columns // factor), rows)
+        columns = along or codes.shape[0] * 32 // bits
+        fits = codes.shape == (-(-columns * bits // 32), rows)
     else:
         columns = codes.shape[0]
-        fits = codes.shape == (columns, rows // factor) and rows % factor == 0
-    fits = fits and zero.shape == (scale.shape[0], -(-rows // factor))
+        fits = codes.shape == (columns, rows * bits // 32) and rows * bits % 32 == 0
+    fits = fits and zero.shape == (scale.shape[0], -(-rows * bits // 32))
     if order is not None:
         fits = fits and order.dtype == "I32" and along == columns
     elif columns % scale.shape[0]:

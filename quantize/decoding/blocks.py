@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from qz.quantize.compute.arrays import Bytes, Memory
 
 
+PIECE = 1 << 16
+"""Values that are dequantized at a time."""
+
+
 class BlocksReader:
     """Whole blocks, or whole rows where they come in another order; a tensor that is arranged otherwise, as a whole."""
 
@@ -73,8 +77,13 @@ def dequantized(codes: Bytes, blocks: Blocks) -> Floats:
         return codes.view({0: np.float32, 1: np.float16, 28: np.float64}[blocks.type]).astype(np.float32)
     from gguf import GGMLQuantizationType, dequantize
 
-    found: Any = dequantize(codes, GGMLQuantizationType(blocks.type))
-    return np.ascontiguousarray(found, np.float32).reshape(-1)
+    values = np.empty(codes.size // blocks.width * blocks.values, np.float32)
+    step = max(1, PIECE // blocks.values)
+    rows = codes.reshape(-1, blocks.width)
+    for start in range(0, len(rows), step):  # its temporaries then stay in the cache
+        piece: Any = dequantize(rows[start : start + step], GGMLQuantizationType(blocks.type))
+        values[start * blocks.values :][: piece.size] = piece.reshape(-1)
+    return values
 
 
 def _runs(rows: NDArray[np.int64]) -> list[tuple[int, int, int]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Columns, Decoded
+from qz.quantize.decoding.codes import Floats, unpack_rows
 from qz.quantize.decoding.groups import group_indexes
 from qz.quantize.decoding.parts import Parts
 
@@ -26,49 +29,56 @@ class ColumnsReader:
         self.tensor, self.layout = tensor, layout
         self.parts = Parts(folder, tensor)
         self.columns = tensor.shape[1]
-        self.factor = 32 // layout.bits
-        self.unit = max(self.columns, 1) * self.factor
+        self.unit = max(self.columns, 1) * (32 // math.gcd(32, layout.bits))
 
     def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
-        first, last = start // self.columns, -(-stop // self.columns)
-        words = slice(first // self.factor, -(-last // self.factor))
-        rows = slice(first, last)
-        codes = self._codes(words, rows)
-        scales = self.parts.as_floats(self.parts.array(SCALE)[:, rows], SCALE)
-        zeros = self._zeros(words, last - first)
-        values = codes.astype(np.float32)
-        if GROUPS in self.tensor.parts:
-            of = group_indexes(self.parts, len(scales))
-        else:
-            of = np.arange(self.columns) // self.layout.group
-        values -= zeros[of]
-        values *= scales[of]
-        return self.parts.rounded(np.ascontiguousarray(values.T), target, memory)
+        rows = slice(start // self.columns, -(-stop // self.columns))
+        words = slice(rows.start * self.layout.bits // 32, -(-rows.stop * self.layout.bits // 32))
+        values = memory("decoded", (stop - start) * 4).view(np.float32).reshape(-1, self.columns)
+        np.copyto(values, self._codes(words, rows))
+        scales = self.parts.as_floats(self.parts.array(SCALE)[:, rows].T, SCALE)
+        self._spread(np.subtract, values, self._zeros(words, rows.stop - rows.start))
+        self._spread(np.multiply, values, scales)
+        return self.parts.rounded(values, target, memory)
+
+    def _spread(self, operation: np.ufunc, values: Floats, of_groups: Floats) -> None:
+        """``values`` = operation(values, of_groups), where (rows, groups) holds for the columns of each group."""
+        if self._irregular is not None:
+            operation(values, of_groups[:, self._irregular], out=values)
+            return
+        grouped = values.reshape(len(values), -1, self.columns // of_groups.shape[1])
+        operation(grouped, of_groups[:, :, None], out=grouped)
+
+    @cached_property
+    def _irregular(self) -> NDArray[Any] | None:
+        """The group of each column, where they are not stretches of the same length."""
+        groups = self.tensor.parts[SCALE].shape[0]
+        if GROUPS not in self.tensor.parts:
+            return None
+        found = group_indexes(self.parts, groups)
+        regular = np.repeat(np.arange(groups), -(-self.columns // groups))[: self.columns]
+        return None if self.columns % groups == 0 and np.array_equal(found, regular) else found
 
     def _codes(self, words: slice, rows: slice) -> NDArray[Any]:
-        """(columns of the weight, rows) of codes."""
-        stored = self.parts.array(CODES)
+        """(rows, columns) of codes."""
+        stored, bits = self.parts.array(CODES), self.layout.bits
         if self.layout.packed == "columns":
-            return self._unpacked(stored[:, words], rows.stop - rows.start)
-        taken = stored[:, rows].view(np.uint32)
-        codes = np.empty((taken.shape[0], self.factor, taken.shape[1]), np.uint8)
-        for place in range(self.factor):
-            codes[:, place] = taken >> np.uint32(place * self.layout.bits) & np.uint32((1 << self.layout.bits) - 1)
-        return codes.reshape(-1, taken.shape[1])[: self.columns]
+            return self._across(stored[:, words], rows.stop - rows.start).T
+        taken = np.ascontiguousarray(stored[:, rows].T)  # a row is now one stream of bits
+        return unpack_rows(taken.view(np.uint8), bits, self.columns)
 
-    def _zeros(self, words: slice, count: int) -> NDArray[np.float32]:
-        """(groups, rows) of zero points."""
+    def _zeros(self, words: slice, count: int) -> Floats:
+        """(rows, groups) of zero points."""
         mask = (1 << self.layout.bits) - 1
-        if ZERO_POINT not in self.tensor.parts:
-            return np.full((self.parts.array(SCALE).shape[0], count), (mask + 1) // 2, np.float32)
-        zeros = self._unpacked(self.parts.array(ZERO_POINT)[:, words], count).astype(np.int32)
-        return (zeros + self.layout.zero_offset & mask).astype(np.float32)
+        zeros = self._across(self.parts.array(ZERO_POINT)[:, words], count).astype(np.int32)
+        return np.ascontiguousarray((zeros + self.layout.zero_offset & mask).T, np.float32)
 
-    def _unpacked(self, taken: NDArray[Any], count: int) -> NDArray[np.uint8]:
-        """Words that go along the weight's rows, one row of them for each of the stored ones."""
-        words = np.ascontiguousarray(taken).view(np.uint32)
-        codes = np.empty((words.shape[0], words.shape[1], self.factor), np.uint8)
-        for place in range(self.factor):
-            to = _AWQ_ORDER[place] if self.layout.packed == "columns" and self.layout.bits == 4 else place
-            codes[:, :, to] = words >> np.uint32(place * self.layout.bits) & np.uint32((1 << self.layout.bits) - 1)
-        return codes.reshape(words.shape[0], -1)[:, :count]
+    def _across(self, taken: NDArray[Any], count: int) -> NDArray[np.uint8]:
+        """Codes of words that go along the weight's rows, one row of them for each of the stored ones."""
+        bits, words = self.layout.bits, np.ascontiguousarray(taken)
+        codes = unpack_rows(words.view(np.uint8), bits, words.shape[1] * 32 // bits)
+        if self.layout.packed == "columns":
+            ordered = np.empty_like(codes).reshape(len(codes), -1, len(_AWQ_ORDER))
+            ordered[:, :, _AWQ_ORDER] = codes.reshape(ordered.shape)
+            codes = ordered.reshape(codes.shape)
+        return codes[:, :count]
