@@ -293,8 +293,11 @@ class _Survey:
         """Every tensor; one that lies in two shards is taken from the one that the index names."""
         tensors: dict[str, StoredTensor | Decoded] = {}
         for file in files:
-            for tensor in _stored(headers[file], file) if file in headers else ():
-                name = tensor.name
+            found = {tensor.name: tensor for tensor in _stored(headers[file], file)} if file in headers else {}
+            if tensors.keys().isdisjoint(found):
+                tensors |= found
+                continue
+            for name, tensor in found.items():
                 if name in tensors:
                     self.problems.add(
                         "tensor-twice", quoted(name), name=quoted(name), first=tensors[name].file, second=file

@@ -79,19 +79,18 @@ def values(
     )
     found = []
     for tensor in listed:
-        linear = (
-            len(tensor.shape) == 2
-            and tensor.dtype in WIDTHS
-            and tensor.name.endswith(".weight")
-            and rule.is_linear(tensor.name.removesuffix(".weight"), tensor)
-        )
-        dtype = rule.dtype(tensor.name) if tensor.dtype in WIDTHS else tensor.dtype
-        if dtype == tensor.dtype and not linear:
+        name, stored, shape, nbytes, _ = tensor
+        if stored not in WIDTHS:
             found.append(tensor)
             continue
-        nbytes = tensor.nbytes if dtype == tensor.dtype else tensor.elements * WIDTHS[dtype]
-        shape = tensor.shape[::-1] if linear and rule.transposed else tensor.shape
-        found.append(Value(tensor.name, dtype, shape, nbytes, linear))
+        linear = len(shape) == 2 and name.endswith(".weight") and rule.is_linear(name.removesuffix(".weight"), tensor)
+        dtype = rule.dtype(name)
+        if dtype == stored and not linear:
+            found.append(tensor)
+            continue
+        if dtype != stored:
+            nbytes = tensor.elements * WIDTHS[dtype]
+        found.append(Value(name, dtype, shape[::-1] if linear and rule.transposed else shape, nbytes, linear))
     return tuple(found)
 
 
