@@ -12,7 +12,7 @@ import typer
 
 from qz import UsageError, __version__
 from qz.quantize.methods import full_name
-from qz.quantize.settings import LEAST_SHARD_BYTES, IfExists, Rounding, Scales
+from qz.quantize.settings import LEAST_SHARD_BYTES, IfExists, Layout, Rounding, Scales
 
 MOST_THREADS = 1024
 
@@ -449,6 +449,16 @@ ConfigOpt = Annotated[
         autocompletion=complete_folder,
         rich_help_panel=SELECTION,
         show_default=False,
+    ),
+]
+LayoutOpt = Annotated[
+    Layout,
+    typer.Option(
+        "--layout",
+        metavar="CHOICE",
+        help="diffusers, or single-file: one file in the names of the single file that is read, for ComfyUI, Forge and "
+        "InvokeAI. For nf4 and fp4.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 LoraOpt = Annotated[

@@ -40,6 +40,7 @@ def _method(settings: Settings) -> Iterator[str]:
 
 def _selection(settings: Settings) -> Iterator[str]:
     yield from _unless_default(settings, "file")
+    yield from _unless_default(settings, "layout")
     if settings.config is not None:
         yield from (
             "--config",

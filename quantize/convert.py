@@ -28,6 +28,7 @@ from qz.quantize.planning.dequantization import dequantized_checkpoint
 from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.kept_layers import with_kept_layers
 from qz.quantize.planning.nearest import linears, refuse_unmatched
+from qz.quantize.planning.original_layout import in_original_names
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Source as TensorSource
 from qz.quantize.planning.unquantized import equal_sources, is_bitsandbytes, refuse_quantized
@@ -65,7 +66,7 @@ def plan_quantization(
     plan = plan_conversion(checkpoint, settings, component, pipeline=pipeline, pipeline_class=pipeline_class)
     if not plan.quantized:
         raise _nothing_to_quantize(plan)
-    return plan
+    return in_original_names(plan) if settings.layout == "single-file" else plan
 
 
 def plan_conversion(

@@ -19,6 +19,7 @@ LEAST_SHARD_BYTES = 1000
 IfExists = Literal["error", "skip", "overwrite"]
 """What to do where the output exists: refuse, leave one that is up to date, or replace it."""
 
+Layout = Literal["diffusers", "single-file"]
 Scales = Literal["absmax", "search"]
 Rounding = Literal["nearest", "gptq"]
 INT8_HAS_NO_SEARCH = (
@@ -66,6 +67,8 @@ class Settings:
     """Quantize the experts of MoE models, too, which transformers leaves alone and cannot load."""
     variant: str | None = None
     """Of the weight files that are read."""
+    layout: Layout = "diffusers"
+    """In which names weights are written: the library's, or those of the single file that is read."""
     file: str | None = None
     """The one file of a repository or folder that is read."""
     config: str | None = None

@@ -31,6 +31,8 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
         if settings.importance is not None:
             refined["importance"] = {"file": settings.importance.name, "sha256": sha256_of(settings.importance)}
     refined |= {name: value for name in ("file", "config") if (value := getattr(settings, name)) is not None}
+    if settings.layout != "diffusers":
+        refined["layout"] = settings.layout
     if settings.loras:
         refined["loras"] = [lora.as_json() for lora in settings.loras]
     if settings.chooses_layers:

@@ -26,7 +26,7 @@ from qz import UsageError
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import Fp4, Int8, Method, Nf4
-from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Rounding, Scales, Settings
+from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Layout, Rounding, Scales, Settings
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.adapter_file import AdapterFile
@@ -93,6 +93,7 @@ def quantize(
     method: Method | None = None,
     file: str | None = None,
     config: AnyPath | None = None,
+    layout: Layout = "diffusers",
     lora: Sequence[str] = (),
     dtype: str = "auto",
     skip: Sequence[str] = (),
@@ -137,9 +138,9 @@ def quantize(
     ``component_methods`` components with a method of their own (None: unchanged). ``scales="search"`` makes 4-bit
     weights of the same format with less error, and with less still where ``importance`` names a file of it.
     ``source`` may be one .safetensors file in a model's original names, or have such a ``file``; ``config`` names the
-    folder or repository of its config. ``lora`` names LoRAs to fuse into the weights first, each as
-    REPO|FOLDER|FILE[:SCALE]; then the model may be one that bitsandbytes quantized, whose dequantized weights they are
-    fused into.
+    folder or repository of its config, and ``layout="single-file"`` writes one file in those names. ``lora`` names
+    LoRAs to fuse into the weights first, each as REPO|FOLDER|FILE[:SCALE]; then the model may be one that bitsandbytes
+    quantized, whose dequantized weights they are fused into.
     ``target_size`` (bytes in memory) and ``max_loss`` keep the most sensitive linears unquantized, those that the file
     ``scores`` of ``calibrate`` names; of a pipeline ``target_size`` chooses each component's method as well.
     ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
@@ -178,6 +179,7 @@ def quantize(
         scores=Path(scores) if scores is not None else None,
         split_groups=split_groups,
         variant=variant,
+        layout=layout,
         file=file,
         config=str(config) if config is not None else None,
         allow_pickle=allow_pickle,
@@ -206,6 +208,10 @@ def quantize(
             publication=publication,
             share=share,
         )
+        if layout == "single-file" and found.file is None:
+            raise UsageError(
+                "--layout single-file writes the names of the file that is read: name one original .safetensors file."
+            )
         if is_pipeline(found.folder):
             if experts:
                 raise UsageError(

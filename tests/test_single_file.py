@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel, SD3Transformer2DModel
@@ -160,3 +161,50 @@ def test_what_is_no_model_of_diffusers_is_named(tmp_path: Path, sd3: tuple[Path,
         run(quantize, tmp_path / "x.safetensors", config=str(sd3[0]), output=tmp_path / "made")
     with pytest.raises(MissingInput, match=r"has no file 'none\.safetensors'"):
         run(quantize, tmp_path, file="none.safetensors", config=str(sd3[0]), output=tmp_path / "made")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_single_file_out_has_the_original_names_and_the_bytes_of_the_parts_one_after_the_other(
+    sd3: tuple[Path, Path], prefix: str, tmp_path: Path
+) -> None:
+    folder, file = sd3
+    named = single_file(load_file(file), tmp_path / "sd3.safetensors", prefix)
+    planned = run(quantize, named, output=tmp_path / "made", config=str(folder), layout="single-file", dry_run=True)
+    report = run(quantize, named, output=tmp_path / "made", config=str(folder), layout="single-file")
+    assert [path.name for path in sorted((tmp_path / "made").iterdir())] == ["qz.json", "sd3-nf4.safetensors"]
+    assert planned["bytes"] == report["bytes"]
+    ours = load_file(tmp_path / "made" / "sd3-nf4.safetensors")
+    run(quantize, folder, output=tmp_path / "parts")
+    parts = load_file(tmp_path / "parts" / "diffusion_pytorch_model.safetensors")
+    own = f"{prefix}joint_blocks.0.x_block.attn.qkv.weight"
+    for suffix in ("", ".absmax"):
+        three = [parts[f"transformer_blocks.0.attn.to_{each}.weight{suffix}"].flatten() for each in "qkv"]
+        assert torch.equal(ours[own + suffix].flatten(), torch.cat(three))
+    quantized = {name.partition(".weight.quant_state")[0] for name in ours if ".quant_state." in name}
+    assert set(load_file(named)) == {n for n in ours if not n.endswith((".absmax", ".quant_map", "__nf4"))}
+    for name, tensor in load_file(named).items():
+        path = name.removesuffix(".weight")
+        if path in quantized:
+            state = {n.removeprefix(f"{name}."): t for n, t in ours.items() if n.startswith(f"{name}.")}
+            weight = bitsandbytes.nn.Params4bit.from_prequantized(ours[name], state, device="cpu")
+            again = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+            assert weight.quant_state.shape == tensor.shape
+            wanted = bitsandbytes.functional.quantize_4bit(tensor, quant_type="nf4")
+            assert torch.equal(again, bitsandbytes.functional.dequantize_4bit(*wanted))
+        else:
+            assert torch.equal(ours[name], tensor)
+
+
+def test_a_single_file_out_is_refused_where_no_tool_reads_it(sd3: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, file = sd3
+    asked = {"output": tmp_path / "made", "config": str(folder), "layout": "single-file"}
+    for method in ({"int8": True}, {"double_quant": True}):
+        with pytest.raises(UsageError, match="without --double-quant"):
+            run(quantize, file, **asked, **method)
+    with pytest.raises(UsageError, match=r"name one original \.safetensors file"):
+        run(quantize, folder, output=tmp_path / "made", layout="single-file")
+    with pytest.raises(Unsupported, match="only some are quantized"):
+        run(quantize, file, **asked, skip=["transformer_blocks.0.attn.to_q"])
+    whole = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"]
+    run(quantize, file, **asked, skip=whole)
+    assert load_file(tmp_path / "made" / "original-nf4.safetensors")[QKV].dtype == torch.bfloat16

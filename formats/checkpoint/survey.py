@@ -68,6 +68,8 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     encoded_as: str | None = None
     left_out: tuple[str, ...] = ()
+    original: dict[str, StoredTensor] | None = None
+    """Of a single file in other names than the library's, its tensors by those names."""
 
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:

@@ -79,6 +79,7 @@ def open_single_file(folder: Folder, file: str, config_from: str | None, open_co
         sizes={file: folder.sizes()[file]},
         tensors={**{name: tensors[name] for name in left}, **own},  # what the class has no use for will be told
         header_metadata={file: dict(metadata)},
+        original=tensors,
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import QzError, Unsupported
+from qz.formats.checkpoint.problems import Problem
 from qz.formats.checkpoint.quantized import read_quantized
-from qz.formats.checkpoint.survey import survey
+from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.record import read_record
 
@@ -48,10 +49,22 @@ def require_readable(folder: Path, models: Mapping[str, str]) -> None:
 
 def _require_no_errors(folder: Folder, source: str) -> None:
     checkpoint, problems = survey(folder)
-    if checkpoint is not None:
+    alone = [name for name in folder.sizes() if name.endswith(".safetensors")]
+    if checkpoint is None and len(alone) == 1 and "config.json" not in folder.sizes():
+        checkpoint, problems = _single_file(folder, alone[0])
+    elif checkpoint is not None:
         problems += read_quantized(checkpoint)[1]
     errors = [problem.message for problem in problems if problem.severity == "error"]
     if errors or checkpoint is None:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         why = f"{errors[0]}{more}" if errors else "there is no model in it."
         raise UnreadableOutput(f"What {source} becomes could not be read back, so it was not kept: {why}")
+
+
+def _single_file(folder: Folder, file: str) -> tuple[Checkpoint, tuple[Problem, ...]]:
+    """A file for other tools, which has no config: its quant states say all."""
+    tensors, _, problems = survey_file(folder, file)
+    checkpoint = Checkpoint(folder, {}, "diffusers", None, None, (file,), {file: folder.sizes()[file]}, tensors)
+    problems += read_quantized(checkpoint)[1]
+    expected = ("original-layout", "quantization-config-missing")
+    return checkpoint, tuple(each for each in problems if each.kind not in expected)
