@@ -65,6 +65,8 @@ __all__ = [
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
     "revert_weight_conversion",
+    "saving_documents_only",
+    "shares_generation_config",
     "should_convert_module",
     "storage_of",
     "tied_weights",
@@ -176,6 +178,32 @@ def loading_quantizer(config: dict[str, Any]) -> Any:
 
     with _known_layout():
         return AutoHfQuantizer.from_config(transformers.BitsAndBytesConfig(**config), pre_quantized=True)
+
+
+def shares_generation_config(model_class: Any) -> bool:
+    """Whether a class hands parts of generation_config.json to its inner models when it is loaded."""
+    own, general = (
+        getattr(each.from_pretrained, "__func__", None) for each in (model_class, transformers.PreTrainedModel)
+    )
+    return own is not general
+
+
+@contextmanager
+def saving_documents_only() -> Iterator[None]:
+    """Inside, ``save_pretrained`` of a model writes config.json and generation_config.json, and no weights. A class may
+    do something before it, as to gather what its inner models have of a generation config."""
+
+    def save_documents(model: Any, folder: Any) -> None:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+
+    whole = transformers.PreTrainedModel.save_pretrained
+    transformers.PreTrainedModel.save_pretrained = save_documents
+    try:
+        yield
+    finally:
+        transformers.PreTrainedModel.save_pretrained = whole
 
 
 def storage_of(tensor: torch.Tensor) -> int:

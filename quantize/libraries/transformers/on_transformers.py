@@ -39,6 +39,8 @@ from qz.quantize.libraries.transformers.internals import (
     kept_in_float32,
     no_init_weights,
     remove_tied_weights_from_state_dict,
+    saving_documents_only,
+    shares_generation_config,
     should_convert_module,
     tied_weights,
 )
@@ -178,6 +180,13 @@ def _load(
         # Without initial values for weights that have none: torch would import sympy for them.
         with bars_as_found(), _temporary_folder() as folder, no_init_weights():
             logging.disable_progress_bar()
+            generation = None
+            if GENERATION_CONFIG in checkpoint.folder.sizes() and model_class.model.can_generate():
+                data = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
+                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is none
+                _store(folder / GENERATION_CONFIG, data)
+                generation = GenerationConfig.from_pretrained(folder)
+            shared = generation if shares_generation_config(model_class.model) else None
             model, info = model_class.model.from_pretrained(
                 None,
                 config=config_in_folder(checkpoint, model_class.config),
@@ -186,12 +195,10 @@ def _load(
                 dtype=request.dtype,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **({} if shared is None else {"generation_config": shared}),
             )
-            if GENERATION_CONFIG in checkpoint.folder.sizes() and model.can_generate():
-                generation = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
-                read_json(generation, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is none
-                _store(folder / GENERATION_CONFIG, generation)
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+            if generation is not None and shared is None:
+                model.generation_config = generation
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -254,9 +261,8 @@ def _documents(
     documents = {}
     with _temporary_folder() as folder:
         try:
-            model.config.save_pretrained(folder)
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
+            with saving_documents_only():
+                model.save_pretrained(folder)
         except (ValueError, TypeError, AssertionError) as error:
             raise MalformedInput(f"transformers refuses to save this configuration: {error}") from error
         except OSError as error:
