@@ -48,7 +48,7 @@ def stored(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
     return blocks.reshape(values.shape[0], -1)
 
 
-def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool = False) -> Path:
+def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool = False, experts: int = 0) -> Path:
     """A Llama of two layers with matrices of ``kind``, as llama.cpp writes it."""
     random = np.random.default_rng(1)
     writer = gguf.GGUFWriter(file, architecture)
@@ -91,6 +91,8 @@ def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool =
             writer.add_tensor(name, values.astype(np.float16))
         else:
             writer.add_tensor(name, stored(values, kind), raw_dtype=Type[kind])
+    if experts:
+        writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((experts, INNER, HIDDEN), np.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         writer.write_header_to_file()
@@ -221,6 +223,9 @@ def test_what_the_library_does_not_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     file = write_llama(tmp_path / "source/model.gguf", "TQ2_0")
     with pytest.raises(Unsupported, match=r"in ggml's type 35"):
+        quantize(file, tmp_path / "output", device="cpu")
+    write_llama(file, "Q8_0", experts=2)
+    with pytest.raises(Unsupported, match=r"merges or splits blk\.0\.ffn_gate_exps\.weight"):
         quantize(file, tmp_path / "output", device="cpu")
     shutil.move(file, tmp_path / "source/part-00001-of-00002.gguf")
     with pytest.raises(Unsupported, match="split into several files"):

@@ -104,6 +104,8 @@ def _arranged(
 ) -> tuple[StoredTensor | Decoded, str | None]:
     """The tensor under its name in the model, None if it has none there, with what the loader does to its values."""
     shape = tensor.shape
+    if len(shape) > 2 and ".ffn_" in name:  # experts: looking at what the loader does would take as much memory
+        raise _merged(name, where)
     same, new_name = _processed(processor, np.broadcast_to(np.float32(0), shape), name, names, where)
     if new_name is None:
         return tensor, None
@@ -127,12 +129,16 @@ def _processed(processor: Any, values: Any, name: str, names: Mapping[str, str],
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise Unsupported(f"{where}: transformers cannot arrange {name} ({type(error).__name__}).") from error
     if kept["tensors"] or result.name is None:
-        raise Unsupported(
-            f"{where}: transformers merges or splits {name} while it reads a GGUF file, which qz does not yet. Use the "
-            "model's original checkpoint."
-        )
+        raise _merged(name, where)
     made = None if result.weights is values else result.weights
     return made, names.get(result.name)
+
+
+def _merged(name: str, where: str) -> Unsupported:
+    return Unsupported(
+        f"{where}: transformers merges or splits {name} while it reads a GGUF file, which qz does not yet. Use the "
+        "model's original checkpoint."
+    )
 
 
 def _permutation(
