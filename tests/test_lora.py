@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from commands import run
 from conftest import Qz
+from hub_server import HubServer, connected
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
+from qz.cli.verify import verify
 from qz.formats.checkpoint.adapter_file import parse_scale
 from reference import differing_tensors, tensors_of
 
@@ -274,6 +276,36 @@ def test_a_lora_is_found_by_file_and_folder_and_what_is_none_is_named(
     (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(Unsupported, match="as a pickle only"):
         run(quantize, llama, lora=[str(tmp_path / "pickled")], dry_run=True)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with connected(monkeypatch, tmp_path / "home", xet=False) as hub:
+        yield hub
+
+
+def test_a_lora_of_a_repository_is_recorded_at_its_commit(
+    hub: HubServer, llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    files = {f"style/{path.name}": path for path in adapter.iterdir() if path.suffix in (".json", ".safetensors")}
+    hub.add("me/loras", files)
+    named = run(quantize, llama, output=tmp_path / "named", lora=["me/loras/style/adapter_model.safetensors:0.5"])
+    found = run(quantize, llama, output=tmp_path / "found", lora=["me/loras/style@main:0.5"])
+    run(quantize, llama, output=tmp_path / "wanted", lora=[f"{adapter}:0.5"])
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "named") == []
+    assert named["loras"] == found["loras"]
+    [lora] = named["loras"]
+    assert (lora["location"], len(lora["revision"])) == ("me/loras/style", 40)
+    command = json.loads((tmp_path / "named" / "qz.json").read_text())["about"]["command"]
+    assert f"me/loras/style/adapter_model.safetensors@{lora['revision']}:0.5" in command
+    with pytest.raises(MissingInput, match="me/none"):
+        run(quantize, llama, output=tmp_path / "none", lora=["me/none"])
+
+
+def test_verify_says_that_a_lora_is_not_fused_again(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    run(quantize, llama, output=tmp_path / "made", lora=[str(adapter)])
+    with pytest.raises(Unsupported, match="made with LoRAs fused into it"):
+        run(verify, tmp_path / "made", against=str(llama))
 
 
 def test_the_scale_is_what_follows_the_last_colon() -> None:

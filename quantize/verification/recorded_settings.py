@@ -14,6 +14,14 @@ from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.settings import Settings
 from qz.quantize.up_to_date import settings_fingerprint
 
+NOT_AGAIN = {
+    "loras": "with LoRAs fused into it",
+    "layout": "as a single file",
+    "file": "from one file of a repository",
+    "config": "from a single file",
+}
+"""Settings of outputs that are verified against their hashes only."""
+
 
 def recorded_settings(about: Mapping[str, Any], importance: Path | None, device: str, threads: int) -> Settings:
     """What a run needs to make the same bytes. ``importance``: the file that was used, whose hash is compared.
@@ -24,6 +32,12 @@ def recorded_settings(about: Mapping[str, Any], importance: Path | None, device:
     told = about.get("settings")
     if not isinstance(told, dict):
         raise Malformed("record-malformed", f"{RECORD} does not say with which settings the checkpoint was made.")
+    for key, what in NOT_AGAIN.items():
+        if told.get(key):
+            raise Unsupported(
+                f"It was made {what}, which is not computed again for a comparison. Run the command that {RECORD} has "
+                "once more, and compare the hashes of both outputs."
+            )
     used = told.get("importance")
     if isinstance(used, dict):
         _require_same(importance, used)
