@@ -2,45 +2,109 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
 HEAD = """# Models
 
-Model classes of the libraries, built tiny with random weights, quantized by the library and by qz, and compared, with
-transformers {transformers} and diffusers {diffusers}; `make zoo` writes this page. {tried} classes
-of {kinds} model types were tried.
+What qz does with the model classes of transformers {transformers} and diffusers {diffusers}, and with pipelines of
+diffusers: each is built small with random weights, quantized by the library and by qz, and compared. `make zoo` writes
+this page; nothing in it is written by hand. {cases:,} classes of {kinds:,} kinds were tried with nf4 and int8, some with
+fp4 and double quantization too.
 
-- **identical**: every file is byte for byte the library's, loads plainly, and `qz dequantize` gives its values back.
-  One forward pass gives the output of the library's quantized model, where an input was known and that model could run.
-- **kept on purpose**: the same, for the skip list that qz wrote: some layers cannot work quantized, see
+- **identical**: every file has the library's bytes, the output loads plainly with the values it was made of,
+  `qz inspect` finds nothing, and `qz dequantize` gives its values back. Of a pipeline, every quantized component has
+  the library's tensors, and all other files are unchanged.
+- **kept on purpose**: the same, with the skip list that qz wrote: some layers cannot work quantized, see
   [what is skipped anyway](../how-to/skip-modules.md#what-is-skipped-anyway).
-- **the model's names**: the checkpoint's names would merge packed weights, and the library's own output does not load.
-- **refused**: with the reason. **not built**: the zoo has no small model of the class, so nothing is known.
-
-Classes that are identical with every method are counted, not listed.
-
-| result, by class and method | |
-|---|---|
+- **the model's names**: under the checkpoint's names the library's own output would not load; the model's are written.
+- **known difference**: understood, and told below.
+- **the library fails**: it cannot quantize or save the class; qz's output loads.
+- **nothing to quantize**: no linear layer that bitsandbytes would quantize; qz refuses the class and says so.
+- **refused**: for the reason given. **not built**: the zoo has no small model of it, so nothing is known.
+- **differs**: for no reason that is known.
 """
+ORDER = ("identical", "kept on purpose", "the model's names", "known difference", "the library fails",
+         "nothing to quantize", "refused", "not built", "differs")  # fmt: skip
+RUNS = {
+    "equal": "equal to the library's quantized model",
+    "near": "equal to it, and near the original, with layers kept on purpose",
+    "library": "not compared: the library's quantized model fails on this CPU",
+    "none": "not compared: no input found",
+}
+TITLES = {"transformers": "Models of transformers", "diffusers": "Models of diffusers",
+          "diffusers pipeline": "Pipelines of diffusers"}  # fmt: skip
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The whole page. Rows without a word to say are counted only."""
-    counts = Counter(row["result"] if not row["faults"] else "differs" for row in rows)
-    tried = len({(row["kind"], row["architecture"]) for row in rows})
-    kinds = len({row["kind"] for row in rows})
-    text = HEAD.format(transformers=version("transformers"), diffusers=version("diffusers"), tried=tried, kinds=kinds)
-    text += "".join(f"| {result} | {count:,} |\n" for result, count in counts.most_common())
-    text += "\n| class | method | result | why |\n|---|---|---|---|\n"
-    for row in sorted(rows, key=lambda row: (row["architecture"], row["method"])):
-        if row["result"] != "identical" or row["faults"]:
-            why = " ".join([row["why"], *row["faults"]]).replace("|", "\\|").replace("\n", " ").strip()
-            result = "differs" if row["faults"] else row["result"]
-            text += f"| {row['architecture']} | {row['method'] or '–'} | {result} | {_short(why)} |\n"
+    """The whole page."""
+    cases = {(row["library"], row["kind"], row["architecture"]) for row in rows}
+    text = HEAD.format(
+        transformers=version("transformers"),
+        diffusers=version("diffusers"),
+        cases=len(cases),
+        kinds=len({case[:2] for case in cases}),
+    )
+    for library, title in TITLES.items():
+        text += _section(title, [row for row in rows if row["library"] == library])
     return text
 
 
-def _short(text: str) -> str:
+def _section(title: str, rows: list[dict[str, Any]]) -> str:
+    counts = Counter(_result(row) for row in rows)
+    text = f"\n## {title}\n\n| result | rows, one for each class and method |\n|---|---|\n"
+    text += "".join(f"| {result} | {counts[result]:,} |\n" for result in ORDER if counts[result])
+    runs = Counter(
+        _ran(row) for row in rows if row["method"] and _result(row) not in ("refused", "nothing to quantize")
+    )
+    text += "\n| one run of what is not refused | rows |\n|---|---|\n"
+    text += "".join(f"| {RUNS[how]} | {runs[how]:,} |\n" for how in RUNS if runs[how])
+    classes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for row in rows:
+        classes[row["kind"], row["architecture"]].add(_result(row))
+    text += _names("Identical", (name for name, results in classes.items() if results == {"identical"}))
+    text += _names(
+        "Nothing to quantize", (name for name, results in classes.items() if results == {"nothing to quantize"})
+    )
+    told: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if (result := _result(row)) not in ("identical", "nothing to quantize"):
+            told[row["architecture"], _kind(row), result, _why(row)].append(row["method"] or "all")
+    if told:
+        text += "\n### Others\n\n| class | method | result | why |\n|---|---|---|---|\n"
+    for (name, kind, result, why), methods in sorted(told.items()):
+        text += f"| {name}{kind} | {', '.join(methods)} | {result} | {why} |\n"
+    return text
+
+
+def _names(title: str, classes: Iterable[tuple[str, str]]) -> str:
+    names = sorted({architecture for _, architecture in classes}, key=str.lower)
+    if not names:
+        return ""
+    listed = textwrap.fill(", ".join(names), 118, break_long_words=False, break_on_hyphens=False)
+    return f"\n### {title}\n\n{listed}.\n"
+
+
+def _result(row: dict[str, Any]) -> str:
+    if row["faults"]:
+        return "differs"
+    nothing = row["why"] == "no linear layer" or "nothing of" in row["why"] or "nothing to quantize" in row["why"]
+    return "nothing to quantize" if nothing and row["result"] in ("refused", "not built") else str(row["result"])
+
+
+def _ran(row: dict[str, Any]) -> str:
+    if row["ran"] in ("equal", "near"):
+        return str(row["ran"])
+    return "library" if row["ran"].startswith("the library") else "none"
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return f" ({row['kind']})" if row["library"] == "transformers" else ""
+
+
+def _why(row: dict[str, Any]) -> str:
+    text = " ".join([row["why"], *row["faults"]]).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").strip()
     return text if len(text) <= 200 else text[:197] + "…"
