@@ -12,8 +12,8 @@ HEAD = """# Models
 
 What qz does with the model classes of transformers {transformers} and diffusers {diffusers}, and with pipelines of
 diffusers: each is built small with random weights, quantized by the library and by qz, and compared. `make zoo` writes
-this page; nothing in it is written by hand. {cases:,} classes of {kinds:,} kinds were tried with nf4 and int8, some with
-fp4 and double quantization too.
+this page; nothing in it is written by hand. {cases:,} classes of {kinds:,} kinds were tried with nf4 and int8, some
+with fp4 and double quantization too.
 
 - **identical**: every file has the library's bytes, the output loads plainly with the values it was made of,
   `qz inspect` finds nothing, and `qz dequantize` gives its values back. Of a pipeline, every quantized component has
