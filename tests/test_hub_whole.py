@@ -216,6 +216,14 @@ def test_what_came_from_a_gated_repository_is_not_made_public_by_mistake(
     assert qz("push", "nf4", "me/open", "--public")["code"] == 0
 
 
+@pytest.fixture
+def only_the_cdn(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CDN of ``hub`` refuses would come over Xet."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
 FAILURES: list[tuple[dict[str, Any], int]] = [
     ({"kind": "cdn", "nth": 7, "times": 1, "corrupt": True}, 65),
     ({"kind": "cdn", "nth": 6, "truncate": 5000}, 69),
@@ -228,6 +236,7 @@ FAILURES: list[tuple[dict[str, Any], int]] = [
 ]
 
 
+@pytest.mark.usefixtures("only_the_cdn")
 @pytest.mark.parametrize(("fault", "code"), FAILURES, ids=lambda value: str(value))
 def test_a_run_that_fails_leaves_no_output_and_the_next_one_makes_the_same_bytes(
     hub: HubServer,
@@ -238,9 +247,6 @@ def test_a_run_that_fails_leaves_no_output_and_the_next_one_makes_the_same_bytes
     fault: dict[str, Any],
     code: int,
 ) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # what the CDN refuses would come that way
     hub.add("big/llama", files_of(llama))
     ordered = hub.fail(**fault)
     failed = qz("quantize", "big/llama", "--int8", "-o", "out")
@@ -253,6 +259,7 @@ def test_a_run_that_fails_leaves_no_output_and_the_next_one_makes_the_same_bytes
     assert not list(tmp_path.glob("*.partial*"))
 
 
+@pytest.mark.usefixtures("only_the_cdn")
 def test_a_resumed_run_fetches_only_what_its_unfinished_shards_need(
     hub: HubServer, llama: Path, qz: Command, tmp_path: Path
 ) -> None:
@@ -272,6 +279,7 @@ def test_a_resumed_run_fetches_only_what_its_unfinished_shards_need(
     assert differing(tmp_path / "local", tmp_path / "out") == []
 
 
+@pytest.mark.usefixtures("only_the_cdn")
 def test_a_run_is_not_resumed_with_another_commit(hub: HubServer, llama: Path, qz: Command) -> None:
     hub.add("big/llama", files_of(llama))
     options = ("--nf4", "-o", "out", "--max-shard-size", "3MB", "--threads", "1")

@@ -32,14 +32,13 @@ class TooSlow(httpx2.ReadTimeout):
 def bind(session: httpx2.Client) -> None:
     """Put the bounds around what ``session`` receives for qz."""
     hooks = session.event_hooks.setdefault("response", [])
-    hooks += [hook for hook in (_limit, require_storage_on_the_web) if hook not in hooks]
+    hooks += [hook for hook in _HOOKS if hook not in hooks]
 
 
 def unbind(session: httpx2.Client) -> None:
     """Take the bounds away again."""
     hooks = session.event_hooks.get("response", [])
-    if _limit in hooks:
-        hooks.remove(_limit)
+    hooks[:] = [hook for hook in hooks if hook not in _HOOKS]
 
 
 def _limit(response: httpx2.Response) -> None:
@@ -56,6 +55,9 @@ def _limit(response: httpx2.Response) -> None:
             response.headers.pop(name, None)
     assert isinstance(response.stream, httpx2.SyncByteStream)
     response.stream = _Bounded(response.stream, inflater, None if is_file else LARGEST_ANSWER, request)
+
+
+_HOOKS = (_limit, require_storage_on_the_web)
 
 
 class _Bounded(httpx2.SyncByteStream):
