@@ -178,7 +178,9 @@ def estimated(found: Inspection | PipelineInspection, components: Sequence[Compo
     rows = [estimate(NAMES.get(name, name), each, found.parameters or 0) for name, each in found.estimates.items()]
     notes = []
     if max(each.quantized_parameters for each in found.estimates.values()) < LOW_COVERAGE * (found.parameters or 0):
-        notes.append("Most parameters would stay: only linear layers are quantized, not embeddings or fused experts.")
+        notes.append(
+            "Most parameters would stay: only linear layers are quantized, not embeddings or experts (--experts)."
+        )
     if components:
         chosen = [component.name for component in components if component.chosen]
         notes.append(f"With {', '.join(chosen)} quantized.")

@@ -231,6 +231,7 @@ GATE, UP, DOWN = (f"model.layers.0.mlp.experts.0.{name}_proj.weight" for name in
         (held(GATE, UP, DOWN, shape=(6, 6)), "vllm", ["experts-blocks"]),
         (held(GATE, UP, plain={DOWN: (64, 64)}), "vllm", ["experts-some"]),
         (held(UP, DOWN), "vllm", ["experts-gate"]),
+        (held("a.mlp.shared_expert_gate.weight"), "vllm", ["shared-gate"]),
         (held("a.experts.gate_up_projs.0.weight"), "vllm", ["experts-layout"]),
         (held("a.experts.gate_up_proj", shape=(2, 64, 64)), "vllm", ["experts-layout"]),
         (held("a.q.weight", kind="int8", plain={GATE: (8, 8)}), "vllm", ["experts-int8"]),

@@ -14,7 +14,7 @@ from converted import dequantized, quantized
 from encoded import State, awq, compressed, gptq, linears, rewritten, said_by_compressed_tensors
 from qz import MalformedInput
 from qz.quantize.inspection.report import Inspection
-from reference import differing_files, tensors_of, transformers_model
+from reference import differing_files, differing_tensors, tensors_of, transformers_model
 from zoo import llama
 
 
@@ -123,6 +123,10 @@ def test_the_experts_of_gpt_oss(gpt_oss: Path, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "reference")
     quantized(gpt_oss, tmp_path / "nf4", "nf4")
     assert differing_files(tmp_path / "reference", tmp_path / "nf4") == []
+
+    quantized(gpt_oss, tmp_path / "direct", "nf4", experts=True)
+    quantized(tmp_path / "output", tmp_path / "by-way-of-bf16", "nf4", experts=True)
+    assert differing_tensors(tmp_path / "direct", tmp_path / "by-way-of-bf16") == []
 
 
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "desc_act"])

@@ -148,6 +148,12 @@ def test_the_card_says_how_to_load_it_and_where_by_which_rules(qwen: Path, tmp_p
     assert "they were not run on this checkpoint" in card
 
 
+def test_a_run_without_the_option_says_what_it_leaves(qwen: Path) -> None:
+    notes = plan_of(qwen, "nf4").architecture.notes
+    assert notes == ("the experts stay in bfloat16, as in the library; --experts quantizes them, too",)
+    assert plan_of(qwen, "int8").architecture.notes == ()
+
+
 def test_routers_and_gates_are_listed_for_those_who_read_the_config_only(tmp_path: Path) -> None:
     mixture("qwen2_moe", tmp_path / "source")
     quantized(tmp_path / "source", tmp_path / "nf4", "nf4", experts=True)

@@ -93,3 +93,14 @@ def unsloth_blocks(contents: Contents) -> Iterator[Finding]:
     """Where an expert is no whole number of blocks, the experts of a layer are quantized again."""
     for finding in whole_blocks(contents):
         yield Finding("warning", finding.rule, finding.message.replace("joins the scales of", "quantizes again the"))
+
+
+def shared_gate(contents: Contents) -> Iterator[Finding]:
+    """The gate of shared experts is an ordinary layer there, which does not take codes."""
+    gates = [name for name in contents.packed if name.endswith(".shared_expert_gate.weight")]
+    if gates:
+        text = (
+            f"builds the gate of shared experts as an ordinary layer, so {shown(gates, 1)} does not fit. Quantize "
+            "again with --skip shared_expert_gate."
+        )
+        yield Finding("error", "shared-gate", text)

@@ -44,6 +44,7 @@ CONSUMERS: Mapping[str, Consumer] = {
                 Rule("experts-gate", experts.without_gates, f"{_LOADER}._fuse_moe_quant_states"),
                 Rule("experts-some", experts.vllm_some, f"{_LOADER}._fuse_moe_quant_states"),
                 Rule("experts-blocks", experts.whole_blocks, f"{_LOADER}._fuse_moe_quant_states"),
+                Rule("shared-gate", experts.shared_gate, "vLLM, models/qwen2_moe.py: Qwen2MoeSparseMoeBlock"),
                 Rule("stray-files", packing.stray_files_without_index, f"{_LOADER}._prepare_weights"),
                 Rule("tensor-parallel", packing.tensor_parallel, f"{_LOADER}._verify_model_compatibility"),
                 Rule("plugin", layouts.vllm_plugin, "vllm.general_plugins: bitsandbytes"),

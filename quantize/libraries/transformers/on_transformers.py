@@ -35,6 +35,7 @@ from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of
 from qz.quantize.libraries.transformers.experts import find_experts, quantize_experts
 from qz.quantize.libraries.transformers.internals import (
     Conv1D,
+    holds_experts,
     ignored_on_save,
     kept_in_float32,
     no_init_weights,
@@ -108,6 +109,8 @@ def examine(
         saved = quantize_experts(model, saved, origins, experts, request.method, load_dtype)
         packed_experts = experts.parameters
         notes += (EXPERTS_NOTE,)
+    elif request.method is not None and request.method.bits == 4 and any(map(holds_experts, model.modules())):
+        notes += (f"the experts stay in {load_dtype}, as in the library; --experts quantizes them, too",)
 
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())
