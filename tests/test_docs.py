@@ -73,6 +73,14 @@ def test_the_picture_of_the_rooms_is_fresh() -> None:
     )
 
 
+def test_every_room_is_named_on_the_page_of_the_architecture() -> None:
+    page = BUILD.ARCHITECTURE.read_text()
+    rooms = {f"{room.parent.name}/{room.name}" for top in ("quantize", "formats") for room in (ROOT / top).glob("*/")}
+    rooms = {room for room in rooms if (ROOT / room / "__init__.py").exists()}
+    assert rooms
+    assert {room for room in rooms if f"`{room}/`" not in page} == set()
+
+
 def test_every_page_has_its_place_in_the_site() -> None:
     shown = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert shown == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
