@@ -21,10 +21,8 @@ from qz.api import inspect, quantize
 from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.quantize.convert import plan_quantization
 from qz.quantize.inspection.report import Inspection
 from qz.quantize.methods import FourBit
-from qz.quantize.settings import Settings
 from reference import differing_tensors, tensors_of, transformers_model
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -182,19 +180,14 @@ def test_the_table_of_types_is_that_of_the_package() -> None:
         assert (Type(number).name, *gguf.GGML_QUANT_SIZES[Type(number)]) == (name, values, width)
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, forked_qz: Callable[..., Any]) -> None:
-    (tmp_path / "source").mkdir()
-    file = write_llama(tmp_path / "source/model.gguf", "Q5_0")
-    arguments = ("quantize", file, "--max-shard-size", "200KB", "--device", "cpu", "-o")
-    assert forked_qz(*arguments, tmp_path / "whole").returncode == 0
-    plan = plan_quantization(open_checkpoint(LocalFolder(file.parent)), Settings(FourBit("nf4"), device="cpu"))
-    assert len(plan.shards) == 1
-    again = forked_qz(*arguments, tmp_path / "again", "--json")
-    assert again.returncode == 0
-    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
-    assert len(names) > 2
-    for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+def test_the_command_reads_a_file_by_its_path(tmp_path: Path, qz: Callable[..., Any]) -> None:
+    """In a process of its own, which imports no more of the libraries than it needs."""
+    write_llama(tmp_path / "tiny-Q5_0.gguf", "Q5_0")
+    done = qz("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["left_out"] == []
+    assert (tmp_path / "tiny-Q5_0-nf4/model.safetensors").is_file()
+    assert qz("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--if-exists", "skip").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -206,9 +199,19 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, forked_qz: Callable[..., Any
         (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"), MalformedInput),
         (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.\x1b[2Jn_q.we\nt"), MalformedInput),
         (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"), MalformedInput),
+        (lambda data: data.replace(b"block_count\x04\0\0\0\x02", b"block_count\x04\0\0\0\xff\xff\xff"), MalformedInput),
         (lambda data: data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lLama"), Unsupported),
     ],
-    ids=["cut off", "cut in the header", "version 9", "twice", "a name with ESC", "a tensor missing", "unknown"],
+    ids=[
+        "cut off",
+        "cut in the header",
+        "version 9",
+        "twice",
+        "a name with ESC",
+        "a tensor missing",
+        "millions of blocks",
+        "unknown",
+    ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, change: Callable[[bytes], bytes], error: type[Exception]) -> None:
     file = write_llama(tmp_path / "model.gguf", "Q8_0")

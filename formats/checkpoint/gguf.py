@@ -36,7 +36,8 @@ def gguf_files(folder: Folder) -> list[str]:
     names = folder.sizes()
     if folder.named_file is not None:
         return [folder.named_file] if folder.named_file.lower().endswith(".gguf") else []
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names) or "model_index.json" in names:
+    others = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    if any(name.endswith(others) for name in names) or "model_index.json" in names:
         return []
     return [name for name in names if name.lower().endswith(".gguf") and not _BESIDE.fullmatch(name)]
 

@@ -8,6 +8,8 @@ from qz.formats.sources import encoded
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import library_errors
 from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.optional_packages import OF_TRANSFORMERS
+from qz.quantize.libraries.importing.untrusted_config import parts_bounded
 
 
 def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
@@ -18,7 +20,14 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     header = bytearray(first)
     checkpoint.folder.read_into(file, 0, memoryview(header))
     where = checkpoint.folder.location
-    with lean_imports.lean_imports(), library_errors("transformers", "a model in GGUF", where), isolated():
+    if lean_imports.is_allowed():
+        lean_imports.keep(OF_TRANSFORMERS)
+    with (
+        lean_imports.lean_imports(),
+        library_errors("transformers", "a model in GGUF", where),
+        isolated(),
+        parts_bounded(len(checkpoint.tensors), where),
+    ):
         from qz.quantize.libraries.transformers.gguf import plain_gguf
 
         return plain_gguf(checkpoint, bytes(header))
