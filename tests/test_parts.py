@@ -171,6 +171,9 @@ def test_parts_are_stretches_as_even_as_can_be(sizes: list[int], count: int) -> 
     assert not numbers or numbers[-1] <= count
     loads = [sum(n for name, n in files if owners[name] == number) for number in range(1, count + 1)]
     assert max(loads) <= -(-sum(sizes) // count) + max(sizes, default=0)
+    even = divided([(name, 5) for name, _ in files], count)
+    counts = [list(even.values()).count(number) for number in range(1, count + 1)]
+    assert max(counts) - min(counts) <= 1
 
 
 def test_a_part_reads_its_share_only(source: Path, tmp_path: Path) -> None:

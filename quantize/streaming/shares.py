@@ -31,29 +31,41 @@ def owners_of(parts: Sequence[Part], share: Share | None) -> dict[str, int]:
 def divided(files: Sequence[tuple[str, int]], count: int) -> dict[str, int]:
     """The number of each file's part, from 1: ``count`` stretches, of which the largest is as small as can be.
 
-    ``files``: name, and bytes to read and write. With more parts than files the last ones get none.
+    ``files``: name, and bytes to read and write. The others are as even as that allows; with more parts than files some
+    get none.
     """
     least = max((nbytes for _, nbytes in files), default=0)
     most = sum(nbytes for _, nbytes in files)
     while least < most:
         middle = (least + most) // 2
-        if _stretches(files, middle)[1] <= count:
+        if _stretches(files, middle)[0] <= count:
             most = middle
         else:
             least = middle + 1
-    return _stretches(files, least)[0]
-
-
-def _stretches(files: Sequence[tuple[str, int]], room: int) -> tuple[dict[str, int], int]:
-    """The number of each file's stretch, if each takes as many as fit into ``room``, and how many there are."""
+    needed = _stretches(files, least)
     numbers: dict[str, int] = {}
-    number, filled = 1, 0
-    for name, nbytes in files:
-        if filled and filled + nbytes > room:
+    number, filled, left = 1, 0, sum(nbytes for _, nbytes in files)
+    for position, (name, nbytes) in enumerate(files):
+        parts = count - number + 1  # with this one
+        enough = filled and 2 * (filled * parts) + nbytes * parts > 2 * (left + filled)
+        if filled + nbytes > least or (enough and needed[position] < parts):
             number, filled = number + 1, 0
         numbers[name] = number
-        filled += nbytes
-    return numbers, number
+        filled, left = filled + nbytes, left - nbytes
+    return numbers
+
+
+def _stretches(files: Sequence[tuple[str, int]], room: int) -> list[int]:
+    """How many stretches of at most ``room`` bytes the files from each position on need; 0 after the last one."""
+    needed = [0] * (len(files) + 1)
+    stop, filled = len(files), 0
+    for start in range(len(files) - 1, -1, -1):
+        filled += files[start][1]
+        while filled > room:
+            stop -= 1
+            filled -= files[stop][1]
+        needed[start] = 1 + needed[stop]
+    return needed
 
 
 def shards_of(parts: Sequence[Part], share: Share | None) -> set[str] | None:
