@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -280,7 +281,7 @@ def test_fused_layers_of_the_original_names_are_split_over_those_of_diffusers(tm
         source = changed[f"single_transformer_blocks.0.{name}.weight"]
         assert isinstance(source, Fused)
         rows = torch.zeros(64, into).numpy()
-        Changes(source.changes, into).apply(rows, 128)
+        Changes(source.changes, into).apply(rows, 128, lambda _, nbytes: np.empty(nbytes, np.uint8))
         torch.testing.assert_close(torch.from_numpy(rows), wanted[start + 128 : start + 192], rtol=1e-4, atol=1e-4)
         start += source.shape[0]
     assert start == out

@@ -19,7 +19,7 @@ from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.modules import AdapterModule
-from qz.quantize.compute.arrays import NUMPY, elements
+from qz.quantize.compute.arrays import NUMPY, Memory, elements
 
 Floats = NDArray[np.float32]
 _ALPHAS = {
@@ -74,7 +74,7 @@ class Loaded:
         if self.change.what == "weight" and module.kind == "LoHa" and "hada_t1" in self.factors:
             self.full = self._tucker_loha()
 
-    def apply(self, weight: Floats, start: int) -> None:
+    def apply(self, weight: Floats, start: int, memory: Memory) -> None:
         """Change ``weight`` in place: rows from ``start`` on, (rows, columns)."""
         stop = start + len(weight)
         touched = [each for each in self.change.pieces if each.start < stop and start < each.start + each.count]
@@ -82,7 +82,7 @@ class Loaded:
             low, high = max(start, piece.start), min(stop, piece.start + piece.count)
             first = piece.first + low - piece.start
             rows = weight[low - start : high - start]
-            added = self._rows(first, first + high - low)
+            added = self._rows(first, first + high - low, memory)
             if self.change.what == "replace":
                 rows[:] = added
             else:
@@ -93,7 +93,7 @@ class Loaded:
         if self.change.magnitude_of == "columns":  # all rows are here
             weight *= self.factors["magnitude"].reshape(-1) / np.linalg.norm(weight, axis=0)
 
-    def _rows(self, first: int, last: int) -> Floats:
+    def _rows(self, first: int, last: int, memory: Memory) -> Floats:
         """Rows of what is added, or of what replaces the tensor."""
         factors, scale = self.factors, np.float32(self.change.scale)
         if self.change.what == "replace":
@@ -113,8 +113,12 @@ class Loaded:
         if kind == "LoKr":
             return self._kronecker_rows(first, last) * scale
         left, right = self._low_rank()
-        added: Floats = left[first:last] @ right
-        added *= scale
+        # In memory that is used again: to get fresh memory takes longer than to compute what is put there.
+        added: Floats = memory("added", (last - first) * right.shape[1] * 4).view(np.float32)
+        added = added.reshape(last - first, right.shape[1])
+        np.matmul(left[first:last], right, out=added)
+        if scale != 1:
+            added *= scale
         return added
 
     def _low_rank(self) -> tuple[Floats, Floats]:
@@ -163,13 +167,13 @@ class Changes:
         self.lock = threading.Lock()
         self.loaded: list[Loaded] | None = None
 
-    def apply(self, weight: Floats, start: int) -> None:
+    def apply(self, weight: Floats, start: int, memory: Memory) -> None:
         """Change rows from ``start`` on in place; from any thread."""
         with self.lock:
             if self.loaded is None:
                 self.loaded = [Loaded(change, self.columns) for change in self.changes]
         for loaded in self.loaded:
-            loaded.apply(weight, start)
+            loaded.apply(weight, start, memory)
 
 
 def delta_shape(module: AdapterModule) -> tuple[int, int]:

@@ -207,7 +207,7 @@ class _Fused:
         rows[:before] = rows[before + count :] = 0
         own = rows[before : before + count]
         kernels.cast(values(raw, dtype), dtype, "F32", own)
-        self.changes.apply(rows.reshape(last - first, self.columns), first)
+        self.changes.apply(rows.reshape(last - first, self.columns), first, memory)
         return own.view(np.uint8), "F32"
 
 
