@@ -452,6 +452,7 @@ def verify(
     *,
     revision: str | None = None,
     importance: AnyPath | None = None,
+    allow_pickle: bool = False,
     sample: float | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -461,7 +462,8 @@ def verify(
 
     With ``against``, every tensor is computed once more from that source, at ``revision``, with the recorded settings,
     and compared; nothing is written. ``sample`` 0.05 takes weights at random until they have 5 % of the bytes.
-    ``importance`` names the file that was used, if one was. What differs is part of the value (``intact``), not raised.
+    ``importance`` names the file that was used, if one was; ``allow_pickle`` is that of ``quantize``. What differs is
+    part of the value (``intact``), not raised.
     """
     from qz.formats.source import opened
     from qz.quantize.verification.verify import verify_against, verify_record
@@ -476,6 +478,7 @@ def verify(
             str(against),
             revision=revision,
             importance=Path(importance) if importance is not None else None,
+            allow_pickle=allow_pickle,
             sample=sample,
             device=device,
             threads=threads or 0,

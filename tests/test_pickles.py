@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from converted import carried_out
 from qz import MalformedInput
-from qz.api import inspect
+from qz.api import inspect, quantize, verify
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
@@ -234,3 +234,11 @@ def test_the_error_names_the_file_and_what_it_asks_for(pickled: Callable[..., Pa
     (folder / "pytorch_model.bin").write_bytes(zipped(HOSTILE["a command"][0][1:]))
     with pytest.raises(MalformedInput, match=r"pytorch_model\.bin asks for 'posix\.system', .* as safetensors"):
         planned(LocalFolder(folder))
+
+
+def test_an_output_of_pickles_is_verified_with_the_same_consent(pickled: Callable[..., Path], tmp_path: Path) -> None:
+    source = pickled(1, ZIPPED)
+    quantize(source, tmp_path / "out", device="cpu", allow_pickle=True)
+    with pytest.raises(MalformedInput, match="--allow-pickle"):
+        verify(tmp_path / "out", source, device="cpu")
+    assert verify(tmp_path / "out", source, device="cpu", allow_pickle=True).intact

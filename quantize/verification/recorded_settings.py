@@ -23,7 +23,9 @@ NOT_AGAIN = {
 """Settings of outputs that are verified against their hashes only."""
 
 
-def recorded_settings(about: Mapping[str, Any], importance: Path | None, device: str, threads: int) -> Settings:
+def recorded_settings(
+    about: Mapping[str, Any], importance: Path | None, device: str, threads: int, *, allow_pickle: bool = False
+) -> Settings:
     """What a run needs to make the same bytes. ``importance``: the file that was used, whose hash is compared.
 
     Raises UsageError or MissingInput if that file is needed and is not it, and Unsupported if there is a setting that
@@ -60,6 +62,7 @@ def recorded_settings(about: Mapping[str, Any], importance: Path | None, device:
             importance=importance,
             rounding=told.get("rounding", "nearest"),
             variant=_variant(about),
+            allow_pickle=allow_pickle,
         )
         again = as_text(settings_fingerprint(settings))
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:

@@ -34,6 +34,7 @@ def verify_against(
     *,
     revision: str | None = None,
     importance: Path | None = None,
+    allow_pickle: bool = False,
     sample: float | None = None,
     device: str = "auto",
     threads: int = 0,
@@ -50,8 +51,8 @@ def verify_against(
         raise UsageError(f"--sample {sample:%} is not a share of more than 0 % and at most 100 %.")
     begun = time.monotonic()
     record = _record(output.folder)
-    settings = recorded_settings(record.about, importance, device, threads)
-    with _source(location, revision, record.about) as source:
+    settings = recorded_settings(record.about, importance, device, threads, allow_pickle=allow_pickle)
+    with _source(location, revision, record.about, allow_pickle=allow_pickle) as source:
         commit = source.folder.identity().get("commit")
         found = recompute(
             output.folder,
@@ -87,11 +88,13 @@ def _record(folder: Folder) -> Record:
 
 
 @contextmanager
-def _source(location: str, revision: str | None, about: Mapping[str, Any]) -> Iterator[OpenedSource]:
+def _source(
+    location: str, revision: str | None, about: Mapping[str, Any], *, allow_pickle: bool
+) -> Iterator[OpenedSource]:
     told = about.get("source") or {}
     if revision is None and told.get("location") == location:
         revision = told.get("revision")
-    with opened(location, told.get("subfolder"), revision) as source:
+    with opened(location, told.get("subfolder"), revision, allow_pickle=allow_pickle) as source:
         yield source
 
 
