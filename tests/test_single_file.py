@@ -17,7 +17,7 @@ from commands import run
 from conftest import Qz
 from hub_server import HubServer, connected
 from original_names import ltx_model, ltx_names, sd3_model, sd3_names, single_file
-from qz import HubUnreachable, MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError
+from qz import HubUnreachable, MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
 from qz.cli.quantize import quantize
 from reference import differing_tensors
 
@@ -174,6 +174,8 @@ def test_a_single_file_out_has_the_original_names_and_the_bytes_of_the_parts_one
     assert [path.name for path in sorted((tmp_path / "made").iterdir())] == ["qz.json", "sd3-nf4.safetensors"]
     assert planned["bytes"] == report["bytes"]
     ours = load_file(tmp_path / "made" / "sd3-nf4.safetensors")
+    read = api.inspect(tmp_path / "made" / "sd3-nf4.safetensors", consumers=["comfyui", "vllm"]).consumers
+    assert [read["comfyui"].loads, read["vllm"].loads] == [True, False]
     run(quantize, folder, output=tmp_path / "parts")
     parts = load_file(tmp_path / "parts" / "diffusion_pytorch_model.safetensors")
     own = f"{prefix}joint_blocks.0.x_block.attn.qkv.weight"
