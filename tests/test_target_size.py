@@ -251,6 +251,20 @@ def test_from_the_command_line_with_a_picture_and_the_same_again(
     assert refused.returncode == 2
 
 
+def test_what_was_kept_is_verified_without_the_scores(scored: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    folder, _, file = scored
+    plain: Any = api.quantize(folder, tmp_path / "x", dry_run=True, device="cpu")
+    target = (plain.footprint_after + plain.footprint_before) // 2
+    api.quantize(folder, tmp_path / "out", target_size=target, scores=file, device="cpu")
+    assert api.verify(tmp_path / "out", folder, device="cpu").intact
+    pipeline = pipelines.flux(tmp_path / "flux")
+    whole: Any = api.quantize(pipeline, tmp_path / "x", dry_run=True, device="cpu")
+    for share in (3, 8):
+        target = whole.footprint_after + share * (whole.footprint_before - whole.footprint_after) // 10
+        api.quantize(pipeline, tmp_path / f"flux-{share}", target_size=target, device="cpu")
+        assert api.verify(tmp_path / f"flux-{share}", pipeline, device="cpu").intact
+
+
 @pytest.mark.parametrize("change", ["total", "method", "score"])
 def test_scores_that_are_none_are_refused(change: str, scored: tuple[Path, Path, Path], tmp_path: Path) -> None:
     statistics = read_statistics(scored[2])

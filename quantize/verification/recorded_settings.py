@@ -21,6 +21,8 @@ NOT_AGAIN = {
     "config": "from a single file",
 }
 """Settings of outputs that are verified against their hashes only."""
+CHOOSING = ("target_size", "max_loss", "split_groups", "scores")
+"""Settings whose outcome the record tells, so that nothing needs to be chosen again."""
 
 
 def recorded_settings(
@@ -40,6 +42,8 @@ def recorded_settings(
                 f"It was made {what}, which is not computed again for a comparison. Run the command that {RECORD} has "
                 "once more, and compare the hashes of both outputs."
             )
+    if told.get("target_size") is not None or told.get("max_loss") is not None:
+        told = _with_the_choice(told, about)
     used = told.get("importance")
     if isinstance(used, dict):
         _require_same(importance, used)
@@ -76,6 +80,35 @@ def recorded_settings(
             f"{', '.join(map(quoted, unlike))}. Verify it with qz {quoted(str(about.get('qz')))}, which made it."
         )
     return settings
+
+
+def _with_the_choice(told: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say outright which linears, and of a pipeline which components, were kept for a size or a loss."""
+    plain = {key: each for key, each in told.items() if key not in CHOOSING}
+    rows = about.get("components")
+    try:
+        if not isinstance(rows, list):
+            return {**plain, "skips": [*told["skips"], *about["kept_layers"]["kept"]]}
+        made = {row["name"]: row for row in rows if row["converted"]}
+        kept = [f"{name}/{path}" for name, row in made.items() for path in _kept(row)]
+        methods = {
+            name: told["method"] if row["method"] == told["method"]["name"] else {"name": "int8", **Int8().config()}
+            for name, row in made.items()
+        }
+        own = told["component_methods"]
+        return {
+            **plain,
+            "skips": [*told["skips"], *kept],
+            "components": list(made),
+            "component_methods": {name: own.get(name) or method for name, method in methods.items()},
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Malformed("record-malformed", f"The settings in {RECORD} are damaged ({error}).") from None
+
+
+def _kept(row: Mapping[str, Any]) -> list[str]:
+    found: list[str] = (row.get("kept_layers") or {"kept": []})["kept"]
+    return found
 
 
 def _version() -> str:
