@@ -60,6 +60,7 @@ METHODS = {
     "importance, double": Method(("--double-quant",), "statistics"),
     "importance, 1,024 tokens": Method((), "small"),
     "gptq": Method(GPTQ, "statistics"),
+    "gptq, its own text": Method(GPTQ, "generated"),
     "fp4": Method(("--fp4",)),
     "fp4, search": Method(("--fp4", *SEARCH)),
     "fp4, importance": Method(("--fp4",), "statistics"),
@@ -78,6 +79,7 @@ TARGETS = {
         "importance": 0.50,
         "importance, 1,024 tokens": 0.50,
         "gptq": 0.40,
+        "gptq, its own text": 0.40,
         "6 % kept, scores": 0.70,
     },
 }
@@ -199,18 +201,19 @@ def qz(*words: str | Path | int) -> dict[str, Any]:
     return report
 
 
-def calibrate(subject: Subject, work: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Statistics with Hessians and scores, of a few tokens, and of the scores alone."""
+def calibrate(subject: Subject, work: Path, options: argparse.Namespace, wanted: set[str | None]) -> dict[str, Path]:
+    """Those ``wanted`` of: statistics with Hessians and scores, of a few tokens, of scores alone, of the model's text."""
     text = work / "documentation.txt"
     text.write_text(real_models.documentation(), encoding="utf-8")
-    known = {name: work / f"{name}.safetensors" for name in ("statistics", "small", "scores")}
-    how: dict[str, tuple[str | int, ...]] = {
-        "statistics": ("--tokens", options.calibration, "--hessians", "--scores"),
-        "small": ("--tokens", SMALL),
-        "scores": ("--tokens", 2 * SMALL, "--scores"),
+    how: dict[str, tuple[str | Path | int, ...]] = {
+        "statistics": ("--text", text, "--tokens", options.calibration, "--hessians", "--scores"),
+        "small": ("--text", text, "--tokens", SMALL),
+        "scores": ("--text", text, "--tokens", 2 * SMALL, "--scores"),
+        "generated": ("--generate", "--tokens", options.calibration, "--hessians"),
     }
+    known = {name: work / f"{name}.safetensors" for name in how if name in wanted}
     for name, path in known.items():
-        qz("calibrate", subject.source, "-o", path, "--text", text, "--device", options.device, *how[name])
+        qz("calibrate", subject.source, "-o", path, "--device", options.device, *how[name])
     return known
 
 
@@ -223,7 +226,7 @@ def quantize(
     if method.known is not None:
         words += ["--scores" if method.known == "scores" else "--importance", known[method.known]]
     if method.kept:
-        plain = qz(*words[:4], "--dry-run")
+        plain = qz("quantize", subject.source, "-o", output.with_name("planned"), "--dry-run")
         more = int(plain["parameters"]["quantized"] * method.kept * (2 - 0.5))
         if method.seed is None:
             words += ["--target-size", plain["memory_footprint"]["after"] + more]
@@ -284,7 +287,9 @@ def measured(subject: Subject, options: argparse.Namespace) -> Iterable[Figure]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     reference = subject.load(subject.source).float()
-    known = calibrate(subject, work, options)
+    left_out = {"generated"} if subject.name != "smollm2" else set()
+    asked = [METHODS[name] for name in options.methods or METHODS]
+    known = calibrate(subject, work, options, {method.known for method in asked} - left_out)
     bases: dict[str, list[dict[str, torch.Tensor]]] = {}
     wanted = options.methods or list(METHODS)
     needed = {"absmax", *(METHODS[name].base for name in wanted)}
@@ -292,7 +297,7 @@ def measured(subject: Subject, options: argparse.Namespace) -> Iterable[Figure]:
         is_base = name == "absmax" or method.seed is not None
         if name not in wanted and not (is_base and method.base in needed):
             continue
-        if method.kept and subject.name != "smollm2":
+        if (method.kept or method.known in left_out) and subject.name != "smollm2":
             continue
         report = quantize(subject, method, work / "output", known, reference, options.device)
         model, weight_error = plain(subject, reference, work / "output")

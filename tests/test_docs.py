@@ -29,7 +29,7 @@ from conftest import Qz
 from forked import Server
 from hub_server import OWNER, HubServer
 from pace import HANG
-from qz import QzError
+from qz import QzError, api
 from qz.cli.app import app
 from test_imatrix import llama_cpp_names, write_gguf
 
@@ -233,6 +233,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PATH": f"{bin_folder}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", **more}
 
 
+def halfway(place: Path, line: str) -> str:
+    """The pages name sizes of large models: one between the least and the whole of the source in ``line``."""
+    found: Any = api.quantize(place / shlex.split(line)[2], place / "nowhere", dry_run=True, device="cpu")
+    return str((found.footprint_before + found.footprint_after) // 2)
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any("qz " in line for line in shell_lines(page))], ids=named
 )
@@ -245,6 +251,7 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path, quick: Path
             continue
         if line.startswith("qz dequantize ./my-model-nf4") and not (place / "my-model-nf4").exists():
             shutil.copytree(place / "made-before", place / "my-model-nf4")  # a page on its own begins with it
+        line = re.sub(r"(?<=--target-size )\S+", lambda _, line=line: halfway(place, line), line)  # type: ignore[misc]
         if line.startswith("qz "):
             result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", line],
