@@ -202,7 +202,7 @@ def qz(*words: str | Path | int) -> dict[str, Any]:
 
 
 def calibrate(subject: Subject, work: Path, options: argparse.Namespace, wanted: set[str | None]) -> dict[str, Path]:
-    """Those ``wanted`` of: statistics with Hessians and scores, of a few tokens, of scores alone, of the model's text."""
+    """Those ``wanted`` of: statistics with Hessians and scores, of a few tokens, scores, and of a text of its own."""
     text = work / "documentation.txt"
     text.write_text(real_models.documentation(), encoding="utf-8")
     how: dict[str, tuple[str | Path | int, ...]] = {
