@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,12 +119,24 @@ def merge(
         from qz.formats.publish.push import require_possible
 
         require_possible(to)
-    done = _merge_here(output, overwrite, disk, threads, progress)
+    try:
+        done = _merge_here(output, overwrite, disk, threads, progress)
+    except QzError:
+        if (record := _made_meanwhile(output, first, disk)) is None:
+            raise
+        done = Merged(output, record, first.receipt.share.count if first else 0, None, up_to_date=True)
     if to is None:
         return done
     from qz.formats.publish.push import push as send
 
     return replace(done, pushed=send(output, to, progress=progress))
+
+
+def _made_meanwhile(output: Path, part: FinishedShare | None, disk: Disk) -> Record | None:
+    """The record of the output if another merge, at the same time, was faster and has finished."""
+    record = _record_in(output)
+    is_merged = part is not None and record is not None and record.about == part.record.about
+    return record if is_merged and disk.status(sibling(output, PARTS)) is None else None
 
 
 def _first_part(output: Path, disk: Disk) -> FinishedShare | None:
@@ -427,10 +439,23 @@ def remove(folder: Directory, parent: Directory, found: SharesFound) -> None:
         record = _record_in(folder.path / share.folder)
         names = [file.name for file in record.files] if record is not None else []
         for name in (*names, RECORD) if names else ():
-            folder.remove(f"{share.folder}/{name}")
+            with _gone_or_in_use():
+                folder.remove(f"{share.folder}/{name}")
         inside = {"/".join(name.split("/")[:depth]) for name in names for depth in range(1, name.count("/") + 1)}
         for inner in (*sorted(inside, reverse=True), ""):
-            with suppress(OutputRefused):
+            with _gone_or_in_use():
                 folder.remove_empty(f"{share.folder}/{inner}".rstrip("/"))
-    with suppress(OutputRefused):
+    with _gone_or_in_use():
         parent.remove_empty(folder.path.name)
+
+
+@contextmanager
+def _gone_or_in_use() -> Iterator[None]:
+    """Another merge may remove the same at the same time; what holds something else stays."""
+    try:
+        yield
+    except OutputRefused:
+        pass
+    except QzError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
