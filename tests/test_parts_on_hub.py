@@ -95,9 +95,7 @@ def test_a_part_that_was_sent_is_not_sent_again(hub: HubServer, source: Path, tm
         on_its_own(source, tmp_path, 2, 3, method=Int8())
 
 
-def test_the_merge_names_what_is_missing_and_what_the_hub_has_lost(
-    hub: HubServer, source: Path, tmp_path: Path
-) -> None:
+def test_the_merge_names_the_receipts_that_are_missing(hub: HubServer, source: Path, tmp_path: Path) -> None:
     receipts = [on_its_own(source, tmp_path, number, 3) for number in (1, 2, 3)]
     output = gathered(receipts[:2], tmp_path / "merge")
     with pytest.raises(MissingInput, match="Part 3 of 3 is missing"):
