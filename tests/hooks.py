@@ -8,12 +8,12 @@ from functools import partialmethod
 
 import pytest
 
-from qz.formats.output.disk import Disk
+from qz.formats.output.disk import KEEP_EVERY, Disk
 
 
 @contextmanager
-def every_disk(hook: Callable[[str, str], None]) -> Iterator[None]:
-    """Inside, each ``Disk`` that is made calls ``hook`` before every operation."""
+def every_disk(hook: Callable[[str, str], None], keep_every: int = KEEP_EVERY) -> Iterator[None]:
+    """Inside, each ``Disk`` that is made calls ``hook`` before every operation, and has this ``keep_every``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Disk, "__init__", partialmethod(Disk.__init__, hook=hook))
+        patch.setattr(Disk, "__init__", partialmethod(Disk.__init__, hook=hook, keep_every=keep_every))
         yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import torch
 from huggingface_hub import constants
 
 import pipelines
+from hooks import every_disk
 from hub_server import HubServer, connected
 from pushes import failure, hurry
-from qz import OutputRefused, PermissionRefused, TryAgain, UsageError
+from qz import IOFailed, OutputRefused, PermissionRefused, TryAgain, UsageError
 from qz.api import Int8, Nf4, dequantize, quantize
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
@@ -202,6 +205,31 @@ def test_a_run_that_ends_at_any_step_is_continued(
     assert not sent or hub.requests["xorb_put"] <= 4
     assert left(tmp_path) == []
     assert len(hub.commit_bodies) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_run_that_ends_inside_a_shard_is_continued_there(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path, threads: int
+) -> None:
+    """Shards that were begun are here already when their turn comes, whatever is written first."""
+    told = []
+    for number, last in enumerate((45, 60, 75)):
+        writes = count()
+
+        def hook(operation: str, _: str, last: int = last, writes: Iterator[int] = writes) -> None:
+            if operation == "write" and next(writes) == last:
+                raise OSError(errno.EIO, "worn out")
+
+        def go(name: str = f"me/new-{number}", **options: Any) -> Any:
+            return quantize(llama, push=name, push_only=True, max_shard_bytes=SHARD, threads=threads, **options)
+
+        with every_disk(hook, keep_every=100_000), pytest.raises(IOFailed):
+            go()
+        summary = go(on_progress=lambda step: told.append(step.kept_bytes))
+        assert summary.resumed
+        assert there(hub, f"me/new-{number}") == kept
+        assert left(tmp_path) == []
+    assert any(told)
 
 
 @pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
