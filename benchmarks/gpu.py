@@ -261,10 +261,10 @@ shards = shard_writer.ShardWriter
 for cls, names in ((LocalFolder, ["read_into"]), (type(arithmetic), operations), (shards, ["write", "finish"])):
     for name in names:
         if hasattr(cls, name) and not (cls.__name__ == "Cpu" and name == "buffer"): timed(cls, name)
-sync = shard_writer.disk.sync
+sync = Disk.sync
 def timed_sync(*a):
     begun = time.perf_counter(); sync(*a); spent["fsync"] = spent.get("fsync", 0) + time.perf_counter() - begun
-shard_writer.disk.sync = timed_sync
+Disk.sync = timed_sync
 convert = Run.convert
 def timed_convert(self, threads):
     begun = time.perf_counter(); convert(self, threads); times["of it convert"] = round(time.perf_counter() - begun, 3)
