@@ -196,7 +196,10 @@ class Moments:
 
 
 def kill_at_random(server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]], kills: int) -> None:
-    """Runs killed at random moments, one to three times each, then completed by the same command."""
+    """Runs killed at random moments, one to three times each, then completed by the same command.
+
+    They keep what is finished inside a shard, too.
+    """
     moments = Moments(7)
     landed, resumed, kept = 0, 0, set()
     while landed < kills:
@@ -205,7 +208,7 @@ def kill_at_random(server: Server, run: Run, place: Path, expected: dict[str, di
         for _ in range(moments.random.randint(1, 3)):
             if (place / "out").exists():
                 break
-            running = server.start(*command, cwd=place)
+            running = server.start(*command, cwd=place, keep_every=4000)
             moments.wait()
             running.kill()
             ended = running.wait()
