@@ -18,6 +18,7 @@ from qz.formats.gguf_header import read_gguf_header
 from qz.quantize.calibration.imatrix import is_imatrix, read_imatrix
 from qz.quantize.calibration.statistics import InputSums, write_statistics
 from qz.quantize.libraries.architecture import Saved, Weight
+from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.planning.plan import Step
 from reference import differing_tensors
 from zoo import build
@@ -61,9 +62,26 @@ def write_dat(path: Path, sums: Sums, chunks: int = 4) -> Path:
     return path
 
 
+def test_names_of_one_architecture_leave_those_of_the_others_as_they_are() -> None:
+    """The gguf package itself does not: asked for Arctic's names, it gives a Llama some of them from then on."""
+    module = "model.layers.0.post_attention_layernorm"
+
+    def of_llama() -> str | None:
+        name: str | None = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1).get_name(module)
+        return name
+
+    assert of_llama() == "blk.0.ffn_norm"
+    with untouched():
+        for architecture in gguf.MODEL_ARCH:
+            gguf.get_tensor_name_map(architecture, 1)
+        assert of_llama() != "blk.0.ffn_norm", "gguf was mended: qz.quantize.libraries.gguf_names can go"
+    assert of_llama() == "blk.0.ffn_norm"
+
+
 def llama_cpp_names(source: Path, architecture: Any) -> dict[str, tuple[str, int]]:
     """Weight → llama.cpp's name and the number of inputs, by ``gguf``'s own map for the architecture."""
-    known = gguf.get_tensor_name_map(architecture, 2)
+    with untouched():
+        known = gguf.get_tensor_name_map(architecture, 2)
     found = {}
     for weight in plan_of(source, "nf4").quantized:
         names = (weight.name, *weight.sources)

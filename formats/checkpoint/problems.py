@@ -156,10 +156,6 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
         MalformedInput,
         "{where} and another tensor both stand for {name}. Use a checkpoint that has one of them.",
     ),
-    "encoding-unknown": (
-        Unsupported,
-        "{where} is quantized in a form that qz does not know: {what}. Start from the original weights.",
-    ),
     # What is wrong with the quantization
     "nested-absmax-missing": (
         MalformedInput,
@@ -207,6 +203,10 @@ WARNINGS: dict[str, str] = {
     "quantized-by-other": (
         "{where}: the model is quantized with {method}, which qz neither reads nor changes. Quantize the "
         "original model instead."
+    ),
+    "encoding-unknown": (
+        "{where}: the model is already quantized, in a form that qz does not know: {what}. Start from the original "
+        "weights."
     ),
     "fp8-weights": (
         "{location} holds {weights} in 8-bit floating point ({name}); qz starts from 16 or 32 bits. Use"

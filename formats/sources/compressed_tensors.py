@@ -36,6 +36,10 @@ def read_compressed_tensors(reading: Reading) -> None:
             reading.problems.add("encoding-unknown", "config.json", what=f"the format {quoted(form, 40)}")
             return
     modules = [name.removesuffix("_packed") for name in reading.tensors if name.endswith("weight_packed")]
+    if any(reading.tensors[f"{name}_packed"].dtype == "I32" for name in modules) and not any(map(_says_bits, groups)):
+        what = "config.json does not say how many bits a packed value has"
+        reading.problems.add("encoding-unknown", "config.json", what=what)
+        return
     shapes = _stated_shapes(reading, modules)
     for name in modules:
         _take_packed(reading, name, shapes, groups)
@@ -50,6 +54,11 @@ def read_compressed_tensors(reading: Reading) -> None:
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     found = settings.get("config_groups")
     return [group for group in found.values() if isinstance(group, dict)] if isinstance(found, dict) else []
+
+
+def _says_bits(group: Mapping[str, Any]) -> bool:
+    weights = group.get("weights")
+    return isinstance(weights, dict) and "num_bits" in weights
 
 
 def _stated_shapes(reading: Reading, modules: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from qz import Unsupported
 from qz.formats.checkpoint.gguf import METHOD as GGUF
 from qz.formats.checkpoint.problems import Problem, Problems, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
@@ -152,6 +153,9 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise as_error(checkpoint.folder.location, errors)
+    for problem in problems:
+        if problem.kind == "encoding-unknown":
+            raise Unsupported(problem.message)
     if encoded is None:
         return checkpoint
     return replace(

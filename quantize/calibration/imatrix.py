@@ -188,9 +188,12 @@ def _name_maps() -> tuple[Mapping[str, str], ...]:
     """Of each architecture that llama.cpp knows: a module's name in transformers, in block 0 → llama.cpp's."""
     import gguf
 
+    from qz.quantize.libraries.gguf_names import untouched
+
     maps = []
     for architecture in gguf.MODEL_ARCH:
-        mapping = gguf.get_tensor_name_map(architecture, 1).mapping
+        with untouched():
+            mapping = gguf.get_tensor_name_map(architecture, 1).mapping
         maps.append({name: key for name, (_, key) in mapping.items()})
     return tuple(maps)
 

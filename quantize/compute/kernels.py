@@ -270,11 +270,13 @@ def quantize_absmax(absmax: Array) -> tuple[Array, Array, float]:
     _check(absmax, (n,), np.float32, "absmax")
     with _one_thread:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        if threads > 1:  # setting it again may fail in a fork of a process that had threads
+            torch.set_num_threads(1)
         try:
             offset = torch_kernels.mean(absmax)
         finally:
-            torch.set_num_threads(threads)
+            if threads > 1:
+                torch.set_num_threads(threads)
     with np.errstate(invalid="ignore"):
         centred = absmax - offset
     if not np.isfinite(centred).all():

@@ -123,7 +123,8 @@ def _described(
     broken = any(problem.severity == "error" for problem in problems)
     settings = read_settings(checkpoint.config, Problems(""))
     quantization = _quantization(settings, weights) if encoded is None else _encoding(encoded)
-    known = encoded is not None and encoded.method != "gguf"  # its names say nothing to the rule
+    unknown = any(problem.kind == "encoding-unknown" for problem in problems)
+    known = encoded is not None and encoded.method != "gguf" and not unknown  # GGUF's names say nothing to the rule
     estimated = estimated and (known or quantization is None)
     given = estimates(loaded, checkpoint.library) if estimated and not broken else None
     held = {name: weight.parts["weight"].nbytes for name, weight in weights.items()}

@@ -22,6 +22,7 @@ from qz import IOFailed, Unsupported
 from qz.formats.checkpoint.gguf import METHOD
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.decoded import CODES, Blocks, Decoded, StoredTensor
+from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.versions import requirement
 
@@ -67,7 +68,8 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
     require_plausible(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, where)
     model = _meta_model(config)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=found)
-    names = get_gguf_hf_weights_map(model, processor)
+    with untouched():
+        names = get_gguf_hf_weights_map(model, processor)
     tensors: dict[str, StoredTensor | Decoded] = {}
     left_out: list[str] = []
     for name, tensor in checkpoint.tensors.items():
