@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 import zoo
-from converted import quantized
+from converted import dequantized, quantized
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
@@ -342,6 +342,34 @@ def test_a_weight_that_a_class_makes_float64_is_stored_so(tmp_path: Path, monkey
     quantized(source, output, "nf4")
     assert differing_files(reference, output) == []
     assert load_file(output / "model.safetensors")["logit_scale"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_count_that_a_class_holds_as_a_float_is_cast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """A batch norm that a class keeps in float32 is loaded so with its int64 count of batches."""
+
+    class Normed(transformers.BertModel):  # type: ignore[misc]
+        config_class = transformers.BertConfig
+        _keep_in_fp32_modules_strict = ("norm",)
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.norm = torch.nn.BatchNorm1d(8)
+            self.norm.register_buffer("num_batches_tracked", torch.tensor(123_457))
+
+    monkeypatch.setattr(sys.modules["transformers"], "Normed", Normed, raising=False)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = Normed(transformers.BertConfig(**sizes, vocab_size=100))
+    source, output = tmp_path / "source", tmp_path / "output"
+    saved(model, source)
+    assert load_file(source / "model.safetensors")["norm.num_batches_tracked"].dtype == torch.int64
+    same_as_the_library(Normed, source, output, method)
+    count = load_file(output / "model.safetensors")["norm.num_batches_tracked"]
+    assert (count.dtype, count.item()) == (torch.float32, 123_457)
+    dequantized(output, tmp_path / "plain")
+    assert load_file(tmp_path / "plain" / "model.safetensors")["norm.num_batches_tracked"].item() == 123_457
 
 
 def test_codes_that_the_class_would_merge_are_named(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 COMPUTED = frozenset(SAFETENSORS_NAMES[name] for name in FLOATS)
 """The stored dtypes that kernels cast and quantize."""
 CAST = COMPUTED | {"F64"}
-"""Those that torch casts from and to; all others can only be copied as they are. A class may make a scalar float64."""
+"""Those that torch casts from and to. A class may make a scalar float64."""
+COUNTS = frozenset(("I64", "I32"))
+"""Those that torch casts from: a class may hold a count of batches as a float. All others can only be copied."""
 
 
 def require_computable(steps: Iterable[Step], where: str) -> None:
@@ -30,12 +32,18 @@ def require_computable(steps: Iterable[Step], where: str) -> None:
             )
         for source in step.sources:
             copied = not weight.quantized and (source.dtype == target or weight.conversion is not None)
-            if not copied and not (source.dtype in CAST and target in (COMPUTED if weight.quantized else CAST)):
+            if not copied and not _castable(source.dtype, target, quantized=weight.quantized):
                 act = "quantized" if weight.quantized else f"cast to {weight.dtype}"
                 raise Unsupported(
                     f"{where}: {quoted(source.name)} is stored as {source.dtype} and would have to be {act}. qz "
                     f"computes with {', '.join(sorted(COMPUTED))} only. Choose one with --dtype, or convert it."
                 )
+
+
+def _castable(source: str, target: str, *, quantized: bool) -> bool:
+    if quantized:
+        return source in CAST and target in COMPUTED
+    return source in CAST | COUNTS and target in CAST
 
 
 def cast_by_torch(step: Step) -> bool:

@@ -223,7 +223,10 @@ def require_finite(scales: NDArray[np.float32], stored: StoredTensor, folder: Fo
 
 
 def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes:
-    """A weight that is merged, split, transposed or float64, in its dtype: its sources in memory at once, by torch."""
+    """A weight that is merged, split, transposed, or cast from or to what no kernel knows, in its dtype.
+
+    Its sources are in memory at once; torch casts them.
+    """
     import torch
 
     dtype = getattr(torch, weight.dtype)
@@ -233,7 +236,7 @@ def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes
         count = elements(source.shape)
         raw, stored = _read_whole(reader(folder, source), count, target)
         tensor = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[stored])).reshape(source.shape)
-        tensors[source.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensors[source.name] = tensor.to(dtype)  # whatever its own is, as the library does before it merges or splits
     tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
     if weight.transposed:
         tensor = tensor.T
