@@ -199,6 +199,11 @@ def _compare(row: Row, model: Any, inputs: Inputs, source: Path, folder: Path) -
     row.faults += [f"inspect: {problem.kind}" for problem in errors]
     dequantized(output, plain)
     found = tensors_of(plain)
+    if own_names:  # those of the output; what is dequantized has the checkpoint's again
+        held, left = library.loaded(plain)
+        found = held.state_dict() | found
+        if left:
+            row.faults.append(f"does not load plainly once dequantized: {left}")
     wrong = [
         name
         for name, value in dequantized_by_bitsandbytes(tensors_of(output)).items()
