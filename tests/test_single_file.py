@@ -159,6 +159,11 @@ def test_what_is_no_model_of_diffusers_is_named(tmp_path: Path, sd3: tuple[Path,
         run(quantize, tmp_path / "cut.safetensors", config=str(sd3[0]), output=tmp_path / "made")
     with pytest.raises(Unsupported, match="cannot be read as a SD3Transformer2DModel"):
         run(quantize, tmp_path / "x.safetensors", config=str(sd3[0]), output=tmp_path / "made")
+    with pytest.raises(Unsupported, match=r"no single file in which diffusers can tell the model.*--config"):
+        run(quantize, tmp_path / "x.safetensors", output=tmp_path / "made")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(24, 8)}, tmp_path / "flux.safetensors")
+    with pytest.raises(Unsupported, match=r"Black Forest Labs.*--config"):
+        run(quantize, tmp_path / "flux.safetensors", output=tmp_path / "made")
     with pytest.raises(MissingInput, match=r"has no file 'none\.safetensors'"):
         run(quantize, tmp_path, file="none.safetensors", config=str(sd3[0]), output=tmp_path / "made")
 

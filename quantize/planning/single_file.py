@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qz import HubUnreachable, MissingInput, PermissionRefused, Unsupported, UsageError
+from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.checkpoint.problems import as_error
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor, survey_file
 from qz.formats.decoded import CODES, Decoded, Joined, Strided, joined_part
@@ -49,6 +50,13 @@ def open_single_file(folder: Folder, file: str, config_from: str | None, open_co
                 named = single_file.default_source(specs)
             except (LookupError, ValueError, AttributeError, IndexError) as error:
                 raise Unsupported(f"{where} is not a file that diffusers knows ({describe(error)}).") from error
+    if named is None:
+        layout = original_layout(tensors)
+        tool = f" names its tensors as {layout['tool']} does, but" if layout is not None else ""
+        raise Unsupported(
+            f"{where}{tool} is no single file in which diffusers can tell the model. Name the folder or repository of "
+            "its config with --config."
+        )
     config = _config(named, open_config, asked=config_from is not None)
     class_name = str(config["_class_name"])
     harmless, _ = without_code(config)

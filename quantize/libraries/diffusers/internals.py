@@ -112,10 +112,15 @@ def needs_conversion(model_class: Any, config: Any, state: dict[str, Any]) -> bo
     return own != set(state)
 
 
-def default_pipeline(state: dict[str, Any]) -> str:
-    """The repository whose configs the library takes for such a state dict."""
+def default_pipeline(state: dict[str, Any]) -> str | None:
+    """The repository whose configs the library takes for such a state dict; None if it cannot tell the model.
+
+    The library itself takes whatever it does not know for Stable Diffusion 1.
+    """
     try:
-        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
     except ImportError as error:
         raise _unknown(error) from error
+    if infer_diffusers_model_type(state) == "v1" and not any("input_blocks.0." in name for name in state):
+        return None
     return str(fetch_diffusers_config(state)["pretrained_model_name_or_path"])

@@ -52,8 +52,8 @@ class Converted:
     content: tuple[Piece, ...] | View
 
 
-def default_source(tensors: Mapping[str, TensorSpec]) -> str:
-    """The repository whose configs diffusers takes for a file with such tensors; it guesses by names and shapes."""
+def default_source(tensors: Mapping[str, TensorSpec]) -> str | None:
+    """The repository whose configs diffusers takes for a file with such tensors, told by names and shapes, or None."""
     return default_pipeline(_on_meta(tensors))
 
 
