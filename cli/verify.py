@@ -54,6 +54,8 @@ def verify(
 
 def verdict(found: Verification) -> str:
     """What the command ends with if something differs."""
+    if (unrecorded := no_record(found)) is not None:
+        return unrecorded
     if found.source is None:
         return f"{found.output} is not as qz wrote it. The report says what differs."
     why = (
@@ -62,6 +64,11 @@ def verdict(found: Verification) -> str:
         else "The report says what differs."
     )
     return f"{found.output} is not what {found.source} becomes with the recorded settings. {why}"
+
+
+def no_record(found: Verification) -> str | None:
+    """Why there was nothing to compare, where qz did not write what was named."""
+    return next((problem.message for problem in found.problems if problem.kind == "record-missing"), None)
 
 
 def report(found: Verification) -> list[tuple[str, str]]:
@@ -77,7 +84,7 @@ def report(found: Verification) -> list[tuple[str, str]]:
         rows.append(("compared", f"{some} and {counted(files, 'other file')}, {size(found.recomputed.bytes)} read"))
         if found.sample:
             rows.append(("sample", percent(found.sample, 1.0)))
-    rows.append(("result", "intact" if found.intact else "differs"))
+    rows.append(("result", "intact" if found.intact else "differs" if no_record(found) is None else "not known"))
     return [*rows, ("took", duration(found.seconds))]
 
 

@@ -133,6 +133,13 @@ def test_what_is_elsewhere_or_missing_is_named(tiny_llama: Path, copy: Path) -> 
     assert any(name.endswith(".safetensors") for name in found.recomputed.unlike_files)
 
 
+def test_what_qz_did_not_write_is_not_said_to_differ(tiny_llama: Path, qz: Qz) -> None:
+    result = qz("verify", tiny_llama)
+    assert result.returncode == 65
+    assert "qz did not write it" in result.stderr
+    assert "not known" in result.stdout
+
+
 def test_a_sample_looks_at_a_share(tiny_llama: Path, made: Path, qz: Qz) -> None:
     found = api.verify(made, tiny_llama, sample=0.2, **ON_CPU)
     assert found.intact
