@@ -23,7 +23,8 @@ from qz.formats.output.record import read_record
 from qz.quantize.calibration import text
 from qz.quantize.calibration.blocks import parts_of
 from qz.quantize.calibration.statistics import read_statistics, write_statistics
-from qz.quantize.planning.sensitivity import FUSED, Scores
+from qz.quantize.planning.fused_groups import FUSED
+from qz.quantize.planning.sensitivity import Scores
 from readers import model_folder, some_text
 from zoo import build
 

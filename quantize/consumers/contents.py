@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,12 +28,7 @@ class Packed:
 
     @property
     def elements(self) -> int | None:
-        if self.shape is None:
-            return None
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return None if self.shape is None else math.prod(self.shape)
 
 
 @dataclass(frozen=True)

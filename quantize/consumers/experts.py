@@ -65,10 +65,14 @@ def vllm_some(contents: Contents) -> Iterator[Finding]:
         yield Finding("warning", "experts-plain", text)
 
 
+def _ragged(contents: Contents) -> list[str]:
+    """Experts that are no whole number of blocks."""
+    return [name for name, each in contents.packed_experts.items() if (each.elements or 0) % BLOCK_SIZE]
+
+
 def whole_blocks(contents: Contents) -> Iterator[Finding]:
     """The scales of experts are concatenated, which is right only where an expert is a whole number of blocks."""
-    ragged = [name for name, each in contents.packed_experts.items() if (each.elements or 0) % BLOCK_SIZE]
-    if ragged:
+    if ragged := _ragged(contents):
         text = f"joins the scales of experts, which are no whole blocks of {BLOCK_SIZE}: {shown(ragged)}."
         yield Finding("error", "experts-blocks", text)
 
@@ -91,8 +95,9 @@ def sglang(contents: Contents) -> Iterator[Finding]:
 
 def unsloth_blocks(contents: Contents) -> Iterator[Finding]:
     """Where an expert is no whole number of blocks, the experts of a layer are quantized again."""
-    for finding in whole_blocks(contents):
-        yield Finding("warning", finding.rule, finding.message.replace("joins the scales of", "quantizes again the"))
+    if ragged := _ragged(contents):
+        text = f"quantizes again the experts, which are no whole blocks of {BLOCK_SIZE}: {shown(ragged)}."
+        yield Finding("warning", "experts-blocks", text)
 
 
 def shared_gate(contents: Contents) -> Iterator[Finding]:

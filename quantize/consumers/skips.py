@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 
 from qz.quantize.consumers.contents import EXPERT, Contents, shown
 from qz.quantize.consumers.verdict import Finding
 from qz.quantize.libraries.skip_names import named
-
-FUSED: Mapping[str, Sequence[tuple[str, ...]]] = {
-    "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")),
-    "gate_up_proj": (("gate_proj", "up_proj"),),
-}
-"""Layers that vLLM (``packed_modules_mapping``) and SGLang (``bitsandbytes_stacked_params_mapping``) load into one
-parameter: its name → the names that the checkpoint has beside each other."""
+from qz.quantize.planning.fused_groups import SERVED
 
 
 def split_groups(packed: Iterable[str], plain: Iterable[str]) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -26,13 +20,12 @@ def split_groups(packed: Iterable[str], plain: Iterable[str]) -> Iterator[tuple[
     others = set(plain)
     for parent in parents:
         prefix = f"{parent}." if parent else ""
-        for fused, alternatives in FUSED.items():
-            for members in alternatives:
-                paths = [prefix + member for member in members]
-                inside = [path for path in paths if path in quantized]
-                left = [path for path in paths if path in others]
-                if inside and left:
-                    yield prefix + fused, inside, left
+        for members, fused in SERVED.items():
+            paths = [prefix + member for member in members]
+            inside = [path for path in paths if path in quantized]
+            left = [path for path in paths if path in others]
+            if inside and left:
+                yield prefix + fused, inside, left
 
 
 def _kept(contents: Contents) -> list[str]:
@@ -45,15 +38,23 @@ def _splits(contents: Contents) -> list[tuple[str, list[str], list[str]]]:
     return list(split_groups(packed, _kept(contents)))
 
 
+def _told(splits: list[tuple[str, list[str], list[str]]]) -> tuple[str, str, str]:
+    """Of split groups, where they are; and of the first, which members are quantized, and which are not."""
+    _, inside, left = splits[0]
+    return shown(fused for fused, _, _ in splits), _leaves(inside), _leaves(left)
+
+
+def _leaves(paths: Iterable[str]) -> str:
+    return shown(path.rpartition(".")[2] for path in paths)
+
+
 def split_group_vllm(contents: Contents) -> Iterator[Finding]:
     """vLLM fuses q/k/v and gate/up. Of a group that is quantized in part it quantizes the rest, too, to nf4 with double
     quantization; in int8 it reads the rest's values as codes."""
     found = _splits(contents)
     if not found:
         return
-    places = shown(fused for fused, _, _ in found)
-    left = shown(path.rpartition(".")[2] for path in found[0][2])
-    inside = shown(path.rpartition(".")[2] for path in found[0][1])
+    places, inside, left = _told(found)
     how = f"Skip {inside} too, or do not skip {left}."
     if contents.is_int8:
         text = f"fuses {places}, of which {left} is not quantized: its values would be read as int8 codes. {how}"
@@ -68,9 +69,7 @@ def split_group_sglang(contents: Contents) -> Iterator[Finding]:
     not fit."""
     found = _splits(contents)
     if found:
-        places = shown(fused for fused, _, _ in found)
-        left = shown(path.rpartition(".")[2] for path in found[0][2])
-        inside = shown(path.rpartition(".")[2] for path in found[0][1])
+        places, inside, left = _told(found)
         text = (
             f"fuses {places} into one packed parameter, where {left}, which is not quantized, does not fit. "
             f"Skip {inside} too, or do not skip {left}."

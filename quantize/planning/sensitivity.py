@@ -11,20 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qz.quantize.libraries.architecture import Weight
-
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("to_q", "to_k", "to_v"),
-    ("add_q_proj", "add_k_proj", "add_v_proj"),
-    ("q", "k", "v"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
-"""Names of sibling linears with one input that engines compute as one."""
+from qz.quantize.planning.fused_groups import FUSED
 
 VALUES = ("v_proj", "value", "v_lin", "to_v", "add_v_proj", "v")
 KEYS = ("k_proj", "key", "k_lin", "to_k", "add_k_proj", "k")
