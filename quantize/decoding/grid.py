@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,9 +54,13 @@ class GridReader:
         elif kind == "I8":
             np.copyto(values, codes.view(np.int8))
         else:
-            bits = int(kind.removeprefix("INT"))
-            np.copyto(values, unpack_rows(codes, bits, self.columns))
-            values -= 1 << (bits - 1)
+            np.copyto(values, unpack_rows(codes, self._bits, self.columns))
+            values -= 1 << (self._bits - 1)
+
+    @property
+    def _bits(self) -> int:
+        """Of a packed integer."""
+        return int(self.grid.codes.removeprefix("INT"))
 
     def _scale_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of the scales that hold for rows of the values, counted through all matrices."""
@@ -76,17 +81,20 @@ class GridReader:
         return scales
 
     def _zero_points(self, rows: NDArray[np.int64]) -> Floats:
-        """Like the scales; those of packed integers are packed too, down the columns."""
-        stored = self.parts.array(ZERO_POINT)
+        """Like the scales; those of packed integers are packed too."""
         if not self.grid.codes.startswith("INT"):
             return self.parts.floats(ZERO_POINT, rows=rows)
-        bits = int(self.grid.codes.removeprefix("INT"))
+        return self._unpacked[rows].astype(np.float32) - (1 << (self._bits - 1))
+
+    @cached_property
+    def _unpacked(self) -> NDArray[np.uint8]:
+        """(rows of scales, groups) of zero points, which are stored packed down the columns."""
+        stored, bits = self.parts.array(ZERO_POINT), self._bits
         matrices = stored.reshape(-1, *stored.shape[-2:])
         each = -(-self.rows // self.grid.block[0])
         streams = np.ascontiguousarray(np.swapaxes(matrices, 1, 2))  # (matrices, groups, words)
         codes = unpack_rows(streams.view(np.uint8).reshape(-1, streams.shape[2] * 4), bits, each)
-        unpacked = np.swapaxes(codes.reshape(len(matrices), -1, each), 1, 2).reshape(-1, streams.shape[1])
-        return unpacked[rows].astype(np.float32) - (1 << (bits - 1))
+        return np.swapaxes(codes.reshape(len(matrices), -1, each), 1, 2).reshape(-1, streams.shape[1])
 
     def _spread(self, operation: np.ufunc, values: Floats, scales: Floats) -> None:
         """``values`` = operation(values, scales), where each scale holds for the columns of its block."""
