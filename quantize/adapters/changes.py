@@ -20,6 +20,7 @@ from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.modules import AdapterModule
 from qz.quantize.compute.arrays import NUMPY, Memory, elements
+from qz.quantize.compute.tables import widen
 
 Floats = NDArray[np.float32]
 _ALPHAS = {
@@ -108,8 +109,10 @@ class Loaded:
         if kind == "difference":
             return factors["difference"].reshape(-1, self.columns)[first:last] * scale
         if kind == "LoHa":
-            one = _rows_of(factors["hada_w1_a"], first, last) @ _flat(factors["hada_w1_b"])
-            return one * (_rows_of(factors["hada_w2_a"], first, last) @ _flat(factors["hada_w2_b"])) * scale
+            one, two = (
+                _flat(factors[f"{name}_a"])[first:last] @ _flat(factors[f"{name}_b"]) for name in ("hada_w1", "hada_w2")
+            )
+            return one * two * scale
         if kind == "LoKr":
             return self._kronecker_rows(first, last) * scale
         left, right = self._low_rank()
@@ -238,10 +241,7 @@ def read_floats(adapter: AdapterFile, tensor: StoredTensor) -> Floats:
     raw = np.empty(tensor.nbytes, np.uint8)
     adapter.read_into(tensor, 0, raw.data)
     values = raw.view(NUMPY[tensor.dtype])
-    if tensor.dtype == "BF16":
-        floats = (values.astype(np.uint32) << 16).view(np.float32)
-    else:
-        floats = raw.view(np.float16).astype(np.float32) if tensor.dtype == "F16" else values.view(np.float32)
+    floats = values if tensor.dtype == "F32" else widen(values, tensor.dtype)
     if not np.isfinite(floats).all():
         raise MalformedInput(
             f"{adapter.where}: {quoted(tensor.name)} holds NaN or infinite values, which would spoil the weight that "
@@ -259,7 +259,7 @@ def read_alpha(module: AdapterModule) -> float | None:
     if elements(tensor.shape) == 1 and tensor.dtype in (*_ALPHAS, "BF16"):
         module.adapter.read_into(tensor, 0, raw.data)
         if tensor.dtype == "BF16":
-            value = float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
+            value = float(widen(raw.view(np.uint16), "BF16")[0])
         else:
             value = float(raw.view(_ALPHAS[tensor.dtype])[0])
         if np.isfinite(value):
@@ -269,7 +269,3 @@ def read_alpha(module: AdapterModule) -> float | None:
 
 def _flat(factor: Floats) -> Floats:
     return factor.reshape(len(factor), -1)
-
-
-def _rows_of(factor: Floats, first: int, last: int) -> Floats:
-    return _flat(factor)[first:last]

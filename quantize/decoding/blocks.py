@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz.formats.decoded import CODES, Blocks, Decoded
+from qz.quantize.compute.tables import widen
 from qz.quantize.decoding.codes import Floats
 from qz.quantize.decoding.parts import Parts
 
@@ -73,7 +74,7 @@ def dequantized(codes: Bytes, blocks: Blocks) -> Floats:
     """Whole blocks as float32 values."""
     if blocks.values == 1:
         if blocks.type == 30:  # bfloat16
-            return (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            return widen(codes.view(np.uint16), "BF16")
         return codes.view({0: np.float32, 1: np.float16, 28: np.float64}[blocks.type]).astype(np.float32)
     from gguf import GGMLQuantizationType, dequantize
 

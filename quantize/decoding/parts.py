@@ -11,6 +11,7 @@ from qz import MalformedInput
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory
+from qz.quantize.compute.tables import widen
 from qz.quantize.decoding.codes import Floats, look_up, table
 
 if TYPE_CHECKING:
@@ -85,5 +86,5 @@ def _as_floats(raw: NDArray[Any], dtype: str) -> Floats:
         look_up(table(dtype), raw.view(np.uint8).reshape(-1), found)
         return found.reshape(raw.shape)
     if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
+        return widen(raw, dtype)
     return raw.astype(np.float32)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qz.formats.decoded import CODES, SCALE, Decoded
-from qz.quantize.decoding.codes import Floats, look_up, pairs, table
+from qz.quantize.decoding.codes import Floats, look_up, pairs
 from qz.quantize.decoding.parts import Parts
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class TransposedBlocksReader:
         with self.lock:
             if number not in self.held:
                 codes, exponents = self._part(CODES, number, 16), self._part(SCALE, number, 1)
-                scales = np.empty(exponents.size, np.float32)
-                look_up(table("F8_E8M0"), exponents.reshape(-1), scales)
-                self.parts.require_finite(scales, self.tensor.parts[SCALE])
+                scales = self.parts.as_floats(exponents, SCALE, "F8_E8M0")
                 while len(self.held) >= KEPT:
                     del self.held[next(iter(self.held))]
                 self.held[number] = codes, scales.reshape(self.rows, self.blocks)
