@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import typer.main
 
 from qz import QzError, Unsupported, one_line
-from qz.cli.options import DebugOpt, VersionOpt
+from qz.cli.options.general import DebugOpt, VersionOpt
 from qz.cli.output import say, warn
 from qz.cli.streams import closed_pipe, flush_streams, open_streams
 from qz.quantize.libraries import process

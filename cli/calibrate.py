@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli import options
+from qz.cli.options import arguments, machine, outputs, reports, selection
 from qz.cli.output import facts, show, size, took, warn
 from qz.cli.progress import Display, timed
 from qz.cli.quantize import chosen_method
@@ -17,21 +17,21 @@ LOSSES = {"kl": "KL divergence in nats a token", "cosine": "1 − cosine of mean
 
 
 def calibrate(
-    source: options.SourceArg,
-    output: options.StatisticsOpt,
-    subfolder: options.SubfolderOpt = None,
-    revision: options.RevisionOpt = None,
-    variant: options.VariantOpt = None,
-    text: options.TextOpt = None,
-    generate: options.GenerateOpt = False,
-    tokens: options.TokensOpt = None,
-    hessians: options.HessiansOpt = False,
-    scores: options.ScoresOpt = False,
-    method: options.ScoredMethodOpt = None,
-    resume: options.ResumeOpt = True,
-    device: options.DeviceOpt = "auto",
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    source: arguments.SourceArg,
+    output: outputs.StatisticsOpt,
+    subfolder: selection.SubfolderOpt = None,
+    revision: selection.RevisionOpt = None,
+    variant: selection.VariantOpt = None,
+    text: selection.TextOpt = None,
+    generate: selection.GenerateOpt = False,
+    tokens: selection.TokensOpt = None,
+    hessians: outputs.HessiansOpt = False,
+    scores: outputs.ScoresOpt = False,
+    method: outputs.ScoredMethodOpt = None,
+    resume: outputs.ResumeOpt = True,
+    device: machine.DeviceOpt = "auto",
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Run a 16-bit model of transformers on a text, block by block, and record the inputs of its linear layers."""
     from qz import api

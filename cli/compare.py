@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from qz import IOFailed, OutputRefused
-from qz.cli import options
+from qz.cli.options import arguments, machine, reports, selection
 from qz.cli.output import facts, show, table, took, warn
 from qz.cli.picture import bars
 from qz.cli.progress import Display, timed
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def compare(
-    original: options.OriginalArg,
-    other: options.OtherArg,
-    subfolder: options.SubfolderOpt = None,
-    text: options.TextOpt = None,
-    tokens: options.TokensOpt = None,
-    picture: options.PictureOpt = None,
-    device: options.DeviceOpt = "auto",
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    original: arguments.OriginalArg,
+    other: arguments.OtherArg,
+    subfolder: selection.SubfolderOpt = None,
+    text: selection.TextOpt = None,
+    tokens: selection.TokensOpt = None,
+    picture: reports.PictureOpt = None,
+    device: machine.DeviceOpt = "auto",
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Show what quantizing changed: in each layer's weights, and in what the model makes of a text."""
     from qz import api

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from qz.cli import options
+from qz.cli.options import arguments, hub, machine, outputs, reports, selection
 from qz.cli.progress import Display, timed
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
 
 def dequantize(
-    source: options.SourceArg,
-    subfolder: options.SubfolderOpt = None,
-    revision: options.RevisionOpt = None,
-    variant: options.VariantOpt = None,
-    allow_pickle: options.AllowPickleOpt = False,
-    lora: options.LoraOpt = None,
-    output: options.OutputOpt = None,
-    dtype: options.TargetDTypeOpt = "auto",
-    max_shard_size: options.MaxShardSizeOpt = DEFAULT_SHARD_BYTES,
-    weights_only: options.WeightsOnlyOpt = False,
-    if_exists: options.IfExistsOpt = "error",
-    overwrite: options.OverwriteOpt = False,
-    resume: options.ResumeOpt = True,
-    part: options.PartOpt = None,
-    fsync: options.FsyncOpt = True,
-    device: options.DeviceOpt = "auto",
-    threads: options.ThreadsOpt = None,
-    download: options.DownloadOpt = False,
-    push: options.PushOpt = None,
-    push_subfolder: options.IntoSubfolderOpt = None,
-    push_only: options.PushOnlyOpt = False,
-    public: options.PublicOpt = None,
-    against: options.AgainstOpt = None,
-    dry_run: options.DryRunOpt = False,
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    source: arguments.SourceArg,
+    subfolder: selection.SubfolderOpt = None,
+    revision: selection.RevisionOpt = None,
+    variant: selection.VariantOpt = None,
+    allow_pickle: selection.AllowPickleOpt = False,
+    lora: selection.LoraOpt = None,
+    output: outputs.OutputOpt = None,
+    dtype: outputs.TargetDTypeOpt = "auto",
+    max_shard_size: outputs.MaxShardSizeOpt = DEFAULT_SHARD_BYTES,
+    weights_only: outputs.WeightsOnlyOpt = False,
+    if_exists: outputs.IfExistsOpt = "error",
+    overwrite: outputs.OverwriteOpt = False,
+    resume: outputs.ResumeOpt = True,
+    part: outputs.PartOpt = None,
+    fsync: outputs.FsyncOpt = True,
+    device: machine.DeviceOpt = "auto",
+    threads: machine.ThreadsOpt = None,
+    download: machine.DownloadOpt = False,
+    push: hub.PushOpt = None,
+    push_subfolder: hub.IntoSubfolderOpt = None,
+    push_only: hub.PushOnlyOpt = False,
+    public: hub.PublicOpt = None,
+    against: reports.AgainstOpt = None,
+    dry_run: reports.DryRunOpt = False,
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
     from qz import api
@@ -52,7 +52,7 @@ def dequantize(
             against=against,
             max_shard_bytes=max_shard_size,
             weights_only=weights_only,
-            if_exists=options.existing_output(overwrite, if_exists),
+            if_exists=outputs.existing_output(overwrite, if_exists),
             resume=resume,
             fsync=fsync,
             device=device,

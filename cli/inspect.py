@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from qz.cli import options
+from qz.cli.options import arguments, reports, selection
 from qz.cli.progress import Display
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    source: options.SourceArg,
-    subfolder: options.SubfolderOpt = None,
-    revision: options.RevisionOpt = None,
-    variant: options.VariantOpt = None,
-    allow_pickle: options.AllowPickleOpt = False,
-    tensors: options.TensorsOpt = False,
-    pattern: options.FilterOpt = None,
-    plan: options.PlanOpt = False,
-    verify: options.VerifyOpt = False,
-    consumers: options.ForOpt = None,
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    source: arguments.SourceArg,
+    subfolder: selection.SubfolderOpt = None,
+    revision: selection.RevisionOpt = None,
+    variant: selection.VariantOpt = None,
+    allow_pickle: selection.AllowPickleOpt = False,
+    tensors: reports.TensorsOpt = False,
+    pattern: reports.FilterOpt = None,
+    plan: reports.PlanOpt = False,
+    verify: reports.VerifyOpt = False,
+    consumers: reports.ForOpt = None,
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Show what a model, pipeline or .safetensors file is, what quantizing would give, and what is wrong with it."""
     from qz import UsageError, api

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli import options
+from qz.cli.options import arguments, hub, machine, outputs, reports
 from qz.cli.output import duration, facts, show, size, warn
 from qz.cli.progress import Display
 from qz.cli.report import pushed_text
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def merge(
-    output: options.MergedArg,
-    overwrite: options.ReplaceOutputOpt = False,
-    push: options.PushOpt = None,
-    push_subfolder: options.IntoSubfolderOpt = None,
-    public: options.PublicOpt = None,
-    fsync: options.FsyncOpt = True,
-    threads: options.ThreadsOpt = None,
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    output: arguments.MergedArg,
+    overwrite: outputs.ReplaceOutputOpt = False,
+    push: hub.PushOpt = None,
+    push_subfolder: hub.IntoSubfolderOpt = None,
+    public: hub.PublicOpt = None,
+    fsync: outputs.FsyncOpt = True,
+    threads: machine.ThreadsOpt = None,
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Complete an output from its parts: all there, alike, every hash compared, then moved into place at once."""
     from qz import api

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli import options
+from qz.cli.options import arguments, hub, reports
 from qz.cli.output import facts, say, show, size
 from qz.cli.progress import Display
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def push(
-    folder: options.FolderArg,
-    repo_id: options.RepoArg,
-    subfolder: options.PushSubfolderOpt = None,
-    public: options.PublicOpt = None,
-    branch: options.BranchOpt = "main",
-    create_pr: options.CreatePrOpt = False,
-    replace: options.ReplaceOpt = False,
-    message: options.MessageOpt = None,
-    dry_run: options.DryRunOpt = False,
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    folder: arguments.FolderArg,
+    repo_id: arguments.RepoArg,
+    subfolder: hub.PushSubfolderOpt = None,
+    public: hub.PublicOpt = None,
+    branch: hub.BranchOpt = "main",
+    create_pr: hub.CreatePrOpt = False,
+    replace: hub.ReplaceOpt = False,
+    message: hub.MessageOpt = None,
+    dry_run: reports.DryRunOpt = False,
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Publish a checkpoint on the Hub: verified first, then weights and config in one commit, with a model card."""
     from qz import api

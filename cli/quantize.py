@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli import options
+from qz.cli.options import arguments, hub, machine, methods, outputs, reports, selection
 from qz.cli.progress import Display, timed
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
@@ -14,61 +14,61 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: options.SourceArg,
-    nf4: options.Nf4Opt = False,
-    fp4: options.Fp4Opt = False,
-    int8: options.Int8Opt = False,
-    method: options.MethodOpt = None,
-    double_quant: options.DoubleQuantOpt = False,
-    compute_dtype: options.ComputeDTypeOpt = "bfloat16",
-    threshold: options.ThresholdOpt = 6.0,
-    scales: options.ScalesOpt = None,
-    importance: options.ImportanceOpt = None,
-    rounding: options.RoundingOpt = "nearest",
-    target_size: options.TargetSizeOpt = None,
-    max_loss: options.MaxLossOpt = None,
-    scores: options.ScoresFileOpt = None,
-    split_groups: options.SplitGroupsOpt = False,
-    subfolder: options.SubfolderOpt = None,
-    revision: options.RevisionOpt = None,
-    variant: options.VariantOpt = None,
-    allow_pickle: options.AllowPickleOpt = False,
-    skip: options.SkipOpt = None,
-    no_default_skips: options.NoDefaultSkipsOpt = False,
-    experts: options.ExpertsOpt = False,
-    components: options.ComponentsOpt = None,
-    component: options.ComponentOpt = None,
-    keep_nonfinite: options.KeepNonfiniteOpt = False,
-    file: options.FileOpt = None,
-    config: options.ConfigOpt = None,
-    lora: options.LoraOpt = None,
-    layout: options.LayoutOpt = "diffusers",
-    output: options.OutputOpt = None,
-    dtype: options.DTypeOpt = "auto",
-    max_shard_size: options.MaxShardSizeOpt = DEFAULT_SHARD_BYTES,
-    weights_only: options.WeightsOnlyOpt = False,
-    if_exists: options.IfExistsOpt = "error",
-    overwrite: options.OverwriteOpt = False,
-    resume: options.ResumeOpt = True,
-    part: options.PartOpt = None,
-    fsync: options.FsyncOpt = True,
-    device: options.DeviceOpt = "auto",
-    threads: options.ThreadsOpt = None,
-    download: options.DownloadOpt = False,
-    push: options.PushOpt = None,
-    push_subfolder: options.IntoSubfolderOpt = None,
-    push_only: options.PushOnlyOpt = False,
-    public: options.PublicOpt = None,
-    report: options.ReportOpt = False,
-    dry_run: options.DryRunOpt = False,
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    source: arguments.SourceArg,
+    nf4: methods.Nf4Opt = False,
+    fp4: methods.Fp4Opt = False,
+    int8: methods.Int8Opt = False,
+    method: methods.MethodOpt = None,
+    double_quant: methods.DoubleQuantOpt = False,
+    compute_dtype: methods.ComputeDTypeOpt = "bfloat16",
+    threshold: methods.ThresholdOpt = 6.0,
+    scales: methods.ScalesOpt = None,
+    importance: methods.ImportanceOpt = None,
+    rounding: methods.RoundingOpt = "nearest",
+    target_size: methods.TargetSizeOpt = None,
+    max_loss: methods.MaxLossOpt = None,
+    scores: methods.ScoresFileOpt = None,
+    split_groups: methods.SplitGroupsOpt = False,
+    subfolder: selection.SubfolderOpt = None,
+    revision: selection.RevisionOpt = None,
+    variant: selection.VariantOpt = None,
+    allow_pickle: selection.AllowPickleOpt = False,
+    skip: selection.SkipOpt = None,
+    no_default_skips: selection.NoDefaultSkipsOpt = False,
+    experts: selection.ExpertsOpt = False,
+    components: selection.ComponentsOpt = None,
+    component: selection.ComponentOpt = None,
+    keep_nonfinite: selection.KeepNonfiniteOpt = False,
+    file: selection.FileOpt = None,
+    config: selection.ConfigOpt = None,
+    lora: selection.LoraOpt = None,
+    layout: outputs.LayoutOpt = "diffusers",
+    output: outputs.OutputOpt = None,
+    dtype: outputs.DTypeOpt = "auto",
+    max_shard_size: outputs.MaxShardSizeOpt = DEFAULT_SHARD_BYTES,
+    weights_only: outputs.WeightsOnlyOpt = False,
+    if_exists: outputs.IfExistsOpt = "error",
+    overwrite: outputs.OverwriteOpt = False,
+    resume: outputs.ResumeOpt = True,
+    part: outputs.PartOpt = None,
+    fsync: outputs.FsyncOpt = True,
+    device: machine.DeviceOpt = "auto",
+    threads: machine.ThreadsOpt = None,
+    download: machine.DownloadOpt = False,
+    push: hub.PushOpt = None,
+    push_subfolder: hub.IntoSubfolderOpt = None,
+    push_only: hub.PushOnlyOpt = False,
+    public: hub.PublicOpt = None,
+    report: reports.ReportOpt = False,
+    dry_run: reports.DryRunOpt = False,
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Quantize a model to 4 or 8 bit, streamed: no GPU needed, using a few megabytes of memory per thread."""
     from qz import api
 
-    name = options.method_name(nf4, fp4, int8, method)
-    own = options.parse_component_methods(component)
+    name = methods.method_name(nf4, fp4, int8, method)
+    own = selection.parse_component_methods(component)
     four_bit_too = name == "int8" and any(each in ("nf4", "fp4") for each in own.values())
     with Display(quiet=quiet) as display:
         summary = api.quantize(
@@ -87,7 +87,7 @@ def quantize(
             revision=revision,
             variant=variant,
             allow_pickle=allow_pickle,
-            components=options.parse_components(components),
+            components=selection.parse_components(components),
             component_methods={
                 part: None
                 if each == "none"
@@ -104,7 +104,7 @@ def quantize(
             keep_nonfinite=keep_nonfinite,
             max_shard_bytes=max_shard_size,
             weights_only=weights_only,
-            if_exists=options.existing_output(overwrite, if_exists),
+            if_exists=outputs.existing_output(overwrite, if_exists),
             resume=resume,
             fsync=fsync,
             device=device,

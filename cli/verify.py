@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli import options
+from qz.cli.options import arguments, machine, reports, selection
 from qz.cli.output import Column, duration, facts, percent, plain, show, size, table, warn
 from qz.cli.progress import Display
 from qz.counted import counted
@@ -18,16 +18,16 @@ DIFFERENCES = (Column("differs", foldable=True), Column("how", foldable=True), C
 
 
 def verify(
-    output: options.VerifiedArg,
-    against: options.SourceOpt = None,
-    revision: options.SourceRevisionOpt = None,
-    importance: options.UsedImportanceOpt = None,
-    allow_pickle: options.AllowPickleOpt = False,
-    sample: options.SampleOpt = None,
-    device: options.DeviceOpt = "auto",
-    threads: options.ThreadsOpt = None,
-    as_json: options.JsonOpt = False,
-    quiet: options.QuietOpt = False,
+    output: arguments.VerifiedArg,
+    against: selection.SourceOpt = None,
+    revision: selection.SourceRevisionOpt = None,
+    importance: selection.UsedImportanceOpt = None,
+    allow_pickle: selection.AllowPickleOpt = False,
+    sample: selection.SampleOpt = None,
+    device: machine.DeviceOpt = "auto",
+    threads: machine.ThreadsOpt = None,
+    as_json: reports.JsonOpt = False,
+    quiet: reports.QuietOpt = False,
 ) -> None:
     """Compare an output with the hashes in its record, or with what its source becomes: every tensor, streamed."""
     from qz import MalformedInput, api

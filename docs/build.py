@@ -29,7 +29,7 @@ def reference() -> str:
     group: Any = typer.main.get_command(app)
     parts = [
         "# Commands\n",
-        "<!-- Written by `make docs` from the app itself. Changes belong into cli/options.py and the commands. -->\n",
+        "<!-- Written by `make docs` from the app itself. Changes belong into cli/options/ and the commands. -->\n",
         f"{first_line(group.help)}\n",
         "| command | |\n|---|---|",
         *(f"| [`qz {name}`](#qz-{name}) | {cell(first_line(c.help))} |" for name, c in group.commands.items()),

@@ -21,8 +21,8 @@ import qz as package
 from conftest import Qz
 from pace import HANG, calibration_loop
 from qz import QzError
-from qz.cli import options
 from qz.cli.app import app, explain
+from qz.cli.options.values import parse_size
 
 GROUP: Any = typer.main.get_command(app)
 ERRORS = {error.__name__: error for error in QzError.__subclasses__()}
@@ -31,7 +31,7 @@ ERRORS = {error.__name__: error for error in QzError.__subclasses__()}
 SCRIPT = """
 import sys, time
 from qz.cli.app import app, main
-from qz.cli.options import JsonOpt
+from qz.cli.options.reports import JsonOpt
 import qz
 
 @app.command()
@@ -142,13 +142,13 @@ def test_defaults_are_the_contracts() -> None:
     [("5GB", 5 * 10**9), ("500 mb", 500 * 10**6), ("2GiB", 2 * 2**30), ("1.5GB", 1_500_000_000), ("4096", 4096)],
 )
 def test_sizes_are_read_as_the_libraries_read_them(text: str, count: int) -> None:
-    assert options.parse_size(text) == count
+    assert parse_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 PBs", "5GB5", "1e9", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="5GB, 500MB or 2GiB"):
-        options.parse_size(text)
+        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Every argument and option of every command, declared once: a module for each panel of the help."""

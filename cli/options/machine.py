@@ -1,0 +1,35 @@
+"""What computes, and whether it reads from the Hub cache."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from qz.cli.options.panels import Panel
+from qz.cli.options.values import parse_device, parse_threads
+
+PANEL = Panel("Machine")
+
+DeviceOpt = Annotated[
+    str,
+    PANEL.option(
+        "--device",
+        metavar="DEVICE",
+        parser=parse_device,
+        help="What computes: auto (a GPU if there is one), cpu, cuda, cuda:N, xpu or mps.",
+    ),
+]
+ThreadsOpt = Annotated[
+    int | None,
+    PANEL.option(
+        "--threads",
+        metavar="N",
+        parser=parse_threads,  # a range that Typer checks would import pydantic, a third of the time of `qz inspect`
+        help="CPU threads. Default: one per core. The bytes do not depend on it.",
+    ),
+]
+DownloadOpt = Annotated[
+    bool,
+    PANEL.flag(
+        "--download", help="Fill the Hub cache and read from there, instead of streaming without a copy on disk."
+    ),
+]

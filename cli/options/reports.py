@@ -1,0 +1,53 @@
+"""What is told of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from qz.cli.options.completion import complete_folder
+from qz.cli.options.panels import Panel
+
+PANEL = Panel("Reports")
+
+PictureOpt = Annotated[
+    Path | None,
+    PANEL.option(
+        "--picture", metavar="FILE", help="Write a picture of what each block lost, as SVG, for a model card."
+    ),
+]
+DryRunOpt = Annotated[
+    bool, PANEL.flag("--dry-run", help="Show what would be done, with exact sizes, and do none of it.")
+]
+JsonOpt = Annotated[bool, PANEL.flag("--json", help="One JSON object on stdout, and nothing else there.")]
+QuietOpt = Annotated[bool, PANEL.flag("--quiet", "-q", help="No progress and no notes; warnings remain.")]
+ReportOpt = Annotated[bool, PANEL.flag("--report", help="Measure the loss per layer while quantizing, and show it.")]
+AgainstOpt = Annotated[
+    str | None,
+    PANEL.option(
+        "--against",
+        metavar="ORIGINAL",
+        help="Compare with the original, a folder or Hub repository, and show the loss per layer.",
+        autocompletion=complete_folder,
+    ),
+]
+TensorsOpt = Annotated[bool, PANEL.flag("--tensors", help="List the tensors, similar layers grouped.")]
+FilterOpt = Annotated[
+    str | None,
+    PANEL.option("--filter", metavar="GLOB", help="With --tensors, list each tensor whose name matches: '*.attn.*'."),
+]
+PlanOpt = Annotated[
+    bool, PANEL.flag("--plan", help="Estimates from the real plan, which loads the model's library (slower).")
+]
+ForOpt = Annotated[
+    list[str] | None,
+    PANEL.option(
+        "--for",
+        metavar="CONSUMER",
+        help="Whether it loads there, and what would: vllm, sglang, peft, unsloth, invokeai, comfyui, transformers, or "
+        "diffusers-cpu (diffusers without a GPU). Exit code 65 if not. Repeat it for more.",
+    ),
+]
+VerifyOpt = Annotated[
+    bool, PANEL.flag("--verify", help="Read every byte and compare with the hashes that qz recorded.")
+]
