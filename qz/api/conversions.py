@@ -1,0 +1,122 @@
+"""What both conversions have besides: a part of the output only, and its way to the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec
+
+from qz import UsageError
+from qz.progress import OnProgress
+from qz.quantize.settings import IfExists
+
+if TYPE_CHECKING:
+    from qz.formats.checkpoint.adapter_file import AdapterFile
+    from qz.formats.output.shares import Share
+    from qz.formats.publish.destination import Destination
+    from qz.formats.publish.publication import Publication
+    from qz.formats.source import OpenedSource
+    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.summary import Summary
+    from qz.quantize.up_to_date import UpToDate
+
+    Converted = Summary | PipelineSummary | UpToDate
+
+P = ParamSpec("P")
+
+
+def once_more_if_lost(convert: Callable[P, Converted]) -> Callable[P, Converted]:
+    """Convert again if the Hub has lost meanwhile what was sent to it; what it still has is not made anew."""
+
+    @wraps(convert)
+    def converted(*arguments: P.args, **named: P.kwargs) -> Converted:
+        from qz.formats.publish.destination import UploadsLost
+
+        try:
+            return convert(*arguments, **named)
+        except UploadsLost:
+            return convert(*arguments, **named)
+
+    return converted
+
+
+def share_of(part: str | None, *, measured: bool, pushed: bool) -> Share | None:
+    """The part that is asked for, in words or by the environment; None for all."""
+    if part is None:
+        return None
+    from qz.quantize.array_task import parse_part
+
+    if measured:
+        raise UsageError("A part does not see the whole model: measure the loss with `qz compare` after the merge.")
+    if pushed:
+        raise UsageError(
+            "Parts are published when they are merged: leave out --push here, and say `qz merge --push`. Or add "
+            "--push-only, to send each weight file when it is finished and keep none here."
+        )
+    return parse_part(part, os.environ)
+
+
+def destination(
+    push: str | None,
+    subfolder: str | None,
+    public: bool | None,
+    source: OpenedSource,
+    loras: Sequence[AdapterFile] = (),
+) -> Destination | None:
+    """Where the output is published; raises now what would fail after the work."""
+    if push is None:
+        if public is not None:
+            raise UsageError("--public and --private say who may see what --push publishes. Add --push REPO_ID.")
+        if subfolder is not None:
+            raise UsageError("--push-subfolder says where --push publishes. Add --push REPO_ID.")
+        return None
+    from qz.formats.publish.destination import Destination
+    from qz.formats.publish.push import require_possible
+
+    to = Destination(push, subfolder or "", private=None if public is None else not public)
+    require_possible(to, source_private=is_source_restricted(source, loras))
+    return to
+
+
+def publication_for(
+    to: Destination | None,
+    source: OpenedSource,
+    if_exists: IfExists,
+    on_progress: OnProgress,
+    loras: Sequence[AdapterFile] = (),
+) -> Publication:
+    """Where the output goes while it is made."""
+    if to is None:
+        raise UsageError("--push-only keeps no output here, so it needs the repository to publish in: --push REPO_ID.")
+    if if_exists != "error":
+        raise UsageError("--if-exists and --overwrite are about an output here, which --push-only does not make.")
+    from qz.formats.publish.publication import Publication
+
+    return Publication(to, source_private=is_source_restricted(source, loras), progress=on_progress)
+
+
+def published(
+    done: Converted,
+    to: Destination | None,
+    source: OpenedSource,
+    on_progress: OnProgress,
+    loras: Sequence[AdapterFile] = (),
+) -> Converted:
+    """The report of a conversion, with what is to be told of its source, and of the push, if one was asked for."""
+    from qz.formats.publish.push import push as send
+
+    done = replace(done, notes=(*done.notes, *source.notes))
+    if to is None or getattr(done, "dry_run", False) or done.pushed is not None or getattr(done, "share", None):
+        return done
+    pushed = send(Path(done.output), to, source_private=is_source_restricted(source, loras), progress=on_progress)
+    return replace(done, pushed=pushed)
+
+
+def is_source_restricted(source: OpenedSource, loras: Sequence[AdapterFile]) -> bool:
+    """Whether not everyone may see something that the output is made of."""
+    from qz.formats.source import is_restricted
+
+    return any(map(is_restricted, [source.folder, *(lora.folder for lora in loras)]))

@@ -1,0 +1,109 @@
+"""``dequantize``: options in, the report of the run out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qz import UsageError
+from qz.api.conversions import destination, once_more_if_lost, publication_for, published, share_of
+from qz.api.paths import AnyPath
+from qz.formats.borrowed import settings_given_back
+from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Settings
+
+if TYPE_CHECKING:
+    from qz.api.conversions import Converted
+
+
+@settings_given_back()
+@once_more_if_lost
+def dequantize(
+    source: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    lora: Sequence[str] = (),
+    dtype: str = "auto",
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    against: AnyPath | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    weights_only: bool = False,
+    if_exists: IfExists = "error",
+    resume: bool = True,
+    fsync: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    download: bool = False,
+    push: str | None = None,
+    push_subfolder: str | None = None,
+    push_only: bool = False,
+    public: bool | None = None,
+    part: str | None = None,
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> Converted:
+    """Turn a model or pipeline that bitsandbytes quantized back into an ordinary one.
+
+    ``against`` names the original: what quantization lost is measured and becomes part of the summary. ``lora`` names
+    LoRAs to fuse into the dequantized weights. The other arguments are those of ``quantize``. Raises ``qz.QzError`` as
+    ``quantize`` does.
+    """
+    on_progress(Progress("Reading headers"))
+    from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
+    from qz.formats.output.disk import Disk
+    from qz.formats.source import opened, opened_loras
+    from qz.quantize.conversion import Conversion
+
+    if lora and against is not None:
+        raise UsageError("--against measures what quantization lost, and --lora changes the weights. Use one of them.")
+    settings = Settings(
+        None,
+        dtype,
+        max_shard_bytes=max_shard_bytes,
+        device=device,
+        threads=threads or 0,
+        weights_only=weights_only,
+        variant=variant,
+        allow_pickle=allow_pickle,
+    )
+    share = share_of(part, measured=against is not None, pushed=push is not None and not push_only)
+    with opened_loras(lora) as loras, opened(str(source), subfolder, revision, cached=push is None) as found:
+        settings = replace(settings, loras=loras)
+        to = destination(push, push_subfolder, public, found, loras)
+        publication = publication_for(to, found, if_exists, on_progress, loras) if push_only else None
+        conversion = Conversion(
+            source=found,
+            settings=settings,
+            output=Path(output) if output is not None else None,
+            if_exists=if_exists,
+            resume=resume,
+            disk=Disk(durable=fsync),
+            download=download,
+            dry_run=dry_run,
+            on_progress=on_progress,
+            publication=publication,
+            share=share,
+        )
+        if is_pipeline(found.folder):
+            if against is not None:
+                raise UsageError("--against compares one model. Name a component with --subfolder, or leave it out.")
+            from qz.quantize.pipeline import plan_way_back
+
+            return published(conversion.pipeline(plan_way_back), to, found, on_progress, loras)
+        from qz.quantize.planning.dequantization import plan_dequantization
+        from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
+
+        with nullcontext() if against is None else opened(str(against)) as original:
+            measure = None
+            if original is not None:
+                measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
+            component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
+            plan = partial(plan_dequantization, component=component, pipeline_class=of)
+            return published(conversion.model(plan, measure), to, found, on_progress, loras)

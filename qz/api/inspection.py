@@ -1,0 +1,91 @@
+"""``inspect``: what a checkpoint holds, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from qz import UsageError
+from qz.api.paths import AnyPath
+from qz.formats.borrowed import settings_given_back
+from qz.progress import OnProgress, Progress, ignore
+
+if TYPE_CHECKING:
+    from qz.quantize.inspection.pipeline import PipelineInspection
+    from qz.quantize.inspection.report import Inspection
+
+LARGE_INDEX = 1 << 20
+"""Bytes: to read the headers of so many tensors takes a while, also from a folder here."""
+
+
+@settings_given_back()
+def inspect(
+    source: AnyPath,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    plan: bool = False,
+    verify: bool = False,
+    consumers: Sequence[str] = (),
+    on_progress: OnProgress = ignore,
+) -> Inspection | PipelineInspection:
+    """What a model, pipeline or single .safetensors file holds, from its headers, and what is wrong with it.
+
+    ``plan`` asks the model's library for exact figures. ``verify`` compares every byte with the hashes that qz
+    recorded. ``consumers`` names programs (``vllm``, ``sglang`` …, see ``qz inspect --for``) to judge it for. Problems
+    are part of the value (``problems``, ``errors``, ``consumers``), not raised.
+    """
+    from qz.formats.source import local_path
+    from qz.quantize.consumers.registry import CONSUMERS
+    from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
+    from qz.quantize.inspection.report import Origin
+
+    if unknown := [name for name in consumers if name not in CONSUMERS]:
+        raise UsageError(f"--for {unknown[0]} is none of {', '.join(CONSUMERS)}.")
+    location = str(source)
+    path = local_path(location)
+    if path is not None and path.exists() and not path.is_dir() and path.suffix.lower() != ".gguf":
+        if subfolder is not None or verify:
+            raise UsageError(f"{location} is a file: --subfolder and --verify need the folder that it lies in.")
+        from qz.formats.folder import LocalFolder
+
+        path = path.resolve()  # the user named it: a link is followed
+        with closing(LocalFolder(path.parent)) as parent:
+            parent.allow_pickle = allow_pickle
+            return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
+    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.checkpoint.problems import Problem
+    from qz.formats.output.record import damaged_record
+    from qz.formats.source import opened
+
+    if path is None or plan:
+        on_progress(Progress("Reading headers"))
+    with opened(location, subfolder, revision, allow_pickle=allow_pickle) as opened_source:
+        folder = opened_source.folder
+        if (
+            max((size for name, size in folder.sizes().items() if name.endswith(".index.json")), default=0)
+            > LARGE_INDEX
+        ):
+            on_progress(Progress("Reading headers"))
+        origin = Origin(location, folder.identity().get("commit"), subfolder)
+        found: Inspection | PipelineInspection
+        if plan:
+            on_progress(Progress("Planning"))
+        if is_pipeline(folder):
+            from qz.quantize.inspection.pipeline import inspect_pipeline
+
+            found = inspect_pipeline(folder, origin, variant, plan=plan, consumers=consumers)
+        else:
+            found = inspect_model(read_folder(folder, variant), origin, plan=plan, consumers=consumers)
+        if verify:
+            from qz.quantize.inspection.verification import verify as compare
+
+            found = found.with_verified(*compare(folder, opened_source.root, on_progress))
+        else:
+            found = found.with_problems(damaged_record(folder))
+        return found.with_problems(
+            Problem("warning", "hub-cache", location, f"{note}.") for note in opened_source.notes
+        )
