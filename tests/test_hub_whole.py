@@ -186,6 +186,13 @@ def test_a_dry_run_with_push_makes_nothing_anywhere(hub: HubServer, llama: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_pushes_no_output_that_is_there(hub: HubServer, llama: Path, qz: Command) -> None:
+    assert qz("quantize", llama, "-o", "nf4")["code"] == 0
+    there = qz("quantize", llama, "-o", "nf4", "--if-exists", "skip", "--dry-run", "--push", "me/new")
+    assert (there["code"], there["up_to_date"], "push" in there) == (0, True, False)
+    assert "me/new" not in hub.repos
+
+
 def test_download_fills_the_cache_once_and_reads_from_there(
     hub: HubServer, llama: Path, flux: Path, qz: Command, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination
     from qz.formats.publish.publication import Publication
     from qz.formats.source import OpenedSource
+    from qz.quantize.conversion import Conversion
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.summary import Summary
     from qz.quantize.up_to_date import UpToDate
@@ -59,14 +60,8 @@ def share_of(part: str | None, *, measured: bool, pushed: bool) -> Share | None:
     return parse_part(part, os.environ)
 
 
-def destination(
-    push: str | None,
-    subfolder: str | None,
-    public: bool | None,
-    source: OpenedSource,
-    loras: Sequence[AdapterFile] = (),
-) -> Destination | None:
-    """Where the output is published; raises now what would fail after the work."""
+def destination(push: str | None, subfolder: str | None, public: bool | None) -> Destination | None:
+    """Where the output is published, if it is."""
     if push is None:
         if public is not None:
             raise UsageError("--public and --private say who may see what --push publishes. Add --push REPO_ID.")
@@ -74,10 +69,23 @@ def destination(
             raise UsageError("--push-subfolder says where --push publishes. Add --push REPO_ID.")
         return None
     from qz.formats.publish.destination import Destination
-    from qz.formats.publish.push import require_possible
 
-    to = Destination(push, subfolder or "", private=None if public is None else not public)
-    require_possible(to, source_private=is_source_restricted(source, loras))
+    return Destination(push, subfolder or "", private=None if public is None else not public)
+
+
+def possible_destination(
+    push: str | None,
+    subfolder: str | None,
+    public: bool | None,
+    source: OpenedSource,
+    loras: Sequence[AdapterFile],
+) -> Destination | None:
+    """The same; raises now what would fail after the work."""
+    to = destination(push, subfolder, public)
+    if to is not None:
+        from qz.formats.publish.push import require_possible
+
+        require_possible(to, source_private=is_source_restricted(source, loras))
     return to
 
 
@@ -86,7 +94,7 @@ def publication_for(
     source: OpenedSource,
     if_exists: IfExists,
     on_progress: OnProgress,
-    loras: Sequence[AdapterFile] = (),
+    loras: Sequence[AdapterFile],
 ) -> Publication:
     """Where the output goes while it is made."""
     if to is None:
@@ -98,20 +106,16 @@ def publication_for(
     return Publication(to, source_private=is_source_restricted(source, loras), progress=on_progress)
 
 
-def published(
-    done: Converted,
-    to: Destination | None,
-    source: OpenedSource,
-    on_progress: OnProgress,
-    loras: Sequence[AdapterFile] = (),
-) -> Converted:
+def published(done: Converted, conversion: Conversion, to: Destination | None) -> Converted:
     """The report of a conversion, with what is to be told of its source, and of the push, if one was asked for."""
     from qz.formats.publish.push import push as send
 
+    source = conversion.source
     done = replace(done, notes=(*done.notes, *source.notes))
-    if to is None or getattr(done, "dry_run", False) or done.pushed is not None or getattr(done, "share", None):
+    if to is None or conversion.dry_run or conversion.publication is not None:
         return done
-    pushed = send(Path(done.output), to, source_private=is_source_restricted(source, loras), progress=on_progress)
+    private = is_source_restricted(source, conversion.settings.loras)
+    pushed = send(Path(done.output), to, source_private=private, progress=conversion.on_progress)
     return replace(done, pushed=pushed)
 
 

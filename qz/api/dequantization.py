@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
-from qz.api.conversions import destination, once_more_if_lost, publication_for, published, share_of
+from qz.api.conversions import once_more_if_lost, possible_destination, publication_for, published, share_of
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
@@ -76,7 +76,7 @@ def dequantize(
     share = share_of(part, measured=against is not None, pushed=push is not None and not push_only)
     with opened_loras(lora) as loras, opened(str(source), subfolder, revision, cached=push is None) as found:
         settings = replace(settings, loras=loras)
-        to = destination(push, push_subfolder, public, found, loras)
+        to = possible_destination(push, push_subfolder, public, found, loras)
         publication = publication_for(to, found, if_exists, on_progress, loras) if push_only else None
         conversion = Conversion(
             source=found,
@@ -96,7 +96,7 @@ def dequantize(
                 raise UsageError("--against compares one model. Name a component with --subfolder, or leave it out.")
             from qz.quantize.pipeline import plan_way_back
 
-            return published(conversion.pipeline(plan_way_back), to, found, on_progress, loras)
+            return published(conversion.pipeline(plan_way_back), conversion, to)
         from qz.quantize.planning.dequantization import plan_dequantization
         from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
 
@@ -106,4 +106,4 @@ def dequantize(
                 measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
             component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
             plan = partial(plan_dequantization, component=component, pipeline_class=of)
-            return published(conversion.model(plan, measure), to, found, on_progress, loras)
+            return published(conversion.model(plan, measure), conversion, to)

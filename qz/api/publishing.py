@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz import UsageError
+from qz.api.conversions import destination
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
@@ -63,12 +63,7 @@ def merge(
     """
     on_progress(Progress("Reading headers"))
     from qz.formats.output.disk import Disk
-    from qz.formats.publish.destination import Destination
     from qz.quantize.merge import merge as run
 
-    if push is None and (public is not None or push_subfolder is not None):
-        raise UsageError("--public and --push-subfolder are about what --push publishes. Add --push REPO_ID.")
-    private = None if public is None else not public
-    to = None if push is None else Destination(push, push_subfolder or "", private=private)
-    disk = Disk(durable=fsync)
+    to, disk = destination(push, push_subfolder, public), Disk(durable=fsync)
     return run(Path(output), overwrite=overwrite, to=to, disk=disk, threads=threads or 0, progress=on_progress)

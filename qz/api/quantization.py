@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
-from qz.api.conversions import destination, once_more_if_lost, publication_for, published, share_of
+from qz.api.conversions import once_more_if_lost, possible_destination, publication_for, published, share_of
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
@@ -129,7 +129,7 @@ def quantize(
         settings = replace(settings, loras=loras)
         if config is not None and found.file is None:
             raise UsageError("--config says what a single file is a model of. Name such a file, or leave it out.")
-        to = destination(push, push_subfolder, public, found, loras)
+        to = possible_destination(push, push_subfolder, public, found, loras)
         publication = publication_for(to, found, if_exists, on_progress, loras) if push_only else None
         conversion = Conversion(
             source=found,
@@ -161,7 +161,7 @@ def quantize(
                 )
             from qz.quantize.pipeline import plan_pipeline
 
-            return published(conversion.pipeline(plan_pipeline), to, found, on_progress, loras)
+            return published(conversion.pipeline(plan_pipeline), conversion, to)
         if components is not None or component_methods:
             raise UsageError(
                 f"{found.folder.location} is one model, not a pipeline: leave out --components and --component."
@@ -172,4 +172,4 @@ def quantize(
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
         component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
         plan = partial(plan_quantization, component=component, pipeline_class=of)
-        return published(conversion.model(plan, measure), to, found, on_progress, loras)
+        return published(conversion.model(plan, measure), conversion, to)
