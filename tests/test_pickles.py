@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from converted import carried_out
 from qz import MalformedInput
-from qz.api import inspect, quantize, verify
+from qz.api import dequantize, inspect, quantize, verify
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
@@ -123,6 +123,23 @@ def pickled(tiny_llama: Path, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def test_pickles_are_dequantized_and_compared_with_pickled_originals(
+    pickled: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    original = pickled(1, ZIPPED)
+    quantize(tiny_llama, tmp_path / "q", device="cpu")
+    source = Path(shutil.copytree(tmp_path / "q", tmp_path / "q-pickled"))
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(MalformedInput, match="With --allow-pickle qz reads them"):
+        dequantize(source, tmp_path / "refused", device="cpu")
+    done = dequantize(source, tmp_path / "back", device="cpu", allow_pickle=True, against=original)
+    theirs = dequantize(tmp_path / "q", tmp_path / "reference", device="cpu", against=tiny_llama)
+    assert done.as_json()["loss"] == theirs.as_json()["loss"]
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("shards", "form"), [(1, ZIPPED), (1, LEGACY), (3, ZIPPED)], ids=["zip", "legacy", "shards"])

@@ -74,7 +74,10 @@ def dequantize(
         allow_pickle=allow_pickle,
     )
     share = share_of(part, measured=against is not None, pushed=push is not None and not push_only)
-    with opened_loras(lora) as loras, opened(str(source), subfolder, revision, cached=push is None) as found:
+    with (
+        opened_loras(lora) as loras,
+        opened(str(source), subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
+    ):
         settings = replace(settings, loras=loras)
         to = possible_destination(push, push_subfolder, public, found, loras)
         publication = publication_for(to, found, if_exists, on_progress, loras) if push_only else None
@@ -100,7 +103,7 @@ def dequantize(
         from qz.quantize.planning.dequantization import plan_dequantization
         from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
 
-        with nullcontext() if against is None else opened(str(against)) as original:
+        with nullcontext() if against is None else opened(str(against), allow_pickle=allow_pickle) as original:
             measure = None
             if original is not None:
                 measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
