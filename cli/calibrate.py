@@ -8,6 +8,7 @@ from qz.cli.options import arguments, machine, outputs, reports, selection
 from qz.cli.output import facts, show, size, took, warn
 from qz.cli.progress import Display, timed
 from qz.cli.quantize import chosen_method
+from qz.counted import counted
 
 if TYPE_CHECKING:
     from qz.quantize.calibration.run import Calibration
@@ -65,11 +66,10 @@ def calibrate(
 
 def report(found: Calibration) -> list[tuple[str, str]]:
     """The result as labels and values."""
-    sequences = "1 sequence" if found.sequences == 1 else f"{found.sequences:,} sequences"
     text = {"default": "qz's own", "generated": "the model's own"}.get(found.text, found.text)
     rows = [
         ("model", f"{found.architecture}, {found.linears:,} linear layers"),
-        ("text", f"{text}: {found.tokens:,} tokens in {sequences}"),
+        ("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"),
         ("statistics", found.output),
     ]
     if found.hessian_files:

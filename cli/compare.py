@@ -12,6 +12,7 @@ from qz.cli.output import facts, show, table, took, warn
 from qz.cli.picture import bars
 from qz.cli.progress import Display, timed
 from qz.cli.report import LAYERS, lost, worst_layers
+from qz.counted import counted
 
 if TYPE_CHECKING:
     from qz.quantize.calibration.compare import Comparison
@@ -68,9 +69,11 @@ def store(path: Path, text: str) -> None:
 
 def report(found: Comparison) -> list[tuple[str, str]]:
     """The result as labels and values."""
-    sequences = "1 sequence" if found.sequences == 1 else f"{found.sequences:,} sequences"
     text = "qz's own" if found.text == "default" else found.text
-    rows = [("model", found.architecture), ("text", f"{text}: {found.tokens:,} tokens in {sequences}")]
+    rows = [
+        ("model", found.architecture),
+        ("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"),
+    ]
     if found.kl is not None:
         noise = f" ± {found.kl_error:.4f}" if found.kl_error is not None else ""
         rows.append(("KL divergence", f"{found.kl:.4f}{noise} nats per token"))
