@@ -40,9 +40,16 @@ def test_each_room_is_a_link_from_the_package(room: str) -> None:
     assert PROJECT["tool"]["setuptools"]["package-dir"][f"qz.{room}"] == room
 
 
+def own_files() -> list[Path]:
+    """The package's own modules, without those of the rooms, which are links in it."""
+    files = (ROOT / "qz").rglob("*.py")
+    return [path for path in files if path.relative_to(ROOT / "qz").parts[0] not in ROOMS]
+
+
 def test_every_folder_with_code_is_in_the_wheel() -> None:
     folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    packages = {"qz", *(".".join(("qz", *folder.parts)) for folder in folders)}
+    folders |= {path.parent.relative_to(ROOT / "qz") for path in own_files()}
+    packages = {".".join(("qz", *folder.parts)) for folder in folders}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
 
 
@@ -159,7 +166,7 @@ def test_the_wheel_has_the_package_and_nothing_else_and_runs(built: tuple[Path, 
     code = {f"qz/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     data = PROJECT["tool"]["setuptools"]["package-data"]
     named = {f"{package.replace('.', '/')}/{name}" for package, names in data.items() for name in names}
-    assert held == code | {f"qz/{path.name}" for path in (ROOT / "qz").glob("*.py")} | named
+    assert held == code | {path.relative_to(ROOT).as_posix() for path in own_files()} | named
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*install, "--disable-pip-version-check", str(built[1])], check=True)
