@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qz.formats.checkpoint.small_tensors import read_small
 from qz.formats.decoded import CODES, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded, Grid
 from qz.formats.malformed import quoted
-from qz.formats.sources.scaled import FLOATS_8, block_of
+from qz.formats.sources.scaled import FLOATS_8, block_of, stated_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -184,10 +184,7 @@ def _take_codes(reading: Reading, tensor: StoredTensor) -> None:
 
 def _block_structure(group: Mapping[str, Any]) -> tuple[int, int] | None:
     weights = group.get("weights")
-    found = weights.get("block_structure") if isinstance(weights, dict) else None
-    if isinstance(found, list) and len(found) == 2 and all(type(each) is int and each > 0 for each in found):
-        return found[0], found[1]
-    return None
+    return stated_block(weights.get("block_structure")) if isinstance(weights, dict) else None
 
 
 def _take(reading: Reading, name: str, shape: tuple[int, ...], parts: dict[str, StoredTensor], grid: Grid) -> None:

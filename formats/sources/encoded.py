@@ -35,8 +35,6 @@ _READERS = {
 }
 """By ``quant_method``."""
 _KEYS = frozenset(("quantization_config", "compression_config"))
-_DEPTH = 4
-"""How deep in a config the part lies that states a quantization, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,6 @@ class Reading:
     settings: Mapping[str, Any]
     problems: Problems
     dtype: str
-    block: tuple[int, int] | None = None
     taken: dict[str, Decoded] = field(default_factory=dict)
     """By the name of the tensor that holds the codes."""
     used: set[str] = field(default_factory=set)
@@ -98,22 +95,15 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
     """
     if checkpoint.encoded_as == GGUF:
         return Encoded(GGUF, checkpoint.tensors, ()), ()
-    settings = stated_quantization(checkpoint.config)
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    stated = stated_quantization(checkpoint.config)
+    settings = stated if isinstance(stated, dict) else {}
+    method = settings.get("quant_method")
     read = _reader_of(checkpoint, method)
     if read is None:
         return None, ()
     said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = _NOMINAL.get(str(said).removeprefix("torch."), "BF16")
-    block = settings.get("weight_block_size") if isinstance(settings, dict) else None
-    reading = Reading(
-        checkpoint.folder,
-        checkpoint.stored,
-        settings if isinstance(settings, dict) else {},
-        Problems(checkpoint.folder.location),
-        dtype,
-        _pair(block),
-    )
+    reading = Reading(checkpoint.folder, checkpoint.stored, settings, Problems(checkpoint.folder.location), dtype)
     read(reading)
     tensors: dict[str, StoredTensor | Decoded] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -135,12 +125,6 @@ def _reader_of(checkpoint: Checkpoint, method: object) -> Any:
         return _READERS[method]
     if method is None and any(tensor.dtype in FLOATS_8 for tensor in checkpoint.tensors.values()):
         return read_scaled
-    return None
-
-
-def _pair(block: object) -> tuple[int, int] | None:
-    if isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block):
-        return block[0], block[1]
     return None
 
 
@@ -167,10 +151,10 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def without_quantization(config: Mapping[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
-    """``config`` without what it says of a quantization, at its root or in a part."""
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without what it says of a quantization, at its root or in a part: see ``stated_quantization``."""
     return {
-        key: without_quantization(value, depth - 1) if isinstance(value, dict) and depth else value
+        key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in _KEYS
     }

@@ -85,7 +85,7 @@ def _take_scaled(
     shape = tensor.shape
     if codes == "F4" and shape and tensor.dtype != "F4":  # two in a byte
         shape = (*shape[:-1], shape[-1] * 2)
-    block = block_of(shape, scale.shape, reading.block)
+    block = block_of(shape, scale.shape, stated_block(reading.settings.get("weight_block_size")))
     if block is None or (overall is not None and overall.nbytes != 4):
         reading.misfit(scale, shape)
         return
@@ -124,6 +124,13 @@ def block_of(
     if 0 in (down, across) or rows % down or columns % across:
         return None
     return rows // down, columns // across
+
+
+def stated_block(found: object) -> tuple[int, int] | None:
+    """The rows and columns of a block that a config states; None for anything else."""
+    if isinstance(found, list) and len(found) == 2 and all(type(each) is int and each > 0 for each in found):
+        return found[0], found[1]
+    return None
 
 
 def _check_comfy(reading: Reading) -> None:
