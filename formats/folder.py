@@ -12,14 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qz import IOFailed, MissingInput, PermissionRefused, QzError
 from qz.formats.links import cache_blobs, is_downloaded, is_shared_component, is_shared_file
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+T = TypeVar("T")
+R = TypeVar("R")
+THREADS = 8
+"""That read from one folder far away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,16 @@ def read_file(folder: Folder, file: str, limit: int) -> bytes:
     buffer = bytearray(min(size, limit + 1))
     folder.read_into(file, 0, memoryview(buffer))
     return bytes(buffer)
+
+
+def several_at_once(folder: Folder, read: Callable[[T], R], things: Sequence[T]) -> list[R]:
+    """``read`` of each, in order; several at a time where the folder is far away, so that waiting dominates."""
+    if len(things) < 2 or isinstance(folder, LocalFolder):
+        return [read(each) for each in things]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(read, things))
 
 
 def read_text(folder: Folder, file: str, limit: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qz import MissingInput, Unsupported, UsageError
-from qz.formats.checkpoint.problems import as_error
+from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, survey_file
 from qz.formats.folder import Folder, LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
@@ -100,9 +100,7 @@ def open_adapter(folder: Folder, file: str | None, location: str, scale: float) 
             "with save_pretrained() of its library, or use a repository that has it as .safetensors."
         )
     tensors, metadata, problems = survey_file(folder, file)
-    errors = [each for each in problems if each.severity == "error" and each.kind not in NAMES_ALONE]
-    if errors:
-        raise as_error(folder.location, errors)
+    require_none(folder.location, problems, but=NAMES_ALONE)
     config = config_sha256 = None
     if CONFIG in folder.sizes():
         raw = read_file(folder, CONFIG, MAX_BYTES)

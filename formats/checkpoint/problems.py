@@ -10,7 +10,7 @@ from qz.counted import counted
 from qz.formats.malformed import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
 Severity = Literal["error", "warning"]
 
@@ -294,6 +294,13 @@ class Problems:
 def worst_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
     """Problems of several lists, by their kind's place in the tables above."""
     return tuple(sorted(problems, key=lambda problem: _place(problem.kind)))
+
+
+def require_none(location: str, problems: Iterable[Problem], *, but: Container[str] = ()) -> None:
+    """Raise one error for all of ``problems`` that are errors, of other kinds than those in ``but``."""
+    errors = [each for each in problems if each.severity == "error" and each.kind not in but]
+    if errors:
+        raise as_error(location, errors)
 
 
 def as_error(location: str, problems: Sequence[Problem]) -> QzError:

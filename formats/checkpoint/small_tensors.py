@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.folder import Folder, LocalFolder, Range
+from qz.formats.folder import Folder, Range, several_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _GAP = 16_384
 _READ = 1 << 20
-THREADS = 8
 
 
 def read_small(folder: Folder, tensors: Iterable[StoredTensor], most: int | None = None) -> dict[str, bytes]:
@@ -35,13 +34,7 @@ def read_small(folder: Folder, tensors: Iterable[StoredTensor], most: int | None
         return bytes(buffer)
 
     places = [place for place, _ in reads]
-    if len(places) > 1 and not isinstance(folder, LocalFolder):  # far away: waiting dominates
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            blocks = list(pool.map(fetch, places))
-    else:
-        blocks = [fetch(place) for place in places]
+    blocks = several_at_once(folder, fetch, places)
     return {
         part.name: block[part.offset - place.start : part.offset - place.start + part.nbytes]
         for (place, parts), block in zip(reads, blocks, strict=True)

@@ -13,7 +13,7 @@ from qz import QzError
 from qz.formats.checkpoint import adapters
 from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
-from qz.formats.checkpoint.problems import Problem, Problems, as_error
+from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.weights import (
     PICKLE,
     Library,
@@ -24,7 +24,7 @@ from qz.formats.checkpoint.weights import (
     unused_files,
 )
 from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import Folder, LocalFolder, read_file
+from qz.formats.folder import Folder, read_file, several_at_once
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
@@ -39,7 +39,6 @@ __all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint"
 MAX_CONFIG_BYTES = MAX_BYTES
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
-THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,8 @@ class Checkpoint:
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
     """The checkpoint in ``folder``, or one error that names all of its: MissingInput, MalformedInput, Unsupported, …"""
     checkpoint, problems = survey(folder, variant)
-    errors = [problem for problem in problems if problem.severity == "error"]
-    if errors or checkpoint is None:
-        raise as_error(folder.location, errors)
+    require_none(folder.location, problems)
+    assert checkpoint is not None  # without one there is an error
     return checkpoint
 
 
@@ -257,13 +255,7 @@ class _Survey:
 
     def headers(self, files: Sequence[str]) -> dict[str, Header | PickledFile]:
         """The headers that can be read, in the order of ``files``."""
-        if len(files) > 1 and not isinstance(self.folder, LocalFolder):  # far away: waiting dominates
-            from concurrent.futures import ThreadPoolExecutor
-
-            with ThreadPoolExecutor(THREADS) as pool:
-                found = list(pool.map(self.header, files))
-        else:
-            found = [self.header(file) for file in files]
+        found = several_at_once(self.folder, self.header, files)
         headers: dict[str, Header | PickledFile] = {}
         for file, header in zip(files, found, strict=True):
             if isinstance(header, QzError):

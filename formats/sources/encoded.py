@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import Unsupported
 from qz.formats.checkpoint.gguf import METHOD as GGUF
-from qz.formats.checkpoint.problems import Problem, Problems, as_error
+from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.decoded import Decoded
 from qz.formats.malformed import quoted
@@ -134,9 +134,7 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     Raises MalformedInput or Unsupported for one that is in such a form, and damaged or beyond what is known of it.
     """
     encoded, problems = read_encoded(checkpoint)
-    errors = [problem for problem in problems if problem.severity == "error"]
-    if errors:
-        raise as_error(checkpoint.folder.location, errors)
+    require_none(checkpoint.folder.location, problems)
     for problem in problems:
         if problem.kind == "encoding-unknown":
             raise Unsupported(problem.message)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, UsageError
 from qz.formats.checkpoint.pipeline import is_pipeline, open_pipeline
-from qz.formats.checkpoint.problems import as_error
+from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
 from qz.formats.folder import LocalFolder
@@ -56,9 +56,7 @@ def load_model(checkpoint: Checkpoint, root: Path, device: str) -> Any:
 def quantized(checkpoint: Checkpoint) -> Mapping[str, QuantizedWeight]:
     """What bitsandbytes quantized in a checkpoint; raises for what is wrong with it."""
     weights, problems = read_quantized(checkpoint)
-    errors = [problem for problem in problems if problem.severity == "error"]
-    if errors:
-        raise as_error(checkpoint.folder.location, errors)
+    require_none(checkpoint.folder.location, problems)
     return weights
 
 

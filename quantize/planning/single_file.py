@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import HubUnreachable, MissingInput, PermissionRefused, Unsupported, UsageError
 from qz.formats.checkpoint.layouts import original_layout
-from qz.formats.checkpoint.problems import as_error
+from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor, survey_file
 from qz.formats.decoded import CODES, Decoded, Joined, Strided, joined_part
 from qz.formats.folder import Folder, read_file
@@ -35,9 +35,7 @@ def open_single_file(folder: Folder, file: str, config_from: str | None, open_co
     Unsupported for a file that diffusers does not read, and MalformedInput for one that breaks the rules.
     """
     stored, metadata, problems = survey_file(folder, file)
-    errors = [each for each in problems if each.severity == "error" and each.kind != "original-layout"]
-    if errors:
-        raise as_error(folder.location, errors)
+    require_none(folder.location, problems, but=("original-layout",))
     tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, StoredTensor)}
     where = f"{folder.location}/{file}"
     specs = {name: TensorSpec(_torch_name(tensor), tensor.shape) for name, tensor in tensors.items()}
