@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qz import MalformedInput, QzError, Unsupported
+from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Folder, LocalFolder, Range
 from qz.formats.output.record import PIECE, Record
@@ -154,7 +154,7 @@ class _Comparison:
         """One folder: its model, the small files that are made with it, and what was copied."""
         try:
             folder = self._output.subfolder(part.name) if part.name else self._output
-        except QzError as error:
+        except (MissingInput, MalformedInput) as error:
             raise MalformedInput(f"{self._output.location} lacks {part.name}: {error}") from error
         prefix = f"{part.name}/" if part.name else ""
         if part.plan is not None:
@@ -208,10 +208,13 @@ def _bytes_of(data: bytes) -> Callable[[int, memoryview], None]:
 def _is_same(folder: Folder, name: str, size: int, read: Callable[[int, memoryview], None]) -> bool:
     """Whether a file of the output has these bytes."""
     *parents, base = name.split("/")
-    opened = []
+    opened: list[Folder] = []
     try:
         for parent in parents:
-            folder = folder.subfolder(parent)
+            try:
+                folder = folder.subfolder(parent)
+            except (MissingInput, MalformedInput):
+                return False
             opened.append(folder)
         if folder.sizes().get(base) != size:
             return False
@@ -223,10 +226,6 @@ def _is_same(folder: Folder, name: str, size: int, read: Callable[[int, memoryvi
             if one[:length] != other[:length]:
                 return False
         return True
-    except QzError as error:
-        if parents and not opened:
-            return False
-        raise error
     finally:
         for each in opened:
             each.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,15 +87,13 @@ def _record(folder: Folder) -> Record:
     return record
 
 
-@contextmanager
 def _source(
     location: str, revision: str | None, about: Mapping[str, Any], *, allow_pickle: bool
-) -> Iterator[OpenedSource]:
+) -> AbstractContextManager[OpenedSource]:
     told = about.get("source") or {}
     if revision is None and told.get("location") == location:
         revision = told.get("revision")
-    with opened(location, told.get("subfolder"), revision, allow_pickle=allow_pickle) as source:
-        yield source
+    return opened(location, told.get("subfolder"), revision, allow_pickle=allow_pickle)
 
 
 def _other_versions(about: Mapping[str, Any]) -> tuple[str, ...]:
