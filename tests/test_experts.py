@@ -17,7 +17,7 @@ import qz
 from conftest import Qz
 from converted import dequantized, plan_of, quantized
 from mixtures import MADE, mixture
-from qz import QzError, Unsupported, UsageError
+from qz import MalformedInput, QzError, Unsupported, UsageError
 from qz.quantize.methods import Int8
 from qz.quantize.settings import Settings
 from reference import config_of, dequantized_by_bitsandbytes, tensors_of
@@ -204,6 +204,17 @@ def test_experts_that_are_missing_are_told(qwen: Path, tmp_path: Path) -> None:
     lost = "model.layers.1.mlp.experts.3.up_proj.weight"
     save_file({n: t for n, t in tensors.items() if not n.startswith(lost)}, tmp_path / "nf4" / "model.safetensors")
     with pytest.raises(QzError, match="do not make up"):
+        qz.load(tmp_path / "nf4", device="cpu")
+
+
+def test_one_experts_weight_too_many_is_not_left_out(qwen: Path, tmp_path: Path) -> None:
+    quantized(qwen, tmp_path / "nf4", "nf4", experts=True)
+    tensors = load_file(tmp_path / "nf4" / "model.safetensors")
+    gate = "model.layers.1.mlp.experts.{}.gate_proj.weight"
+    for name in [name for name in tensors if name.startswith(gate.format(0))]:
+        tensors[name.replace(gate.format(0), gate.format(99))] = tensors[name].clone()
+    save_file(tensors, tmp_path / "nf4" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MalformedInput, match="do not make up whole experts"):
         qz.load(tmp_path / "nf4", device="cpu")
 
 

@@ -74,8 +74,13 @@ def find_stacks(model_class: Any, config: Any, weights: Mapping[str, QuantizedWe
     patterns = {pattern: entry.source_patterns for entry in names.converters for pattern in entry.source_patterns}
     for parameter, parts in groups.items():
         ordered = [parts.get(pattern, []) for pattern in patterns[next(iter(parts))]]
-        rows = list(zip(*ordered, strict=False))
-        made = tuple(weights[name] for row in rows for name in row)
+        if len({len(part) for part in ordered}) != 1:
+            counts = " and ".join(str(len(part)) for part in ordered)
+            raise MalformedInput(
+                f"{parameter}: {counts} quantized weights of one kind each do not make up whole experts. Quantize the "
+                "original again."
+            )
+        made = tuple(weights[name] for row in zip(*ordered, strict=True) for name in row)
         found[parameter] = Stack(shapes[parameter], made)
     for parameter, stack in found.items():
         _require_fit(parameter, stack)

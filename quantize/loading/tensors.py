@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ class Tensors:
         from safetensors import safe_open
 
         file = self.checkpoint.tensors[name].file
-        with suppress(KeyError):
-            tensor: torch.Tensor = self._files[file].get_tensor(name)
-            return tensor
-        self._files[file] = safe_open(self.root / file, framework="pt")
-        return self.read(name)
+        if file not in self._files:
+            self._files[file] = safe_open(self.root / file, framework="pt")
+        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        return tensor
 
     def quant_state(self, weight: QuantizedWeight, device: torch.device) -> Any:
         """A 4-bit weight's ``QuantState`` on ``device``, its scales as float32."""
