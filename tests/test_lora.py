@@ -230,6 +230,12 @@ def moved(tensors: dict[str, torch.Tensor]) -> None:
         (lambda t, c: t.update({f"{Q}.lora_A.weight": torch.ones(4, 64).to(torch.int8)}), Unsupported, "stored as I8"),
         (lambda t, c: t.update({"base_model.model.head.weight": torch.ones(2, 9)}), MalformedInput, "no 'head.weight'"),
         (lambda t, c: c.update(r=8), MalformedInput, "says rank 8 .* have rank 4"),
+        (lambda t, c: c.update(use_dora=True), MalformedInput, "says use_dora: true, but .* has no magnitudes"),
+        (
+            lambda t, c: t.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}),
+            MalformedInput,
+            "says use_dora: false, but .*q_proj' has magnitudes",
+        ),
         (lambda t, c: c.update(r=0), MalformedInput, "r 0 and alpha 8"),
         (lambda t, c: c.update(lora_alpha="8"), MalformedInput, "alpha '8'"),
         (lambda t, c: c.update(peft_type="IA3"), Unsupported, "type 'IA3' cannot be fused"),

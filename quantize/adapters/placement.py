@@ -89,6 +89,12 @@ def _of_peft(
             raise Unsupported(
                 f"{adapter.where}: a DoRA of an embedding ({quoted(stem)}) cannot be fused. Merge it with PEFT."
             )
+        if module.kind == "LoRA" and config.dora != ("magnitude" in module.parts):
+            has = "has no magnitudes" if config.dora else "has magnitudes"
+            raise MalformedInput(
+                f"{config.where} says use_dora: {str(config.dora).lower()}, but {quoted(stem)} {has}. Download the "
+                "adapter again, config and weights of one revision."
+            )
         scale = config.scale_of(path, module.rank) * adapter.scale
         found.append(Placement(component, path, module, scale))
     return found
