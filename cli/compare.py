@@ -22,6 +22,7 @@ def compare(
     original: arguments.OriginalArg,
     other: arguments.OtherArg,
     subfolder: selection.SubfolderOpt = None,
+    allow_pickle: selection.AllowPickleOpt = False,
     text: selection.TextOpt = None,
     tokens: selection.TokensOpt = None,
     picture: reports.PictureOpt = None,
@@ -40,7 +41,14 @@ def compare(
     return_freed_memory()
     with Display(quiet=quiet) as display:
         found = api.compare(
-            original, other, subfolder=subfolder, text=text, tokens=tokens, device=device, on_progress=display
+            original,
+            other,
+            subfolder=subfolder,
+            allow_pickle=allow_pickle,
+            text=text,
+            tokens=tokens,
+            device=device,
+            on_progress=display,
         )
     for warning in found.warnings:
         warn(warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from qz import MissingInput, OutputRefused, Unsupported, UsageError, api
+from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
 from qz.quantize.calibration import text
 from qz.quantize.calibration.statistics import read_statistics
 from readers import model_folder, some_text, with_tokenizer
@@ -114,6 +116,25 @@ def test_calibrate_then_quantize_from_the_command_line(qz: Qz, tmp_path: Path) -
     ids = torch.arange(2, 40).unsqueeze(0)
     near, plain = loaded(input_ids=ids).logits.float(), original(input_ids=ids).logits.float()
     assert torch.nn.functional.cosine_similarity(near.flatten(), plain.flatten(), dim=0) > 0.9
+
+
+def test_pickles_are_run_and_compared_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder = model_folder("llama-tied", tmp_path / "model")
+    api.quantize(folder, tmp_path / "nf4", device="cpu")
+    words = some_text(tmp_path / "words.txt")
+    pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(MalformedInput, match="With --allow-pickle qz reads them"):
+        api.calibrate(pickled, tmp_path / "refused", text=words, device="cpu")
+    for source, name in ((folder, "theirs"), (pickled, "ours")):
+        api.calibrate(source, tmp_path / name, text=words, tokens=300, device="cpu", allow_pickle=source == pickled)
+    ours, theirs = (read_statistics(tmp_path / name).sums for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name].sum2, theirs[name].sum2) for name in ours)
+    given: dict[str, Any] = {"text": words, "tokens": 300, "device": "cpu"}
+    of_pickles = api.compare(pickled, tmp_path / "nf4", allow_pickle=True, **given)
+    assert of_pickles.kl == api.compare(folder, tmp_path / "nf4", **given).kl
 
 
 def test_a_language_model_is_calibrated_on_its_own_text(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def calibrate(
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    allow_pickle: bool = False,
     text: AnyPath | None = None,
     tokens: int | None = None,
     hessians: bool = False,
@@ -56,7 +57,7 @@ def calibrate(
     chosen = (method or Nf4()) if scores else None
     own = Path(text) if text is not None else None
     request = CalibrationRequest(Path(output), own, tokens, hessians, device, chosen, generate, resume)
-    with opened(str(source), subfolder, revision) as found:
+    with opened(str(source), subfolder, revision, allow_pickle=allow_pickle) as found:
         if is_pipeline(found.folder):
             raise UsageError(f"{found.folder.location} is a pipeline. Name a text encoder of it with --subfolder.")
         tokenizer = tokenizer_of(found, subfolder)
@@ -69,6 +70,7 @@ def compare(
     other: AnyPath,
     *,
     subfolder: str | None = None,
+    allow_pickle: bool = False,
     text: AnyPath | None = None,
     tokens: int | None = None,
     device: str = "auto",
@@ -84,7 +86,10 @@ def compare(
     from qz.formats.source import opened
     from qz.quantize.calibration.compare import compare as run
 
-    with opened(str(original), subfolder) as first, opened(str(other), subfolder) as second:
+    with (
+        opened(str(original), subfolder, allow_pickle=allow_pickle) as first,
+        opened(str(other), subfolder, allow_pickle=allow_pickle) as second,
+    ):
         checkpoints = open_checkpoint(first.folder), open_checkpoint(second.folder)
         chosen = Path(text) if text is not None else None
         names = str(original), str(other)
