@@ -415,6 +415,18 @@ def test_the_action_reads_and_publishes_without_a_stored_token(tiny_llama: Path,
         assert run_step("Publish", tmp_path, swapped, **runner).returncode == 77
 
 
+def test_the_action_publishes_without_an_output_here(tiny_llama: Path, tmp_path: Path) -> None:
+    with HubServer() as hub:
+        runner = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        inputs = {"source": str(tiny_llama), "token": OWNER, "args": "--push\nme/new\n--push-only"}
+        result = run_step("Quantize", tmp_path, inputs, **runner)
+        assert result.returncode == 0, result.stderr
+        assert "model.safetensors" in hub.repos["me/new"].files()
+    assert "output=" in (tmp_path / "output").read_text().splitlines()
+    assert not (tmp_path / "quantized").exists()
+    assert STEPS["Verify"]["if"] == "steps.quantize.outputs.output != ''"
+
+
 def test_the_action_passes_on_the_exit_code(tmp_path: Path) -> None:
     result = run_step("Quantize", tmp_path, {"source": "./nothing-here"})
     assert result.returncode == 66
