@@ -23,7 +23,7 @@ from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_size import fit, refuse_settings, unquantized
-from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary, cast_to
+from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.component_sizes import Combination
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.fusing import fused
@@ -327,8 +327,8 @@ def summarize_pipeline(
         component, part = choice.component, parts[choice.name]
         inside = f"{choice.name}/"
         files = [replace(file, name=file.name.removeprefix(inside)) for file in written if file.name.startswith(inside)]
-        model = None
-        if part.plan is not None and choice.name not in plan.casts:
+        made = None
+        if part.plan is not None:
             origin = replace(
                 source,
                 subfolder=choice.name,
@@ -336,7 +336,7 @@ def summarize_pipeline(
                 architecture=part.plan.architecture.class_name,
             )
             odd = (nonfinite or {}).get(choice.name)
-            model = summarize(part.plan, origin, "", device=device, written=files, carried=part.carried, nonfinite=odd)
+            made = summarize(part.plan, origin, "", device=device, written=files, carried=part.carried, nonfinite=odd)
         components.append(
             ComponentSummary(
                 name=choice.name,
@@ -346,8 +346,8 @@ def summarize_pipeline(
                 parameters=component.parameters,
                 bytes=component.bytes,
                 footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
-                model=model,
-                cast=cast_to(plan.casts[choice.name]) if choice.name in plan.casts else None,
+                model=made if choice.name not in plan.casts else None,
+                cast=made if choice.name in plan.casts else None,
                 left_out=companions.left_out(component.folder, used_files(component, part)),
             )
         )

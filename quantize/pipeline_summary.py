@@ -13,26 +13,12 @@ if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
     from qz.quantize.planning.component_sizes import Combination
-    from qz.quantize.planning.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """What became of a component that was not quantized, but written in another dtype. Sizes in bytes."""
-
-    dtype: str
-    bytes_output: int
-    footprint: int
-
-
-def cast_to(plan: Plan) -> Cast:
-    """What a plan without a method makes of a component."""
-    return Cast(plan.architecture.dtype, plan.bytes_output, plan.architecture.footprint.after)
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentSummary:
-    """One component: converted, as ``model`` says, or carried over unchanged."""
+    """One component: converted, as ``model`` says, written in another dtype or with LoRAs in it, as ``cast`` says, or
+    carried over unchanged."""
 
     name: str
     library: str
@@ -45,7 +31,7 @@ class ComponentSummary:
     footprint: int
     """``get_memory_footprint()`` if it is carried over; 0 if it has no weights."""
     model: Summary | None = None
-    cast: Cast | None = None
+    cast: Summary | None = None
     left_out: tuple[str, ...] = ()
     """Files of its folder that are not in the output."""
 
@@ -59,10 +45,13 @@ class ComponentSummary:
         return self.model is not None
 
     @property
+    def written(self) -> Summary | None:
+        """What was written anew; None if it is carried over."""
+        return self.model or self.cast
+
+    @property
     def bytes_output(self) -> int:
-        if self.model is not None:
-            return self.model.bytes_output
-        return self.cast.bytes_output if self.cast is not None else self.bytes
+        return self.written.bytes_output if self.written is not None else self.bytes
 
     @property
     def footprint_before(self) -> int:
@@ -70,13 +59,12 @@ class ComponentSummary:
 
     @property
     def footprint_after(self) -> int:
-        if self.model is not None:
-            return self.model.footprint_after
-        return self.cast.footprint if self.cast is not None else self.footprint
+        return self.written.footprint_after if self.written is not None else self.footprint
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(f"{self.name}: {text}" for text in (self.model.warnings if self.model is not None else ()))
+        written = self.written
+        return tuple(f"{self.name}: {text}" for text in (written.warnings if written is not None else ()))
 
     def as_json(self) -> dict[str, Any]:
         model = self.model
@@ -89,7 +77,7 @@ class ComponentSummary:
             "method": self.method,
             "double_quant": model.double_quant if model is not None else False,
             **(model.refinement if model is not None else {}),
-            "dtype": model.dtype if model is not None else self.cast.dtype if self.cast is not None else None,
+            "dtype": self.written.dtype if self.written is not None else None,
             "parameters": {
                 "total": model.parameters if model is not None else self.parameters,
                 "quantized": model.quantized_parameters if model is not None else 0,
@@ -216,7 +204,7 @@ class PipelineSummary:
             **report,
             "skipped": sorted(self.skipped),
             "nonfinite": nonfinite_json(
-                {f"{c.name}/{name}": n for c in self.components if c.model for name, n in c.model.nonfinite.items()}
+                {f"{c.name}/{name}": n for c in self.components if c.written for name, n in c.written.nonfinite.items()}
             ),
             "components": [component.as_json() for component in self.components],
             "bytes": {**report["bytes"], "all_files": self.bytes_all},

@@ -174,6 +174,21 @@ def test_a_dtype_holds_for_every_component_as_torch_dtype_does(pipeline: Path, t
     assert "cast to float16" in told["vae"]["reason"]
 
 
+def test_what_a_cast_leaves_out_or_makes_infinite_is_told(pipeline: Path, tmp_path: Path) -> None:
+    (file,) = (pipeline / "vae").glob("*.safetensors")
+    stored = load_file(file)
+    name = next(each for each, tensor in stored.items() if tensor.ndim == 4)
+    stored[name] = stored[name].float()
+    stored[name].view(-1)[:3] = 1e6
+    save_file(stored | {"of.no.use": torch.zeros(4)}, file, {"format": "pt"})
+    report = run(quantize, pipeline, output=tmp_path / "out", dtype="float16")
+    assert {"name": f"vae/{name}", "stored": 0, "overflowed": 3} in report["nonfinite"]
+    (infinite,) = [text for text in report["warnings"] if "became infinite" in text]
+    assert infinite.startswith("vae: ")
+    assert f"3 in {name}" in infinite
+    assert any(text.startswith("vae: ") and "of.no.use" in text for text in report["warnings"])
+
+
 def test_a_component_that_needs_no_weights_or_that_nobody_knows_stops_no_pipeline(
     pipeline: Path, tmp_path: Path
 ) -> None:
