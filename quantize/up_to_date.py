@@ -30,7 +30,8 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
         refined = {"scales": settings.scales, "rounding": settings.rounding}
         if settings.importance is not None:
             refined["importance"] = {"file": settings.importance.name, "sha256": sha256_of(settings.importance)}
-    refined |= {name: value for name in ("file", "config") if (value := getattr(settings, name)) is not None}
+    named = ("file", "config", "variant")
+    refined |= {name: value for name in named if (value := getattr(settings, name)) is not None}
     if settings.layout != "diffusers":
         refined["layout"] = settings.layout
     if settings.loras:

@@ -6,7 +6,9 @@ import inspect as introspection
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from hub_server.client import connected
 from qz import MissingInput, OutputRefused, QzError, UsageError, api
 from qz.api import Fp4, Int8, Nf4, Progress
 from qz.cli import dequantize, inspect, push, quantize
+from qz.quantize.settings import Settings
 from qz.quantize.summary import Summary
-from qz.quantize.up_to_date import UpToDate
+from qz.quantize.up_to_date import UpToDate, settings_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -87,6 +90,52 @@ def test_what_is_up_to_date_is_not_made_again(tiny_llama: Path, tmp_path: Path) 
     assert again.as_json()["up_to_date"] is True
     with pytest.raises(OutputRefused):
         api.quantize(tiny_llama, tmp_path / "q", dry_run=True)
+
+
+def test_what_was_made_of_another_variant_is_not_up_to_date(tiny_llama: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    shutil.copy(source / "model.safetensors", source / "model.fp16.safetensors")
+    api.quantize(source, tmp_path / "q")
+    with pytest.raises(OutputRefused, match="variant"):
+        api.quantize(source, tmp_path / "q", variant="fp16", if_exists="skip")
+    api.quantize(source, tmp_path / "q", variant="fp16", if_exists="overwrite")
+    assert isinstance(api.quantize(source, tmp_path / "q", variant="fp16", if_exists="skip"), UpToDate)
+    assert api.verify(tmp_path / "q", against=source).intact
+    with pytest.raises(OutputRefused, match="variant"):
+        api.quantize(source, tmp_path / "q", if_exists="skip")
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        ({}, {"method": Int8()}),
+        ({}, {"dtype": "float16"}),
+        ({}, {"skips": ("a",)}),
+        ({}, {"default_skips": False}),
+        ({}, {"max_shard_bytes": 10**6}),
+        ({}, {"keep_nonfinite": True}),
+        ({}, {"weights_only": True}),
+        ({}, {"components": ("unet",)}),
+        ({}, {"component_methods": {"unet": None}}),
+        ({}, {"scales": "search"}),
+        ({}, {"target_size": 10**6}),
+        ({}, {"max_loss": 0.1}),
+        ({}, {"experts": True}),
+        ({}, {"variant": "fp16"}),
+        ({}, {"layout": "single-file"}),
+        ({}, {"file": "model.safetensors"}),
+        ({}, {"config": "folder"}),
+        ({"scales": "search"}, {"importance": ROOT / "README.md"}),
+        ({"scales": "search", "importance": ROOT / "README.md"}, {"importance": ROOT / "LICENSE"}),
+        ({"scales": "search", "importance": ROOT / "README.md"}, {"rounding": "gptq"}),
+        ({"target_size": 10**6}, {"split_groups": True}),
+        ({"target_size": 10**6}, {"scores": ROOT / "README.md"}),
+    ],
+    ids=lambda each: "+".join(each),
+)
+def test_a_setting_that_decides_bytes_makes_another_output(given: dict[str, Any], other: dict[str, Any]) -> None:
+    before = Settings(Nf4(), **given)
+    assert settings_fingerprint(before) != settings_fingerprint(replace(before, **other))
 
 
 def test_errors_are_raised(tiny_llama: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def recorded_settings(
             scales=told.get("scales", "absmax"),
             importance=importance,
             rounding=told.get("rounding", "nearest"),
-            variant=_variant(about),
+            variant=told.get("variant"),
             allow_pickle=allow_pickle,
         )
         again = as_text(settings_fingerprint(settings))
@@ -123,11 +123,6 @@ def _method(told: Mapping[str, Any] | None) -> Method | None:
     if told["name"] == "int8":
         return Int8(told["llm_int8_threshold"])
     return FourBit(told["name"], told["bnb_4bit_use_double_quant"], told["bnb_4bit_compute_dtype"])
-
-
-def _variant(about: Mapping[str, Any]) -> str | None:
-    words = about.get("command") or []
-    return words[words.index("--variant") + 1] if "--variant" in words[:-1] else None
 
 
 def _require_same(file: Path | None, used: Mapping[str, Any]) -> None:
