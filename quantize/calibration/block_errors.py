@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qz import MalformedInput, Unsupported
-from qz.quantize.calibration.blocks import parts_of
+from qz.quantize.calibration.blocks import blocks_of
 
 
 @dataclass(slots=True)
@@ -60,10 +60,9 @@ class BlockErrors:
     def watch(self, model: Any, *, compare: bool) -> list[Any]:
         """Hooks, to be removed by the caller. ``compare``: with what the model before returned."""
         self._calls = {}
-        blocks = {path: part for path, part in parts_of(model).items() if not isinstance(part, torch.nn.Embedding)}
         return [
             block.register_forward_hook(self._hook(number, path, compare=compare))
-            for number, (path, block) in enumerate(blocks.items())
+            for number, (path, block) in enumerate(blocks_of(model).items())
         ]
 
     def entering(self, _: str, __: Any, batch: int) -> None:

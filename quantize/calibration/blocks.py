@@ -53,6 +53,13 @@ def parts_of(model: Any) -> dict[str, Any]:
     return {path: module for path, module in parts.items() if next(module.parameters(), None) is not None}
 
 
+def blocks_of(model: Any) -> dict[str, Any]:
+    """The blocks among a model's parts, by path."""
+    import torch
+
+    return {path: part for path, part in parts_of(model).items() if not isinstance(part, torch.nn.Embedding)}
+
+
 Entering = Callable[[str, Any, int], None]
 """What is told that a batch, by its number, goes through a part, by its path and module."""
 Replay = Callable[[str], Sequence[Sequence[Any]] | None]

@@ -100,9 +100,7 @@ def compare(
                 f"{checkpoint.folder.location} is a model of {checkpoint.library}, and text is read by models of "
                 "transformers. `qz dequantize --against` tells what its weights lost."
             )
-    words = texts.default_text() if text is None else texts.read_text_file(text)
-    if not words.strip():
-        raise UsageError("The text is empty. Name one of a few pages with --text FILE.")
+    words = texts.text_of(text)
     tokenizer = texts.open_tokenizer(tokenizer_folder)
     plan = plan_dequantization(other, Settings(None))
     measure = AgainstOriginal(original)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import IOFailed, OutputRefused, QzError, TryAgain, Unsupported, UsageError
+from qz.counted import counted
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
 from qz.progress import OnProgress, Progress
@@ -100,13 +101,8 @@ class Calibration:
 def scores_json(scores: Scores) -> dict[str, Any]:
     """What is told of scores, the most sensitive linear first."""
     ranked = sorted(scores.of.items(), key=lambda item: (-item[1], item[0]))
-    return {
-        "method": scores.method,
-        "loss": scores.loss,
-        "total": scores.total,
-        "tokens": scores.tokens,
-        "linears": [{"name": name.removesuffix(".weight"), "score": score} for name, score in ranked],
-    }
+    linears = [{"name": name.removesuffix(".weight"), "score": score} for name, score in ranked]
+    return {**scores.about(), "linears": linears}
 
 
 def refuse_existing(output: Path) -> None:
@@ -152,9 +148,7 @@ class _Run:
         from qz.quantize.libraries.transformers.runnable import runnable
 
         request = self.request
-        words = text.default_text() if request.text is None else text.read_text_file(request.text)
-        if not words.strip():
-            raise UsageError("The text is empty. Name one of a few pages with --text FILE.")
+        words = text.text_of(request.text)
         tokenizer = text.open_tokenizer(tokenizer_folder)
         device, run_dtype = run_device(request.device, dtype)
         model = runnable(self.checkpoint, class_name, run_dtype, device)
@@ -171,10 +165,9 @@ class _Run:
 
     def _go_on(self, store: BlockStore, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
         """From where an earlier run was interrupted, or from the beginning."""
-        import torch
 
         from qz.quantize.calibration import text
-        from qz.quantize.calibration.blocks import BlockPass, parts_of
+        from qz.quantize.calibration.blocks import BlockPass, blocks_of
         from qz.quantize.calibration.generated import sample
         from qz.quantize.calibration.recorder import Recorder
         from qz.quantize.calibration.resume import Sums
@@ -197,8 +190,7 @@ class _Run:
         recorder.restore(store.values, store.sums.tokens, store.sums.first)
         self.files, self.places = dict(store.sums.files), dict(store.sums.places)
         weights = Weights(self.checkpoint, model)
-        parts = parts_of(model.model)
-        blocks = {path: part for path, part in parts.items() if not isinstance(part, torch.nn.Embedding)}
+        blocks = blocks_of(model.model)
         hooks = store.watch(blocks)
         if store.kept:
             self.progress(Progress("Calibrating", kept=(store.kept, len(blocks)), unit="block"))
@@ -313,7 +305,7 @@ class _Run:
         if request.hessians and tokens < GPTQ_TOKENS:
             found.append(f"with fewer than {GPTQ_TOKENS:,} tokens, GPTQ fits the text more than the model")
         if unseen:
-            count = "1 linear" if len(unseen) == 1 else f"{len(unseen)} linears"
+            count = counted(len(unseen), "linear")
             shown = ", ".join(unseen[:3]) + (" …" if len(unseen) > 3 else "")
             found.append(f"no token came to {count}, whose inputs will count all the same: {shown}")
         return tuple(found)

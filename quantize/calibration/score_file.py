@@ -20,12 +20,4 @@ def score_file(settings: Settings) -> ScoreFile | None:
         if settings.scores is None:
             return None
         raise UsageError(f"{file} has no scores. Make it again with `qz calibrate --scores`, or leave out --scores.")
-    told = {
-        "file": file.name,
-        "sha256": statistics.sha256,
-        "method": found.method,
-        "loss": found.loss,
-        "total": found.total,
-        "tokens": found.tokens,
-    }
-    return ScoreFile(found, told)
+    return ScoreFile(found, {"file": file.name, "sha256": statistics.sha256, **found.about()})

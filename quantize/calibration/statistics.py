@@ -152,9 +152,7 @@ def write_statistics(
         told["hessians"] = json.dumps({"files": dict(sorted((hessian_files or {}).items())), "of": places})
     if scores is not None:
         tensors |= {name + SCORE: np.array(score, np.float32) for name, score in scores.of.items()}
-        told["scores"] = json.dumps(
-            {"method": scores.method, "loss": scores.loss, "total": scores.total, "tokens": scores.tokens}
-        )
+        told["scores"] = json.dumps(scores.about())
     _write(path, tensors, told)
 
 

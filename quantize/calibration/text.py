@@ -26,8 +26,16 @@ BATCHES = 8
 BATCH_TOKENS = 2048
 
 
+def text_of(path: Path | None) -> str:
+    """The text in a file; without one, a few pages of our own, of different kinds. Raises as ``read_text_file``, and
+    UsageError for an empty one."""
+    words = default_text() if path is None else read_text_file(path)
+    if not words.strip():
+        raise UsageError("The text is empty. Name one of a few pages with --text FILE.")
+    return words
+
+
 def default_text() -> str:
-    """A few pages of our own, of different kinds."""
     return files("qz.quantize.calibration").joinpath("default_text.txt").read_text(encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from qz.quantize.libraries.architecture import Weight
 from qz.quantize.planning.fused_groups import FUSED
@@ -38,6 +38,10 @@ class Scores:
     total: float
     """The loss when all of these weights are quantized."""
     tokens: int
+
+    def about(self) -> dict[str, Any]:
+        """What they are scores of, as JSON values."""
+        return {"method": self.method, "loss": self.loss, "total": self.total, "tokens": self.tokens}
 
 
 @dataclass(frozen=True, slots=True)
