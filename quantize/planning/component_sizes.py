@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -68,7 +68,3 @@ def combinations(options: Iterable[Sequence[Option]], fixed: int, parameters: in
 def largest_within(combinations: Sequence[Combination], target: int) -> Combination | None:
     """The one of the least error that takes no more than ``target`` bytes."""
     return max((each for each in combinations if each.size <= target), key=lambda each: each.size, default=None)
-
-
-def by_name(combination: Combination) -> Mapping[str, Option]:
-    return {each.component: each for each in combination.options}

@@ -31,7 +31,7 @@ from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Packed, Source, Stacked, packed_parts
-from qz.quantize.planning.unquantized import equal_tensors
+from qz.quantize.planning.unquantized import equal_sources, equal_tensors
 from qz.quantize.settings import Settings
 
 DAMAGED = frozenset(
@@ -74,7 +74,7 @@ def plan_dequantization(
     sources, given = as_plain(checkpoint, weights)
 
     def equal(one: str, other: str) -> bool:
-        return one not in weights and other not in weights and equal_tensors(checkpoint, one, other)
+        return equal_sources(checkpoint, sources, one, other)
 
     architecture = examine(checkpoint, LoadRequest(None, dtype), given, equal)
     refuse_codes(checkpoint, architecture, sources)
