@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qz import UsageError
 from qz.counted import counted
-from qz.quantize.libraries.architecture import Architecture, Weight
+from qz.formats.safetensors import BITS
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Architecture, Weight
+from qz.quantize.methods import Int8
 from qz.quantize.planning.sensitivity import Candidate, Scores, ranked, without_data
 from qz.quantize.settings import Settings
 
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from qz.quantize.planning.plan import Plan
 
 KEPT = "kept for its sensitivity"
-WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ def readable(nbytes: int) -> str:
 
 class _Ranking:
     def __init__(self, plan: Plan, settings: Settings, file: ScoreFile | None) -> None:
-        self.plan, self.settings = plan, settings
+        assert plan.method is not None  # what quantizes has one
+        self.plan, self.settings, self.method = plan, settings, plan.method
         weights = [step.weight for step in plan.steps if step.act == "quantize"]
         self.scores = file.scores if file is not None else None
         self.told = file.told if file is not None else None
@@ -100,7 +101,7 @@ class _Ranking:
         by_name = without_data(weights) if self.scores is None else self._known(weights, self.scores)
         self.candidates = ranked([(each, self._more(each)) for each in weights], by_name, split=settings.split_groups)
         self.base = plan.architecture.footprint.after
-        self.unpredictable = self.scores is None or self.scores.method != _name(plan)
+        self.unpredictable = self.scores is None or self.scores.method != self.method.name
         self.all = sum(each.score for each in self.candidates)
         self.curve = tuple(self._points())
 
@@ -133,12 +134,10 @@ class _Ranking:
 
     def _require_possible(self, target: int, where: str) -> None:
         if target < self.base:
-            smaller = (
-                " With --nf4 it would be smaller." if self.plan.method is not None and _bits(self.plan) == 8 else ""
-            )
+            smaller = " With --nf4 it would be smaller." if isinstance(self.method, Int8) else ""
             raise UsageError(
                 f"--target-size {readable(target)} is not possible: {where} takes at least {readable(self.base)} in "
-                f"memory as {_name(self.plan)}.{smaller}"
+                f"memory as {self.method.name}.{smaller}"
             )
         whole = self.base + sum(each.nbytes for each in self.candidates)
         if target >= whole:
@@ -164,7 +163,7 @@ class _Ranking:
         if self.unpredictable:
             raise UsageError(
                 f"--max-loss: {self.told['file'] if self.told else 'the file'} tells what {self.scores.method} loses, "
-                f"and not {_name(self.plan)}. Make it with `qz calibrate --scores --method {_name(self.plan)}`."
+                f"and not {self.method.name}. Make it with `qz calibrate --scores --method {self.method.name}`."
             )
         for count, point in enumerate(self.curve):
             if point.loss is not None and point.loss <= most and count < len(self.candidates):
@@ -198,14 +197,13 @@ class _Ranking:
             self.notes.append(
                 f"{file} has no score of {counted(len(missing), 'quantized weight')}, quantized all the same: {shown}"
             )
-        if scores.method != _name(self.plan):
+        if scores.method != self.method.name:
             self.notes.append(f"{file} scores {scores.method}: its order is used, what is lost is not predicted")
         return found
 
     def _more(self, weight: Weight) -> int:
-        method = self.plan.method
-        assert method is not None  # what quantizes has one
-        return weight.count * WIDTHS[weight.dtype] - method.footprint(weight.count)
+        nbytes = weight.count * BITS[SAFETENSORS_NAMES[weight.dtype]] // 8
+        return nbytes - self.method.footprint(weight.count)
 
 
 def _told(architecture: Architecture, paths: Sequence[str]) -> Architecture:
@@ -213,11 +211,3 @@ def _told(architecture: Architecture, paths: Sequence[str]) -> Architecture:
     chosen = set(paths)
     kept = {path: KEPT if path in chosen else why for path, why in architecture.kept_linears.items()}
     return replace(architecture, kept_linears=kept)
-
-
-def _name(plan: Plan) -> str:
-    return plan.method.name if plan.method is not None else ""
-
-
-def _bits(plan: Plan) -> int:
-    return plan.method.bits if plan.method is not None else 16
