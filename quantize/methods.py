@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from qz import UsageError
+from qz.formats.safetensors import BITS
 
 QuantType = Literal["nf4", "fp4"]
 
@@ -33,6 +34,10 @@ class Part:
     shape: tuple[int, ...]
     variable: bool = False
     """The true length is at most the one of ``shape``, and known only after the weight was quantized."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def _estimate(values: Sequence[Value], summary: _Summary, method: Method, librar
     quantized = 0
     alike: dict[tuple[tuple[int, ...], str], list[tuple[Part, int]]] = {}
     for (shape, dtype), times in summary.linear.items():
-        parts = [(part, _nbytes(part)) for part in method.parts(shape, TORCH_NAMES[dtype])]
+        parts = [(part, part.nbytes) for part in method.parts(shape, TORCH_NAMES[dtype])]
         alike[shape, dtype] = parts
         count = math.prod(shape)
         total += times * sum(nbytes for _, nbytes in parts)
@@ -95,13 +95,6 @@ def estimates(values: Sequence[Value], library: Library) -> dict[str, Estimate]:
     summary = _Summary.of(values)
     found = {name: _estimate(values, summary, METHODS[name], library) for name in ("nf4", "nf4_double_quant", "int8")}
     return {name: found[name if name in found else "nf4"] for name in METHODS}
-
-
-def _nbytes(part: Part) -> int:
-    bits = BITS[part.dtype]
-    for length in part.shape:
-        bits *= length
-    return bits // 8
 
 
 def _headers(stored: Sequence[_Stored], total: int, library: Library) -> int:

@@ -84,9 +84,9 @@ def _saved(tensor: StoredTensor, steps: list[Step], method: FourBit, plan: Plan)
     dtype = dtypes.pop()
     if not quantized.pop():
         weight = Weight(tensor.name, (tensor.name,), dtype, tensor.shape)
-        width = BITS[SAFETENSORS_NAMES[dtype]] // 8
-        nbytes = elements(tensor.shape) * width
-        return [Saved(tensor.name, SAFETENSORS_NAMES[dtype], tensor.shape, weight, nbytes)]
+        stored = SAFETENSORS_NAMES[dtype]
+        nbytes = elements(tensor.shape) * BITS[stored] // 8
+        return [Saved(tensor.name, stored, tensor.shape, weight, nbytes)]
     if len(tensor.shape) != 2 or not tensor.name.endswith(".weight") or any(size % BLOCK_SIZE for size in sizes):
         raise Unsupported(
             f"{where} has the shape {list(tensor.shape)}, and its parts do not begin where a block of {BLOCK_SIZE} "
@@ -95,10 +95,6 @@ def _saved(tensor: StoredTensor, steps: list[Step], method: FourBit, plan: Plan)
     weight = Weight(tensor.name, (tensor.name,), dtype, tensor.shape, quantized=True)
     path = tensor.name.removesuffix(".weight")
     return [
-        Saved(f"{path}.{part.suffix}", part.dtype, part.shape, weight, _nbytes(part.dtype, part.shape), part.suffix)
+        Saved(f"{path}.{part.suffix}", part.dtype, part.shape, weight, part.nbytes, part.suffix)
         for part in method.parts(tensor.shape, dtype)
     ]
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return elements(shape) * BITS[dtype] // 8

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from qz import Unsupported
-from qz.quantize.libraries.architecture import TORCH_NAMES, Saved, Weight
+from qz.quantize.libraries.architecture import Saved, Weight
 from qz.quantize.libraries.expert_layout import expert_name, router_name
 from qz.quantize.libraries.transformers.internals import (
     holds_experts,
     revert_weight_conversion,
     should_convert_module,
 )
-from qz.quantize.libraries.transformers.origins import Model, Origin
-from qz.quantize.methods import BLOCK_SIZE, Method, Part
+from qz.quantize.libraries.transformers.origins import Model, Origin, Renamed
+from qz.quantize.methods import BLOCK_SIZE, Method
 
 LISTED = "gpt_oss"
 """The model type whose experts are stored in 3-D and read one by one, see ``expert_layout``."""
@@ -107,25 +107,12 @@ def quantize_experts(
         elif not each.part and (state_name := experts.whole.get(each.name)) is not None:
             origin = origins[state_name]
             shape = tuple(model.get_parameter(state_name).shape)
-            conversion = _Named(origin, state_name, each.name) if origin.conversion else None
+            conversion = Renamed(origin.conversion, state_name, each.name) if origin.conversion else None
             weight = Weight(each.name, origin.sources, dtype, shape, quantized=True, conversion=conversion)
             found += _parts("", weight, method, each.name)
         else:
             found.append(each)
     return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """The result of a conversion under the name it is saved by."""
-
-    origin: Origin
-    state_name: str
-    name: str
-
-    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        assert self.origin.conversion is not None
-        return {self.name: self.origin.conversion(tensors)[self.state_name]}
 
 
 def _listed(each: Saved, method: Method, dtype: str) -> Iterator[Saved]:
@@ -160,8 +147,4 @@ def _parts(prefix: str, weight: Weight, method: Method, name: str = "") -> Itera
         )
     for part in method.parts(weight.shape, weight.dtype):
         saved_name = name + part.suffix.removeprefix("weight") if name else prefix + part.suffix
-        yield Saved(saved_name, part.dtype, part.shape, weight, _nbytes(part), part.suffix, part.variable)
-
-
-def _nbytes(part: Part) -> int:
-    return torch.Size(part.shape).numel() * int(getattr(torch, TORCH_NAMES[part.dtype]).itemsize)
+        yield Saved(saved_name, part.dtype, part.shape, weight, part.nbytes, part.suffix, part.variable)

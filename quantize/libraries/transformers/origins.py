@@ -33,6 +33,18 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Renamed:
+    """One result of a conversion, under the name it is saved by."""
+
+    conversion: Conversion
+    state_name: str
+    name: str
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {self.name: self.conversion(tensors)[self.state_name]}
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedNames:
     """Which name of the model's state dict a checkpoint's name becomes in ``convert_and_load_state_dict_in_model``."""
 

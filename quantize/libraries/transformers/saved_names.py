@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qz import Unsupported
-from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Conversion, Saved, TensorSpec, Weight
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved, TensorSpec, Weight
 from qz.quantize.libraries.transformers.internals import (
     WeightConverter,
     WeightRenaming,
@@ -20,7 +20,7 @@ from qz.quantize.libraries.transformers.internals import (
     storage_of,
     weight_conversions,
 )
-from qz.quantize.libraries.transformers.origins import LoadedNames, Model, Origin
+from qz.quantize.libraries.transformers.origins import LoadedNames, Model, Origin, Renamed
 from qz.quantize.methods import Method
 
 Entries = Mapping[str, tuple[str, str, bool, torch.Tensor]]
@@ -62,7 +62,7 @@ def saved_tensors(
             weight = quantized[owner.removesuffix(".weight")]
         elif state_name is not None:
             origin = origins[state_name]
-            conversion = _Renamed(origin.conversion, state_name, name) if origin.conversion else None
+            conversion = Renamed(origin.conversion, state_name, name) if origin.conversion else None
             transposed = state_name in transposed_weights
             weight = Weight(
                 name, origin.sources, dtype, shape, transposed=transposed, conversion=conversion, parameter=state_name
@@ -166,18 +166,6 @@ def _revert(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
             ) from error
         reverted = {}
     return reverted
-
-
-@dataclass(frozen=True, slots=True)
-class _Renamed:
-    """One result of a conversion, under the name it is saved by."""
-
-    conversion: Conversion
-    state_name: str
-    name: str
-
-    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return {self.name: self.conversion(tensors)[self.state_name]}
 
 
 @dataclass(frozen=True, slots=True)
