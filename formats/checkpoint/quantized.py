@@ -54,6 +54,11 @@ class QuantizedWeight:
         return self.parts["weight"].nbytes * (1 if self.kind == "int8" else 2)
 
 
+def part_names(weights: Mapping[str, QuantizedWeight]) -> set[str]:
+    """Names of all tensors that quantized weights are stored as: their codes, and what lies beside those."""
+    return {part.name for weight in weights.values() for part in weight.parts.values()}
+
+
 def read_quantized(
     checkpoint: Checkpoint, *, states: int | None = None
 ) -> tuple[dict[str, QuantizedWeight], tuple[Problem, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem
-from qz.formats.checkpoint.quantized import QuantizedWeight
+from qz.formats.checkpoint.quantized import QuantizedWeight, part_names
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.output.record import read_record
 from qz.quantize.consumers.contents import Contents, Packed
@@ -24,7 +24,7 @@ def checkpoint_contents(
     checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight], problems: Iterable[Problem], *, alone: bool = False
 ) -> Contents:
     """A checkpoint that was read. ``alone``: a single file, without a config."""
-    companions = {part.name for weight in weights.values() for part in weight.parts.values()}
+    companions = part_names(weights)
     names = (name for name in checkpoint.folder.sizes() if name.endswith(".safetensors"))
     errors = dict.fromkeys(problem.kind for problem in problems if problem.severity == "error")
     return Contents(

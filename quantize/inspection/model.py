@@ -15,7 +15,7 @@ from typing import Any
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem, Problems, worst_first
 from qz.formats.checkpoint.quantization_config import Settings, read_settings
-from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
+from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.folder import Folder, LocalFolder
@@ -161,7 +161,7 @@ def _format(checkpoint: Checkpoint) -> str:
 
 def plain(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> list[Value]:
     """The tensors as they would be without quantization; what belongs to quantized weights is left out."""
-    companions = {part.name for weight in weights.values() for part in weight.parts.values()}
+    companions = part_names(weights)
     found = []
     for name, tensor in checkpoint.tensors.items():
         weight = weights.get(name)

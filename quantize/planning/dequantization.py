@@ -12,7 +12,7 @@ from dataclasses import replace
 from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.problems import Problem, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
+from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.malformed import quoted
 from qz.quantize.compute.arrays import elements
@@ -108,7 +108,7 @@ def as_plain(
 ) -> tuple[dict[str, Source], dict[str, TensorSpec]]:
     """The tensors of a checkpoint as they are before ``weights`` are quantized: how they are read, what they are."""
     sources: dict[str, Source] = {}
-    companions = {part.name for weight in weights.values() for part in weight.parts.values()}
+    companions = part_names(weights)
     for name, tensor in checkpoint.tensors.items():
         if name in weights:
             sources[name] = packed(weights[name])
@@ -189,7 +189,7 @@ def dtype_before(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight])
     if not counts and said in FLOATS:
         return str(said)
     if not counts:
-        companions = {part.name for weight in weights.values() for part in weight.parts.values()}
+        companions = part_names(weights)
         for name, tensor in checkpoint.tensors.items():
             if name not in companions and (dtype := torch_name(tensor.dtype, name)) in FLOATS:
                 counts[dtype] += elements(tensor.shape)
