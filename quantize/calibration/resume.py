@@ -7,7 +7,6 @@ file for each block. The model's forward runs again, and where it comes to such 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from qz import QzError, TryAgain
 from qz.formats.file_hash import sha256_of
+from qz.formats.output.whole_file import write_whole
 
 JOURNAL, LOCK = "journal.json", "lock"
 
@@ -144,10 +144,8 @@ class BlockStore:
         from safetensors.torch import save
 
         data, file = save(tensors), f"block-{self._visit:05}.safetensors"
-        self._write(file, data)
-        self._journal.blocks.append(
-            {"part": part, "file": file, "sha256": hashlib.sha256(data).hexdigest(), "outputs": told}
-        )
+        digest = write_whole(self.folder / file, [memoryview(data)])
+        self._journal.blocks.append({"part": part, "file": file, "sha256": digest, "outputs": told})
         self._journal.sums = sums
         self._write_journal()
 
@@ -201,16 +199,7 @@ class BlockStore:
                 path.unlink()
 
     def _write_journal(self) -> None:
-        self._write(JOURNAL, json.dumps(asdict(self._journal)).encode())
-
-    def _write(self, name: str, data: bytes) -> None:
-        """At once, so that a run that is killed leaves the one before."""
-        temporary = self.folder / f"{name}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / name)
+        write_whole(self.folder / JOURNAL, [memoryview(json.dumps(asdict(self._journal)).encode())])
 
 
 def _copied(value: Any) -> Any:

@@ -16,7 +16,6 @@ Scores of sensitivity (``qz.quantize.calibration.scores``) are ``NAME.score``, F
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,8 +29,7 @@ from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed, quoted
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
+from qz.formats.output.whole_file import write_whole
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
 from qz.quantize.planning.sensitivity import Scores
 
@@ -169,22 +167,7 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[st
         memoryview(header),
         *(memoryview(tensors[info.name].reshape(-1)).cast("B") for info in infos if info.nbytes),
     )
-    digest, position = hashlib.sha256(), 0
-    disk, partial = Disk(), path.with_name(f"{path.name}.partial")
-    with Directory.at(disk, path.parent) as folder:
-        descriptor = folder.open_or_create(partial.name)
-        try:
-            disk.truncate(descriptor, partial, 0)
-            for piece in pieces:
-                disk.write(descriptor, partial, piece, position)
-                digest.update(piece)
-                position += len(piece)
-            disk.sync(descriptor, partial)
-        finally:
-            disk.close(descriptor, partial)
-        folder.rename(partial.name, path.name)
-        folder.sync()
-    return digest.hexdigest()
+    return write_whole(path, pieces)
 
 
 def _header(folder: Folder, file: str) -> Header:
