@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-    from qz.formats.publish.blobs import LARGEST_REGULAR, Blob
+    from qz.formats.publish.blobs import Blob
 
 AT_ONCE = 4
 """Files that are uploaded at a time by LFS; hf_xet sends the parts of a file in parallel itself."""
