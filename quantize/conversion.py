@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qz.formats.output.beside import JOURNAL, sibling
 from qz.formats.output.disk import Disk
 from qz.formats.output.preflight import check_output
-from qz.formats.output.refusals import sibling
 from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
@@ -153,7 +153,7 @@ class Conversion:
         check_room(target.folder, needed, target.disk)
         if self.publication is not None:
             return
-        interrupted = target.resume and target.disk.status(sibling(target.folder, ".partial.journal")) is not None
+        interrupted = target.resume and target.disk.status(sibling(target.folder, JOURNAL)) is not None
         if interrupted or self.settings.device not in ("auto", "cpu"):
             arithmetic = arithmetic_on(self.settings.device)
             if interrupted:

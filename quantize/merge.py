@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, OutputRefused, QzError, TryAgain, UsageError
 from qz.formats.folder import LocalFolder
+from qz.formats.output.beside import JOURNAL, PARTIAL, in_real_folder, require_name, sibling
 from qz.formats.output.checksums import hash_file
 from qz.formats.output.difference import describe_difference
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
-from qz.formats.output.exchange import JOURNAL
 from qz.formats.output.preflight import check_output
 from qz.formats.output.record import RECORD, Record, WrittenFile, read_record
-from qz.formats.output.refusals import require_name, sibling
 from qz.formats.output.shares import PART_FILE, PARTS, FinishedShare, Share, SharesFound, find_shares, read_share
 from qz.formats.output.staging import Staging
 from qz.progress import OnProgress, Progress, ignore
@@ -105,7 +104,7 @@ def merge(
     """
     disk = disk or Disk()
     require_name(output)
-    output = Path(os.path.realpath(output.parent)) / output.name
+    output = in_real_folder(output)
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     first = _first_part(output, disk)
     if first is not None and first.receipt.uploaded:
@@ -345,7 +344,7 @@ def _require_equal(staging: Staging, made: Sequence[FinishedShare]) -> None:
             if staging.finished.get(name, file) != file:
                 raise MalformedInput(
                     f"{name} of part {each.receipt.share} differs from the one that an interrupted run of all left in "
-                    f"{staging.output}.partial. Remove that folder and its journal, and merge again."
+                    f"{sibling(staging.output, PARTIAL)}. Remove that folder and its journal, and merge again."
                 )
 
 

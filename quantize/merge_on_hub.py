@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import MalformedInput, TryAgain, UsageError
+from qz.formats.output.beside import sibling
 from qz.formats.output.checksums import hash_file
 from qz.formats.output.directory import Directory
 from qz.formats.output.record import RECORD, Record, WrittenFile, encode_record
-from qz.formats.output.refusals import sibling
 from qz.formats.output.shares import PARTS, FinishedShare, Share, find_shares, read_share
 from qz.formats.publish.destination import Destination, UploadsLost
 from qz.formats.publish.publication import Publication

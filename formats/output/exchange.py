@@ -6,13 +6,12 @@ import os
 from typing import TYPE_CHECKING
 
 from qz import IOFailed, OutputRefused, QzError
+from qz.formats.output.beside import ASIDE, JOURNAL, PARTIAL
 from qz.formats.output.refusals import refuse_output
 
 if TYPE_CHECKING:
     from qz.formats.output.directory import Directory
     from qz.formats.output.journal import Journal
-
-PARTIAL, ASIDE, JOURNAL = ".partial", ".partial.old", ".partial.journal"
 
 
 def refuse_foreign_partial(parent: Directory, name: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qz import OutputRefused, TryAgain
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed
+from qz.formats.output.beside import JOURNAL
 from qz.formats.output.pieces import Piece, as_piece, is_piece
 from qz.formats.output.record import WrittenFile, as_text, as_written
 from qz.formats.output.seal import is_sealed, seal
@@ -170,6 +171,19 @@ class Read:
     torn: int
 
 
+def look_into(folder: Directory, name: str, key: bytes | None) -> Read | None:
+    """What a journal says that another process may hold; None if there is none, or its first line cannot be trusted."""
+    descriptor, disk, path = folder.open_existing(name), folder.disk, folder.path / name
+    if descriptor is None:
+        return None
+    try:
+        text = bytearray(min(disk.size(descriptor, path), LARGEST))
+        disk.read(descriptor, path, memoryview(text), 0)
+    finally:
+        disk.close(descriptor, path)
+    return read_journal(bytes(text), key)
+
+
 def read_journal(text: bytes, key: bytes | None) -> Read | None:
     """None if its first line cannot be trusted. A torn last line does not count, nor one without the seal of a key."""
     lines = text.split(b"\n")
@@ -225,7 +239,7 @@ def begins_as_journal(text: bytes) -> bool:
 def held_by_another(path: Path) -> TryAgain:
     """The error for a journal whose lock another process holds."""
     return TryAgain(
-        f"Another qz is writing {path.name.removesuffix('.partial.journal')} in {path.parent}. "
+        f"Another qz is writing {path.name.removesuffix(JOURNAL)} in {path.parent}. "
         "Wait until it is done, or write elsewhere with -o/--output."
     )
 

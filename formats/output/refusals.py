@@ -9,6 +9,7 @@ from pathlib import Path
 from qz import OutputRefused, QzError
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import quoted
+from qz.formats.output.beside import ASIDE, PARTIAL, require_name, sibling
 from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
@@ -16,11 +17,6 @@ from qz.formats.output.record import RECORD, read_record
 
 MOST_NAMED = 3
 """Files in the way that a refusal names."""
-
-
-def sibling(output: Path, suffix: str) -> Path:
-    """A name beside the output, on the same file system."""
-    return output.with_name(output.name + suffix)
 
 
 def refuse_output(parent: Directory, name: str, overwrite: bool) -> None:
@@ -103,18 +99,12 @@ def _is_checkpoint_folder(root: Directory, name: str, recorded: frozenset[str]) 
     return not parent and (MODULE.fullmatch(base) is not None or root.kind("model_index.json") == "file")
 
 
-def require_name(output: Path) -> None:
-    """Raise OutputRefused unless the path ends in the name of a folder, beside which there is room for others."""
-    if not output.name or output.name == "..":
-        raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
-
-
 def refuse_overlap(source: Path, output: Path, disk: Disk) -> None:
     """Raise OutputRefused if the output, or what is staged beside it, is the source, inside it, or around it."""
     require_name(output)
     real_source = Path(os.path.realpath(source))
     real_output = Path(os.path.realpath(output))
-    for place in (real_output, sibling(real_output, ".partial"), sibling(real_output, ".partial.old")):
+    for place in (real_output, sibling(real_output, PARTIAL), sibling(real_output, ASIDE)):
         if _within(place, real_source, disk) or _within(real_source, place, disk):
             raise OutputRefused(
                 f"The output {output} and the source {source} overlap. Choose a folder outside it with -o/--output."

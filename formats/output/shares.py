@@ -18,13 +18,12 @@ from qz import MalformedInput, OutputRefused, QzError, TryAgain, UsageError
 from qz.formats.folder import LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed
+from qz.formats.output.beside import JOURNAL, sibling
 from qz.formats.output.difference import describe_difference
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
-from qz.formats.output.exchange import JOURNAL
-from qz.formats.output.journal import LARGEST, as_fingerprint, read_journal
+from qz.formats.output.journal import as_fingerprint, look_into
 from qz.formats.output.record import Record, WrittenFile, as_text, read_record, require_safe_name
-from qz.formats.output.refusals import sibling
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
 
@@ -254,25 +253,13 @@ def _fingerprints(place: Path, disk: Disk) -> Iterator[tuple[Share, Mapping[str,
                 continue
             share = Share(int(match[1]), int(match[2]))
             if name.endswith(JOURNAL):
-                yield share, _begun(disk, folder, name)
+                begun = look_into(folder, name, None)
+                yield share, begun.fingerprint if begun is not None else None
                 continue
             try:
                 yield share, read_share(place / name).receipt.fingerprint
             except QzError:  # damaged, or gone meanwhile: the merge will tell
                 yield share, None
-
-
-def _begun(disk: Disk, folder: Directory, name: str) -> Mapping[str, Any] | None:
-    descriptor = folder.open_existing(name)
-    if descriptor is None:
-        return None
-    try:
-        text = bytearray(min(disk.size(descriptor, folder.path / name), LARGEST))
-        disk.read(descriptor, folder.path / name, memoryview(text), 0)
-    finally:
-        disk.close(descriptor, folder.path / name)
-    found = read_journal(bytes(text), None)
-    return found.fingerprint if found is not None else None
 
 
 def finished_share(output: Path, share: Share, fingerprint: Mapping[str, Any], disk: Disk) -> FinishedShare | None:

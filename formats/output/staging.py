@@ -35,12 +35,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
 from qz.counted import counted
+from qz.formats.output.beside import ASIDE, JOURNAL, PARTIAL, in_real_folder, require_name, require_room
 from qz.formats.output.checksums import hash_file
 from qz.formats.output.descriptors import Descriptors
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.earlier_run import has_file, take_over
-from qz.formats.output.exchange import ASIDE, JOURNAL, PARTIAL, Exchange, recover, refuse_foreign_partial
+from qz.formats.output.exchange import Exchange, recover, refuse_foreign_partial
 from qz.formats.output.journal import Journal, as_fingerprint
 from qz.formats.output.pending import IsVerified, Pending
 from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
@@ -99,9 +100,8 @@ class Staging:
         holds it), IOFailed (too little space), PermissionRefused.
         """
         self._disk = disk or Disk()
-        self.output = Path(os.path.realpath(output.parent)) / output.name
-        if not output.name or output.name == "..":
-            raise OutputRefused(f"{output} cannot be an output. Name a new folder with -o/--output.")
+        require_name(output)
+        self.output = in_real_folder(output)
         self._name = output.name
         self._resumable = resumable
         self._overwrite, self._about = overwrite, dict(about or {})
@@ -201,12 +201,7 @@ class Staging:
                 folder.remove(name)
 
     def _require_space(self, needed: int) -> None:
-        free = self._disk.free_bytes(self._parent.descriptor, self._parent.path)
-        if needed > free:
-            raise IOFailed(
-                f"Not enough space for {self.output}: it needs {needed:,} bytes, {free:,} are free. "
-                "Free some, or write to another disk with -o/--output."
-            )
+        require_room(self.output, needed, self._disk.free_bytes(self._parent.descriptor, self._parent.path))
 
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         """Begin a shard; its space on disk is reserved. May be called, like ``finish``, while others are written.

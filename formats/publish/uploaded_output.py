@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from qz import QzError, TryAgain
 from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.output.beside import sibling
 from qz.formats.output.hollow import hollow_out
 from qz.formats.output.pending import IsVerified
-from qz.formats.output.refusals import sibling
 from qz.formats.output.staging import Staging
 from qz.formats.publish.destination import UploadsLost
 from qz.formats.publish.verified_file import VerifiedFile
