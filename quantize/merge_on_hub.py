@@ -16,7 +16,6 @@ from qz.formats.output.record import RECORD, Record, WrittenFile, encode_record
 from qz.formats.output.shares import PARTS, FinishedShare, Share, find_shares, read_share
 from qz.formats.publish.destination import Destination, UploadsLost
 from qz.formats.publish.publication import Publication
-from qz.formats.publish.uploaded_output import config_among
 from qz.formats.publish.verified_file import VerifiedFile
 from qz.quantize.merge import Merged, again, nonfinite_of, remove, require_alike, require_all
 
@@ -50,7 +49,7 @@ def merge_on_hub(output: Path, to: Destination, disk: Disk, progress: OnProgress
             here = {RECORD: VerifiedFile.of(written)} | {name: VerifiedFile.of(first / name) for name in made[0].shared}
             uploaded = {name: (file.bytes, file.sha256) for name, file in sent.items()}
             try:
-                pushed = publication.publish(uploaded, here, record.about, config_among(here))
+                pushed = publication.publish(uploaded, here, record.about)
             except UploadsLost as lost:
                 raise _lost(made[0], lost) from None
         remove(folder, parent, found)

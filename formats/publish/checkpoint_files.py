@@ -124,16 +124,26 @@ def _named(folder: LocalFolder, prefix: str) -> set[str]:
 
 
 def _config(folder: LocalFolder, names: Iterable[str]) -> Mapping[str, Any]:
-    """The config of the model; of a pipeline's first quantized component, if it is one."""
-    found: Mapping[str, Any] = {}
-    for name in sorted(names, key=lambda name: (name.count("/"), name)):
-        if name.rpartition("/")[2] != "config.json":
-            continue
-        inner = folder.subfolder(name.rpartition("/")[0]) if "/" in name else folder
-        config = read_json(read_file(inner, "config.json", MAX_BYTES), f"{folder.location}/{name}")
-        found = found or config
-        if "quantization_config" in config:
-            return config
+    def read(name: str) -> bytes:
+        parent = name.rpartition("/")[0]
+        return read_file(folder.subfolder(parent) if parent else folder, "config.json", MAX_BYTES)
+
+    found = config_among(names, read, f"{folder.location}/")
     if not found:
         raise MissingInput(f"{folder.location} holds no config.json, so it is no model folder.")
+    return found
+
+
+def config_among(names: Iterable[str], read: Callable[[str], bytes], where: str = "") -> Mapping[str, Any]:
+    """The config of the model; of a pipeline's first quantized component, if it is one. Empty if there is none.
+
+    ``read`` gives what a file of ``names`` holds. ``where``: what messages name before the file.
+    """
+    found: Mapping[str, Any] = {}
+    for name in sorted(names, key=lambda name: (name.count("/"), name)):
+        if name.rpartition("/")[2] == "config.json":
+            config = read_json(read(name), where + name)
+            found = found or config
+            if "quantization_config" in config:
+                return config
     return found

@@ -43,6 +43,10 @@ class Destination:
         if self.folder and any(part in ("", ".", "..") for part in self.folder.split("/")):
             raise UsageError(f"{self.folder!r} is not a folder inside a repository. Write it as NAME or NAME/NAME.")
 
+    def path(self, name: str) -> str:
+        """Where a file of the checkpoint lies in the repository."""
+        return f"{self.folder}/{name}" if self.folder else name
+
 
 @dataclass(frozen=True, slots=True)
 class PushedFile:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused
+from qz.formats.json_files import MAX_BYTES
 from qz.formats.publish.blobs import Blob
-from qz.formats.publish.checkpoint_files import README
+from qz.formats.publish.checkpoint_files import README, config_among
 from qz.formats.publish.destination import UploadsLost
 from qz.formats.publish.push import Plan, superseded
 from qz.formats.publish.remote import ObjectsLost, Remote, differing
@@ -63,7 +64,7 @@ class Publication:
         """Make the repository if there is none; OutputRefused if it holds other weights than those to come."""
         remote = self._remote
         head = remote.head(self._found)
-        coming = [Blob(self._path(name), -1, None, "", lfs=True) for name in weights]
+        coming = [Blob(self._to.path(name), -1, None, "", lfs=True) for name in weights]
         try:
             superseded(coming, remote.listed(head), self._to, remote.repo_id)
         except OutputRefused as error:
@@ -78,7 +79,7 @@ class Publication:
 
     def send(self, name: str, file: VerifiedFile, sha256: str) -> None:
         """Upload one finished file, so that it need not be on this disk any more. Raises what a push raises."""
-        self._send([Blob(self._path(name), file.size, file, sha256, lfs=True)])
+        self._send([Blob(self._to.path(name), file.size, file, sha256, lfs=True)])
 
     def stop(self) -> None:
         """Let every upload fail now."""
@@ -90,17 +91,17 @@ class Publication:
         uploaded: Mapping[str, tuple[int, str]],
         here: Mapping[str, VerifiedFile],
         about: Mapping[str, Any],
-        config: Mapping[str, Any],
     ) -> PushResult:
         """Make the one commit. ``uploaded``: size and SHA-256 by name; ``here``: the files to send with it.
 
-        ``about``: of the record; ``config``: of the model. Raises UploadsLost if the Hub does not hold what was sent.
+        ``about``: of the record. Raises UploadsLost if the Hub does not hold what was sent.
         """
         remote = self._remote
         names = frozenset({*uploaded, *here})
+        config = config_among(here, lambda name: here[name].read(MAX_BYTES))
         plan = Plan.of(remote, about, config, names, self._source_private)
-        blobs = [Blob(self._path(name), size, None, digest, lfs=True) for name, (size, digest) in uploaded.items()]
-        blobs += [Blob(self._path(name), file.size, file, file.hashed()) for name, file in here.items()]
+        blobs = [Blob(self._to.path(name), size, None, digest, lfs=True) for name, (size, digest) in uploaded.items()]
+        blobs += [Blob(self._to.path(name), file.size, file, file.hashed()) for name, file in here.items()]
         blobs.sort(key=lambda blob: blob.path)
         result = plan.result(blobs)
         remote.require_valid_card(result.card)
@@ -115,7 +116,7 @@ class Publication:
             raise UploadsLost(
                 f"{remote.repo_id} no longer holds files that were sent and deleted here. Nothing was committed. "
                 "Run the same command again: it makes them anew and keeps the others.",
-                tuple(name for name in uploaded if self._path(name) in lost),
+                tuple(name for name in uploaded if self._to.path(name) in lost),
             ) from None
         remote.require_complete(commit, whole)
         return replace(
@@ -126,9 +127,6 @@ class Publication:
             bytes_uploaded=self._sent,
             private=info.private is not False,
         )
-
-    def _path(self, name: str) -> str:
-        return f"{self._to.folder}/{name}" if self._to.folder else name
 
     def _send(self, blobs: Sequence[Blob]) -> None:
         assert self._uploads is not None, "begin comes first"

@@ -44,9 +44,8 @@ def push(
     local = LocalFolder(folder)
     try:
         own = _verified(local, progress)
-        prefix = f"{to.folder}/" if to.folder else ""
         blobs = [
-            Blob(prefix + file.name, file.bytes, file.file if file.data is None else file.data, file.sha256)
+            Blob(to.path(file.name), file.bytes, file.file if file.data is None else file.data, file.sha256)
             for file in own.files
         ]
         names = frozenset(file.name for file in own.files)
@@ -229,12 +228,11 @@ def _source(remote: Remote, facts: CardFacts, *, restricted: bool) -> tuple[Card
 
 def superseded(blobs: Iterable[Blob], there: Mapping[str, RepoFile], to: Destination, repo_id: str) -> tuple[str, ...]:
     """Weights that loaders would take for a part of the new ones. OutputRefused if they are not qz's to replace."""
-    prefix = f"{to.folder}/" if to.folder else ""
     weights = {blob.path: blob for blob in blobs if _family(blob.path)}
     families = {_family(path) for path in weights}
     old = sorted(path for path in there if _family(path) in families and path not in weights)
     other = [path for path, blob in weights.items() if path in there and not blob.is_at(there[path])]
-    if (old or other) and not (to.replace or to.create_pr or prefix + RECORD in there):
+    if (old or other) and not (to.replace or to.create_pr or to.path(RECORD) in there):
         names = ", ".join([*old, *other][:3])
         raise OutputRefused(
             f"{repo_id} holds other weights already ({names}). Push to another repository, --branch or --subfolder, or "

@@ -10,7 +10,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError, TryAgain
-from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.beside import sibling
 from qz.formats.output.hollow import hollow_out
 from qz.formats.output.pending import IsVerified
@@ -139,7 +138,7 @@ class UploadedOutput(Staging):
         }
         here = {name: VerifiedFile.of(self._staged.path / name) for name in self._written if name not in uploaded}
         try:
-            self.pushed = self._publication.publish(uploaded, here, self._about, config_among(here))
+            self.pushed = self._publication.publish(uploaded, here, self._about)
         except UploadsLost as lost:
             for name in lost.names:
                 self._journal.forget(name)
@@ -152,18 +151,6 @@ class UploadedOutput(Staging):
             raise type(error)(f"{self._publication.location} is complete, but tidying up failed: {error}") from error
         finally:
             self._journal.close()
-
-
-def config_among(here: Mapping[str, VerifiedFile]) -> Mapping[str, Any]:
-    """The config of the model; of a pipeline's first quantized component, if it is one."""
-    found: Mapping[str, Any] = {}
-    for name in sorted(here, key=lambda name: (name.count("/"), name)):
-        if name.rpartition("/")[2] == "config.json":
-            config = read_json(here[name].read(MAX_BYTES), name)
-            found = found or config
-            if "quantization_config" in config:
-                return config
-    return found
 
 
 class _LaterShard:
