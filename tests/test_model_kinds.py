@@ -325,13 +325,16 @@ def test_the_dtype_is_the_one_of_what_the_class_does_not_keep_in_float32(tmp_pat
     assert differing_tensors(reference, tmp_path / "output") == []
 
 
-def test_a_weight_that_a_class_makes_float64_is_stored_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(), (0, 4)], ids=["a scalar", "no values"])
+def test_a_weight_that_a_class_makes_float64_is_stored_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
     class Scaled(transformers.BertModel):  # type: ignore[misc]
         config_class = transformers.BertConfig
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.logit_scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+            self.logit_scale = torch.nn.Parameter(torch.full(shape, 2.0, dtype=torch.float64))
 
     monkeypatch.setattr(sys.modules["transformers"], "Scaled", Scaled, raising=False)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}

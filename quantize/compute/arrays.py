@@ -12,6 +12,25 @@ Bytes = NDArray[np.uint8]
 Memory = Callable[[str, int], Bytes]
 """A thread's reusable memory: a use and a length in bytes in, that memory out; valid until the use's next call."""
 
+
+def ordinary_memory(nbytes: int) -> Bytes:
+    return np.empty(nbytes, np.uint8)
+
+
+class Buffers:
+    """One thread's reusable memory, by use: ``get`` is a ``Memory``. ``buffer`` makes what is not there yet."""
+
+    def __init__(self, buffer: Callable[[int], Bytes] = ordinary_memory) -> None:
+        self._buffer = buffer
+        self._held: dict[str, Bytes] = {}
+
+    def get(self, use: str, nbytes: int) -> Bytes:
+        held = self._held.get(use)
+        if held is None or held.nbytes < nbytes:
+            held = self._held[use] = self._buffer(nbytes)
+        return held[:nbytes]
+
+
 NUMPY = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 """How kernels see values: fp32, or the bits of the 16-bit floats."""
 

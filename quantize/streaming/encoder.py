@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qz.quantize.compute.arrays import Buffers
 from qz.quantize.compute.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.streaming.deferred import deferred
-from qz.quantize.streaming.work import Buffers, Work
 
 if TYPE_CHECKING:
     from qz.quantize.compute.arithmetic import Arithmetic
     from qz.quantize.planning.plan import Plan, Step
     from qz.quantize.streaming.observer import Observer
     from qz.quantize.streaming.open_shards import OpenShards
+    from qz.quantize.streaming.work import Work
 
 
 class Encoder:
@@ -120,7 +121,7 @@ class Encoder:
     def _encode_deferred(self, work: Work, method: FourBit, absmax: NDArray[np.float32]) -> None:
         """Choose and write the codes of values that waited for their scales: those scales decide what is nearest."""
         saved = next(saved for saved in work.step.outputs if saved.part == "weight")
-        buffers, dtype = Buffers(self.arithmetic), SAFETENSORS_NAMES[work.step.weight.dtype]
+        buffers, dtype = Buffers(self.arithmetic.buffer), SAFETENSORS_NAMES[work.step.weight.dtype]
         refined, name = self.plan.refinement, work.step.weight.name
         for each in sorted(work.deferred, key=lambda each: each.start):
             count, first = len(each.values), each.start // BLOCK_SIZE

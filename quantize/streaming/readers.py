@@ -17,7 +17,7 @@ from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Changes
 from qz.quantize.compute import kernels
-from qz.quantize.compute.arrays import NUMPY, Bytes, Memory, elements, values
+from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, elements, values
 from qz.quantize.decoding.open import Reader as Reader
 from qz.quantize.decoding.open import decoding_reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
@@ -25,7 +25,6 @@ from qz.quantize.planning.sources import Fused, Packed, Source, Stacked
 
 PIECE = 4 << 20
 """Values computed at a time where a whole tensor is needed."""
-_NOTHING = np.empty(0, np.uint8)
 MAP_TOLERANCE = 1e-6
 """Versions of bitsandbytes computed the same maps with different last bits."""
 
@@ -235,7 +234,8 @@ def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes
     for source in sources:
         count = elements(source.shape)
         raw, stored = _read_whole(reader(folder, source), count, target)
-        tensor = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[stored])).reshape(source.shape)
+        flat = torch.from_numpy(raw) if count else torch.empty(0, dtype=torch.uint8)  # which has a stride
+        tensor = flat.view(getattr(torch, TORCH_NAMES[stored])).reshape(source.shape)
         tensors[source.name] = tensor.to(dtype)  # whatever its own is, as the library does before it merges or splits
     tensor = weight.conversion(tensors)[weight.name] if weight.conversion else next(iter(tensors.values()))
     if weight.transposed:
@@ -247,13 +247,7 @@ def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes
 def _read_whole(opened: Reader, count: int, target: str) -> tuple[Bytes, str]:
     """All values of a source, computed in pieces: what decoding needs besides stays small."""
     length = max(opened.unit, PIECE // opened.unit * opened.unit)
-    held: dict[str, Bytes] = {}
-
-    def memory(use: str, nbytes: int) -> Bytes:
-        if nbytes > held.get(use, _NOTHING).size:
-            held[use] = np.empty(nbytes, np.uint8)
-        return held[use][:nbytes]
-
+    memory = Buffers().get
     if count <= length:
         return opened.read(0, count, target, memory)
     raw, dtype = opened.read(0, length, target, memory)

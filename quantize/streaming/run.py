@@ -19,7 +19,7 @@ from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
-from qz.quantize.compute.arrays import NUMPY, Memory, count_nonfinite, values
+from qz.quantize.compute.arrays import NUMPY, Buffers, Memory, count_nonfinite, values
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.computable import cast_by_torch
@@ -31,7 +31,7 @@ from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.observer import Observer, Values
 from qz.quantize.streaming.open_shards import Job, OpenShards
 from qz.quantize.streaming.readers import Reader, assemble, reader
-from qz.quantize.streaming.work import Buffers, Chunk, Work, nonfinite_weight
+from qz.quantize.streaming.work import Chunk, Work, nonfinite_weight
 from qz.quantize.streaming.workers import Workers
 
 WHOLE_BYTES = 48 << 20
@@ -129,7 +129,7 @@ class Run:
             for step in self.plan.steps
             if step.act == "keep" and step.weight.name not in done_now and not self._is_elsewhere(step, elsewhere)
         ]
-        buffers = Buffers(self.arithmetic)
+        buffers = Buffers(self.arithmetic.buffer)
         only = {step.weight.name for step in left if not self._finished_is_finite(step, buffers)}
         if only:
             again = Run(self.plan, self.folder, DiscardOutput(), self.arithmetic, only=only)
@@ -184,7 +184,7 @@ class Run:
                 yield Chunk(work, start, min(start + length, count))
 
     def _work(self, chunks: Iterator[Chunk]) -> None:
-        buffers = Buffers(self.arithmetic)
+        buffers = Buffers(self.arithmetic.buffer)
         while not self.workers.stop.is_set():
             with self.lock:
                 chunk = next(chunks, None)
@@ -248,7 +248,7 @@ class Run:
     def _at_once(self, work: Work, target: str) -> None:
         step, weight = work.step, work.step.weight
         raw = assemble(self.folder, weight, step.sources)
-        buffers, original = Buffers(self.arithmetic), (values(raw, target), target)
+        buffers, original = Buffers(self.arithmetic.buffer), (values(raw, target), target)
         if not weight.quantized:
             self._look_at_kept(step, original, original, buffers.get)
             self.shards.write(step.outputs[0], raw, 0)

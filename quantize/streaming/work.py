@@ -1,4 +1,4 @@
-"""Steps under way, cut into chunks, and the memory that a thread uses again and again for them."""
+"""Steps under way, cut into chunks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
-from qz.quantize.compute.arrays import Bytes
 from qz.quantize.streaming.deferred import Deferred
 
 if TYPE_CHECKING:
-    from qz.quantize.compute.arithmetic import Arithmetic
     from qz.quantize.planning.plan import Plan, Step
     from qz.quantize.streaming.readers import Reader
 
@@ -42,20 +40,6 @@ class Chunk:
     start: int
     stop: int
     whole: bool = False
-
-
-class Buffers:
-    """One thread's reusable memory, by use."""
-
-    def __init__(self, arithmetic: Arithmetic) -> None:
-        self.arithmetic = arithmetic
-        self.held: dict[str, Bytes] = {}
-
-    def get(self, use: str, nbytes: int) -> Bytes:
-        held = self.held.get(use)
-        if held is None or held.nbytes < nbytes:
-            held = self.held[use] = self.arithmetic.buffer(nbytes)
-        return held[:nbytes]
 
 
 def nonfinite_weight(work: Work, plan: Plan) -> MalformedInput:
