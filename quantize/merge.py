@@ -6,7 +6,6 @@ libraries. One that was interrupted goes on; one that is repeated finds that the
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from qz.formats.output.record import RECORD, Record, WrittenFile, read_record
 from qz.formats.output.shares import PART_FILE, PARTS, FinishedShare, Share, SharesFound, find_shares, read_share
 from qz.formats.output.staging import Staging
 from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.compute.cores import usable_cores
 from qz.quantize.report_of_record import report_of_record
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.readable import require_readable
@@ -105,7 +105,7 @@ def merge(
     disk = disk or Disk()
     require_name(output)
     output = in_real_folder(output)
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = threads or usable_cores()
     first = _first_part(output, disk)
     if first is not None and first.receipt.uploaded:
         if to is None:

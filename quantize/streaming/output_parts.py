@@ -71,6 +71,11 @@ class Part:
     """Measures what the conversion loses, while it is under way."""
 
     @property
+    def prefix(self) -> str:
+        """What stands before the names of its files in the output."""
+        return f"{self.name}/" if self.name else ""
+
+    @property
     def bytes_output(self) -> int:
         planned = self.plan.bytes_output if self.plan is not None else 0
         return planned + sum(each.bytes for each in self.carried) + sum(map(len, self.documents.values()))
@@ -78,7 +83,7 @@ class Part:
     @property
     def resumable(self) -> dict[str, ShardLayout | None]:
         """The files that a resumed run need not make again, by their names in the output; layouts of shards."""
-        prefix = f"{self.name}/" if self.name else ""
+        prefix = self.prefix
         shards = self.plan.shards if self.plan is not None else ()
         layouts = {prefix + each.file: replace(each, file=prefix + each.file) for each in shards}
         return {**layouts, **{prefix + each.name: None for each in self.carried if each.bytes >= RESUMABLE}}
@@ -238,9 +243,9 @@ def _order(parts: Sequence[Part]) -> ShardOrder:
 
 def _weights(parts: Sequence[Part]) -> list[str]:
     """Names of the weights that the parts will have."""
-    names = [f"{part.name}/{shard.file}" for part in parts if part.plan is not None for shard in part.plan.shards]
-    names += [f"{part.name}/{each.name}" for part in parts for each in part.carried]
-    return [name.removeprefix("/") for name in names if name.endswith(".safetensors")]
+    names = [part.prefix + shard.file for part in parts if part.plan is not None for shard in part.plan.shards]
+    names += [part.prefix + each.name for part in parts for each in part.carried]
+    return [name for name in names if name.endswith(".safetensors")]
 
 
 @contextmanager

@@ -89,15 +89,14 @@ def bytes_elsewhere(parts: Sequence[Part], share: Share | None) -> int:
 def _files(parts: Sequence[Part]) -> Iterator[tuple[str, int, int]]:
     """Name, bytes read for it and bytes of it, in the order of the source."""
     for part in parts:
-        prefix = f"{part.name}/" if part.name else ""
         if part.plan is not None:
             read, first = _read_for(part.plan)
             for home in sorted(range(len(part.plan.shards)), key=lambda home: (first.get(home, 0), home)):
                 layout = part.plan.shards[home]
-                yield prefix + layout.file, read.get(home, 0), layout.size
+                yield part.prefix + layout.file, read.get(home, 0), layout.size
         for each in part.carried:
             if each.bytes >= RESUMABLE:
-                yield prefix + each.name, each.bytes, each.bytes
+                yield part.prefix + each.name, each.bytes, each.bytes
 
 
 def _read_for(plan: Plan) -> tuple[dict[int, int], dict[int, int]]:

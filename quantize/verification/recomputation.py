@@ -156,7 +156,7 @@ class _Comparison:
             folder = self._output.subfolder(part.name) if part.name else self._output
         except (MissingInput, MalformedInput) as error:
             raise MalformedInput(f"{self._output.location} lacks {part.name}: {error}") from error
-        prefix = f"{part.name}/" if part.name else ""
+        prefix = part.prefix
         if part.plan is not None:
             self._compare_model(part, folder, prefix)
         shards = part.plan.shards if part.plan is not None else ()

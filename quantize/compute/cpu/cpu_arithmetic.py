@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz.quantize.compute import kernels
+from qz.quantize.compute.cores import usable_cores
 from qz.quantize.compute.kernels import NonFinite
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Cpu:
 
     @property
     def threads(self) -> int:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
 
     def buffer(self, nbytes: int) -> Bytes:
         return np.empty(nbytes, np.uint8)

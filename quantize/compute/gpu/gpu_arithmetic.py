@@ -7,7 +7,6 @@ bring the chunks. Any number of like GPUs of one host share the work; what they 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import weakref
@@ -20,6 +19,7 @@ import torch  # noqa: TID253 (this module is imported lazily)
 from numpy.typing import NDArray
 
 from qz import TryAgain
+from qz.quantize.compute.cores import usable_cores
 from qz.quantize.compute.gpu import gptq
 from qz.quantize.compute.gpu.torch_kernels import DTYPES, tensor
 from qz.quantize.compute.gpu.torch_search import BlockWeights, encode, improve, packed_pairs, zero_code
@@ -76,8 +76,7 @@ class Accelerator:
 
     @property
     def threads(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(2, min(cores, THREADS * len(self.devices)))
+        return max(2, min(usable_cores(), THREADS * len(self.devices)))
 
     def buffer(self, nbytes: int) -> Bytes:
         """Page-locked memory, which a GPU copies from and to by itself; ordinary memory where that is refused."""
