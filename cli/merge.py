@@ -10,7 +10,7 @@ from qz.cli.progress import Display
 from qz.cli.report import pushed_text
 
 if TYPE_CHECKING:
-    from qz.quantize.merge import Merged
+    from qz.quantize.merging.merge import Merged
 
 
 def merge(

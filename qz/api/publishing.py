@@ -12,7 +12,7 @@ from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import PushResult
-    from qz.quantize.merge import Merged
+    from qz.quantize.merging.merge import Merged
 
 
 @settings_given_back()
@@ -63,7 +63,7 @@ def merge(
     """
     on_progress(Progress("Reading headers"))
     from qz.formats.output.disk import Disk
-    from qz.quantize.merge import merge as run
+    from qz.quantize.merging.merge import merge as run
 
     to, disk = destination(push, push_subfolder, public), Disk(durable=fsync)
     return run(Path(output), overwrite=overwrite, to=to, disk=disk, threads=threads or 0, progress=on_progress)

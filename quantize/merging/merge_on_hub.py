@@ -17,7 +17,8 @@ from qz.formats.output.shares import PARTS, FinishedShare, Share, find_shares, r
 from qz.formats.publish.destination import Destination, UploadsLost
 from qz.formats.publish.publication import Publication
 from qz.formats.publish.verified_file import VerifiedFile
-from qz.quantize.merge import Merged, again, nonfinite_of, remove, require_alike, require_all
+from qz.quantize.merging.checks import again, require_alike, require_all
+from qz.quantize.merging.merge import Merged, nonfinite_of, remove
 
 if TYPE_CHECKING:
     from qz.formats.output.disk import Disk

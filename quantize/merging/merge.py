@@ -6,28 +6,26 @@ libraries. One that was interrupted goes on; one that is repeated finds that the
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qz import MalformedInput, MissingInput, OutputRefused, QzError, TryAgain, UsageError
+from qz import MalformedInput, MissingInput, OutputRefused, QzError, UsageError
 from qz.formats.folder import LocalFolder
-from qz.formats.output.beside import JOURNAL, PARTIAL, in_real_folder, require_name, sibling
-from qz.formats.output.checksums import hash_file
-from qz.formats.output.difference import describe_difference
+from qz.formats.output.beside import JOURNAL, in_real_folder, require_name, sibling
 from qz.formats.output.directory import Directory
 from qz.formats.output.disk import Disk
 from qz.formats.output.preflight import check_output
-from qz.formats.output.record import RECORD, Record, WrittenFile, read_record
+from qz.formats.output.record import RECORD, Record, read_record
 from qz.formats.output.shares import PART_FILE, PARTS, FinishedShare, Share, SharesFound, find_shares, read_share
 from qz.formats.output.staging import Staging
-from qz.progress import OnProgress, Progress, ignore
+from qz.progress import OnProgress, ignore
 from qz.quantize.compute.cores import usable_cores
+from qz.quantize.merging.checks import require_alike, require_all, require_equal
+from qz.quantize.merging.verification import Verification
 from qz.quantize.report_of_record import report_of_record
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.readable import require_readable
@@ -36,9 +34,6 @@ from qz.quantize.summary import told_of_nonfinite
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination, PushResult
-
-MOST_NAMED = 12
-"""Parts that a message names."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def merge(
         if to is None:
             where = first.receipt.fingerprint["push"]["repository"]
             raise UsageError(f"The parts of {output} were sent to {where}. Merge them there: --push {where}.")
-        from qz.quantize.merge_on_hub import merge_on_hub
+        from qz.quantize.merging.merge_on_hub import merge_on_hub
 
         return merge_on_hub(output, to, disk, progress)
     if to is not None:
@@ -179,8 +174,8 @@ def _merge_here(output: Path, overwrite: bool, disk: Disk, threads: int, progres
             require_all(output, place, found)
             made = [read_share(place / Share(number, found.count).folder) for number in sorted(found.finished)]
             require_alike(place, made)
-            _require_equal(staging, made)
-            checked = _Verification(folder, staging, progress, threads)
+            require_equal(staging, made)
+            checked = Verification(folder, staging, progress, threads)
             checked.verify(made)
             for each in made:
                 with folder.enter(each.receipt.share.folder) as own:
@@ -273,162 +268,6 @@ def _equal_output(output: Path, place: Path, found: SharesFound) -> Record | Non
             return None
     _require_whole(output, record)
     return record
-
-
-def require_all(output: Path, place: Path, found: SharesFound) -> None:
-    """Raise MissingInput or TryAgain, naming what is missing, unless every part is finished and none is at work."""
-    if len(found.counts) > 1:
-        several = " and ".join(f"of {count}" for count in sorted(found.counts))
-        raise MalformedInput(f"{place} holds parts {several}: those of several runs. Keep one run's, and merge again.")
-    if not found.counts:
-        raise MissingInput(f"{place} holds no part. Make them first, with --part 1/N to N/N.")
-    if found.running:
-        which = _numbers(sorted(found.running), found.count)
-        raise TryAgain(f"{which} being made at this moment. Merge {output} when all are done.")
-    if found.missing:
-        which = _numbers(found.missing, found.count)
-        broken = [number for number in found.missing if number in found.interrupted]
-        interrupted = f" ({', '.join(map(str, broken[:MOST_NAMED]))} interrupted)" if broken else ""
-        raise MissingInput(
-            f"{which} missing in {place}{interrupted}. Run the command that made the others with "
-            f"--part {found.missing[0]}/{found.count}"
-            f"{', and so on' if len(found.missing) > 1 else ''}, then merge again."
-        )
-
-
-def _numbers(numbers: Sequence[int], count: int) -> str:
-    """``Part 3 of 7 is``, ``Parts 3, 5 of 7 are``."""
-    shown = ", ".join(map(str, numbers[:MOST_NAMED]))
-    more = f" and {len(numbers) - MOST_NAMED} more" if len(numbers) > MOST_NAMED else ""
-    return f"Part {shown} of {count} is" if len(numbers) == 1 else f"Parts {shown}{more} of {count} are"
-
-
-def require_alike(place: Path, made: Sequence[FinishedShare]) -> None:
-    """Raise MalformedInput unless all parts are of one run, and each lists what is its to make."""
-    first = made[0]
-    for each in made:
-        share = each.receipt.share
-        if each.receipt.fingerprint != first.receipt.fingerprint:
-            difference = describe_difference(first.receipt.fingerprint, each.receipt.fingerprint)
-            raise MalformedInput(
-                f"Parts {first.receipt.share} and {share} in {place} were made differently: {difference}. Make all "
-                "parts of the same source, with the same settings, versions and device."
-            )
-        if each.receipt.owners != first.receipt.owners or each.record.about != first.record.about:
-            difference = describe_difference(dict(first.record.about), dict(each.record.about)) or "what each makes"
-            raise MalformedInput(
-                f"Parts {first.receipt.share} and {share} in {place} are not of one plan: {difference}. "
-                "Make them again, all with the same qz."
-            )
-        if each.shared != first.shared:
-            names = sorted(
-                name
-                for name in each.shared.keys() | first.shared.keys()
-                if each.shared.get(name) != first.shared.get(name)
-            )
-            raise MalformedInput(
-                f"Parts {first.receipt.share} and {share} in {place} differ in {names[0]}, which each of them makes. "
-                "Make them again, all with the same qz."
-            )
-        owned = {name for name, number in each.receipt.owners.items() if number == share.number}
-        if each.own.keys() != owned or not each.files.keys() <= owned | each.shared.keys():
-            raise MalformedInput(
-                f"Part {share} in {place} does not list the files that are its to make. {again(share)}"
-            )
-
-
-def _require_equal(staging: Staging, made: Sequence[FinishedShare]) -> None:
-    """Raise MalformedInput if what is staged already, by a merge or a run that was interrupted, is not of the parts."""
-    for each in made:
-        for name, file in each.own.items():
-            if staging.finished.get(name, file) != file:
-                raise MalformedInput(
-                    f"{name} of part {each.receipt.share} differs from the one that an interrupted run of all left in "
-                    f"{sibling(staging.output, PARTIAL)}. Remove that folder and its journal, and merge again."
-                )
-
-
-def again(share: Share) -> str:
-    return f"Make it again: the same command with --part {share} --no-resume."
-
-
-class _Verification:
-    """Reads every file of every part once, in several threads, and remembers which file it was that it read."""
-
-    def __init__(self, folder: Directory, staging: Staging, progress: OnProgress, threads: int) -> None:
-        self._folder, self._staging, self._progress = folder, staging, progress
-        self._threads = threads
-        self._marks: dict[str, tuple[int, int, int]] = {}
-        self._lock = threading.Lock()
-        self.shared: dict[str, bytes] = {}
-        """The content of the small files."""
-
-    def verify(self, made: Sequence[FinishedShare]) -> None:
-        """Raise MalformedInput for the first file that is missing or differs from what its part recorded."""
-        todo = [(each, file) for each in made for file in each.record.files if not self._is_taken(file)]
-        self._total = sum(file.bytes for _, file in todo)
-        self._done = self._files = 0
-        self._count = len(todo)
-        with ThreadPoolExecutor(self._threads) as pool:
-            work = [pool.submit(self._check, each, file) for each, file in todo]
-            try:
-                for each in work:
-                    each.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _is_taken(self, file: WrittenFile) -> bool:
-        """Whether an interrupted merge has it already."""
-        return self._staging.finished.get(file.name) == file
-
-    def _check(self, part: FinishedShare, file: WrittenFile) -> None:
-        share, name = part.receipt.share, f"{part.receipt.share.folder}/{file.name}"
-        where = self._folder.path / name
-        mark = self._mark(name)
-        if mark is None or mark[1] != file.bytes:
-            raise MalformedInput(f"{where} is missing or has another size than when it was made. {again(share)}")
-        found = hash_file(self._folder, name)
-        if found != file.sha256:
-            raise MalformedInput(
-                f"{where} is damaged: its SHA-256 is {found}; it was made with {file.sha256}. {again(share)}"
-            )
-        if file.name in part.shared and file.name not in self.shared:
-            self.shared[file.name] = self._read(name, file)
-        if self._mark(name) != mark:
-            raise _changed(where)
-        with self._lock:
-            self._marks[name] = mark
-            self._done, self._files = self._done + file.bytes, self._files + 1
-            self._progress(Progress("Verifying", self._files, self._count, self._done, self._total, unit="file"))
-
-    def _read(self, name: str, file: WrittenFile) -> bytes:
-        data = bytearray(file.bytes)
-        descriptor, path = self._folder.open(name), self._folder.path / name
-        try:
-            self._folder.disk.read(descriptor, path, memoryview(data), 0)
-        finally:
-            self._folder.disk.close(descriptor, path)
-        return bytes(data)
-
-    def _mark(self, name: str) -> tuple[int, int, int] | None:
-        """What tells a file from one put in its place; a move does not change it."""
-        found = self._folder.status(name)
-        return None if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
-
-    def adopt(self, part: FinishedShare, folder: Directory, staging: Staging) -> None:
-        """Move the weights of a part into the output."""
-        for file in part.own.values():
-            if self._is_taken(file):
-                continue
-            name = f"{part.receipt.share.folder}/{file.name}"
-            if self._mark(name) != self._marks[name]:
-                raise _changed(self._folder.path / name)
-            staging.adopt(folder, file)
-
-
-def _changed(path: Path) -> MalformedInput:
-    return MalformedInput(f"{path} was changed by someone else meanwhile. Run the same command again.")
 
 
 def remove(folder: Directory, parent: Directory, found: SharesFound) -> None:

@@ -1,0 +1,1 @@
+"""What the runs of ``--part`` made, put together: in a folder, or in one commit on the Hub."""
