@@ -72,6 +72,19 @@ def forked_qz(tmp_path: Path, forks: Server) -> Qz:
 
 
 @pytest.fixture(scope="session")
+def plain_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 Llama, 64 wide and 192 inside, to be stored in the forms of other tools. Not to be changed by a test."""
+    import torch
+
+    from zoo import llama
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("plain") / "source"
+    llama(tied=False, inner=192).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer bf16 Llama with an untied head, saved by transformers. Not to be changed by a test."""
     import torch

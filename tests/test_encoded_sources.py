@@ -15,15 +15,6 @@ from encoded import State, awq, compressed, gptq, linears, rewritten, said_by_co
 from qz import MalformedInput
 from qz.quantize.inspection.report import Inspection
 from reference import differing_files, differing_tensors, tensors_of, transformers_model
-from zoo import llama
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain") / "source"
-    torch.manual_seed(0)
-    llama(tied=False, inner=192).save_pretrained(folder)
-    return folder
 
 
 def differing(ours: Path, theirs: State, dtype: torch.dtype = torch.bfloat16) -> list[str]:
@@ -62,12 +53,12 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_compressed_tensors(plain: Path, tmp_path: Path, name: str) -> None:
+def test_compressed_tensors(plain_llama: Path, tmp_path: Path, name: str) -> None:
     form, weights = FORMS[name]
     expected: State = {}
     said = said_by_compressed_tensors(form, {key: value for key, value in weights.items() if key != "scale_dtype"})
     source = rewritten(
-        plain, tmp_path / "source", lambda state: expected.update(compressed(state, form, weights)), said
+        plain_llama, tmp_path / "source", lambda state: expected.update(compressed(state, form, weights)), said
     )
     for dtype in ("auto", "float32"):
         output = tmp_path / f"output-{dtype}"
@@ -78,12 +69,12 @@ def test_compressed_tensors(plain: Path, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["W4A16 groups, zero points", "FP8 rows"])
-def test_compressed_tensors_as_transformers_loads_them(plain: Path, tmp_path: Path, name: str) -> None:
+def test_compressed_tensors_as_transformers_loads_them(plain_llama: Path, tmp_path: Path, name: str) -> None:
     from transformers import CompressedTensorsConfig, LlamaForCausalLM
 
     form, weights = FORMS[name]
     said = said_by_compressed_tensors(form, weights)
-    source = rewritten(plain, tmp_path / "source", lambda state: compressed(state, form, weights), said)
+    source = rewritten(plain_llama, tmp_path / "source", lambda state: compressed(state, form, weights), said)
     theirs = LlamaForCausalLM.from_pretrained(source, quantization_config=CompressedTensorsConfig(dequantize=True))
     dequantized(source, tmp_path / "output")
     assert differing(tmp_path / "output", theirs.state_dict()) == []
@@ -132,23 +123,23 @@ def test_the_experts_of_gpt_oss(gpt_oss: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "desc_act"])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptq(plain: Path, tmp_path: Path, bits: int, version: str, order: bool) -> None:
+def test_gptq(plain_llama: Path, tmp_path: Path, bits: int, version: str, order: bool) -> None:
     expected: State = {}
 
     def change(state: State) -> None:
         expected.update(gptq(state, bits, 32, version, order))
 
     said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": order, "checkpoint_format": version}
-    source = rewritten(plain, tmp_path / "source", change, said)
+    source = rewritten(plain_llama, tmp_path / "source", change, said)
     summary = dequantized(source, tmp_path / "output", chunk_bytes=5000)
     assert differing(tmp_path / "output", expected) == []
     assert summary.method == "gptq"
 
 
-def test_awq(plain: Path, tmp_path: Path) -> None:
+def test_awq(plain_llama: Path, tmp_path: Path) -> None:
     expected: State = {}
     said = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
-    source = rewritten(plain, tmp_path / "source", lambda state: expected.update(awq(state, 32)), said)
+    source = rewritten(plain_llama, tmp_path / "source", lambda state: expected.update(awq(state, 32)), said)
     dequantized(source, tmp_path / "output", chunk_bytes=5000)
     assert differing(tmp_path / "output", expected) == []
 
@@ -162,45 +153,45 @@ def test_awq(plain: Path, tmp_path: Path) -> None:
     ],
 )
 def test_contents_that_make_no_sense_are_refused(
-    plain: Path, tmp_path: Path, part: str, value: float, match: str
+    plain_llama: Path, tmp_path: Path, part: str, value: float, match: str
 ) -> None:
     def change(state: State) -> None:
         gptq(state, 4, 32)
         state[f"model.layers.1.self_attn.q_proj.{part}"].view(-1)[5] = value
 
-    source = rewritten(plain, tmp_path / "source", change, {"quant_method": "gptq", "bits": 4})
+    source = rewritten(plain_llama, tmp_path / "source", change, {"quant_method": "gptq", "bits": 4})
     with pytest.raises(MalformedInput, match=match):
         quantized(source, tmp_path / "output", "nf4")
     assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_quantizing_gptq_is_quantizing_what_it_stands_for(plain: Path, tmp_path: Path, method: str) -> None:
+def test_quantizing_gptq_is_quantizing_what_it_stands_for(plain_llama: Path, tmp_path: Path, method: str) -> None:
     from transformers import LlamaForCausalLM
 
     said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
-    source = rewritten(plain, tmp_path / "source", lambda state: gptq(state, 4, 32, order=True), said)
+    source = rewritten(plain_llama, tmp_path / "source", lambda state: gptq(state, 4, 32, order=True), said)
     dequantized(source, tmp_path / "between")
     transformers_model(LlamaForCausalLM, tmp_path / "between", method).save_pretrained(tmp_path / "reference")
     quantized(source, tmp_path / "output", method)
     assert differing_files(tmp_path / "reference", tmp_path / "output") == []
 
 
-def test_inspect_names_every_form(plain: Path, gpt_oss: Path, tmp_path: Path) -> None:
+def test_inspect_names_every_form(plain_llama: Path, gpt_oss: Path, tmp_path: Path) -> None:
     from qz.api import inspect
 
     form, weights = FORMS["W4A16 groups"]
     said = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     sources = {
         "compressed-tensors": rewritten(
-            plain,
+            plain_llama,
             tmp_path / "ct",
             lambda state: compressed(state, form, weights),
             said_by_compressed_tensors(form, weights),
         ),
-        "gptq": rewritten(plain, tmp_path / "gptq", lambda state: gptq(state, 4, 32), said),
+        "gptq": rewritten(plain_llama, tmp_path / "gptq", lambda state: gptq(state, 4, 32), said),
     }
-    original = inspect(plain)
+    original = inspect(plain_llama)
     assert isinstance(original, Inspection)
     for method, source in sources.items():
         found = inspect(source)
@@ -208,7 +199,7 @@ def test_inspect_names_every_form(plain: Path, gpt_oss: Path, tmp_path: Path) ->
         assert found.quantization is not None
         assert (found.quantization.method, found.problems) == (method, ())
         assert found.quantization.quantized_parameters == sum(
-            tensors_of(plain)[name].numel() for name in linears(tensors_of(plain))
+            tensors_of(plain_llama)[name].numel() for name in linears(tensors_of(plain_llama))
         )
         assert (found.parameters, found.estimates is not None) == (original.parameters, True)
     found = inspect(gpt_oss)

@@ -14,17 +14,8 @@ from encoded import State, fp8_blocks, fp8_scaled, linears, rewritten
 from qz import MalformedInput
 from qz.quantize.inspection.report import Inspection
 from reference import differing_files, tensors_of, transformers_model
-from zoo import llama
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "dequantize": True}
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain") / "source"
-    torch.manual_seed(0)
-    llama(tied=False, inner=192).save_pretrained(folder)
-    return folder
 
 
 def differing(ours: Path, theirs: State) -> list[str]:
@@ -46,11 +37,11 @@ def by_formula(folder: Path, scale_of: str, dtype: torch.dtype = torch.bfloat16)
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 @pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
-def test_blocks_are_what_transformers_loads(plain: Path, tmp_path: Path, dtype: str, scale_fmt: str) -> None:
+def test_blocks_are_what_transformers_loads(plain_llama: Path, tmp_path: Path, dtype: str, scale_fmt: str) -> None:
     from transformers import LlamaForCausalLM
 
     said = {**FP8, "weight_block_size": [32, 64], "scale_fmt": scale_fmt}
-    source = rewritten(plain, tmp_path / "fp8", lambda state: fp8_blocks(state, (32, 64), scale_fmt), said)
+    source = rewritten(plain_llama, tmp_path / "fp8", lambda state: fp8_blocks(state, (32, 64), scale_fmt), said)
     theirs = LlamaForCausalLM.from_pretrained(source, dtype=dtype)
     expected = theirs.state_dict()
     if dtype != "auto":  # the library leaves what was not quantized in the dtype of the checkpoint
@@ -64,9 +55,9 @@ def test_blocks_are_what_transformers_loads(plain: Path, tmp_path: Path, dtype: 
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_quantizing_fp8_is_quantizing_what_it_stands_for(plain: Path, tmp_path: Path, method: str) -> None:
+def test_quantizing_fp8_is_quantizing_what_it_stands_for(plain_llama: Path, tmp_path: Path, method: str) -> None:
     source = rewritten(
-        plain, tmp_path / "fp8", lambda s: fp8_blocks(s, (32, 32)), {**FP8, "weight_block_size": [32, 32]}
+        plain_llama, tmp_path / "fp8", lambda s: fp8_blocks(s, (32, 32)), {**FP8, "weight_block_size": [32, 32]}
     )
     from transformers import LlamaForCausalLM
 
@@ -75,11 +66,11 @@ def test_quantizing_fp8_is_quantizing_what_it_stands_for(plain: Path, tmp_path: 
     theirs.save_pretrained(tmp_path / "reference")
     summary = quantized(source, tmp_path / "output", method)
     assert differing_files(tmp_path / "reference", tmp_path / "output") == []
-    assert summary.quantized_tensors == len(linears(tensors_of(plain)))
+    assert summary.quantized_tensors == len(linears(tensors_of(plain_llama)))
     assert any("quantized already, with fp8" in note for note in summary.notes)
 
 
-def test_blocks_are_cut_off_at_ragged_edges(plain: Path, tmp_path: Path) -> None:
+def test_blocks_are_cut_off_at_ragged_edges(plain_llama: Path, tmp_path: Path) -> None:
     """Where transformers refuses, or stretches the blocks over the whole matrix, DeepSeek's own code cuts them off."""
     block = (48, 40)
 
@@ -91,7 +82,7 @@ def test_blocks_are_cut_off_at_ragged_edges(plain: Path, tmp_path: Path) -> None
             state[name] = weight.to(torch.float8_e4m3fn)
             state[name + "_scale_inv"] = scale
 
-    source = rewritten(plain, tmp_path / "fp8", change, {**FP8, "weight_block_size": list(block)})
+    source = rewritten(plain_llama, tmp_path / "fp8", change, {**FP8, "weight_block_size": list(block)})
     state = load_file(source / "model.safetensors")
     for name in linears(state):
         if name.endswith("_scale_inv"):
@@ -117,14 +108,20 @@ def test_blocks_are_cut_off_at_ragged_edges(plain: Path, tmp_path: Path) -> None
     ],
 )
 def test_scales_of_a_weight_or_of_its_rows(
-    plain: Path, tmp_path: Path, suffix: str, per_row: bool, dtype: torch.dtype, shape: tuple[int, ...], said: object
+    plain_llama: Path,
+    tmp_path: Path,
+    suffix: str,
+    per_row: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    said: object,
 ) -> None:
     def change(state: State) -> None:
         fp8_scaled(state, suffix, per_row, dtype, shape)
         state["scaled_fp8"] = torch.zeros(2, dtype=dtype)
         state["model.layers.0.mlp.up_proj.input_scale"] = torch.ones(())
 
-    source = rewritten(plain, tmp_path / "fp8", change, said)  # type: ignore[arg-type]
+    source = rewritten(plain_llama, tmp_path / "fp8", change, said)  # type: ignore[arg-type]
     summary = dequantized(source, tmp_path / "output")
     theirs = by_formula(source, suffix)
     del theirs["scaled_fp8"], theirs["model.layers.0.mlp.up_proj.input_scale"]
@@ -133,11 +130,11 @@ def test_scales_of_a_weight_or_of_its_rows(
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_codes_without_any_scale_are_values(plain: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_codes_without_any_scale_are_values(plain_llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     def change(state: State) -> None:
         state |= {name: state[name].to(dtype) for name in state}
 
-    source = rewritten(plain, tmp_path / "fp8", change)
+    source = rewritten(plain_llama, tmp_path / "fp8", change)
     theirs = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
     dequantized(source, tmp_path / "output")
     assert differing(tmp_path / "output", theirs) == []
@@ -154,12 +151,12 @@ def test_every_code_has_torchs_value() -> None:
         assert torch.equal(theirs.signbit()[~theirs.isnan()], ours.signbit()[~ours.isnan()]), name
 
 
-def test_a_weight_without_its_scale_is_refused(plain: Path, tmp_path: Path) -> None:
+def test_a_weight_without_its_scale_is_refused(plain_llama: Path, tmp_path: Path) -> None:
     def change(state: State) -> None:
         fp8_blocks(state, (32, 32))
         del state["model.layers.1.mlp.up_proj.weight_scale_inv"]
 
-    source = rewritten(plain, tmp_path / "fp8", change, {**FP8, "weight_block_size": [32, 32]})
+    source = rewritten(plain_llama, tmp_path / "fp8", change, {**FP8, "weight_block_size": [32, 32]})
     with pytest.raises(MalformedInput, match=r"layers.1.mlp.up_proj.weight.*has no scale"):
         plan_of(source, "nf4")
 
@@ -173,33 +170,33 @@ def test_a_weight_without_its_scale_is_refused(plain: Path, tmp_path: Path) -> N
         (torch.ones(0, 2), "does not fit its weight"),
     ],
 )
-def test_damaged_scales_are_refused(plain: Path, tmp_path: Path, scale: torch.Tensor, match: str) -> None:
+def test_damaged_scales_are_refused(plain_llama: Path, tmp_path: Path, scale: torch.Tensor, match: str) -> None:
     def change(state: State) -> None:
         fp8_blocks(state, (16, 32))
         state["model.layers.0.self_attn.q_proj.weight_scale_inv"] = scale
 
-    source = rewritten(plain, tmp_path / "fp8", change, {**FP8, "weight_block_size": [16, 32]})
+    source = rewritten(plain_llama, tmp_path / "fp8", change, {**FP8, "weight_block_size": [16, 32]})
     with pytest.raises(MalformedInput, match=match):
         quantized(source, tmp_path / "output", "nf4")
     assert not (tmp_path / "output").exists()
 
 
-def test_codes_that_are_not_numbers_are_refused_like_any_other(plain: Path, tmp_path: Path) -> None:
+def test_codes_that_are_not_numbers_are_refused_like_any_other(plain_llama: Path, tmp_path: Path) -> None:
     def change(state: State) -> None:
         fp8_blocks(state, (32, 32))
         state["model.layers.0.mlp.up_proj.weight"].view(torch.uint8)[3, 5] = 0x7F
 
-    source = rewritten(plain, tmp_path / "fp8", change, {**FP8, "weight_block_size": [32, 32]})
+    source = rewritten(plain_llama, tmp_path / "fp8", change, {**FP8, "weight_block_size": [32, 32]})
     with pytest.raises(MalformedInput, match=r"contains 1 NaN or infinite value, first at \[3, 5\]"):
         quantized(source, tmp_path / "output", "nf4")
 
 
-def test_inspect_names_the_form_and_gives_true_sizes(plain: Path, tmp_path: Path) -> None:
+def test_inspect_names_the_form_and_gives_true_sizes(plain_llama: Path, tmp_path: Path) -> None:
     from qz.api import inspect
 
     said = {**FP8, "weight_block_size": [32, 32]}
-    source = rewritten(plain, tmp_path / "fp8", lambda state: fp8_blocks(state, (32, 32)), said)
-    found, original = inspect(source), inspect(plain)
+    source = rewritten(plain_llama, tmp_path / "fp8", lambda state: fp8_blocks(state, (32, 32)), said)
+    found, original = inspect(source), inspect(plain_llama)
     assert isinstance(found, Inspection)
     assert isinstance(original, Inspection)
     assert found.problems == ()
