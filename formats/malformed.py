@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from qz import MalformedInput
 
@@ -16,6 +17,11 @@ class Malformed(MalformedInput):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def quoted_names(names: Sequence[str], most: int = 4) -> str:
+    """The first of many names from a file, each in quotes and cut; an ellipsis says that there are others."""
+    return ", ".join(quoted(name, 60) for name in names[:most]) + (" …" if len(names) > most else "")
 
 
 def quoted(text: str, width: int = 80) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, survey_file
+from qz.formats.checkpoint.weights import PICKLE
 from qz.formats.folder import Folder, LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
-from qz.formats.malformed import quoted
+from qz.formats.malformed import quoted, quoted_names
 
 CONFIG = "adapter_config.json"
 PREFERRED = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -131,20 +132,17 @@ def _only_file(folder: Folder, location: str) -> str:
         return found[0]
     if found:
         raise UsageError(
-            f"{location} holds {len(found)} .safetensors files: {_shown(found)}. "
+            f"{location} holds {len(found)} .safetensors files: {quoted_names(found)}. "
             f"Name one: --lora {location}/{found[0]}."
         )
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    pickles = sorted(name for name in names if PICKLE.search(name))
     if pickles:
         raise Unsupported(
             f"{location} holds its weights as a pickle only ({quoted(pickles[0])}), and reading one may run code. "
             "Load it once with PEFT or diffusers, save it with save_pretrained(), and use that folder."
         )
-    raise MissingInput(f"{location} has no .safetensors file: no LoRA. Files there: {_shown(sorted(names)) or 'none'}.")
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(quoted(name, 60) for name in names[:4]) + (" …" if len(names) > 4 else "")
+    there = quoted_names(sorted(names)) or "none"
+    raise MissingInput(f"{location} has no .safetensors file: no LoRA. Files there: {there}.")
 
 
 def _content(folder: Folder, file: str) -> tuple[memoryview | None, str]:

@@ -10,7 +10,7 @@ from qz.formats.checkpoint.problems import Problem, Problems
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.decoded import CODES, Blocks, Decoded, StoredTensor
 from qz.formats.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
+from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
@@ -54,10 +54,9 @@ def survey_gguf(
             problems.add("variant-missing", variant, name=quoted(variant), there=", ".join(there[:8]))
             return None, problems.worst_first()
     if len(files) != 1:
-        shown = ", ".join(quoted(name, 60) for name in files[:4]) + (" …" if len(files) > 4 else "")
         part = next((name for name in files if _PART.fullmatch(name)), None)
         kind = "gguf-parts" if part is not None else "gguf-several"
-        problems.add(kind, files[0], names=shown)
+        problems.add(kind, files[0], names=quoted_names(files))
         return None, problems.worst_first()
     [file] = files
     where = f"{folder.location}/{file}"

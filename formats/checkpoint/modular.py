@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from qz.counted import shown
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -30,5 +32,4 @@ def commands_for(index: Mapping[str, Any]) -> str:
         if re.search(r"Tokenizer|Processor|Scheduler|Extractor|Guidance|Guider", f"{value[1]}"):
             continue
         commands.append(f"`qz quantize '{repository}'" + (f" --subfolder '{folder}'" if folder else "") + f"` ({name})")
-    more = f" and {len(commands) - MOST} more" if len(commands) > MOST else ""
-    return ", ".join(commands[:MOST]) + more + ("." if commands else "")
+    return shown(commands, MOST) + ("." if commands else "")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qz import MalformedInput, MissingInput, Unsupported
+from qz.counted import shown
 from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
@@ -43,9 +44,9 @@ def placements(adapter: AdapterFile, models: Mapping[str, Checkpoint], pipeline_
     """
     modules, others = modules_of(adapter)
     if not modules:
-        shown = next(iter(adapter.tensors))
+        first = next(iter(adapter.tensors))
         raise Unsupported(
-            f"{adapter.where} is not a LoRA: its tensors are named as {quoted(shown)}. Name the file of a LoRA with "
+            f"{adapter.where} is not a LoRA: its tensors are named as {quoted(first)}. Name the file of a LoRA with "
             "--lora; a model to quantize comes first on the line."
         )
     if adapter.config is not None and "peft_type" in adapter.config:
@@ -61,10 +62,9 @@ def placements(adapter: AdapterFile, models: Mapping[str, Checkpoint], pipeline_
 
 
 def _belongs_nowhere(adapter: AdapterFile, names: Iterable[str], more: str = "") -> MalformedInput:
-    names = sorted(names)
-    shown = ", ".join(quoted(name) for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    what = shown(map(quoted, sorted(names)), 5)
     return MalformedInput(
-        f"{adapter.where} changes what this model does not have: {shown}.{more} Is it a LoRA for another model? "
+        f"{adapter.where} changes what this model does not have: {what}.{more} Is it a LoRA for another model? "
         "Nothing of it was left out silently, so nothing was written."
     )
 
@@ -111,12 +111,12 @@ def _of_diffusers(
 
     denoiser = next((name for name in DENOISERS if name in models), next(iter(models)))
     checkpoint = models[denoiser]
-    shown = {stem: _factors(module) for stem, module in modules.items()}
+    factors = {stem: _factors(module) for stem, module in modules.items()}
     with lean_imports.lean_imports(), isolated():
         mixin = lora_names.lora_mixin(pipeline_class, checkpoint.architecture or "")
         unet = checkpoint.config if "XL" in mixin.__name__ else None
         try:
-            rows = lora_names.lora_rows(shown, mixin, unet)
+            rows = lora_names.lora_rows(factors, mixin, unet)
         except (
             ValueError,
             KeyError,

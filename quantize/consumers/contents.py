@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,10 +82,3 @@ class Contents:
             for name, shape in self.plain.items()
             if (len(shape) == 2 and EXPERT.fullmatch(name)) or (len(shape) == 3 and FUSED_EXPERTS.fullmatch(name))
         )
-
-
-def shown(names: Iterable[str], most: int = 3) -> str:
-    """A few of many names."""
-    listed = list(names)
-    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qz.quantize.consumers.contents import EXPERT, Contents, shown
+from qz.counted import shown
+from qz.quantize.consumers.contents import EXPERT, Contents
 from qz.quantize.consumers.verdict import Finding
 from qz.quantize.methods import BLOCK_SIZE
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from qz.quantize.consumers.contents import Contents, shown
+from qz.counted import shown
+from qz.quantize.consumers.contents import Contents
 from qz.quantize.consumers.verdict import Finding
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from qz import MalformedInput, Unsupported
+from qz.counted import shown
 from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Change, Piece, delta_shape
@@ -50,10 +51,9 @@ def fused(plan: Plan, placed: Iterable[Placement], adapters: Sequence[AdapterFil
     if nowhere:
         adapter = nowhere[0][0]
         names = sorted(quoted(name) for mine, name in nowhere if mine is adapter)
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
         raise MalformedInput(
             f"{adapter.where} does not fit {plan.architecture.class_name} in {plan.checkpoint.folder.location}: there "
-            f"is no {shown}. Is it a LoRA for another model?"
+            f"is no {shown(names, 5)}. Is it a LoRA for another model?"
         )
     steps = [
         replace(step, sources=_through(step, changes[step.name])) if step.name in changes else step

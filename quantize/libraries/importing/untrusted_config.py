@@ -14,7 +14,7 @@ from typing import Any
 
 from qz import MalformedInput
 from qz.counted import counted
-from qz.formats.malformed import quoted
+from qz.formats.malformed import quoted, quoted_names
 
 CODE = re.compile(
     r"\w*(?:attn|attention|experts)_implementation(?:_internal)?|_?use_kernels?|use_local_kernel|allow_all_kernels"
@@ -61,8 +61,7 @@ def note_removed(removed: Mapping[str, Any]) -> tuple[str, ...]:
     told = [path for path, value in removed.items() if path != "auto_map" and not _is_inert(value)]
     if not told:
         return ()
-    shown = ", ".join(quoted(path, 60) for path in told[:3]) + (" …" if len(told) > 3 else "")
-    return (f"left out of config.json, because it could name code to run: {shown}",)
+    return (f"left out of config.json, because it could name code to run: {quoted_names(told, 3)}",)
 
 
 def without_own_code(auto_map: Any) -> tuple[dict[str, Any], bool]:
