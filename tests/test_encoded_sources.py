@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from converted import dequantized, quantized
 from encoded import State, awq, compressed, gptq, linears, rewritten, said_by_compressed_tensors
-from qz import MalformedInput
+from qz import MalformedInput, Unsupported
 from qz.quantize.inspection.report import Inspection
 from reference import differing_files, differing_tensors, tensors_of, transformers_model
 
@@ -78,6 +78,23 @@ def test_compressed_tensors_as_transformers_loads_them(plain_llama: Path, tmp_pa
     theirs = LlamaForCausalLM.from_pretrained(source, quantization_config=CompressedTensorsConfig(dequantize=True))
     dequantized(source, tmp_path / "output")
     assert differing(tmp_path / "output", theirs.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard", "apply": []}}}}, "rotated inputs"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "the format 'sparse-24-bitmask'"),
+    ],
+)
+def test_weights_of_another_basis_or_with_gaps_are_refused(
+    plain_llama: Path, tmp_path: Path, more: dict[str, Any], words: str
+) -> None:
+    form, weights = FORMS["W8A16"]
+    said = {**said_by_compressed_tensors(form, weights), **more}
+    source = rewritten(plain_llama, tmp_path / "source", lambda state: compressed(state, form, weights), said)
+    with pytest.raises(Unsupported, match=words):
+        dequantized(source, tmp_path / "output")
 
 
 @pytest.fixture(scope="module")

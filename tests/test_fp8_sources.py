@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from converted import dequantized, plan_of, quantized
 from encoded import State, fp8_blocks, fp8_scaled, linears, rewritten
-from qz import MalformedInput
+from qz import MalformedInput, Unsupported
 from qz.quantize.inspection.report import Inspection
 from reference import differing_files, tensors_of, transformers_model
 
@@ -158,6 +158,16 @@ def test_a_weight_without_its_scale_is_refused(plain_llama: Path, tmp_path: Path
 
     source = rewritten(plain_llama, tmp_path / "fp8", change, {**FP8, "weight_block_size": [32, 32]})
     with pytest.raises(MalformedInput, match=r"layers.1.mlp.up_proj.weight.*has no scale"):
+        plan_of(source, "nf4")
+
+
+def test_weights_that_need_scaled_inputs_are_refused(plain_llama: Path, tmp_path: Path) -> None:
+    def change(state: State) -> None:
+        fp8_blocks(state, (32, 32))
+        state["model.layers.1.mlp.down_proj.pre_quant_scale"] = torch.full((192,), 2.0)
+
+    source = rewritten(plain_llama, tmp_path / "fp8", change, {"quant_method": "modelopt"})
+    with pytest.raises(Unsupported, match=r"down_proj.pre_quant_scale.*weights of scaled inputs"):
         plan_of(source, "nf4")
 
 

@@ -31,10 +31,15 @@ _LONGEST_SHAPE = 64
 def read_compressed_tensors(reading: Reading) -> None:
     """Take every weight that the package would decompress."""
     groups = _groups(reading.settings)
-    for form in {str(reading.settings.get("format", "")), *(str(group.get("format", "")) for group in groups)}:
+    sparse, rotated = (_object(reading.settings, key) for key in ("sparsity_config", "transform_config"))
+    for form in {str(each.get("format", "")) for each in (reading.settings, sparse, *groups)}:
         if _UNKNOWN.fullmatch(form):
             reading.problems.add("encoding-unknown", "config.json", what=f"the format {quoted(form, 40)}")
             return
+    if rotated.get("config_groups"):
+        what = "weights that were rotated, to be used with rotated inputs (transform_config)"
+        reading.problems.add("encoding-unknown", "config.json", what=what)
+        return
     modules = [name.removesuffix("_packed") for name in reading.tensors if name.endswith("weight_packed")]
     if any(reading.tensors[f"{name}_packed"].dtype == "I32" for name in modules) and not any(map(_says_bits, groups)):
         what = "config.json does not say how many bits a packed value has"
@@ -52,13 +57,17 @@ def read_compressed_tensors(reading: Reading) -> None:
 
 
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = settings.get("config_groups")
-    return [group for group in found.values() if isinstance(group, dict)] if isinstance(found, dict) else []
+    return [group for group in _object(settings, "config_groups").values() if isinstance(group, dict)]
+
+
+def _object(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What ``settings`` hold under ``key``, if that is an object."""
+    found = settings.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _says_bits(group: Mapping[str, Any]) -> bool:
-    weights = group.get("weights")
-    return isinstance(weights, dict) and "num_bits" in weights
+    return "num_bits" in _object(group, "weights")
 
 
 def _stated_shapes(reading: Reading, modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -125,8 +134,7 @@ def _bits(name: str, packed: StoredTensor, shape: tuple[int, ...], groups: Itera
         return None
     said: dict[int, bool] = {}
     for group in groups:
-        weights = group.get("weights")
-        bits = weights.get("num_bits") if isinstance(weights, dict) else None
+        bits = _object(group, "weights").get("num_bits")
         if type(bits) is int and 1 <= bits <= 8 and -(-shape[-1] * bits // 32) == packed.shape[-1]:
             said[bits] = said.get(bits, False) or _is_target(name, group.get("targets"))
     if len(said) > 1:
@@ -170,8 +178,8 @@ def _take_codes(reading: Reading, tensor: StoredTensor) -> None:
     """A code in each byte, of fp8 or int8."""
     scale, zero = reading.tensors[f"{tensor.name}_scale"], reading.tensors.get(f"{tensor.name}_zero_point")
     parts = {CODES: tensor, SCALE: scale}
-    structure = next((found for group in _groups(reading.settings) if (found := _block_structure(group))), None)
-    block = block_of(tensor.shape, scale.shape, structure)
+    stated = (stated_block(_object(group, "weights").get("block_structure")) for group in _groups(reading.settings))
+    block = block_of(tensor.shape, scale.shape, next(filter(None, stated), None))
     fits = scale.dtype in (*_SCALES, "U8", "F8_E8M0")
     if zero is not None:
         parts[ZERO_POINT] = zero
@@ -180,11 +188,6 @@ def _take_codes(reading: Reading, tensor: StoredTensor) -> None:
         reading.misfit(scale, tensor.shape)
         return
     _take(reading, tensor.name, tensor.shape, parts, Grid(tensor.dtype, block, exponents=scale.dtype == "U8"))
-
-
-def _block_structure(group: Mapping[str, Any]) -> tuple[int, int] | None:
-    weights = group.get("weights")
-    return stated_block(weights.get("block_structure")) if isinstance(weights, dict) else None
 
 
 def _take(reading: Reading, name: str, shape: tuple[int, ...], parts: dict[str, StoredTensor], grid: Grid) -> None:

@@ -26,8 +26,10 @@ FLOATS_8 = ("F8_E4M3", "F8_E5M2")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E8M0", "U8")
 _OF_ACTIVATIONS = re.compile(
     r"(?:.*\.)?(?:activation_scale|input_scale|scale_input|input_scale_ub|output_scale|[qkv]_scale|kv_scale"
-    r"|pre_quant_scale|input_global_scale|[qkv]_cache_scale|qscale_act|gate_up_proj_input_scale|down_proj_input_scale)"
+    r"|input_global_scale|[qkv]_cache_scale|qscale_act|gate_up_proj_input_scale|down_proj_input_scale)"
 )
+_OF_INPUTS = re.compile(r"(?:.*\.)?pre_quant_scale")
+"""What ModelOpt multiplies a layer's inputs by: its weights are divided by the same."""
 _MARKER = re.compile(r"(?:.*\.)?scaled_fp8")
 _COMFY = ".comfy_quant"
 _COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
@@ -47,6 +49,9 @@ def read_scaled(reading: Reading) -> None:
                 reading.problems.add("scale-missing", quoted(name), name=quoted(name), dtype=tensor.dtype)
             reading.take(Decoded(name, reading.dtype, tensor.shape, {CODES: tensor}, Grid(tensor.dtype, (1, 1))))
     for name, tensor in tensors.items():
+        if _OF_INPUTS.fullmatch(name):
+            what = "weights of scaled inputs (pre_quant_scale)"
+            reading.problems.add("encoding-unknown", quoted(name), what=what)
         if name not in reading.used and (
             _MARKER.fullmatch(name) or (_OF_ACTIVATIONS.fullmatch(name) and tensor.dtype not in FLOATS_8)
         ):
