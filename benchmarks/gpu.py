@@ -237,8 +237,8 @@ from qz.quantize.summary import Source
 from qz.quantize.streaming.run import Run
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.formats.output import shard_writer
-from qz.formats.output.disk import Disk
+from qz.formats.output.shards import shard_writer
+from qz.formats.output.storage.disk import Disk
 lap("import qz")
 source, output, method = sys.argv[1:4]
 disk = Disk(durable=sys.argv[5] == "fsync")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qz.formats.output.beside import JOURNAL, sibling
-from qz.formats.output.disk import Disk
 from qz.formats.output.preflight import check_output
+from qz.formats.output.storage.beside import JOURNAL, sibling
+from qz.formats.output.storage.disk import Disk
 from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings

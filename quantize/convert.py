@@ -13,7 +13,7 @@ from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 from qz.progress import OnProgress, ignore
 from qz.quantize.calibration.refine import refinement
 from qz.quantize.calibration.score_file import score_file

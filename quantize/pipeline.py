@@ -13,7 +13,7 @@ from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, has_weights
 from qz.formats.folder import Folder
 from qz.formats.output import companions
-from qz.formats.output.record import WrittenFile
+from qz.formats.output.recorded.record import WrittenFile
 from qz.progress import OnProgress, ignore
 from qz.quantize.adapters.placement import Placement, placements
 from qz.quantize.compute import kernels

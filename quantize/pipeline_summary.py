@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.output.record import WrittenFile
+from qz.formats.output.recorded.record import WrittenFile
 from qz.quantize.summary import Source, Summary, kept_layers_json, nonfinite_json, report_json
 
 if TYPE_CHECKING:

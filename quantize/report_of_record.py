@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qz.formats.output.record import Record
+from qz.formats.output.recorded.record import Record
 
 HIDDEN = ("qz", "versions", "command", "identity", "settings", "loads_in")
 """What a record says of the making that no report says."""

@@ -11,7 +11,7 @@ from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
-from qz.formats.output.record import WrittenFile
+from qz.formats.output.recorded.record import WrittenFile
 from qz.quantize.consumers.planned import warnings as consumer_warnings
 from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.plan import Plan

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from qz import OutputRefused, QzError
 from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.output.difference import describe_difference
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.record import RECORD, Record, as_text, read_record
+from qz.formats.output.recorded.record import RECORD, Record, as_text, read_record
+from qz.formats.output.resuming.difference import describe_difference
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 from qz.quantize.methods import Method
 from qz.quantize.report_of_record import report_of_record
 from qz.quantize.settings import Settings

@@ -1,7 +1,8 @@
 """The real command in processes that start in milliseconds: a server imports everything once, and forks for each run.
 
-A run can be told what to do at its N-th operation on files (the hook of ``qz.formats.output.disk.Disk``), and killed
-from outside at any time. The server forks while it has one thread; it has computed before, but with one OpenMP thread.
+A run can be told what to do at its N-th operation on files (the hook of ``qz.formats.output.storage.disk.Disk``), and
+killed from outside at any time. The server forks while it has one thread; it has computed before, but with one OpenMP
+thread.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import IO, Any, Self
 
-from qz.formats.output.disk import KEEP_EVERY
+from qz.formats.output.storage.disk import KEEP_EVERY
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
@@ -244,7 +245,7 @@ def supervise(wish: dict[str, Any], file: IO[str]) -> None:
 
 def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> int:
     from qz.cli.app import run
-    from qz.formats.output.disk import Disk
+    from qz.formats.output.storage.disk import Disk
 
     os.chdir(wish["cwd"])
     os.environ.update(wish["environment"])

@@ -33,12 +33,12 @@ from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
-from qz.formats.output.difference import describe_difference
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.journal import Journal
-from qz.formats.output.record import encode_record, read_record
+from qz.formats.output.recorded.record import encode_record, read_record
+from qz.formats.output.resuming.difference import describe_difference
+from qz.formats.output.resuming.journal import Journal
 from qz.formats.output.shares import PART_FILE, Share, ShareReceipt, read_share
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 from qz.quantize.calibration.importance import read_importance
 from qz.quantize.calibration.statistics import InputSums, write_statistics
 from qz.quantize.convert import plan_quantization

@@ -8,7 +8,7 @@ from functools import partialmethod
 
 import pytest
 
-from qz.formats.output.disk import KEEP_EVERY, Disk
+from qz.formats.output.storage.disk import KEEP_EVERY, Disk
 
 
 @contextmanager

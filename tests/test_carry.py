@@ -21,9 +21,9 @@ from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.output import companions
-from qz.formats.output.disk import Disk
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
+from qz.formats.output.storage.disk import Disk
 
 TEXT = "The quick brown fox jumps over the lazy dog. Small boats on a blue lake."
 TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"

@@ -24,8 +24,8 @@ from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
 from qz.formats.folder import MAX_OPEN, LocalFolder, Range
 from qz.formats.json_files import dump_json, read_json
-from qz.formats.output.disk import Disk
 from qz.formats.output.preflight import check_output
+from qz.formats.output.storage.disk import Disk
 from qz.formats.safetensors import encode_header, layout
 from qz.formats.source import open_source
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from forked import INTERRUPT, Ended, Server
-from qz.formats.output.disk import Disk
 from qz.formats.output.preflight import check_room
+from qz.formats.output.storage.disk import Disk
 
 LONG = "x" * 300
 

@@ -12,10 +12,10 @@ import pytest
 
 from qz import QzError, api
 from qz.formats.folder import LocalFolder
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.journal import Journal
 from qz.formats.output.preflight import check_interrupted
+from qz.formats.output.resuming.journal import Journal
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 from qz.formats.publish.checkpoint_files import own_files
 from qz.formats.publish.push import _card_here
 

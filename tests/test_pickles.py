@@ -25,7 +25,7 @@ from qz.api import dequantize, inspect, quantize, verify
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 from qz.formats.pickles.file import read_pickled
 from qz.quantize.convert import plan_quantization
 from qz.quantize.inspection.report import Inspection

@@ -27,7 +27,7 @@ from qz import (
     TryAgain,
     UsageError,
 )
-from qz.formats.output.record import RECORD
+from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish import upload
 from qz.formats.publish.card import snippet, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit

@@ -16,7 +16,7 @@ import pytest
 
 from hub_server import HubServer, connected
 from qz import MalformedInput, OutputRefused
-from qz.formats.output.record import RECORD, WrittenFile, encode_record
+from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record
 from qz.formats.publish.destination import Destination
 from qz.formats.publish.push import push
 from qz.formats.publish.verified_file import VerifiedFile

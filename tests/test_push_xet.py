@@ -18,7 +18,7 @@ from pace import HANG
 from pushes import failure, files_of, hurry, make, shard, to
 from qz import HubUnreachable, OutputRefused, PermissionRefused, TryAgain
 from qz.formats.hub.transport import session
-from qz.formats.output.record import WrittenFile, encode_record
+from qz.formats.output.recorded.record import WrittenFile, encode_record
 from qz.formats.publish import upload
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.push import push

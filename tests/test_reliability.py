@@ -32,7 +32,7 @@ from forked import EACCES, EIO, ENOSPC, INTERRUPT, TERMINATE, Ended, Server
 from hub_server import OWNER, HubServer
 from pace import HANG
 from qz.formats.folder import LocalFolder
-from qz.formats.output.record import verify_record
+from qz.formats.output.recorded.record import verify_record
 from qz.formats.safetensors import encode_header, layout
 
 CODES = {0, 1, 2, 65, 66, 69, 73, 74, 75, 77, 78, 130, 143}
@@ -1025,7 +1025,8 @@ def test_real_disks_of_20_sizes_and_the_same_command_once_there_is_room(
             pytest.skip("mounting is not allowed here")
         try:
             # Without the look at the free space beforehand, the disk is full somewhere in the middle.
-            blind = "import qz.formats.output.disk as f; f.Disk.free_bytes = lambda *_: 1 << 50; f._fallocate = None"
+            module = "qz.formats.output.storage.disk"
+            blind = f"import {module} as f; f.Disk.free_bytes = lambda *_: 1 << 50; f._fallocate = None"
             command = (*QUANTIZE, "-o", "mounted/out")
             ended = server.run(*command, cwd=place, before=blind if number % 2 else "")
             check(ended)

@@ -20,7 +20,7 @@ from forward import output_of
 from qz import MalformedInput, MissingInput, OutputRefused, UsageError
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 from qz.formats.publish.card import write_card
 from qz.formats.publish.card_facts import facts_of
 from qz.quantize.calibration.statistics import InputSums, write_statistics

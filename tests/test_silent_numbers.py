@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qz import MalformedInput, api
-from qz.formats.output.shard_writer import ShardWriter
+from qz.formats.output.shards.shard_writer import ShardWriter
 from qz.quantize.compute.arrays import NUMPY, count_nonfinite
 from qz.quantize.methods import Fp4, Int8, Method, Nf4
 

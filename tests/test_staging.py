@@ -29,17 +29,18 @@ from safetensors import safe_open
 
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
 from qz.formats.folder import LocalFolder
-from qz.formats.output import disk, staging
-from qz.formats.output.checksums import HASHED, page_checksum
-from qz.formats.output.descriptors import Descriptors
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.journal import Journal
-from qz.formats.output.record import read_record, verify_record
+from qz.formats.output import staging
+from qz.formats.output.recorded.record import read_record, verify_record
 from qz.formats.output.refusals import refuse_overlap
-from qz.formats.output.seal import user_key
-from qz.formats.output.shard_layout import ShardLayout
+from qz.formats.output.resuming.journal import Journal
+from qz.formats.output.resuming.seal import user_key
+from qz.formats.output.shards.checksums import HASHED, page_checksum
+from qz.formats.output.shards.shard_layout import ShardLayout
 from qz.formats.output.staging import Staging
+from qz.formats.output.storage import disk
+from qz.formats.output.storage.descriptors import Descriptors
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 from qz.formats.safetensors import TensorInfo, encode_header, layout
 
 Array = np.ndarray[Any, Any]

@@ -17,7 +17,7 @@ from commands import contents
 from pace import HANG
 from qz import IOFailed, QzError
 from qz.cli import output
-from qz.formats.output import disk
+from qz.formats.output.storage import disk
 from test_cli import SCRIPT, script
 
 __all__ = ["script"]
@@ -126,7 +126,7 @@ def test_an_alarm_from_outside_ends_the_process_by_its_signal(script: Path) -> N
 
 RESERVE = """
 import os, pathlib, sys
-from qz.formats.output import disk
+from qz.formats.output.storage import disk
 path = pathlib.Path(sys.argv[1])
 descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
 disk.Disk().reserve(descriptor, path, 1 << 20)
@@ -143,7 +143,7 @@ int fallocate64(int descriptor, int mode, long offset, long length) {
 """
 IN_PYTHON = """
 import ctypes, errno
-from qz.formats.output import disk
+from qz.formats.output.storage import disk
 real, calls = disk._fallocate, []
 def interrupted(*arguments):
     calls.append(arguments)

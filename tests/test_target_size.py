@@ -19,7 +19,7 @@ import pipelines
 import reference
 from qz import MalformedInput, UsageError, api
 from qz.formats.folder import LocalFolder
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 from qz.quantize.calibration import text
 from qz.quantize.calibration.blocks import parts_of
 from qz.quantize.calibration.statistics import read_statistics, write_statistics

@@ -26,7 +26,7 @@ from qz.cli.output import say, show, warn
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
-from qz.formats.output.record import RECORD, read_record
+from qz.formats.output.recorded.record import RECORD, read_record
 from qz.formats.publish.card import write_card
 from qz.formats.publish.card_facts import Component, facts_of, inherit
 

@@ -6,12 +6,12 @@ import os
 from typing import TYPE_CHECKING
 
 from qz import IOFailed, OutputRefused, QzError
-from qz.formats.output.beside import ASIDE, JOURNAL, PARTIAL
 from qz.formats.output.refusals import refuse_output
+from qz.formats.output.storage.beside import ASIDE, JOURNAL, PARTIAL
 
 if TYPE_CHECKING:
-    from qz.formats.output.directory import Directory
-    from qz.formats.output.journal import Journal
+    from qz.formats.output.resuming.journal import Journal
+    from qz.formats.output.storage.directory import Directory
 
 
 def refuse_foreign_partial(parent: Directory, name: str) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.output.beside import JOURNAL, PARTIAL, in_real_folder, require_name, require_room, sibling
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.earlier_run import another_run
 from qz.formats.output.exchange import refuse_foreign_partial
-from qz.formats.output.journal import as_fingerprint, held_by_another, look_into
 from qz.formats.output.refusals import refuse_output, refuse_overlap
-from qz.formats.output.seal import user_key
-from qz.formats.output.shard_layout import TEMPORARY
+from qz.formats.output.resuming.earlier_run import another_run
+from qz.formats.output.resuming.journal import as_fingerprint, held_by_another, look_into
+from qz.formats.output.resuming.seal import user_key
+from qz.formats.output.shards.shard_layout import TEMPORARY
+from qz.formats.output.storage.beside import JOURNAL, PARTIAL, in_real_folder, require_name, require_room, sibling
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 
 
 def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk: Disk | None = None) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from qz import OutputRefused, QzError
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import quoted
-from qz.formats.output.beside import ASIDE, PARTIAL, require_name, sibling
 from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.record import RECORD, read_record
+from qz.formats.output.recorded.record import RECORD, read_record
+from qz.formats.output.storage.beside import ASIDE, PARTIAL, require_name, sibling
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 
 MOST_NAMED = 3
 """Files in the way that a refusal names."""

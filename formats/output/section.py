@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-    from qz.formats.output.pending import IsVerified
-    from qz.formats.output.pieces import Begun
-    from qz.formats.output.record import WrittenFile
-    from qz.formats.output.shard_layout import ShardLayout
-    from qz.formats.output.shard_writer import ShardWriter
+    from qz.formats.output.recorded.record import WrittenFile
+    from qz.formats.output.resuming.pending import IsVerified
+    from qz.formats.output.shards.pieces import Begun
+    from qz.formats.output.shards.shard_layout import ShardLayout
+    from qz.formats.output.shards.shard_writer import ShardWriter
     from qz.formats.output.staging import Staging
 
 

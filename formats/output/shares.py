@@ -18,14 +18,14 @@ from qz import MalformedInput, OutputRefused, QzError, TryAgain, UsageError
 from qz.formats.folder import LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed
-from qz.formats.output.beside import JOURNAL, sibling
-from qz.formats.output.difference import describe_difference
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.journal import as_fingerprint, look_into
-from qz.formats.output.record import Record, WrittenFile, as_text, read_record, require_safe_name
+from qz.formats.output.recorded.record import Record, WrittenFile, as_text, read_record, require_safe_name
+from qz.formats.output.resuming.difference import describe_difference
+from qz.formats.output.resuming.journal import as_fingerprint, look_into
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
+from qz.formats.output.storage.beside import JOURNAL, sibling
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

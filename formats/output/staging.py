@@ -35,28 +35,28 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
 from qz.counted import counted
-from qz.formats.output.beside import ASIDE, JOURNAL, PARTIAL, in_real_folder, require_name, require_room
-from qz.formats.output.checksums import hash_file
-from qz.formats.output.descriptors import Descriptors
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.earlier_run import has_file, take_over
 from qz.formats.output.exchange import Exchange, recover, refuse_foreign_partial
-from qz.formats.output.journal import Journal, as_fingerprint
-from qz.formats.output.pending import IsVerified, Pending
-from qz.formats.output.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
+from qz.formats.output.recorded.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.output.refusals import refuse_output
-from qz.formats.output.seal import user_key
-from qz.formats.output.shard_layout import TEMPORARY, ShardLayout
-from qz.formats.output.shard_writer import ShardWriter
-from qz.formats.output.signals import defer_signals
-from qz.formats.output.stored_file import store_file
+from qz.formats.output.resuming.earlier_run import has_file, take_over
+from qz.formats.output.resuming.journal import Journal, as_fingerprint
+from qz.formats.output.resuming.pending import IsVerified, Pending
+from qz.formats.output.resuming.seal import user_key
+from qz.formats.output.shards.checksums import hash_file
+from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout
+from qz.formats.output.shards.shard_writer import ShardWriter
+from qz.formats.output.shards.stored_file import store_file
+from qz.formats.output.storage.beside import ASIDE, JOURNAL, PARTIAL, in_real_folder, require_name, require_room
+from qz.formats.output.storage.descriptors import Descriptors
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
+from qz.formats.output.storage.signals import defer_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-    from qz.formats.output.earlier_run import Resumable
-    from qz.formats.output.pieces import Begun
+    from qz.formats.output.resuming.earlier_run import Resumable
+    from qz.formats.output.shards.pieces import Begun
 
 RESUMABLE = 1 << 20
 """Files copied unchanged are worth keeping for a resumed run from this size on; smaller ones are copied again."""

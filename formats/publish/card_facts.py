@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qz.formats.malformed import UNSAFE_TEXT
-from qz.formats.output.about import LIBRARIES, REPO_ID
+from qz.formats.output.recorded.about import LIBRARIES, REPO_ID
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a converted model has in common with the one that it was made of."""

@@ -12,7 +12,7 @@ from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import companions, settings, terms
-from qz.formats.output.record import RECORD, Record, read_record, verify_record
+from qz.formats.output.recorded.record import RECORD, Record, read_record, verify_record
 from qz.formats.publish.verified_file import VerifiedFile
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable
 
 from qz.formats.malformed import UNSAFE_TEXT
-from qz.formats.output.about import DTYPES
+from qz.formats.output.recorded.about import DTYPES
 
 LONGEST = 120
 """Characters of a name that are shown."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qz import OutputRefused, QzError, TryAgain, __version__
 from qz.formats.folder import LocalFolder, read_text
 from qz.formats.hub.repository import HubFolder
-from qz.formats.output.record import RECORD
+from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.card import in_words, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit

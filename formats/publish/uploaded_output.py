@@ -10,10 +10,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError, TryAgain
-from qz.formats.output.beside import sibling
-from qz.formats.output.hollow import hollow_out
-from qz.formats.output.pending import IsVerified
+from qz.formats.output.resuming.pending import IsVerified
+from qz.formats.output.shards.hollow import hollow_out
 from qz.formats.output.staging import Staging
+from qz.formats.output.storage.beside import sibling
 from qz.formats.publish.destination import UploadsLost
 from qz.formats.publish.verified_file import VerifiedFile
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from qz.formats.output.disk import Disk
-    from qz.formats.output.earlier_run import Resumable
-    from qz.formats.output.pieces import Piece
-    from qz.formats.output.record import WrittenFile
-    from qz.formats.output.shard_layout import ShardLayout
-    from qz.formats.output.shard_writer import ShardWriter
+    from qz.formats.output.recorded.record import WrittenFile
+    from qz.formats.output.resuming.earlier_run import Resumable
+    from qz.formats.output.shards.pieces import Piece
+    from qz.formats.output.shards.shard_layout import ShardLayout
+    from qz.formats.output.shards.shard_writer import ShardWriter
+    from qz.formats.output.storage.disk import Disk
     from qz.formats.publish.destination import PushResult
     from qz.formats.publish.publication import Publication
 

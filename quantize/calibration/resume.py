@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from qz import QzError, TryAgain
 from qz.formats.file_hash import sha256_of
-from qz.formats.output.whole_file import write_whole
+from qz.formats.output.storage.whole_file import write_whole
 
 JOURNAL, LOCK = "journal.json", "lock"
 

@@ -29,7 +29,7 @@ from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed, quoted
-from qz.formats.output.whole_file import write_whole
+from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
 from qz.quantize.planning.sensitivity import Scores
 

@@ -8,7 +8,7 @@ from qz import QzError
 from qz.formats.checkpoint.problems import Problem
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 from qz.quantize.consumers.contents import Contents, Packed
 from qz.quantize.consumers.registry import CONSUMERS, judge
 from qz.quantize.consumers.verdict import Consumer, Finding, Verdict

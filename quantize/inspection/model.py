@@ -19,7 +19,7 @@ from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_qu
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 from qz.formats.safetensors import BITS
 from qz.formats.shards import index_name
 from qz.formats.sources.encoded import Encoded, read_encoded

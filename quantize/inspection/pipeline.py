@@ -23,7 +23,7 @@ from qz.formats.checkpoint.survey import read_file
 from qz.formats.folder import Folder
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 from qz.quantize.consumers.verdict import Verdict
 from qz.quantize.inspection.consumers import verdicts_on_pipeline
 from qz.quantize.inspection.estimate import METHODS, Estimate

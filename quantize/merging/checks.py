@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qz import MalformedInput, MissingInput, TryAgain
-from qz.formats.output.beside import PARTIAL, sibling
-from qz.formats.output.difference import describe_difference
+from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.shares import FinishedShare, Share, SharesFound
 from qz.formats.output.staging import Staging
+from qz.formats.output.storage.beside import PARTIAL, sibling
 
 MOST_NAMED = 12
 """Parts that a message names."""

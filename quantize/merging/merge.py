@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, OutputRefused, QzError, UsageError
 from qz.formats.folder import LocalFolder
-from qz.formats.output.beside import JOURNAL, in_real_folder, require_name, sibling
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
 from qz.formats.output.preflight import check_output
-from qz.formats.output.record import RECORD, Record, read_record
+from qz.formats.output.recorded.record import RECORD, Record, read_record
 from qz.formats.output.shares import PART_FILE, PARTS, FinishedShare, Share, SharesFound, find_shares, read_share
 from qz.formats.output.staging import Staging
+from qz.formats.output.storage.beside import JOURNAL, in_real_folder, require_name, sibling
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 from qz.progress import OnProgress, ignore
 from qz.quantize.compute.cores import usable_cores
 from qz.quantize.merging.checks import require_alike, require_all, require_equal

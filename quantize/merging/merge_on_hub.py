@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import MalformedInput, TryAgain, UsageError
-from qz.formats.output.beside import sibling
-from qz.formats.output.checksums import hash_file
-from qz.formats.output.directory import Directory
-from qz.formats.output.record import RECORD, Record, WrittenFile, encode_record
+from qz.formats.output.recorded.record import RECORD, Record, WrittenFile, encode_record
+from qz.formats.output.shards.checksums import hash_file
 from qz.formats.output.shares import PARTS, FinishedShare, Share, find_shares, read_share
+from qz.formats.output.storage.beside import sibling
+from qz.formats.output.storage.directory import Directory
 from qz.formats.publish.destination import Destination, UploadsLost
 from qz.formats.publish.publication import Publication
 from qz.formats.publish.verified_file import VerifiedFile
@@ -21,7 +21,7 @@ from qz.quantize.merging.checks import again, require_alike, require_all
 from qz.quantize.merging.merge import Merged, nonfinite_of, remove
 
 if TYPE_CHECKING:
-    from qz.formats.output.disk import Disk
+    from qz.formats.output.storage.disk import Disk
     from qz.progress import OnProgress
 
 

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qz import MalformedInput
-from qz.formats.output.checksums import hash_file
-from qz.formats.output.directory import Directory
-from qz.formats.output.record import WrittenFile
+from qz.formats.output.recorded.record import WrittenFile
+from qz.formats.output.shards.checksums import hash_file
 from qz.formats.output.shares import FinishedShare
 from qz.formats.output.staging import Staging
+from qz.formats.output.storage.directory import Directory
 from qz.progress import OnProgress, Progress
 from qz.quantize.merging.checks import again
 

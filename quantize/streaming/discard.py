@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.output.record import WrittenFile
+from qz.formats.output.recorded.record import WrittenFile
 
 if TYPE_CHECKING:
-    from qz.formats.output.pending import IsVerified
-    from qz.formats.output.pieces import Begun
-    from qz.formats.output.shard_layout import ShardLayout
+    from qz.formats.output.resuming.pending import IsVerified
+    from qz.formats.output.shards.pieces import Begun
+    from qz.formats.output.shards.shard_layout import ShardLayout
 
 
 class DiscardOutput:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from qz.formats.folder import Folder
-    from qz.formats.output.pending import IsVerified
-    from qz.formats.output.record import WrittenFile
+    from qz.formats.output.recorded.record import WrittenFile
+    from qz.formats.output.resuming.pending import IsVerified
     from qz.formats.output.section import Section
-    from qz.formats.output.shard_writer import ShardWriter
+    from qz.formats.output.shards.shard_writer import ShardWriter
     from qz.formats.output.staging import Staging
     from qz.quantize.libraries.architecture import Saved
     from qz.quantize.planning.plan import Plan, Step

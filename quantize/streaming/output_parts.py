@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import Companion, copy
-from qz.formats.output.disk import Disk
-from qz.formats.output.record import WrittenFile
+from qz.formats.output.recorded.record import WrittenFile
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.section import Section
-from qz.formats.output.shard_layout import ShardLayout
+from qz.formats.output.shards.shard_layout import ShardLayout
 from qz.formats.output.shares import PART_FILE, SectionOfShare, Share
 from qz.formats.output.staging import RESUMABLE, Staging
+from qz.formats.output.storage.disk import Disk
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
 from qz.quantize.streaming import shares

@@ -11,7 +11,7 @@ from qz.formats.checkpoint.problems import Problem
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.folder import Folder, LocalFolder
-from qz.formats.output.record import read_record
+from qz.formats.output.recorded.record import read_record
 
 if TYPE_CHECKING:
     from qz.quantize.streaming.output_parts import Part

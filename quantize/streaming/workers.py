@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from qz.formats.output.signals import defer_signals
+from qz.formats.output.storage.signals import defer_signals
 
 
 class Workers:

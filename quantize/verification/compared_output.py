@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.output.checksums import as_bytes
-from qz.formats.output.pending import IsVerified
-from qz.formats.output.shard_layout import ShardLayout
+from qz.formats.output.resuming.pending import IsVerified
+from qz.formats.output.shards.checksums import as_bytes
+from qz.formats.output.shards.shard_layout import ShardLayout
 from qz.quantize.methods import BLOCK_SIZE
 from qz.quantize.streaming.discard import DiscardedShard, DiscardOutput
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Folder, LocalFolder, Range
-from qz.formats.output.record import PIECE, Record
+from qz.formats.output.recorded.record import PIECE, Record
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.streaming.output_parts import Part, model_part
 from qz.quantize.streaming.run import Run

@@ -9,7 +9,7 @@ from typing import Any
 from qz import MissingInput, QzError, Unsupported, UsageError
 from qz.formats.file_hash import sha256_of
 from qz.formats.malformed import Malformed, quoted
-from qz.formats.output.record import RECORD, as_text
+from qz.formats.output.recorded.record import RECORD, as_text
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.settings import Settings
 from qz.quantize.up_to_date import settings_fingerprint

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, UsageError
-from qz.formats.output.record import RECORD, Record, read_record
+from qz.formats.output.recorded.record import RECORD, Record, read_record
 from qz.formats.source import OpenedSource, opened
 from qz.progress import OnProgress, ignore
 from qz.quantize.inspection.verification import verify as compare_hashes

@@ -58,7 +58,7 @@ def inspect(
             return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.problems import Problem
-    from qz.formats.output.record import damaged_record
+    from qz.formats.output.recorded.record import damaged_record
     from qz.formats.source import opened
 
     if path is None or plan:

@@ -62,7 +62,7 @@ def merge(
     has nothing to do. Raises ``qz.QzError``; then the output is as it was, and the parts are kept.
     """
     on_progress(Progress("Reading headers"))
-    from qz.formats.output.disk import Disk
+    from qz.formats.output.storage.disk import Disk
     from qz.quantize.merging.merge import merge as run
 
     to, disk = destination(push, push_subfolder, public), Disk(durable=fsync)

@@ -89,7 +89,7 @@ def quantize(
     """
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
-    from qz.formats.output.disk import Disk
+    from qz.formats.output.storage.disk import Disk
     from qz.formats.source import default_output, opened, opened_loras
     from qz.quantize.conversion import Conversion
 

@@ -19,7 +19,7 @@ from qz.formats.checkpoint.problems import Problem, kind_of
 from qz.formats.folder import Range, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
-from qz.formats.output.about import check_about
+from qz.formats.output.recorded.about import check_about
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.output.checksums import Chunk, read_back, write_chunk
-from qz.formats.output.record import WrittenFile
-from qz.formats.output.shard_layout import TEMPORARY
+from qz.formats.output.recorded.record import WrittenFile
+from qz.formats.output.shards.checksums import Chunk, read_back, write_chunk
+from qz.formats.output.shards.shard_layout import TEMPORARY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qz.formats.output.directory import Directory
+    from qz.formats.output.storage.directory import Directory
 
 
 def store_file(folder: Directory, name: str, pieces: Iterable[memoryview], reserve: int = 0) -> WrittenFile:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from qz import OutputRefused
-from qz.formats.output.disk import NOT_SUPPORTED, Disk
+from qz.formats.output.storage.disk import NOT_SUPPORTED, Disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

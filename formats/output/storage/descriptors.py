@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qz.formats.output.directory import Directory
+from qz.formats.output.storage.directory import Directory
 
 
 class Descriptors:

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 from qz import OutputRefused, TryAgain
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed
-from qz.formats.output.beside import JOURNAL
-from qz.formats.output.pieces import Piece, as_piece, is_piece
-from qz.formats.output.record import WrittenFile, as_text, as_written
-from qz.formats.output.seal import is_sealed, seal
-from qz.formats.output.shard_layout import TEMPORARY
+from qz.formats.output.recorded.record import WrittenFile, as_text, as_written
+from qz.formats.output.resuming.seal import is_sealed, seal
+from qz.formats.output.shards.pieces import Piece, as_piece, is_piece
+from qz.formats.output.shards.shard_layout import TEMPORARY
+from qz.formats.output.storage.beside import JOURNAL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from qz.formats.output.directory import Directory
+    from qz.formats.output.storage.directory import Directory
 
 LARGEST = 64 << 20
 """Bytes of a journal, which is read whole; a file takes about 250, a piece 30 for each of its chunks."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from qz.formats.output.journal import Journal
-from qz.formats.output.pieces import Piece
-from qz.formats.output.record import WrittenFile
+from qz.formats.output.recorded.record import WrittenFile
+from qz.formats.output.resuming.journal import Journal
+from qz.formats.output.shards.pieces import Piece
 
 IsVerified = Callable[[], bool]
 """Whether that is known by now. It may raise what is known to be wrong."""

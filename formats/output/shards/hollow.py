@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.output.record import PIECE
-from qz.formats.output.shard_layout import TEMPORARY
+from qz.formats.output.recorded.record import PIECE
+from qz.formats.output.shards.shard_layout import TEMPORARY
 from qz.formats.safetensors import read_header
 
 if TYPE_CHECKING:
-    from qz.formats.output.directory import Directory
+    from qz.formats.output.storage.directory import Directory
 
 SMALL = 1024
 """Bytes of a tensor that is left: quant states and maps."""

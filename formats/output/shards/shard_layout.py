@@ -11,8 +11,8 @@ from qz.formats.safetensors import Header, TensorInfo, read_header
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qz.formats.output.directory import Directory
-    from qz.formats.output.disk import Disk
+    from qz.formats.output.storage.directory import Directory
+    from qz.formats.output.storage.disk import Disk
 
 TEMPORARY = ".tmp"
 """What a file's name ends with while it is written."""

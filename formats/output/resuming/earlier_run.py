@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qz import OutputRefused
-from qz.formats.output.difference import describe_difference
-from qz.formats.output.pieces import Begun, begun_shard
-from qz.formats.output.shard_layout import TEMPORARY, ShardLayout, has_layout
+from qz.formats.output.resuming.difference import describe_difference
+from qz.formats.output.shards.pieces import Begun, begun_shard
+from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout, has_layout
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qz.formats.output.directory import Directory
-    from qz.formats.output.journal import Journal
-    from qz.formats.output.record import WrittenFile
+    from qz.formats.output.recorded.record import WrittenFile
+    from qz.formats.output.resuming.journal import Journal
+    from qz.formats.output.storage.directory import Directory
 
 Resumable = Mapping[str, ShardLayout | None]
 """The files that may be kept from an earlier run, with the layout of shards."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.output.checksums import Chunk, as_bytes, read_back, write_chunk
-from qz.formats.output.descriptors import Descriptors
-from qz.formats.output.directory import Directory
-from qz.formats.output.pieces import Begun, Piece, by_tensor, layout_digest
-from qz.formats.output.record import WrittenFile
-from qz.formats.output.shard_layout import TEMPORARY, ShardLayout, header_of
+from qz.formats.output.recorded.record import WrittenFile
+from qz.formats.output.shards.checksums import Chunk, as_bytes, read_back, write_chunk
+from qz.formats.output.shards.pieces import Begun, Piece, by_tensor, layout_digest
+from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout, header_of
+from qz.formats.output.storage.descriptors import Descriptors
+from qz.formats.output.storage.directory import Directory
 from qz.formats.safetensors import TensorInfo, encode_header
 
 if TYPE_CHECKING:

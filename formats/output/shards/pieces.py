@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.output.checksums import Chunk, is_as_written
-from qz.formats.output.record import require_safe_name
-from qz.formats.output.shard_layout import TEMPORARY, ShardLayout
+from qz.formats.output.recorded.record import require_safe_name
+from qz.formats.output.shards.checksums import Chunk, is_as_written
+from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout
 from qz.formats.safetensors import encode_header
 
 if TYPE_CHECKING:
-    from qz.formats.output.directory import Directory
+    from qz.formats.output.storage.directory import Directory
     from qz.formats.safetensors import TensorInfo
 
 

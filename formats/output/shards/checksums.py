@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz import IOFailed
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
-from qz.formats.output.record import PIECE
+from qz.formats.output.recorded.record import PIECE
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

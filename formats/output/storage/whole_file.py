@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from qz.formats.output.directory import Directory
-from qz.formats.output.disk import Disk
+from qz.formats.output.storage.directory import Directory
+from qz.formats.output.storage.disk import Disk
 
 
 def write_whole(path: Path, pieces: Iterable[memoryview]) -> str:

@@ -1,0 +1,1 @@
+"""The record of a checkpoint, and what may stand in it."""

@@ -1,0 +1,1 @@
+"""Files as they are written: where everything lies, read back, and pieces of what is not finished."""
