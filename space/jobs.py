@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,11 @@ class Jobs:
             env=environment,
             start_new_session=True,
         )
-        assert job.process.stdin is not None
-        with job.process.stdin as stdin:
-            json.dump(request, stdin)
         for read in (self._follow, self._errors):
             threading.Thread(target=read, args=(job,), daemon=True).start()
+        assert job.process.stdin is not None
+        with suppress(BrokenPipeError), job.process.stdin as stdin:  # of a worker that cannot start, which is followed
+            json.dump(request, stdin)
         return job
 
     def find(self, key: str | None) -> Job | None:

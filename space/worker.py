@@ -17,10 +17,10 @@ from qz.api import Fp4, Int8, Nf4, quantize
 from qz.progress import Progress
 
 METHODS = {
-    "nf4": lambda: Nf4(),
+    "nf4": Nf4,
     "nf4, double quantization": lambda: Nf4(double_quant=True),
-    "fp4": lambda: Fp4(),
-    "int8": lambda: Int8(),
+    "fp4": Fp4,
+    "int8": Int8,
 }
 EVERY = 0.5
 """Seconds between two reports of progress."""
@@ -47,7 +47,6 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         method=METHODS[request["method"]](),
         scales=request.get("scales"),
         subfolder=request.get("subfolder") or None,
-        revision=request.get("revision") or None,
         push=target,
         push_only=bool(target),
         public=request.get("public", False) if target else None,
