@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli.options import arguments, machine, outputs, reports, selection
+from qz.cli.options import arguments, machine, methods, outputs, reports, selection
 from qz.cli.output import facts, show, size, took, warn
 from qz.cli.progress import Display, timed
-from qz.cli.quantize import chosen_method
 from qz.counted import counted
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def calibrate(
             hessians=hessians,
             scores=scores,
             resume=resume,
-            method=chosen_method(method, False, "bfloat16", 6.0) if method is not None else None,
+            method=methods.chosen_method(method, False, "bfloat16", 6.0) if method is not None else None,
             device=device,
             on_progress=display,
         )
@@ -70,12 +69,12 @@ def report(found: Calibration) -> list[tuple[str, str]]:
     """The result as labels and values."""
     text = {"default": "qz's own", "generated": "the model's own"}.get(found.text, found.text)
     rows = [
-        ("model", f"{found.architecture}, {found.linears:,} linear layers"),
+        ("model", f"{found.architecture}, {counted(found.linears, 'linear layer')}"),
         ("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"),
         ("statistics", found.output),
     ]
     if found.hessian_files:
-        rows.append(("Hessians", f"{len(found.hessian_files):,} files beside it, {size(found.hessian_bytes)}"))
+        rows.append(("Hessians", f"{counted(len(found.hessian_files), 'file')} beside it, {size(found.hessian_bytes)}"))
     if found.scores is not None:
         scores = found.scores
         rows.append(("all as " + scores.method, f"{LOSSES[scores.loss]} {scores.total:.4g}"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from qz.cli.output import plain
+from qz.counted import counted
 from qz.redaction import redact
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 280, 64, 40, 28
@@ -35,7 +36,7 @@ def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
         )
     parts.append(
         f'<text x="{LEFT + room / 2:.0f}" y="{HEIGHT - 8}" {FONT} text-anchor="middle" fill="#555555">'
-        f"{len(values)} blocks, from the first to the last</text>"
+        f"{counted(len(values), 'block')}, from the first to the last</text>"
     )
     return "\n".join([*parts, "</svg>", ""])
 

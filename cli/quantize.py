@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qz.cli.options import arguments, hub, machine, methods, outputs, reports, selection
 from qz.cli.progress import Display, timed
 from qz.cli.report import present
 from qz.quantize.settings import DEFAULT_SHARD_BYTES
-
-if TYPE_CHECKING:
-    from qz.quantize.methods import Method
 
 
 def quantize(
@@ -74,7 +69,7 @@ def quantize(
         summary = api.quantize(
             source,
             output,
-            method=chosen_method(name, double_quant and not four_bit_too, compute_dtype, threshold),
+            method=methods.chosen_method(name, double_quant and not four_bit_too, compute_dtype, threshold),
             file=file,
             config=config,
             layout=layout,
@@ -91,7 +86,7 @@ def quantize(
             component_methods={
                 part: None
                 if each == "none"
-                else chosen_method(each, double_quant and each != "int8", compute_dtype, threshold)
+                else methods.chosen_method(each, double_quant and each != "int8", compute_dtype, threshold)
                 for part, each in own.items()
             },
             scales=scales,
@@ -120,15 +115,3 @@ def quantize(
             on_progress=display,
         )
     present(timed(summary), as_json=as_json, quiet=quiet)
-
-
-def chosen_method(name: str, double_quant: bool, compute_dtype: str, threshold: float) -> Method:
-    """The method with its settings; UsageError for a setting that the method does not have."""
-    from qz import UsageError
-    from qz.quantize.methods import FourBit, Int8
-
-    if name == "int8":
-        if double_quant:
-            raise UsageError("--double-quant belongs to the 4-bit methods; int8 has no block statistics to quantize.")
-        return Int8(threshold)
-    return FourBit("fp4" if name == "fp4" else "nf4", double_quant, compute_dtype)

@@ -9,6 +9,7 @@ from qz import UsageError
 from qz.cli.options.completion import complete_dtype
 from qz.cli.options.panels import Panel
 from qz.cli.options.values import parse_compute_dtype, parse_size
+from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.settings import Rounding, Scales
 
 MethodName = Literal["nf4", "fp4", "int8"]
@@ -114,3 +115,12 @@ def method_name(nf4: bool, fp4: bool, int8: bool, method: MethodName | None = No
     if method is not None and asked not in ([], [method]):
         raise UsageError(f"--{asked[0]} and --method {method} exclude each other. Choose one method.")
     return method or (asked[0] if asked else "nf4")
+
+
+def chosen_method(name: str, double_quant: bool, compute_dtype: str, threshold: float) -> Method:
+    """The method with its settings; UsageError for a setting that the method does not have."""
+    if name == "int8":
+        if double_quant:
+            raise UsageError("--double-quant belongs to the 4-bit methods; int8 has no block statistics to quantize.")
+        return Int8(threshold)
+    return FourBit("fp4" if name == "fp4" else "nf4", double_quant, compute_dtype)
