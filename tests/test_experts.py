@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,16 @@ def test_one_experts_weight_too_many_is_not_left_out(qwen: Path, tmp_path: Path)
     save_file(tensors, tmp_path / "nf4" / "model.safetensors", {"format": "pt"})
     with pytest.raises(MalformedInput, match="do not make up whole experts"):
         qz.load(tmp_path / "nf4", device="cpu")
+
+
+@pytest.mark.parametrize("change", [lambda bias: bias[:8].clone(), lambda bias: bias.float()], ids=["shape", "dtype"])
+def test_experts_that_are_not_alike_are_not_stacked(tmp_path: Path, change: Any) -> None:
+    quantized(mixture("gpt_oss", tmp_path / "source"), tmp_path / "nf4", "nf4", experts=True)
+    tensors = load_file(tmp_path / "nf4" / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_projs.1.bias"
+    save_file(tensors | {name: change(tensors[name])}, tmp_path / "nf4" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MalformedInput, match=re.escape(name)):
+        dequantized(tmp_path / "nf4", tmp_path / "back")
 
 
 def test_an_adapter_trains_on_top(qwen: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def as_plain(
             sources[name] = packed(weights[name])
         elif name not in companions:
             sources[name] = tensor
-    _stack_experts(sources)
+    _stack_experts(sources, checkpoint.folder.location)
     given = {
         name: TensorSpec(torch_name(source.dtype, name), source.shape, linear=bool(packed_parts(source)))
         for name, source in sources.items()
@@ -122,11 +122,17 @@ def as_plain(
     return sources, given
 
 
-def _stack_experts(sources: dict[str, Source]) -> None:
+def _stack_experts(sources: dict[str, Source], where: str) -> None:
     """Put the parameters that gpt-oss has for all experts in the place of the single experts."""
     lists = expert_lists(sources)
     for parameter, singles in lists.stacked.items():
         parts = tuple(sources.pop(name) for name in singles)
+        odd = next((part for part in parts if (part.dtype, part.shape) != (parts[0].dtype, parts[0].shape)), None)
+        if odd is not None:
+            raise MalformedInput(
+                f"{where}: {quoted(odd.name)} is {odd.dtype} {list(odd.shape)}, but {quoted(parts[0].name)} of the "
+                f"same layer is {parts[0].dtype} {list(parts[0].shape)}. Download the checkpoint again."
+            )
         sources[parameter] = Stacked(parameter, tuple(p for p in parts if isinstance(p, StoredTensor | Packed)))
     for name, renamed in lists.renamed.items():
         sources[name] = sources.pop(renamed)
