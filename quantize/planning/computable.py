@@ -11,13 +11,15 @@ from qz.quantize.libraries.architecture import FLOATS, SAFETENSORS_NAMES
 
 if TYPE_CHECKING:
     from qz.quantize.planning.plan import Step
+    from qz.quantize.planning.sources import Source
 
 COMPUTED = frozenset(SAFETENSORS_NAMES[name] for name in FLOATS)
 """The stored dtypes that kernels cast and quantize."""
 CAST = COMPUTED | {"F64"}
 """Those that torch casts from and to. A class may make a scalar float64."""
 COUNTS = frozenset(("I64", "I32"))
-"""Those that torch casts from: a class may hold a count of batches as a float. All others can only be copied."""
+"""Of a single number, those that torch casts from: a class may hold a count of batches as a float. All others can only
+be copied."""
 
 
 def require_computable(steps: Iterable[Step], where: str) -> None:
@@ -32,7 +34,7 @@ def require_computable(steps: Iterable[Step], where: str) -> None:
             )
         for source in step.sources:
             copied = not weight.quantized and (source.dtype == target or weight.conversion is not None)
-            if not copied and not _castable(source.dtype, target, quantized=weight.quantized):
+            if not copied and not _castable(source, target, quantized=weight.quantized):
                 act = "quantized" if weight.quantized else f"cast to {weight.dtype}"
                 raise Unsupported(
                     f"{where}: {quoted(source.name)} is stored as {source.dtype} and would have to be {act}. qz "
@@ -40,10 +42,11 @@ def require_computable(steps: Iterable[Step], where: str) -> None:
                 )
 
 
-def _castable(source: str, target: str, *, quantized: bool) -> bool:
+def _castable(source: Source, target: str, *, quantized: bool) -> bool:
     if quantized:
-        return source in CAST and target in COMPUTED
-    return source in CAST | COUNTS and target in CAST
+        return source.dtype in CAST and target in COMPUTED
+    is_count = source.dtype in COUNTS and not source.shape
+    return (source.dtype in CAST or is_count) and target in CAST
 
 
 def cast_by_torch(step: Step) -> bool:
