@@ -72,14 +72,14 @@ def row(component: ComponentSummary) -> tuple[str, ...]:
 
 def report(summary: PipelineSummary) -> list[tuple[str, str]]:
     """The whole as labels and values."""
-    from qz.cli.report import fused_loras, left_out, part_of
+    from qz.cli.report import fused_loras, left_out, part_of, place_of
 
     share = percent(summary.quantized_parameters, summary.parameters)
     saved = f"{size(summary.bytes_source)} → {size(summary.bytes_output)}"
     rows = [
         ("source", summary.source.location),
         ("pipeline", str(summary.source.architecture)),
-        ("output", (summary.output or "on the Hub only") + (" (dry run: nothing written)" if summary.dry_run else "")),
+        ("output", place_of(summary)),
         *fused_loras(summary),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them quantized"),
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),

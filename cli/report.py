@@ -121,7 +121,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
     rows = [
         ("source", source.location + (f" ({source.subfolder})" if source.subfolder else "")),
         ("model", f"{source.architecture} ({source.library})"),
-        ("output", (summary.output or "on the Hub only") + (" (dry run: nothing written)" if summary.dry_run else "")),
+        ("output", place_of(summary)),
         ("method", f"{method} → {summary.dtype}" if back else f"{method}, {summary.dtype} elsewhere"),
         *([("scales", refined(summary.refinement))] if summary.refinement.get("scales") == "search" else []),
         *fused_loras(summary),
@@ -143,6 +143,15 @@ def described(summary: Summary) -> list[tuple[str, str]]:
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows
+
+
+def place_of(summary: Summary | PipelineSummary) -> str:
+    """Where the output is, or what a dry run found in its place."""
+    place = summary.output or "on the Hub only"
+    if not summary.dry_run:
+        return place
+    left = "; the run would continue an interrupted one" if summary.resumed else ""
+    return f"{place} (dry run: nothing written{left})"
 
 
 def part_of(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:

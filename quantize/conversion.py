@@ -8,15 +8,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qz.formats.output.preflight import check_output
+from qz.formats.output.preflight import check_interrupted, check_output, check_room
 from qz.formats.output.storage.beside import JOURNAL, sibling
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
 from qz.quantize.source_identity import identity
-from qz.quantize.streaming.output_parts import Target, model_part, staged_bytes
-from qz.quantize.streaming.shares import shards_of
+from qz.quantize.streaming import shares
+from qz.quantize.streaming.output_parts import (
+    Target,
+    asked_for,
+    model_part,
+    resumable,
+    staged_bytes,
+    weights_of,
+)
 from qz.quantize.summary import Source, Summary
 from qz.quantize.up_to_date import UpToDate, up_to_date
 
@@ -81,10 +88,10 @@ class Conversion:
         carried = () if alone else companion_files(checkpoint, self.source.root, self.settings)
         if self.dry_run:
             part = model_part(planned, carried)
-            self._refuse(target, staged_bytes([part], target), identity({"": self.source.folder}, part.carried))
+            resumed = self._refuse(target, [part], identity({"": self.source.folder}, part.carried))
             loss = measuring.alone(planned, self.settings) if measuring else None
             place, device = target.place, self.settings.device
-            summary = summarize(planned, origin, place, device=device, carried=carried, loss=loss)
+            summary = summarize(planned, origin, place, device=device, carried=carried, resumed=resumed, loss=loss)
             return as_share(summary, [part], self.share)
         done = carry_out(planned, origin, target, self.settings, self.on_progress, carried, measuring)
         return replace(done, share=self.share)
@@ -107,8 +114,9 @@ class Conversion:
                 return found
             origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
-                self._refuse(target, staged_bytes(planned.parts, target), identity(planned.folders, planned.carried))
-                summary = summarize_pipeline(planned, origin, target.place, device=self.settings.device)
+                resumed = self._refuse(target, planned.parts, identity(planned.folders, planned.carried))
+                device = self.settings.device
+                summary = summarize_pipeline(planned, origin, target.place, device=device, resumed=resumed)
                 return as_share(summary, planned.parts, self.share)
             done = carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
             return replace(done, share=self.share)
@@ -144,20 +152,30 @@ class Conversion:
         check_output(output, self.if_exists == "overwrite", [self.source.root], self.disk)
         return None
 
-    def _refuse(self, target: Target, needed: int, source: dict[str, Any]) -> None:
-        """Raise in a dry run what the run would raise once everything is planned."""
-        from qz.formats.output.preflight import check_interrupted, check_room
+    def _refuse(self, target: Target, parts: Sequence[Part], source: dict[str, Any]) -> bool:
+        """Raise in a dry run what the run would raise once everything is planned; whether it would go on with another.
+
+        ``source``: its identity.
+        """
         from qz.quantize.compute.devices import arithmetic_on
         from qz.quantize.convert import fingerprint
 
-        check_room(target.folder, needed, target.disk)
-        if self.publication is not None:
-            return
-        interrupted = target.resume and target.disk.status(sibling(target.folder, JOURNAL)) is not None
-        if interrupted or self.settings.device not in ("auto", "cpu"):
-            arithmetic = arithmetic_on(self.settings.device)
-            if interrupted:
-                check_interrupted(target.folder, fingerprint(source, self.settings, arithmetic), target.disk)
+        check_room(target.staged, staged_bytes(parts, target), target.disk)
+        if target.publication is not None:
+            check_output(target.staged, target.share is not None, (), target.disk)
+            target.publication.check(weights_of(parts))
+        places = [sibling(target.staged, JOURNAL), *([target.folder] if target.share is not None else [])]
+        left = target.resume and any(target.disk.status(place) is not None for place in places)
+        if not left and self.settings.device in ("auto", "cpu"):
+            return False
+        arithmetic = arithmetic_on(self.settings.device)
+        if not left:
+            return False
+        asked = asked_for(target, fingerprint(source, self.settings, arithmetic))
+        if shares.made_before(target, asked) is not None:
+            return True
+        elsewhere = shares.elsewhere(shares.owners_of(parts, target.share), target.share)
+        return check_interrupted(target.staged, asked, target.disk, resumable(parts, elsewhere))
 
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""
@@ -195,6 +213,6 @@ class Conversion:
 
 def as_share(summary: S, parts: Sequence[Part], share: Share | None) -> S:
     """The report of a dry run, with those weight files only that the part makes."""
-    own = shards_of(parts, share)
+    own = shares.shards_of(parts, share)
     kept = tuple(shard for shard in summary.shards if own is None or shard.name.lstrip("/") in own)
     return replace(summary, shards=kept, share=share)

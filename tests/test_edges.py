@@ -96,7 +96,12 @@ def test_a_dry_run_sees_an_interrupted_run_that_differs(server: Server, place: P
         ended = server.run(*options, "60KB", *dry, cwd=place)
         assert ended.code == 73, ended.stderr
         assert "interrupted run that differs" in told(ended)
-        assert server.run(*options, "50KB", "--dry-run", cwd=place).code == 0
+        same = server.run(*options, "50KB", "--dry-run", "--json", cwd=place)
+        assert same.code == 0, same.stderr
+        assert json.loads(same.stdout)["resumed"]
+    assert "would continue an interrupted one" in server.run(*options, "50KB", "--dry-run", cwd=place).stdout
+    fresh = server.run(*options, "50KB", "--dry-run", "--no-resume", "--json", cwd=place)
+    assert not json.loads(fresh.stdout)["resumed"]
 
 
 def test_a_model_is_quantized_from_inside_its_folder(server: Server, place: Path) -> None:

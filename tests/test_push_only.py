@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,7 @@ def test_another_commit_meanwhile_is_not_overwritten(hub: HubServer, llama: Path
 def test_what_cannot_be_published_is_known_before_the_work(hub: HubServer, llama: Path) -> None:
     hub.add("me/new", {"model.safetensors": b"theirs"}, private=True)
     assert "other weights" in failure(lambda: run(llama), OutputRefused)
+    assert "other weights" in failure(lambda: run(llama, dry_run=True), OutputRefused)
     hub.add("someone/else", {}, private=False)
     failure(lambda: quantize(llama, push="someone/else", push_only=True, public=True), PermissionRefused)
     assert not hub.requests["shard"]
@@ -283,6 +285,54 @@ def test_a_dry_run_sends_nothing(hub: HubServer, llama: Path, tmp_path: Path) ->
     assert summary.as_json()["output"] is None
     assert "me/new" not in hub.repos
     assert left(tmp_path) == []
+
+
+def test_a_dry_run_says_what_the_run_would_go_on_with(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Of a run for the same place, with the same settings; of another one it refuses to, as the run does."""
+    assert not run(llama, dry_run=True).resumed
+    hub.fail("commit", status=403)
+    failure(lambda: run(llama), PermissionRefused)
+    hub.faults.clear()
+    before = left(tmp_path)
+    assert run(llama, dry_run=True).as_json()["resumed"]
+    assert not run(llama, dry_run=True, resume=False).resumed
+    other_size = {"push": "me/new", "max_shard_bytes": SHARD + 1}
+    other_place = {"push": "me/other", "max_shard_bytes": SHARD}
+    for options, said in ((other_size, "max shard bytes"), (other_place, "repository: me/new → me/other")):
+        for dry in (False, True):
+            again = partial(quantize, llama, push_only=True, dry_run=dry, **options)  # type: ignore[arg-type]
+            assert said in failure(again, OutputRefused)
+    assert left(tmp_path) == before
+    assert run(llama).resumed
+    assert there(hub) == kept
+
+
+def test_only_this_users_lines_say_what_was_sent_where_there_is_a_key(
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was sent no byte is here to be compared: a line in the journal is all there is."""
+    for number, (cache, resumed) in enumerate([(str(tmp_path / "home/other"), False), ("", True)]):
+        place, failing = f"me/new-{number}", hub.fail("commit", status=403)
+        monkeypatch.setenv("QZ_CACHE", str(tmp_path / "home/cache"))
+        again = partial(quantize, llama, push=place, push_only=True, max_shard_bytes=SHARD)
+        failure(again, PermissionRefused)
+        hub.faults.remove(failing)
+        monkeypatch.setenv("QZ_CACHE", cache)
+        assert again(dry_run=True).as_json()["resumed"] is resumed
+        assert again().as_json()["resumed"] is resumed
+        assert there(hub, place) == kept
+
+
+def test_a_dry_run_of_a_part_says_that_it_is_made(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    def part(**options: Any) -> Any:
+        return quantize(llama, tmp_path / "out", part="1/2", max_shard_bytes=SHARD, **options)
+
+    assert not part(dry_run=True).resumed
+    part()
+    assert part(dry_run=True).resumed
+    assert part().resumed
 
 
 def test_ctrl_c_ends_it_at_once_and_what_was_sent_is_kept(hub: HubServer, llama: Path, tmp_path: Path) -> None:

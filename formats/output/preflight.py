@@ -10,7 +10,7 @@ from typing import Any
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.exchange import refuse_foreign_partial
 from qz.formats.output.refusals import refuse_output, refuse_overlap
-from qz.formats.output.resuming.earlier_run import another_run
+from qz.formats.output.resuming.earlier_run import Resumable, another_run, is_continued
 from qz.formats.output.resuming.journal import as_fingerprint, held_by_another, look_into
 from qz.formats.output.resuming.seal import user_key
 from qz.formats.output.shards.shard_layout import TEMPORARY
@@ -62,21 +62,30 @@ def check_room(output: Path, needed: int, disk: Disk) -> None:
     require_room(output, needed, free)
 
 
-def check_interrupted(output: Path, fingerprint: Mapping[str, Any], disk: Disk) -> None:
-    """Raise OutputRefused if an interrupted run with another fingerprint has finished files there."""
+def check_interrupted(
+    output: Path, fingerprint: Mapping[str, Any], disk: Disk, resumable: Resumable | None = None
+) -> bool:
+    """Whether there is an interrupted run to continue. OutputRefused if it has finished files of another fingerprint.
+
+    ``resumable``: see ``Staging``.
+    """
     output = in_real_folder(output)
     if disk.status(output.parent) is None:
-        return
+        return False
+    partial, wanted = output.name + PARTIAL, as_fingerprint(fingerprint)
     with Directory.at(disk, output.parent) as folder:
-        there = _files(folder, output.name + PARTIAL)
         earlier = look_into(folder, output.name + JOURNAL, user_key())
-    wanted = as_fingerprint(fingerprint)
-    if earlier is None or earlier.fingerprint == wanted:
-        return
+        if earlier is None or folder.kind(partial) != "folder":
+            return False
+        if earlier.fingerprint == wanted:
+            with folder.enter(partial) as staged:
+                return is_continued(earlier, staged, resumable)
+        there = _files(folder, partial)
     begun = {place for name in earlier.pieces for place in (name, name + TEMPORARY)}
     finished = any(there.get(file.name) == file.bytes for file in earlier.finished.values())
     if finished or (begun | earlier.unknown) & there.keys():
         raise another_run(sibling(output, PARTIAL), earlier.fingerprint, wanted)
+    return False
 
 
 def _files(folder: Directory, name: str) -> dict[str, int]:

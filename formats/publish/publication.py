@@ -60,8 +60,8 @@ class Publication:
     def location(self) -> str:
         return f"{self._remote.api.endpoint}/{self._remote.repo_id}"
 
-    def begin(self, weights: Iterable[str]) -> None:
-        """Make the repository if there is none; OutputRefused if it holds other weights than those to come."""
+    def check(self, weights: Iterable[str]) -> str | None:
+        """The commit to build on, if there is one; OutputRefused if it holds other weights than those to come."""
         remote = self._remote
         head = remote.head(self._found)
         coming = [Blob(self._to.path(name), -1, None, "", lfs=True) for name in weights]
@@ -69,8 +69,12 @@ class Publication:
             superseded(coming, remote.listed(head), self._to, remote.repo_id)
         except OutputRefused as error:
             raise OutputRefused(f"{str(error).partition(' Push to')[0]} Push to another repository.") from None
-        remote.prepare(self._found, head)
-        self._uploads = remote.uploads()
+        return head
+
+    def begin(self, weights: Iterable[str]) -> None:
+        """Make the repository if there is none. Raises what ``check`` does."""
+        self._remote.prepare(self._found, self.check(weights))
+        self._uploads = self._remote.uploads()
 
     def converting(self, step: Progress) -> None:
         """Pass on how far the conversion is."""

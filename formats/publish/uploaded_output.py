@@ -13,7 +13,6 @@ from qz import QzError, TryAgain
 from qz.formats.output.resuming.pending import IsVerified
 from qz.formats.output.shards.hollow import hollow_out
 from qz.formats.output.staging import Staging
-from qz.formats.output.storage.beside import sibling
 from qz.formats.publish.destination import UploadsLost
 from qz.formats.publish.verified_file import VerifiedFile
 
@@ -60,8 +59,8 @@ class UploadedOutput(Staging):
         self._left_over: dict[str, WrittenFile] = {}
         self._needed = needed
         super().__init__(
-            self._place(output),
-            {**fingerprint, "push": publication.place},
+            output,
+            fingerprint,
             needed=needed,
             overwrite=self.replaces,
             resume=resume,
@@ -72,10 +71,6 @@ class UploadedOutput(Staging):
         self._left_over = {name: file for name, file in self.finished.items() if name not in self._journal.uploaded}
         self._room.skip(self.finished)
         self._room.admit(self.begun)
-
-    def _place(self, output: Path) -> Path:
-        """Where it is staged: nothing with the name of the output is in the way, or made."""
-        return sibling(output, ".push")
 
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         self._send_left_over()

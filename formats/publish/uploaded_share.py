@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qz.formats.output.staging import Staging
 from qz.formats.publish.uploaded_output import UploadedOutput
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class UploadedShare(UploadedOutput):
     """As ``UploadedOutput``, but no commit is made: the folder of the part is there afterwards, without its weights."""
 
     replaces = True
-
-    def _place(self, output: Path) -> Path:
-        return output
 
     def _publish(self) -> None:
         for name in sorted(self._journal.uploaded & self._written.keys()):

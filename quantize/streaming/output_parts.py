@@ -17,6 +17,7 @@ from qz.formats.output.section import Section
 from qz.formats.output.shards.shard_layout import ShardLayout
 from qz.formats.output.shares import PART_FILE, SectionOfShare, Share
 from qz.formats.output.staging import RESUMABLE, Staging
+from qz.formats.output.storage.beside import sibling
 from qz.formats.output.storage.disk import Disk
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
@@ -51,6 +52,11 @@ class Target:
     def folder(self) -> Path:
         """The folder that is made."""
         return self.output if self.share is None else self.share.place(self.output)
+
+    @property
+    def staged(self) -> Path:
+        """What the staging area is named after: no output of this name is made, or in the way, where none stays."""
+        return self.folder if self.publication is None or self.share is not None else sibling(self.folder, ".push")
 
     @property
     def place(self) -> str:
@@ -129,8 +135,7 @@ def write_parts(
         refuse_overlap(place, target.output, target.disk)
         if target.share is not None:
             refuse_overlap(place, target.folder.parent, target.disk)
-    if target.share is not None and target.publication is not None:
-        fingerprint = {**fingerprint, "push": target.publication.place}
+    fingerprint = asked_for(target, fingerprint)
     if (made := shares.made_before(target, fingerprint)) is not None:
         return Written(tuple(made.files.values()), True, shares.not_finite(made.receipt))
     owners = shares.owners_of(parts, target.share)
@@ -138,7 +143,7 @@ def write_parts(
     publication = target.publication
     if publication is not None:
         parts = [replace(part, plan=by_shard(part.plan)) if part.plan is not None else part for part in parts]
-        publication.begin(_weights(parts))
+        publication.begin(weights_of(parts))
         progress = publication.converting
     with (
         _staging(parts, target, elsewhere, fingerprint, about) as staging,
@@ -161,7 +166,7 @@ def write_parts(
             meter.expect(run, part.carried, section)
         if resumed:
             begun = sum(each.bytes for each in staging.begun.values())
-            meter.go_on((len(staging.finished), len(_resumable(parts, elsewhere))), begun)
+            meter.go_on((len(staging.finished), len(resumable(parts, elsewhere))), begun)
         for part, section, run in zip(parts, sections, runs, strict=True):
             copy(part.carried, section, meter.copied)
             if run is not None:
@@ -202,7 +207,7 @@ def _staging(
             resume=target.resume,
             about=about,
             disk=target.disk,
-            resumable=_resumable(parts, elsewhere),
+            resumable=resumable(parts, elsewhere),
         )
     from qz.formats.publish.uploaded_output import UploadedOutput
     from qz.formats.publish.uploaded_share import UploadedShare
@@ -211,7 +216,7 @@ def _staging(
     kind = UploadedOutput if target.share is None else UploadedShare
     return kind(
         target.publication,
-        target.folder,
+        target.staged,
         fingerprint,
         needed=needed,
         order=[name for name in order.names if name not in elsewhere],
@@ -219,12 +224,18 @@ def _staging(
         resume=target.resume,
         about=about,
         disk=target.disk,
-        resumable=_resumable(parts, elsewhere),
+        resumable=resumable(parts, elsewhere),
     )
 
 
-def _resumable(parts: Sequence[Part], elsewhere: Collection[str] = ()) -> dict[str, ShardLayout | None]:
+def resumable(parts: Sequence[Part], elsewhere: Collection[str] = ()) -> dict[str, ShardLayout | None]:
+    """As ``Part.resumable``, of all parts but what is made ``elsewhere``."""
     return {name: layout for part in parts for name, layout in part.resumable.items() if name not in elsewhere}
+
+
+def asked_for(target: Target, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fingerprint of a run, with the place that its files are sent to at once, if they are."""
+    return fingerprint if target.publication is None else {**fingerprint, "push": target.publication.place}
 
 
 def staged_bytes(parts: Sequence[Part], target: Target) -> int:
@@ -241,7 +252,7 @@ def _order(parts: Sequence[Part]) -> ShardOrder:
     return joined([shard_order(by_shard(part.plan), part.name) for part in parts if part.plan is not None])
 
 
-def _weights(parts: Sequence[Part]) -> list[str]:
+def weights_of(parts: Sequence[Part]) -> list[str]:
     """Names of the weights that the parts will have."""
     names = [part.prefix + shard.file for part in parts if part.plan is not None for shard in part.plan.shards]
     names += [part.prefix + each.name for part in parts for each in part.carried]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qz import OutputRefused
 from qz.formats.output.resuming.difference import describe_difference
-from qz.formats.output.shards.pieces import Begun, begun_shard
+from qz.formats.output.shards.pieces import Begun, begun_shard, layout_digest
 from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout, has_layout
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qz.formats.output.recorded.record import WrittenFile
-    from qz.formats.output.resuming.journal import Journal
+    from qz.formats.output.resuming.journal import Journal, Read
     from qz.formats.output.storage.directory import Directory
 
 Resumable = Mapping[str, ShardLayout | None]
@@ -71,6 +71,17 @@ def take_over(
     were = "1 file of an interrupted run was" if others == 1 else f"{others} files of an interrupted run were"
     why = "the journal's lines about it are not sealed with the key in this user's cache (QZ_CACHE)"
     return TakenOver(found.finished, found.begun, (f"{were} made again: {why}",))
+
+
+def is_continued(earlier: Read, staged: Directory, resumable: Resumable | None) -> bool:
+    """Whether ``take_over`` would keep something, by sizes and layouts alone: of what was begun, nothing is read."""
+    if any(has_file(staged, file) and _would_make(staged, file.name, resumable) for file in earlier.finished.values()):
+        return True
+    layouts = {name: (resumable or {}).get(name) for name in earlier.pieces if has_begun(staged, name)}
+    return any(
+        layout is not None and any(piece.layout == layout_digest(layout) for piece in earlier.pieces[name])
+        for name, layout in layouts.items()
+    )
 
 
 def another_run(partial: Path, earlier: Mapping[str, Any], wanted: Mapping[str, Any]) -> OutputRefused:
