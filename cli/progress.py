@@ -79,7 +79,7 @@ class Display:
         if step.kept is not None:
             kept, of = step.kept
             rest = f", and {size(step.kept_bytes)} of the rest" if step.kept_bytes else ""
-            what = "block" if step.unit == "block" else "shard"
+            what = step.unit if step.unit in ("block", "weight") else "shard"
             self.tell(f"Continuing: {kept} of {counted(of, what)} {'is' if of == 1 else 'are'} done{rest}.")
         if self.bar is not None:
             count = f"{step.done}/{step.total} {step.unit}s" if step.total else ""

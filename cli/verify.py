@@ -21,9 +21,13 @@ def verify(
     output: arguments.VerifiedArg,
     against: selection.SourceOpt = None,
     revision: selection.SourceRevisionOpt = None,
+    file: selection.UsedFileOpt = None,
+    config: selection.UsedConfigOpt = None,
+    lora: selection.UsedLoraOpt = None,
     importance: selection.UsedImportanceOpt = None,
     allow_pickle: selection.AllowPickleOpt = False,
     sample: selection.SampleOpt = None,
+    resume: selection.GoOnOpt = True,
     device: machine.DeviceOpt = "auto",
     threads: machine.ThreadsOpt = None,
     as_json: reports.JsonOpt = False,
@@ -37,9 +41,13 @@ def verify(
             output,
             against,
             revision=revision,
+            file=file,
+            config=config,
+            lora=lora or (),
             importance=importance,
             allow_pickle=allow_pickle,
             sample=sample,
+            resume=resume,
             device=device,
             threads=threads,
             on_progress=display,
@@ -82,6 +90,8 @@ def report(found: Verification) -> list[tuple[str, str]]:
         files, _ = found.recomputed.files
         rows.append(("source", str(found.source) + (f"@{found.revision}" if found.revision else "")))
         rows.append(("compared", f"{some} and {counted(files, 'other file')}, {size(found.recomputed.bytes)} read"))
+        if before := found.recomputed.tensors_before:
+            rows.append(("earlier", f"{counted(before, 'tensor')} of these, by a comparison that was interrupted"))
         if found.sample:
             rows.append(("sample", percent(found.sample, 1.0)))
     rows.append(("result", "intact" if found.intact else "differs" if no_record(found) is None else "not known"))

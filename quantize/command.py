@@ -47,9 +47,7 @@ def _selection(settings: Settings) -> Iterator[str]:
             os.path.basename(settings.config) if os.path.exists(settings.config) else settings.config,
         )
     for lora in settings.loras:
-        place = lora.location if lora.location.endswith(lora.file) else f"{lora.location}/{lora.file}"
-        at = f"@{lora.revision}" if lora.revision else ""
-        yield from ("--lora", f"{place}{at}" + (f":{lora.scale:g}" if lora.scale != 1 else ""))
+        yield from lora_option(lora.location, lora.file, lora.revision, lora.scale)
     yield from _unless_default(settings, "variant")
     if settings.allow_pickle:
         yield "--allow-pickle"
@@ -71,6 +69,13 @@ def _selection(settings: Settings) -> Iterator[str]:
         yield "--keep-nonfinite"
     if settings.experts:
         yield "--experts"
+
+
+def lora_option(location: str, file: str, revision: str | None, scale: float) -> tuple[str, str]:
+    """The two words that name a LoRA again; ``location`` is a repository, or the name of a local file or folder."""
+    place = location if location.endswith(file) else f"{location}/{file}"
+    at = f"@{revision}" if revision else ""
+    return "--lora", f"{place}{at}" + (f":{scale:g}" if scale != 1 else "")
 
 
 def _output(settings: Settings) -> Iterator[str]:

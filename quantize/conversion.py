@@ -30,6 +30,7 @@ from qz.quantize.up_to_date import UpToDate, up_to_date
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.output.companions import Companion
     from qz.formats.output.shares import Share
     from qz.formats.publish.publication import Publication
     from qz.quantize.pipeline import PipelinePlan
@@ -67,13 +68,13 @@ class Conversion:
         measure: Callable[[Checkpoint], Measure] | None = None,
     ) -> Report:
         """Convert one model as ``plan`` plans it; ``measure`` makes what measures the loss on the way."""
-        from qz.quantize.convert import carry_out, companion_files
+        from qz.quantize.convert import carry_out
         from qz.quantize.summary import summarize
 
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        checkpoint = self._checkpoint()
+        checkpoint = source_checkpoint(self.source, self.settings)
         self._download([checkpoint])
         self.on_progress(Progress("Planning"))
         planned = plan(checkpoint, self.settings)
@@ -84,8 +85,7 @@ class Conversion:
         if measuring is not None:
             measuring.check(planned)
         origin = self._origin(checkpoint.library, planned.architecture.class_name)
-        alone = self.source.file is not None  # what lies beside it belongs to others
-        carried = () if alone else companion_files(checkpoint, self.source.root, self.settings)
+        carried = companions_of(self.source, checkpoint, self.settings)
         if self.dry_run:
             part = model_part(planned, carried)
             resumed = self._refuse(target, [part], identity({"": self.source.folder}, part.carried))
@@ -122,16 +122,6 @@ class Conversion:
             return replace(done, share=self.share)
         finally:
             pipeline.close()
-
-    def _checkpoint(self) -> Checkpoint:
-        """The one model that the source is, or that its one file is."""
-        from qz.formats.checkpoint.survey import open_checkpoint
-        from qz.formats.source import open_source
-        from qz.quantize.planning.single_file import open_single_file
-
-        if self.source.file is None:
-            return open_checkpoint(self.source.folder, self.settings.variant)
-        return open_single_file(self.source.folder, self.source.file, self.settings.config, open_source)
 
     def _origin(self, library: str, architecture: str) -> Source:
         commit = self.source.folder.identity().get("commit")
@@ -209,6 +199,24 @@ class Conversion:
 
         for each in checkpoints:
             download(each.folder, each.files, arrived)
+
+
+def source_checkpoint(source: OpenedSource, settings: Settings) -> Checkpoint:
+    """The one model that a source is, or that its one file is."""
+    from qz.formats.checkpoint.survey import open_checkpoint
+    from qz.formats.source import open_source
+    from qz.quantize.planning.single_file import open_single_file
+
+    if source.file is None:
+        return open_checkpoint(source.folder, settings.variant)
+    return open_single_file(source.folder, source.file, settings.config, open_source)
+
+
+def companions_of(source: OpenedSource, checkpoint: Checkpoint, settings: Settings) -> tuple[Companion, ...]:
+    """What is copied beside the weights: nothing of what lies beside a single file, which belongs to others."""
+    from qz.quantize.convert import companion_files
+
+    return () if source.file is not None else companion_files(checkpoint, source.root, settings)
 
 
 def as_share(summary: S, parts: Sequence[Part], share: Share | None) -> S:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,9 @@ from qz.formats.output.recorded.record import RECORD, Record, as_text, read_reco
 from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
+from qz.formats.source import local_path, open_source
 from qz.quantize.methods import Method
+from qz.quantize.planning.single_file import read_config
 from qz.quantize.report_of_record import report_of_record
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import changed_file
@@ -30,8 +34,10 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
         refined = {"scales": settings.scales, "rounding": settings.rounding}
         if settings.importance is not None:
             refined["importance"] = {"file": settings.importance.name, "sha256": sha256_of(settings.importance)}
-    named = ("file", "config", "variant")
+    named = ("file", "variant")
     refined |= {name: value for name in named if (value := getattr(settings, name)) is not None}
+    if settings.config is not None:
+        refined["config"] = config_fingerprint(settings.config)
     if settings.layout != "diffusers":
         refined["layout"] = settings.layout
     if settings.loras:
@@ -58,6 +64,15 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
         "component_methods": {name: method_fingerprint(method) for name, method in settings.component_methods.items()},
         **refined,
     }
+
+
+def config_fingerprint(named: str) -> str | dict[str, str]:
+    """A repository's name; of a folder its own name, and the SHA-256 of the config in it."""
+    path = local_path(named)
+    if path is None:
+        return named
+    raw, _ = read_config(named, open_source)
+    return {"folder": os.path.basename(os.path.realpath(path)), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def method_fingerprint(method: Method | None) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from converted import dequantized
 from encoded import State, compressed, fp8_blocks, gptq, rewritten, said_by_compressed_tensors
 from forked import Server
 from hub_server import HubServer
+from qz import api
 from qz.formats.safetensors import encode_header, layout
 from reference import tensors_of
 from test_gguf import write_llama
@@ -72,6 +73,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(forks: Server, sources: Path, tm
     assert not (tmp_path / "two/out").exists()
     assert forks.run(*command, cwd=tmp_path / "two").code == 0
     assert contents(tmp_path / "two/out") == contents(tmp_path / "one/out")
+    found = api.verify(tmp_path / "two/out", sources / form, device="cpu", allow_pickle=form == "pickle")
+    assert found.intact
+    assert found.recomputed is not None
+    assert found.recomputed.tensors[0] > 20
 
 
 @pytest.fixture(scope="module")

@@ -308,10 +308,22 @@ def test_a_lora_of_a_repository_is_recorded_at_its_commit(
         run(quantize, llama, output=tmp_path / "none", lora=["me/none"])
 
 
-def test_verify_says_that_a_lora_is_not_fused_again(llama: Path, adapter: Path, tmp_path: Path) -> None:
-    run(quantize, llama, output=tmp_path / "made", lora=[str(adapter)])
-    with pytest.raises(Unsupported, match="made with LoRAs fused into it"):
-        run(verify, tmp_path / "made", against=str(llama))
+def test_verify_fuses_the_same_loras_again_and_no_others(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    other = trained(llama, LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "other")
+    loras = [f"{adapter}:0.5", str(other)]
+    for act, source, output in ((quantize, llama, "made"), (dequantize, tmp_path / "made", "back")):
+        run(act, source, output=tmp_path / output, lora=loras)
+        moved = Path(shutil.copytree(adapter, tmp_path / f"elsewhere of {output}" / "renamed"))
+        assert run(verify, tmp_path / output, against=str(source), lora=[f"{moved}:0.5", str(other)])["intact"]
+    for given, message in (
+        ([], r"made with 2 LoRAs .* --lora \S*adapter_model.safetensors:0.5 --lora other/adapter_model.safetensors"),
+        ([str(adapter), str(other)], "another scale: --lora .*:0.5"),
+        (loras[::-1], "is not the LoRA that was used"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(verify, tmp_path / "made", against=str(llama), lora=given)
+    with pytest.raises(UsageError, match="made without one"):
+        run(verify, quantized_base(llama), against=str(llama), lora=loras)
 
 
 def test_the_scale_is_what_follows_the_last_colon() -> None:

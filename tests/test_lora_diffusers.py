@@ -19,6 +19,7 @@ from converted import plan_of
 from qz import MalformedInput, Unsupported
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
+from qz.cli.verify import verify
 from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
 from qz.formats.folder import LocalFolder
@@ -196,6 +197,8 @@ def test_a_quantized_pipeline_is_dequantized_with_its_lora_and_small_components_
     run(dequantize, tmp_path / "base", output=tmp_path / "made", lora=[str(tmp_path / "lora.safetensors")])
     for component in ("transformer", "text_encoder", "text_encoder_2"):
         assert differing_tensors(tmp_path / "wanted" / component, tmp_path / "made" / component) == []
+    again = {"against": str(tmp_path / "base"), "lora": [str(tmp_path / "lora.safetensors")]}
+    assert run(verify, tmp_path / "made", **again)["intact"]
 
 
 @pytest.mark.parametrize(

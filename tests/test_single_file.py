@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def test_a_dry_run_of_a_single_file_is_exact_and_its_record_names_the_file(
     about = json.loads((tmp_path / "made" / "qz.json").read_text())["about"]
     assert about["command"][:3] == ["qz", "quantize", "original.safetensors"]
     assert about["command"][-2:] == ["--config", "folder"]
+    assert str(tmp_path.parent) not in json.dumps(about)
     assert run(quantize, file, output=tmp_path / "made", config=str(folder), if_exists="skip")["up_to_date"]
     with pytest.raises(OutputRefused, match="different settings"):
         run(quantize, file, output=tmp_path / "made", config=str(folder), int8=True, if_exists="skip")
@@ -215,3 +217,28 @@ def test_a_single_file_out_is_refused_where_no_tool_reads_it(sd3: tuple[Path, Pa
     whole = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"]
     run(quantize, file, **asked, skip=whole)
     assert load_file(tmp_path / "made" / "original-nf4.safetensors")[QKV].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "single-file"])
+def test_what_a_single_file_becomes_is_verified_with_the_same_config(
+    model: tuple[Any, Path, Path], layout: Any, tmp_path: Path
+) -> None:
+    _, folder, file = model
+    api.quantize(file, tmp_path / "made", config=folder, layout=layout, device="cpu")
+    config = shutil.copytree(folder, tmp_path / "config")
+    how: dict[str, Any] = {"device": "cpu", "config": config}
+    assert api.verify(tmp_path / "made", file, **how).intact
+    assert api.verify(tmp_path / "made", file.parent, file=file.name, **how).intact
+    with pytest.raises(UsageError, match=r"made from a single file.*--file"):
+        api.verify(tmp_path / "made", folder, **how)
+    with pytest.raises(UsageError, match=r"config in a folder.*--config"):
+        api.verify(tmp_path / "made", file, device="cpu")
+    [written] = (tmp_path / "made").glob("*.safetensors")
+    data = written.read_bytes()
+    written.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    found = api.verify(tmp_path / "made", file, **how).recomputed
+    assert found is not None
+    assert [(each.bytes, each.missing) for each in found.differences] == [(1, None)]
+    (config / "config.json").write_text((config / "config.json").read_text() + "\n")
+    with pytest.raises(UsageError, match="not the one that was used"):
+        api.verify(tmp_path / "made", file, **how)

@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import Qz
 from hub_server import connected
+from mixtures import mixture
 from pipelines import flux
 from qz import MalformedInput, UsageError, api
 from qz.formats.safetensors import read_header
+from qz.progress import Progress
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.verification.compared_output import explained
 from qz.quantize.verification.report import Verification
+from test_gptq import calibrated as calibrated
 from test_scales import statistics
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_shard_bytes": 30_000}
@@ -169,6 +173,90 @@ def test_importance_has_to_be_the_same_file(tiny_llama: Path, tmp_path: Path) ->
         api.verify(tmp_path / "out", tiny_llama, importance=other, **ON_CPU)
     moved = known.rename(tmp_path / "moved.safetensors")
     assert api.verify(tmp_path / "out", tiny_llama, importance=moved, **ON_CPU).intact
+
+
+def test_gptq_and_experts_are_verified(calibrated: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    source, known, _ = calibrated
+    api.quantize(source, tmp_path / "gptq", importance=known, rounding="gptq", **SETTINGS)
+    assert api.verify(tmp_path / "gptq", source, importance=known, **ON_CPU).intact
+    mixture("qwen3_moe", tmp_path / "moe")
+    api.quantize(tmp_path / "moe", tmp_path / "experts", experts=True, **SETTINGS)
+    assert api.verify(tmp_path / "experts", tmp_path / "moe", **ON_CPU).intact
+
+
+# Interrupted comparisons
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(output: Path, source: Path, **more: Any) -> None:
+    """Stop a comparison when half of it is done."""
+
+    def stop(step: Progress) -> None:
+        if step.all_bytes and step.bytes > step.all_bytes // 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        api.verify(output, source, on_progress=stop, **{**ON_CPU, **more})
+
+
+def before(found: Verification) -> int:
+    assert found.recomputed is not None
+    assert found.recomputed.tensors[0] == found.recomputed.tensors[1]
+    return found.recomputed.tensors_before
+
+
+def test_an_interrupted_comparison_goes_on(tiny_llama: Path, copy: Path, qz: Qz) -> None:
+    interrupt(copy, tiny_llama, threads=1)
+    result = qz("verify", copy, "--against", tiny_llama, "--device", "cpu", "--json")
+    report = json.loads(result.stdout)
+    assert 0 < report["tensors_before"] < report["tensors"]["all"]
+    assert report["tensors"]["compared"] == report["tensors"]["all"]
+    assert "Continuing: " in result.stderr
+    assert before(api.verify(copy, tiny_llama, **ON_CPU)) == 0, "what is finished is not gone on with"
+
+
+def test_what_differs_is_told_by_the_comparison_that_goes_on(tiny_llama: Path, copy: Path) -> None:
+    change(copy, "model.embed_tokens.weight", 3)
+    change(copy, "model.norm.weight", 5)
+    interrupt(copy, tiny_llama, threads=1)
+    found = api.verify(copy, tiny_llama, **ON_CPU)
+    assert before(found) > 0
+    assert differing(found) == ["model.embed_tokens.weight", "model.norm.weight"]
+
+
+def test_it_goes_on_with_the_same_files_only(tiny_llama: Path, copy: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    api.quantize(source, tmp_path / "own", **SETTINGS)
+    output = tmp_path / "own"
+    for changed, tensor in ((output, "model.embed_tokens.weight"), (source, "lm_head.weight")):
+        interrupt(output, source, threads=1)
+        change(changed, tensor, 3)
+        found = api.verify(output, source, **ON_CPU)
+        assert (before(found), tensor in differing(found)) == (0, True)
+        change(changed, tensor, 3)
+    interrupt(output, source, threads=1)
+    assert before(api.verify(output, source, resume=False, **ON_CPU)) == 0
+    interrupt(output, source, threads=1)
+    assert api.verify(output, source, sample=0.5, **ON_CPU).intact
+    assert before(api.verify(output, source, **ON_CPU)) > 0
+    assert before(api.verify(output, source, **ON_CPU)) == 0
+
+
+def test_what_is_kept_of_it_may_be_damaged_and_need_not_be_kept(
+    tiny_llama: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QZ_CACHE", str(tmp_path / "cache"))
+    interrupt(copy, tiny_llama, threads=1)
+    [journal] = (tmp_path / "cache/verified").iterdir()
+    journal.write_bytes(journal.read_bytes()[:-7] + b"\0\xff[1]")
+    assert before(api.verify(copy, tiny_llama, **ON_CPU)) > 0
+    assert not journal.exists()
+    monkeypatch.setenv("QZ_CACHE", "")
+    interrupt(copy, tiny_llama, threads=1)
+    assert before(api.verify(copy, tiny_llama, **ON_CPU)) == 0
 
 
 def test_what_nobody_recorded_cannot_be_recomputed(tiny_llama: Path, copy: Path) -> None:

@@ -92,7 +92,7 @@ def open_single_file(folder: Folder, file: str, config_from: str | None, open_co
 def _config(named: str, open_config: OpenConfig, *, asked: bool) -> dict[str, Any]:
     """The config.json of the denoiser in what ``named`` names: a folder of one model, or of a pipeline."""
     try:
-        folder = open_config(named)
+        raw, where = read_config(named, open_config)
     except (MissingInput, HubUnreachable, PermissionRefused) as error:
         if asked:
             raise
@@ -100,6 +100,15 @@ def _config(named: str, open_config: OpenConfig, *, asked: bool) -> dict[str, An
             f"{error} The config of the model comes from there, as in diffusers: name another folder or repository of "
             "the same model with --config."
         ) from error
+    config = read_json(raw, where)
+    if not isinstance(config.get("_class_name"), str):
+        raise UsageError(f"{where} names no class of diffusers. Name another with --config.")
+    return config
+
+
+def read_config(named: str, open_config: OpenConfig) -> tuple[bytes, str]:
+    """The config.json of a denoiser, as it is stored, and where that is."""
+    folder = open_config(named)
     try:
         if "config.json" not in folder.sizes():
             inside = next((name for name in DENOISERS if name in folder.subfolders()), None)
@@ -109,10 +118,7 @@ def _config(named: str, open_config: OpenConfig, *, asked: bool) -> dict[str, An
                     "of the model, or of its pipeline, with --config."
                 )
             folder = folder.subfolder(inside)
-        config = read_json(read_file(folder, "config.json", MAX_BYTES), f"{folder.location}/config.json")
-        if not isinstance(config.get("_class_name"), str):
-            raise UsageError(f"{folder.location}/config.json names no class of diffusers. Name another with --config.")
-        return config
+        return read_file(folder, "config.json", MAX_BYTES), f"{folder.location}/config.json"
     finally:
         folder.close()
 

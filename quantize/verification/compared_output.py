@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.output.resuming.pending import IsVerified
 from qz.formats.output.shards.checksums import as_bytes
 from qz.formats.output.shards.shard_layout import ShardLayout
@@ -18,6 +18,8 @@ from qz.quantize.streaming.discard import DiscardedShard, DiscardOutput
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from qz.formats.checkpoint.survey import StoredTensor
+    from qz.formats.folder import Folder
     from qz.quantize.planning.plan import Plan
 
 
@@ -62,13 +64,24 @@ class _Tally:
 class ComparedOutput(DiscardOutput):
     """Where a ``Run`` puts what it makes."""
 
-    def __init__(self, plan: Plan, stored: Checkpoint, *, other_device: bool) -> None:
-        """``other_device``: whether what is stored was computed on another kind of device than what is written."""
-        self._plan, self._stored, self._other_device = plan, stored, other_device
-        self._kinds = {
-            saved.name: saved.part if step.act == "quantize" else "" for step in plan.steps for saved in step.outputs
-        }
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Folder,
+        stored: Mapping[str, StoredTensor],
+        *,
+        other_device: bool,
+        on_equal: Callable[[str], None],
+    ) -> None:
+        """``folder`` has the tensors that are ``stored``. ``other_device``: whether they were computed on another kind
+        of device than what is written. ``on_equal`` is called for each weight all of whose tensors are equal.
+        """
+        self._plan, self._folder, self._stored = plan, folder, stored
+        self._other_device, self._on_equal = other_device, on_equal
+        self._places = {saved.name: (saved, step) for step in plan.steps for saved in step.outputs}
         self._tallies: dict[str, _Tally] = {}
+        self._left: dict[str, int] = {}
+        """Bytes of a tensor, and tensors of a weight, that are not compared yet, of those that are begun."""
         self._lock = threading.Lock()
         self.misplaced = {each.name: each for each in self._misplaced()}
         self.compared: set[str] = set()
@@ -76,7 +89,7 @@ class ComparedOutput(DiscardOutput):
     def _misplaced(self) -> list[TensorDifference]:
         """Tensors that are not where they are planned, and those that nobody planned."""
         found: list[TensorDifference] = []
-        left = dict(self._stored.tensors)
+        left = dict(self._stored)
         for layout in self._plan.shards:
             for planned in layout.tensors:
                 stored = left.pop(planned.name, None)
@@ -100,9 +113,7 @@ class ComparedOutput(DiscardOutput):
     def differences(self) -> tuple[TensorDifference, ...]:
         """In the order of the names."""
         found = [
-            TensorDifference(
-                name, self._stored.tensors[name].file, tally.bytes, tally.first, explained=tally.explained or None
-            )
+            TensorDifference(name, self._stored[name].file, tally.bytes, tally.first, explained=tally.explained or None)
             for name, tally in self._tallies.items()
         ]
         return tuple(sorted([*found, *self.misplaced.values()], key=lambda each: each.name))
@@ -111,28 +122,48 @@ class ComparedOutput(DiscardOutput):
         return ComparedShard(layout.file, self)
 
     def give_up(self) -> None:
-        self._stored.folder.give_up()
+        self._folder.give_up()
 
     def compare(self, tensor: str, data: memoryview, offset: int) -> None:
         """``data`` is what ``tensor`` has to hold from byte ``offset`` on."""
-        with self._lock:
-            self.compared.add(tensor)
-        stored = self._stored.tensors.get(tensor)
-        if stored is None or tensor in self.misplaced or not len(data):
-            return
-        there = bytearray(len(data))
-        self._stored.folder.read_into(stored.file, stored.offset + offset, memoryview(there))
-        if there != data:
-            self._note(tensor, np.frombuffer(there, np.uint8), np.frombuffer(data, np.uint8), offset)
+        self._compare(tensor, data, offset)
+        self._book(tensor, len(data), self._places[tensor][0].nbytes)
 
     def compare_whole(self, tensor: str, data: bytes) -> None:
         """The same for a tensor whose length is not planned."""
-        stored = self._stored.tensors.get(tensor)
-        if stored is not None and stored.nbytes != len(data):
-            padded = data[: stored.nbytes].ljust(stored.nbytes, b"\0")
-            self.compare(tensor, memoryview(padded), 0)
-        else:
-            self.compare(tensor, memoryview(data), 0)
+        stored = self._stored.get(tensor)
+        size = stored.nbytes if stored is not None else len(data)
+        self._compare(tensor, memoryview(data[:size].ljust(size, b"\0")), 0)
+        self._book(tensor, 0, 0)
+
+    def _compare(self, tensor: str, data: memoryview, offset: int) -> None:
+        stored = self._stored.get(tensor)
+        if stored is None or tensor in self.misplaced or not len(data):
+            return
+        there = bytearray(len(data))
+        self._folder.read_into(stored.file, stored.offset + offset, memoryview(there))
+        if there != data:
+            self._note(tensor, np.frombuffer(there, np.uint8), np.frombuffer(data, np.uint8), offset)
+
+    def _book(self, tensor: str, nbytes: int, all_bytes: int) -> None:
+        """Count what is compared, to tell of each weight that is equal as a whole."""
+        weight = self._places[tensor][1].weight.name
+        outputs = self._places[tensor][1].outputs
+        with self._lock:
+            self.compared.add(tensor)
+            if self._count(f"tensor {tensor}", nbytes, all_bytes) or self._count(f"weight {weight}", 1, len(outputs)):
+                return
+            names = {saved.name for saved in outputs}
+            equal = names.isdisjoint(self._tallies) and names.isdisjoint(self.misplaced)
+        if equal:
+            self._on_equal(weight)
+
+    def _count(self, what: str, done: int, whole: int) -> int:
+        """How much is left of it."""
+        left = self._left.pop(what, whole) - done
+        if left > 0:
+            self._left[what] = left
+        return left
 
     def _note(self, tensor: str, there: NDArray[np.uint8], wanted: NDArray[np.uint8], offset: int) -> None:
         places = np.flatnonzero(there != wanted)
@@ -145,10 +176,10 @@ class ComparedOutput(DiscardOutput):
             tally.explained = None if why is None or tally.explained is None else why
 
     def _explained(self, tensor: str, there: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> str | None:
-        method, kind = self._plan.method, self._kinds.get(tensor, "")
-        if method is None or not kind:
+        method, (saved, step) = self._plan.method, self._places[tensor]
+        if method is None or step.act != "quantize" or not saved.part:
             return None
-        return explained(method.name, method.double_quant, kind, there, wanted)
+        return explained(method.name, method.double_quant, saved.part, there, wanted)
 
 
 def explained(

@@ -5,22 +5,25 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, Unsupported
-from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.checkpoint.problems import require_none
+from qz.formats.checkpoint.survey import StoredTensor, open_checkpoint, survey_file
 from qz.formats.folder import Folder, LocalFolder, Range
 from qz.formats.output.recorded.record import PIECE, Record
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.streaming.output_parts import Part, model_part
 from qz.quantize.streaming.run import Run
 from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference
+from qz.quantize.verification.journal import Journal
 
 if TYPE_CHECKING:
     from qz.formats.source import OpenedSource
     from qz.quantize.compute.arithmetic import Arithmetic
+    from qz.quantize.planning.plan import Plan, Step
     from qz.quantize.settings import Settings
 
 LARGE = 1 << 20
@@ -37,6 +40,8 @@ class Recomputed:
     differences: tuple[TensorDifference, ...]
     unlike_files: tuple[str, ...]
     """Files beside the weights that are missing or have other bytes, and recorded ones that it does not become."""
+    tensors_before: int
+    """Of the compared ones, those that an earlier, interrupted comparison found equal."""
     device: str
     notes: tuple[str, ...]
     seconds: float
@@ -50,9 +55,13 @@ def recompute(
     *,
     sample: float | None = None,
     seed: int = 0,
+    resume: bool = True,
     progress: OnProgress = ignore,
 ) -> Recomputed:
     """Plan as the run did that made ``output``, and compare. ``sample``: the share of the weights' bytes to look at.
+
+    Without a sample, what an interrupted comparison of the same files found equal is not compared again, if it is to
+    ``resume``.
 
     Raises what planning and reading raise; Unsupported where a library reads the source otherwise now.
     """
@@ -64,9 +73,20 @@ def recompute(
     arithmetic = arithmetic_on(settings.device)
     other_device = _kind(str(about.get("device", ""))) != _kind(arithmetic.name)
     chosen = _Sample(parts, sample, seed) if sample is not None else None
-    found = _Comparison(output, arithmetic, settings.threads or arithmetic.threads, other_device, progress, chosen)
-    for part in parts:
-        found.compare(part)
+    threads = settings.threads or arithmetic.threads
+    journal = None
+    if sample is None:
+        journal = Journal(_binding(output, record, parts, settings, arithmetic), resume=resume)
+    found = _Comparison(output, arithmetic, threads, other_device, progress, chosen, journal)
+    try:
+        for part in parts:
+            found.compare(part)
+    except BaseException:
+        if journal is not None:
+            journal.keep()
+        raise
+    if journal is not None:
+        journal.forget()
     found.unlike_files += sorted(file.name for file in record.files if file.name not in found.planned)
     return Recomputed(
         (found.tensors, found.all_tensors),
@@ -74,6 +94,7 @@ def recompute(
         found.bytes,
         tuple(found.differences),
         tuple(found.unlike_files),
+        found.tensors_before,
         arithmetic.name,
         (*arithmetic.notes,),
         time.monotonic() - begun,
@@ -85,8 +106,9 @@ def _kind(device: str) -> str:
 
 
 def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings) -> Sequence[Part]:
-    from qz.formats.checkpoint.pipeline import is_pipeline, open_pipeline
-    from qz.quantize.convert import companion_files, plan_quantization
+    from qz.formats.checkpoint.pipeline import is_pipeline, open_pipeline, pipeline_class
+    from qz.quantize.conversion import companions_of, source_checkpoint
+    from qz.quantize.convert import plan_quantization
     from qz.quantize.planning.dequantization import plan_dequantization
 
     if about.get("act") not in ("quantize", "dequantize"):
@@ -97,12 +119,43 @@ def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings)
 
         pipeline = open_pipeline(source.folder, settings.variant)
         return (plan_way_back if back else plan_pipeline)(pipeline, settings).parts
-    checkpoint = open_checkpoint(source.folder, settings.variant)
-    if back:
-        plan = plan_dequantization(checkpoint, settings)
-    else:
-        plan = plan_quantization(checkpoint, settings, component=(source.subfolder or "").strip("/"))
-    return [model_part(plan, companion_files(checkpoint, source.root, settings))]
+    checkpoint = source_checkpoint(source, settings)
+    component, of = (source.subfolder or "").strip("/"), pipeline_class(source.root) if settings.loras else None
+    plan = (plan_dequantization if back else plan_quantization)(checkpoint, settings, component, pipeline_class=of)
+    return [model_part(plan, companions_of(source, checkpoint, settings))]
+
+
+def _stored(folder: Folder, plan: Plan) -> Mapping[str, StoredTensor]:
+    """The tensors of an output."""
+    if "config.json" in plan.files:
+        return open_checkpoint(folder).stored
+    found: dict[str, StoredTensor] = {}
+    for layout in plan.shards:  # single files, which no library loads
+        tensors, _, problems = survey_file(folder, layout.file)
+        require_none(folder.location, problems, but=("original-layout",))
+        found |= {name: each for name, each in tensors.items() if isinstance(each, StoredTensor)}
+    return found
+
+
+def _binding(
+    output: Folder, record: Record, parts: Sequence[Part], settings: Settings, arithmetic: Arithmetic
+) -> dict[str, Any]:
+    """What makes a comparison the same one, as JSON values."""
+    from qz.quantize.convert import fingerprint
+    from qz.quantize.source_identity import identity
+
+    folders = {part.name: part.plan.checkpoint.folder for part in parts if part.plan is not None}
+    read = identity(folders, [each for part in parts for each in part.carried])
+    stamps = {}
+    if isinstance(output, LocalFolder):
+        inside = {part.name: output.subfolder(part.name) if part.name else output for part in parts}
+        stamps = {name: [(file, folder.stamp(file)) for file in folder.sizes()] for name, folder in inside.items()}
+    return {
+        **fingerprint(read, settings, arithmetic),
+        "output": output.identity(),
+        "stamps": stamps,
+        "record": [asdict(file) for file in record.files],
+    }
 
 
 class _Sample:
@@ -141,12 +194,16 @@ class _Comparison:
         other_device: bool,
         progress: OnProgress,
         sample: _Sample | None,
+        journal: Journal | None,
     ) -> None:
         self._output, self._arithmetic, self._threads = output, arithmetic, threads
         self._other_device, self._progress, self._sample = other_device, progress, sample
+        self._journal = journal
+        self._equal = journal.equal if journal is not None else frozenset[tuple[str, str]]()
         self.tensors = self.all_tensors = self.files = self.all_files = self.bytes = 0
         self.differences: list[TensorDifference] = []
         self.unlike_files: list[str] = []
+        self.tensors_before = 0
         self.planned: set[str] = set()
         """Names of all files that the output has to have."""
 
@@ -169,9 +226,15 @@ class _Comparison:
             if self._sample is not None and each.bytes >= LARGE and not self._sample.has_file(part.name, each.name):
                 self.all_files += 1
                 continue
+            if (part.name, f"/{each.name}") in self._equal:
+                self._note_file(prefix + each.name, same=True)
+                continue
             read = partial(each.folder.read_into, each.file)
-            self._note_file(prefix + each.name, _is_same(folder, each.name, each.bytes, read))
+            same = _is_same(folder, each.name, each.bytes, read)
+            self._note_file(prefix + each.name, same)
             self.bytes += each.bytes
+            if same and each.bytes >= LARGE:
+                self._note_equal(part.name, f"/{each.name}")
 
     def _note_file(self, name: str, same: bool) -> None:
         self.files, self.all_files = self.files + 1, self.all_files + 1
@@ -181,8 +244,19 @@ class _Comparison:
     def _compare_model(self, part: Part, folder: Folder, prefix: str) -> None:
         plan = part.plan
         assert plan is not None
-        there = ComparedOutput(plan, open_checkpoint(folder), other_device=self._other_device)
+        there = ComparedOutput(
+            plan,
+            folder,
+            _stored(folder, plan),
+            other_device=self._other_device,
+            on_equal=partial(self._note_equal, part.name),
+        )
         only: Collection[str] | None = self._sample.weights(part.name) if self._sample is not None else None
+        before = [step for step in plan.steps if (part.name, step.weight.name) in self._equal]
+        if before:
+            self._go_on(before, plan)
+            done = {step.weight.name for step in before}
+            only = [step.weight.name for step in plan.steps if step.weight.name not in done]
         source: Folder = plan.checkpoint.folder
         if only is not None and not isinstance(source, LocalFolder):
             source = _ByRanges(source)
@@ -193,6 +267,18 @@ class _Comparison:
         self.tensors += len(there.compared)
         self.bytes += run.all_bytes
         self.differences += [each.inside(prefix) for each in there.differences]
+
+    def _note_equal(self, folder: str, name: str) -> None:
+        if self._journal is not None:
+            self._journal.note(folder, name)
+
+    def _go_on(self, before: Sequence[Step], plan: Plan) -> None:
+        """Count what an interrupted comparison found equal, and tell of it."""
+        count = sum(len(step.outputs) for step in before)
+        self.tensors_before += count
+        self.tensors += count
+        done = (len(before), len(plan.steps))
+        self._progress(Progress("Comparing", *done, kept=done, unit="weight"))
 
     def _told(self, step: Progress) -> None:
         self._progress(Progress("Comparing", step.done, step.total, step.bytes, step.all_bytes))

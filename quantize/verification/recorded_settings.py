@@ -2,53 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, QzError, Unsupported, UsageError
+from qz.counted import counted
 from qz.formats.file_hash import sha256_of
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.output.recorded.record import RECORD, as_text
+from qz.quantize.command import lora_option
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.settings import Settings
-from qz.quantize.up_to_date import settings_fingerprint
+from qz.quantize.up_to_date import config_fingerprint, settings_fingerprint
 
-NOT_AGAIN = {
-    "loras": "with LoRAs fused into it",
-    "layout": "as a single file",
-    "file": "from one file of a repository",
-    "config": "from a single file",
-}
-"""Settings of outputs that are verified against their hashes only."""
+if TYPE_CHECKING:
+    from qz.formats.checkpoint.adapter_file import AdapterFile
+
+GIVEN = {"importance", "loras", "config"}
+"""Settings whose content the record has a hash of, or whose outcome is part of the output."""
 CHOOSING = ("target_size", "max_loss", "split_groups", "scores")
 """Settings whose outcome the record tells, so that nothing needs to be chosen again."""
 
 
-def recorded_settings(
-    about: Mapping[str, Any], importance: Path | None, device: str, threads: int, *, allow_pickle: bool = False
-) -> Settings:
-    """What a run needs to make the same bytes. ``importance``: the file that was used, whose hash is compared.
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a record names without its content, or does not know, so that the user names it once more."""
 
-    Raises UsageError or MissingInput if that file is needed and is not it, and Unsupported if there is a setting that
-    this qz does not know.
+    importance: Path | None = None
+    loras: tuple[AdapterFile, ...] = ()
+    config: str | None = None
+    """Of a single file's model, instead of the recorded place."""
+    allow_pickle: bool = False
+    device: str = "auto"
+    threads: int = 0
+
+
+def recorded_settings(about: Mapping[str, Any], given: Given) -> Settings:
+    """What a run needs to make the same bytes; the hashes of what is ``given`` are compared with the recorded ones.
+
+    Raises UsageError or MissingInput if something is needed and not given, or is not what was used, and Unsupported if
+    there is a setting that this qz does not know.
     """
     told = about.get("settings")
     if not isinstance(told, dict):
         raise Malformed("record-malformed", f"{RECORD} does not say with which settings the checkpoint was made.")
-    for key, what in NOT_AGAIN.items():
-        if told.get(key):
-            raise Unsupported(
-                f"It was made {what}, which is not computed again for a comparison. Run the command that {RECORD} has "
-                "once more, and compare the hashes of both outputs."
-            )
     if told.get("target_size") is not None or told.get("max_loss") is not None:
         told = _with_the_choice(told, about)
-    used = told.get("importance")
-    if isinstance(used, dict):
-        _require_same(importance, used)
-    elif importance is not None:
-        raise UsageError("--importance names a file, and this checkpoint was made without one. Leave it out.")
+    _require_given(told, given)
     try:
         settings = Settings(
             _method(told["method"]),
@@ -56,24 +59,28 @@ def recorded_settings(
             tuple(told["skips"]),
             default_skips=told["default_skips"],
             max_shard_bytes=told["max_shard_bytes"],
-            device=device,
-            threads=threads,
+            device=given.device,
+            threads=given.threads,
             keep_nonfinite=told["keep_nonfinite"],
             weights_only=told["weights_only"],
             components=tuple(told["components"]) if told["components"] is not None else None,
             component_methods={name: _method(method) for name, method in told["component_methods"].items()},
             scales=told.get("scales", "absmax"),
-            importance=importance,
+            importance=given.importance,
             rounding=told.get("rounding", "nearest"),
+            experts=told.get("experts", False),
             variant=told.get("variant"),
-            allow_pickle=allow_pickle,
+            layout=told.get("layout", "diffusers"),
+            file=told.get("file"),
+            config=given.config or _repository(told.get("config")),
+            loras=given.loras,
+            allow_pickle=given.allow_pickle,
         )
         again = as_text(settings_fingerprint(settings))
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise Malformed("record-malformed", f"The settings in {RECORD} are damaged ({error}).") from None
-    if isinstance(used, dict):  # wherever the file lies now
-        again["importance"] = {**again["importance"], "file": used.get("file")}
-    unlike = sorted(key for key in told.keys() | again.keys() if told.get(key) != again.get(key))
+    keys = (told.keys() | again.keys()) - GIVEN  # which lie elsewhere now, and were compared
+    unlike = sorted(key for key in keys if told.get(key) != again.get(key))
     if unlike:
         raise Unsupported(
             f"It was made with settings that this qz {_version()} does not know or reads otherwise: "
@@ -125,7 +132,25 @@ def _method(told: Mapping[str, Any] | None) -> Method | None:
     return FourBit(told["name"], told["bnb_4bit_use_double_quant"], told["bnb_4bit_compute_dtype"])
 
 
-def _require_same(file: Path | None, used: Mapping[str, Any]) -> None:
+def _repository(told: object) -> str | None:
+    return told if isinstance(told, str) else None
+
+
+def _require_given(told: Mapping[str, Any], given: Given) -> None:
+    """Raise UsageError unless what is given is what was used, by its hashes."""
+    try:
+        _require_importance(told.get("importance"), given.importance)
+        _require_loras(told.get("loras") or [], given.loras)
+        _require_config(told.get("config"), given.config)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Malformed("record-malformed", f"The settings in {RECORD} are damaged ({error}).") from None
+
+
+def _require_importance(used: Mapping[str, Any] | None, file: Path | None) -> None:
+    if used is None:
+        if file is not None:
+            raise UsageError("--importance names a file, and this checkpoint was made without one. Leave it out.")
+        return
     if file is None:
         raise UsageError(
             f"It was made with an importance file, {quoted(str(used.get('file')))}. Name that file with --importance."
@@ -134,5 +159,42 @@ def _require_same(file: Path | None, used: Mapping[str, Any]) -> None:
         digest = sha256_of(file)
     except (OSError, QzError) as error:
         raise MissingInput(f"{file} cannot be read: {error}") from error
-    if digest != used.get("sha256"):
+    if digest != used["sha256"]:
         raise UsageError(f"{file} is not the importance file that was used: its SHA-256 is another one.")
+
+
+def _require_loras(used: Sequence[Mapping[str, Any]], given: Sequence[AdapterFile]) -> None:
+    wanted = " ".join(_option(each) for each in used)
+    if not used and given:
+        raise UsageError("--lora names a LoRA, and this checkpoint was made without one. Leave it out.")
+    if len(used) != len(given):
+        raise UsageError(
+            f"It was made with {counted(len(used), 'LoRA')} fused into it. Name the same, in the same order: {wanted}"
+        )
+    for each, lora in zip(used, given, strict=True):
+        if (lora.sha256, lora.config_sha256) != (each["sha256"], each["config_sha256"]):
+            raise UsageError(
+                f"{lora.where} is not the LoRA that was used: its SHA-256, or that of its config, is another one. It "
+                f"was made with {wanted}"
+            )
+        if lora.scale != each["scale"]:
+            raise UsageError(f"{lora.where} was fused with another scale: {_option(each)}")
+
+
+def _option(lora: Mapping[str, Any]) -> str:
+    """A recorded LoRA as it is named on the command line."""
+    return shlex.join(lora_option(lora["location"], lora["file"], lora["revision"], lora["scale"]))
+
+
+def _require_config(used: object, given: str | None) -> None:
+    """A config in a folder has a recorded hash; that of a repository shows in the output's own config.json."""
+    if not isinstance(used, dict):
+        return
+    if given is None:
+        raise UsageError(
+            f"It was made with the config in a folder, {quoted(str(used.get('folder')))}. Name that folder with "
+            "--config."
+        )
+    found = config_fingerprint(given)
+    if not isinstance(found, dict) or found["sha256"] != used["sha256"]:
+        raise UsageError(f"The config in {given} is not the one that was used: its SHA-256 is another one.")

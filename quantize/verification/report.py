@@ -57,6 +57,7 @@ class Verification:
             "source": {"location": self.source, "revision": self.revision} if self.source is not None else None,
             "sample": self.sample,
             "tensors": {"compared": found.tensors[0], "all": found.tensors[1]} if found else None,
+            "tensors_before": found.tensors_before if found else None,
             "other_files": {"compared": found.files[0], "all": found.files[1]} if found else None,
             "differs": [each.as_json() for each in found.differences] if found else None,
             "files_differ": list(found.unlike_files) if found else None,

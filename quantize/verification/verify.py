@@ -6,18 +6,26 @@ import secrets
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, UsageError
+from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import RECORD, Record, read_record
-from qz.formats.source import OpenedSource, opened
+from qz.formats.source import OpenedSource, local_path, opened
 from qz.progress import OnProgress, ignore
 from qz.quantize.inspection.verification import verify as compare_hashes
 from qz.quantize.verification.report import Verification
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
+    from qz.quantize.settings import Settings
+    from qz.quantize.verification.recorded_settings import Given
+
+
+GPTQ = (
+    "GPTQ's sums are those of PyTorch's BLAS, so on another machine some codes may differ: that cannot be told from "
+    "damage here. Verify on a machine of the kind that made it, or compare with the recorded hashes."
+)
 
 
 def verify_record(output: OpenedSource, progress: OnProgress = ignore) -> Verification:
@@ -32,17 +40,17 @@ def verify_against(
     output: OpenedSource,
     location: str,
     *,
+    given: Given,
     revision: str | None = None,
-    importance: Path | None = None,
-    allow_pickle: bool = False,
+    file: str | None = None,
     sample: float | None = None,
-    device: str = "auto",
-    threads: int = 0,
+    resume: bool = True,
     progress: OnProgress = ignore,
 ) -> Verification:
     """Every tensor and file against what the source at ``location`` becomes; ``sample``: a share of them, 0 to 1.
 
-    ``revision``: of the source, by default the recorded commit where it has the recorded name.
+    ``revision``: of the source, by default the recorded commit where it has the recorded name. ``file``: the one file
+    of it that was read, if that is not as recorded.
     """
     from qz.quantize.verification.recomputation import recompute
     from qz.quantize.verification.recorded_settings import recorded_settings
@@ -51,8 +59,9 @@ def verify_against(
         raise UsageError(f"--sample {sample:%} is not a share of more than 0 % and at most 100 %.")
     begun = time.monotonic()
     record = _record(output.folder)
-    settings = recorded_settings(record.about, importance, device, threads, allow_pickle=allow_pickle)
-    with _source(location, revision, record.about, allow_pickle=allow_pickle) as source:
+    settings = recorded_settings(record.about, given)
+    with _source(location, revision, file, record.about, settings) as source:
+        _require_alike(record.about, source, settings)
         commit = source.folder.identity().get("commit")
         found = recompute(
             output.folder,
@@ -61,9 +70,12 @@ def verify_against(
             settings,
             sample=sample,
             seed=secrets.randbits(32),
+            resume=resume,
             progress=progress,
         )
         notes = (*output.notes, *source.notes, *found.notes, *_other_versions(record.about))
+        if found.differences and settings.rounding == "gptq":
+            notes = (*notes, GPTQ)
     return Verification(
         output.location,
         location,
@@ -88,12 +100,25 @@ def _record(folder: Folder) -> Record:
 
 
 def _source(
-    location: str, revision: str | None, about: Mapping[str, Any], *, allow_pickle: bool
+    location: str, revision: str | None, file: str | None, about: Mapping[str, Any], settings: Settings
 ) -> AbstractContextManager[OpenedSource]:
     told = about.get("source") or {}
     if revision is None and told.get("location") == location:
         revision = told.get("revision")
-    return opened(location, told.get("subfolder"), revision, allow_pickle=allow_pickle)
+    path = local_path(location)
+    if file is None and (path is None or path.is_dir()):
+        file = settings.file
+    return opened(location, told.get("subfolder"), revision, allow_pickle=settings.allow_pickle, file=file)
+
+
+def _require_alike(about: Mapping[str, Any], source: OpenedSource, settings: Settings) -> None:
+    """Raise UsageError for a folder where a single file was read, or the other way round."""
+    name = str((about.get("source") or {}).get("location"))
+    given = source.file or source.folder.named_file
+    if given is None and name.endswith((".safetensors", ".gguf")):
+        raise UsageError(f"It was made from a single file, {quoted(name)}. Name that file, or add --file NAME.")
+    if settings.config is not None and source.file is None:
+        raise UsageError("--config says what a single file is a model of. Name such a file, or leave it out.")
 
 
 def _other_versions(about: Mapping[str, Any]) -> tuple[str, ...]:

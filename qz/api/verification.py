@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,13 @@ def verify(
     against: AnyPath | None = None,
     *,
     revision: str | None = None,
+    file: str | None = None,
+    config: AnyPath | None = None,
+    lora: Sequence[str] = (),
     importance: AnyPath | None = None,
     allow_pickle: bool = False,
     sample: float | None = None,
+    resume: bool = True,
     device: str = "auto",
     threads: int | None = None,
     on_progress: OnProgress = ignore,
@@ -30,26 +35,36 @@ def verify(
     """Compare what qz wrote, a folder or a repository, with the hashes in its record, or with its source.
 
     With ``against``, every tensor is computed once more from that source, at ``revision``, with the recorded settings,
-    and compared; nothing is written. ``sample`` 0.05 takes weights at random until they have 5 % of the bytes.
-    ``importance`` names the file that was used, if one was; ``allow_pickle`` is that of ``quantize``. What differs is
-    part of the value (``intact``), not raised.
+    and compared; nothing is written. ``sample`` 0.05 takes weights at random until they have 5 % of the bytes. What an
+    interrupted comparison found equal is not compared again unless ``resume`` is false.
+    ``importance``, ``lora``, ``config`` and ``file`` name what was used, if it was, and ``allow_pickle`` is that of
+    ``quantize``. What differs is part of the value (``intact``), not raised.
     """
-    from qz.formats.source import opened
+    from qz.formats.source import opened, opened_loras
+    from qz.quantize.verification.recorded_settings import Given
     from qz.quantize.verification.verify import verify_against, verify_record
 
-    if against is None and (sample, importance, revision) != (None, None, None):
-        raise UsageError("--sample, --importance and --revision belong to --against SOURCE.")
+    if against is None and ((sample, importance, revision, file, config) != (None,) * 5 or lora):
+        raise UsageError("--sample, --importance, --lora, --config, --file and --revision belong to --against SOURCE.")
     with opened(str(output)) as found:
         if against is None:
             return verify_record(found, on_progress)
-        return verify_against(
-            found,
-            str(against),
-            revision=revision,
-            importance=Path(importance) if importance is not None else None,
-            allow_pickle=allow_pickle,
-            sample=sample,
-            device=device,
-            threads=threads or 0,
-            progress=on_progress,
-        )
+        with opened_loras(lora) as loras:
+            given = Given(
+                importance=Path(importance) if importance is not None else None,
+                loras=loras,
+                config=str(config) if config is not None else None,
+                allow_pickle=allow_pickle,
+                device=device,
+                threads=threads or 0,
+            )
+            return verify_against(
+                found,
+                str(against),
+                given=given,
+                revision=revision,
+                file=file,
+                sample=sample,
+                resume=resume,
+                progress=on_progress,
+            )
