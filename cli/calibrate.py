@@ -55,7 +55,7 @@ def calibrate(
             hessians=hessians,
             scores=scores,
             resume=resume,
-            method=methods.chosen_method(method, False, "bfloat16", 6.0) if method is not None else None,
+            method=methods.MethodOptions().method(method) if method is not None else None,
             device=device,
             on_progress=display,
         )

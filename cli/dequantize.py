@@ -5,7 +5,6 @@ from __future__ import annotations
 from qz.cli.options import arguments, hub, machine, outputs, reports, selection
 from qz.cli.progress import Display, timed
 from qz.cli.report import present
-from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
 
 def dequantize(
@@ -17,7 +16,7 @@ def dequantize(
     lora: selection.LoraOpt = None,
     output: outputs.OutputOpt = None,
     dtype: outputs.TargetDTypeOpt = "auto",
-    max_shard_size: outputs.MaxShardSizeOpt = DEFAULT_SHARD_BYTES,
+    max_shard_size: outputs.MaxShardSizeOpt = None,
     weights_only: outputs.WeightsOnlyOpt = False,
     if_exists: outputs.IfExistsOpt = "error",
     overwrite: outputs.OverwriteOpt = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from qz.cli.options import arguments, hub, machine, methods, outputs, reports, selection
 from qz.cli.progress import Display, timed
 from qz.cli.report import present
-from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
 
 def quantize(
@@ -15,8 +14,8 @@ def quantize(
     int8: methods.Int8Opt = False,
     method: methods.MethodOpt = None,
     double_quant: methods.DoubleQuantOpt = False,
-    compute_dtype: methods.ComputeDTypeOpt = "bfloat16",
-    threshold: methods.ThresholdOpt = 6.0,
+    compute_dtype: methods.ComputeDTypeOpt = None,
+    threshold: methods.ThresholdOpt = None,
     scales: methods.ScalesOpt = None,
     importance: methods.ImportanceOpt = None,
     rounding: methods.RoundingOpt = "nearest",
@@ -40,7 +39,7 @@ def quantize(
     layout: outputs.LayoutOpt = "diffusers",
     output: outputs.OutputOpt = None,
     dtype: outputs.DTypeOpt = "auto",
-    max_shard_size: outputs.MaxShardSizeOpt = DEFAULT_SHARD_BYTES,
+    max_shard_size: outputs.MaxShardSizeOpt = None,
     weights_only: outputs.WeightsOnlyOpt = False,
     if_exists: outputs.IfExistsOpt = "error",
     overwrite: outputs.OverwriteOpt = False,
@@ -64,12 +63,14 @@ def quantize(
 
     name = methods.method_name(nf4, fp4, int8, method)
     own = selection.parse_component_methods(component)
-    four_bit_too = name == "int8" and any(each in ("nf4", "fp4") for each in own.values())
+    how = methods.MethodOptions(double_quant, compute_dtype, threshold)
+    how.require_method([name or "nf4", *own.values()])
+    asked = name is not None or how != methods.MethodOptions()
     with Display(quiet=quiet) as display:
         summary = api.quantize(
             source,
             output,
-            method=methods.chosen_method(name, double_quant and not four_bit_too, compute_dtype, threshold),
+            method=how.method(name or "nf4") if asked else None,
             file=file,
             config=config,
             layout=layout,
@@ -83,12 +84,7 @@ def quantize(
             variant=variant,
             allow_pickle=allow_pickle,
             components=selection.parse_components(components),
-            component_methods={
-                part: None
-                if each == "none"
-                else methods.chosen_method(each, double_quant and each != "int8", compute_dtype, threshold)
-                for part, each in own.items()
-            },
+            component_methods={part: None if each == "none" else how.method(each) for part, each in own.items()},
             scales=scales,
             importance=importance,
             rounding=rounding,

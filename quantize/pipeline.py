@@ -54,6 +54,8 @@ class PipelinePlan:
     """LoRAs that are fused into any of them."""
     combinations: tuple[Combination, ...] = ()
     """Methods of the components that were chosen from, for a size."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of what was asked for."""
 
     @property
     def folders(self) -> dict[str, Folder]:
@@ -366,6 +368,7 @@ def summarize_pipeline(
         seconds=seconds,
         resumed=resumed,
         notes=(
+            *plan.notes,
             *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
             *(f"{name} holds a model that {INDEX} does not name; it was left out" for name in strays),
         ),
@@ -419,9 +422,12 @@ def _require_skips(pipeline: Pipeline, skips: tuple[str, ...]) -> None:
 
 
 def _require_matches(plans: Mapping[str, Plan], skips: tuple[str, ...]) -> None:
-    """Raise UsageError for a pattern that matches nothing in its component or, without one, in any."""
+    """Raise UsageError for a pattern that matches nothing in its component or, without one, in any; also where the
+    component is not quantized."""
     for skip in skips:
-        component, slash, pattern = skip.rpartition("/")
+        component, slash, pattern = skip.partition("/")
+        if slash and component not in plans:
+            raise UsageError(f"--skip {skip}: {component} is not quantized as it is. Leave this one out.")
         asked = {component: plans[component]} if component in plans else plans if not slash else {}
         if asked and all(pattern in plan.architecture.unmatched_skips for plan in asked.values()):
             names = [name for plan in asked.values() for name in linears(plan)]

@@ -102,7 +102,7 @@ def _options(
     free = choice.name not in settings.component_methods
     methods: list[Method] = [choice.method]
     if free and not isinstance(choice.method, Int8):
-        methods.append(Int8())
+        methods.append(next((own for own in settings.component_methods.values() if isinstance(own, Int8)), Int8()))
     found: list[Option] = []
     for method in methods:
         try:

@@ -23,6 +23,8 @@ from pace import HANG, calibration_loop
 from qz import QzError
 from qz.cli.app import app, explain
 from qz.cli.options.values import parse_size
+from qz.quantize.methods import FourBit, Int8
+from qz.quantize.settings import Settings
 
 GROUP: Any = typer.main.get_command(app)
 ERRORS = {error.__name__: error for error in QzError.__subclasses__()}
@@ -129,10 +131,11 @@ def test_the_contracts_options_are_there(command: str, names: str) -> None:
 
 def test_defaults_are_the_contracts() -> None:
     defaults = {param.name: param.default for param in GROUP.commands["quantize"].params}
-    assert defaults["compute_dtype"] == "bfloat16"
-    assert defaults["threshold"] == 6.0
+    shown = {param.name: param.show_default for param in GROUP.commands["quantize"].params}
+    assert shown["compute_dtype"] == FourBit("nf4").compute_dtype == "bfloat16"
+    assert float(shown["threshold"]) == Int8().threshold == 6.0
+    assert parse_size(shown["max_shard_size"]) == Settings(None).max_shard_bytes == 5_000_000_000
     assert defaults["dtype"] == defaults["device"] == "auto"
-    assert defaults["max_shard_size"] == 5_000_000_000
     assert defaults["resume"] is True
     assert defaults["if_exists"] == "error"
 

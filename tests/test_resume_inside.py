@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from forked import INTERRUPT, Ended, Server
+from pipelines import flux
 from qz.quantize.calibration.statistics import HessianPlace, InputSums, write_hessians, write_statistics
 from reference import tensors_of
 
@@ -42,6 +43,12 @@ Run = Callable[..., Ended]
 
 def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Those below a folder, but for the record, which says when it was made."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def figures(ended: Ended) -> dict[str, Any]:
@@ -235,3 +242,35 @@ def test_what_is_noted_is_stored_before(run: Run, place: Path) -> None:
     for line in lines:
         stored = max(number for number, each in enumerate(operations[:line]) if each == partial)
         assert not any("out.partial/" in each for each in operations[stored + 1 : line] if each.startswith("write"))
+
+
+PIPELINE = ("quantize", "pipeline", "-o", "out", "--threads", "1")
+LATER = re.compile(r"Continuing: (\d+) of \d+ shards are done, and ([\d.]+) kB of the rest\.")
+
+
+def test_a_kill_within_a_shard_of_a_later_component_keeps_the_earlier_ones_and_what_it_had_of_that(
+    run: Run, place: Path
+) -> None:
+    flux(place / "pipeline")
+    undisturbed = run(*PIPELINE, only=STORES)
+    output = place / "out"
+    expected = files(output)
+    shards = [
+        f"rename {place}/out.partial/{name}.safetensors"
+        for name in ("text_encoder_2/model", "transformer/diffusion_pytorch_model")
+    ]
+    first, second = map(undisturbed.operations.index, shards)
+    kept = []
+    for number in (first + (second - first) // 2, second):
+        shutil.rmtree(output)
+        assert run(*PIPELINE, at=number, only=STORES).code == -signal.SIGKILL
+        continued = run(*PIPELINE, only=STORES)
+        assert continued.code == 0
+        found = LATER.search(continued.stderr)
+        assert found, continued.stderr
+        assert found[1] == "1"
+        kept.append(float(found[2]))
+        assert shards[0] not in continued.operations, "the first component is not made again"
+        assert shards[1] in continued.operations
+        assert files(output) == expected
+    assert 0 < kept[0] < kept[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,21 +29,23 @@ DoubleQuantOpt = Annotated[
     bool, PANEL.flag("--double-quant", help="Quantize the scales of 4-bit blocks too: 0.4 bits per parameter less.")
 ]
 ComputeDTypeOpt = Annotated[
-    str,
+    str | None,
     PANEL.option(
         "--compute-dtype",
         metavar="DTYPE",
         parser=parse_compute_dtype,
         autocompletion=complete_dtype,
         help="What 4-bit layers compute in, written to the config: bfloat16, float16 or float32.",
+        show_default="bfloat16",
     ),
 ]
 ThresholdOpt = Annotated[
-    float,
+    float | None,
     PANEL.option(
         "--threshold",
         metavar="NUMBER",
         help="Activations above this magnitude are computed in fp16 by --int8 layers; written to the config.",
+        show_default="6.0",
     ),
 ]
 ScalesOpt = Annotated[
@@ -107,20 +111,36 @@ SplitGroupsOpt = Annotated[
 ]
 
 
-def method_name(nf4: bool, fp4: bool, int8: bool, method: MethodName | None = None) -> MethodName:
-    """The one method asked for, nf4 where none is; UsageError for two."""
+def method_name(nf4: bool, fp4: bool, int8: bool, method: MethodName | None = None) -> MethodName | None:
+    """The one method asked for, if one is; UsageError for two."""
     asked: list[MethodName] = [name for name, on in zip(("nf4", "fp4", "int8"), (nf4, fp4, int8), strict=True) if on]  # type: ignore[misc]
     if len(asked) > 1:
         raise UsageError(f"--{' and --'.join(asked)} exclude each other. Choose one method.")
     if method is not None and asked not in ([], [method]):
         raise UsageError(f"--{asked[0]} and --method {method} exclude each other. Choose one method.")
-    return method or (asked[0] if asked else "nf4")
+    return method or (asked[0] if asked else None)
 
 
-def chosen_method(name: str, double_quant: bool, compute_dtype: str, threshold: float) -> Method:
-    """The method with its settings; UsageError for a setting that the method does not have."""
-    if name == "int8":
-        if double_quant:
+@dataclass(frozen=True, slots=True)
+class MethodOptions:
+    """Settings of methods, each for those that have it; None and False where it was not given."""
+
+    double_quant: bool = False
+    compute_dtype: str | None = None
+    threshold: float | None = None
+
+    def method(self, name: str) -> Method:
+        """The method of that name with its settings."""
+        if name == "int8":
+            return Int8() if self.threshold is None else Int8(self.threshold)
+        return FourBit("fp4" if name == "fp4" else "nf4", self.double_quant, self.compute_dtype or "bfloat16")
+
+    def require_method(self, names: Iterable[str]) -> None:
+        """Raise UsageError for a setting that none of these methods has."""
+        there = set(names)
+        if self.double_quant and not there & {"nf4", "fp4"}:
             raise UsageError("--double-quant belongs to the 4-bit methods; int8 has no block statistics to quantize.")
-        return Int8(threshold)
-    return FourBit("fp4" if name == "fp4" else "nf4", double_quant, compute_dtype)
+        if self.compute_dtype is not None and not there & {"nf4", "fp4"}:
+            raise UsageError("--compute-dtype belongs to the 4-bit methods; int8 has no such setting. Leave it out.")
+        if self.threshold is not None and "int8" not in there:
+            raise UsageError("--threshold belongs to int8. Add --int8 or --component NAME=int8, or leave it out.")

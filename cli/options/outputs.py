@@ -53,7 +53,7 @@ TargetDTypeOpt = Annotated[
     ),
 ]
 MaxShardSizeOpt = Annotated[
-    int,
+    int | None,
     PANEL.option(
         "--max-shard-size",
         metavar="SIZE",

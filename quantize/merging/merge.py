@@ -126,6 +126,13 @@ def merge(
     return replace(done, pushed=send(output, to, progress=progress))
 
 
+def are_parts_on_hub(output: Path, disk: Disk) -> bool:
+    """Whether the parts of ``output`` sent their weights to the Hub; False also where no part can be read."""
+    require_name(output)
+    first = _first_part(in_real_folder(output), disk)
+    return first is not None and first.receipt.uploaded
+
+
 def _made_meanwhile(output: Path, part: FinishedShare | None, disk: Disk) -> Record | None:
     """The record of the output if another merge, at the same time, was faster and has finished."""
     record = _record_in(output)

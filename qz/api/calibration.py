@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
+from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
@@ -45,19 +46,20 @@ def calibrate(
     linear is to being quantized by ``method`` (default: ``Nf4()``), for ``quantize(…, target_size=…)``.
     An interrupted run goes on at the last block that it finished. Raises ``qz.QzError``; then there is no output.
     """
+    asked = Asked.of(calibrate, locals())
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.survey import open_checkpoint
-    from qz.formats.source import opened
+    from qz.formats.source import local_path, opened
     from qz.quantize.calibration.run import CalibrationRequest
     from qz.quantize.calibration.run import calibrate as run
 
-    if method is not None and not scores:
-        raise UsageError("A method is for scores: add --scores, or leave the method out.")
+    asked.require(scores=scores, hub=local_path(str(source)) is None)
     chosen = (method or Nf4()) if scores else None
     own = Path(text) if text is not None else None
     request = CalibrationRequest(Path(output), own, tokens, hessians, device, chosen, generate, resume)
     with opened(str(source), subfolder, revision, allow_pickle=allow_pickle) as found:
+        asked.require(folder=found.file is None)
         if is_pipeline(found.folder):
             raise UsageError(f"{found.folder.location} is a pipeline. Name a text encoder of it with --subfolder.")
         tokenizer = tokenizer_of(found, subfolder)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ParamSpec
 
 from qz import UsageError
 from qz.progress import OnProgress
-from qz.quantize.settings import IfExists
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.adapter_file import AdapterFile
@@ -44,7 +43,7 @@ def once_more_if_lost(convert: Callable[P, Converted]) -> Callable[P, Converted]
     return converted
 
 
-def share_of(part: str | None, *, measured: bool, pushed: bool) -> Share | None:
+def share_of(part: str | None, *, measured: bool) -> Share | None:
     """The part that is asked for, in words or by the environment; None for all."""
     if part is None:
         return None
@@ -52,21 +51,12 @@ def share_of(part: str | None, *, measured: bool, pushed: bool) -> Share | None:
 
     if measured:
         raise UsageError("A part does not see the whole model: measure the loss with `qz compare` after the merge.")
-    if pushed:
-        raise UsageError(
-            "Parts are published when they are merged: leave out --push here, and say `qz merge --push`. Or add "
-            "--push-only, to send each weight file when it is finished and keep none here."
-        )
     return parse_part(part, os.environ)
 
 
 def destination(push: str | None, subfolder: str | None, public: bool | None) -> Destination | None:
     """Where the output is published, if it is."""
     if push is None:
-        if public is not None:
-            raise UsageError("--public and --private say who may see what --push publishes. Add --push REPO_ID.")
-        if subfolder is not None:
-            raise UsageError("--push-subfolder says where --push publishes. Add --push REPO_ID.")
         return None
     from qz.formats.publish.destination import Destination
 
@@ -90,17 +80,9 @@ def possible_destination(
 
 
 def publication_for(
-    to: Destination | None,
-    source: OpenedSource,
-    if_exists: IfExists,
-    on_progress: OnProgress,
-    loras: Sequence[AdapterFile],
+    to: Destination, source: OpenedSource, on_progress: OnProgress, loras: Sequence[AdapterFile]
 ) -> Publication:
     """Where the output goes while it is made."""
-    if to is None:
-        raise UsageError("--push-only keeps no output here, so it needs the repository to publish in: --push REPO_ID.")
-    if if_exists != "error":
-        raise UsageError("--if-exists and --overwrite are about an output here, which --push-only does not make.")
     from qz.formats.publish.publication import Publication
 
     return Publication(to, source_private=is_source_restricted(source, loras), progress=on_progress)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qz import UsageError
 from qz.api.conversions import once_more_if_lost, possible_destination, publication_for, published, share_of
+from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
@@ -33,7 +34,7 @@ def dequantize(
     variant: str | None = None,
     allow_pickle: bool = False,
     against: AnyPath | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     weights_only: bool = False,
     if_exists: IfExists = "error",
     resume: bool = True,
@@ -55,10 +56,11 @@ def dequantize(
     LoRAs to fuse into the dequantized weights. The other arguments are those of ``quantize``. Raises ``qz.QzError`` as
     ``quantize`` does.
     """
+    asked = Asked.of(dequantize, locals())
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
     from qz.formats.output.storage.disk import Disk
-    from qz.formats.source import opened, opened_loras
+    from qz.formats.source import local_path, opened, opened_loras
     from qz.quantize.conversion import Conversion
 
     if lora and against is not None:
@@ -66,21 +68,25 @@ def dequantize(
     settings = Settings(
         None,
         dtype,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=DEFAULT_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes,
         device=device,
         threads=threads or 0,
         weights_only=weights_only,
         variant=variant,
         allow_pickle=allow_pickle,
     )
-    share = share_of(part, measured=against is not None, pushed=push is not None and not push_only)
+    share = share_of(part, measured=against is not None)
+    asked.require(hub=local_path(str(source)) is None)
+    asked.require(push=push is not None, published=part is None or push_only, output_here=not push_only)
     with (
         opened_loras(lora) as loras,
         opened(str(source), subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
     ):
         settings = replace(settings, loras=loras)
+        pipeline = is_pipeline(found.folder)
+        asked.require(folder=found.file is None, model=not pipeline)
         to = possible_destination(push, push_subfolder, public, found, loras)
-        publication = publication_for(to, found, if_exists, on_progress, loras) if push_only else None
+        publication = publication_for(to, found, on_progress, loras) if to and push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
@@ -94,9 +100,7 @@ def dequantize(
             publication=publication,
             share=share,
         )
-        if is_pipeline(found.folder):
-            if against is not None:
-                raise UsageError("--against compares one model. Name a component with --subfolder, or leave it out.")
+        if pipeline:
             from qz.quantize.pipeline import plan_way_back
 
             return published(conversion.pipeline(plan_way_back), conversion, to)

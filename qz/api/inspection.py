@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from qz import UsageError
+from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
@@ -38,6 +39,7 @@ def inspect(
     recorded. ``consumers`` names programs (``vllm``, ``sglang`` …, see ``qz inspect --for``) to judge it for. Problems
     are part of the value (``problems``, ``errors``, ``consumers``), not raised.
     """
+    asked = Asked.of(inspect, locals())
     from qz.formats.source import local_path
     from qz.quantize.consumers.registry import CONSUMERS
     from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
@@ -47,9 +49,9 @@ def inspect(
         raise UsageError(f"--for {unknown[0]} is none of {', '.join(CONSUMERS)}.")
     location = str(source)
     path = local_path(location)
+    asked.require(hub=path is None)
     if path is not None and path.exists() and not path.is_dir() and path.suffix.lower() != ".gguf":
-        if subfolder is not None or verify:
-            raise UsageError(f"{location} is a file: --subfolder and --verify need the folder that it lies in.")
+        asked.require(folder=False)
         from qz.formats.folder import LocalFolder
 
         path = path.resolve()  # the user named it: a link is followed

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.api.conversions import destination
+from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
@@ -61,9 +62,13 @@ def merge(
     and no output is here. Nothing is left of the parts. A merge that was interrupted goes on, and one that is repeated
     has nothing to do. Raises ``qz.QzError``; then the output is as it was, and the parts are kept.
     """
+    asked = Asked.of(merge, locals())
     on_progress(Progress("Reading headers"))
     from qz.formats.output.storage.disk import Disk
+    from qz.quantize.merging.merge import are_parts_on_hub
     from qz.quantize.merging.merge import merge as run
 
+    asked.require(push=push is not None)
     to, disk = destination(push, push_subfolder, public), Disk(durable=fsync)
+    asked.require(parts_here=not are_parts_on_hub(Path(output), disk))
     return run(Path(output), overwrite=overwrite, to=to, disk=disk, threads=threads or 0, progress=on_progress)

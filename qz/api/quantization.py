@@ -8,16 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz import UsageError
 from qz.api.conversions import once_more_if_lost, possible_destination, publication_for, published, share_of
+from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, Progress, ignore
-from qz.quantize.methods import Method, Nf4
+from qz.quantize.methods import FourBit, Method, Nf4
 from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Layout, Rounding, Scales, Settings
 
 if TYPE_CHECKING:
     from qz.api.conversions import Converted
+    from qz.formats.checkpoint.pipeline import Pipeline
+    from qz.quantize.pipeline import PipelinePlan
 
 
 @settings_given_back()
@@ -49,7 +51,7 @@ def quantize(
     scores: AnyPath | None = None,
     split_groups: bool = False,
     keep_nonfinite: bool = False,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     weights_only: bool = False,
     if_exists: IfExists = "error",
     resume: bool = True,
@@ -87,20 +89,21 @@ def quantize(
     Raises ``qz.QzError``: UsageError, MissingInput, MalformedInput, Unsupported, OutputRefused, HubUnreachable,
     PermissionRefused, TryAgain or IOFailed. Whatever is raised, the output is absent or complete.
     """
+    asked = Asked.of(quantize, locals() | ({"scales": None} if scales == "absmax" else {}))
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
     from qz.formats.output.storage.disk import Disk
-    from qz.formats.source import default_output, opened, opened_loras
+    from qz.formats.source import default_output, local_path, opened, opened_loras
     from qz.quantize.conversion import Conversion
 
-    method = method or Nf4()
+    name = (method or Nf4()).name
     settings = Settings(
-        method,
+        method or Nf4(),
         dtype,
         tuple(skip),
         default_skips=default_skips,
         experts=experts,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=DEFAULT_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes,
         device=device,
         threads=threads or 0,
         keep_nonfinite=keep_nonfinite,
@@ -121,20 +124,22 @@ def quantize(
         allow_pickle=allow_pickle,
     )
     location = str(source)
-    share = share_of(part, measured=measure_loss, pushed=push is not None and not push_only)
+    share = share_of(part, measured=measure_loss)
+    asked.require(hub=local_path(location) is None, shards=layout != "single-file")
+    asked.require(push=push is not None, published=part is None or push_only, output_here=not push_only)
     with (
         opened_loras(lora) as loras,
         opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle, file=file) as found,
     ):
         settings = replace(settings, loras=loras)
-        if config is not None and found.file is None:
-            raise UsageError("--config says what a single file is a model of. Name such a file, or leave it out.")
+        pipeline = is_pipeline(found.folder)
+        asked.require(one_file=found.file is not None, folder=found.file is None, pipeline=pipeline, model=not pipeline)
         to = possible_destination(push, push_subfolder, public, found, loras)
-        publication = publication_for(to, found, if_exists, on_progress, loras) if push_only else None
+        publication = publication_for(to, found, on_progress, loras) if to and push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
-            output=Path(output) if output is not None else default_output(location, subfolder, method.name),
+            output=Path(output) if output is not None else default_output(location, subfolder, name),
             if_exists=if_exists,
             resume=resume,
             disk=Disk(durable=fsync),
@@ -144,28 +149,19 @@ def quantize(
             publication=publication,
             share=share,
         )
-        if layout == "single-file" and found.file is None:
-            raise UsageError(
-                "--layout single-file writes the names of the file that is read: name one original .safetensors file."
-            )
-        if is_pipeline(found.folder):
-            if experts:
-                raise UsageError(
-                    f"--experts is for one model, and {found.folder.location} is a pipeline. Name a component with "
-                    "--subfolder."
-                )
-            if measure_loss:
-                raise UsageError(
-                    f"--report measures one model, and {found.folder.location} is a pipeline. Name a component with "
-                    "--subfolder, or leave it out."
-                )
+        if pipeline:
             from qz.quantize.pipeline import plan_pipeline
 
-            return published(conversion.pipeline(plan_pipeline), conversion, to)
-        if components is not None or component_methods:
-            raise UsageError(
-                f"{found.folder.location} is one model, not a pipeline: leave out --components and --component."
-            )
+            def plan_asked(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
+                plan = plan_pipeline(pipeline, settings)
+                methods = {choice.method for choice in plan.choices}
+                asked.require(four_bit=any(isinstance(each, FourBit) for each in methods))
+                if method is None or method in methods or target_size is not None:  # a size chooses methods
+                    return plan
+                unused = f"no component took {method.name}: each has a method of its own, or stays as it is"
+                return replace(plan, notes=(*plan.notes, unused))
+
+            return published(conversion.pipeline(plan_asked), conversion, to)
         from qz.quantize.convert import plan_quantization
         from qz.quantize.streaming.measure import WhileQuantizing
 

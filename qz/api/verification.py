@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz import UsageError
+from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
 from qz.progress import OnProgress, ignore
@@ -40,12 +41,14 @@ def verify(
     ``importance``, ``lora``, ``config`` and ``file`` name what was used, if it was, and ``allow_pickle`` is that of
     ``quantize``. What differs is part of the value (``intact``), not raised.
     """
-    from qz.formats.source import opened, opened_loras
+    asked = Asked.of(verify, locals())
+    from qz.formats.source import local_path, opened, opened_loras
     from qz.quantize.verification.recorded_settings import Given
     from qz.quantize.verification.verify import verify_against, verify_record
 
-    if against is None and ((sample, importance, revision, file, config) != (None,) * 5 or lora):
-        raise UsageError("--sample, --importance, --lora, --config, --file and --revision belong to --against SOURCE.")
+    asked.require(against=against is not None)
+    if against is not None:
+        replace(asked, source=str(against)).require(hub=local_path(str(against)) is None)
     with opened(str(output)) as found:
         if against is None:
             return verify_record(found, on_progress)
