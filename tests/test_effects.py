@@ -160,7 +160,10 @@ NOT_TRIED = {
 
 def test_every_need_is_tried_above() -> None:
     names = {"max_shard_bytes": "max_shard_size", "component_methods": "component", "measure_loss": "report"}
-    tried = {(command.split()[0], named.strip("-").replace("-", "_").removeprefix("no_")) for command, named in WITHOUT_EFFECT.values()}
+    tried = {
+        (command.split()[0], named.strip("-").replace("-", "_").removeprefix("no_"))
+        for command, named in WITHOUT_EFFECT.values()
+    }
     needed = {(command, need.argument) for need in NEEDS for command in need.commands.split()}
     missing = {name for command, name in needed if (command, names.get(name, name)) not in tried}
     assert missing <= NOT_TRIED
