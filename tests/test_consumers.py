@@ -88,6 +88,23 @@ def test_a_skip_that_splits_a_fused_group_is_told_when_quantizing_and_after(
     assert list(warnings(whole)) == []
 
 
+def test_vllm_fuses_groups_of_its_own(tmp_path: Path, judged: Judged) -> None:
+    """Multi-head latent attention, as in DeepSeek V2 and V3."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, first_k_dense_replace=1,
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=16,
+    )  # fmt: skip
+    transformers.DeepseekV3ForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+    summary = quantized(tmp_path / "source", tmp_path / "split", "nf4", skips=("q_a_proj",))
+    [line] = [line for line in summary.warnings if line.startswith("vLLM")]
+    assert "fused_qkv_a_proj" in line
+    assert "Skip kv_a_proj_with_mqa too" in line
+    told = judged(tmp_path / "split", "vllm", "sglang")
+    assert rules(told["vllm"], "warning") == ["split-group"]
+    assert "split-group" not in rules(told["sglang"])
+
+
 def test_what_a_pattern_skips_is_listed_so_that_those_without_patterns_see_it(
     tiny_llama: Path, tmp_path: Path, judged: Judged
 ) -> None:

@@ -79,9 +79,8 @@ def _step(plan: Plan, by_name: Mapping[str, Step], name: str) -> Step | None:
             "fused, both would change. Untie the model (tie_word_embeddings: false, with both weights saved), or leave "
             "that layer out of the LoRA."
         )
-    # CLIP's text encoder has lost a prefix in transformers 5, which LoRAs still have.
-    names = (name, name.removeprefix("text_model."), f"text_model.{name}")
-    step = next((by_name[each] for each in names if each in by_name), None)
+    # As diffusers' _load_lora_into_text_encoder: transformers 5 took this prefix of CLIP's away, LoRAs still have it.
+    step = by_name.get(name) or by_name.get(name.removeprefix("text_model."))
     if step is not None and (step.weight.conversion is not None or len(step.sources) != 1):
         raise Unsupported(
             f"The LoRA changes {quoted(name)}, which {plan.checkpoint.library} computes from several tensors of "

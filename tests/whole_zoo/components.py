@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -79,15 +79,15 @@ def _made(name: str, kind: Any, folder: Path, is_xl: bool) -> Any:
     if not isinstance(kind, type):
         raise NotBuilt(f"no component is made of {kind}")
     if is_xl and kind in (diffusers.UNet2DConditionModel, diffusers.ControlNetModel):
-        return _model(lambda: kind(**diffusers_cases.ARGUMENTS[kind.__name__] | _OF_XL))
+        return _model(kind(**diffusers_cases.ARGUMENTS[kind.__name__] | _OF_XL))
     if issubclass(kind, diffusers.ModelMixin):
-        return _model(diffusers_cases.builder(kind.__module__, kind.__name__, any_layer=True))
+        return _model(next(diffusers_cases.small_models(kind.__module__, kind.__name__, any_layer=True)))
     if issubclass(kind, transformers.PreTrainedModel):
         if kind.__name__.endswith("PreTrainedModel"):  # any model of a family is meant, or any model at all
             kind = getattr(transformers, kind.__name__.replace("PreTrainedModel", "Model"), None)
         if kind is None or kind.__name__ == "Model":
             raise NotBuilt("any model is meant")
-        return _model(transformers_cases.builder(_model_type(kind), kind.__name__, kind))
+        return _model(next(transformers_cases.small_models(_model_type(kind), kind.__name__, kind)))
     if issubclass(kind, transformers.PreTrainedTokenizerBase) or kind is transformers.AutoTokenizer:
         return _tokenizer(transformers.Qwen2Tokenizer if kind is transformers.AutoTokenizer else kind, folder / name)
     if issubclass(kind, transformers.ProcessorMixin):
@@ -101,8 +101,8 @@ def _model_type(model_class: Any) -> str:
     return str(model_class.config_class.model_type)
 
 
-def _model(build: Callable[[], Any]) -> Any:
-    return build().bfloat16().eval()
+def _model(model: Any) -> Any:
+    return model.bfloat16().eval()
 
 
 def _tokenizer(kind: Any, folder: Path) -> Any:

@@ -6,7 +6,8 @@ import inspect
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def cases() -> Iterator[Case]:
     """Every class that subclasses ``ModelMixin`` by its source, in an order that is the same on every day."""
     found = {name: module for module, name in _definitions()}
     for name in sorted(found, key=lambda name: zlib.crc32(name.encode())):
-        yield Case("diffusers", name, name, model_rows(builder(found[name], name)))
+        yield Case("diffusers", name, name, model_rows(partial(small_models, found[name], name)))
 
 
 def _definitions() -> Iterator[tuple[str, str]]:
@@ -52,32 +53,30 @@ def _definitions() -> Iterator[tuple[str, str]]:
                     yield ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts)), match[1]
 
 
-def builder(module: str, name: str, *, any_layer: bool = False) -> Callable[[], Any]:
-    """A function that makes the small model; it raises NotBuilt for one without a linear unless ``any_layer``."""
-
-    def build() -> Any:
+def small_models(module: str, name: str, *, any_layer: bool = False) -> Iterator[Any]:
+    """Small models of a class; raises NotBuilt if there is none, and for one without a linear unless ``any_layer``."""
+    try:
+        model_class = getattr(import_module(module), name)
+    except ImportError as error:
+        raise NotBuilt(f"needs a package that is not installed: {error}") from None
+    last, built = "", False
+    for arguments in [ARGUMENTS[name]] if name in ARGUMENTS else _small(model_class):
         try:
-            model_class = getattr(import_module(module), name)
-        except ImportError as error:
-            raise NotBuilt(f"needs a package that is not installed: {error}") from None
-        last = "no small arguments found"
-        for arguments in [ARGUMENTS[name]] if name in ARGUMENTS else _small(model_class):
-            try:
-                with torch.device("meta"):
-                    model = model_class(**arguments)
-            except Exception as error:  # a class may raise anything for arguments that do not fit each other
-                last = f"no small arguments found: {type(error).__name__}: {str(error).strip()[:80]}"
-                continue
-            count = sum(parameter.numel() for parameter in model.parameters())
-            if count > MOST_PARAMETERS:
-                last = f"no small arguments found: {count:,} parameters"
-            elif not any_layer and not any(isinstance(each, torch.nn.Linear) for each in model.modules()):
-                raise NotBuilt("no linear layer")
-            else:
-                return model_class(**arguments)
-        raise NotBuilt(last)
-
-    return build
+            with torch.device("meta"):
+                model = model_class(**arguments)
+        except Exception as error:  # a class may raise anything for arguments that do not fit each other
+            last = f"{type(error).__name__}: {str(error).strip()[:80]}"
+            continue
+        count = sum(parameter.numel() for parameter in model.parameters())
+        if count > MOST_PARAMETERS:
+            last = f"{count:,} parameters"
+            continue
+        if not any_layer and not any(isinstance(each, torch.nn.Linear) for each in model.modules()):
+            raise NotBuilt("no linear layer")
+        built = True
+        yield model_class(**arguments)
+    if not built:
+        raise NotBuilt(f"no small arguments found: {last}")
 
 
 def _small(model_class: Any) -> Iterator[dict[str, Any]]:

@@ -51,6 +51,26 @@ class Diffusers:
         return diffusers_model(self._class, folder, None, torch.bfloat16), {}
 
 
+def without_limits_of_cpus() -> None:
+    """Let the libraries' quantized models run on any CPU: bitsandbytes' packed AVX-512 kernel takes some shapes only,
+    its int8 linears take three axes at most, and diffusers asks for a GPU before it loads. Nothing else is taken out.
+    """
+    import bitsandbytes
+    from bitsandbytes.nn import modules
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    modules.has_avx512bf16 = lambda: False
+    of_axes = bitsandbytes.nn.Linear8bitLt.forward
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return of_axes(self, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    bitsandbytes.nn.Linear8bitLt.forward = forward
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        quantizer.validate_environment = lambda *_, **__: None
+        quantizer.update_device_map = lambda _, device_map: device_map or {"": "cpu"}
+
+
 class Library(Protocol):
     """One of the two."""
 

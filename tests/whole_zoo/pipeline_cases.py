@@ -44,7 +44,6 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
 
     seed(case.architecture)
     pipeline_class = getattr(diffusers, case.architecture)
-    _without_gpu_checks()
     source = folder / "source"
     try:
         if type(pipeline_class).__name__ == "DummyObject":
@@ -74,15 +73,6 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
         row.ran = row.ran or reason
         shutil.rmtree(folder / method, ignore_errors=True)
         yield row
-
-
-def _without_gpu_checks() -> None:
-    """Let diffusers load quantized components on a CPU: its two checks for a GPU, and nothing else, are taken out."""
-    from diffusers.quantizers.bitsandbytes import bnb_quantizer
-
-    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
-        quantizer.validate_environment = lambda *_, **__: None
-        quantizer.update_device_map = lambda _, device_map: device_map or {"": "cpu"}
 
 
 def _compare(

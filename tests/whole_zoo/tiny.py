@@ -6,6 +6,8 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 _LAYERS = re.compile(r"(?:.*(?:num|n)_(?:\w+_)?layers?|(?:\w+_)?(?:layers|depth|blocks))")
@@ -55,8 +57,6 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    "qwen2_vl": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
-    "qwen2_5_vl": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -206,8 +206,10 @@ def _fitting(config: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         found |= {"mamba_n_heads": 8, "mamba_d_head": int(new.get("mamba_expand") or 2) * width // 8}
     if {"expand", "num_heads", "head_dim", "state_size"} <= new.keys():
         found |= {"head_dim": 16, "num_heads": int(new["expand"]) * width // 16}
-    if new.get("num_key_value_heads", 0) is None and type(heads) is int:
+    if type(heads) is int and config.get("num_key_value_heads", 0) in (None, had_heads):
         found["num_key_value_heads"] = heads
+    if {"qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= new.keys():
+        found["qk_head_dim"] = new["qk_nope_head_dim"] + new["qk_rope_head_dim"]
     half = (head or (width // heads if type(heads) is int and heads else 0)) // 2
     if isinstance(new.get("rope_parameters"), dict) and half:
         found["rope_parameters"] = _sections(new["rope_parameters"], half)
@@ -248,6 +250,8 @@ def tiny_configs(model_type: str) -> Iterator[Any]:
         whole = {}
     for key in ("transformers_version", "architectures", "dtype"):
         whole.pop(key, None)
+    if "mrope_section" in _code(config_class):
+        _put_sections(whole)
     tries: list[tuple[Rule, int, int]] = [(_narrow, 2, 32), (_narrow, 2, 64)]
     tries += [(_divided(by), 2, 64) for by in (16, 8, 4)]
     tries += [(_narrow, 4, 224), (_shallow, 1, 224), (_shallow, 2, 224)]
@@ -259,6 +263,21 @@ def tiny_configs(model_type: str) -> Iterator[Any]:
             yield config_class.from_dict(json.loads(json.dumps(small)))
         except Exception as error:  # whatever a class says against such numbers
             yield error
+
+
+def _code(config_class: Any) -> str:
+    """The source of the models of a config."""
+    spec = find_spec(config_class.__module__.replace("configuration_", "modeling_"))
+    return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
+
+
+def _put_sections(config: dict[str, Any]) -> None:
+    """Write down the sections of rotary embeddings that the code has a default for, which fits large heads only."""
+    for value in list(config.values()):
+        if isinstance(value, dict):
+            _put_sections(value)
+    if isinstance(config.get("rope_parameters"), dict):
+        config["rope_parameters"].setdefault("mrope_section", [1, 1, 1])
 
 
 def _put(config: dict[str, Any], path: str, value: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,34 +25,45 @@ def cases() -> Iterator[Case]:
         names = auto_class_names(model_type)
         first = [name for name in names if "For" in name or "LMHead" in name][:1]
         for name in dict.fromkeys([*first, *names[-1:]][:HEADS]):
-            yield Case("transformers", model_type, name, model_rows(builder(model_type, name)))
+            yield Case("transformers", model_type, name, model_rows(partial(small_models, model_type, name)))
 
 
-def builder(model_type: str, name: str, found: Any = None) -> Callable[[], Any]:
-    """A function that makes the small model; ``found`` is the class, where transformers has it under no such name."""
+def small_models(model_type: str, name: str, found: Any = None) -> Iterator[Any]:
+    """Small models of a class, the smallest first; ``found`` is the class, where transformers has it under no such
+    name. Raises NotBuilt if there is none.
+    """
+    import transformers
 
-    def build() -> Any:
-        import transformers
+    model_class: Any = found or getattr(transformers, name, None)
+    if model_class is None:
+        raise NotBuilt(f"transformers {transformers.__version__} names the class, and does not have it")
+    if type(model_class).__name__ == "DummyObject":
+        raise NotBuilt("needs a package that is not installed")
+    reasons: list[Exception] = []
+    built = False
+    for config in tiny_configs(model_type):
+        if isinstance(config, Exception):
+            reasons.append(config)
+            continue
+        try:
+            if model_class.config_class in config.sub_configs.values():  # as the Auto classes do
+                config = config.get_text_config(decoder=True)
+            with torch.device("meta"), no_init_weights():
+                count = sum(parameter.numel() for parameter in model_class(config).parameters())
+            if count > MOST_PARAMETERS:
+                raise NotBuilt(f"{count:,} parameters")
+            model = model_class(config)
+        except Exception as error:  # a class may raise anything for a config that it does not like
+            reasons.append(error)
+            continue
+        built = True
+        yield model
+    if not built:
+        raise NotBuilt(f"no small config found: {told(reasons)}")
 
-        model_class: Any = found or getattr(transformers, name, None)
-        if model_class is None or type(model_class).__name__ == "DummyObject":
-            raise NotBuilt("needs a package that is not installed")
-        reasons = []
-        for config in tiny_configs(model_type):
-            if isinstance(config, Exception):
-                reasons.append(config)
-                continue
-            try:
-                if model_class.config_class in config.sub_configs.values():  # as the Auto classes do
-                    config = config.get_text_config(decoder=True)
-                with torch.device("meta"), no_init_weights():
-                    count = sum(parameter.numel() for parameter in model_class(config).parameters())
-                if count > MOST_PARAMETERS:
-                    raise NotBuilt(f"{count:,} parameters")
-                return model_class(config)
-            except Exception as error:  # a class may raise anything for a config that it does not like
-                reasons.append(error)
-        told = dict.fromkeys(f"{type(error).__name__}: {error}" for error in reasons)
-        raise NotBuilt(f"no small config found: {'; '.join(text[:120] for text in told)}")
 
-    return build
+def told(reasons: list[Exception]) -> str:
+    """What went wrong, each thing once; what is not installed is reason enough."""
+    missing = [error for error in reasons if isinstance(error, ImportError)]
+    texts = dict.fromkeys(f"{type(error).__name__}: {str(error).strip()}" for error in missing[:1] or reasons)
+    return "; ".join(" ".join(text.split())[:120] for text in texts)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from whole_zoo.case import STAGE, Case, Row
+from whole_zoo.oracles import without_limits_of_cpus
 
 CPU_LIMIT, LIMIT = 150, 600
 """Seconds of CPU time and of wall-clock time for one case."""
@@ -61,6 +62,7 @@ def _fork(case: Case, folder: Path) -> int:
         output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        without_limits_of_cpus()
         with (folder / ROWS).open("w", encoding="utf-8") as file:
             for row in case.rows(folder):
                 file.write(json.dumps(asdict(row)) + "\n")

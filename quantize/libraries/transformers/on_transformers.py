@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from qz.quantize.libraries.architecture import (
 )
 from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of, model_class_of
 from qz.quantize.libraries.transformers.experts import find_experts, quantize_experts
+from qz.quantize.libraries.transformers.footprint import footprint, kept_as_stored
 from qz.quantize.libraries.transformers.internals import (
     Conv1D,
     holds_experts,
@@ -115,13 +116,14 @@ def examine(
     used = {source for origin in origins.values() for source in origin.sources}
     parameters = dict(model.named_parameters())
     documents = _documents(model, quantized, request, selection.skips)
-    loaded = model
+    loaded, uncast = model, 0
     if request.method is not None and _name(model.config.dtype) != load_dtype:
         # The config gets the dtype of the first unquantized parameter; where a class keeps that in float32, the output
         # is loaded otherwise than the model was that it is made from.
         written = replace(checkpoint, config=json.loads(documents["config.json"]))
         as_written = ModelClass(type(model), type(model.config))
         loaded, _, _ = _load(written, as_written, tensors, replace(request, dtype="auto"))
+        uncast = kept_as_stored(loaded, saved, request)
     return Architecture(
         class_name=class_name,
         saved=saved,
@@ -136,7 +138,7 @@ def examine(
         ),
         footprint=Footprint(
             model.get_memory_footprint(),
-            _footprint(loaded, [*(weight.name for weight in quantized.values()), *packed_experts], request),
+            footprint(loaded, [*(weight.name for weight in quantized.values()), *packed_experts], request) + uncast,
         ),
         dtype=load_dtype,
         documents=documents,
@@ -150,15 +152,6 @@ def examine(
             lambda skip, path: not should_convert_module(path, [skip]),
         ),
     )
-
-
-def _footprint(model: Model, quantized: Iterable[str], request: LoadRequest) -> int:
-    """``get_memory_footprint()`` of the model when the parameters of these names are quantized."""
-    nbytes = int(model.get_memory_footprint())
-    if request.method is None:
-        return nbytes
-    weights = (model.get_parameter(name) for name in quantized)
-    return int(nbytes + sum(request.method.footprint(weight.numel()) - weight.nbytes for weight in weights))
 
 
 def _name(dtype: torch.dtype) -> str:
