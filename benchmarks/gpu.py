@@ -228,7 +228,7 @@ def lap(name):
 from pathlib import Path
 from qz.quantize.compute import devices
 from qz.quantize.libraries.importing import lean_imports; lap("import qz's first parts")
-devices.wake("auto")
+devices.prewarm_cuda("auto")
 import torch; lap("import torch")
 lean_imports.allow()
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization

@@ -13,12 +13,12 @@ import importlib
 import os
 import threading
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from qz.quantize.compute.once import once
 from qz.quantize.compute.tables import QUANT_MAPS, nested_quant_map
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ _fallen_back: list[str] = []
 """Why numba does not compute, once that is known."""
 
 
-@cache
+@once
 def backend() -> ModuleType:
     """The module that computes: numba's if that works here, unless ``QZ_KERNELS`` is ``torch``; the same bytes.
 

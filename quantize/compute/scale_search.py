@@ -16,13 +16,13 @@ processor finds the same bits.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qz.quantize.compute import tables
+from qz.quantize.compute.once import once
 
 FACTORS: Final = {"nf4": (0.93, 1.0, 1.07), "fp4": (0.86, 0.93, 1.0, 1.07, 1.14)}
 """Of absmax, without importance: more of them lower the error by 0.3 % at most."""
@@ -41,14 +41,14 @@ LEAST_GAIN: Final = float(np.float32(1 - 2**-16))
 """The new error must be below the old one times this, which is more than rounding can feign."""
 
 
-@cache
+@once
 def inverse_candidates(quant_type: str) -> tuple[float, ...]:
     """With importance, what y is multiplied by for each candidate, as float32 values: 1 / factor, -1 / factor, …"""
     inverses = np.float32(1) / np.array(WEIGHTED_FACTORS, np.float32)
     return tuple(float(inverse * np.float32(sign)) for inverse in inverses for sign in SIGNS[quant_type])
 
 
-@cache
+@once
 def coarse_candidates(quant_type: str) -> tuple[tuple[NDArray[np.int16], NDArray[np.int16]], ...]:
     """For each candidate without importance, by ascending y on the grid: int16[15] bounds and int16[16] levels.
 

@@ -5,11 +5,12 @@ Every table equals bitsandbytes 0.50.2 to the last bit; ``tests/test_kernels.py`
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from qz.quantize.compute.once import once
 
 QUANT_MAPS: Final[dict[str, npt.NDArray[np.float32]]] = {
     # functional.get_4bit_type: quantiles of N(0, 1), see QLoRA (arXiv 2305.14314).
@@ -43,7 +44,7 @@ def bounds(quant_type: str) -> npt.NDArray[np.float32]:
     return midpoints
 
 
-@cache
+@once
 def nested_quant_map() -> npt.NDArray[np.float32]:
     """The signed dynamic 8-bit map that double quantization uses for absmax, float32[256], ascending.
 
@@ -65,7 +66,7 @@ def nested_quant_map() -> npt.NDArray[np.float32]:
     return table
 
 
-@cache
+@once
 def nested_codes() -> npt.NDArray[np.uint8]:
     """Code of each of the 65,536 steps in [-1, 1] that bitsandbytes' 8-bit CPU quantization knows (cpu_ops.cpp)."""
     table = nested_quant_map()
@@ -88,13 +89,13 @@ def infinity_bits(dtype: str) -> int:
     return 0x7F80 if dtype == "BF16" else 0x7C00
 
 
-@cache
+@once
 def magnitudes(dtype: str) -> npt.NDArray[np.float32]:
     """The float32 value of every non-negative "BF16" or "F16", by its bits, float32[32768]."""
     return widen(np.arange(32768, dtype=np.uint16), dtype)
 
 
-@cache
+@once
 def cut_points(quant_type: str, dtype: str) -> npt.NDArray[np.int16]:
     """For every absmax of a 16-bit dtype, the largest inputs that stay below each bound: int16[32768, 16], 1 MB.
 

@@ -90,12 +90,12 @@ def publication_for(
 
 def published(done: Converted, conversion: Conversion, to: Destination | None) -> Converted:
     """The report of a conversion, with what is to be told of its source, and of the push, if one was asked for."""
-    from qz.formats.publish.push import push as send
-
     source = conversion.source
     done = replace(done, notes=(*done.notes, *source.notes))
     if to is None or conversion.dry_run or conversion.publication is not None:
         return done
+    from qz.formats.publish.push import push as send
+
     private = is_source_restricted(source, conversion.settings.loras)
     pushed = send(Path(done.output), to, source_private=private, progress=conversion.on_progress)
     return replace(done, pushed=pushed)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,6 +14,8 @@ import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic as _intrinsic
+
+from qz.quantize.compute.once import once
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -80,7 +82,7 @@ def has_place_for_cache(modules: Path) -> bool:
     return bool(os.environ.get("NUMBA_CACHE_DIR")) or os.path.isabs(home) or os.access(modules, os.W_OK)
 
 
-@cache
+@once
 def sources_digest() -> str:
     """Of the modules that kernels are made of: of loops, generators of LLVM, and tables."""
     here = Path(__file__).parent
