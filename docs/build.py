@@ -68,12 +68,12 @@ def options_table(command: Any, params: list[Any] | None = None) -> str:
 
 def default(param: Any) -> str:
     """The default as the help shows it, or nothing."""
+    if isinstance(param.show_default, str):
+        return f"`{param.show_default}`"
     if param.show_default is False or param.default in (None, False) or param.required:
         if param.secondary_opts and param.default is False:
             return f"`{param.secondary_opts[0]}`"
         return "required" if param.required else ""
-    if isinstance(param.show_default, str):
-        return f"`{param.show_default}`"
     return f"`{param.opts[0]}`" if param.default is True else f"`{param.default}`"
 
 

@@ -134,7 +134,7 @@ def test_defaults_are_the_contracts() -> None:
     shown = {param.name: param.show_default for param in GROUP.commands["quantize"].params}
     assert shown["compute_dtype"] == FourBit("nf4").compute_dtype == "bfloat16"
     assert float(shown["threshold"]) == Int8().threshold == 6.0
-    assert parse_size(shown["max_shard_size"]) == Settings(None).max_shard_bytes == 5_000_000_000
+    assert parse_size(shown["max_shard_size"]) == Settings(None).max_shard_bytes == 1_000_000_000
     assert defaults["dtype"] == defaults["device"] == "auto"
     assert defaults["resume"] is True
     assert defaults["if_exists"] == "error"

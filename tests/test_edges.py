@@ -258,7 +258,7 @@ def test_other_settings_are_told_in_words(server: Server, place: Path) -> None:
     ended = make(server, place, "--int8")
     assert "different settings (method: nf4 → int8" in told(ended)
     ended = make(server, place, "--skip", "q_proj", "--max-shard-size", "60KB")
-    assert "max shard bytes: 5000000000 → 60000" in told(ended)
+    assert "max shard bytes: 1000000000 → 60000" in told(ended)
     assert "skips: none → q_proj" in told(ended)
 
 

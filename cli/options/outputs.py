@@ -59,7 +59,7 @@ MaxShardSizeOpt = Annotated[
         metavar="SIZE",
         parser=parse_size,
         help="The largest weight file: 5GB, 500MB, 2GiB.",
-        show_default="5GB",
+        show_default="1GB",
     ),
 ]
 WeightsOnlyOpt = Annotated[

@@ -50,7 +50,7 @@ _Stored = tuple[str, Part, int, int]
 
 
 def estimate(values: Sequence[Value], method: Method, library: Library) -> Estimate:
-    """What the model would be, quantized with ``method`` under the library's default skips, in shards of 5 GB."""
+    """What the model would be with ``method``, the library's default skips, and shards of the default size."""
     return _estimate(values, _Summary.of(values), method, library)
 
 
