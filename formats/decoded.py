@@ -102,7 +102,12 @@ def joined_part(number: int) -> str:
     return CODES if not number else f"part {number}"
 
 
-Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks | Joined
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The identity matrix, of which nothing is stored; ``CODES`` is an empty part of the file."""
+
+
+Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks | Joined | Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,7 @@ class Decoded:
     @property
     def computed(self) -> bool:
         """Whether its values are computed from codes."""
-        return not isinstance(self.encoding, Strided | Joined)
+        return not isinstance(self.encoding, Strided | Joined | Identity)
 
     @property
     def nbytes(self) -> int:

@@ -68,13 +68,42 @@ class Conversion:
         measure: Callable[[Checkpoint], Measure] | None = None,
     ) -> Report:
         """Convert one model as ``plan`` plans it; ``measure`` makes what measures the loss on the way."""
-        from qz.quantize.convert import carry_out
-        from qz.quantize.summary import summarize
+        from qz.formats.checkpoint.survey import open_checkpoint
 
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        checkpoint = source_checkpoint(self.source, self.settings)
+        return self._model(open_checkpoint(self.source.folder, self.settings.variant), plan, measure)
+
+    def file(
+        self,
+        plan: Callable[[Checkpoint, Settings], Plan],
+        plan_pipeline: Callable[[Pipeline, Settings], PipelinePlan],
+        measure: Callable[[Checkpoint], Measure] | None,
+        require: Callable[[bool], None],
+    ) -> Report | PipelineSummary:
+        """Convert what one file in other names holds; ``require`` is told whether that is a pipeline, and may raise."""
+        from qz.formats.checkpoint.pipeline import Pipeline
+
+        if (found := self._existing()) is not None:
+            return found
+        self._begin()
+        opened = open_file(self.source, self.settings)
+        if isinstance(opened, Pipeline):
+            require(True)
+            return self._pipeline(opened, plan_pipeline)
+        require(False)
+        return self._model(opened, plan, measure)
+
+    def _model(
+        self,
+        checkpoint: Checkpoint,
+        plan: Callable[[Checkpoint, Settings], Plan],
+        measure: Callable[[Checkpoint], Measure] | None,
+    ) -> Report:
+        from qz.quantize.convert import carry_out
+        from qz.quantize.summary import summarize
+
         self._download([checkpoint])
         self.on_progress(Progress("Planning"))
         planned = plan(checkpoint, self.settings)
@@ -99,12 +128,17 @@ class Conversion:
     def pipeline(self, plan: Callable[[Pipeline, Settings], PipelinePlan]) -> PipelineSummary | UpToDate:
         """Convert a diffusers pipeline, component by component, as ``plan`` plans it."""
         from qz.formats.checkpoint.pipeline import open_pipeline
-        from qz.quantize.pipeline import carry_out_pipeline, summarize_pipeline
 
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        pipeline = open_pipeline(self.source.folder, self.settings.variant)
+        return self._pipeline(open_pipeline(self.source.folder, self.settings.variant), plan)
+
+    def _pipeline(
+        self, pipeline: Pipeline, plan: Callable[[Pipeline, Settings], PipelinePlan]
+    ) -> PipelineSummary | UpToDate:
+        from qz.quantize.pipeline import carry_out_pipeline, summarize_pipeline
+
         try:
             self._download([each.checkpoint for each in pipeline.components if each.checkpoint])
             self.on_progress(Progress("Planning"))
@@ -188,7 +222,8 @@ class Conversion:
         """Every weight file into the Hub cache, from where it is then read."""
         if not self.download or self.dry_run:
             return
-        total = sum(each.sizes[name] for each in checkpoints for name in each.files)
+        checkpoints = list({(id(each.folder), each.files): each for each in checkpoints}.values())
+        total = sum(each.folder.sizes()[name] for each in checkpoints for name in each.files)
         count = sum(len(each.files) for each in checkpoints)
         done, lock = [0, 0], threading.Lock()
 
@@ -201,14 +236,12 @@ class Conversion:
             download(each.folder, each.files, arrived)
 
 
-def source_checkpoint(source: OpenedSource, settings: Settings) -> Checkpoint:
-    """The one model that a source is, or that its one file is."""
-    from qz.formats.checkpoint.survey import open_checkpoint
+def open_file(source: OpenedSource, settings: Settings) -> Checkpoint | Pipeline:
+    """The model, or the pipeline, that the one file of a source holds."""
     from qz.formats.source import open_source
-    from qz.quantize.planning.single_file import open_single_file
+    from qz.quantize.single_files.open import open_single_file
 
-    if source.file is None:
-        return open_checkpoint(source.folder, settings.variant)
+    assert source.file is not None  # the caller looked
     return open_single_file(source.folder, source.file, settings.config, open_source)
 
 

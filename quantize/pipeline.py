@@ -61,6 +61,8 @@ class PipelinePlan:
     def folders(self) -> dict[str, Folder]:
         """Those of the source: its root under the empty name, and each component's."""
         inside = {component.name: component.folder for component in self.pipeline.components}
+        if self.pipeline.file_folder is not None:
+            return {"": self.pipeline.file_folder, INDEX: self.pipeline.folder, **inside}
         return {"": self.pipeline.folder, **inside}
 
     @property
@@ -71,9 +73,10 @@ class PipelinePlan:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The folders of the output: its root, and one for each component."""
-        root = self.pipeline.folder
+        root, made = self.pipeline.folder, self.pipeline.index
         index = companions.Companion(root, INDEX, INDEX, root.sizes()[INDEX])
-        parts = [Part("", None, (index, *companions.terms(root)))]
+        carried = companions.terms(root) if made is not None else (index, *companions.terms(root))
+        parts = [Part("", None, carried, {INDEX: made} if made is not None else {})]
         for component in (choice.component for choice in self.choices):
             plan = self.plans.get(component.name) or self.casts.get(component.name)
             if plan is not None:
@@ -217,7 +220,8 @@ def compose(
     others = [each for each in pipeline.components if each.checkpoint and each.name not in plans]
     kept = {each.name: unquantized(each) for each in others}
     loras = settings.loras if settings is not None else ()
-    if settings is None or (settings.dtype == "auto" and not loras):
+    as_stored = settings is None or (settings.dtype == "auto" and not loras)
+    if settings is None or (as_stored and not any(each.in_other_file for each in others)):
         return PipelinePlan(pipeline, choices, plans, kept)
     placed = _placed(pipeline, loras)
     plans = {name: fused(plan, placed[name], loras) if name in placed else plan for name, plan in plans.items()}
@@ -228,6 +232,9 @@ def compose(
         if each.name in placed:
             casts[each.name] = fused(_unquantized(each, settings), placed[each.name], loras)
             made[each.name] = replace(choice, reason=f"{choice.reason}; LoRA fused")
+            continue
+        if each.in_other_file:  # there is no file of it to copy
+            casts[each.name] = _unquantized(each, settings)
             continue
         if settings.dtype == "auto":
             continue
@@ -285,11 +292,11 @@ def carry_out_pipeline(
 
     begun = time.monotonic()
     arithmetic = arithmetic_on(settings.device)
-    root = plan.pipeline.folder
+    sources = [plan.pipeline.folder, *([plan.pipeline.file_folder] if plan.pipeline.file_folder is not None else [])]
     planned = summarize_pipeline(plan, source, target.place, device=arithmetic.name)
     written = write_parts(
         plan.parts,
-        [root],
+        sources,
         target,
         arithmetic,
         settings.threads or arithmetic.threads,
@@ -325,6 +332,7 @@ def summarize_pipeline(
     """Sum the plan up; ``written`` are the files of a finished run, none for a dry run. ``nonfinite``: by component."""
     parts = {part.name: part for part in plan.parts}
     components = []
+    whole = plan.pipeline.file_folder is None  # otherwise the folder is not the source, but that of the configs
     for choice in plan.choices:
         component, part = choice.component, parts[choice.name]
         inside = f"{choice.name}/"
@@ -350,11 +358,12 @@ def summarize_pipeline(
                 footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
                 model=made if choice.name not in plan.casts else None,
                 cast=made if choice.name in plan.casts else None,
-                left_out=companions.left_out(component.folder, used_files(component, part)),
+                left_out=companions.left_out(component.folder, used_files(component, part)) if whole else (),
             )
         )
     shards = tuple(file for file in written if file.name.endswith(".safetensors")) or _planned_shards(plan.parts)
-    of_root = companions.left_out(plan.pipeline.folder, {*(each.name for each in parts[""].carried), *parts})
+    used = {*(each.name for each in parts[""].carried), *parts}
+    of_root = companions.left_out(plan.pipeline.folder, used) if whole else ()
     strays = [name for name in of_root if name.endswith("/") and _holds_a_model(plan.pipeline.folder, name)]
     return PipelineSummary(
         source=source,
@@ -368,6 +377,7 @@ def summarize_pipeline(
         seconds=seconds,
         resumed=resumed,
         notes=(
+            *plan.pipeline.notes,
             *plan.notes,
             *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
             *(f"{name} holds a model that {INDEX} does not name; it was left out" for name in strays),

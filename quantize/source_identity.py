@@ -32,7 +32,9 @@ def recorded_identity(folders: Mapping[str, Folder], carried: Iterable[Companion
     opened = ((folder, name) for folder in local for name in folder.opened())
     copied = ((each.folder, each.file) for each in carried if isinstance(each.folder, LocalFolder))
     for folder, file in (*opened, *copied):
-        sizes[os.path.relpath(folder.path / file, root.path)] = folder.stamp(file)[0]
+        name = os.path.relpath(folder.path / file, root.path)
+        if not name.startswith(".."):  # of a config that lies elsewhere: where, is nobody's business
+            sizes[name] = folder.stamp(file)[0]
     return {"files": dict(sorted(sizes.items()))}
 
 

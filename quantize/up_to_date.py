@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import local_path, open_source
 from qz.quantize.methods import Method
-from qz.quantize.planning.single_file import read_config
 from qz.quantize.report_of_record import report_of_record
 from qz.quantize.settings import Settings
+from qz.quantize.single_files.configs import config_digest
 from qz.quantize.source_identity import changed_file
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def settings_fingerprint(settings: Settings) -> dict[str, Any]:
 
 
 def config_fingerprint(named: str) -> str | dict[str, str]:
-    """A repository's name; of a folder its own name, and the SHA-256 of the config in it."""
+    """A repository's name; of a folder its own name, and the SHA-256 of the config in it, or of all of a pipeline's."""
     path = local_path(named)
     if path is None:
         return named
-    raw, _ = read_config(named, open_source)
-    return {"folder": os.path.basename(os.path.realpath(path)), "sha256": hashlib.sha256(raw).hexdigest()}
+    with closing(open_source(named)) as folder:
+        return {"folder": os.path.basename(os.path.realpath(path)), "sha256": config_digest(folder)}
 
 
 def method_fingerprint(method: Method | None) -> dict[str, Any] | None:

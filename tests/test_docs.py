@@ -22,6 +22,7 @@ import typer.main
 import yaml
 from safetensors.torch import save_file
 
+import full_checkpoints
 import original_names
 import pipelines
 import readers
@@ -195,6 +196,8 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = original_names.sd3_model().to(torch.bfloat16)
     model.save_pretrained(place / "stable-diffusion-3.5-medium")
     original_names.single_file(original_names.sd3_names(model.state_dict()), place / "sd3.5_medium.safetensors")
+    pipeline = full_checkpoints.sd15(place / "stable-diffusion-v1-5")
+    full_checkpoints.sd15_file(pipeline, place / "dreamshaper_8.safetensors")
     return place
 
 

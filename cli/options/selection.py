@@ -94,7 +94,8 @@ ConfigOpt = Annotated[
     PANEL.option(
         "--config",
         metavar="SOURCE",
-        help="The folder or repository that has the config of a single file's model. Default: what diffusers takes.",
+        help="The folder or repository that has the config of a single file's model, or of its pipeline. Default: what "
+        "diffusers takes.",
         autocompletion=complete_folder,
     ),
 ]

@@ -77,9 +77,8 @@ def original_layout(names: Iterable[str], class_name: str | None = None) -> dict
             )
             if loader is None:
                 how = "Use a repository of this model in diffusers' layout."
-            elif "Pipeline" in loader:
-                how = once[0].upper() + once[1:]
             else:
-                how = f"Name the file itself: `qz quantize FILE.safetensors` reads it. Or {once}"
+                what = "makes a pipeline of it" if "Pipeline" in loader else "reads it"
+                how = f"Name the file itself: `qz quantize FILE.safetensors` {what}. Or {once}"
             return {"tool": layout.tool, "example": quoted(example), "library": "diffusers", "how": how}
     return None

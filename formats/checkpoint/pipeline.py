@@ -56,6 +56,11 @@ class Component:
         return sum(_count(tensor.shape) for tensor in self.checkpoint.tensors.values())
 
     @property
+    def in_other_file(self) -> bool:
+        """Whether its weights lie in a file of a whole pipeline, in other names."""
+        return self.checkpoint is not None and self.checkpoint.folder is not self.folder
+
+    @property
     def bytes(self) -> int:
         return sum(self.checkpoint.sizes.values()) if self.checkpoint is not None else 0
 
@@ -82,6 +87,12 @@ class Pipeline:
     folder: Folder
     class_name: str
     components: tuple[Component, ...]
+    index: bytes | None = None
+    """model_index.json, where it is another one than the folder's."""
+    file_folder: Folder | None = None
+    """Where the one file of weights lies that its components were found in."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of where its parts come from."""
 
     def require_read(self, spared: Container[str] = ()) -> None:
         """Raise one error for all components whose weights could not be read, but for those in ``spared``."""
@@ -137,7 +148,7 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     components: list[Component] = []
     try:
         for name, first in with_followers(folder, entries).items():
-            components.append(_component(folder, name, *entries[first or name], variant, first))
+            components.append(component_in(folder, name, *entries[first or name], variant, first))
         if variant is not None and not any(
             each.checkpoint and each.checkpoint.variant == variant for each in components
         ):
@@ -173,9 +184,10 @@ def is_component(name: str, value: Any) -> bool:
     return pair and not name.startswith("_") and all(isinstance(part, str) for part in value)
 
 
-def _component(
-    root: Folder, name: str, library: str, class_name: str, variant: str | None, first: str | None
+def component_in(
+    root: Folder, name: str, library: str, class_name: str, variant: str | None = None, first: str | None = None
 ) -> Component:
+    """The component in the folder ``name`` of a pipeline; ``unread`` says why it has no checkpoint."""
     folder = root.subfolder(name)
     sizes = folder.sizes()
     if f"{library}.py" in sizes or f"{library}.py" in root.sizes():

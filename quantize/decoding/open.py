@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from qz.formats.decoded import Blocks, Columns, Decoded, Grid, Joined, Strided
+from qz.formats.decoded import Blocks, Columns, Decoded, Grid, Identity, Joined, Strided
 from qz.quantize.decoding.blocks import BlocksReader
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader
+from qz.quantize.decoding.identity import IdentityReader
 from qz.quantize.decoding.joined import JoinedReader
 from qz.quantize.decoding.strided import StridedReader
 from qz.quantize.decoding.transposed_blocks import TransposedBlocksReader
@@ -40,4 +41,6 @@ def decoding_reader(folder: Folder, tensor: Decoded) -> Reader:
         return StridedReader(folder, tensor, tensor.encoding)
     if isinstance(tensor.encoding, Joined):
         return JoinedReader(folder, tensor)
+    if isinstance(tensor.encoding, Identity):
+        return IdentityReader(tensor)
     return TransposedBlocksReader(folder, tensor)

@@ -167,7 +167,7 @@ def write_parts(
         if resumed:
             begun = sum(each.bytes for each in staging.begun.values())
             meter.go_on((len(staging.finished), len(resumable(parts, elsewhere))), begun)
-        for part, section, run in zip(parts, sections, runs, strict=True):
+        for number, (part, section, run) in enumerate(zip(parts, sections, runs, strict=True)):
             copy(part.carried, section, meter.copied)
             if run is not None:
                 run.convert(threads)
@@ -178,8 +178,7 @@ def write_parts(
             for name, data in {**(part.plan.files if part.plan else {}), **part.documents}.items():
                 section.write_file(name, data)
             if part.name:  # what it holds to read ahead is of no more use
-                for folder in _folders(part):
-                    folder.close()
+                _close(_folders(part), parts[number + 1 :])
         found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
         if target.share is not None:
             staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found, publication))
@@ -279,6 +278,14 @@ def _trust(staging: Staging, local: Sequence[LocalFolder]) -> Iterator[None]:
 def _folders(part: Part) -> list[Folder]:
     folders = [part.plan.checkpoint.folder] if part.plan is not None else []
     return [*folders, *(each.folder for each in part.carried)]
+
+
+def _close(folders: Iterable[Folder], before: Iterable[Part]) -> None:
+    """Close those of ``folders`` that none of the parts after them reads."""
+    later = {id(folder) for part in before for folder in _folders(part)}
+    for folder in folders:
+        if id(folder) not in later:
+            folder.close()
 
 
 def _doing(parts: Sequence[Part]) -> str:

@@ -106,20 +106,25 @@ def _kind(device: str) -> str:
 
 
 def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings) -> Sequence[Part]:
-    from qz.formats.checkpoint.pipeline import is_pipeline, open_pipeline, pipeline_class
-    from qz.quantize.conversion import companions_of, source_checkpoint
+    from qz.formats.checkpoint.pipeline import Pipeline, is_pipeline, open_pipeline, pipeline_class
+    from qz.quantize.conversion import companions_of, open_file
     from qz.quantize.convert import plan_quantization
     from qz.quantize.planning.dequantization import plan_dequantization
 
     if about.get("act") not in ("quantize", "dequantize"):
         raise Unsupported(f"The record says {about.get('act')!r} of how it was made, which this qz cannot repeat.")
     back = about["act"] == "dequantize"
-    if is_pipeline(source.folder):
+    if source.file is not None:
+        opened = open_file(source, settings)
+    elif is_pipeline(source.folder):
+        opened = open_pipeline(source.folder, settings.variant)
+    else:
+        opened = open_checkpoint(source.folder, settings.variant)
+    if isinstance(opened, Pipeline):
         from qz.quantize.pipeline import plan_pipeline, plan_way_back
 
-        pipeline = open_pipeline(source.folder, settings.variant)
-        return (plan_way_back if back else plan_pipeline)(pipeline, settings).parts
-    checkpoint = source_checkpoint(source, settings)
+        return (plan_way_back if back else plan_pipeline)(opened, settings).parts
+    checkpoint = opened
     component, of = (source.subfolder or "").strip("/"), pipeline_class(source.root) if settings.loras else None
     plan = (plan_dequantization if back else plan_quantization)(checkpoint, settings, component, pipeline_class=of)
     return [model_part(plan, companions_of(source, checkpoint, settings))]

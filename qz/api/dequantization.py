@@ -100,9 +100,9 @@ def dequantize(
             publication=publication,
             share=share,
         )
-        if pipeline:
-            from qz.quantize.pipeline import plan_way_back
+        from qz.quantize.pipeline import plan_way_back
 
+        if pipeline:
             return published(conversion.pipeline(plan_way_back), conversion, to)
         from qz.quantize.planning.dequantization import plan_dequantization
         from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
@@ -113,4 +113,7 @@ def dequantize(
                 measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
             component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
             plan = partial(plan_dequantization, component=component, pipeline_class=of)
+            if found.file is not None:
+                require = lambda several: asked.require(one_inside=not several)  # noqa: E731
+                return published(conversion.file(plan, plan_way_back, measure, require), conversion, to)
             return published(conversion.model(plan, measure), conversion, to)

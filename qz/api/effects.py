@@ -31,6 +31,7 @@ OF_A_FILE = "{{source}} is a file: --{} needs the folder that it lies in."
 AGAINST = "--{} belongs to --against SOURCE: hashes are compared without it. Add it, or leave this one out."
 PUSHED = "{} Add --push REPO_ID."
 ONE_MODEL = "{}, and {{source}} is a pipeline. Name a component with --subfolder{}."
+ONE_INSIDE = "{}, and {{source}} holds a whole pipeline. Leave it out."
 NO_PIPELINE = "{source} is one model, not a pipeline: leave out --components and --component."
 SENT = "--{} is about files here, and the parts of {{source}} were sent to the Hub. Leave it out."
 FOUR_BIT = "--{} is about 4-bit weights, and no component of {{source}} gets them. Leave it out."
@@ -71,6 +72,10 @@ NEEDS = (
     Need("quantize", "components", "pipeline", NO_PIPELINE),
     Need("quantize", "component_methods", "pipeline", NO_PIPELINE),
     Need("quantize", "experts", "model", ONE_MODEL.format("--experts is for one model", "")),
+    Need("quantize", "experts", "one_inside", ONE_INSIDE.format("--experts is for one model")),
+    Need("quantize", "layout", "one_inside", ONE_INSIDE.format("--layout single-file writes one denoiser")),
+    Need("quantize", "measure_loss", "one_inside", ONE_INSIDE.format("--report measures one model")),
+    Need("dequantize", "against", "one_inside", ONE_INSIDE.format("--against compares one model")),
     Need("quantize", "measure_loss", "model", ONE_MODEL.format("--report measures one model", ", or leave it out")),
     Need("dequantize", "against", "model", ONE_MODEL.format("--against compares one model", ", or leave it out")),
     Need("quantize", "scales", "four_bit", FOUR_BIT.format("scales search")),

@@ -133,7 +133,9 @@ def quantize(
     ):
         settings = replace(settings, loras=loras)
         pipeline = is_pipeline(found.folder)
-        asked.require(one_file=found.file is not None, folder=found.file is None, pipeline=pipeline, model=not pipeline)
+        asked.require(one_file=found.file is not None, folder=found.file is None, model=not pipeline)
+        if found.file is None:
+            asked.require(pipeline=pipeline)
         to = possible_destination(push, push_subfolder, public, found, loras)
         publication = publication_for(to, found, on_progress, loras) if to and push_only else None
         conversion = Conversion(
@@ -149,18 +151,19 @@ def quantize(
             publication=publication,
             share=share,
         )
-        if pipeline:
+
+        def plan_asked(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             from qz.quantize.pipeline import plan_pipeline
 
-            def plan_asked(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
-                plan = plan_pipeline(pipeline, settings)
-                methods = {choice.method for choice in plan.choices}
-                asked.require(four_bit=any(isinstance(each, FourBit) for each in methods))
-                if method is None or method in methods or target_size is not None:  # a size chooses methods
-                    return plan
-                unused = f"no component took {method.name}: each has a method of its own, or stays as it is"
-                return replace(plan, notes=(*plan.notes, unused))
+            plan = plan_pipeline(pipeline, settings)
+            methods = {choice.method for choice in plan.choices}
+            asked.require(four_bit=any(isinstance(each, FourBit) for each in methods))
+            if method is None or method in methods or target_size is not None:  # a size chooses methods
+                return plan
+            unused = f"no component took {method.name}: each has a method of its own, or stays as it is"
+            return replace(plan, notes=(*plan.notes, unused))
 
+        if pipeline:
             return published(conversion.pipeline(plan_asked), conversion, to)
         from qz.quantize.convert import plan_quantization
         from qz.quantize.streaming.measure import WhileQuantizing
@@ -168,4 +171,9 @@ def quantize(
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
         component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
         plan = partial(plan_quantization, component=component, pipeline_class=of)
+        if found.file is not None:
+            done = conversion.file(
+                plan, plan_asked, measure, lambda several: asked.require(pipeline=several, one_inside=not several)
+            )
+            return published(done, conversion, to)
         return published(conversion.model(plan, measure), conversion, to)

@@ -124,3 +124,74 @@ def default_pipeline(state: dict[str, Any]) -> str | None:
     if infer_diffusers_model_type(state) == "v1" and not any("input_blocks.0." in name for name in state):
         return None
     return str(fetch_diffusers_config(state)["pretrained_model_name_or_path"])
+
+
+def clip_converter(model_class: Any, state: dict[str, Any]) -> Any:
+    """What makes the state dict of a CLIP text encoder of its config, if the library finds one in a file; or None.
+
+    It gives None where the file has another one than the config describes.
+    """
+    try:
+        from diffusers.loaders import single_file_utils as library
+
+        there, create = library.is_clip_model_in_single_file, library.create_diffusers_clip_model_from_ldm
+    except (ImportError, AttributeError) as error:
+        raise _unknown(error) from error
+
+    def convert(config: Any) -> dict[str, Any] | None:
+        try:
+            return _captured(create, model_class, config, state)
+        except ValueError as error:
+            if "valid CLIP model" in str(error):
+                return None
+            raise
+
+    return convert if there(model_class, state) else None
+
+
+def t5_converter(model_class: Any, state: dict[str, Any]) -> Any:
+    """As ``clip_converter``, of a T5."""
+    try:
+        from diffusers.loaders import single_file_utils as library
+
+        there, create = library.is_t5_in_single_file, library.create_diffusers_t5_model_from_checkpoint
+    except (ImportError, AttributeError) as error:
+        raise _unknown(error) from error
+    return (lambda config: _captured(create, model_class, config, state)) if there(state) else None
+
+
+class _CapturedError(Exception):
+    """Carries the state dict that the library was about to load."""
+
+
+def _captured(create: Any, model_class: Any, config: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict that ``create`` loads into the model that it builds, which it does not give away."""
+    from diffusers.loaders import single_file_utils as library
+
+    class Model:
+        """Stands for the class: its config is given, not read from a folder."""
+
+        class config_class:  # noqa: N801 - the library's name
+            @staticmethod
+            def from_pretrained(*_: Any, **__: Any) -> Any:
+                return model_class.config_class.from_dict(dict(config))
+
+        def __new__(cls, built: Any) -> Any:
+            return model_class(built)
+
+    def capture(_: Any, loaded: dict[str, Any], **__: Any) -> None:
+        raise _CapturedError(loaded)
+
+    try:
+        loading = library.load_model_dict_into_meta
+        library.load_model_dict_into_meta = capture
+    except AttributeError as error:
+        raise _unknown(error) from error
+    try:
+        create(Model, checkpoint=state, config="the one that is given")
+    except _CapturedError as captured:
+        found: dict[str, Any] = captured.args[0]
+        return found
+    finally:
+        library.load_model_dict_into_meta = loading
+    raise _unknown(AttributeError(f"{create.__name__} loads no state dict"))

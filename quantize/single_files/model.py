@@ -1,0 +1,60 @@
+"""A model in one file, in the names of its own code or of ComfyUI, as a checkpoint in diffusers' names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qz import Unsupported
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.quantize.libraries.importing import lean_imports
+from qz.quantize.libraries.importing.boundary import describe
+from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.untrusted_config import require_plausible, without_code
+from qz.quantize.single_files.configs import denoiser_config
+from qz.quantize.single_files.tensors import OF_PIPELINES, require_one_prefix
+
+if TYPE_CHECKING:
+    from qz.formats.folder import Folder
+    from qz.quantize.single_files.tensors import OriginalFile
+
+
+def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
+    """The checkpoint of the diffusers class that ``file`` holds the weights of, with its config from ``configs``.
+
+    Raises Unsupported for a file that diffusers does not read, and MalformedInput for one that breaks the rules.
+    """
+    config = denoiser_config(configs)
+    class_name = str(config["_class_name"])
+    harmless, _ = without_code(config)
+    require_plausible(harmless, {name: tensor.shape for name, tensor in file.tensors.items()}, configs.location)
+    with lean_imports.lean_imports(), isolated():
+        from qz.quantize.libraries.diffusers import single_file
+
+        try:
+            made = single_file.convert(class_name, harmless, file.specs)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+            raise Unsupported(
+                f"{file.location} cannot be read as a {class_name}, of which {configs.location} is: {describe(error)}. "
+                "Name the folder or repository of the right model with --config."
+            ) from error
+    require_one_prefix(class_name, made, file.location)
+    left = file.unused(made.values())
+    elsewhere = sorted({name.split(".")[0] for name in left if name.startswith(OF_PIPELINES)})
+    if elsewhere:
+        raise Unsupported(
+            f"{file.location} holds a whole pipeline ({', '.join(elsewhere)}), and {configs.location} has the config "
+            "of one model. Name the folder or repository of the pipeline with --config."
+        )
+    own = {name: file.stored_as(name, each) for name, each in made.items()}
+    return Checkpoint(
+        folder=file.folder,
+        config=config,
+        library="diffusers",
+        architecture=class_name,
+        variant=None,
+        files=(file.name,),
+        sizes={file.name: file.folder.sizes()[file.name]},
+        tensors={**{name: file.tensors[name] for name in left}, **own},  # what the class has no use for will be told
+        header_metadata={file.name: dict(file.metadata)},
+        original=dict(file.tensors),
+    )

@@ -1,0 +1,131 @@
+"""The tensors of a model as they lie in a file in other names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qz.counted import counted
+from qz.formats.checkpoint.problems import require_none
+from qz.formats.checkpoint.survey import StoredTensor, survey_file
+from qz.formats.decoded import CODES, Decoded, Identity, Joined, Strided, joined_part
+from qz.formats.folder import Folder
+from qz.formats.malformed import Malformed, quoted
+from qz.formats.safetensors import BITS
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TensorSpec, torch_name
+
+if TYPE_CHECKING:
+    from qz.quantize.libraries.diffusers.tracing import Converted
+
+FLOATS_8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+PREFIX = re.compile(
+    r"(?:model\.diffusion_model|first_stage_model|vae|audio_vae|control_model|model_ema|cond_stage_model\.[a-z]+"
+    r"|conditioner\.embedders\.\d+\.[a-z]+|text_encoders\.\w+\.[a-z]+)\."
+)
+"""What names of a part of a pipeline begin with."""
+OF_PIPELINES = ("first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+"""Prefixes that only files of whole pipelines have."""
+
+
+@dataclass(frozen=True)
+class OriginalFile:
+    """One file and its tensors, by their names in it."""
+
+    folder: Folder
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+
+    @property
+    def location(self) -> str:
+        return f"{self.folder.location}/{self.name}"
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(_torch_name(tensor), tensor.shape) for name, tensor in self.tensors.items()}
+
+    def unused(self, made: Iterable[Converted]) -> list[str]:
+        """Names of the tensors that are no part of what was made.
+
+        Raises Malformed where one has the name of a part under another prefix: there are two candidates for it.
+        """
+        used = {name for each in made for name in each.sources}
+        left = sorted(set(self.tensors) - used)
+        prefixes = {prefix_of(name) for name in used} | {"model_ema."}
+        theirs = {without_prefix(name): name for name in used}
+        for name in left:
+            other = theirs.get(without_prefix(name)) if prefix_of(name) not in prefixes else None
+            if other is not None:
+                raise Malformed(
+                    "tensor-twice",
+                    f"{self.location} has the same tensor as {quoted(name)} and as {quoted(other)}, and which is meant "
+                    "cannot be told. Remove one of them.",
+                )
+        return left
+
+    def stored_as(self, name: str, converted: Converted) -> StoredTensor | Decoded:
+        """A tensor of the model as it lies in the file."""
+        dtype = {name: own for own, name in FLOATS_8.items()}.get(converted.dtype) or SAFETENSORS_NAMES[converted.dtype]
+        return _stored_as(name, dtype, converted, self)
+
+
+def read_original(folder: Folder, file: str) -> OriginalFile:
+    """The file's header. Raises MalformedInput for one that breaks the rules."""
+    stored, metadata, problems = survey_file(folder, file)
+    require_none(folder.location, problems, but=("original-layout",))
+    tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, StoredTensor)}
+    return OriginalFile(folder, file, tensors, metadata)
+
+
+def without_prefix(name: str) -> str:
+    return PREFIX.sub("", name, count=1)
+
+
+def prefix_of(name: str) -> str:
+    """What stands before a tensor's own name in the file."""
+    found = PREFIX.match(name)
+    return found.group() if found else ""
+
+
+def require_one_prefix(component: str, made: Mapping[str, Converted], where: str) -> None:
+    """Raise Malformed if the tensors of one model come from under several prefixes: two models were mixed."""
+    found: dict[str, list[str]] = {}
+    for each in made.values():
+        for name in each.sources:
+            found.setdefault(prefix_of(name), []).append(name)
+    if len(found) > 1:
+        told = ", ".join(f"{counted(len(names), 'tensor')} such as {quoted(names[0])}" for names in found.values())
+        raise Malformed(
+            "prefixes-mixed",
+            f"{where}: the tensors of {component} lie under several prefixes: {told}. Get a file that was not put "
+            "together from several.",
+        )
+
+
+def _torch_name(tensor: StoredTensor) -> str:
+    return FLOATS_8.get(tensor.dtype) or torch_name(tensor.dtype, tensor.name)
+
+
+def _stored_as(name: str, dtype: str, converted: Converted, file: OriginalFile) -> StoredTensor | Decoded:
+    from qz.quantize.libraries.diffusers import tracing
+
+    content, width = converted.content, BITS[dtype] // 8
+    if isinstance(content, tracing.Identity):
+        first = next(iter(file.tensors.values()))
+        return Decoded(name, dtype, converted.shape, {CODES: first._replace(nbytes=0, shape=(0,))}, Identity())
+    if isinstance(content, tracing.View):
+        source = file.tensors[content.source]
+        begin = content.start * width
+        count = source.nbytes // width - content.start
+        whole = source._replace(offset=source.offset + begin, nbytes=count * width, shape=(count,))
+        return Decoded(name, dtype, converted.shape, {CODES: whole}, Strided(content.strides))
+    parts = []
+    for piece in content:
+        source = file.tensors[piece.source]
+        place = source.offset + piece.start * width
+        parts.append(source._replace(offset=place, nbytes=piece.count * width, shape=(piece.count,)))
+    if len(parts) == 1:
+        return StoredTensor(name, dtype, converted.shape, parts[0].file, parts[0].offset, parts[0].nbytes)
+    return Decoded(name, dtype, converted.shape, {joined_part(n): part for n, part in enumerate(parts)}, Joined())
