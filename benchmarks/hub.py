@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.memory import Peak
+
 ROOT = Path(__file__).parent.parent
 IMPORTS = "import torch, transformers, diffusers, bitsandbytes, numba"
 LATENCY, BANDWIDTH = 0.005, 70e6
@@ -113,6 +115,7 @@ def told(run: dict[str, Any], weights: int) -> dict[str, Any]:
         "mb_per_second": round(weights / run["seconds"] / 1e6, 1),
         "cpu_seconds_per_gb": round(run["cpu"] / (weights / 1e9), 2),
         "peak_anonymous_bytes": run["memory"],
+        "peak_anonymous_bytes_of_all_processes": run["memory_together"],
         "peak_disk_bytes": run["disk"],
     }
 
@@ -132,9 +135,9 @@ def watched(command: list[str], place: Path, environment: dict[str, str]) -> dic
         stderr=subprocess.PIPE,
         text=True,
     )
-    memory = disk = 0
+    memory, disk = Peak(), 0
     while process.poll() is None:
-        memory = max(memory, anonymous(process.pid))
+        memory.look(process.pid)
         disk = max(disk, used(place))
         time.sleep(0.02)
     _, errors = process.communicate()
@@ -144,18 +147,10 @@ def watched(command: list[str], place: Path, environment: dict[str, str]) -> dic
     return {
         "seconds": round(time.monotonic() - began, 2),
         "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "memory": memory,
+        "memory": memory.largest,
+        "memory_together": memory.together,
         "disk": disk,
     }
-
-
-def anonymous(pid: int) -> int:
-    """Bytes of memory that no file stands behind (RssAnon)."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def size_of(folder: Path) -> int:

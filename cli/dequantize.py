@@ -37,7 +37,10 @@ def dequantize(
 ) -> None:
     """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
     from qz import api
+    from qz.quantize.compute.allocator import return_freed_memory
 
+    if push_only:  # what is uploaded and what is computed would leave holes of tens of megabytes for each other
+        return_freed_memory()
     with Display(quiet=quiet) as display:
         summary = api.dequantize(
             source,

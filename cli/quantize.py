@@ -60,7 +60,10 @@ def quantize(
 ) -> None:
     """Quantize a model to 4 or 8 bit, streamed: no GPU needed, using a few megabytes of memory per thread."""
     from qz import api
+    from qz.quantize.compute.allocator import return_freed_memory
 
+    if push_only:  # what is uploaded and what is computed would leave holes of tens of megabytes for each other
+        return_freed_memory()
     name = methods.method_name(nf4, fp4, int8, method)
     own = selection.parse_component_methods(component)
     how = methods.MethodOptions(double_quant, compute_dtype, threshold)

@@ -211,6 +211,15 @@ def download(folder: Folder, files: Iterable[str], progress: Callable[[str, int]
         folder.download(files, progress)
 
 
+def save_memory(folder: Folder) -> None:
+    """Fetch less of a repository ahead of its readers: something else needs the memory."""
+    if not isinstance(folder, LocalFolder):
+        from qz.formats.hub.repository import HubFolder
+
+        assert isinstance(folder, HubFolder)
+        folder.narrow = True
+
+
 def is_restricted(folder: Folder) -> bool:
     """Whether it is a repository that not everyone may read: private or gated."""
     return bool(getattr(folder, "private", False) or getattr(folder, "gated", False))

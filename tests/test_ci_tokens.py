@@ -61,7 +61,7 @@ def test_a_token_that_runs_out_during_the_push_is_exchanged_for_anew(
     assert hub.ci is not None
     hub.ci.life = 300  # what huggingface_hub takes for over at once
     hub.fail("preupload", times=1, before=lambda: hub.pass_time(301))  # this one request comes too late
-    failure(lambda: push(made, to()), PermissionRefused)
+    assert "the token of this CI job has ended" in failure(lambda: push(made, to()), PermissionRefused)
     push(made, to())
     assert files_of(made).items() <= hub.repos["me/new"].files().items()
     assert hub.requests["oauth_token"] > 2

@@ -45,6 +45,7 @@ from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Range
 from qz.formats.hub.read_ahead import AheadFile, Pace, ReadAhead
 from qz.formats.safetensors import encode_header, layout
+from qz.formats.source import save_memory
 
 
 @pytest.fixture
@@ -69,7 +70,10 @@ def test_a_streamed_file_is_the_file_and_costs_its_size_once(hub: HubServer) -> 
 
 def test_the_token_is_never_sent_to_where_the_hub_redirects_to(hub: HubServer) -> None:
     hub.add("me/model", FILES, private=True)
-    assert stream(opened(hub)) == WEIGHTS
+    folder = opened(hub)
+    assert read(folder, Range("config.json", 0, len(CONFIG))) == CONFIG  # within the Hub it goes along
+    assert stream(folder) == WEIGHTS
+    assert hub.requests["resolve_cache"] == 1
     assert hub.requests["cdn"] > 5
     assert hub.tokens_seen_by_cdn == []
 
@@ -222,6 +226,18 @@ def test_the_window_narrows_while_fetching_takes_memory_of_its_own() -> None:
     ahead.finish()
     ahead.close()
     assert buffer == data
+
+
+def test_a_repository_that_is_published_as_it_is_read_is_fetched_less_far_ahead(hub: HubServer) -> None:
+    hub.add("me/model", {f"unet/{name}": data for name, data in FILES.items()})
+    root = opened(hub, pace=Pace(segment=1 << 18, window=1 << 20, narrow=1 << 18, connections=4))
+    save_memory(root)
+    folder = root.subfolder("unet")
+    folder.announce(pieces(len(WEIGHTS)))
+    read(folder, Range("model.safetensors", 0, 8))
+    time.sleep(0.3)
+    assert len(hub.ranges) <= 3  # the header, and a segment or two
+    folder.close()
 
 
 def test_memory_is_bounded_whatever_the_file_is_long(hub: HubServer, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ REFUSALS: dict[str, dict[str, Any]] = {
     "400": {"kind": "cdn", "status": 400},
     "404": {"kind": "cdn", "status": 404},
     "no-ranges": {"kind": "cdn", "ignore_range": True},
+    "compressed": {"kind": "cdn", "replace": {"Content-Encoding": "gzip"}},
     "no-content-range": {"kind": "cdn", "replace": {"Content-Range": None}},
     "cdn-429": {"kind": "cdn", "status": 429},
     "cdn-503": {"kind": "cdn", "status": 503},

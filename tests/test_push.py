@@ -120,6 +120,15 @@ def test_a_name_without_owner_is_ones_own(hub: HubServer, made: Path) -> None:
     assert "me/new" in hub.repos
 
 
+def test_a_repository_that_was_renamed_is_pushed_to_under_its_new_name(hub: HubServer, made: Path) -> None:
+    hub.add("me/new", {}, private=True)
+    hub.rename("me/new", "me/newer")
+    result = push(made, to())
+    assert (result.to.repo_id, result.created) == ("me/newer", False)
+    assert files_of(made).items() <= hub.repos["me/newer"].files().items()
+    assert "me/newer" in card_of(hub, "me/newer")[1]
+
+
 def test_a_dry_run_changes_nothing_and_shows_everything(hub: HubServer, made: Path) -> None:
     result = push(made, to(), dry_run=True)
     assert not WRITES & set(hub.requests)

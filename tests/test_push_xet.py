@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from pushes import failure, files_of, hurry, make, shard, to
 from qz import HubUnreachable, OutputRefused, PermissionRefused, TryAgain
 from qz.formats.hub.transport import session
 from qz.formats.output.recorded.record import WrittenFile, encode_record
-from qz.formats.publish import upload
+from qz.formats.publish import upload, xet
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.push import push
 from qz.formats.publish.verified_file import VerifiedFile
@@ -121,6 +122,46 @@ def test_a_token_for_the_storage_that_runs_out_is_asked_for_again(hub: HubServer
     push(made, to())
     assert is_there(made, hub)
     assert hub.requests["xet_token"] > 1
+
+
+def test_a_token_for_the_storage_that_is_about_to_end_is_renewed_before(hub: HubServer, made: Path) -> None:
+    hub.rules.xet_token_seconds = 20  # hf_xet renews what is good for less than 30
+    push(made, to())
+    assert is_there(made, hub)
+    assert hub.requests["xet_token"] > 1
+    assert not hub.answers["shard", 401]
+
+
+def test_where_memory_is_short_a_file_is_handed_over_no_faster_than_it_goes_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(xet, "LONGEST_STILL", 600.0)
+    sent, fed = xet._Sent(), 0
+
+    def feed() -> None:
+        nonlocal fed
+        for _ in range(10):
+            sent.wait(10, 25)
+            fed += 10
+
+    feeding = threading.Thread(target=feed)
+    feeding.start()
+    for gone in range(0, 70, 10):
+        sent.move(gone)
+        while fed < gone + 20:
+            assert fed <= gone + 20
+            time.sleep(0.001)
+    assert feeding.is_alive()
+    sent.end()  # as when the upload is stopped
+    feeding.join(HANG)
+    assert fed == 100
+
+
+def test_a_storage_that_waits_for_more_of_a_file_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xet, "LONGEST_STILL", 0.01)
+    sent = xet._Sent()
+    for _ in range(10):
+        sent.wait(10, 25)
 
 
 @pytest.mark.parametrize("kind", ["preupload", "xet_token", "xorb_put", "commit"])

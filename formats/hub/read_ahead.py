@@ -39,12 +39,12 @@ class Hasher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """``window``: bytes of all buffers; ``narrow``: the same while what fetches needs memory of its own. ``patience``:
-    seconds of standstill before unread segments are given up."""
+    """``window``: bytes of all buffers; ``narrow``: the same while something else needs memory. ``patience``: seconds
+    of standstill before unread segments are given up."""
 
     segment: int = 8 * MIB
     window: int = 96 * MIB
-    narrow: int = 48 * MIB
+    narrow: int = 32 * MIB
     connections: int = 8
     patience: float = 1.0
 
@@ -72,8 +72,8 @@ class AheadFile:
 
 class ReadAhead:
     """Streams ``files``, one after the other. ``fetch(name, start, view)`` fills ``view`` or raises; it is called from
-    several threads at once. ``where`` names the files' place in messages. ``is_narrow``: whether fetching takes memory
-    of its own now.
+    several threads at once. ``where`` names the files' place in messages. ``is_narrow``: whether something else
+    needs memory now.
     """
 
     def __init__(

@@ -139,6 +139,8 @@ class HubFolder:
     license: Mapping[str, Any] = MappingProxyType({})
     """license, license_name and license_link of the repository's card, as far as given."""
 
+    narrow = False
+    """Whether memory is short, so that less is fetched ahead."""
     allow_pickle = False
     named_file: str | None = None
     only: str | None = None
@@ -193,6 +195,7 @@ class HubFolder:
         )
         inner.revision, inner.private, inner.gated = self.revision, self.private, self.gated
         inner.license, inner.note, inner.allow_pickle = self.license, self.note, self.allow_pickle
+        inner.narrow = self.narrow
         try:
             inner.sizes()
         except MissingInput:
@@ -242,7 +245,7 @@ class HubFolder:
             lambda name, start, view: self._ways.fetch(files[name], start, view),
             self.location,
             self._pace,
-            lambda: self._ways.over_xet,
+            lambda: self.narrow or self._ways.over_xet,
         )
 
     def is_verified(self, file: str) -> bool:

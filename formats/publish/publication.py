@@ -14,6 +14,7 @@ from qz.formats.publish.checkpoint_files import README, config_among
 from qz.formats.publish.destination import UploadsLost
 from qz.formats.publish.push import Plan, superseded
 from qz.formats.publish.remote import ObjectsLost, Remote, differing
+from qz.formats.publish.xet import AHEAD
 from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Publication:
     def begin(self, weights: Iterable[str]) -> None:
         """Make the repository if there is none. Raises what ``check`` does."""
         self._remote.prepare(self._found, self.check(weights))
-        self._uploads = self._remote.uploads()
+        self._uploads = self._remote.uploads(AHEAD)  # the conversion needs memory at the same time
 
     def converting(self, step: Progress) -> None:
         """Pass on how far the conversion is."""

@@ -57,8 +57,8 @@ class Remote:
     def errors(self, doing: str) -> AbstractContextManager[None]:
         return hub_errors(self.repo_id, doing, revision=self.to.branch, endpoint=self.api.endpoint)
 
-    def uploads(self) -> Uploads:
-        return Uploads(self.api, self.repo_id, self.to.branch, create_pr=self.to.create_pr)
+    def uploads(self, ahead: int | None = None) -> Uploads:
+        return Uploads(self.api, self.repo_id, self.to.branch, create_pr=self.to.create_pr, ahead=ahead)
 
     # What is there
 

@@ -45,9 +45,11 @@ ASKED_AT_ONCE = 256
 class Uploads:
     """Uploads to one branch of one repository. ``stop`` may be called from any thread, at any time."""
 
-    def __init__(self, api: HfApi, repo_id: str, branch: str, *, create_pr: bool) -> None:
+    def __init__(self, api: HfApi, repo_id: str, branch: str, *, create_pr: bool, ahead: int | None = None) -> None:
+        """``ahead``: see ``XetUploads``."""
         self._api, self._repo_id, self._branch, self._create_pr = api, repo_id, branch, create_pr
-        self._xet = XetUploads(api.endpoint, repo_id, branch, create_pr=create_pr) if unavailable() is None else None
+        xet = XetUploads(api.endpoint, repo_id, branch, create_pr=create_pr, ahead=ahead)
+        self._xet = xet if unavailable() is None else None
         self._stopped = threading.Event()
 
     def send(self, blobs: Sequence[Blob], progress: OnProgress = ignore) -> int:

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ PIECE = 4 << 20
 """Bytes of a file that are handed over at a time."""
 REPORTS = 200
 """Milliseconds between two reports of progress."""
+AHEAD = 80 << 20
+"""Bytes of a file that may be handed over and not have gone out, where memory is short: one of hf_xet's pieces of 64 MB
+and what it needs to begin the next."""
+LONGEST_STILL = 2.0
+"""Seconds without a byte going out after which hf_xet may need more of the file to go on."""
 
 
 class XetNotServed(Signal):
@@ -60,15 +66,18 @@ class _Access:
 class XetUploads:
     """Uploads to one branch of one repository. ``stop`` may be called from any thread, at any time."""
 
-    def __init__(self, endpoint: str, repo_id: str, branch: str, *, create_pr: bool) -> None:
-        self._repo_id = repo_id
+    def __init__(self, endpoint: str, repo_id: str, branch: str, *, create_pr: bool, ahead: int | None = None) -> None:
+        """``ahead``: bytes that may be handed over and not have gone out, and one call of ``send`` at a time then; None
+        for as many as hf_xet takes."""
+        self._repo_id, self._ahead = repo_id, ahead
         # Who may open a pull request, but not write, gets a token for it by this.
         asked = "?create_pr=1" if create_pr else ""
         self._token_url = f"{endpoint}/api/models/{repo_id}/xet-write-token/{quote(branch, safe='')}{asked}"
         self._session: Any = None
-        self._commits: set[Any] = set()
+        self._commits: dict[Any, _Sent] = {}
         self._stopped = False
         self._lock = threading.Lock()
+        self._turn: AbstractContextManager[object] = nullcontext() if ahead is None else threading.Lock()
 
     def send(self, blobs: Sequence[Blob], progress: Callable[[int], None]) -> int:
         """Upload files; the bytes that went over the network, which is less where the storage has some of the content.
@@ -78,6 +87,10 @@ class XetUploads:
         Raises XetNotServed, OutputRefused if a file is not what was verified, what huggingface_hub raises for a token
         that is refused, TryAgain and HubUnreachable.
         """
+        with self._turn:
+            return self._send(blobs, progress)
+
+    def _send(self, blobs: Sequence[Blob], progress: Callable[[int], None]) -> int:
         try:
             return self._commit(blobs, self._access(), progress)
         except (OSError, RuntimeError) as error:
@@ -104,8 +117,9 @@ class XetUploads:
         """Let all that is under way fail now."""
         with self._lock:
             self._stopped = True
-            for commit in self._commits:
+            for commit, sent in self._commits.items():
                 commit.abort()
+                sent.end()
 
     def _access(self) -> _Access:
         """A token from the Hub, by a request of our own: hf_xet would hide why there is none."""
@@ -140,7 +154,12 @@ class XetUploads:
         """One attempt. ``memory``: where hf_xet looks up what it has uploaded, if not where it always does."""
 
         session = self._own_session() if memory is None else _session({"shard.cache_subdir": memory})
-        headers = self._headers()
+        headers, sent = self._headers(), _Sent()
+
+        def tell(whole: Any, _: object) -> None:
+            sent.move(whole.total_bytes_completed)
+            progress(whole.total_bytes_completed)
+
         commit = session.new_upload_commit(
             endpoint=access.endpoint,
             token=access.token,
@@ -148,23 +167,23 @@ class XetUploads:
             token_refresh_url=self._token_url,
             token_refresh_headers=headers,
             custom_headers={key: value for key, value in headers.items() if key.lower() != "authorization"},
-            progress_callback=lambda whole, _: progress(whole.total_bytes_completed),
+            progress_callback=tell,
             progress_interval_ms=REPORTS,
         )
         with self._lock:
             if self._stopped:
                 commit.abort()
-            self._commits.add(commit)
+            self._commits[commit] = sent
         try:
-            sent = [self._feed(commit, blob) for blob in blobs]
+            fed = [self._feed(commit, blob, sent) for blob in blobs]
             report = commit.wait_to_finish()
         except BaseException:
             commit.abort()
             raise
         finally:
             with self._lock:
-                self._commits.discard(commit)
-        for blob, (size, sha256) in zip(blobs, sent, strict=True):
+                del self._commits[commit]
+        for blob, (size, sha256) in zip(blobs, fed, strict=True):
             if size != blob.size or sha256 != (blob.sha256 or sha256):
                 raise OutputRefused(
                     f"{blob.path} changed during the push: {size:,} bytes with the SHA-256 {sha256} were sent, not "
@@ -179,7 +198,7 @@ class XetUploads:
                 self._session = _session({})
             return self._session
 
-    def _feed(self, commit: Any, blob: Blob) -> tuple[int, str]:
+    def _feed(self, commit: Any, blob: Blob, sent: _Sent) -> tuple[int, str]:
         """Hand a file over, piece by piece; its size and SHA-256 as they were handed over.
 
         hf_xet would open a path by itself, and whatever lies there by then.
@@ -190,6 +209,8 @@ class XetUploads:
         if isinstance(blob.content, VerifiedFile):
             with open(blob.content.open(), "rb", buffering=0) as file:
                 while piece := file.read(PIECE):
+                    if self._ahead is not None:
+                        sent.wait(len(piece), self._ahead)
                     if self._stopped:
                         raise RuntimeError("stopped")
                     stream.write(piece)
@@ -213,6 +234,36 @@ class XetUploads:
         return HubUnreachable(
             f"{doing} {why}. Run the same command again: it goes on where it stopped; https://status.huggingface.co."
         )
+
+
+class _Sent:
+    """How much of an upload was handed over, and how much of that has gone out."""
+
+    def __init__(self) -> None:
+        self._fed = self._gone = 0
+        self._ended = False
+        self._change = threading.Condition()
+
+    def move(self, gone: int) -> None:
+        with self._change:
+            self._gone = gone
+            self._change.notify_all()
+
+    def end(self) -> None:
+        """Let nobody wait any more."""
+        with self._change:
+            self._ended = True
+            self._change.notify_all()
+
+    def wait(self, coming: int, ahead: int) -> None:
+        """Before ``coming`` bytes are handed over: until less than ``ahead`` is on its way, or nothing moves."""
+        with self._change:
+            self._fed += coming
+            while self._fed - self._gone > ahead and not self._ended:
+                gone = self._gone
+                self._change.wait(LONGEST_STILL)
+                if self._gone == gone:
+                    return
 
 
 def _session(settings: dict[str, Any]) -> Any:

@@ -84,7 +84,10 @@ def publication_for(
 ) -> Publication:
     """Where the output goes while it is made."""
     from qz.formats.publish.publication import Publication
+    from qz.formats.source import save_memory
 
+    for folder in (source.root, source.folder):
+        save_memory(folder)
     return Publication(to, source_private=is_source_restricted(source, loras), progress=on_progress)
 
 
