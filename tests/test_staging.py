@@ -20,6 +20,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from qz.formats.output.storage.descriptors import Descriptors
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 from qz.formats.safetensors import TensorInfo, encode_header, layout
+from small_process import in_small_process
 
 Array = np.ndarray[Any, Any]
 FINGERPRINT = {"source": {"commit": "0123abcd"}, "method": "nf4", "device": "cpu", "skip": ("lm_head",)}
@@ -84,18 +86,19 @@ def write_shard(staging: Staging, file: str) -> None:
 
 
 def make(output: Path, *, config: bytes = b'{"new": 1}', needed: int = 30_000, **options: object) -> Staging:
-    """One whole run: two shards, a tokenizer, index and config."""
+    """One whole run: two shards, a tokenizer, index and config. Even small copies are resumed."""
+    staging.RESUMABLE = len(COPIED)
     options.setdefault("disk", Disk(hook=hooks[-1]))
-    with Staging(output, FINGERPRINT, needed=needed, **options) as staging:  # type: ignore[arg-type]
-        staging.write_file("config.json", config)
+    with Staging(output, FINGERPRINT, needed=needed, **options) as run:  # type: ignore[arg-type]
+        run.write_file("config.json", config)
         for file in SHARDS:
-            if file not in staging.finished:
-                write_shard(staging, file)
-        staging.copy_file("part/of/weights.safetensors", len(COPIED), read_copied)
-        staging.write_file("tokenizer/vocab.json", b"{}")
-        staging.write_file("model.safetensors.index.json", b'{"weight_map": {}}')
-        staging.commit()
-    return staging
+            if file not in run.finished:
+                write_shard(run, file)
+        run.copy_file("part/of/weights.safetensors", len(COPIED), read_copied)
+        run.write_file("tokenizer/vocab.json", b"{}")
+        run.write_file("model.safetensors.index.json", b'{"weight_map": {}}')
+        run.commit()
+    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -103,8 +106,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def even_small_copies_are_resumed() -> Iterator[None]:
-    before, staging.RESUMABLE = staging.RESUMABLE, len(COPIED)
+def the_size_from_which_copies_are_resumed() -> Iterator[None]:
+    before = staging.RESUMABLE
     yield
     staging.RESUMABLE = before
 
@@ -150,11 +153,14 @@ class At:
             self.act(path)
 
 
-def fail_with(code: int) -> Callable[[str], None]:
-    def act(path: str) -> None:
-        raise OSError(code, os.strerror(code), path)
+@dataclass(frozen=True)
+class FailWith:
+    """Fails as an operation on a file does."""
 
-    return act
+    code: int
+
+    def __call__(self, path: str) -> None:
+        raise OSError(self.code, os.strerror(self.code), path)
 
 
 def die(path: str) -> None:
@@ -991,6 +997,7 @@ def test_a_lock_on_a_journal_that_its_owner_just_removed_does_not_count(tmp_path
             Staging(tmp_path / "out", FINGERPRINT, needed=0)
 
 
+@in_small_process
 def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dict[str, bytes]) -> None:
     for round_ in range(20):
         output = tmp_path / str(round_) / "out"
@@ -1031,6 +1038,7 @@ def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dic
         assert_nothing_beside(output)
 
 
+@in_small_process
 def test_runs_that_race_without_waiting_leave_one_output(tmp_path: Path, reference: dict[str, bytes]) -> None:
     for round_ in range(10):
         output = tmp_path / str(round_) / "out"
@@ -1066,7 +1074,7 @@ def test_an_error_at_any_operation_leaves_no_half_output(
     for number in range(total):
         output = tmp_path / str(number) / "out"
         output.parent.mkdir()
-        at = At(number, fail_with(code))
+        at = At(number, FailWith(code))
         with hooked(at), pytest.raises(QzError) as caught:
             make(output)
         assert caught.value.exit_code == exit_code, at.where
@@ -1096,6 +1104,7 @@ def after_a_kill(output: Path, number: int, reference: dict[str, bytes], where: 
     assert_nothing_beside(output)
 
 
+@in_small_process
 def test_a_kill_at_any_operation_is_recovered_by_the_same_command(tmp_path: Path, reference: dict[str, bytes]) -> None:
     total = operations(lambda: make(tmp_path / "count/out"))
     for number in range(total):
@@ -1107,6 +1116,7 @@ def test_a_kill_at_any_operation_is_recovered_by_the_same_command(tmp_path: Path
         shutil.rmtree(output.parent)
 
 
+@in_small_process
 def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(tmp_path: Path, reference: dict[str, bytes]) -> None:
     interrupted(tmp_path / "model")
     number = 0
@@ -1126,6 +1136,7 @@ def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(tmp_path: Path, r
     assert number > 50
 
 
+@in_small_process
 def test_many_kills_in_a_row_are_recovered(tmp_path: Path, reference: dict[str, bytes]) -> None:
     chosen = random.Random(5)
     for round_ in range(15):
@@ -1296,7 +1307,8 @@ def test_a_failed_overwrite_keeps_the_old_output(old_and_new: tuple[Path, dict[s
     assert_nothing_beside(model)
 
 
-@pytest.mark.parametrize("act", [die, fail_with(errno.EIO)])
+@pytest.mark.parametrize("act", [die, FailWith(errno.EIO)])
+@in_small_process
 def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
     tmp_path: Path,
     old_and_new: tuple[Path, dict[str, bytes]],
@@ -1332,6 +1344,7 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
 
 
 @pytest.mark.parametrize("killed_at", ["the second rename", "the removal of the old"])
+@in_small_process
 def test_an_error_while_recovering_an_overwrite_is_recovered(
     tmp_path: Path, old_and_new: tuple[Path, dict[str, bytes]], reference: dict[str, bytes], killed_at: str
 ) -> None:
@@ -1354,7 +1367,7 @@ def test_an_error_while_recovering_an_overwrite_is_recovered(
             if (tmp_path / name).exists():
                 shutil.copytree(tmp_path / name, state / name)
         shutil.copy(tmp_path / "model.partial.journal", state)
-        with hooked(At(number, fail_with(errno.EIO))):
+        with hooked(At(number, FailWith(errno.EIO))):
             ended = in_child(lambda state=state: make(state / "model", overwrite=True))  # type: ignore[misc]
         assert ended in {0, 74}
         make(state / "model", overwrite=True)
@@ -1387,6 +1400,7 @@ def test_a_folder_made_while_the_old_output_was_aside_is_not_removed(
 # A real disk that is full
 
 
+@in_small_process
 def test_real_file_systems_of_20_sizes(tmp_path: Path, reference: dict[str, bytes]) -> None:
     mounted = tmp_path / "mounted"
     mounted.mkdir()
