@@ -69,8 +69,14 @@ def require_new(path: Path) -> None:
 
 
 def store(path: Path, text: str) -> None:
+    """Write a file that is not there yet: what came into its place meanwhile is not replaced."""
     try:
-        path.write_text(text, encoding="utf-8")
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OutputRefused(
+            f"{path} was made meanwhile. Move it away, or choose another file with --picture."
+        ) from error
     except OSError as error:
         raise IOFailed(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -6,14 +6,15 @@ import hashlib
 from pathlib import Path
 
 from qz import IOFailed, MissingInput, PermissionRefused
+from qz.formats.regular_file import NotRegular, open_regular
 
 
 def sha256_of(path: Path) -> str:
     """In hexadecimal. Raises MissingInput, PermissionRefused or IOFailed."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotRegular):
         raise MissingInput(f"{path} is not a file. Check the path.") from None
     except PermissionError:
         raise PermissionRefused(f"{path} cannot be read: permission denied. Change its permissions.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -294,3 +295,83 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert parts == [set(), {"0"}, {"1"}]
     assert not any("lm_head" in name for each in held for name in each)
     assert ["embed" in "".join(each) for each in held] == [True, False, False]
+
+
+def unfinished(tmp_path: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A calibration that was killed after a block: how to run it again, and its journal."""
+    folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt")
+
+    def stop(progress: Any) -> None:
+        if progress.done >= 2:
+            raise Killed
+
+    def run(**how: Any) -> Any:
+        return api.calibrate(folder, tmp_path / "stats", text=words, tokens=90, hessians=True, device="cpu", **how)
+
+    with pytest.raises(Killed):
+        run(on_progress=stop)
+    return run, json.loads((tmp_path / "stats.unfinished" / "journal.json").read_text())
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "names a file of others": lambda journal: {**journal, "claimed": [*journal["claimed"], "words.txt"]},
+    "names a block elsewhere": lambda journal: {
+        **journal,
+        "blocks": [{**each, "file": f"../stats.unfinished/{each['file']}"} for each in journal["blocks"]],
+    },
+    "has no mark": lambda journal: {name: value for name, value in journal.items() if name != "mark"},
+    "has other tokens": lambda journal: {**journal, "rows": [[0] * 90]},
+    "is a list": lambda _: [],
+    "has sums that are none": lambda journal: {**journal, "sums": 5},
+    "has blocks that are none": lambda journal: {**journal, "blocks": [5]},
+}
+
+
+def test_a_journal_that_another_wrote_counts_for_nothing_and_no_file_of_others_is_removed(tmp_path: Path) -> None:
+    run, journal = unfinished(tmp_path)
+    place, kept = tmp_path / "stats.unfinished", tmp_path / "kept"
+    place.rename(kept)
+    texts = {name: json.dumps(forge(journal)) for name, forge in FORGED.items()} | {"is deep": "[" * 100_000}
+    for name, forged in texts.items():
+        for each in tmp_path.glob("stats*"):
+            each.unlink()
+        shutil.copytree(kept, place)
+        (place / "journal.json").write_text(forged)
+        found = run()
+        assert not found.resumed, name
+        assert (tmp_path / "words.txt").exists(), name
+        assert {each.name for each in tmp_path.glob("stats.hessians-*")} == set(found.hessian_files)
+        assert not place.exists()
+
+
+@pytest.mark.parametrize("kind", ["a file of others", "a folder", "a link", "a FIFO"])
+def test_what_others_put_where_an_unfinished_calibration_is_kept_is_left_alone(kind: str, tmp_path: Path) -> None:
+    folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt")
+    place = tmp_path / "stats.unfinished"
+    if kind == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to("elsewhere")
+    else:
+        place.mkdir()
+        name = "mine" if kind == "a file of others" else "journal.json"
+        if kind == "a FIFO":
+            os.mkfifo(place / name)
+        elif kind == "a folder":
+            (place / name).mkdir()
+        else:
+            (place / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputRefused, match="Move it away"):
+        api.calibrate(folder, tmp_path / "stats", text=words, tokens=90, device="cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "/dev/zero"])
+def test_a_text_that_has_no_end_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    folder, endless = model_folder("llama-untied", tmp_path / "model"), Path(kind)
+    if kind == "FIFO":
+        endless = tmp_path / "text"
+        os.mkfifo(endless)
+    with pytest.raises(UsageError, match="is a FIFO or a device"):
+        api.calibrate(folder, tmp_path / "stats", text=endless, device="cpu")
+    assert not (tmp_path / "stats").exists()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qz import MalformedInput, MissingInput, Unsupported, UsageError, api
+from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
+from qz.cli.compare import store
 from qz.quantize.calibration import text
 from readers import model_folder, some_text
 from reference import dequantized_by_bitsandbytes, tensors_of
@@ -98,6 +99,14 @@ def test_the_picture_is_an_svg_with_a_bar_for_each_block(forked_qz: Qz, tmp_path
     assert [title.split(":")[0] for title in titles] == ["model.layers.0", "model.layers.1"]
     assert any("a&b" in str(text.text) for text in drawn.iter(f"{inside}text"))
     assert forked_qz(*asked).returncode == 73
+
+
+def test_what_comes_into_the_place_of_a_picture_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "blocks.svg").symlink_to("precious")
+    with pytest.raises(OutputRefused, match="made meanwhile"):
+        store(tmp_path / "blocks.svg", "<svg/>")
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_an_encoder_is_compared_by_its_last_hidden_states(tmp_path: Path) -> None:

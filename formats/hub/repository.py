@@ -31,6 +31,7 @@ from qz.formats.hub.transport.remote_file import RemoteFile, differs
 from qz.formats.hub.transport.session import API_TIMEOUT, hub_api, patiently
 from qz.formats.hub.transport.ways import Ways
 from qz.formats.malformed import Malformed, quoted
+from qz.formats.regular_file import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +48,8 @@ WHOLE = 1 << 20
 """LFS files up to this size are fetched whole, like everything that is not LFS (10 MB at most on the Hub)."""
 LARGEST_REGULAR = 16 << 20
 """Bytes of a file that is not LFS: the Hub takes 10 MB at most."""
+MOST_LISTING_BYTES = 1 << 28
+"""Of the listing that huggingface_hub keeps with a snapshot."""
 KEPT = 32 << 20
 """Bytes of heads and small files that are kept."""
 
@@ -121,9 +124,9 @@ def _complete_in_cache(repo_id: str, revision: str | None) -> HubFolder | None:
     # Without a listing that it can read, snapshot_download cannot tell, and returns a part of the repository too.
     listing = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
     try:
-        files = json.loads(listing.read_bytes())["files"]
+        files = json.loads(read_regular(listing, MOST_LISTING_BYTES))["files"]
         complete = isinstance(files, dict) and all((snapshot / name).is_file() for name in files)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return HubFolder(hub_api(), repo_id, snapshot.name, snapshot=snapshot) if complete else None
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qz import QzError, TryAgain
+from qz import OutputRefused, QzError, TryAgain
 from qz.formats.file_hash import sha256_of
+from qz.formats.malformed import quoted
+from qz.formats.output.resuming.seal import is_sealed, seal, user_key
 from qz.formats.output.storage.whole_file import write_whole
+from qz.formats.regular_file import read_regular
 
 JOURNAL, LOCK = "journal.json", "lock"
+BLOCK = re.compile(r"block-\d{5,}\.safetensors")
+OWN = re.compile(rf"{LOCK}|(?:{re.escape(JOURNAL)}|{BLOCK.pattern})(?:\.partial)?")
+MOST_JOURNAL_BYTES = 1 << 30
+"""It has all tokens of the text, and the shape of what every block returned."""
 
 
 @dataclass(slots=True)
@@ -55,9 +64,11 @@ class BlockStore:
     """The folder of one calibration; one process at a time has it."""
 
     def __init__(self, output: Path, *, resume: bool) -> None:
-        """Raises TryAgain where another process makes the same output."""
+        """Raises TryAgain where another process makes the same output, OutputRefused where something of others lies in
+        the folder's place, or in it."""
         self.folder = output.with_name(f"{output.name}.unfinished")
-        self.folder.mkdir(exist_ok=True)
+        self._claims = re.compile(rf"{re.escape(output.stem)}\.hessians-\d{{5,}}\.safetensors")
+        _make_own(self.folder)
         self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +106,7 @@ class BlockStore:
         if found is not None and found.fingerprint == fingerprint and self._is_whole(found):
             self._journal, self._kept = found, len(found.blocks)
             for file in set(found.claimed) - found.sums.files.keys():
-                self.folder.with_name(Path(file).name).unlink(missing_ok=True)
+                self.folder.with_name(file).unlink(missing_ok=True)
             for block in found.blocks:
                 self._read_values(block)
             return
@@ -166,13 +177,18 @@ class BlockStore:
             self._outputs.setdefault(self._batch, []).append(_copied(output))
 
     def _read(self) -> _Journal | None:
-        try:
-            value = json.loads((self.folder / JOURNAL).read_bytes())
-            return _Journal(
-                value["fingerprint"], value["rows"], value["blocks"], Sums(**value["sums"]), value["claimed"]
-            )
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
+        """The journal, if this user wrote it, as far as that can be known."""
+        key = user_key()
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            value = json.loads(read_regular(self.folder / JOURNAL, MOST_JOURNAL_BYTES))
+            mark = value.pop("mark", None)
+            if key is None or is_sealed(mark, key, _canonical(value)):
+                found = _Journal(**{**value, "sums": Sums(**value["sums"])})
+                if all(self._claims.fullmatch(file) for file in (*found.claimed, *found.sums.files)) and all(
+                    BLOCK.fullmatch(block["file"]) for block in found.blocks
+                ):
+                    return found
+        return None
 
     def _is_whole(self, journal: _Journal) -> bool:
         """Whether everything that the journal lists is there, as it was written."""
@@ -193,13 +209,35 @@ class BlockStore:
 
     def _clear(self, journal: _Journal | None) -> None:
         for file in journal.claimed if journal is not None else ():
-            self.folder.with_name(Path(file).name).unlink(missing_ok=True)
+            self.folder.with_name(file).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 path.unlink()
 
     def _write_journal(self) -> None:
-        write_whole(self.folder / JOURNAL, [memoryview(json.dumps(asdict(self._journal)).encode())])
+        value, key = asdict(self._journal), user_key()
+        if key is not None:
+            value["mark"] = seal(key, _canonical(value))
+        write_whole(self.folder / JOURNAL, [memoryview(json.dumps(value).encode())])
+
+
+def _make_own(folder: Path) -> None:
+    """Make the folder; raise OutputRefused unless what is there is one that an interrupted calibration left."""
+    folder.mkdir(exist_ok=True)
+    strange = "a link is not" if folder.is_symlink() else None
+    for entry in os.scandir(folder) if strange is None else ():
+        if not (OWN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)):
+            strange = f"{quoted(entry.name)} in it is not"
+            break
+    if strange is not None:
+        raise OutputRefused(
+            f"{folder} is where an unfinished calibration is kept, and {strange} qz's. Move it away, or choose another "
+            "file with -o/--output."
+        )
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
 
 
 def _copied(value: Any) -> Any:

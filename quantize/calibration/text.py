@@ -13,6 +13,7 @@ import torch
 
 from qz import MissingInput, Unsupported, UsageError
 from qz.formats.folder import Folder, read_file
+from qz.formats.regular_file import NotRegular, TooLarge, read_regular
 from qz.quantize.libraries.importing.boundary import describe
 from qz.quantize.libraries.importing.isolation import isolated
 
@@ -42,15 +43,17 @@ def default_text() -> str:
 def read_text_file(path: Path) -> str:
     """The text in a file. Raises MissingInput, and UsageError where it is no text, or too long a one."""
     try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_TEXT_BYTES else None
+        data = read_regular(path, MAX_TEXT_BYTES)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} does not exist. --text names a file of plain text.") from error
     except IsADirectoryError as error:
         raise UsageError(f"{path} is a folder. --text names a file of plain text.") from error
-    if data is None:
+    except NotRegular as error:
+        raise UsageError(f"{path} is a FIFO or a device. --text names a file of plain text.") from error
+    except TooLarge as error:
         raise UsageError(
             f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB. Give a part of it: a few pages are enough."
-        )
+        ) from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

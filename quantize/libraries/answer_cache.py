@@ -23,6 +23,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.regular_file import read_regular
 from qz.formats.user_cache import user_cache
 from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequest, Saved, TensorSpec, Weight
 
@@ -61,9 +62,7 @@ def recall(question: str) -> Architecture | None:
     if folder is None:
         return None
     try:
-        if (folder / question).stat().st_size > MOST_BYTES:
-            return None
-        checksum, body = (folder / question).read_bytes().split(b"\n", 1)
+        checksum, body = read_regular(folder / question, MOST_BYTES).split(b"\n", 1)
         if hashlib.sha256(body).hexdigest().encode() != checksum:
             return None
         kept = json.loads(body)

@@ -15,10 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qz.formats.regular_file import read_regular
 from qz.formats.user_cache import user_cache
 
 MOST = 32
 """Interrupted comparisons that are kept, the newest."""
+MOST_BYTES = 1 << 28
 PERIOD = 1.0
 """Seconds between two writes."""
 
@@ -79,11 +81,11 @@ def _path(bound_to: Mapping[str, Any]) -> Path | None:
 def _read(path: Path) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path, MOST_BYTES).splitlines()
     except OSError:
         return found
     for line in lines:
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             folder, name = json.loads(line)
             found.add((str(folder), str(name)))
     return found
