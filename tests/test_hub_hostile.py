@@ -13,6 +13,8 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +36,7 @@ from hub_reading import (
     stream,
 )
 from hub_server import OWNER, HubServer, connected
+from hub_server.behaviours import BEHAVIOURS
 from hub_server.contents import Blob
 from hub_server.rules import table
 from pace import HANG
@@ -82,6 +85,19 @@ def test_every_rule_of_the_real_hub_has_its_source() -> None:
     for name, _, what, source in table():
         assert what, name
         assert source, name
+
+
+def test_every_behaviour_has_a_source_is_handled_somewhere_and_has_a_test() -> None:
+    rows = [row for group in BEHAVIOURS.values() for row in group]
+    assert len(BEHAVIOURS) == 14
+    for row in rows:
+        assert row.what, row
+        assert row.source, row
+        module, _, name = row.handled.partition(":")
+        attrgetter(name)(import_module(f"qz.formats.{module}"))
+        file, _, test = row.tests.partition(":")
+        assert f"def test_{test}(" in (Path(__file__).parent / f"test_{file}.py").read_text(), row
+    assert {rule for row in rows for rule in row.rules} == {name for name, *_ in table()}
 
 
 # Links

@@ -386,6 +386,7 @@ def test_another_commit_meanwhile_is_not_overwritten(hub: HubServer, made: Path)
     repo = hub.add("me/new", {}, private=True)
     hub.fail("commit", times=1, before=lambda: hub.commit("me/new", {"theirs.txt": b"x"}))
     assert "changed meanwhile" in failure(lambda: push(made, to()), TryAgain)
+    assert hub.requests["commit"] == 1  # a second one could not be made either
     assert set(repo.files()) == {"theirs.txt"}
     push(made, to())
     assert files_of(made).items() <= repo.files().items()
