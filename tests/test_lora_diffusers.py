@@ -11,8 +11,9 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import lycoris_values
 import pipelines
 from commands import run
 from converted import plan_of
@@ -27,6 +28,7 @@ from qz.formats.safetensors import encode_header, layout
 from qz.quantize.adapters.changes import Changes
 from qz.quantize.adapters.placement import placements
 from qz.quantize.planning.fusing import fuse
+from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.sources import Fused
 from reference import differing_tensors, tensors_of
 
@@ -288,3 +290,71 @@ def test_fused_layers_of_the_original_names_are_split_over_those_of_diffusers(tm
         torch.testing.assert_close(torch.from_numpy(rows), wanted[start + 128 : start + 192], rtol=1e-4, atol=1e-4)
         start += source.shape[0]
     assert start == out
+
+
+def weight_with(plan: Plan, name: str, base: torch.Tensor) -> torch.Tensor:
+    """``base`` with what the plan fuses into the tensor of this name."""
+    [source] = next(step.sources for step in plan.steps if step.name == name)
+    assert isinstance(source, Fused)
+    rows = base.clone().reshape(len(base), -1)
+    Changes(source.changes, rows.shape[1]).apply(rows.numpy(), 0, lambda _, nbytes: np.empty(nbytes, np.uint8))
+    return rows.reshape(base.shape)
+
+
+@pytest.mark.parametrize("prefix", ["lycoris", "lora_unet"])
+@pytest.mark.parametrize("case", lycoris_values.CASES)
+def test_every_kind_of_lycoris_gives_the_weight_that_it_computes(
+    sdxl: Path, tmp_path: Path, case: str, prefix: str
+) -> None:
+    known = load_file(lycoris_values.FILE)
+    parts = {name.split("|")[1]: tensor for name, tensor in known.items() if name.startswith(f"{case}|lycoris_")}
+    save_file({name.replace("lycoris", prefix, 1): part for name, part in parts.items()}, tmp_path / "x.safetensors")
+    plan = plan_of(sdxl / "unet", "nf4")
+    for what, scale in (("whole", 1.0), ("half", 0.5)):
+        adapter = open_adapter(LocalFolder(tmp_path), "x.safetensors", "x.safetensors", scale)
+        changed = fuse(plan, [adapter], "unet", "StableDiffusionXLPipeline")
+        for path, shape in lycoris_values.LAYERS.items():
+            ours = weight_with(changed, f"{path}.weight", lycoris_values.layer(shape).weight.detach())
+            torch.testing.assert_close(ours, known[f"{case}|{path}|{what}"], rtol=1e-5, atol=2e-6)
+
+
+def test_norms_and_biases_are_changed_by_their_differences(sdxl: Path, tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    stem, path = "lycoris_down_blocks_0_resnets_0_norm1", "down_blocks.0.resnets.0.norm1"
+    tensors = tensors_of(sdxl / "unet")
+    changes = {f"{stem}.w_norm": torch.randn(8), f"{stem}.b_norm": torch.randn(8)}
+    changes |= {"lycoris_conv_in.diff": torch.randn(8, 4, 3, 3), "lycoris_conv_in.diff_b": torch.randn(8)}
+    save_file(changes, tmp_path / "lora.safetensors")
+    run(quantize, sdxl, output=tmp_path / "made", lora=[f"{tmp_path / 'lora.safetensors'}:0.5"])
+    made = tensors_of(tmp_path / "made" / "unet")
+    for name, part in ((f"{path}.weight", f"{stem}.w_norm"), (f"{path}.bias", f"{stem}.b_norm"),
+                       ("conv_in.weight", "lycoris_conv_in.diff"), ("conv_in.bias", "lycoris_conv_in.diff_b")):  # fmt: skip
+        torch.testing.assert_close(made[name], tensors[name] + 0.5 * changes[part])
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        (("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"), "GLoRA"),
+        (("oft_blocks", "alpha"), "OFT or BOFT"),
+        (("weight", "on_input"), "IA³"),
+        (("lora_down.weight", "lora_up.weight", "reshape_weight"), "gives a weight another shape"),
+    ],
+)
+def test_what_is_no_sum_with_the_weight_is_refused_by_its_kind(
+    sdxl: Path, tmp_path: Path, parts: tuple[str, ...], kind: str
+) -> None:
+    save_file({f"lycoris_conv_in.{part}": torch.ones(4, 4) for part in parts}, tmp_path / "lora.safetensors")
+    with pytest.raises(Unsupported, match=f"{kind} .*Merge it into the model with the program that trained it"):
+        run(quantize, sdxl, lora=[str(tmp_path / "lora.safetensors")], dry_run=True)
+
+
+def test_norms_of_the_inputs_of_a_part_of_a_layer_are_not_known(tmp_path: Path) -> None:
+    wide_flux(tmp_path / "flux")
+    stem, out, into = "lora_unet_single_blocks_0_linear1", 3 * 3072 + 12288, 3072
+    parts = {"lora_down.weight": torch.ones(2, into), "lora_up.weight": torch.ones(out, 2)}
+    parts["dora_scale"] = torch.ones(1, into)
+    save_file({f"{stem}.{name}": part for name, part in parts.items()}, tmp_path / "lora.safetensors")
+    adapter = open_adapter(LocalFolder(tmp_path), "lora.safetensors", "lora.safetensors", 1.0)
+    with pytest.raises(Unsupported, match="those of the whole are not known"):
+        fuse(plan_of(tmp_path / "flux", "nf4"), [adapter], "transformer", "FluxPipeline")

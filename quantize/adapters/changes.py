@@ -2,6 +2,7 @@
 
 As ``peft`` 0.21 merges: LoRA W + s·B·A (Hu et al., 2021), DoRA m·(W + s·B·A)/‖W + s·B·A‖ (Liu et al., 2024), LoHa the
 element-wise product of two low-rank products, LoKr a Kronecker product (``peft/tuners/{lora,loha,lokr}/layer.py``).
+As ``lycoris`` 4.1 (``functional``): the tucker form of each, and a DoRA of any of them, of which only a part may count.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ class Change:
 
     module: AdapterModule
     scale: float
-    """Alpha by rank, times what the user asked for."""
+    """Alpha by rank, times what the user asked for, unless ``strength`` is that."""
     pieces: tuple[Piece, ...]
     what: Literal["weight", "bias", "bias of B", "replace"] = "weight"
     transposed: bool = False
     """The tensor holds (in, out): the weight of a ``Conv1D``, or of an embedding whose ``B·A`` is (out, in)."""
     magnitude_of: Literal["rows", "columns"] | None = None
-    """Of which norms a DoRA sets, in the tensor as it is stored."""
+    """Of which norms a DoRA sets, in the tensor as it is stored; columns of a convolution are its input channels."""
+    strength: float = 1.0
+    """How much of the new norms of LyCORIS' DoRA counts."""
 
     @property
     def adapter(self) -> AdapterFile:
@@ -89,10 +92,20 @@ class Loaded:
             else:
                 rows += added
             if self.change.magnitude_of == "rows":
-                magnitude = self.factors["magnitude"].reshape(-1)[first : first + high - low]
-                rows *= (magnitude / np.linalg.norm(rows, axis=1))[:, None]
+                rows *= self._by_norms(np.linalg.norm(rows, axis=1), slice(first, first + high - low))[:, None]
         if self.change.magnitude_of == "columns":  # all rows are here
-            weight *= self.factors["magnitude"].reshape(-1) / np.linalg.norm(weight, axis=0)
+            channels = weight.reshape(len(weight), self._magnitude.size, -1)
+            channels *= self._by_norms(np.sqrt(np.square(channels).sum(axis=(0, 2))), slice(None))[:, None]
+
+    @property
+    def _magnitude(self) -> Floats:
+        return self.factors["magnitude" if "magnitude" in self.factors else "dora_scale"].reshape(-1)
+
+    def _by_norms(self, norms: Floats, part: slice) -> Floats:
+        """What vectors of these ``norms`` are multiplied by."""
+        factors: Floats = self._magnitude[part] / norms
+        strength = np.float32(self.change.strength)
+        return factors if strength == 1 else strength * (factors - 1) + 1
 
     def _rows(self, first: int, last: int, memory: Memory) -> Floats:
         """Rows of what is added, or of what replaces the tensor."""
@@ -131,7 +144,7 @@ class Loaded:
         assert down is not None
         assert up is not None
         if "mid" in factors:
-            down = np.einsum("rskl,si->rikl", factors["mid"], _flat(down))
+            down = np.einsum("rs...,si->ri...", factors["mid"], _flat(down))
         down, up = _flat(down), _flat(up)
         return (down.T, up.T) if self.change.transposed else (up, down)
 
@@ -141,22 +154,22 @@ class Loaded:
         if "lokr_w2" in factors:
             two = _flat(factors["lokr_w2"])
         elif "lokr_t2" in factors:
-            core = factors["lokr_t2"]
-            two = _flat(np.einsum("ijkl,jr,ip->prkl", core, factors["lokr_w2_b"], factors["lokr_w2_a"]))
+            two = _flat(np.einsum(_TUCKER, factors["lokr_t2"], factors["lokr_w2_b"], factors["lokr_w2_a"]))
         else:
             two = factors["lokr_w2_a"] @ _flat(factors["lokr_w2_b"])
         rows = np.arange(first, last)
         return (one[rows // len(two), :, None] * two[rows % len(two), None, :]).reshape(last - first, -1)
 
     def _tucker_loha(self) -> Floats:
-        """``make_weight_cp`` of LyCORIS: each factor is a core with a matrix on two of its sides."""
+        """Each factor is a core with a matrix on two of its sides (``rebuild_tucker`` of LyCORIS)."""
         one, two = (
-            np.einsum("ijkl,jr,ip->prkl", *(self.factors[f"hada_{name}"] for name in names))
+            np.einsum(_TUCKER, *(self.factors[f"hada_{name}"] for name in names))
             for names in (("t1", "w1_b", "w1_a"), ("t2", "w2_b", "w2_a"))
         )
         return _flat(one * two)
 
 
+_TUCKER = "ij...,jr,ip->pr..."
 _WANTED: dict[str, tuple[str, ...] | None] = {
     "weight": None, "bias": ("bias_difference",), "bias of B": ("up_bias",), "replace": ("replacement",),
 }  # fmt: skip
@@ -215,17 +228,17 @@ def delta_shape(module: AdapterModule) -> tuple[int, int]:
         return product(shapes["embedding_up"], shapes["embedding_down"])
     if "mid" in shapes:
         mid, down, up = shapes["mid"], shapes["down"], shapes["up"]
-        if len(mid) != 4 or elements(up[1:]) != mid[0] or down[0] != mid[1]:
+        if len(mid) < 3 or elements(up[1:]) != mid[0] or down[0] != mid[1]:
             raise _misfit(module)
-        return up[0], elements(down[1:]) * mid[2] * mid[3]
+        return up[0], elements(down[1:]) * elements(mid[2:])
     return product(shapes["up"], shapes["down"])
 
 
 def _tucker(module: AdapterModule, core: str, out: str, into: str) -> tuple[int, int]:
-    shapes = [module.parts[name].shape for name in (core, out, into)]
-    if [len(shape) for shape in shapes] != [4, 2, 2] or shapes[0][:2] != (shapes[1][0], shapes[2][0]):
+    middle, first, second = (module.parts[name].shape for name in (core, out, into))
+    if len(middle) < 3 or len(first) != 2 or len(second) != 2 or middle[:2] != (first[0], second[0]):
         raise _misfit(module)
-    return shapes[1][1], shapes[2][1] * shapes[0][2] * shapes[0][3]
+    return first[1], second[1] * elements(middle[2:])
 
 
 def _misfit(module: AdapterModule) -> MalformedInput:

@@ -16,23 +16,34 @@ Kind = Literal["LoRA", "LoHa", "LoKr", "difference"]
 
 # How PEFT, diffusers, kohya and LyCORIS end the names of the parts of one module's change.
 _ENDINGS = {
-    "down": r"\.lora_A\.weight|\.lora_A|\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight"
-    r"|\.down\.weight",
-    "up": r"\.lora_B\.weight|\.lora_B|\.lora_up\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight"
-    r"|\.up\.weight",
+    "down": r"\.lora_A(?:\.default)?\.weight|\.lora_A|\.lora_down\.weight|[._]lora\.down\.weight"
+    r"|\.lora_linear_layer\.down\.weight|\.down\.weight",
+    "up": r"\.lora_B(?:\.default)?\.weight|\.lora_B|\.lora_up\.weight|[._]lora\.up\.weight"
+    r"|\.lora_linear_layer\.up\.weight|\.up\.weight",
     "mid": r"\.lora_mid\.weight",
     "up_bias": r"\.lora_B\.bias",
     "embedding_down": r"\.lora_embedding_A",
     "embedding_up": r"\.lora_embedding_B",
-    "magnitude": r"\.lora_magnitude_vector(?:\.weight)?|\.dora_scale",
+    "magnitude": r"\.lora_magnitude_vector(?:\.weight)?",
+    "dora_scale": r"\.dora_scale",
     "alpha": r"\.alpha",
-    "difference": r"\.diff",
-    "bias_difference": r"\.diff_b",
+    "difference": r"\.diff|\.w_norm",
+    "bias_difference": r"\.diff_b|\.b_norm",
     **{name: rf"\.{name}" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{name: rf"\.{name}" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     "lokr_t2": r"\.lokr_t2",
 }
 _PARTS = [(part, re.compile(rf"(?P<stem>.+?)(?:{ending})\Z", re.DOTALL)) for part, ending in _ENDINGS.items()]
+_OTHER_KINDS = {
+    "GLoRA": r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight",
+    "IA³": r"\.on_input|\.(?:lora|ia3)_l(?:\.weight)?",
+    "OFT or BOFT": r"\.oft_(?:blocks|diag|R)(?:\.weight)?|\.boft_[RS](?:\.weight)?",
+    "VeRA": r"\.?vera_(?:lambda_[bd]|[AB])(?:\.weight)?",
+    "a LoRA that gives a weight another shape": r"\.reshape_weight",
+    "a LoRA that sets weights": r"\.set_weight",
+}
+"""Changes that are no sum with the weight, or give it another shape; and a part of each, by which it is known."""
+_OTHERS = [(kind, re.compile(rf".*(?:{part})\Z", re.DOTALL)) for kind, part in _OTHER_KINDS.items()]
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -90,7 +101,10 @@ class AdapterModule:
 
 
 def modules_of(adapter: AdapterFile) -> tuple[dict[str, AdapterModule], dict[str, StoredTensor]]:
-    """The modules of a LoRA by their names, and the tensors that are no part of a change."""
+    """The modules of a LoRA by their names, and the tensors that are no part of a change.
+
+    Raises Unsupported for an adapter of a kind that cannot be fused into weights as they are read.
+    """
     parts: dict[str, dict[str, StoredTensor]] = {}
     others: dict[str, StoredTensor] = {}
     for name, tensor in adapter.tensors.items():
@@ -106,6 +120,13 @@ def modules_of(adapter: AdapterFile) -> tuple[dict[str, AdapterModule], dict[str
             )
         parts[stem][part] = tensor
     modules = {stem: AdapterModule(adapter, stem, found) for stem, found in parts.items()}
+    for kind, pattern in _OTHERS:
+        name = next(filter(pattern.match, others), None)
+        if name is not None and adapter.config is None:  # PEFT's says its kind, and may come with whole weights
+            raise Unsupported(
+                f"{adapter.where} is {kind} ({quoted(name)}), which qz does not fuse. Merge it into the model with the "
+                "program that trained it, then quantize that."
+            )
     for module in modules.values():
         module.require_whole()
     return modules, others

@@ -13,7 +13,7 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Piece, delta_shape, read_alpha
 from qz.quantize.adapters.modules import AdapterModule, modules_of
-from qz.quantize.adapters.peft_config import head_config, peft_config
+from qz.quantize.adapters.peft_config import PeftConfig, head_config, peft_config
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import describe
 from qz.quantize.libraries.importing.isolation import isolated
@@ -42,6 +42,7 @@ def placements(adapter: AdapterFile, models: Mapping[str, Checkpoint], pipeline_
     ``pipeline_class``: of the pipeline that the models are of, if that is known. Raises MalformedInput for tensors
     that belong nowhere, MissingInput where PEFT's config is missing, and Unsupported for what cannot be fused.
     """
+    config = peft_config(adapter) if "peft_type" in (adapter.config or {}) else None
     modules, others = modules_of(adapter)
     if not modules:
         first = next(iter(adapter.tensors))
@@ -49,8 +50,8 @@ def placements(adapter: AdapterFile, models: Mapping[str, Checkpoint], pipeline_
             f"{adapter.where} is not a LoRA: its tensors are named as {quoted(first)}. Name the file of a LoRA with "
             "--lora; a model to quantize comes first on the line."
         )
-    if adapter.config is not None and "peft_type" in adapter.config:
-        return _of_peft(adapter, modules, others, models)
+    if config is not None:
+        return _of_peft(adapter, config, modules, others, models)
     if others:
         raise _belongs_nowhere(adapter, others)
     if all(model.library == "transformers" for model in models.values()):
@@ -71,12 +72,12 @@ def _belongs_nowhere(adapter: AdapterFile, names: Iterable[str], more: str = "")
 
 def _of_peft(
     adapter: AdapterFile,
+    config: PeftConfig,
     modules: Mapping[str, AdapterModule],
     others: Mapping[str, object],
     models: Mapping[str, Checkpoint],
 ) -> list[Placement]:
     """An adapter that PEFT saved: names are paths of the model it was trained on."""
-    config = peft_config(adapter)
     component = next((name for name in DENOISERS if name in models), next(iter(models)))
     found = []
     for name in others:  # first: what is added is added to them
@@ -141,13 +142,14 @@ def _of_diffusers(
             Placement(component, inner, modules[stem], _stated_scale(modules[stem], path), tuple(pieces))
             for stem, pieces in by_module.items()
         ]
-    placed = {each.module.stem for each in found}
-    left = {stem: module for stem, module in modules.items() if stem not in placed}
-    for stem, module in list(left.items()):
+    unplaced = modules.keys() - {each.module.stem for each in found}
+    lost = {each.module.stem for each in found if each.component in models and not _is_there(each, models)}
+    for stem in sorted(unplaced | lost):
         if (place := _by_underscores(stem, models)) is not None:
-            found.append(Placement(*place, module, _stated_scale(module, ".".join(place))))
-            del left[stem]
-    if left:
+            found = [each for each in found if each.module.stem != stem]
+            found.append(Placement(*place, modules[stem], _stated_scale(modules[stem], ".".join(place))))
+            unplaced -= {stem}
+    if left := {stem: modules[stem] for stem in unplaced}:
         raise _belongs_nowhere(adapter, left, why)
     elsewhere = {each.module.stem: each.component for each in found if each.component not in models}
     if elsewhere:
@@ -187,16 +189,30 @@ def _stated_scale(module: AdapterModule, path: str) -> float:
     return module.adapter.scale
 
 
+def _is_there(placement: Placement, models: Mapping[str, Checkpoint]) -> bool:
+    """Whether the checkpoint has a tensor of the module, under the name that diffusers gives it."""
+    tensors = models[placement.component].tensors
+    return any(f"{path}.{part}" in tensors for path in spellings(placement.path) for part in ("weight", "bias"))
+
+
+def spellings(name: str) -> tuple[str, str]:
+    """What a LoRA's name may be in the checkpoint: CLIP's text encoder lost a prefix in transformers 5, which LoRAs still
+    have, as diffusers' ``_load_lora_into_text_encoder`` knows."""
+    return name, name.removeprefix("text_model.")
+
+
 def _by_underscores(stem: str, models: Mapping[str, Checkpoint]) -> tuple[str, str] | None:
     """The module whose path, with underscores for its dots, is the name that kohya and LyCORIS give it."""
     match = _KOHYA.fullmatch(stem)
     if match is None:
         return None
+    number = match["of"].removeprefix("lora_te") if match["of"].startswith("lora_te") else None
+    encoder = None if number is None else "text_encoder" + ("" if number in ("", "1") else f"_{number}")
     for component, checkpoint in models.items():
-        if match["of"].startswith("lora_te") != (checkpoint.library == "transformers"):
+        if (component != encoder) if encoder else (checkpoint.library == "transformers"):
             continue
         for name in checkpoint.tensors:
             path = name.removesuffix(".weight")
-            if path.replace(".", "_") == match["path"]:
+            if path.replace(".", "_") in (match["path"], match["path"].removeprefix("text_model_")):
                 return component, path
     return None

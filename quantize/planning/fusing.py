@@ -13,7 +13,7 @@ from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Change, Piece, delta_shape
 from qz.quantize.adapters.modules import AdapterModule
-from qz.quantize.adapters.placement import Placement, placements
+from qz.quantize.adapters.placement import Placement, placements, spellings
 from qz.quantize.compute.arrays import NUMPY, elements
 from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Fused, Source
@@ -79,8 +79,7 @@ def _step(plan: Plan, by_name: Mapping[str, Step], name: str) -> Step | None:
             "fused, both would change. Untie the model (tie_word_embeddings: false, with both weights saved), or leave "
             "that layer out of the LoRA."
         )
-    # As diffusers' _load_lora_into_text_encoder: transformers 5 took this prefix of CLIP's away, LoRAs still have it.
-    step = by_name.get(name) or by_name.get(name.removeprefix("text_model."))
+    step = next((by_name[each] for each in spellings(name) if each in by_name), None)
     if step is not None and (step.weight.conversion is not None or len(step.sources) != 1):
         raise Unsupported(
             f"The LoRA changes {quoted(name)}, which {plan.checkpoint.library} computes from several tensors of "
@@ -127,9 +126,16 @@ def _change(placement: Placement, step: Step, what: What, *, conv1d: bool) -> Ch
             f"{module.adapter.where}: {quoted(module.stem)} has a change of the shape {list(own)}, but "
             f"{quoted(source.name)} of the model is {list(source.shape)}. Is it a LoRA for another model?"
         )
-    magnitude = module.parts.get("magnitude") if what == "weight" else None
-    axis = None if magnitude is None else _axis(module, own, conv1d=conv1d)
-    return Change(module, placement.scale, pieces, what, transposed, axis)
+    axis = _axis(module, own, source.shape, conv1d=conv1d) if what == "weight" else None
+    if axis == "columns" and not sum(each.count for each in pieces) == own[0] == rows:
+        raise Unsupported(
+            f"{module.adapter.where}: {quoted(module.stem)} sets the norms of inputs of a layer that "
+            f"{quoted(source.name)} is a part of, and those of the whole are not known. Merge it with the program that "
+            "trained it, then quantize that."
+        )
+    weighed = axis is not None and "dora_scale" in module.parts
+    strength = module.adapter.scale if weighed else 1.0
+    return Change(module, placement.scale / strength, pieces, what, transposed, axis, strength)
 
 
 def _own_shape(module: AdapterModule, what: What) -> tuple[int, int]:
@@ -140,15 +146,27 @@ def _own_shape(module: AdapterModule, what: What) -> tuple[int, int]:
     return shape[0], elements(shape[1:])
 
 
-def _axis(module: AdapterModule, own: tuple[int, int], *, conv1d: bool) -> Literal["rows", "columns"]:
-    """Of which norms a DoRA states the magnitudes: kohya's of outputs are (out, 1), those of inputs (1, in)."""
-    shape = module.parts["magnitude"].shape
+def _axis(
+    module: AdapterModule, own: tuple[int, int], shape: tuple[int, ...], *, conv1d: bool
+) -> Literal["rows", "columns"] | None:
+    """Of which norms a DoRA states the magnitudes: PEFT's are of outputs, LyCORIS' (out, 1 …) or of inputs (1, in …).
+
+    ``own``: of the module's change; ``shape``: of the weight.
+    """
     outputs, inputs = own[::-1] if conv1d else own
-    if elements(shape) == outputs and (len(shape) == 1 or shape[0] == outputs):
-        return "columns" if conv1d else "rows"
-    if elements(shape) == inputs and len(shape) > 1 and shape[0] == 1 and module.kind == "LoRA" and not conv1d:
-        return "columns"
+    if (magnitude := module.parts.get("magnitude")) is not None:
+        if elements(magnitude.shape) == outputs:
+            return "columns" if conv1d else "rows"
+    elif (magnitude := module.parts.get("dora_scale")) is not None and not conv1d:
+        first, *rest = magnitude.shape or (1,)
+        inputs = shape[1] if len(shape) > 1 else 1
+        if first == outputs and elements(tuple(rest)) == 1:
+            return "rows"
+        if first == 1 and rest[:1] == [inputs] and elements(tuple(rest)) == inputs:
+            return "columns"
+    else:
+        return None
     raise MalformedInput(
-        f"{module.adapter.where}: the magnitudes of {quoted(module.stem)} have the shape {list(shape)}, which fits "
-        f"neither its {outputs} outputs nor its {inputs} inputs. Download the LoRA again."
+        f"{module.adapter.where}: the magnitudes of {quoted(module.stem)} have the shape {list(magnitude.shape)}, "
+        f"which fits neither its {outputs} outputs nor its {inputs} inputs. Download the LoRA again."
     )
