@@ -8,12 +8,14 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from forked import INTERRUPT, Ended, Server
 from pipelines import flux
@@ -30,6 +32,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "int8": (*QUANTIZE, "--int8"),
     "search-double": (*SEARCH, "--double-quant"),
     "gptq": (*SEARCH, "--importance", "statistics.safetensors", "--rounding", "gptq"),
+    "lora": (*QUANTIZE, "--lora", "adapter:0.5", "--lora", "other/adapter_model.safetensors"),
     "dequantize": ("dequantize", "quantized", "-o", "out", "--threads", "1", "--against", "source"),
 }
 STORES = ("write", "fsync", "rename")
@@ -57,6 +60,20 @@ def figures(ended: Ended) -> dict[str, Any]:
     return {key: value for key, value in json.loads(ended.stdout).items() if key not in FROM_RUN_TO_RUN}
 
 
+def write_adapter(folder: Path, linears: Iterable[str], base: Path, seed: int) -> None:
+    """A LoRA of the linear layers, as PEFT saves one."""
+    random, weights = torch.Generator().manual_seed(seed), tensors_of(base)
+    tensors = {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight": torch.randn(shape, generator=random) * 0.1
+        for name in linears
+        for side, shape in (("A", (2, weights[name].shape[1])), ("B", (weights[name].shape[0], 2)))
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
 def models(tiny_llama: Path, forks: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, statistics of its inputs with Hessians, and the model quantized."""
@@ -72,6 +89,8 @@ def models(tiny_llama: Path, forks: Server, tmp_path_factory: pytest.TempPathFac
     sums = {name: InputSums(each.diagonal().astype(np.float64), 256) for name, each in hessians.items()}
     places = {name: HessianPlace("hessians.safetensors", f"{name}.hessian") for name in hessians}
     write_statistics(folder / "statistics.safetensors", sums, {}, places, {"hessians.safetensors": digest})
+    for number, name in enumerate(("adapter", "other")):
+        write_adapter(folder / name, linears, tiny_llama, number)
     assert forks.run("quantize", "source", "-o", "quantized", cwd=folder).code == 0
     for way in ("search-double", "gptq"):  # their kernels are compiled once
         forks.warm(*WAYS[way], "--overwrite", cwd=folder)
@@ -213,6 +232,31 @@ def test_an_interrupted_run_of_whole_shards_is_refused_even_where_no_shard_would
     refused = run(*QUANTIZE)
     assert refused.code == 73
     assert "max shard bytes: 20,000 → " in refused.stderr or "max shard bytes: 20000 → " in refused.stderr
+
+
+def test_a_lora_is_a_part_of_the_run_between_shards_too(run: Run, place: Path) -> None:
+    command = (*QUANTIZE, "--max-shard-size", "60KB", "--lora")
+    undisturbed = run(*command, "adapter", only=STORES)
+    assert undisturbed.code == 0, undisturbed.stderr
+    expected = contents(place / "out")
+    shutil.rmtree(place / "out")
+    second = [n for n, each in enumerate(undisturbed.operations, start=1) if each.startswith("rename")][1]
+    assert run(*command, "adapter", at=second + 1, only=STORES).code == -signal.SIGKILL
+    for other in ("other", "adapter:0.5"):
+        refused = run(*command, other)
+        assert refused.code == 73
+        assert "holds an interrupted run that differs: loras 1" in refused.stderr
+    continued = run(*command, "adapter", "--json")
+    assert continued.code == 0, continued.stderr
+    assert json.loads(continued.stdout)["resumed"] is True
+    assert contents(place / "out") == expected
+    shutil.rmtree(place / "out")
+    assert run(*command, "adapter", at=second + 1, only=STORES).code == -signal.SIGKILL
+    (place / "adapter").unlink()
+    shutil.copytree(place / "other", place / "adapter")  # the name is the same, and what it holds is not
+    refused = run(*command, "adapter")
+    assert refused.code == 73
+    assert "loras 1 sha256" in refused.stderr
 
 
 def test_a_source_that_changed_meanwhile_is_named(run: Run, place: Path, models: Path) -> None:

@@ -38,6 +38,20 @@ class Piece:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """Which of the experts that a module changes, its ``B`` (out, rank · count) and ``A`` (rank · count, in).
+
+    PEFT keeps them so (``peft.tuners.lora.layer.ParamWrapper``, 0.21): the ranks of ``A`` expert by expert, those of
+    ``B`` the other way round.
+    """
+
+    index: int
+    count: int
+    transposed: bool
+    """The change of the expert's matrix as it is stored is (in, out)."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What one module of a LoRA does to one tensor."""
@@ -53,6 +67,7 @@ class Change:
     """Of which norms a DoRA sets, in the tensor as it is stored; columns of a convolution are its input channels."""
     strength: float = 1.0
     """How much of the new norms of LyCORIS' DoRA counts."""
+    expert: Expert | None = None
 
     @property
     def adapter(self) -> AdapterFile:
@@ -74,7 +89,7 @@ class Loaded:
         wanted = _WANTED[self.change.what]
         for part, tensor in module.parts.items():
             if part != "alpha" and (wanted is None or part in wanted):
-                self.factors[part] = read_floats(module.adapter, tensor)
+                self.factors[part] = read_floats(module.adapter, tensor, self.change.expert, part)
         if self.change.what == "weight" and module.kind == "LoHa" and "hada_t1" in self.factors:
             self.full = self._tucker_loha()
 
@@ -146,7 +161,9 @@ class Loaded:
         if "mid" in factors:
             down = np.einsum("rs...,si->ri...", factors["mid"], _flat(down))
         down, up = _flat(down), _flat(up)
-        return (down.T, up.T) if self.change.transposed else (up, down)
+        expert = self.change.expert
+        transposed = self.change.transposed if expert is None else expert.transposed
+        return (down.T, up.T) if transposed else (up, down)
 
     def _kronecker_rows(self, first: int, last: int) -> Floats:
         factors = self.factors
@@ -190,6 +207,13 @@ class Changes:
                 self.loaded = [Loaded(change, self.columns) for change in self.changes]
         for loaded in self.loaded:
             loaded.apply(weight, start, memory)
+
+
+def matrix_shape(shape: tuple[int, ...], *, experts: bool) -> tuple[int, int]:
+    """(rows, columns) that changes are computed in: of a 3-D tensor of ``experts`` the rows of all of their matrices."""
+    if experts and shape:
+        return elements(shape[:-1]), shape[-1]
+    return (shape[0] if shape else 1), max(elements(shape[1:]), 1)
 
 
 def delta_shape(module: AdapterModule) -> tuple[int, int]:
@@ -249,18 +273,29 @@ def _misfit(module: AdapterModule) -> MalformedInput:
     )
 
 
-def read_floats(adapter: AdapterFile, tensor: StoredTensor) -> Floats:
-    """A tensor of a LoRA as float32; MalformedInput for values that are NaN or infinite."""
-    raw = np.empty(tensor.nbytes, np.uint8)
-    adapter.read_into(tensor, 0, raw.data)
+def read_floats(adapter: AdapterFile, tensor: StoredTensor, expert: Expert | None = None, part: str = "") -> Floats:
+    """A tensor of a LoRA as float32, or what of its ``part`` is of one expert.
+
+    Raises MalformedInput for values that are NaN or infinite.
+    """
+    rows, first, shape = tensor.shape[0] if tensor.shape else 1, 0, tensor.shape
+    if expert is not None and part == "down":
+        rows //= expert.count
+        first, shape = expert.index * rows, (rows, *shape[1:])
+    width = tensor.nbytes // max(tensor.shape[0] if tensor.shape else 1, 1)
+    raw = np.empty(rows * width, np.uint8)
+    adapter.read_into(tensor, first * width, raw.data)
     values = raw.view(NUMPY[tensor.dtype])
+    if expert is not None and part == "up":
+        values = np.ascontiguousarray(values.reshape(shape[0], -1, expert.count)[:, :, expert.index])
+        shape = values.shape
     floats = values if tensor.dtype == "F32" else widen(values, tensor.dtype)
     if not np.isfinite(floats).all():
         raise MalformedInput(
             f"{adapter.where}: {quoted(tensor.name)} holds NaN or infinite values, which would spoil the weight that "
             "it is fused into. Download the LoRA again, or use another one."
         )
-    return floats.reshape(tensor.shape)
+    return floats.reshape(shape)
 
 
 def read_alpha(module: AdapterModule) -> float | None:

@@ -23,7 +23,6 @@ _REFUSED = {
     "layer_replication": "it repeats layers of the model",
     "megatron_config": "it belongs to a Megatron model",
     "monteclora_config": "it samples its weights (MonteCLoRA)",
-    "target_parameters": "it changes fused parameters, not layers (target_parameters)",
     "trainable_token_indices": "it trains single rows of an embedding (trainable_token_indices)",
     "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
     "use_qalora": "it pools its inputs (QA-LoRA)",
@@ -46,6 +45,8 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     rslora: bool
     dora: bool
+    parameters: tuple[str, ...] = ()
+    """Ends of the names of parameters that are no layer's, as those of all experts of a layer (``target_parameters``)."""
 
     def scale_of(self, path: str, rank: int) -> float:
         """Alpha by rank, or by its root, of the module at ``path``; its factors have ``rank``, 0 if they do not say.
@@ -109,6 +110,7 @@ def _checked(config: Mapping[str, Any], where: str) -> PeftConfig:
         _pattern(config, "alpha_pattern", where),
         rslora=config.get("use_rslora") is True,
         dora=config.get("use_dora") is True,
+        parameters=_names(config, "target_parameters", where),
     )
 
 
@@ -118,6 +120,13 @@ def _is_number(value: Any) -> bool:
 
 def _wrong(where: str, what: str) -> MalformedInput:
     return MalformedInput(f"{where}: {what} cannot be. Download the adapter again.")
+
+
+def _names(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    found = config.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise _wrong(where, f"{key}, which is not a list of names,")
+    return tuple(found)
 
 
 def _pattern(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, float]:

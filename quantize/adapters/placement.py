@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.counted import shown
 from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
-from qz.quantize.adapters.changes import Piece, delta_shape, read_alpha
+from qz.quantize.adapters.changes import Expert, Piece, delta_shape, read_alpha
 from qz.quantize.adapters.modules import AdapterModule, modules_of
 from qz.quantize.adapters.peft_config import PeftConfig, head_config, peft_config
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import describe
 from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.untrusted_config import without_code
+
+if TYPE_CHECKING:
+    from qz.quantize.libraries.transformers.expert_rows import ExpertParameter
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior", "decoder")
 _PEFT = "base_model.model."
+_UNREADABLE = (
+    ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError, NotImplementedError,
+)  # fmt: skip
+"""What diffusers' converters raise for names that they do not know."""
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 _KOHYA = re.compile(r"(?P<of>lora_unet|lora_transformer|lycoris|lora_te\d?|lora_prior_\w+?)_(?P<path>\w+)", re.ASCII)
 
@@ -34,6 +43,8 @@ class Placement:
     module: AdapterModule
     scale: float
     pieces: tuple[Piece, ...] | None = None
+    expert: Expert | None = None
+    """Of a module that changes all experts of a layer; ``path`` is then the name of a stored tensor."""
 
 
 def placements(adapter: AdapterFile, models: Mapping[str, Checkpoint], pipeline_class: str | None) -> list[Placement]:
@@ -84,8 +95,12 @@ def _of_peft(
         path = _WRAPPED.sub("", name.removeprefix(_PEFT))
         whole = AdapterModule(adapter, path, {"replacement": adapter.tensors[name]})
         found.append(Placement(component, path, whole, 1.0))
+    experts = _experts(config, modules, models[component])
     for stem, module in modules.items():
         path = stem.removeprefix(_PEFT)
+        if path in experts:
+            found += _of_experts(config, module, component, experts[path])
+            continue
         if "embedding_down" in module.parts and "magnitude" in module.parts:
             raise Unsupported(
                 f"{adapter.where}: a DoRA of an embedding ({quoted(stem)}) cannot be fused. Merge it with PEFT."
@@ -101,6 +116,54 @@ def _of_peft(
     return found
 
 
+def _experts(
+    config: PeftConfig, modules: Mapping[str, AdapterModule], checkpoint: Checkpoint
+) -> Mapping[str, ExpertParameter]:
+    """The modules that change all experts of a layer at once, by their paths."""
+    if not config.parameters or checkpoint.library != "transformers":
+        return {}
+    with lean_imports.lean_imports(), isolated():
+        from qz.quantize.libraries.transformers.expert_rows import expert_parameters
+
+        plain = replace(checkpoint, config=without_code(checkpoint.config)[0])
+        return expert_parameters(plain, [stem.removeprefix(_PEFT) for stem in modules], config.parameters)
+
+
+def _of_experts(
+    config: PeftConfig, module: AdapterModule, component: str, parameter: ExpertParameter
+) -> list[Placement]:
+    """The change of every expert's matrix, as it is stored."""
+    where, (count, *matrix) = module.adapter.where, parameter.shape
+    rank, uneven = divmod(module.rank, count)
+    if module.parts.keys() != {"down", "up"} or uneven:
+        raise Unsupported(
+            f"{where}: {quoted(module.stem)} changes the {count} experts of {parameter.name} in another way than PEFT "
+            "does with target_parameters. Merge it with the program that trained it, then quantize that."
+        )
+    if delta_shape(module) != (tuple(matrix[::-1]) if parameter.transposed else tuple(matrix)):
+        raise MalformedInput(
+            f"{where}: {quoted(module.stem)} has a change of the shape {list(delta_shape(module))} for each expert, but "
+            f"{parameter.name} of the model is {list(parameter.shape)}. Is it a LoRA for another model?"
+        )
+    if not parameter.stored or any(each.turned and each.first for each in parameter.stored):
+        raise Unsupported(
+            f"{where}: how {parameter.name}, which {quoted(module.stem)} changes, is stored is not known. Merge it with "
+            "PEFT: merge_and_unload(), then save_pretrained(), and quantize that."
+        )
+    scale = config.scale_of(parameter.name, rank) * module.adapter.scale
+    return [
+        Placement(
+            component,
+            each.name,
+            module,
+            scale,
+            (Piece(0, each.first, matrix[1] if each.turned else each.count),),
+            Expert(each.expert, count, parameter.transposed != each.turned),
+        )
+        for each in parameter.stored
+    ]
+
+
 def _of_diffusers(
     adapter: AdapterFile,
     modules: Mapping[str, AdapterModule],
@@ -112,29 +175,24 @@ def _of_diffusers(
 
     denoiser = next((name for name in DENOISERS if name in models), next(iter(models)))
     checkpoint = models[denoiser]
-    factors = {stem: _factors(module) for stem, module in modules.items()}
+    low_rank = {module.stem: module for module in _low_rank(modules)}
     with lean_imports.lean_imports(), isolated():
         mixin = lora_names.lora_mixin(pipeline_class, checkpoint.architecture or "")
         unet = checkpoint.config if "XL" in mixin.__name__ else None
-        try:
-            rows = lora_names.lora_rows(factors, mixin, unet)
-        except (
-            ValueError,
-            KeyError,
-            IndexError,
-            RuntimeError,
-            TypeError,
-            AttributeError,
-            NotImplementedError,
-        ) as error:
-            rows, why = {}, f" diffusers cannot read it ({describe(error)})."
-        else:
-            why = ""
+        rows, why = {}, ""
+        for asked in (modules, low_rank):  # those of another kind may be unknown to diffusers, and the rest not
+            try:
+                rows = lora_names.lora_rows(_factors(asked), mixin, unet)
+                break
+            except _UNREADABLE as error:
+                why = why or f" diffusers cannot read it ({describe(error)})."
     found = []
     for path, runs in rows.items():
         component, _, inner = path.partition(".")
         if component not in models and component in (*DENOISERS, "") and len(models) == 1:
             component = denoiser
+        elif component not in models and f"{path}.weight" in checkpoint.tensors:
+            component, inner = denoiser, path
         by_module: dict[str, list[Piece]] = {}
         for each in runs:
             by_module.setdefault(each.module, []).append(Piece(each.start, each.first, each.count))
@@ -153,7 +211,8 @@ def _of_diffusers(
         raise _belongs_nowhere(adapter, left, why)
     elsewhere = {each.module.stem: each.component for each in found if each.component not in models}
     if elsewhere:
-        raise _belongs_nowhere(adapter, elsewhere, _other_components(elsewhere.values(), models))
+        known = {name for name in elsewhere.values() if name in (*DENOISERS, *lora_names.TextEncoders)}
+        raise _belongs_nowhere(adapter, elsewhere, _other_components(known, models) if known else "")
     return found
 
 
@@ -162,19 +221,30 @@ def _other_components(components: Iterable[str], models: Mapping[str, Checkpoint
     return f" They belong to {names}; what is converted here is {', '.join(models) or 'one model'}."
 
 
-def _factors(module: AdapterModule) -> tuple[tuple[int, ...], tuple[int, ...], str, str]:
-    """The shapes and names of a module's factors, were it a LoRA of rank 1."""
-    parts = module.parts
-    if "down" in parts:
-        down, up = parts["down"], parts["up"]
-        delta_shape(module)
-        return (1, *down.shape[1:]), (up.shape[0], 1, *(1 for _ in up.shape[2:])), down.name, up.name
-    if module.kind is None:
-        rows, columns = parts["bias_difference"].shape[0] if parts["bias_difference"].shape else 1, 1
-    else:
-        rows, columns = delta_shape(module)
-    ways = ("lora_down", "lora_up") if _KOHYA.fullmatch(module.stem) else ("lora_A", "lora_B")
-    return (1, columns), (rows, 1), f"{module.stem}.{ways[0]}.weight", f"{module.stem}.{ways[1]}.weight"
+def _low_rank(modules: Mapping[str, AdapterModule]) -> list[AdapterModule]:
+    return [module for module in modules.values() if "down" in module.parts]
+
+
+def _factors(
+    modules: Mapping[str, AdapterModule],
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], str, str]]:
+    """The shapes and names of each module's factors, were it a LoRA of rank 1."""
+    kohya = any(module.parts["down"].name.endswith("lora_down.weight") for module in _low_rank(modules))
+    found = {}
+    for stem, module in modules.items():
+        parts = module.parts
+        if "down" in parts:
+            down, up = parts["down"], parts["up"]
+            delta_shape(module)
+            found[stem] = (1, *down.shape[1:]), (up.shape[0], 1, *(1 for _ in up.shape[2:])), down.name, up.name
+            continue
+        if module.kind is None:
+            rows, columns = parts["bias_difference"].shape[0] if parts["bias_difference"].shape else 1, 1
+        else:
+            rows, columns = delta_shape(module)
+        down_name, up_name = ("lora_down", "lora_up") if kohya or _KOHYA.fullmatch(stem) else ("lora_A", "lora_B")
+        found[stem] = (1, columns), (rows, 1), f"{stem}.{down_name}.weight", f"{stem}.{up_name}.weight"
+    return found
 
 
 def _stated_scale(module: AdapterModule, path: str) -> float:

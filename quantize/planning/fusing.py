@@ -11,7 +11,7 @@ from qz import MalformedInput, Unsupported
 from qz.counted import shown
 from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.malformed import quoted
-from qz.quantize.adapters.changes import Change, Piece, delta_shape
+from qz.quantize.adapters.changes import Change, Piece, delta_shape, matrix_shape
 from qz.quantize.adapters.modules import AdapterModule
 from qz.quantize.adapters.placement import Placement, placements, spellings
 from qz.quantize.compute.arrays import NUMPY, elements
@@ -38,11 +38,13 @@ def fused(plan: Plan, placed: Iterable[Placement], adapters: Sequence[AdapterFil
     """The plan with every one of ``placed`` in it, which are all of this model."""
     by_name = {step.sources[0].name: step for step in plan.steps}
     by_name |= {step.weight.parameter or step.weight.name: step for step in plan.steps}
+    by_index = {(step.sources[0].name, step.weight.index): step for step in plan.steps if step.weight.index is not None}
     changes: dict[str, list[Change]] = defaultdict(list)
     nowhere: list[tuple[AdapterFile, str]] = []
     for placement in placed:
         for target, what in _targets(placement):
-            step = _step(plan, by_name, target)
+            expert = placement.expert.index if placement.expert is not None else None
+            step = by_index.get((target, expert)) or _step(plan, by_name, target)
             if step is None:
                 nowhere.append((placement.module.adapter, target))
                 continue
@@ -93,6 +95,8 @@ def _targets(placement: Placement) -> list[tuple[str, What]]:
     parts, path = placement.module.parts, placement.path
     if "replacement" in parts:
         return [(path, "replace")]
+    if placement.expert is not None:
+        return [(path, "weight")]
     found: list[tuple[str, What]] = []
     if placement.module.kind is not None:
         found.append((f"{path}.weight", "weight"))
@@ -112,12 +116,16 @@ def _change(placement: Placement, step: Step, what: What, *, conv1d: bool) -> Ch
             "only."
         )
     shape = source.shape or (1,)
-    rows, columns = shape[0], elements(shape[1:])
+    rows, columns = matrix_shape(shape, experts=placement.expert is not None)
     transposed = what == "weight" and (("embedding_down" in module.parts) or (conv1d and module.kind == "LoRA"))
     own = _own_shape(module, what)
     if transposed:
         own = own[::-1]
     pieces = placement.pieces or (Piece(0, 0, own[0]),)
+    if placement.expert is not None:
+        own = own[::-1] if placement.expert.transposed else own
+        begin = placement.expert.index * shape[1] if len(shape) == 3 else 0
+        pieces = tuple(replace(each, start=begin + each.start) for each in pieces)
     fits = own[1] == columns and all(
         each.start + each.count <= rows and each.first + each.count <= own[0] for each in pieces
     )
@@ -135,7 +143,8 @@ def _change(placement: Placement, step: Step, what: What, *, conv1d: bool) -> Ch
         )
     weighed = axis is not None and "dora_scale" in module.parts
     strength = module.adapter.scale if weighed else 1.0
-    return Change(module, placement.scale / strength, pieces, what, transposed, axis, strength)
+    scale = placement.scale / strength
+    return Change(module, scale, pieces, what, transposed, axis, strength, placement.expert)
 
 
 def _own_shape(module: AdapterModule, what: What) -> tuple[int, int]:

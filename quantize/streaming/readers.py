@@ -15,7 +15,7 @@ from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.decoded import Decoded
 from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
-from qz.quantize.adapters.changes import Changes
+from qz.quantize.adapters.changes import Changes, matrix_shape
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, elements, values
 from qz.quantize.decoding.open import Reader as Reader
@@ -192,7 +192,8 @@ class _Fused:
 
     def __init__(self, source: Fused, base: Reader) -> None:
         shape = source.shape or (1,)
-        self.base, self.columns = base, max(elements(shape[1:]), 1)
+        of_experts = any(change.expert is not None for change in source.changes)
+        self.base, self.columns = base, matrix_shape(shape, experts=of_experts)[1]
         norms = {change.magnitude_of for change in source.changes}
         whole = elements(shape) if "columns" in norms else self.columns if "rows" in norms else 1
         self.unit = math.lcm(base.unit, max(whole, 1))

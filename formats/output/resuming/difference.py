@@ -45,6 +45,9 @@ def _flatten(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _flatten(inner, (*key, str(name)))
+    elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+        for number, inner in enumerate(value, start=1):
+            yield from _flatten(inner, (*key, str(number)))
     else:
         yield key, value
 
