@@ -1,11 +1,12 @@
 """Writes ``lycoris_values.safetensors``: LoRAs of every kind of LyCORIS, and the weights that they make of two layers.
 
-Run by hand, with ``pip install lycoris-lora einops``; the file is what ``lycoris-lora`` 4.1.3 computes. The names say the
-case, and then ``lycoris_….PART`` of the LoRA, or the weight that a layer has with all of it (``whole``) or half (``half``).
+Run by hand, with ``pip install lycoris-lora einops``; the file is what ``lycoris-lora`` 4.1.3 computes. Names say the
+case, and then ``lycoris_….PART`` of the LoRA, or the weight of a layer with all of it (``whole``) or half (``half``).
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def layer(shape: tuple[int, ...]) -> torch.nn.Module:
-    """Of this weight, always the same."""
+def layer(shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight of a layer before, always the same."""
     torch.manual_seed(7)
-    made = torch.nn.Linear(shape[1], shape[0]) if len(shape) == 2 else torch.nn.Conv2d(shape[1], shape[0], shape[2])
-    made.weight.data = torch.randn(shape)
-    return made
+    return torch.randn(shape)
 
 
 def weight_of(module: Any, multiplier: float) -> torch.Tensor:
@@ -49,22 +48,23 @@ def weight_of(module: Any, multiplier: float) -> torch.Tensor:
     base = module.org_module[0]
     inputs = torch.eye(base.weight[0].numel())
     if base.weight.ndim == 2:
-        return (module(inputs) - base.bias).T.contiguous()
+        found: torch.Tensor = (module(inputs) - base.bias).T
+        return found.contiguous()
     patches = inputs.reshape(-1, *base.weight.shape[1:])  # a kernel of the patch's size gives one value
-    return (module(patches) - base.bias[:, None, None]).squeeze().T.reshape(base.weight.shape).contiguous()
+    found = (module(patches) - base.bias[:, None, None]).squeeze().T
+    return found.reshape(base.weight.shape).contiguous()
 
 
 def main() -> None:
-    from lycoris.modules.locon import LoConModule
-    from lycoris.modules.loha import LohaModule
-    from lycoris.modules.lokr import LokrModule
-
-    kinds = {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}
+    modules = import_module("lycoris.modules")
+    kinds = {"locon": modules.LoConModule, "loha": modules.LohaModule, "lokr": modules.LokrModule}
     found: dict[str, torch.Tensor] = {}
     for case, (kind, given) in CASES.items():
         for path, shape in LAYERS.items():
-            base, name = layer(shape), f"lycoris_{path.replace('.', '_')}"
-            module = kinds[kind](name, base, 1.0, **{"lora_dim": 2, "alpha": 3.0, **given})
+            linear = len(shape) == 2
+            base = torch.nn.Linear(shape[1], shape[0]) if linear else torch.nn.Conv2d(shape[1], shape[0], shape[2])
+            base.weight.data, name = layer(shape), f"lycoris_{path.replace('.', '_')}"
+            module: Any = kinds[kind](name, base, 1.0, **{"lora_dim": 2, "alpha": 3.0, **given})
             module.org_forward = base.forward
             torch.manual_seed(8)
             for part, parameter in module.named_parameters():

@@ -314,7 +314,7 @@ def test_every_kind_of_lycoris_gives_the_weight_that_it_computes(
         adapter = open_adapter(LocalFolder(tmp_path), "x.safetensors", "x.safetensors", scale)
         changed = fuse(plan, [adapter], "unet", "StableDiffusionXLPipeline")
         for path, shape in lycoris_values.LAYERS.items():
-            ours = weight_with(changed, f"{path}.weight", lycoris_values.layer(shape).weight.detach())
+            ours = weight_with(changed, f"{path}.weight", lycoris_values.layer(shape))
             torch.testing.assert_close(ours, known[f"{case}|{path}|{what}"], rtol=1e-5, atol=2e-6)
 
 
@@ -327,8 +327,9 @@ def test_norms_and_biases_are_changed_by_their_differences(sdxl: Path, tmp_path:
     save_file(changes, tmp_path / "lora.safetensors")
     run(quantize, sdxl, output=tmp_path / "made", lora=[f"{tmp_path / 'lora.safetensors'}:0.5"])
     made = tensors_of(tmp_path / "made" / "unet")
-    for name, part in ((f"{path}.weight", f"{stem}.w_norm"), (f"{path}.bias", f"{stem}.b_norm"),
-                       ("conv_in.weight", "lycoris_conv_in.diff"), ("conv_in.bias", "lycoris_conv_in.diff_b")):  # fmt: skip
+    places = {f"{path}.weight": f"{stem}.w_norm", f"{path}.bias": f"{stem}.b_norm"}
+    places |= {"conv_in.weight": "lycoris_conv_in.diff", "conv_in.bias": "lycoris_conv_in.diff_b"}
+    for name, part in places.items():
         torch.testing.assert_close(made[name], tensors[name] + 0.5 * changes[part])
 
 

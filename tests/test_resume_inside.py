@@ -64,7 +64,7 @@ def write_adapter(folder: Path, linears: Iterable[str], base: Path, seed: int) -
     """A LoRA of the linear layers, as PEFT saves one."""
     random, weights = torch.Generator().manual_seed(seed), tensors_of(base)
     tensors = {
-        f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight": torch.randn(shape, generator=random) * 0.1
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight": torch.randn(shape, generator=random) / 10
         for name in linears
         for side, shape in (("A", (2, weights[name].shape[1])), ("B", (weights[name].shape[0], 2)))
     }

@@ -210,7 +210,7 @@ class Changes:
 
 
 def matrix_shape(shape: tuple[int, ...], *, experts: bool) -> tuple[int, int]:
-    """(rows, columns) that changes are computed in: of a 3-D tensor of ``experts`` the rows of all of their matrices."""
+    """(rows, columns) that changes are computed in: of 3-D ``experts`` the rows of all of their matrices."""
     if experts and shape:
         return elements(shape[:-1]), shape[-1]
     return (shape[0] if shape else 1), max(elements(shape[1:]), 1)
@@ -273,8 +273,8 @@ def _misfit(module: AdapterModule) -> MalformedInput:
     )
 
 
-def read_floats(adapter: AdapterFile, tensor: StoredTensor, expert: Expert | None = None, part: str = "") -> Floats:
-    """A tensor of a LoRA as float32, or what of its ``part`` is of one expert.
+def read_floats(adapter: AdapterFile, tensor: StoredTensor, expert: Expert | None, part: str) -> Floats:
+    """A ``part`` of a LoRA's module as float32, or what of it is one expert's.
 
     Raises MalformedInput for values that are NaN or infinite.
     """

@@ -120,12 +120,11 @@ def modules_of(adapter: AdapterFile) -> tuple[dict[str, AdapterModule], dict[str
             )
         parts[stem][part] = tensor
     modules = {stem: AdapterModule(adapter, stem, found) for stem, found in parts.items()}
-    for kind, pattern in _OTHERS:
-        name = next(filter(pattern.match, others), None)
-        if name is not None and adapter.config is None:  # PEFT's says its kind, and may come with whole weights
+    for kind, pattern in _OTHERS if adapter.config is None else ():  # it says the kind
+        if (unlike := next(filter(pattern.match, others), None)) is not None:
             raise Unsupported(
-                f"{adapter.where} is {kind} ({quoted(name)}), which qz does not fuse. Merge it into the model with the "
-                "program that trained it, then quantize that."
+                f"{adapter.where} is {kind} ({quoted(unlike)}), which qz does not fuse. Merge it into the model with "
+                "the program that trained it, then quantize that."
             )
     for module in modules.values():
         module.require_whole()

@@ -46,7 +46,7 @@ class PeftConfig:
     rslora: bool
     dora: bool
     parameters: tuple[str, ...] = ()
-    """Ends of the names of parameters that are no layer's, as those of all experts of a layer (``target_parameters``)."""
+    """Ends of the names of parameters that hold all experts of a layer (``target_parameters``)."""
 
     def scale_of(self, path: str, rank: int) -> float:
         """Alpha by rank, or by its root, of the module at ``path``; its factors have ``rank``, 0 if they do not say.

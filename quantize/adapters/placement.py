@@ -142,13 +142,13 @@ def _of_experts(
         )
     if delta_shape(module) != (tuple(matrix[::-1]) if parameter.transposed else tuple(matrix)):
         raise MalformedInput(
-            f"{where}: {quoted(module.stem)} has a change of the shape {list(delta_shape(module))} for each expert, but "
-            f"{parameter.name} of the model is {list(parameter.shape)}. Is it a LoRA for another model?"
+            f"{where}: {quoted(module.stem)} has a change of the shape {list(delta_shape(module))} for each expert, "
+            f"but {parameter.name} of the model is {list(parameter.shape)}. Is it a LoRA for another model?"
         )
     if not parameter.stored or any(each.turned and each.first for each in parameter.stored):
         raise Unsupported(
-            f"{where}: how {parameter.name}, which {quoted(module.stem)} changes, is stored is not known. Merge it with "
-            "PEFT: merge_and_unload(), then save_pretrained(), and quantize that."
+            f"{where}: how {parameter.name}, which {quoted(module.stem)} changes, is stored is not known. Merge it "
+            "with PEFT: merge_and_unload(), then save_pretrained(), and quantize that."
         )
     scale = config.scale_of(parameter.name, rank) * module.adapter.scale
     return [

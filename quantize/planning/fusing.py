@@ -38,13 +38,13 @@ def fused(plan: Plan, placed: Iterable[Placement], adapters: Sequence[AdapterFil
     """The plan with every one of ``placed`` in it, which are all of this model."""
     by_name = {step.sources[0].name: step for step in plan.steps}
     by_name |= {step.weight.parameter or step.weight.name: step for step in plan.steps}
-    by_index = {(step.sources[0].name, step.weight.index): step for step in plan.steps if step.weight.index is not None}
+    by_index = {(step.sources[0].name, step.weight.index): step for step in plan.steps}
     changes: dict[str, list[Change]] = defaultdict(list)
     nowhere: list[tuple[AdapterFile, str]] = []
     for placement in placed:
         for target, what in _targets(placement):
-            expert = placement.expert.index if placement.expert is not None else None
-            step = by_index.get((target, expert)) or _step(plan, by_name, target)
+            alone = placement.expert and by_index.get((target, placement.expert.index))
+            step = alone or _step(plan, by_name, target)
             if step is None:
                 nowhere.append((placement.module.adapter, target))
                 continue
