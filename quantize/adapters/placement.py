@@ -266,8 +266,8 @@ def _is_there(placement: Placement, models: Mapping[str, Checkpoint]) -> bool:
 
 
 def spellings(name: str) -> tuple[str, str]:
-    """What a LoRA's name may be in the checkpoint: CLIP's text encoder lost a prefix in transformers 5, which LoRAs still
-    have, as diffusers' ``_load_lora_into_text_encoder`` knows."""
+    """What a LoRA's name may be in the checkpoint: transformers 5 took a prefix of CLIP's text encoder away that LoRAs
+    still have, as diffusers' ``_load_lora_into_text_encoder`` knows."""
     return name, name.removeprefix("text_model.")
 
 
