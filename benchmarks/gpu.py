@@ -4,9 +4,11 @@
     python -m benchmarks.gpu floor FOLDER OUTPUT   bytes over PCIe, page cache and disk, measured and added up
     python -m benchmarks.gpu phases FOLDER OUTPUT  where qz's own time goes
     python -m benchmarks.gpu compare FOLDER OUTPUT both, as whole processes, and their outputs tensor by tensor
+    python -m benchmarks.gpu scaling FOLDER OUTPUT qz on 1, 2, 4 … GPUs of this host, and on its cores alone
     python -m benchmarks.gpu forward OUTPUT        a forward pass of what qz wrote, eager and compiled
 
-Every command prints one JSON object per line. ``--size tiny`` makes a model of the same shape for a test of the script.
+Every command prints one JSON object per line. ``make --size llama-70b`` makes a language model of 141 GB instead, for
+``scaling``; ``--size tiny`` a small FLUX, for a test of the script.
 """
 
 from __future__ import annotations
@@ -38,7 +40,18 @@ TINY = {
     "axes_dims_rope": [8, 12, 12],
     "guidance_embeds": True,
 }
-SHARD_BYTES = {"flux": "10GB", "tiny": "200KB"}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "architectures": ["LlamaForCausalLM"],
+}
+SHARD_BYTES = {"flux": "10GB", "llama-70b": "5GB", "tiny": "200KB"}
+WRITERS = 8
+"""Shards that are made at a time: as many times 5 GB are in memory."""
 
 DIFFUSERS = """
 import sys, time
@@ -67,24 +80,38 @@ def rounded(seconds: float) -> float:
     return round(seconds, 2)
 
 
+def skeleton(size: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """The tensors of a model without their values, and what its weight files are named after; its config is written."""
+    from accelerate import init_empty_weights
+
+    if size == "llama-70b":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(**LLAMA_70B)
+        config.save_pretrained(folder)
+        with init_empty_weights():
+            return LlamaForCausalLM(config).bfloat16().state_dict(), "model"
+    from diffusers import FluxTransformer2DModel
+
+    with init_empty_weights():
+        model = FluxTransformer2DModel(**(FLUX if size == "flux" else TINY)).bfloat16()
+    model.save_config(folder)
+    return model.state_dict(), "diffusion_pytorch_model"
+
+
 def make(arguments: argparse.Namespace) -> None:
     """Random weights like a trained model's, made on the GPU, in as many shards as diffusers would write."""
     import torch
-    from accelerate import init_empty_weights
-    from diffusers import FluxTransformer2DModel
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with init_empty_weights():
-        model = FluxTransformer2DModel(**(FLUX if arguments.size == "flux" else TINY)).bfloat16()
-    model.save_config(folder)
-    state = model.state_dict()
+    state, stem = skeleton(arguments.size, folder)
     split = split_torch_state_dict_into_shards(
         state,
-        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=SHARD_BYTES[arguments.size],
     )
     begun = time.perf_counter()
@@ -99,11 +126,11 @@ def make(arguments: argparse.Namespace) -> None:
             tensors[name] = values.mul_(0.02 if len(shape) > 1 else 0.1).to(torch.bfloat16).cpu()
         save_file(tensors, folder / file, metadata={"format": "pt"})
 
-    with ThreadPoolExecutor(len(split.filename_to_tensors)) as pool:
+    with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(write, split.filename_to_tensors.items()))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     say(
         made=str(folder),
         shards=len(split.filename_to_tensors),
@@ -386,6 +413,34 @@ def compare(arguments: argparse.Namespace) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def scaling(arguments: argparse.Namespace) -> None:
+    """One conversion on 1, 2, 4 … GPUs, and on the CPU's cores, as whole processes; the plan is remembered."""
+    import torch
+
+    output = arguments.output / "qz"
+    os.environ["QZ_CACHE"] = str(arguments.output / "cache")
+    common = [
+        sys.executable,
+        "-m",
+        "qz",
+        "quantize",
+        str(arguments.folder),
+        f"--{arguments.method}",
+        "--json",
+        "--quiet",
+    ]
+    common += ["-o", str(output), *(["--no-fsync"] if arguments.no_fsync else [])]
+    subprocess.run([*common, "--dry-run"], check=True, stdout=subprocess.DEVNULL)
+    found = torch.cuda.device_count()
+    counts = [2**power for power in range(found.bit_length()) if 2**power <= found]
+    for _ in range(arguments.repeat):
+        for count in (*counts, 0):
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count or found)))
+            shutil.rmtree(output, ignore_errors=True)
+            whole(f"{count} GPUs" if count else "cores", [*common, "--device", "cuda" if count else "cpu"])
+    shutil.rmtree(arguments.output)
+
+
 def differences(one: Path, other: Path) -> dict[str, Any]:
     """How many tensors two checkpoints have, and which differ in name, dtype, shape or any byte."""
     import torch
@@ -473,28 +528,30 @@ def forward(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for command in (make, floor, phases, compare, forward):
+    for command in (make, floor, phases, compare, scaling, forward):
         sub = commands.add_parser(command.__name__)
         sub.set_defaults(command=command)
         if command is not forward:
             sub.add_argument("folder", type=Path)
         if command is make:
-            sub.add_argument("--size", choices=("flux", "tiny"), default="flux")
+            sub.add_argument("--size", choices=SHARD_BYTES, default="flux")
         else:
             sub.add_argument("output", type=Path)
         if command is floor:
             sub.add_argument("--megabytes", type=int, default=6144)
-        if command in (phases, compare):
+        if command in (phases, compare, scaling):
             sub.add_argument("--method", choices=("nf4", "fp4", "int8"), default="nf4")
         if command is phases:
-            sub.add_argument("--max-shard-size", default="5", help="in GB, of 10^9 bytes")
+            sub.add_argument("--max-shard-size", default="1", help="in GB, of 10^9 bytes")
+        if command in (phases, scaling):
             sub.add_argument("--no-fsync", action="store_true")
-        if command is compare:
+        if command in (compare, scaling):
             sub.add_argument("--repeat", type=int, default=2)
+        if command is compare:
             sub.add_argument("--only", choices=("diffusers", "qz"))
             sub.add_argument("--keep", action="store_true", help="keep what qz wrote")
             sub.add_argument("--device", default="auto")
-            sub.add_argument("--max-shard-size", nargs="+", default=["5GB"])
+            sub.add_argument("--max-shard-size", nargs="+", default=["1GB"])
         if command is forward:
             sub.add_argument("--compile", choices=("whole", "blocks"))
     arguments = parser.parse_args()
