@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 4 << 20
 """Source bytes a CPU thread works on at a time: small enough to stay in its cache."""
+MOST_THREADS = 16
+"""More of them wait for each other between their calls: FLUX takes 4.5 s on 16 cores, and with 64 threads on 64 7.7 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Cpu:
 
     @property
     def threads(self) -> int:
-        return usable_cores()
+        return min(usable_cores(), MOST_THREADS)
 
     def buffer(self, nbytes: int) -> Bytes:
         return np.empty(nbytes, np.uint8)
