@@ -24,7 +24,7 @@ ThreadsOpt = Annotated[
         "--threads",
         metavar="N",
         parser=parse_threads,  # a range that Typer checks would import pydantic, a third of the time of `qz inspect`
-        help="CPU threads. Default: one per core. The bytes do not depend on it.",
+        help="CPU threads. Default: one per core, 16 at most. The bytes do not depend on it.",
     ),
 ]
 DownloadOpt = Annotated[

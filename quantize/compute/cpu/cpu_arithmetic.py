@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 4 << 20
 """Source bytes a CPU thread works on at a time: small enough to stay in its cache."""
 MOST_THREADS = 16
-"""More of them wait for each other between their calls: FLUX takes 4.5 s on 16 cores, and with 64 threads on 64 7.7 s."""
+"""More of them wait for each other between their calls: FLUX took 4.5 s on 16 cores, 7.7 s with 64 threads on 64."""
 
 
 @dataclass(frozen=True, slots=True)
