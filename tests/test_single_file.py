@@ -210,8 +210,6 @@ def test_a_single_file_out_is_refused_where_no_tool_reads_it(sd3: tuple[Path, Pa
     for method in ({"int8": True}, {"double_quant": True}):
         with pytest.raises(UsageError, match="without --double-quant"):
             run(quantize, file, **asked, **method)
-    with pytest.raises(UsageError, match=r"name one original \.safetensors file"):
-        run(quantize, folder, output=tmp_path / "made", layout="single-file")
     with pytest.raises(Unsupported, match="only some are quantized"):
         run(quantize, file, **asked, skip=["transformer_blocks.0.attn.to_q"])
     whole = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"]

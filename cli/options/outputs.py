@@ -19,7 +19,7 @@ LayoutOpt = Annotated[
     PANEL.option(
         "--layout",
         metavar="CHOICE",
-        help="diffusers, or single-file: one file in the names of the single file that is read, for ComfyUI, Forge and "
+        help="diffusers, or single-file: one file in the names of the model's original code, for ComfyUI, Forge and "
         "InvokeAI. For nf4 and fp4.",
     ),
 ]

@@ -48,7 +48,7 @@ def invokeai_flux(contents: Contents) -> Iterator[Finding]:
     if contents.library == "diffusers" or not proj:
         text = (
             "takes FLUX.1 only, as one nf4 file in Black Forest Labs' names "
-            "(double_blocks.0.img_attn.proj.weight …). Quantize the model's original file with --layout single-file."
+            "(double_blocks.0.img_attn.proj.weight …). Quantize the model with --layout single-file."
         )
         yield Finding("error", "single-file", text)
     elif proj[0].kind != "nf4":
@@ -75,7 +75,7 @@ def comfyui(contents: Contents) -> Iterator[Finding]:
     if contents.library is not None or original_layout(contents.packed) is None:
         text = (
             "has nodes for one file in the original names of a diffusion model (double_blocks.0 …), not for a folder "
-            "of transformers or diffusers. Quantize the model's original file with --layout single-file."
+            "of transformers or diffusers. Quantize the model with --layout single-file."
         )
         yield Finding("error", "single-file", text)
     elif contents.is_int8:

@@ -1,4 +1,4 @@
-"""A plan that writes one file in the names of the file that it reads, for tools that take no other.
+"""A plan that writes one file in the names of the model's original code, for tools that take no other.
 
 Where the model's own code fuses q, k and v, blocks of 64 values follow each other as in the parts: quantized as a
 whole, the fused weight has the bytes of its quantized parts, one after the other.
@@ -6,12 +6,15 @@ whole, the fused weight has the bytes of its quantized parts, one after the othe
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from qz import Unsupported, UsageError
+from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import BITS
 from qz.quantize.compute.arrays import elements
@@ -19,24 +22,27 @@ from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved, Weight
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.plan import Plan, Step, make_plan
 from qz.quantize.planning.sources import stored_parts
+from qz.quantize.single_files.configs import DENOISERS
+from qz.quantize.single_files.originals import original_tensors
 
 if TYPE_CHECKING:
-    from qz.formats.checkpoint.survey import StoredTensor
+    from qz.formats.checkpoint.survey import Checkpoint
 
 WITHOUT_LIMIT = 1 << 62
 
 
 def in_original_names(plan: Plan) -> Plan:
-    """The plan of a single file's model, to be written under the names in that file, in one file.
+    """The plan of a model, to be written in one file: under the names of the single file that it comes from, or under
+    those of the original code of its class.
 
-    Raises UsageError for a source or a method that has no such form, and Unsupported for weights that are quantized in
-    part only.
+    Raises UsageError for a source or a method that has no such form, and Unsupported for a class without such names and
+    for weights that are quantized in part only.
     """
     checkpoint, method = plan.checkpoint, plan.method
-    if checkpoint.original is None:
+    if checkpoint.library != "diffusers":
         raise UsageError(
-            f"--layout single-file writes the names of the file that is read, and {checkpoint.folder.location} is in "
-            "diffusers' layout. Start from the original single file, with --config."
+            f"--layout single-file is for denoisers of diffusers, and {checkpoint.folder.location} is a model of "
+            f"{checkpoint.library}. Leave it out."
         )
     if not isinstance(method, FourBit) or method.double_quant:
         raise UsageError(
@@ -45,32 +51,58 @@ def in_original_names(plan: Plan) -> Plan:
         )
     if plan.adapters or (plan.refinement is not None and plan.refinement.importance is not None):
         raise UsageError("--layout single-file goes with neither --lora nor --importance: use one of them at a time.")
-    owners = _owners(plan, checkpoint.original)
+    original = checkpoint.original if checkpoint.original is not None else _from_diffusers(plan)
+    owners = _owners(plan, original)
     saved: list[Saved] = []
-    for name, tensor in checkpoint.original.items():
+    for name, tensor in original.items():
         if name in owners:
             saved += _saved(tensor, owners[name], method, plan)
     architecture = replace(plan.architecture, saved=tuple(saved), documents={})
-    source = replace(checkpoint, tensors=checkpoint.original)
+    source = replace(checkpoint, tensors=original)
     made = make_plan(source, architecture, method, WITHOUT_LIMIT)
     [shard] = made.shards
-    file = f"{PurePath(checkpoint.files[0]).stem}-{method.name}.safetensors"
+    file = f"{_stem(checkpoint)}-{method.name}.safetensors"
     return replace(made, shards=(replace(shard, file=file),), refinement=plan.refinement)
 
 
-def _owners(plan: Plan, original: dict[str, StoredTensor]) -> dict[str, list[Step]]:
+def _from_diffusers(plan: Plan) -> dict[str, StoredTensor | Decoded]:
+    """The original tensors of a folder in diffusers' layout."""
+    checkpoint, tensors = plan.checkpoint, {}
+    for step in plan.steps:
+        [*sources] = step.sources
+        if len(sources) != 1 or not isinstance(sources[0], StoredTensor):
+            raise Unsupported(
+                f"{checkpoint.folder.location}: {quoted(step.weight.name)} is computed from what is stored, and "
+                "--layout single-file needs the plain weights. Write them first with `qz dequantize`."
+            )
+        tensors[step.weight.name] = sources[0]
+    class_name = plan.architecture.class_name
+    return original_tensors(class_name, checkpoint.config, tensors, checkpoint.folder.location)
+
+
+def _stem(checkpoint: Checkpoint) -> str:
+    """What the file is named after: the one that is read, or the model, not ``transformer`` as its folder may be."""
+    if checkpoint.original is not None:
+        return PurePath(checkpoint.files[0]).stem
+    *_, parent, name = ("", "model", *re.sub(r"@[0-9a-f]+", "", checkpoint.folder.location).strip("/").split("/"))
+    return parent if name in DENOISERS and parent not in ("", ".", "..") else name
+
+
+def _owners(plan: Plan, original: Mapping[str, StoredTensor | Decoded]) -> dict[str, list[Step]]:
     """Of each tensor of the file, the steps that read a part of it."""
-    places = sorted((tensor.offset, tensor.name) for tensor in original.values() if tensor.nbytes)
+    regions = ((part, name) for name, tensor in original.items() for part in stored_parts(tensor) if part.nbytes)
+    places = sorted((part.file, part.offset, name) for part, name in regions)
     owners: dict[str, list[Step]] = {}
     for step in plan.steps:
         for part in (part for source in step.sources for part in stored_parts(source) if part.nbytes):
-            _, owner = places[bisect_right(places, part.offset, key=lambda place: place[0]) - 1]
+            here = bisect_right(places, (part.file, part.offset), key=lambda place: place[:2]) - 1
+            owner = places[here][2]
             if step not in owners.setdefault(owner, []):
                 owners[owner].append(step)
     return owners
 
 
-def _saved(tensor: StoredTensor, steps: list[Step], method: FourBit, plan: Plan) -> list[Saved]:
+def _saved(tensor: StoredTensor | Decoded, steps: list[Step], method: FourBit, plan: Plan) -> list[Saved]:
     """What becomes of a tensor of the file, as of the parts of it in the model."""
     quantized = {step.weight.quantized for step in steps}
     dtypes = {step.weight.dtype for step in steps}

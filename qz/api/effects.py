@@ -60,8 +60,8 @@ NEEDS = (
     Need(
         "quantize",
         "layout",
-        "one_file",
-        "--layout single-file writes the names of the file that is read: name one original .safetensors file.",
+        "model",
+        "--layout single-file writes one denoiser, and {source} is a pipeline. Name it with --subfolder transformer.",
     ),
     Need(
         "quantize",

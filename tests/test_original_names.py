@@ -1,0 +1,186 @@
+"""Files in original names, read and written: for every class whose names qz knows, by diffusers' own converters."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from safetensors.torch import save_file
+
+from commands import run
+from original_names import ltx_names, sd3_names
+from qz import Unsupported, UsageError
+from qz.cli.quantize import quantize
+from qz.cli.verify import verify
+from qz.formats.folder import LocalFolder
+from qz.quantize.libraries.architecture import TensorSpec
+from qz.quantize.libraries.diffusers.single_file import convert
+from qz.quantize.single_files.names import LAYOUTS
+from qz.quantize.single_files.originals import inverted, original_specs
+from qz.quantize.single_files.tensors import read_original
+from qz.quantize.streaming.readers import reader
+from reference import differing_tensors, raw
+from tiny_denoisers import SMALL, WIDE, denoiser
+
+ROOT = Path(__file__).resolve().parent.parent
+IN_FULL = ("SD3Transformer2DModel", "LTXVideoTransformer3DModel", "WanTransformer3DModel", "ZImageTransformer2DModel",
+           "Flux2Transformer2DModel", "QwenImageTransformer2DModel")  # fmt: skip
+"""Classes that are compared through the command; of the others, the conversion."""
+
+
+def random(specs: dict[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for name, spec in specs.items()}
+
+
+def specs_of(model: torch.nn.Module) -> dict[str, TensorSpec]:
+    return {name: TensorSpec("bfloat16", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+
+
+class Made(NamedTuple):
+    name: str
+    file: Path
+    folder: Path
+    """What the library makes of the file."""
+
+
+@pytest.fixture(scope="module", params=IN_FULL)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A file of random weights in a class's original names."""
+    place, name = tmp_path_factory.mktemp(request.param), request.param
+    model = denoiser(name)
+    (place / "config").mkdir()
+    model.save_config(place / "config")
+    file = place / "original.safetensors"
+    save_file(random(original_specs(name, specs_of(model), "")), file)
+    loaded = getattr(diffusers, name).from_single_file(
+        str(file), config=str(place / "config"), torch_dtype=torch.bfloat16
+    )
+    loaded.save_pretrained(place / "loaded" / "transformer", max_shard_size="100KB")
+    return Made(name, file, place / "loaded" / "transformer")
+
+
+def test_a_file_in_original_names_gives_the_bytes_of_from_single_file(made: Made, tmp_path: Path) -> None:
+    run(quantize, made.folder, output=tmp_path / "wanted")
+    report = run(quantize, made.file, config=str(made.folder), output=tmp_path / "made")
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
+    assert report["left_out"] == []
+
+
+def test_a_folder_becomes_the_file_that_its_original_becomes(made: Made, tmp_path: Path) -> None:
+    planned = run(quantize, made.folder, output=tmp_path / "made", layout="single-file", dry_run=True)
+    report = run(quantize, made.folder, output=tmp_path / "made", layout="single-file")
+    assert planned["bytes"] == report["bytes"]
+    assert [shard["name"] for shard in report["shards"]] == ["loaded-nf4.safetensors"]
+    run(quantize, made.file, config=str(made.folder), output=tmp_path / "wanted", layout="single-file")
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
+    assert run(verify, tmp_path / "made", against=str(made.folder))["intact"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, *WIDE])
+def test_a_conversion_is_that_of_the_library_and_its_way_back_gives_the_file(name: str, tmp_path: Path) -> None:
+    """With real values, of the true number of rows and two columns: converters look at rows only."""
+    with init_empty_weights():
+        model = denoiser(name)
+    config = dict(model.config)
+
+    def narrow(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+        return {
+            key: TensorSpec(spec.dtype, (*spec.shape[:1], *(min(each, 2) for each in spec.shape[1:])))
+            for key, spec in specs.items()
+        }
+
+    own = narrow(specs_of(model))
+    values = random(original_specs(name, own, ""))
+    assert set(values) == set(original_specs(name, specs_of(model), ""))
+    save_file(values, tmp_path / "original.safetensors")
+    convert_real = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    wanted = convert_real(checkpoint=dict(values), config=config)
+    assert set(wanted) == set(own)
+    folder = LocalFolder(tmp_path)
+    file = read_original(folder, "original.safetensors")
+    found = convert(name, config, file.specs)
+    assert set(found) == set(wanted)
+    for key, each in found.items():
+        stored = file.stored_as(key, each)
+        read, _ = reader(folder, stored).read(0, wanted[key].numel(), "BF16", lambda _, size: np.empty(size, np.uint8))
+        assert stored.shape == tuple(wanted[key].shape)
+        assert read.tobytes() == raw(wanted[key])
+    for key, (spec, parts) in inverted(name, config, own, "").items():
+        pieces = [wanted[part.name].flatten()[part.start : part.start + part.count] for part in parts]
+        assert raw(torch.cat(pieces).reshape(spec.shape)) == raw(values[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("SD3Transformer2DModel", sd3_names), ("LTXVideoTransformer3DModel", ltx_names)]
+)
+def test_the_names_are_those_of_the_original_code(name: str, theirs: Any) -> None:
+    model = denoiser(name)
+    assert set(original_specs(name, specs_of(model), "")) == set(theirs(model.state_dict()))
+
+
+def test_flux_has_the_names_of_black_forest_labs(tmp_path: Path) -> None:
+    """Of FLUX.1-dev, with one block of each kind: those of the published file."""
+    with init_empty_weights():
+        model = denoiser("FluxTransformer2DModel")
+    found = original_specs("FluxTransformer2DModel", specs_of(model), "")
+    double = [
+        f"double_blocks.0.{side}_{rest}"
+        for side in ("img", "txt")
+        for rest in (
+            "attn.norm.key_norm.scale", "attn.norm.query_norm.scale", "attn.proj.bias", "attn.proj.weight",
+            "attn.qkv.bias", "attn.qkv.weight", "mlp.0.bias", "mlp.0.weight", "mlp.2.bias", "mlp.2.weight",
+            "mod.lin.bias", "mod.lin.weight",
+        )
+    ]  # fmt: skip
+    single = [
+        "linear1.bias", "linear1.weight", "linear2.bias", "linear2.weight", "modulation.lin.bias",
+        "modulation.lin.weight", "norm.key_norm.scale", "norm.query_norm.scale",
+    ]  # fmt: skip
+    inside = [f"{kind}_in.{end}_layer" for kind in ("guidance", "time", "vector") for end in ("in", "out")]
+    linears = ["final_layer.adaLN_modulation.1", "final_layer.linear", "img_in", "txt_in", *inside]
+    assert set(found) == {
+        *double,
+        *(f"single_blocks.0.{rest}" for rest in single),
+        *(f"{name}.{kind}" for name in linears for kind in ("weight", "bias")),
+    }
+    assert found["single_blocks.0.linear1.weight"].shape == (21504, 3072)
+    assert found["double_blocks.0.img_attn.qkv.weight"].shape == (9216, 3072)
+
+
+def test_what_has_no_original_names_or_is_quantized_in_part_is_refused(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"output": tmp_path / "made", "layout": "single-file"}
+    pipeline = tmp_path / "pipeline"
+    model = denoiser("SD3Transformer2DModel")
+    model.save_pretrained(pipeline / "transformer")
+    (pipeline / "model_index.json").write_text("{}")
+    with pytest.raises(UsageError, match="without --double-quant"):
+        run(quantize, pipeline / "transformer", double_quant=True, **asked)
+    with pytest.raises(Unsupported, match="only some are quantized"):
+        run(quantize, pipeline / "transformer", skip=["transformer_blocks.0.attn.to_q"], **asked)
+    with pytest.raises(UsageError, match="Name it with --subfolder transformer"):
+        run(quantize, pipeline, **asked)
+    small = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=32,
+        num_cross_attention_heads=2, cross_attention_head_dim=32, cross_attention_dim=64, caption_channels=64,
+    )  # fmt: skip
+    small.save_pretrained(tmp_path / "sana")
+    with pytest.raises(Unsupported, match=r"tensors of SanaTransformer2DModel is not known.*Write diffusers' layout"):
+        run(quantize, tmp_path / "sana", **asked)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_page_of_sources_names_every_class_that_diffusers_reads_from_single_files() -> None:
+    page = (ROOT / "docs" / "reference" / "sources.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+)", page, re.MULTILINE))
+    assert set(rows) == set(SINGLE_FILE_LOADABLE_CLASSES)
+    written = {name for name, text in rows.items() if text == "both"}
+    assert written == set(LAYOUTS)
+    assert {name for name, text in rows.items() if text in ("both", "read")} >= {*SMALL, *WIDE, *IN_FULL}
