@@ -5,6 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for script in ("kernels", "whole", "dequantize", "inspect", "hub", "push"):
+for script in ("kernels", "whole", "dequantize", "inspect", "hub", "push", "start"):
     print(f"\n== python -m benchmarks.{script}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], check=True)

@@ -71,7 +71,6 @@ def speed(place: Path) -> None:
         run([*QZ, "quantize", str(many), "-o", str(packed), "-q"])
     inspect = [*QZ, "inspect"]
     cases: dict[str, tuple[list[str], float]] = {
-        "qz --help": ([*QZ, "--help"], 0.15),
         "FLUX.1-dev's transformer, 23.8 GB": ([*inspect, str(flux(place / "flux-holes", holes=True))], 0.3),
         "560 NF4 weights, each state read": ([*inspect, str(packed)], 0.3),
         "the same as JSON with every tensor": ([*inspect, str(packed), "--json", "--tensors"], 0.5),

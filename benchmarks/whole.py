@@ -3,7 +3,6 @@
     python -m benchmarks.whole llama     a 1.1 B bf16 Llama to NF4 and INT8, against transformers' load and save
     python -m benchmarks.whole cp        8.6 GB of bf16 to NF4, against ``cp`` of the source, both with a warm cache
     python -m benchmarks.whole memory    peak anonymous memory on FLUX.1-dev's transformer (23.8 GB of holes)
-    python -m benchmarks.whole start     CPU time of ``qz --help`` and ``qz inspect``
 
 Inputs are made under --place (20 GB of free space) and kept for the next run.
 """
@@ -135,16 +134,9 @@ def memory(place: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
 
 
-def start(place: Path) -> None:
-    source = llama(place / "llama-1b", LLAMA_1B)
-    for name, command in {"qz --help": [*QZ, "--help"], "qz inspect": [*QZ, "inspect", str(source)]}.items():
-        figures = [run(command) for _ in range(7)]
-        print(f"{name:24} {statistics.median(f.cpu for f in figures):.3f} s CPU", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["start", "llama", "cp", "memory"])
+    parser.add_argument("what", nargs="*", default=["llama", "cp", "memory"])
     parser.add_argument("--place", type=Path, default=Path(".bench"))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -155,10 +147,8 @@ def main() -> None:
             against_transformers(arguments.place, arguments.rounds)
         elif what == "cp":
             against_cp(arguments.place, arguments.rounds)
-        elif what == "memory":
-            memory(arguments.place)
         else:
-            start(arguments.place)
+            memory(arguments.place)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Typer app and ``main()``: the one place where errors become text and exit codes."""
+"""The Typer app and ``run()``: the one place where errors become text and exit codes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import typer.main
 
 from qz import QzError, Unsupported, one_line
+from qz.cli.coercion import LeanCommand, LeanGroup
 from qz.cli.options.general import DebugOpt, VersionOpt
 from qz.cli.output import say, warn
-from qz.cli.streams import closed_pipe, flush_streams, open_streams
-from qz.quantize.libraries import process
-from qz.quantize.libraries.importing import lean_imports
+from qz.cli.streams import closed_pipe
 from qz.redaction import redact
 from qz.trace import trace_lines
 
@@ -60,29 +59,30 @@ EXAMPLES = {
 """Shown at the end of each command's help."""
 DISTRIBUTIONS = {"accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "numpy", "torch", "transformers"}
 
-app = typer.Typer(
-    name="qz",
-    help="Quantize Hugging Face models to 8 and 4 bit with bitsandbytes, and convert them back.",
-    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 65 bad input, 66 input not found, 69 Hub unreachable, "
-    "73 output refused, 74 I/O, 75 try again, 77 permission denied, 78 unsupported.",
-    context_settings={"help_option_names": ["--help", "-h"]},
-    pretty_exceptions_enable=False,
-)
+
+def app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The app with these commands, whose modules are imported. Describing all of them takes as long as ``inspect``."""
+    made = typer.Typer(
+        name="qz",
+        cls=LeanGroup,
+        epilog="Exit codes: 0 done, 1 a bug, 2 usage, 65 bad input, 66 input not found, 69 Hub unreachable, "
+        "73 output refused, 74 I/O, 75 try again, 77 permission denied, 78 unsupported.",
+        context_settings={"help_option_names": ["--help", "-h"]},
+        pretty_exceptions_enable=False,
+    )
+    made.callback()(everywhere)
+    for name in commands:
+        epilog = "\n\n".join(["Examples:", *EXAMPLES[name]])
+        function = getattr(importlib.import_module(f"qz.cli.{name}"), name)
+        made.command(name, cls=LeanCommand, short_help=COMMANDS[name], epilog=epilog)(function)
+    return made
 
 
-@app.callback()
 def everywhere(
     version: VersionOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Quantize Hugging Face models to 8 and 4 bit with bitsandbytes, and convert them back."""
-
-
-for command, short_help in COMMANDS.items():
-    # The command modules are light: what they call is imported when they run.
-    epilog = "\n\n".join(["Examples:", *EXAMPLES[command]])
-    function = getattr(importlib.import_module(f"qz.cli.{command}"), command)
-    app.command(command, short_help=short_help, epilog=epilog)(function)
 
 
 class Interruption:
@@ -130,18 +130,6 @@ class Interruption:
     @property
     def message(self) -> str:
         return one_line(" ".join(["Interrupted.", *getattr(self.error, "__notes__", ())]))
-
-
-def main() -> NoReturn:
-    """The command ``qz``."""
-    open_streams()
-    lean_imports.allow()
-    process.allow()
-    code = run(sys.argv[1:])
-    # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
-    # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).
-    flush_streams()
-    os._exit(code)
 
 
 def run(args: Sequence[str]) -> int:
@@ -193,7 +181,8 @@ def spelled_out(args: list[str]) -> list[str]:
 
 def invoke(args: Sequence[str]) -> Any:
     """Hand a command line to Typer. The app's own help is plain text: Rich would take half of the time it needs."""
-    group: Any = typer.main.get_command(app)
+    first = next((word for word in args if not word.startswith("-")), None)
+    group: Any = typer.main.get_command(app([first] if first in COMMANDS else COMMANDS))
     group.rich_markup_mode = None
     return group.main(args=args, prog_name="qz", standalone_mode=False)
 

@@ -13,9 +13,8 @@ import stat
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from qz import IOFailed
 from qz.cli.streams import tell
@@ -104,8 +103,7 @@ def display_width(text: str) -> int:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """A table's column. Numbers stand right; the one that may be folded onto several lines is ``foldable``."""
 
     title: str
@@ -278,8 +276,7 @@ def markdown_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) 
     return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A part of a report: a table, or labels and values where there are no columns."""
 
     rows: Sequence[tuple[str, ...]]

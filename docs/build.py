@@ -1,10 +1,11 @@
 """Write what is generated of the documentation, and check every link. Run by ``make docs``.
 
-The command reference comes from the app itself, the picture of the rooms from the imports.
+The help of ``qz`` and the command reference come from the app itself, the picture of the rooms from the imports.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from rooms import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference" / "commands.md"
+HELP = ROOT / "cli" / "help.txt"
 ARCHITECTURE = ROOT / "docs" / "explanation" / "architecture.md"
 PICTURE = re.compile(r"(?<=<!-- picture: written by `make docs` -->\n).*?(?=<!-- end of picture -->)", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
@@ -26,7 +28,7 @@ def reference() -> str:
     """The command reference in Markdown, from what Typer knows of the app."""
     from qz.cli.app import app
 
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app())
     parts = [
         "# Commands\n",
         "<!-- Written by `make docs` from the app itself. Changes belong into cli/options/ and the commands. -->\n",
@@ -42,6 +44,17 @@ def reference() -> str:
         for panel, params in panels(command).items():
             parts += [f"\n**{panel}**\n", options_table(command, params)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def help_text() -> str:
+    """The help of ``qz`` itself on a wide terminal, which the command shows without importing Typer."""
+    from qz.cli.app import app
+
+    group: Any = typer.main.get_command(app())
+    group.rich_markup_mode = None
+    os.environ["COLUMNS"] = "80"
+    with group.make_context("qz", ["inspect"]) as context:
+        return f"{group.get_help(context)}\n"
 
 
 def panels(command: Any) -> dict[str, list[Any]]:
@@ -129,6 +142,7 @@ def broken_links(page: Path) -> Iterator[str]:
 def main() -> None:
     REFERENCE.parent.mkdir(parents=True, exist_ok=True)
     REFERENCE.write_text(reference(), encoding="utf-8")
+    HELP.write_text(help_text(), encoding="ascii")
     page = ARCHITECTURE.read_text(encoding="utf-8")
     ARCHITECTURE.write_text(PICTURE.sub(lambda _: f"\n{picture()}\n\n", page), encoding="utf-8")
     problems = [problem for page in pages() for problem in broken_links(page)]

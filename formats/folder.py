@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from qz import IOFailed, MissingInput, PermissionRefused, QzError
 from qz.formats.links import cache_blobs, is_downloaded, is_shared_component, is_shared_file
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+PIPELINE_INDEX = "model_index.json"
 THREADS = 8
 """That read from one folder far away."""
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """Bytes ``[start, stop)`` of one file."""
 
     file: str
@@ -120,6 +120,11 @@ def read_text(folder: Folder, file: str, limit: int) -> str:
 
 
 MAX_OPEN = 16
+
+
+def is_pipeline(folder: Folder) -> bool:
+    """Whether a folder is a whole pipeline, not one model: diffusers reads the index, and no config.json beside it."""
+    return folder.named_file is None and PIPELINE_INDEX in folder.sizes()
 
 
 class LocalFolder:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+DEFAULT_SHARD_BYTES = 10**9
+"""Of one file at most. Its SHA-256 is work for one thread, that of several files for several: 5 GB take as long
+to hash as all of FLUX takes a GPU or 16 cores to quantize. Parts differ by it, and --push-only needs a disk for two."""
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """A tensor to place. Items of one ``storage`` share memory in the library and are put, and counted, together."""
 
     name: str

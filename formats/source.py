@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qz import HubUnreachable, MissingInput, PermissionRefused
 from qz.formats.folder import LocalFolder
@@ -82,8 +81,7 @@ def enter(folder: Folder, subfolder: str | None) -> Folder:
     return folder
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedSource:
+class OpenedSource(NamedTuple):
     """A source as it was named, and opened: ``folder`` is what ``subfolder`` names of ``root``, or ``root`` itself."""
 
     location: str

@@ -32,7 +32,6 @@ from qz.quantize.planning.original_layout import in_original_names
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Source as TensorSource
 from qz.quantize.planning.unquantized import equal_sources, is_bitsandbytes, refuse_quantized
-from qz.quantize.settings import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from qz.quantize.settings import Settings as Settings
 from qz.quantize.source_identity import identity, recorded_identity
 from qz.quantize.streaming.discard import DiscardOutput

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from qz import UsageError
 from qz.formats.safetensors import BITS
@@ -25,8 +25,7 @@ MEAN_LENGTH = 25
 """Characters that JSON needs at most for ``nested_offset``, a float32 printed as a Python float."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One tensor that a quantized weight is stored as. ``suffix`` follows the module's path and a dot."""
 
     suffix: str

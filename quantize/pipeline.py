@@ -10,8 +10,8 @@ from typing import Any
 
 from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.adapter_file import AdapterFile
-from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, has_weights
-from qz.formats.folder import Folder
+from qz.formats.checkpoint.pipeline import Component, Pipeline, has_weights
+from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
 from qz.formats.output.recorded.record import WrittenFile
 from qz.progress import OnProgress, ignore
@@ -62,7 +62,7 @@ class PipelinePlan:
         """Those of the source: its root under the empty name, and each component's."""
         inside = {component.name: component.folder for component in self.pipeline.components}
         if self.pipeline.file_folder is not None:
-            return {"": self.pipeline.file_folder, INDEX: self.pipeline.folder, **inside}
+            return {"": self.pipeline.file_folder, PIPELINE_INDEX: self.pipeline.folder, **inside}
         return {"": self.pipeline.folder, **inside}
 
     @property
@@ -74,9 +74,9 @@ class PipelinePlan:
     def parts(self) -> tuple[Part, ...]:
         """The folders of the output: its root, and one for each component."""
         root, made = self.pipeline.folder, self.pipeline.index
-        index = companions.Companion(root, INDEX, INDEX, root.sizes()[INDEX])
+        index = companions.Companion(root, PIPELINE_INDEX, PIPELINE_INDEX, root.sizes()[PIPELINE_INDEX])
         carried = companions.terms(root) if made is not None else (index, *companions.terms(root))
-        parts = [Part("", None, carried, {INDEX: made} if made is not None else {})]
+        parts = [Part("", None, carried, {PIPELINE_INDEX: made} if made is not None else {})]
         for component in (choice.component for choice in self.choices):
             plan = self.plans.get(component.name) or self.casts.get(component.name)
             if plan is not None:
@@ -380,7 +380,7 @@ def summarize_pipeline(
             *plan.pipeline.notes,
             *plan.notes,
             *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
-            *(f"{name} holds a model that {INDEX} does not name; it was left out" for name in strays),
+            *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),
         ),
         left_out_of_root=of_root,
         loras=_fused_loras(plan),

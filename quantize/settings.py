@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qz import UsageError
+from qz.formats.shards import DEFAULT_SHARD_BYTES
 from qz.quantize.methods import COMPUTE_DTYPES, Int8, Method, full_name
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.adapter_file import AdapterFile
 
-DEFAULT_SHARD_BYTES = 10**9
-"""Of one file at most. Its SHA-256 is work for one thread, that of several files for several: 5 GB take as long
-to hash as all of FLUX takes a GPU or 16 cores to quantize. Parts differ by it, and --push-only needs a disk for two."""
 LEAST_SHARD_BYTES = 1000
 """Smaller ones are a unit that was forgotten."""
 IfExists = Literal["error", "skip", "overwrite"]

@@ -20,12 +20,12 @@ def load(
     return import_module("qz.api").load(source, subfolder=subfolder, variant=variant, device=device)
 
 
-LINE_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+LINE_BREAKS = "[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 
 
 def one_line(text: str) -> str:
     """``text`` with its line breaks spelled out as \\n."""
-    return LINE_BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return re.sub(LINE_BREAKS, lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class QzError(Exception):

@@ -1,6 +1,6 @@
 """``python -m qz``."""
 
-from qz.cli.app import main
+from qz.cli.entry import main
 
 if __name__ == "__main__":
     main()

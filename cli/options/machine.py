@@ -23,7 +23,7 @@ ThreadsOpt = Annotated[
     PANEL.option(
         "--threads",
         metavar="N",
-        parser=parse_threads,  # a range that Typer checks would import pydantic, a third of the time of `qz inspect`
+        parser=parse_threads,
         help="CPU threads. Default: one per core, 16 at most. The bytes do not depend on it.",
     ),
 ]

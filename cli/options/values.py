@@ -1,14 +1,13 @@
-"""How the text of an option is read: sizes, dtypes, devices, numbers of threads, and shares."""
+"""How the text of an option is read: sizes, dtypes, devices, numbers of threads, and shares.
+
+What a value is read with is imported then: most commands declare such options and are run without them.
+"""
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 import typer
-
-from qz.quantize.methods import full_name
-from qz.quantize.settings import LEAST_SHARD_BYTES
 
 MOST_THREADS = 1024
 UNITS = {"": 1, "B": 1} | {
@@ -20,6 +19,10 @@ UNITS = {"": 1, "B": 1} | {
 
 def parse_size(text: str | int) -> int:
     """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number, decimal and binary units as the libraries read them."""
+    from fractions import Fraction
+
+    from qz.quantize.settings import LEAST_SHARD_BYTES
+
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or int(Fraction(match[1]) * unit) < 1:
@@ -43,6 +46,8 @@ def parse_compute_dtype(text: str) -> str:
 
 def one_of_dtypes(text: str, names: tuple[str, ...]) -> str:
     """The full name of a dtype among ``names``."""
+    from qz.quantize.methods import full_name
+
     name = full_name(text)
     if name not in names:
         listed = ", ".join(map(repr, names))

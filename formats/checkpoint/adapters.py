@@ -17,7 +17,7 @@ HOW_UNMERGED = {
 }
 
 # Of one low-rank pair, the names that PEFT, diffusers, kohya and LyCORIS give to its parts.
-_PART = re.compile(
+_PART = (
     r"(?:^|[._])(?:lora[._](?:A|B|up|down|mid|te\d?|unet)\b|lora_(?:A|B|up|down|mid|magnitude_vector)[._]"
     r"|lora_linear_layer|hada_w[12]_[ab]|lokr_w[12]|oft_(?:blocks|diag|R)|dora_scale|diff_b\b|lora_embedding_[AB])"
 )
@@ -32,7 +32,8 @@ def is_adapter(names: Iterable[str]) -> bool:
     every = "\n".join(names)
     if not any(mark in every for mark in _MARKS):
         return False
-    parts = [name for name in names if _PART.search(name)]
+    part = re.compile(_PART)
+    parts = [name for name in names if part.search(name)]
     return bool(parts) and len(parts) + sum(_SCALE.search(name) is not None for name in names) >= len(names)
 
 

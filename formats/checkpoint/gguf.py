@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qz.formats.checkpoint.problems import Problem, Problems
-from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.decoded import CODES, Blocks, Decoded, StoredTensor
+from qz.formats.checkpoint.survey import GGUF, Checkpoint
+from qz.formats.decoded import CODES, Decoded, StoredTensor
+from qz.formats.encodings import Blocks
+from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
 
-if TYPE_CHECKING:
-    from qz.formats.folder import Folder
-
-METHOD = "gguf"
 PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 """ggml's types that are values, and what safetensors calls them."""
 TYPES = {
@@ -37,7 +35,7 @@ def gguf_files(folder: Folder) -> list[str]:
     if folder.named_file is not None:
         return [folder.named_file] if folder.named_file.lower().endswith(".gguf") else []
     others = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-    if any(name.endswith(others) for name in names) or "model_index.json" in names:
+    if any(name.endswith(others) for name in names) or PIPELINE_INDEX in names:
         return []
     return [name for name in names if name.lower().endswith(".gguf") and not _BESIDE.fullmatch(name)]
 
@@ -89,13 +87,13 @@ def survey_gguf(
         files=(file,),
         sizes={file: size},
         tensors=tensors,
-        encoded_as=METHOD,
+        encoded_as=GGUF,
     ), problems.worst_first()
 
 
 def _config(header: GgufHeader) -> dict[str, Any]:
     """What is shown of it until a library has made a config of the metadata."""
-    return {"model_type": METHOD, "gguf": str(header.metadata.get("general.architecture", ""))}
+    return {"model_type": GGUF, "gguf": str(header.metadata.get("general.architecture", ""))}
 
 
 def _stored(tensor: GgufTensor, file: str, size: int, where: str) -> StoredTensor | Decoded:

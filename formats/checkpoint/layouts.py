@@ -8,8 +8,7 @@ of diffusers 0.42.1.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qz.formats.malformed import quoted
 
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
 _COMFY = r"(?:model\.diffusion_model\.)?"
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
+class _Layout(NamedTuple):
     """A name that shows it, whose it is, the class that reads it, and others that it is another layout of."""
 
-    sign: re.Pattern[str]
+    sign: str
+    """A pattern for the start of a name."""
     tool: str
     loader: str | None
     classes: str = ""
@@ -31,7 +30,7 @@ class _Layout:
 
 
 def _layout(sign: str, tool: str, loader: str | None, classes: str = "") -> _Layout:
-    return _Layout(re.compile(_COMFY + sign), tool, loader, classes)
+    return _Layout(_COMFY + sign, tool, loader, classes)
 
 
 # The first that has a name in the file: those of one model before those of many.
@@ -51,11 +50,11 @@ _LAYOUTS = (
             "FluxTransformer2DModel", r"Flux\w*|Chroma\w*|HunyuanVideo\w*"),
     _layout(r"single_blocks\.\d+\.(?:linear1|linear2|modulation)\.", "Black Forest Labs' own code (or ComfyUI)",
             "FluxTransformer2DModel", r"Flux\w*|Chroma\w*|HunyuanVideo\w*"),
-    _Layout(re.compile(r"model\.diffusion_model\.(?:input|middle|output)_blocks?\."),
+    _Layout(r"model\.diffusion_model\.(?:input|middle|output)_blocks?\.",
             "an original Stable Diffusion checkpoint (or ComfyUI)", "StableDiffusionPipeline", r"\w+"),
-    _Layout(re.compile(r"(?:first_stage_model|cond_stage_model|conditioner\.embedders)\."),
+    _Layout(r"(?:first_stage_model|cond_stage_model|conditioner\.embedders)\.",
             "an original Stable Diffusion checkpoint (or ComfyUI)", "StableDiffusionPipeline", r"\w+"),
-    _Layout(re.compile(r"model\.diffusion_model\."), "ComfyUI", None, r"\w+"),
+    _Layout(r"model\.diffusion_model\.", "ComfyUI", None, r"\w+"),
 )  # fmt: skip
 
 
@@ -68,7 +67,8 @@ def original_layout(names: Iterable[str], class_name: str | None = None) -> dict
     for layout in _LAYOUTS:
         if class_name is not None and class_name != layout.loader and not re.fullmatch(layout.classes, class_name):
             continue
-        example = next((name for name in names if layout.sign.match(name)), None)
+        sign = re.compile(layout.sign)
+        example = next((name for name in names if sign.match(name)), None)
         if example is not None:
             loader = class_name if class_name and layout.loader and "Pipeline" not in layout.loader else layout.loader
             once = (

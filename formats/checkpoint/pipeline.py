@@ -11,15 +11,14 @@ from qz.formats.checkpoint.problems import as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, read_file, survey
 from qz.formats.checkpoint.weights import PICKLE
+from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
 
-    from qz.formats.folder import Folder
 
-INDEX = "model_index.json"
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 _SEVERAL = re.compile(r"Multi[A-Z]")
 """Classes of diffusers that hold several nets of another class: MultiControlNetModel, MultiAdapter, …"""
@@ -110,14 +109,9 @@ def pipeline_class(folder: Folder) -> str | None:
     """The class that a pipeline's model_index.json names; None for a folder that is no pipeline."""
     if not is_pipeline(folder):
         return None
-    index = read_json(read_file(folder, INDEX, MAX_BYTES), f"{folder.location}/{INDEX}")
+    index = read_json(read_file(folder, PIPELINE_INDEX, MAX_BYTES), f"{folder.location}/{PIPELINE_INDEX}")
     name = index.get("_class_name")
     return name if isinstance(name, str) else None
-
-
-def is_pipeline(folder: Folder) -> bool:
-    """Whether a folder is a whole pipeline, not one model: diffusers reads the index, and no config.json beside it."""
-    return folder.named_file is None and INDEX in folder.sizes()
 
 
 def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
@@ -126,8 +120,8 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
 
     Raises MissingInput, MalformedInput or Unsupported (code of its own).
     """
-    where = f"{folder.location}/{INDEX}"
-    index = read_json(read_file(folder, INDEX, MAX_BYTES), where)
+    where = f"{folder.location}/{PIPELINE_INDEX}"
+    index = read_json(read_file(folder, PIPELINE_INDEX, MAX_BYTES), where)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         if isinstance(class_name, list):

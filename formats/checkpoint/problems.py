@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qz import HubUnreachable, IOFailed, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, Unsupported
 from qz.counted import counted
@@ -22,8 +21,7 @@ LINES = 4
 """How many lines an error has."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something wrong with a checkpoint. An error means that it cannot work; the message says what to do."""
 
     severity: Severity

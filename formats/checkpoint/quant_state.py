@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from qz import QzError
 from qz.formats.json_files import read_json
@@ -16,8 +15,7 @@ _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
-@dataclass(frozen=True, slots=True)
-class QuantState:
+class QuantState(NamedTuple):
     """How a 4-bit weight was made: its ``shape`` and ``dtype`` before, elements a block, and the same of its absmax.
 
     The ``nested_`` fields are None without double quantization; ``nested_offset`` was subtracted from absmax before.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qz.counted import counted
 from qz.formats.malformed import quoted
@@ -18,8 +17,7 @@ Kind = Literal["nf4", "fp4", "int8"]
 FOUR_BIT: frozenset[Kind] = frozenset(("nf4", "fp4"))
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What quantization_config says, with bitsandbytes' own defaults for what it leaves out.
 
     ``method`` is None if there is no quantization_config, or none that can be understood (``present`` tells which).

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qz.counted import counted
 from qz.formats.checkpoint.problems import Problem, Problems
@@ -27,8 +26,7 @@ _STATES: dict[str, Kind] = {"bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp
 _EXPERT = re.compile(r"\.experts\.(?:\d+\.|\w+\.\d+\.)")
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedWeight:
+class QuantizedWeight(NamedTuple):
     """A weight that bitsandbytes quantized, by its full name.
 
     ``shape`` and ``dtype`` (``"bfloat16"``) are those of the weight before; int8 does not keep the dtype. ``parts``

@@ -24,7 +24,7 @@ from qz.formats.checkpoint.weights import (
     unused_files,
 )
 from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import Folder, read_file, several_at_once
+from qz.formats.folder import PIPELINE_INDEX, Folder, read_file, several_at_once
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
@@ -39,6 +39,9 @@ __all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint"
 MAX_CONFIG_BYTES = MAX_BYTES
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
+
+GGUF = "gguf"
+"""What ``encoded_as`` says of GGUF files."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,11 @@ def survey(folder: Folder, variant: str | None = None) -> tuple[Checkpoint | Non
     ``variant`` names one of several sets of weights, such as ``fp16``; without it the plain one is taken, or the only
     one there is. Never raises for a bad checkpoint, only for a folder that cannot be listed.
     """
-    from qz.formats.checkpoint.gguf import gguf_files, survey_gguf
+    if any(name.lower().endswith(".gguf") for name in (*folder.sizes(), folder.named_file or "")):
+        from qz.formats.checkpoint.gguf import gguf_files, survey_gguf
 
-    if files := gguf_files(folder):
-        return survey_gguf(folder, files, variant)
+        if files := gguf_files(folder):
+            return survey_gguf(folder, files, variant)
     found = _Survey(folder)
     checkpoint = found.run(variant)
     return checkpoint, found.problems.worst_first()
@@ -191,7 +195,7 @@ class _Survey:
     def no_model(self) -> bool:
         """Whether a folder without config.json is a well-known thing that is no model."""
         weights = sorted(name for name in self.sizes if name.endswith(".safetensors"))
-        if "model_index.json" in self.sizes:
+        if PIPELINE_INDEX in self.sizes:
             inside = ", ".join(self.folder.subfolders()) or "none"
             self.problems.add("pipeline-root", "model_index.json", inside=inside)
         elif MODULAR_INDEX in self.sizes:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qz.formats.decoded import CODES, Decoded, StoredTensor, Strided
+from qz.formats.decoded import CODES, Decoded, StoredTensor
+from qz.formats.encodings import Strided
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
 from qz.formats.pickles.machine import load
 from qz.formats.pickles.values import BrokenPickle, PickledTensor, Storage, UnsafePickle

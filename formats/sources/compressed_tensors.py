@@ -10,15 +10,16 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.checkpoint.small_tensors import read_small
-from qz.formats.decoded import CODES, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded, Grid
+from qz.formats.decoded import CODES, FLOATS_8, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded
+from qz.formats.encodings import Grid
 from qz.formats.malformed import quoted
-from qz.formats.sources.scaled import FLOATS_8, block_of, stated_block
+from qz.formats.sources.scaled import block_of, stated_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from qz.formats.checkpoint.survey import StoredTensor
-    from qz.formats.sources.encoded import Reading
+    from qz.formats.sources.reading import Reading
 
 _SCALES = ("F32", "BF16", "F16")
 _UNKNOWN = re.compile(r"(?:sparse|marlin|mxfp6)[\w-]*")

@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import Unsupported
-from qz.formats.checkpoint.gguf import METHOD as GGUF
 from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.decoded import Decoded
+from qz.formats.checkpoint.survey import GGUF
+from qz.formats.decoded import FLOATS_8, Decoded
 from qz.formats.malformed import quoted
-from qz.formats.sources.compressed_tensors import read_compressed_tensors
-from qz.formats.sources.gptq_awq import read_awq, read_gptq
-from qz.formats.sources.mxfp4 import read_mxfp4
-from qz.formats.sources.scaled import FLOATS_8, read_scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
-    from qz.formats.folder import Folder
+    from qz.formats.sources.reading import Reading
 
 _NOMINAL = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_READERS = {
-    "fp8": read_scaled,
-    "fbgemm_fp8": read_scaled,
-    "modelopt": read_scaled,
-    "mxfp8": read_scaled,
-    "mxfp4": read_mxfp4,
-    "compressed-tensors": read_compressed_tensors,
-    "gptq": read_gptq,
-    "awq": read_awq,
-}
-"""By ``quant_method``."""
+_SCALED = ("fp8", "fbgemm_fp8", "modelopt", "mxfp8")
+"""Values of ``quant_method`` whose weights are floats with scales beside them."""
 _KEYS = frozenset(("quantization_config", "compression_config"))
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """``method`` as configs name it, and the tensors of the plain checkpoint by name, in the order of the stored ones.
 
     ``left_out``: stored tensors that say nothing of the weights, such as scales of activations.
@@ -51,41 +37,6 @@ class Encoded:
     @property
     def decoded(self) -> dict[str, Decoded]:
         return {name: each for name, each in self.tensors.items() if isinstance(each, Decoded) and each.computed}
-
-
-@dataclass
-class Reading:
-    """One checkpoint, while its tensors are taken apart. ``dtype``: of values that may be of any dtype."""
-
-    folder: Folder
-    tensors: Mapping[str, StoredTensor]
-    settings: Mapping[str, Any]
-    problems: Problems
-    dtype: str
-    taken: dict[str, Decoded] = field(default_factory=dict)
-    """By the name of the tensor that holds the codes."""
-    used: set[str] = field(default_factory=set)
-    left: list[str] = field(default_factory=list)
-
-    def take(self, tensor: Decoded) -> None:
-        """``tensor`` stands for all of its parts."""
-        first = next(iter(tensor.parts.values()))
-        self.taken[first.name] = tensor
-        self.used |= {part.name for part in tensor.parts.values()}
-
-    def misfit(self, part: StoredTensor, weight: tuple[int, ...]) -> None:
-        """A part that does not fit its weight's shape."""
-        found = f"{part.dtype} {list(part.shape)}"
-        name = quoted(part.name)
-        self.problems.add("scale-malformed", name, name=name, found=found, weight=list(weight))
-
-    def missing(self, weight: str, kind: str, part: str) -> None:
-        name = quoted(weight)
-        self.problems.add("encoded-part-missing", name, name=name, kind=kind, missing=part)
-
-    def leave_out(self, tensor: StoredTensor) -> None:
-        self.used.add(tensor.name)
-        self.left.append(tensor.name)
 
 
 def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem, ...]]:
@@ -101,6 +52,8 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
     read = _reader_of(checkpoint, method)
     if read is None:
         return None, ()
+    from qz.formats.sources.reading import Reading
+
     said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = _NOMINAL.get(str(said).removeprefix("torch."), "BF16")
     reading = Reading(checkpoint.folder, checkpoint.stored, settings, Problems(checkpoint.folder.location), dtype)
@@ -120,11 +73,26 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
     return encoded, reading.problems.worst_first()
 
 
-def _reader_of(checkpoint: Checkpoint, method: object) -> Any:
-    if isinstance(method, str) and method in _READERS:
-        return _READERS[method]
-    if method is None and any(tensor.dtype in FLOATS_8 for tensor in checkpoint.tensors.values()):
+def _reader_of(checkpoint: Checkpoint, method: object) -> Callable[[Reading], None] | None:
+    """Imported here, as most checkpoints need none of them."""
+    if method in _SCALED or (
+        method is None and any(tensor.dtype in FLOATS_8 for tensor in checkpoint.tensors.values())
+    ):
+        from qz.formats.sources.scaled import read_scaled
+
         return read_scaled
+    if method == "mxfp4":
+        from qz.formats.sources.mxfp4 import read_mxfp4
+
+        return read_mxfp4
+    if method == "compressed-tensors":
+        from qz.formats.sources.compressed_tensors import read_compressed_tensors
+
+        return read_compressed_tensors
+    if method in ("gptq", "awq"):
+        from qz.formats.sources import gptq_awq
+
+        return gptq_awq.read_gptq if method == "gptq" else gptq_awq.read_awq
     return None
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Columns, Decoded
+from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Decoded
+from qz.formats.encodings import Columns
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.survey import StoredTensor
-    from qz.formats.sources.encoded import Reading
+    from qz.formats.sources.reading import Reading
 
 _GPTQ_BITS = (2, 3, 4, 8)
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0}

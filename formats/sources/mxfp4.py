@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.decoded import CODES, SCALE, Decoded, TransposedBlocks
+from qz.formats.decoded import CODES, SCALE, Decoded
+from qz.formats.encodings import TransposedBlocks
 
 if TYPE_CHECKING:
-    from qz.formats.sources.encoded import Reading
+    from qz.formats.sources.reading import Reading
 
 _BYTES = 16
 """Of a block: 32 codes of 4 bits."""

@@ -13,16 +13,16 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.checkpoint.small_tensors import read_small
-from qz.formats.decoded import CODES, GLOBAL_SCALE, SCALE, Decoded, Grid
+from qz.formats.decoded import CODES, FLOATS_8, GLOBAL_SCALE, SCALE, Decoded
+from qz.formats.encodings import Grid
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from qz.formats.checkpoint.survey import StoredTensor
-    from qz.formats.sources.encoded import Reading
+    from qz.formats.sources.reading import Reading
 
-FLOATS_8 = ("F8_E4M3", "F8_E5M2")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E8M0", "U8")
 _OF_ACTIVATIONS = re.compile(
     r"(?:.*\.)?(?:activation_scale|input_scale|scale_input|input_scale_ub|output_scale|[qkv]_scale|kv_scale"

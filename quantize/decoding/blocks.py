@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qz.formats.decoded import CODES, Blocks, Decoded
+from qz.formats.decoded import CODES, Decoded
+from qz.formats.encodings import Blocks
 from qz.quantize.compute.tables import widen
 from qz.quantize.decoding.codes import Floats
 from qz.quantize.decoding.parts import Parts

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Columns, Decoded
+from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Decoded
+from qz.formats.encodings import Columns
 from qz.quantize.decoding.codes import Floats, unpack_rows
 from qz.quantize.decoding.groups import group_indexes
 from qz.quantize.decoding.parts import Parts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.decoded import Decoded, joined_part
+from qz.formats.decoded import Decoded
+from qz.formats.encodings import joined_part
 from qz.formats.safetensors import BITS
 
 if TYPE_CHECKING:

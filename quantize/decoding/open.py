@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from qz.formats.decoded import Blocks, Columns, Decoded, Grid, Identity, Joined, Strided
+from qz.formats.decoded import Decoded
+from qz.formats.encodings import Blocks, Columns, Grid, Identity, Joined, Strided
 from qz.quantize.decoding.blocks import BlocksReader
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qz.formats.decoded import CODES, Decoded, Strided
+from qz.formats.decoded import CODES, Decoded
+from qz.formats.encodings import Strided
 from qz.formats.safetensors import BITS
 from qz.quantize.decoding.parts import Parts
 

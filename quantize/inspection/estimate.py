@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qz.formats.safetensors import BITS
+from qz.formats.shards import DEFAULT_SHARD_BYTES
 from qz.quantize.inspection.linear_layers import TORCH_NAMES, Value
 from qz.quantize.methods import FourBit, Int8, Method, Part
-from qz.quantize.settings import DEFAULT_SHARD_BYTES
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.weights import Library
@@ -32,8 +31,7 @@ _RANK = {dtype: -place for place, dtype in enumerate(BITS)}
 _AROUND = len(',"":{"dtype":"","shape":[],"data_offsets":[,]}')
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a method would give. ``bytes``: of the weight files; with double quantization up to 25 a weight too many.
 
     ``exact``: the model's library was asked; otherwise its names and shapes were.
@@ -54,8 +52,7 @@ def estimate(values: Sequence[Value], method: Method, library: Library) -> Estim
     return _estimate(values, _Summary.of(values), method, library)
 
 
-@dataclass(frozen=True, slots=True)
-class _Summary:
+class _Summary(NamedTuple):
     """What is the same for all methods: ``kept`` bytes, and how many weights would be quantized by shape and dtype."""
 
     kept: int

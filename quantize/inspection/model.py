@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem, Problems, worst_first
@@ -23,19 +23,17 @@ from qz.formats.output.recorded.record import read_record
 from qz.formats.safetensors import BITS
 from qz.formats.shards import index_name
 from qz.formats.sources.encoded import Encoded, read_encoded
-from qz.quantize.consumers.contents import Contents
-from qz.quantize.consumers.registry import judge
-from qz.quantize.inspection.consumers import checkpoint_contents
-from qz.quantize.inspection.estimate import estimates
 from qz.quantize.inspection.linear_layers import FLOATS, Value, ties, values
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor
+
+if TYPE_CHECKING:
+    from qz.quantize.consumers.contents import Contents
 
 REMOTE_STATES = 16
 """How many quant states are read of a checkpoint far away: each may cost a request of its own."""
 
 
-@dataclass(frozen=True)
-class FolderReading:
+class FolderReading(NamedTuple):
     """What was read of a folder: ``checkpoint`` is None if there is none, or none that can be read."""
 
     folder: Folder
@@ -47,6 +45,8 @@ class FolderReading:
 
     def contents(self) -> Contents:
         """As the rules of a consumer look at it."""
+        from qz.quantize.inspection.consumers import checkpoint_contents
+
         assert self.checkpoint is not None
         return checkpoint_contents(self.checkpoint, self.weights, self.problems)
 
@@ -70,13 +70,15 @@ def inspect_model(
     checkpoint = look.checkpoint
     if checkpoint is None:
         return _unread(look.folder, origin, look.problems)
-    origin = replace(origin, library=checkpoint.library, architecture=checkpoint.architecture)
+    origin = origin._replace(library=checkpoint.library, architecture=checkpoint.architecture)
     found = _described(checkpoint, origin, look.weights, look.problems, look.encoded)
     if plan and not found.errors:
         from qz.quantize.inspection.planned_figures import with_plan
 
         found = with_plan(found, checkpoint, look.weights)
     if consumers:
+        from qz.quantize.consumers.registry import judge
+
         found = replace(found, consumers=judge(look.contents(), consumers))
     return found
 
@@ -96,6 +98,9 @@ def inspect_file(folder: Folder, name: str, origin: Origin, *, consumers: Sequen
     problems = worst_first((*problems, *more))
     found = _described(alone, origin, weights, problems, encoded, estimated=False)
     if consumers:
+        from qz.quantize.consumers.registry import judge
+        from qz.quantize.inspection.consumers import checkpoint_contents
+
         contents = checkpoint_contents(alone, weights, problems, alone=True)
         found = replace(found, consumers=judge(contents, consumers))
     return found
@@ -126,7 +131,11 @@ def _described(
     unknown = any(problem.kind == "encoding-unknown" for problem in problems)
     known = encoded is not None and encoded.method != "gguf" and not unknown  # GGUF's names say nothing to the rule
     estimated = estimated and (known or quantization is None)
-    given = estimates(loaded, checkpoint.library) if estimated and not broken else None
+    given = None
+    if estimated and not broken:
+        from qz.quantize.inspection.estimate import estimates
+
+        given = estimates(loaded, checkpoint.library)
     held = {name: weight.parts["weight"].nbytes for name, weight in weights.items()}
     if encoded is not None:
         held = {name: tensor.nbytes for name, tensor in encoded.decoded.items()}

@@ -9,7 +9,6 @@ from typing import Any
 
 from qz import QzError
 from qz.formats.checkpoint.pipeline import (
-    INDEX,
     Component,
     Pipeline,
     Unread,
@@ -20,7 +19,7 @@ from qz.formats.checkpoint.pipeline import (
 )
 from qz.formats.checkpoint.problems import Problem, Problems, as_error, kind_of, worst_first
 from qz.formats.checkpoint.survey import read_file
-from qz.formats.folder import Folder
+from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import read_record
@@ -109,8 +108,7 @@ class PipelineInspection:
         if not found:
             return None
         found.sort(key=lambda each: -(each.quantized_parameters or 0))
-        return replace(
-            found[0],
+        return found[0]._replace(
             method="+".join(dict.fromkeys(each.method for each in found)),
             skipped=None,
             quantized_parameters=sum(each.quantized_parameters or 0 for each in found),
@@ -128,7 +126,7 @@ class PipelineInspection:
     @property
     def files(self) -> tuple[File, ...]:
         return tuple(
-            replace(file, name=f"{name}/{file.name}") for name, model in self.models.items() for file in model.files
+            file._replace(name=f"{name}/{file.name}") for name, model in self.models.items() for file in model.files
         )
 
     @property
@@ -146,7 +144,7 @@ class PipelineInspection:
     @property
     def problems(self) -> tuple[Problem, ...]:
         inside = (
-            replace(problem, where=f"{name}/{problem.where}")
+            problem._replace(where=f"{name}/{problem.where}")
             for name, model in self.models.items()
             for problem in model.problems
         )
@@ -208,7 +206,7 @@ def inspect_pipeline(
     components: list[ComponentInspection] = []
     with _examining(looks) if plan else nullcontext():
         for name, look in looks.items():
-            inside = replace(origin, subfolder=f"{origin.subfolder}/{name}" if origin.subfolder else name)
+            inside = origin._replace(subfolder=f"{origin.subfolder}/{name}" if origin.subfolder else name)
             model = inspect_model(look, inside, plan=plan) if look is not None else None
             components.append(ComponentInspection(name, *entries[name], model))
     parts = {name: look.contents() for name, look in looks.items() if look is not None and look.checkpoint is not None}
@@ -216,7 +214,7 @@ def inspect_pipeline(
     for each in inner:
         each.close()
     found = PipelineInspection(
-        source=replace(origin, library="diffusers", architecture=class_name),
+        source=origin._replace(library="diffusers", architecture=class_name),
         components=_as_recorded(components, folder),
         estimates=None,
         own_problems=worst_first((*problems.worst_first(), *missing)),
@@ -256,22 +254,22 @@ def _as_recorded(components: Sequence[ComponentInspection], folder: Folder) -> t
 
 def _gone(name: str, error: QzError) -> Problem:
     """A component that model_index.json names, but whose folder cannot be entered."""
-    return Problem("error", kind_of(error, "component-missing"), name, f"{INDEX} names {name}. {error}")
+    return Problem("error", kind_of(error, "component-missing"), name, f"{PIPELINE_INDEX} names {name}. {error}")
 
 
 def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tuple[str, str]]]:
     """The pipeline's class, and its components' libraries and classes by name."""
     try:
-        index = read_json(read_file(folder, INDEX, MAX_BYTES), f"{folder.location}/{INDEX}")
+        index = read_json(read_file(folder, PIPELINE_INDEX, MAX_BYTES), f"{folder.location}/{PIPELINE_INDEX}")
     except QzError as error:
-        problems.add_error(error, INDEX, missing="config-missing")
+        problems.add_error(error, PIPELINE_INDEX, missing="config-missing")
         return None, {}
     class_name = index.get("_class_name")
     if isinstance(class_name, list) and class_name:  # [module, class]: code in the repository
-        problems.add("custom-code", INDEX, named="", library="diffusers")
+        problems.add("custom-code", PIPELINE_INDEX, named="", library="diffusers")
         class_name = class_name[-1]
     if not isinstance(class_name, str):
-        problems.add("index-malformed", INDEX, why="it has no _class_name, so no pipeline")
+        problems.add("index-malformed", PIPELINE_INDEX, why="it has no _class_name, so no pipeline")
         class_name = None
     entries: dict[str, tuple[str, str]] = {}
     unsafe: list[str] = []
@@ -283,9 +281,9 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
         else:
             unsafe.append(name)
     for name in unsafe:
-        problems.add("unsafe-name", INDEX, name=quoted(name))
+        problems.add("unsafe-name", PIPELINE_INDEX, name=quoted(name))
     if class_name is not None and not entries and not unsafe:
-        problems.add("index-malformed", INDEX, why="it names no component")
+        problems.add("index-malformed", PIPELINE_INDEX, why="it names no component")
     return class_name, entries
 
 
@@ -302,7 +300,7 @@ def _look(folder: Folder, variant: str | None, entry: tuple[str, str], name: str
         unread = Unread(frozenset(problem.kind for problem in errors), as_error(folder.location, errors))
         if why_kept(Component(name, *entry, folder, unread=unread)) is not None:
             return None
-    return replace(look, checkpoint=as_component(look.checkpoint, *entry)) if look.checkpoint is not None else look
+    return look._replace(checkpoint=as_component(look.checkpoint, *entry)) if look.checkpoint is not None else look
 
 
 def _with_estimates(

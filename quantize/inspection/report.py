@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz.formats.checkpoint.problems import Problem, worst_first
-from qz.quantize.consumers.verdict import Verdict
-from qz.quantize.inspection.estimate import Estimate
+
+if TYPE_CHECKING:
+    from qz.quantize.consumers.verdict import Verdict
+    from qz.quantize.inspection.estimate import Estimate
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """What was looked at. ``revision`` is a commit on the Hub; library and class are None where no config says them."""
 
     location: str
@@ -22,8 +23,7 @@ class Origin:
     architecture: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """What is stored in one dtype."""
 
     tensors: int
@@ -31,8 +31,7 @@ class Share:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Quantization:
+class Quantization(NamedTuple):
     """How a checkpoint is quantized. What only bitsandbytes has is None for other methods.
 
     ``skipped`` is None where the config leaves it to the library's defaults.
@@ -49,8 +48,7 @@ class Quantization:
     quantized_tensors: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """A file of the checkpoint; ``tensors`` is None for one that is no weight file."""
 
     name: str
@@ -74,8 +72,7 @@ class Tensor(NamedTuple):
     """The quantized weight that this belongs to."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(NamedTuple):
     """What was compared with the record that qz left. ``intact``: nothing differs, nothing is missing."""
 
     files: int

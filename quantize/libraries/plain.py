@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from qz.formats.checkpoint.gguf import METHOD
-from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.sources import encoded
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import library_errors
@@ -14,7 +13,7 @@ from qz.quantize.libraries.importing.untrusted_config import parts_bounded
 
 def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """As ``qz.formats.sources.encoded.plain_checkpoint``; of a GGUF file, what transformers makes of it."""
-    if checkpoint.config.get("model_type") != METHOD or checkpoint.encoded_as != METHOD:
+    if checkpoint.config.get("model_type") != GGUF or checkpoint.encoded_as != GGUF:
         return encoded.plain_checkpoint(checkpoint)
     file, first = checkpoint.files[0], min(tensor.offset for tensor in checkpoint.tensors.values())
     header = bytearray(first)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import HubUnreachable, MissingInput, PermissionRefused, Unsupported, UsageError
 from qz.formats.checkpoint.layouts import original_layout
-from qz.formats.checkpoint.pipeline import INDEX, is_pipeline
-from qz.formats.folder import Folder, read_file
+from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import settings
 from qz.quantize.libraries.importing import lean_imports
@@ -74,7 +73,7 @@ def config_digest(folder: Folder) -> str:
     digest = hashlib.sha256()
     for name in ("", *folder.subfolders()):
         inner = folder.subfolder(name) if name else folder
-        for each in sorted({INDEX, *(found.file for found in settings(inner))} & inner.sizes().keys()):
+        for each in sorted({PIPELINE_INDEX, *(found.file for found in settings(inner))} & inner.sizes().keys()):
             digest.update(f"{name}/{each} {inner.sizes()[each]}\n".encode() + read_file(inner, each, MAX_BYTES))
     return digest.hexdigest()
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, QzError, Unsupported
 from qz.counted import counted, shown
-from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline, component_in, has_weights, is_component
+from qz.formats.checkpoint.pipeline import Component, Pipeline, component_in, has_weights, is_component
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.checkpoint.weights import library_of
-from qz.formats.folder import Folder, LocalFolder, read_file
+from qz.formats.folder import PIPELINE_INDEX, Folder, LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
 from qz.formats.malformed import Malformed, quoted, quoted_names
 from qz.quantize.libraries.importing import lean_imports
@@ -50,10 +50,10 @@ def pipeline_of(file: OriginalFile, configs: Folder, *, weights_too: bool) -> Pi
     MalformedInput for parts that are mixed, incomplete or unlike the config, and Unsupported for a class of pipelines
     that diffusers does not read from single files.
     """
-    index = read_json(read_file(configs, INDEX, MAX_BYTES), f"{configs.location}/{INDEX}")
+    index = read_json(read_file(configs, PIPELINE_INDEX, MAX_BYTES), f"{configs.location}/{PIPELINE_INDEX}")
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
-        raise Malformed("index-malformed", f"{configs.location}/{INDEX} has no _class_name, so no pipeline.")
+        raise Malformed("index-malformed", f"{configs.location}/{PIPELINE_INDEX} has no _class_name, so no pipeline.")
     lean_imports.keep(OF_TRANSFORMERS)
     with lean_imports.lean_imports(), isolated(), parts_bounded(len(file.tensors), configs.location):
         from qz.quantize.libraries.diffusers.single_file import PipelineFile, reads_pipeline
@@ -168,8 +168,8 @@ class _Found:
         if lacking:
             raise MissingInput(
                 f"{self.file.location} has {', '.join(sorted(self.inside))}, but no {' and no '.join(lacking)}, which "
-                f"{self.configs.location} has in its {INDEX}. Name a folder or repository that has the weights of "
-                "that, too, with --config, or one whose index has null for it."
+                f"{self.configs.location} has in its {PIPELINE_INDEX}. Name a folder or repository that has the weights "
+                "of that, too, with --config, or one whose index has null for it."
             )
 
     def _require_used(self, left: list[str]) -> None:

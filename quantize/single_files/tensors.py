@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from qz.counted import counted
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, survey_file
-from qz.formats.decoded import CODES, Decoded, Identity, Joined, Strided, joined_part
+from qz.formats.decoded import CODES, Decoded
+from qz.formats.encodings import Identity, Joined, Strided, joined_part
 from qz.formats.folder import Folder
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.safetensors import BITS

@@ -106,7 +106,8 @@ def _kind(device: str) -> str:
 
 
 def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings) -> Sequence[Part]:
-    from qz.formats.checkpoint.pipeline import Pipeline, is_pipeline, open_pipeline, pipeline_class
+    from qz.formats.checkpoint.pipeline import Pipeline, open_pipeline, pipeline_class
+    from qz.formats.folder import is_pipeline
     from qz.quantize.conversion import companions_of, open_file
     from qz.quantize.convert import plan_quantization
     from qz.quantize.planning.dequantization import plan_dequantization

@@ -11,15 +11,19 @@ What goes wrong is raised as a ``qz.QzError``, whose message says what, where, w
 dataclasses; ``as_json()`` gives the documented object. ``on_progress`` is called from any thread, see ``Progress``.
 """
 
-from qz.api.calibration import calibrate, compare
-from qz.api.dequantization import dequantize
-from qz.api.inspection import inspect
-from qz.api.loading import load
-from qz.api.publishing import merge, push
-from qz.api.quantization import quantize
-from qz.api.verification import verify
-from qz.progress import Progress
-from qz.quantize.methods import Fp4, Int8, Nf4
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qz.api.calibration import calibrate, compare
+    from qz.api.dequantization import dequantize
+    from qz.api.inspection import inspect
+    from qz.api.loading import load
+    from qz.api.publishing import merge, push
+    from qz.api.quantization import quantize
+    from qz.api.verification import verify
+    from qz.progress import Progress
+    from qz.quantize.methods import Fp4, Int8, Nf4
 
 __all__ = [
     "Fp4",
@@ -36,3 +40,24 @@ __all__ = [
     "quantize",
     "verify",
 ]
+
+_PLACES = {
+    "qz.api.calibration": ("calibrate", "compare"),
+    "qz.api.dequantization": ("dequantize",),
+    "qz.api.inspection": ("inspect",),
+    "qz.api.loading": ("load",),
+    "qz.api.publishing": ("merge", "push"),
+    "qz.api.quantization": ("quantize",),
+    "qz.api.verification": ("verify",),
+    "qz.progress": ("Progress",),
+    "qz.quantize.methods": ("Fp4", "Int8", "Nf4"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Each function is imported when it is asked for: a command needs one of them."""
+    for place, names in _PLACES.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(place), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,8 +48,8 @@ def calibrate(
     """
     asked = Asked.of(calibrate, locals())
     on_progress(Progress("Reading headers"))
-    from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.survey import open_checkpoint
+    from qz.formats.folder import is_pipeline
     from qz.formats.source import local_path, opened
     from qz.quantize.calibration.run import CalibrationRequest
     from qz.quantize.calibration.run import calibrate as run
@@ -100,7 +100,7 @@ def compare(
 
 def tokenizer_of(source: OpenedSource, subfolder: str | None) -> Folder:
     """Where the tokenizer of a model lies: with it, or in a folder of its own in a pipeline."""
-    from qz.formats.checkpoint.pipeline import is_pipeline
+    from qz.formats.folder import is_pipeline
     from qz.formats.source import enter
 
     beside = (subfolder or "").strip("/").replace("text_encoder", "tokenizer")

@@ -41,12 +41,14 @@ def inspect(
     """
     asked = Asked.of(inspect, locals())
     from qz.formats.source import local_path
-    from qz.quantize.consumers.registry import CONSUMERS
     from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
     from qz.quantize.inspection.report import Origin
 
-    if unknown := [name for name in consumers if name not in CONSUMERS]:
-        raise UsageError(f"--for {unknown[0]} is none of {', '.join(CONSUMERS)}.")
+    if consumers:
+        from qz.quantize.consumers.registry import CONSUMERS
+
+        if unknown := [name for name in consumers if name not in CONSUMERS]:
+            raise UsageError(f"--for {unknown[0]} is none of {', '.join(CONSUMERS)}.")
     location = str(source)
     path = local_path(location)
     asked.require(hub=path is None)
@@ -58,8 +60,8 @@ def inspect(
         with closing(LocalFolder(path.parent)) as parent:
             parent.allow_pickle = allow_pickle
             return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
-    from qz.formats.checkpoint.pipeline import is_pipeline
     from qz.formats.checkpoint.problems import Problem
+    from qz.formats.folder import is_pipeline
     from qz.formats.output.recorded.record import damaged_record
     from qz.formats.source import opened
 

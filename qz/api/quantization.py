@@ -12,9 +12,10 @@ from qz.api.conversions import once_more_if_lost, possible_destination, publicat
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
+from qz.formats.shards import DEFAULT_SHARD_BYTES
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import FourBit, Method, Nf4
-from qz.quantize.settings import DEFAULT_SHARD_BYTES, IfExists, Layout, Rounding, Scales, Settings
+from qz.quantize.settings import IfExists, Layout, Rounding, Scales, Settings
 
 if TYPE_CHECKING:
     from qz.api.conversions import Converted
@@ -91,7 +92,8 @@ def quantize(
     """
     asked = Asked.of(quantize, locals() | ({"scales": None} if scales == "absmax" else {}))
     on_progress(Progress("Reading headers"))
-    from qz.formats.checkpoint.pipeline import is_pipeline, pipeline_class
+    from qz.formats.checkpoint.pipeline import pipeline_class
+    from qz.formats.folder import is_pipeline
     from qz.formats.output.storage.disk import Disk
     from qz.formats.source import default_output, local_path, opened, opened_loras
     from qz.quantize.conversion import Conversion

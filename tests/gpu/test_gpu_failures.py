@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """``qz ARGUMENTS`` in a process that runs ``code`` first."""
-    program = f"import sys\nfrom qz.cli.app import main\n{code}\nsys.argv[0] = 'qz'\nsys.exit(main())"
+    program = f"import sys\nfrom qz.cli.entry import main\n{code}\nsys.argv[0] = 'qz'\nsys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},

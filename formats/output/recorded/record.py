@@ -6,13 +6,12 @@ making of the checkpoint: no path, host or user of the machine that made it, and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem, kind_of
@@ -47,8 +46,7 @@ class WrittenFile:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What a checkpoint was when it was finished. ``about``: how it was made, as JSON values."""
 
     files: tuple[WrittenFile, ...]
@@ -162,6 +160,8 @@ def _pieces(file: WrittenFile) -> list[Range]:
 
 
 def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:
+    import hashlib  # here, as it loads OpenSSL, and most readers of a record do not verify
+
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(PIECE, file.bytes)))
     try:

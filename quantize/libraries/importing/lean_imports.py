@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -123,13 +122,16 @@ def _unchanged(decorated: Any = None, *_: Any, **__: Any) -> Any:
     return decorated if decorated is not None else _unchanged
 
 
-class _NoCompilerFinder(MetaPathFinder, Loader):
-    """Finds a stand-in for every module of ``torch._dynamo``."""
+class _NoCompilerFinder:
+    """Finds a stand-in for every module of ``torch._dynamo``.
+
+    No subclass of ``importlib.abc``'s, whose import takes longer than that of most rooms of qz.
+    """
 
     def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
         if fullname != COMPILER and not fullname.startswith(COMPILER + "."):
             return None
-        return ModuleSpec(fullname, self, is_package=True)
+        return ModuleSpec(fullname, self, is_package=True)  # type: ignore[arg-type]  # it does what a loader does
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _NoCompiler(spec.name)

@@ -19,9 +19,9 @@ import torch
 import transformers
 
 from qz import IOFailed, Unsupported
-from qz.formats.checkpoint.gguf import METHOD
-from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.decoded import CODES, Blocks, Decoded, StoredTensor
+from qz.formats.checkpoint.survey import GGUF, Checkpoint
+from qz.formats.decoded import CODES, Decoded, StoredTensor
+from qz.formats.encodings import Blocks
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.versions import requirement
@@ -83,7 +83,7 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
         config=config,
         architecture=config["architectures"][0],
         tensors=tensors,
-        encoded_as=METHOD,
+        encoded_as=GGUF,
         left_out=tuple(left_out),
     )
 

@@ -1,0 +1,57 @@
+"""Values that are right as they stand are taken without pydantic: Typer converts with it, and its import takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
+
+from typer.core import TyperCommand, TyperGroup
+
+
+class LeanCommand(TyperCommand):
+    """A command that leaves to Typer what must be converted, and what is wrong: the messages are Typer's."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return lean(super().get_params(ctx))
+
+
+class LeanGroup(TyperGroup):
+    """The same for the options that stand before the command."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return lean(super().get_params(ctx))
+
+
+def lean(params: list[Any]) -> list[Any]:
+    """``params``, which look at their values before Typer does."""
+    for param in params:
+        # A version of Typer that does not know it converts in another way, without pydantic.
+        if hasattr(param, "type_descriptor") and not isinstance(param.process_value, partial):
+            param.process_value = partial(process_value, param, param.process_value)
+    return params
+
+
+def process_value(param: Any, typers_own: Callable[..., Any], context: Any, value: Any) -> Any:
+    """What ``typers_own(context, value)`` returns or raises."""
+    try:
+        converted = as_it_stands(param, value)
+    except ValueError:
+        return typers_own(context, value)
+    return converted if param.callback is None else param.callback(context, param, converted)
+
+
+def as_it_stands(param: Any, value: Any) -> Any:
+    """The value for the command; ValueError if that takes more than a look, or the parser of its option says so."""
+    annotation, parser = param.type_descriptor.annotation, param.type_descriptor.parameter_info.parser
+    if value is None and not param.required:
+        return () if param.multiple else None
+    if value is not None and parser is not None and not param.multiple:
+        return parser(value)
+    if annotation is str and isinstance(value, str):
+        return value
+    if annotation == list[str] and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return list(value)
+    if get_origin(annotation) is Literal and value in get_args(annotation):
+        return value
+    raise ValueError

@@ -1,0 +1,50 @@
+"""The command ``qz``. Its own help is there before Typer is imported, and without Typer's help."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from qz.cli.streams import closed_pipe, flush_streams, open_streams
+
+HELP = Path(__file__).with_name("help.txt")
+"""What Typer shows on a terminal of ``WIDTH`` columns or more; written by ``make docs``."""
+WIDTH = 80
+ASKING: tuple[list[str], ...] = ([], ["--help"], ["-h"], ["help"])
+
+
+def main() -> NoReturn:
+    """Run the command line of this process, and end it."""
+    open_streams()
+    words = sys.argv[1:]
+    if words in ASKING and "_QZ_COMPLETE" not in os.environ and shutil.get_terminal_size().columns >= WIDTH:
+        code = show_help(asked=bool(words))
+    else:
+        code = run_command(words)
+    # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
+    # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).
+    flush_streams()
+    os._exit(code)
+
+
+def show_help(*, asked: bool) -> int:
+    """The exit code: ``qz`` alone asks for nothing, which is a matter of usage."""
+    try:
+        sys.stdout.write(HELP.read_text(encoding="ascii"))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return closed_pipe()
+    return 0 if asked else 2
+
+
+def run_command(words: list[str]) -> int:
+    from qz.cli.app import run
+    from qz.quantize.libraries import process
+    from qz.quantize.libraries.importing import lean_imports
+
+    lean_imports.allow()
+    process.allow()
+    return run(words)
