@@ -48,7 +48,7 @@ def as_it_stands(param: Any, value: Any) -> Any:
         return () if param.multiple else None
     if value is not None and parser is not None and not param.multiple:
         return parser(value)
-    if annotation is str and isinstance(value, str):
+    if annotation in (str, int, float) and type(value) is annotation:
         return value
     if annotation == list[str] and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
         return list(value)

@@ -91,13 +91,13 @@ def output(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_look_into_a_folder_imports_no_library_and_no_room_of_other_commands(
     which: str, tiny_llama: Path, output: Path
 ) -> None:
-    look: list[str | Path] = {
+    looks: dict[str, list[str | Path]] = {
         "the source": [tiny_llama],
         "its output": [output],
         "one file": [tiny_llama / "model.safetensors"],
         "the source, as JSON": [tiny_llama, "--json", "--tensors"],
-    }[which]
-    found = imported("inspect", *map(str, look))
+    }
+    found = imported("inspect", *map(str, looks[which]))
     assert found & (HEAVY | OF_OTHERS) == set()
 
 
