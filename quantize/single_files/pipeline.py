@@ -168,8 +168,8 @@ class _Found:
         if lacking:
             raise MissingInput(
                 f"{self.file.location} has {', '.join(sorted(self.inside))}, but no {' and no '.join(lacking)}, which "
-                f"{self.configs.location} has in its {PIPELINE_INDEX}. Name a folder or repository that has the weights "
-                "of that, too, with --config, or one whose index has null for it."
+                f"{self.configs.location} has in its {PIPELINE_INDEX}. Name a folder or repository that has the "
+                "weights of that, too, with --config, or one whose index has null for it."
             )
 
     def _require_used(self, left: list[str]) -> None:
