@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qz import Unsupported
-from qz.formats.decoded import Decoded, Joined, StoredTensor, joined_part
+from qz.formats.decoded import Decoded, StoredTensor
+from qz.formats.encodings import Joined, joined_part
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import BITS
 from qz.quantize.compute.arrays import elements
