@@ -4,33 +4,64 @@ from __future__ import annotations
 
 import enum
 import inspect
+import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from pipelines import TEXT, clip_tokenizer
 from whole_zoo import diffusers_cases, transformers_cases
-from whole_zoo.case import NotBuilt
+from whole_zoo.case import NotBuilt, seed
+from whole_zoo.inputs import WIDTHS
 
 VOCABULARY = 200
 
 
-def build_components(pipeline_class: Any, folder: Path) -> dict[str, Any]:
+Sizes = Mapping[str, Mapping[str, int]]
+"""Of components, the arguments that others call for."""
+
+
+def build_components(pipeline_class: Any, folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Every argument of the constructor that has no default. Raises NotBuilt for a type that the zoo cannot make."""
     found = {}
     for name, parameter in inspect.signature(pipeline_class.__init__).parameters.items():
         if name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        if name in _MAIN or (parameter.default is parameter.empty and name not in _LEFT_OUT):
+        if _MAIN.fullmatch(name) or (parameter.default is parameter.empty and name not in _LEFT_OUT):
             found[name] = _component(name, parameter.annotation, folder, "XL" in pipeline_class.__name__)
         elif parameter.default is parameter.empty:
             found[name] = None
+    for name, more in sizes.items():
+        seed(pipeline_class.__name__)
+        kind = type(found[name])
+        arguments = {**found[name].config, **more}
+        known = inspect.signature(kind.__init__).parameters
+        found[name] = _model(kind(**{key: value for key, value in arguments.items() if key in known}))
     return found
 
 
-_MAIN = ("transformer", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
+def sizes_called_for(pipeline: Any, message: str) -> Iterator[dict[str, dict[str, int]]]:
+    """Arguments of components with which the layer that refused its input might take it: those that have the size that
+    the layer wants, and have to do with what comes from other components."""
+    for pattern in WIDTHS:
+        if (match := pattern.search(message)) is None:
+            continue
+        for name, part in pipeline.components.items():
+            for key, value in dict(getattr(part, "config", {})).items() if hasattr(part, "from_config") else ():
+                if value == int(match["wanted"]) and _OF_OTHERS.fullmatch(key):
+                    yield {name: {key: int(match["got"])}}
+
+
+_OF_OTHERS = re.compile(
+    r"in_channels|pooled_projection_dim|projection_class_embeddings_input_dim|cond_embed_dim|"
+    r"\w*(?:cross|joint|text|caption|encoder|context|condition)\w*(?:dim|size|channels)"
+)
+
+
+_MAIN = re.compile(r"transformer|unet|vae|scheduler|(?:text_encoder|tokenizer)(?:_\d)?")
+"""Made though there is a default, which is None."""
 _LEFT_OUT = ("safety_checker", "watermarker")
 """Pipelines take None for these."""
 
@@ -78,7 +109,9 @@ def _made(name: str, kind: Any, folder: Path, is_xl: bool) -> Any:
         return diffusers.EulerDiscreteScheduler()
     if not isinstance(kind, type):
         raise NotBuilt(f"no component is made of {kind}")
-    if is_xl and kind in (diffusers.UNet2DConditionModel, diffusers.ControlNetModel):
+    if issubclass(kind, diffusers.SchedulerMixin):
+        return kind(**dict.fromkeys(_required(kind), 31))
+    if is_xl and kind in (diffusers.UNet2DConditionModel, diffusers.ControlNetModel, diffusers.ControlNetUnionModel):
         return _model(kind(**diffusers_cases.ARGUMENTS[kind.__name__] | _OF_XL))
     if issubclass(kind, diffusers.ModelMixin):
         return _model(next(diffusers_cases.small_models(kind.__module__, kind.__name__, any_layer=True)))
@@ -86,19 +119,44 @@ def _made(name: str, kind: Any, folder: Path, is_xl: bool) -> Any:
         if kind.__name__.endswith("PreTrainedModel"):  # any model of a family is meant, or any model at all
             kind = getattr(transformers, kind.__name__.replace("PreTrainedModel", "Model"), None)
         if kind is None or kind.__name__ == "Model":
-            raise NotBuilt("any model is meant")
-        return _model(next(transformers_cases.small_models(_model_type(kind), kind.__name__, kind)))
+            kind = transformers.Qwen3Model
+        return _model(next(transformers_cases.small_models(kind.config_class, kind.__name__, kind)))
     if issubclass(kind, transformers.PreTrainedTokenizerBase) or kind is transformers.AutoTokenizer:
-        return _tokenizer(transformers.Qwen2Tokenizer if kind is transformers.AutoTokenizer else kind, folder / name)
+        any_kind = kind is transformers.AutoTokenizer or kind.__name__.startswith("PreTrainedTokenizer")
+        return _tokenizer(transformers.Qwen2Tokenizer if any_kind else kind, folder / name)
     if issubclass(kind, transformers.ProcessorMixin):
-        raise NotBuilt("a processor of several parts")
+        return _processor(kind, folder / name)
     if "CLIPImageProcessor" in kind.__name__:
         return kind(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return kind()
 
 
-def _model_type(model_class: Any) -> str:
-    return str(model_class.config_class.model_type)
+def _required(kind: type) -> list[str]:
+    """Arguments of the constructor that are whole numbers and have no default."""
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return [each.name for each in parameters if each.default is each.empty and each.annotation in (int, "int")]
+
+
+def _processor(kind: Any, folder: Path) -> Any:
+    """A processor of parts: those that the library's Auto classes have for the type whose module it is in."""
+    import transformers
+    from transformers.models.auto import image_processing_auto, tokenization_auto, video_processing_auto
+
+    model_type = kind.__module__.split(".")[-2]
+    videos = video_processing_auto.VIDEO_PROCESSOR_MAPPING_NAMES.get(model_type)
+    images = image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    classes = {
+        "tokenizer": tokenization_auto.TOKENIZER_MAPPING_NAMES.get(model_type) or "Qwen2Tokenizer",
+        "image_processor": images.get("torchvision"),
+        "video_processor": videos.get("torchvision") if isinstance(videos, dict) else videos,
+    }
+    parts: dict[str, Any] = {}
+    for part in kind.get_attributes():
+        part_class = getattr(transformers, classes.get(part) or "", None)
+        if part_class is None or type(part_class).__name__ == "DummyObject":
+            raise NotBuilt(f"a processor whose {part} needs a package that is not installed")
+        parts[part] = _tokenizer(part_class, folder) if part == "tokenizer" else part_class()
+    return kind(**parts)
 
 
 def _model(model: Any) -> Any:
@@ -133,6 +191,7 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
         try:
             tokenizer = kind(**arguments, model_max_length=32)
             tokenizer.pad_token = tokenizer.pad_token or "</s>"
+            tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
             tokenizer("a cat", padding="max_length", max_length=8, truncation=True)
             return tokenizer
         except Exception as error:

@@ -11,6 +11,7 @@ import inspect
 import linecache
 import re
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +26,7 @@ TRIES, SECONDS = 90, 5.0
 """Attempts, and CPU time, for one model."""
 MENDS = 12
 """Changes of one attempt."""
-_WIDTHS = (
+WIDTHS = (
     re.compile(r"shapes cannot be multiplied \(\d+x(?P<got>\d+) and (?P<wanted>\d+)x\d+\)"),
     re.compile(r"expected input\[[\d, ]+\] to have (?P<wanted>\d+) channels, but got (?P<got>\d+) channels"),
     re.compile(r"normalized_shape=\[(?P<wanted>\d+)\], expected .* got input of size\s?\[(?:\d+, )*(?P<got>\d+)\]"),
@@ -36,6 +37,7 @@ _WIDTHS = (
     re.compile(r"[Ll]ast dimension\D*(?P<got>\d+) doesn't correspond to \S+ (?P<wanted>\d+)"),
     re.compile(r"sequence length \((?P<got>\d+)\) doesn't match model configuration \((?P<wanted>\d+)\)"),
     re.compile(r"length (?P<got>\d+) is not a multiple of (?P<wanted>\d+)"),
+    re.compile(r"expects (?P<wanted>\d+) but received .* = (?P<got>\d+)"),
     re.compile(r"expected mel input features to be of length (?P<wanted>\d+), but found (?P<got>\d+)"),
 )
 
@@ -71,14 +73,14 @@ def inputs_that_run(model: Any) -> Inputs:
                 return Inputs(values)
             except Exception as error:
                 last = " ".join(f"{type(error).__name__}: {error}".split())[:100]
-                if not (_with_missing(values, error, parameters, sizes) or _with_width(values, str(error))):
+                if not (_with_missing(values, error, parameters, sizes) or with_width(values, str(error))):
                     break
     return Inputs(None, f"no input found: {last}")
 
 
-def _with_width(values: dict[str, Any], message: str) -> bool:
+def with_width(values: dict[str, Any], message: str) -> bool:
     """Give the input whose width a layer refused the width that the layer wants."""
-    for pattern in _WIDTHS:
+    for pattern in WIDTHS:
         if (match := pattern.search(message)) is None:
             continue
         got, wanted = int(match["got"]), int(match["wanted"])
@@ -99,7 +101,7 @@ def _with_missing(
 ) -> bool:
     """Give what the message names, or the lines that fail: arguments that are None there."""
     message = str(error).partition("\n")[0]
-    failing = [message, *_failing_lines(error.__traceback__)]
+    failing = [message, *failing_lines(error.__traceback__)]
     for text in failing:
         for word in re.findall(r"\w+", text):
             if (
@@ -114,15 +116,16 @@ def _with_missing(
     return False
 
 
-def _failing_lines(traceback: TracebackType | None) -> list[str]:
-    """The source lines of the innermost three frames of the model's own code, the innermost first."""
-    found = []
-    while traceback is not None:
-        path = traceback.tb_frame.f_code.co_filename
-        if "/models/" in path or "/pipelines/" in path or path.endswith("vision_utils.py"):
-            found.append(linecache.getline(path, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    return found[:-4:-1]
+def failing_lines(found: TracebackType | None) -> list[str]:
+    """The innermost three statements of the libraries' models and pipelines that were at work, the innermost first."""
+    statements = []
+    for frame in reversed(traceback.extract_tb(found)):
+        if frame.lineno and (
+            "/models/" in frame.filename or "/pipelines/" in frame.filename or "_utils" in frame.filename
+        ):
+            numbers = range(frame.lineno, (frame.end_lineno or frame.lineno) + 1)
+            statements.append(" ".join(linecache.getline(frame.filename, number) for number in numbers))
+    return statements[:3]
 
 
 def _guesses(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import shutil
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +13,14 @@ import torch
 
 from qz import QzError, api
 from reference import bitsandbytes_arguments, config_of, differing_tensors
+from whole_zoo.calls import call, call_that_runs
 from whole_zoo.case import Case, NotBuilt, Row, fill, mark, one_line, seed
-from whole_zoo.components import build_components
+from whole_zoo.components import Sizes, build_components, sizes_called_for
 
 METHODS = ("nf4", "int8")
 MOST_PARAMETERS = 60_000_000
-_PICTURES = ("image", "video", "mask_image", "control_image", "adapter_image", "class_labels", "ip_adapter_image")
-SECONDS = 40
-"""CPU time for finding a call."""
+MOST_TRIES = 5
+"""Sizes of components that are tried."""
 
 
 def cases() -> Iterator[Case]:
@@ -48,31 +45,63 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
     try:
         if type(pipeline_class).__name__ == "DummyObject":
             raise NotBuilt("needs a package that is not installed")
-        components = build_components(pipeline_class, folder)
-        models = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
-        for model in models.values():
-            fill(model)
-        if sum(each.numel() for model in models.values() for each in model.parameters()) > MOST_PARAMETERS:
-            raise NotBuilt(f"more than {MOST_PARAMETERS:,} parameters")
-        pipeline = pipeline_class(**components)
-        pipeline.save_pretrained(source)
-        pipeline = pipeline_class.from_pretrained(source, torch_dtype=torch.bfloat16)
+        if not hasattr(pipeline_class, "__call__"):  # noqa: B004 - the class itself is callable
+            raise NotBuilt("has no call of its own: it stands for others")
+        pipeline, arguments, reason = _pipeline_that_answers(pipeline_class, source)
         models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     except Exception as error:  # a class may raise anything for components that do not fit each other
         told = str(error) if isinstance(error, NotBuilt) else f"{type(error).__name__}: {error}"
         yield case.row(result="not built", why=told)
         return
-    mark(folder, "", "while the library calls the original")
-    arguments, reason = _arguments_that_run(pipeline)
     for method in METHODS:
         row = case.row(method)
         try:
             _compare(row, pipeline_class, models, source, folder / method, arguments)
         except Exception as error:
             row.faults.append(one_line(f"{type(error).__name__}: {error}")[:300])
-        row.ran = row.ran or reason
+        row.ran = row.ran or reason[:160]
         shutil.rmtree(folder / method, ignore_errors=True)
         yield row
+
+
+def _pipeline_that_answers(pipeline_class: Any, folder: Path) -> tuple[Any, dict[str, Any] | None, str]:
+    """A pipeline in the folder, and what it can be called with, or why it gives no answer. Where the sizes of its
+    components do not fit each other, others are tried."""
+    waiting: list[dict[str, dict[str, int]]] = [{}]
+    tried: list[dict[str, dict[str, int]]] = []
+    reason = ""
+    while waiting and len(tried) < MOST_TRIES:
+        sizes = waiting.pop()
+        tried.append(sizes)
+        try:
+            pipeline = _saved(pipeline_class, folder, sizes)
+        except Exception:
+            if not sizes:
+                raise
+            continue  # a component may not take such a size
+        mark(folder.parent, "", "while the library calls the original")
+        arguments, told = call_that_runs(pipeline)
+        if arguments is not None:
+            return pipeline, arguments, ""
+        reason = reason or told
+        for more in sizes_called_for(pipeline, told):
+            both = {name: {**sizes.get(name, {}), **more.get(name, {})} for name in (*sizes, *more)}
+            if both not in tried:
+                waiting.append(both)
+    return _saved(pipeline_class, folder, {}), None, reason
+
+
+def _saved(pipeline_class: Any, folder: Path, sizes: Sizes) -> Any:
+    """The pipeline of small components, saved in the folder and loaded from it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    components = build_components(pipeline_class, folder.parent, sizes)
+    models = [part for part in components.values() if isinstance(part, torch.nn.Module)]
+    for model in models:
+        fill(model)
+    if sum(each.numel() for model in models for each in model.parameters()) > MOST_PARAMETERS:
+        raise NotBuilt(f"more than {MOST_PARAMETERS:,} parameters")
+    pipeline_class(**components).save_pretrained(folder)
+    return pipeline_class.from_pretrained(folder, torch_dtype=torch.bfloat16)
 
 
 def _compare(
@@ -128,21 +157,12 @@ def _quantized_by_library(model_class: Any, source: Path, method: str, skips: li
 
 def _called(row: Row, theirs: Any, loaded: Any, arguments: dict[str, Any]) -> str:
     try:
-        wanted = _call(theirs, arguments)
+        wanted = call(theirs, arguments)
     except Exception as error:
         return one_line(f"the library's quantized pipeline fails: {type(error).__name__}: {error}")[:160]
-    if not _same(wanted, _call(loaded, arguments)):
+    if not _same(wanted, call(loaded, arguments)):
         row.faults.append("another output than the pipeline of the library's parts")
     return "equal"
-
-
-def _call(pipeline: Any, arguments: dict[str, Any]) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    generator = {"generator": torch.Generator().manual_seed(0)} if "generator" in _parameters(pipeline) else {}
-    with torch.no_grad():
-        output = pipeline(**arguments, **generator)
-    return output.to_tuple() if hasattr(output, "to_tuple") else output
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -153,43 +173,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, numpy.ndarray):
         return numpy.array_equal(one, other, equal_nan=one.dtype.kind == "f")
     return bool(one.tobytes() == other.tobytes()) if hasattr(one, "tobytes") else type(one) is type(other)
-
-
-def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(pipeline.__call__).parameters)
-
-
-def _arguments_that_run(pipeline: Any) -> tuple[dict[str, Any] | None, str]:
-    """Arguments of a call that gives an output, or why there are none."""
-    from PIL import Image
-
-    known = _parameters(pipeline)
-    required = [name for name, parameter in known.items() if parameter.default is parameter.empty
-                and parameter.kind is parameter.POSITIONAL_OR_KEYWORD]  # fmt: skip
-    last, end = "", time.process_time() + SECONDS
-    for side in (64, 32, 128):
-        image = Image.fromarray(numpy.full((side, side, 3), 128, dtype=numpy.uint8))
-        mask = Image.fromarray(numpy.full((side, side), 255, dtype=numpy.uint8))
-        every: dict[str, Any]
-        every = {"prompt": "a cat", "height": side, "width": side, "num_inference_steps": 2, "output_type": "latent"}
-        every |= {"max_sequence_length": 16, "num_frames": 5, "image": image, "mask_image": mask, "class_labels": [1]}
-        every |= {"source_prompt": "a cat", "control_image": image, "adapter_image": image, "video": [image] * 5}
-        every |= {name: image for name in known if re.fullmatch(r"(?:\w+_)?image", name) and name not in every}
-        few = [name for name in every if name in known and (name in required or name not in _PICTURES)]
-        for names in (
-            few,
-            [*few, *({"image", "control_image"} & known.keys())],
-            [name for name in every if name in known],
-        ):
-            for kind in ("latent", "pt"):
-                arguments = {name: every[name] for name in names}
-                if "output_type" in arguments:
-                    arguments["output_type"] = kind
-                try:
-                    _call(pipeline, arguments)
-                    return arguments, ""
-                except Exception as error:
-                    last = one_line(f"no call found: {type(error).__name__}: {error}")[:160]
-                if time.process_time() > end:
-                    return None, last
-    return None, last

@@ -48,7 +48,6 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
-    "cohere_compass": {"text_config.layer_types": ["sliding_attention", "sliding_attention"]},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
@@ -57,6 +56,16 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 64,
+    },
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
+    "moonshine_streaming": {"num_key_value_heads": 2},
+    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -65,6 +74,9 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"is_decoder": True},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "time_series_transformer": {"prediction_length": 8},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
 }
 """What a class's default config lacks, or what does not follow from it, by model type and path in the config."""
 
@@ -101,6 +113,8 @@ def _shallow(key: str, value: int, layers: int, image: int) -> int:
         (_POSITIONS, 128),
         (re.compile(r"(?:num_|norm_num_)groups|num_norm_groups"), 4),
         (re.compile(r"upsample_groups|num_latents|d_latents"), 64),
+        (re.compile(r"(?:num|n|base)_filters"), 4),  # doubled in every stage
+        (re.compile(r"upsample_initial_channel"), 128),
     )
     for pattern, most in limits:
         if pattern.fullmatch(key):
@@ -145,6 +159,8 @@ def _shrunk(config: dict[str, Any], rule: Rule, layers: int, image: int) -> dict
         layers = max(layers, len(outputs))
     if config.get("model_type") == "timm_backbone":  # from another library, and never small
         return _backbone(len(outputs) if isinstance(outputs, list) else 1)
+    if isinstance(config.get("architecture"), str) and "model_args" in config:  # a model of timm, by its name
+        config = config | _of_timm(config["architecture"], config["model_args"])
     new: dict[str, Any] = {}
     for key, value in config.items():
         if key in _OF_STAGES and depths and not isinstance(stages, list):
@@ -152,7 +168,7 @@ def _shrunk(config: dict[str, Any], rule: Rule, layers: int, image: int) -> dict
                 new[key] = list(range(1, len(value) + 1))
         elif key in _AS_THEY_ARE or key.startswith(("tie_", "use_", "is_")):
             new[key] = value
-        elif key == "per_layer_config" and isinstance(value, dict) and value:
+        elif key == "per_layer_config" and isinstance(value, dict) and all(each.isdigit() for each in value) and value:
             new[key] = {str(layers - 1): next(iter(value.values()))}
         elif isinstance(value, dict):
             new[key] = _shrunk(value, rule, layers, image)
@@ -208,6 +224,9 @@ def _fitting(config: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         found |= {"head_dim": 16, "num_heads": int(new["expand"]) * width // 16}
     if type(heads) is int and config.get("num_key_value_heads", 0) in (None, had_heads):
         found["num_key_value_heads"] = heads
+    both = (config.get("qk_nope_head_dim") or 0) + (config.get("qk_rope_head_dim") or 0)
+    if both and had == both:
+        found["head_dim"] = new["qk_nope_head_dim"] + new["qk_rope_head_dim"]
     if {"qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= new.keys():
         found["qk_head_dim"] = new["qk_nope_head_dim"] + new["qk_rope_head_dim"]
     half = (head or (width // heads if type(heads) is int and heads else 0)) // 2
@@ -232,17 +251,21 @@ def _sections(rope: dict[str, Any], half: int) -> dict[str, Any]:
     return new
 
 
+def _of_timm(architecture: str, arguments: dict[str, Any] | None) -> dict[str, Any]:
+    """A small vision transformer of this architecture, or one of the models that timm has for tests."""
+    if architecture.startswith("vit"):
+        return {"model_args": (arguments or {}) | {"embed_dim": 64, "depth": 1, "num_heads": 2}}
+    return {"architecture": "test_vit", "model_args": None}
+
+
 def _backbone(stages: int) -> dict[str, Any]:
     names = [f"stage{number}" for number in range(1, 5)]
     return {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
             "layer_type": "basic", "out_features": names[-stages:]}  # fmt: skip
 
 
-def tiny_configs(model_type: str) -> Iterator[Any]:
+def tiny_configs(config_class: Any, model_type: str) -> Iterator[Any]:
     """Configs of a model type, the smallest first, and the errors of those that the class refuses."""
-    from transformers import CONFIG_MAPPING
-
-    config_class = CONFIG_MAPPING[model_type]
     try:
         whole = config_class().to_dict()
     except Exception as error:  # a class may have no config by default
@@ -252,14 +275,16 @@ def tiny_configs(model_type: str) -> Iterator[Any]:
         whole.pop(key, None)
     if "mrope_section" in _code(config_class):
         _put_sections(whole)
-    tries: list[tuple[Rule, int, int]] = [(_narrow, 2, 32), (_narrow, 2, 64)]
-    tries += [(_divided(by), 2, 64) for by in (16, 8, 4)]
-    tries += [(_narrow, 4, 224), (_shallow, 1, 224), (_shallow, 2, 224)]
-    for rule, layers, image in tries:
+    tries: list[tuple[Rule, int, int, bool]] = [(_narrow, 2, 32, False), (_narrow, 2, 64, False)]
+    tries += [(_divided(by), 2, 64, False) for by in (16, 8, 4)]
+    tries += [(_narrow, 2, 32, True), (_divided(16), 2, 64, True), (_narrow, 4, 224, False)]
+    tries += [(_shallow, 1, 224, False), (_shallow, 2, 224, False)]
+    for rule, layers, image, alike in tries:
         try:
             small = _shrunk(whole, rule, layers, image)
-            for path, value in NUMBERS.get(model_type, {}).items():
-                _put(small, path, value)
+            if alike:
+                _keep_alike(whole, small, dict(_changed(whole, small)))
+            _put_numbers(small, model_type)
             yield config_class.from_dict(json.loads(json.dumps(small)))
         except Exception as error:  # whatever a class says against such numbers
             yield error
@@ -276,8 +301,36 @@ def _put_sections(config: dict[str, Any]) -> None:
     for value in list(config.values()):
         if isinstance(value, dict):
             _put_sections(value)
-    if isinstance(config.get("rope_parameters"), dict):
+    if "rope_theta" in (config.get("rope_parameters") or {}):
         config["rope_parameters"].setdefault("mrope_section", [1, 1, 1])
+
+
+def _changed(whole: Any, small: Any) -> Iterator[tuple[int, int]]:
+    """Widths that have become others, and which."""
+    if isinstance(whole, dict) and isinstance(small, dict):
+        for key, value in whole.items():
+            if type(value) is int and value >= 64 and _WIDTH.fullmatch(key) and small.get(key) not in (value, None):
+                yield value, small[key]
+            else:
+                yield from _changed(value, small.get(key))
+
+
+def _keep_alike(whole: dict[str, Any], small: dict[str, Any], changed: dict[int, int]) -> None:
+    """What was equal to a width stays equal to it, whatever its name says."""
+    for key, value in small.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            _keep_alike(whole[key], value, changed)
+        elif type(value) is int and value == whole.get(key) and value in changed:
+            small[key] = changed[value]
+
+
+def _put_numbers(config: dict[str, Any], model_type: str) -> None:
+    """What a default config lacks, of the type and of the types inside."""
+    for path, value in NUMBERS.get(model_type, {}).items():
+        _put(config, path, value)
+    for value in list(config.values()):
+        if isinstance(value, dict) and value.get("model_type") in NUMBERS:
+            _put_numbers(value, value["model_type"])
 
 
 def _put(config: dict[str, Any], path: str, value: Any) -> None:

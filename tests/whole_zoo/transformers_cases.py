@@ -28,9 +28,9 @@ def cases() -> Iterator[Case]:
             yield Case("transformers", model_type, name, model_rows(partial(small_models, model_type, name)))
 
 
-def small_models(model_type: str, name: str, found: Any = None) -> Iterator[Any]:
-    """Small models of a class, the smallest first; ``found`` is the class, where transformers has it under no such
-    name. Raises NotBuilt if there is none.
+def small_models(kind: Any, name: str, found: Any = None) -> Iterator[Any]:
+    """Small models of a class and a model type, or a config class, the smallest first; ``found`` is the class, where
+    transformers has it under no such name. Raises NotBuilt if there is none.
     """
     import transformers
 
@@ -41,7 +41,8 @@ def small_models(model_type: str, name: str, found: Any = None) -> Iterator[Any]
         raise NotBuilt("needs a package that is not installed")
     reasons: list[Exception] = []
     built = False
-    for config in tiny_configs(model_type):
+    config_class = transformers.CONFIG_MAPPING[kind] if isinstance(kind, str) else kind
+    for config in tiny_configs(config_class, kind if isinstance(kind, str) else config_class.model_type):
         if isinstance(config, Exception):
             reasons.append(config)
             continue
