@@ -47,6 +47,11 @@ class ByAName(Base):
         return x @ layer.weight.t()
 
 
+class ByTheNameOfItsArgument(Base):
+    def forward(self, x: Any) -> Any:
+        return self.two(self.one(input=x))
+
+
 class InAFunction(Base):
     def forward(self, x: Any) -> Any:
         return project(x, self.one)
@@ -147,6 +152,7 @@ FOUND = {
     InAFunction: ["one"],
     InAMethodOfTheClass: ["two"],
     InALoop: ["layers.0", "layers.1", "layers.2"],
+    ByTheNameOfItsArgument: ["one"],
     ByPlace: ["layers.0", "layers.2"],
     ByGetattr: ["one", "two"],
     ByProperty: ["one"],
@@ -177,4 +183,5 @@ def test_code_that_asks_for_a_packed_dtype_is_taken_at_its_word() -> None:
 def test_an_option_that_is_set_opens_its_branch() -> None:
     model = Whole(OnlyWithAnOption())
     model.model.slow = True
-    assert read_weights(model, ["model.one"], "uint8") == {"model.one": "OnlyWithAnOption"}
+    found = read_weights(model, ["model.one"], "uint8")
+    assert {path: read.reader for path, read in found.items()} == {"model.one": "OnlyWithAnOption"}

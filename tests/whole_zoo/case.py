@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -30,6 +31,8 @@ SAMPLED = {"fp4": 8, "nf4-double": 8}
 """Methods tried on a part of the classes: one of so many."""
 NEAR = 0.5
 """Cosine between the outputs of the original and of a model with a layer kept on purpose; nonsense is near 0."""
+_CANNOT = re.compile(r"its weight is read by|called by \w+ with ")
+"""Why a layer is kept that cannot work quantized."""
 STAGE = "stage"
 """A file in a case's folder: what is being done, for the case that the process does not survive."""
 
@@ -168,10 +171,10 @@ def _compare(row: Row, model: Any, inputs: Inputs, source: Path, folder: Path) -
         if "nothing of" not in row.why and _library_can(library, source, reference, row.method):
             row.faults.append("refused, though what the library writes loads back")
         return
-    kept = any("its weight is read by" in reason for reason in summary.skipped.values())
+    kept = any(_CANNOT.search(reason) for reason in summary.skipped.values())
     own_names = any("the model's own parameter names" in warning for warning in summary.warnings)
     row.result = "kept on purpose" if kept else "the model's names" if own_names else "identical"
-    row.why = next((text for text in summary.warnings if "unquantized: its weight" in text), "") if kept else ""
+    row.why = next((text for text in summary.warnings if _CANNOT.search(text)), "") if kept else ""
     mark(source.parent, row.method, "while the library quantizes")
     listed = config_of(output)["quantization_config"]["llm_int8_skip_modules"]
     try:

@@ -1,7 +1,7 @@
 """What the source of a class reads of the modules inside it: ``self.proj.weight``, by whatever way it gets there.
 
 The methods are read, not run. Expressions that stand for a module of ``self`` are followed through names, loops,
-``getattr`` and calls of functions, and each ``.weight`` of one is noted.
+``getattr`` and calls of functions, and each ``.weight`` of one is noted; and each call of one that names its argument.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ Path = tuple[str, ...]
 ANY = "*"
 FIRST = "parameters()"
 """Last step of a path: the first parameter of the module there, whichever it is."""
+ARGUMENT = "input"
+"""What ``torch.nn.Linear`` calls its argument; the layers of bitsandbytes call it ``x``."""
 DEPTH = 4
 """Calls that are followed into functions of functions."""
 
@@ -44,7 +46,7 @@ _HARMLESS = frozenset(("device", "requires_grad", "is_meta", "grad"))
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """``<path>.weight`` is read, by ``reader``."""
+    """``<path>.weight`` is read, by ``reader``, or ``path`` is called as only a plain linear layer can be."""
 
     path: Path
     reader: str
@@ -52,6 +54,7 @@ class Read:
     conditions: tuple[Condition, ...] = ()
     guarded: frozenset[str] = frozenset()
     """dtypes of packed weights (int8, uint8) that the code tells apart, and leaves alone, before it uses this one's."""
+    called: bool = False
 
 
 def called_names(names: set[str], kinds: Iterable[tuple[type, type | None]]) -> set[str]:
@@ -135,9 +138,11 @@ def _methods(kind: type) -> Iterator[FunctionType]:
 
 
 def _mentions(code: CodeType) -> bool:
-    """Whether a function could read a weight: by the names in its code, which are there already."""
+    """Whether a function could read a weight, or name an argument: by its code, which is there already."""
     if "weight" in code.co_names or "parameters" in code.co_names:
         return True
+    if any(isinstance(constant, tuple) and ARGUMENT in constant for constant in code.co_consts):
+        return True  # names of arguments are tuples of constants
     return any(isinstance(inner, CodeType) and _mentions(inner) for inner in code.co_consts)
 
 
@@ -211,6 +216,8 @@ class _Reader:
         elif isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr"):
                 return
+            if any(keyword.arg == ARGUMENT for keyword in node.keywords):
+                self.note(self.value(node.func), called=True)
             self.call(node)
         if isinstance(node, ast.Attribute) and self.attribute(node):
             return
@@ -240,9 +247,10 @@ class _Reader:
             self.note(frozenset((*path, FIRST) for path in owner), dtype=True)
         return False
 
-    def note(self, paths: Iterable[Path], *, dtype: bool = False) -> None:
+    def note(self, paths: Iterable[Path], *, dtype: bool = False, called: bool = False) -> None:
         guarded = frozenset(("int8", "uint8")) if dtype else frozenset()
-        self.reads += [Read(path, self.reader, self.method, self.conditions, guarded) for path in paths if path]
+        reads = (Read(path, self.reader, self.method, self.conditions, guarded, called) for path in paths if path)
+        self.reads += reads
 
     def bind(self, targets: Iterable[ast.expr], paths: frozenset[Path]) -> None:
         for target in targets:

@@ -1,7 +1,8 @@
 """Linear layers whose weight is read by other code than their own, found in the source of a model's classes.
 
 A quantized layer holds packed codes where a weight was. Code that calls the layer gets its result as before; code that
-reads ``self.proj.weight`` gets the codes: it fails, or goes on with nonsense. Neither library knows of it.
+reads ``self.proj.weight`` gets the codes: it fails, or goes on with nonsense. So does code that calls the layer with
+``input=``: the layers of bitsandbytes have no argument of that name. Neither library knows of it.
 
 Not counted: the device of a weight, a dtype that the code compares with that of packed weights, branches that the
 module's own attributes close (training is one), methods that build, tie, load or convert a model, and those that
@@ -15,7 +16,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qz.quantize.libraries.architecture import torch_name
-from qz.quantize.libraries.source_code.module_source import ANY, FIRST, Path, called_names, method_names, reads_of
+from qz.quantize.libraries.source_code.module_source import (
+    ANY,
+    ARGUMENT,
+    FIRST,
+    Path,
+    Read,
+    called_names,
+    method_names,
+    reads_of,
+)
 from qz.quantize.methods import Method
 
 Module = Any
@@ -29,19 +39,24 @@ CLOSED = frozenset((("DisentangledSelfAttention", ("in_proj",)),))
 def read_by_others(model: Module, linears: Iterable[str], method: Method) -> dict[str, str]:
     """Of the layers that ``method`` would quantize, those that must not be → why."""
     packed_dtype = torch_name(method.parts((1, 1), "float32")[0].dtype, "codes")
-    readers = read_weights(model, linears, packed_dtype)
-    return {path: f"its weight is read by {reader}, which cannot read codes" for path, reader in readers.items()}
+    return {path: _reason(read) for path, read in read_weights(model, linears, packed_dtype).items()}
 
 
-def read_weights(model: Module, linears: Iterable[str], packed_dtype: str) -> dict[str, str]:
-    """Of ``linears``, paths in ``model``, those whose weight other code reads → the class of that code.
+def _reason(read: Read) -> str:
+    if read.called:
+        return f"called by {read.reader} with {ARGUMENT}=, which a quantized layer does not take"
+    return f"its weight is read by {read.reader}, which cannot read codes"
+
+
+def read_weights(model: Module, linears: Iterable[str], packed_dtype: str) -> dict[str, Read]:
+    """Of ``linears``, paths in ``model``, those whose weight other code reads → the first such code.
 
     ``packed_dtype`` is the torch dtype of the codes: ``uint8`` or ``int8``.
     """
     paths = {id(model.get_submodule(path)): path for path in linears}
     kinds: set[tuple[Any, Any]] = {(type(module), _helper_of(module)) for module in model.modules()}
     at_work = called_names(method_names(type(model)), kinds)
-    found: dict[str, str] = {}
+    found: dict[str, Read] = {}
     for module in model.modules():
         kind: Any = type(module)
         for read in reads_of(kind, _helper_of(module)):
@@ -52,7 +67,7 @@ def read_weights(model: Module, linears: Iterable[str], packed_dtype: str) -> di
             for inner in _resolved(module, read.path):
                 path = paths.get(id(inner))
                 if path is not None and inner is not module:
-                    found.setdefault(path, read.reader)
+                    found.setdefault(path, read)
     return {path: found[path] for path in paths.values() if path in found}
 
 
