@@ -41,7 +41,8 @@ def call(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
 def call_that_runs(pipeline: Any) -> tuple[dict[str, Any] | None, str]:
     """Arguments of a call that gives an output, or why there are none."""
     parameters = _parameters(pipeline)
-    reasons, end = [], time.process_time() + SECONDS
+    end = time.process_time() + SECONDS
+    reasons: list[str] = []
     for arguments in _attempts(parameters):
         side = int(arguments.pop("side"))
         for _ in range(MENDS):
