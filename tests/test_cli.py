@@ -377,7 +377,7 @@ def complete(line: str, cwd: Path, shell: str = "bash") -> list[str]:
     result = subprocess.run(
         [sys.executable, "-m", "qz"],
         cwd=cwd,
-        env={**os.environ, **environment, "_TYPER_COMPLETE_ARGS": line},
+        env={**os.environ, **environment, "_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
         capture_output=True,
         text=True,
         timeout=HANG,
@@ -397,6 +397,19 @@ def test_completion_knows_commands_folders_and_components(tmp_path: Path) -> Non
     assert complete("qz quantize flux --subfolder tr", tmp_path) == ["transformer"]
     assert complete("qz quantize nothing --subfolder ", tmp_path) == []
     assert "--double-quant" in complete("qz quantize flux --dou", tmp_path)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_values_of_options(shell: str, tmp_path: Path) -> None:
+    def offered(line: str) -> set[str]:
+        return set(re.findall(r"[\w:-]+", " ".join(complete(line, tmp_path, shell)))) - {"_arguments"}
+
+    assert {"auto", "cpu", "cuda", "xpu", "mps"} <= offered("qz quantize flux --device ")
+    assert "cpu" in offered("qz calibrate flux --device cp")
+    assert {"nf4", "fp4", "int8"} <= offered("qz quantize flux --method ")
+    assert {"error", "overwrite", "skip"} <= offered("qz quantize flux --if-exists ")
+    assert {"bfloat16"} <= offered("qz dequantize flux --dtype bf")
+    assert {"vllm"} <= offered("qz inspect flux --for vl")
 
 
 def test_completion_can_be_shown_for_installation(qz: Qz) -> None:

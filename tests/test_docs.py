@@ -279,6 +279,26 @@ def test_every_key_of_the_json_is_documented(command: str, tiny_llama: Path, tmp
     assert set(json.loads(result.stdout)) <= documented
 
 
+def test_hf_runs_qz_as_the_page_of_the_shell_says(tiny_llama: Path, tmp_path: Path) -> None:
+    [lines] = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/how-to/shell.md").read_text(), re.MULTILINE | re.DOTALL)
+    shutil.copytree(tiny_llama, tmp_path / "my-model")
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = environment(HOME=str(tmp_path), PATH=programs, HF_HUB_DISABLE_UPDATE_CHECK="1")
+    more = "\nhf extensions list\nhf qz inspect ./nowhere"
+    done = subprocess.run(
+        ["bash", "-uo", "pipefail", "-c", lines + more],
+        cwd=tmp_path,
+        env=given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 66, done.stderr
+    assert "LlamaForCausalLM (transformers)" in done.stdout
+    assert "hf qz" in done.stdout
+    assert "./nowhere does not exist" in done.stderr
+
+
 def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
     """Word for word, against a Hub on this machine."""
     place = tmp_path / "here"

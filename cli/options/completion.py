@@ -1,4 +1,4 @@
-"""What a shell completes behind an option: dtypes, local folders, and components of a pipeline."""
+"""What a shell completes behind an option: dtypes, devices, consumers, local folders, and components of a pipeline."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ import typer
 def complete_dtype(incomplete: str) -> list[str]:
     """The names of dtypes."""
     return [name for name in ("auto", "bfloat16", "float16", "float32") if name.startswith(incomplete)]
+
+
+def complete_device(incomplete: str) -> list[str]:
+    """What ``--device`` takes: the GPUs of this machine by number, without asking PyTorch for them."""
+    gpus = [f"cuda:{number}" for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    return [name for name in ("auto", "cpu", "cuda", *gpus, "xpu", "mps") if name.startswith(incomplete)]
+
+
+def complete_consumer(incomplete: str) -> list[str]:
+    """What ``--for`` takes."""
+    from qz.quantize.consumers.registry import CONSUMERS
+
+    return [name for name in CONSUMERS if name.startswith(incomplete)]
 
 
 def complete_folder(incomplete: str) -> list[str]:

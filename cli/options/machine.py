@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from qz.cli.options.completion import complete_device
 from qz.cli.options.panels import Panel
 from qz.cli.options.values import parse_device, parse_threads
 
@@ -15,6 +16,7 @@ DeviceOpt = Annotated[
         "--device",
         metavar="DEVICE",
         parser=parse_device,
+        autocompletion=complete_device,
         help="What computes: auto (a GPU if there is one), cpu, cuda, cuda:N, xpu or mps.",
     ),
 ]

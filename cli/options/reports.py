@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from qz.cli.options.completion import complete_folder
+from qz.cli.options.completion import complete_consumer, complete_folder
 from qz.cli.options.panels import Panel
 
 PANEL = Panel("Reports")
@@ -44,6 +44,7 @@ ForOpt = Annotated[
     PANEL.option(
         "--for",
         metavar="CONSUMER",
+        autocompletion=complete_consumer,
         help="Whether it loads there, and what would: vllm, sglang, peft, unsloth, invokeai, comfyui, transformers, or "
         "diffusers-cpu (diffusers without a GPU). Exit code 65 if not. Repeat it for more.",
     ),
