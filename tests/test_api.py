@@ -58,10 +58,12 @@ def test_every_option_of_a_command_is_an_argument_of_its_function(name: str) -> 
 @pytest.mark.parametrize(
     "method", [Nf4(), Nf4(double_quant=True), Fp4(), Int8()], ids=lambda it: f"{it.name}{it.double_quant}"
 )
-def test_a_function_returns_what_its_command_prints(tiny_llama: Path, tmp_path: Path, qz: Qz, method: Any) -> None:
+def test_a_function_returns_what_its_command_prints(
+    tiny_llama: Path, tmp_path: Path, forked_qz: Qz, method: Any
+) -> None:
     summary = api.quantize(tiny_llama, tmp_path / "api", method=method)
     flags = [f"--{method.name}", *(["--double-quant"] if method.double_quant else [])]
-    printed = json.loads(qz("quantize", tiny_llama, *flags, "-o", "cli", "--json").stdout)
+    printed = json.loads(forked_qz("quantize", tiny_llama, *flags, "-o", "cli", "--json").stdout)
     returned = json.loads(json.dumps(summary.as_json()))
     for report in (printed, returned):
         del report["seconds"], report["output"]

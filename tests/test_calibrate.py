@@ -102,7 +102,7 @@ def test_linears_that_no_token_comes_to_are_named_and_quantized_all_the_same(tmp
     assert set(done.as_json()["importance"]["unseen"]) <= set(found.unseen)
 
 
-def test_calibrate_then_quantize_from_the_command_line(qz: Qz, tmp_path: Path) -> None:
+def test_calibrate_then_quantize_from_the_command_line(qz: Qz, forked_qz: Qz, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     model_folder("llama-untied", tmp_path / "model")
@@ -110,8 +110,8 @@ def test_calibrate_then_quantize_from_the_command_line(qz: Qz, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["text"], found["tokens"], found["linears"], found["unseen"]) == ("default", 1024, 15, [])
-    assert qz("calibrate", "model", "-o", "stats.safetensors").returncode == OutputRefused.exit_code
-    assert qz("quantize", "model", "-o", "nf4", "--importance", "stats.safetensors", "--quiet").returncode == 0
+    assert forked_qz("calibrate", "model", "-o", "stats.safetensors").returncode == OutputRefused.exit_code
+    assert forked_qz("quantize", "model", "-o", "nf4", "--importance", "stats.safetensors", "--quiet").returncode == 0
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "nf4")
     original = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.arange(2, 40).unsqueeze(0)

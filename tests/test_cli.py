@@ -177,9 +177,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["quantize", "x", "--overwrite", "--if-exists", "skip"], "exclude each other"),
     ],
 )
-def test_wrong_use_is_answered_with_what_is_right(qz: Qz, arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_use_is_answered_with_what_is_right(
+    forked_qz: Qz, arguments: list[str], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "x").mkdir()
-    result = qz(*arguments, "--json")
+    result = forked_qz(*arguments, "--json")
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) <= 5

@@ -124,12 +124,12 @@ def test_an_encoder_is_compared_by_its_last_hidden_states(tmp_path: Path) -> Non
     assert (found.kl, found.perplexity_original, found.same_top) == (None, None, None)
 
 
-def test_int8_loses_less_than_4_bits_and_the_command_says_so(qz: Qz, tmp_path: Path) -> None:
+def test_int8_loses_less_than_4_bits_and_the_command_says_so(qz: Qz, forked_qz: Qz, tmp_path: Path) -> None:
     folder = model_folder("llama-untied", tmp_path / "model")
     found = {}
     for method in (api.Nf4(), api.Int8()):
         api.quantize(folder, tmp_path / method.name, method=method, device="cpu")
-        done = qz("compare", "model", method.name, "--json", "--quiet", "--device", "cpu")
+        done = forked_qz("compare", "model", method.name, "--json", "--quiet", "--device", "cpu")
         assert done.returncode == 0, done.stderr
         found[method.name] = json.loads(done.stdout)
     assert 0 < found["int8"]["kl"] < found["nf4"]["kl"]

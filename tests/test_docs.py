@@ -272,8 +272,8 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path, quick: Path
 
 
 @pytest.mark.parametrize("command", ["quantize", "inspect"])
-def test_every_key_of_the_json_is_documented(command: str, tiny_llama: Path, tmp_path: Path, qz: Qz) -> None:
-    result = qz(command, tiny_llama, *(["--dry-run"] if command == "quantize" else ["--tensors"]), "--json")
+def test_every_key_of_the_json_is_documented(command: str, tiny_llama: Path, tmp_path: Path, forked_qz: Qz) -> None:
+    result = forked_qz(command, tiny_llama, *(["--dry-run"] if command == "quantize" else ["--tensors"]), "--json")
     page = (ROOT / "docs/reference/json.md").read_text()
     documented = {name.split(".")[0] for name in re.findall(r"`([a-z_0-9.]+)`", page)}
     assert set(json.loads(result.stdout)) <= documented

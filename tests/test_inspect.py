@@ -470,11 +470,11 @@ def test_a_malformed_checkpoint_is_reported_safely(name: str, place: Path, inspe
     "name",
     ["config: FIFO", "weights: link to itself", "name: ESC", "quantized double: no nested_absmax", "shard: cut off"],
 )
-def test_a_malformed_checkpoint_is_reported_safely_by_the_command(name: str, place: Path, qz: Qz) -> None:
+def test_a_malformed_checkpoint_is_reported_safely_by_the_command(name: str, place: Path, forked_qz: Qz) -> None:
     cases = {case: value for case, value in FOLDERS.items() if case == name or name.split(": ")[-1] in case}
     base, changes, _ = cases.get(name) or next(iter(cases.values()))
     build(place / "checkpoint", base, changes)
-    done = qz("inspect", place / "checkpoint")
+    done = forked_qz("inspect", place / "checkpoint")
     assert done.returncode == 65
     assert "Traceback" not in done.stderr
     assert (done.stdout + done.stderr).replace("\n", "").isprintable()

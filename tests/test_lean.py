@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from converted import quantized
+from forked import Server
 from pace import HANG
 from qz.quantize.libraries.versions import requirement
 from reference import differing_files
@@ -152,26 +153,27 @@ def test_what_cannot_be_built_names_the_hatch_where_it_may_help(qz: Qz, lean: st
     assert ("QZ_LEAN=0" in done.stderr) == (lean != "0")
 
 
-@pytest.mark.parametrize("folder", ["missing", "full"])
-def test_a_temporary_folder_that_cannot_be_used_is_an_io_error(folder: str, tmp_path: Path) -> None:
+UNUSABLE = {
+    "missing": "import tempfile; tempfile.tempdir = '/nonexistent'",
+    "full": (
+        "import pathlib\n"
+        "from qz.quantize.libraries.transformers import on_transformers\n"
+        "whole = on_transformers._store\n"
+        "on_transformers._store = lambda path, data: whole(pathlib.Path('/dev/full'), data)"
+    ),
+}
+
+
+@pytest.mark.parametrize("folder", UNUSABLE)
+def test_a_temporary_folder_that_cannot_be_used_is_an_io_error(folder: str, forks: Server, tmp_path: Path) -> None:
     """Not a model that cannot be built."""
     if folder == "full" and not os.path.exists("/dev/full"):
         pytest.skip("no device that is always full")
     build("llama-tied").save_pretrained(tmp_path / "source")
-    code = (
-        "import pathlib, sys, tempfile\n"
-        "tempfile.tempdir = sys.argv[1]\n"
-        "from qz.quantize.libraries.transformers import on_transformers\n"
-        "if pathlib.Path(sys.argv[1]).exists():\n"
-        "    whole = on_transformers._store\n"
-        "    on_transformers._store = lambda path, data: whole(pathlib.Path('/dev/full'), data)\n"
-        "from qz.cli.app import run\n"
-        "sys.exit(run(['quantize', sys.argv[2], '--dry-run']))\n"
+    done = forks.run(
+        "quantize", "source", "--dry-run", cwd=tmp_path, before=UNUSABLE[folder], environment={"QZ_CACHE": ""}
     )
-    place = str(tmp_path / "missing" if folder == "missing" else tmp_path)
-    arguments = [sys.executable, "-c", code, place, str(tmp_path / "source")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=HANG, check=False)
-    assert done.returncode == 74, done.stderr
+    assert done.code == 74, done.stderr
     assert "TMPDIR" in done.stderr
 
 

@@ -102,11 +102,43 @@ def test_a_config_whose_sizes_would_fill_the_memory_is_refused_before_they_do(
 
 
 def test_a_program_that_uses_the_package_is_protected_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "")  # as where no other process can be started
     monkeypatch.setattr(work_bounds, "OF_OTHERS", 0)
     monkeypatch.setattr(work_bounds, "SECONDS", 0.3)
     configure(source, BOMBS["a table made in a loop"])
     with pytest.raises(MalformedInput, match=r"takes more than .*, far more than the 21 tensors there are call for"):
         plan_quantization(open_checkpoint(LocalFolder(source)), Settings(FourBit("nf4")))
+
+
+AS_LIBRARY = """
+import sys, torch
+from qz import api
+before = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+try:
+    api.quantize(sys.argv[1], "out", device="cpu")
+except Exception as error:
+    print(type(error).__name__, str(error))
+most = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+print((most - before) >> 10)
+"""
+
+
+def test_a_program_that_imported_torch_is_not_filled_by_one_table_either(source: Path, tmp_path: Path) -> None:
+    """No thread could stop that in the middle: the library is asked in the process whose memory is bounded."""
+    configure(source, BOMBS["a table made at once"])
+    done = subprocess.run(
+        [sys.executable, "-c", AS_LIBRARY, str(source)],
+        cwd=tmp_path,
+        env={**os.environ, "QZ_CACHE": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    told, taken = done.stdout.splitlines()
+    assert told.startswith("MalformedInput ")
+    assert "describes a model whose building takes more than" in told
+    assert int(taken) <= MOST_MB
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int]] = {

@@ -200,20 +200,20 @@ def test_a_weight_cut_from_a_fused_one_has_its_inputs() -> None:
     assert sorted(found.sums) == ["layer.gate_up.weight", "layer.k.weight", "layer.q.weight"]
 
 
-def test_scales_are_part_of_what_an_output_is(qz: Qz, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_scales_are_part_of_what_an_output_is(forked_qz: Qz, sources: dict[str, Path], tmp_path: Path) -> None:
     source, known = sources["llama-untied"], statistics(sources["llama-untied"], tmp_path / "s.safetensors")
     command = ("quantize", source, "-o", "out", "--json", "--device", "cpu", "--if-exists", "skip")
-    made = qz(*command, "--importance", known)
+    made = forked_qz(*command, "--importance", known)
     assert made.returncode == 0, made.stderr
     report = json.loads(made.stdout)
     assert (report["scales"], report["rounding"]) == ("search", "nearest")
     assert report["importance"]["weights"] == report["tensors"]["quantized"]
-    assert json.loads(qz(*command, "--importance", known, "--scales", "search").stdout)["up_to_date"] is True
+    assert json.loads(forked_qz(*command, "--importance", known, "--scales", "search").stdout)["up_to_date"] is True
     for other in ((), ("--scales", "search")):
-        refused = qz(*command, *other)
+        refused = forked_qz(*command, *other)
         assert (refused.returncode, "importance" in refused.stderr or "scales" in refused.stderr) == (73, True)
     statistics(source, known, seed=1)
-    assert qz(*command, "--importance", known).returncode == 73
+    assert forked_qz(*command, "--importance", known).returncode == 73
     record = read_record(LocalFolder(tmp_path / "out"))
     assert record is not None
     assert str(tmp_path) not in json.dumps(record.about)

@@ -97,13 +97,13 @@ def test_a_pipeline_and_the_way_back_are_verified(tmp_path: Path) -> None:
     assert found.recomputed.unlike_files[0] == "vae/config.json"
 
 
-def test_one_bit_is_found_and_named(tiny_llama: Path, copy: Path, qz: Qz) -> None:
+def test_one_bit_is_found_and_named(tiny_llama: Path, copy: Path, forked_qz: Qz) -> None:
     change(copy, "model.layers.1.mlp.up_proj.weight", 17)
     change(copy, "model.norm.weight", 5)
     (copy / "generation_config.json").write_text("{}")
     assert api.verify(copy, tiny_llama, **ON_CPU).explained is False
 
-    result = qz("verify", copy, "--against", tiny_llama, "--device", "cpu", "--json")
+    result = forked_qz("verify", copy, "--against", tiny_llama, "--device", "cpu", "--json")
     report, error = map(json.loads, result.stdout.splitlines())
     assert (result.returncode, error["code"]) == (65, 65)
     assert [(each["name"], each["bytes"], each["first"], each["explained"]) for each in report["differs"]] == [
@@ -113,7 +113,7 @@ def test_one_bit_is_found_and_named(tiny_llama: Path, copy: Path, qz: Qz) -> Non
     assert report["files_differ"] == ["generation_config.json"]
     assert report["tensors"]["compared"] == report["tensors"]["all"]
 
-    result = qz("verify", copy)
+    result = forked_qz("verify", copy)
     assert result.returncode == 65
     assert "SHA-256" in result.stdout
 
@@ -137,24 +137,24 @@ def test_what_is_elsewhere_or_missing_is_named(tiny_llama: Path, copy: Path) -> 
     assert any(name.endswith(".safetensors") for name in found.recomputed.unlike_files)
 
 
-def test_what_qz_did_not_write_is_not_said_to_differ(tiny_llama: Path, qz: Qz) -> None:
-    result = qz("verify", tiny_llama)
+def test_what_qz_did_not_write_is_not_said_to_differ(tiny_llama: Path, forked_qz: Qz) -> None:
+    result = forked_qz("verify", tiny_llama)
     assert result.returncode == 65
     assert "qz did not write it" in result.stderr
     assert "not known" in result.stdout
 
 
-def test_a_sample_looks_at_a_share(tiny_llama: Path, made: Path, qz: Qz) -> None:
+def test_a_sample_looks_at_a_share(tiny_llama: Path, made: Path, forked_qz: Qz) -> None:
     found = api.verify(made, tiny_llama, sample=0.2, **ON_CPU)
     assert found.intact
     assert found.recomputed is not None
     compared, whole = found.recomputed.tensors
     assert 0 < compared < whole
-    result = qz("verify", made, "--against", tiny_llama, "--sample", "20%", "--device", "cpu")
+    result = forked_qz("verify", made, "--against", tiny_llama, "--sample", "20%", "--device", "cpu")
     assert result.returncode == 0
     assert f"of {whole} tensors" in result.stdout
     for wrong in ("0%", "101%", "x", "5"):
-        assert qz("verify", made, "--against", tiny_llama, "--sample", wrong).returncode == 2
+        assert forked_qz("verify", made, "--against", tiny_llama, "--sample", wrong).returncode == 2
 
 
 def test_a_sample_finds_what_it_looks_at(tiny_llama: Path, copy: Path) -> None:
@@ -208,9 +208,9 @@ def before(found: Verification) -> int:
     return found.recomputed.tensors_before
 
 
-def test_an_interrupted_comparison_goes_on(tiny_llama: Path, copy: Path, qz: Qz) -> None:
+def test_an_interrupted_comparison_goes_on(tiny_llama: Path, copy: Path, forked_qz: Qz) -> None:
     interrupt(copy, tiny_llama, threads=1)
-    result = qz("verify", copy, "--against", tiny_llama, "--device", "cpu", "--json")
+    result = forked_qz("verify", copy, "--against", tiny_llama, "--device", "cpu", "--json")
     report = json.loads(result.stdout)
     assert 0 < report["tensors_before"] < report["tensors"]["all"]
     assert report["tensors"]["compared"] == report["tensors"]["all"]

@@ -16,6 +16,7 @@ from qz.quantize.libraries.importing.boundary import library_errors
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.optional_packages import needed_by
 from qz.quantize.libraries.importing.untrusted_config import (
+    has_extreme_number,
     note_removed,
     parts_bounded,
     require_plausible,
@@ -62,7 +63,8 @@ def examine(
     if (known := answer_cache.recall(question)) is not None:
         return known
     with examining([checkpoint]):
-        if asking.is_worthwhile(tensors):
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if asking.is_worthwhile(tensors) or has_extreme_number(checkpoint.config, shapes):
             told = asking.ask(checkpoint, tensors, request, question, equal)
             if told is not None:
                 return told

@@ -117,13 +117,15 @@ class _Process:
         level = logging.getLogger("bitsandbytes").level
         # -P: the working directory, which may be a download, is no place to import from.
         words = [sys.executable, "-P", *(["-W", "ignore"] if quiet else []), "-m", MODULE, str(level)]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        own = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        if not lean_imports.is_allowed():  # nobody has found out what the libraries must find
+            own["QZ_LEAN"] = "0"
         try:
             process = subprocess.Popen(  # noqa: S603  this Python and this package
                 [*words, *sorted(lean_imports.kept())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, **threads},
+                env={**os.environ, **own},
                 process_group=0,  # Ctrl-C is for the one that was started by hand, which ends this one
             )
         except (OSError, ValueError):
