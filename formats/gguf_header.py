@@ -6,7 +6,7 @@ Little-endian versions 2 and 3 of https://github.com/ggml-org/ggml/blob/master/d
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,6 +38,8 @@ class GgufTensor:
 class GgufHeader:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    after_metadata: int
+    """Byte at which the list of tensors begins."""
 
 
 def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> GgufHeader:
@@ -55,6 +57,7 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
         if key in metadata:
             raise cursor.malformed(f"{quoted(key)} is there twice")
         metadata[key] = cursor.value(cursor.number("I"))
+    after_metadata = cursor.position
     listed = [_tensor(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
@@ -63,7 +66,23 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
     found = {each.name: GgufTensor(each.name, each.shape, each.type, start + each.offset) for each in listed}
     if len(found) != len(listed):
         raise cursor.malformed("two of its tensors have the same name")
-    return GgufHeader(metadata, found)
+    return GgufHeader(metadata, found, after_metadata)
+
+
+def joined_header(first: bytes, header: GgufHeader, tensors: Iterable[GgufTensor]) -> bytes:
+    """A header with the metadata of ``first``, a file's bytes up to its tensors, that lists ``tensors``, all at its end.
+
+    Of a model in several files each lists its own tensors, and the first alone has the metadata.
+    """
+    listed = list(tensors)
+    parts = [first[:8], struct.pack("<Q", len(listed)), first[16 : header.after_metadata]]
+    for each in listed:
+        name = each.name.encode()
+        parts += [struct.pack("<Q", len(name)), name, struct.pack("<I", len(each.shape))]
+        parts += [struct.pack(f"<{len(each.shape)}Q", *each.shape), struct.pack("<IQ", each.type, 0)]
+    made = b"".join(parts)
+    alignment = header.metadata.get("general.alignment", 32)
+    return made + bytes(-len(made) % alignment)
 
 
 def _tensor(cursor: _Cursor) -> GgufTensor:

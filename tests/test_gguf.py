@@ -15,12 +15,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from converted import dequantized
+from converted import dequantized as dequantized_model
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.api import inspect, quantize
 from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.decoded import Blocks
 from qz.formats.folder import LocalFolder
+from qz.quantize.compute import kernels
+from qz.quantize.decoding.blocks import dequantized
 from qz.quantize.inspection.report import Inspection
 from qz.quantize.methods import FourBit
 from reference import differing_tensors, tensors_of, transformers_model
@@ -29,7 +32,7 @@ QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """Those that the gguf package makes."""
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Where the float16 scales of a block lie; all other bytes may be any."""
-HIDDEN, INNER, HEADS, GROUPS, VOCABULARY = 256, 512, 8, 2, 64
+HIDDEN, INNER, HEADS, GROUPS, VOCABULARY, EXPERTS = 256, 512, 8, 2, 64, 4
 
 
 def stored(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
@@ -46,10 +49,12 @@ def stored(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
     return blocks.reshape(values.shape[0], -1)
 
 
-def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool = False, experts: int = 0) -> Path:
-    """A Llama of two layers with matrices of ``kind``, as llama.cpp writes it."""
+def write_llama(
+    file: Path, kind: str, architecture: str = "llama", tied: bool = False, experts: int = 0, tensors_in_file: int = 0
+) -> Path:
+    """A Llama of two layers with matrices of ``kind``, as llama.cpp writes it, in several files if it is told to."""
     random = np.random.default_rng(1)
-    writer = gguf.GGUFWriter(file, architecture)
+    writer = gguf.GGUFWriter(file, architecture, split_max_tensors=tensors_in_file)
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -81,6 +86,25 @@ def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool =
     if architecture == "gemma2":
         norms += [f"blk.{layer}.post_{name}_norm.weight" for layer in range(2) for name in ("attention", "ffw")]
         writer.add_key_length(HIDDEN // HEADS)
+    if architecture in ("qwen2moe", "qwen3moe"):
+        for layer in range(2):
+            block = f"blk.{layer}."
+            for name in ("gate", "up", "down"):
+                shape = shapes.pop(f"{block}ffn_{name}.weight")
+                shapes[f"{block}ffn_{name}_exps.weight"] = (EXPERTS, *shape)
+                if architecture == "qwen2moe":
+                    shapes[f"{block}ffn_{name}_shexp.weight"] = shape
+            shapes[f"{block}ffn_gate_inp.weight"] = (EXPERTS, HIDDEN)
+            if architecture == "qwen2moe":
+                shapes |= {f"{block}attn_{name}.bias": (sizes[f"attn_{name}"][0],) for name in "qkv"}
+                shapes[f"{block}ffn_gate_inp_shexp.weight"] = (HIDDEN,)
+            else:
+                shapes |= {f"{block}attn_{name}_norm.weight": (HIDDEN // HEADS,) for name in "qk"}
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(INNER)
+        writer.add_expert_shared_feed_forward_length(INNER)
+        writer.add_key_length(HIDDEN // HEADS)
     for name, shape in (shapes | dict.fromkeys([*norms, "output_norm.weight"], (HIDDEN,))).items():
         values = random.standard_normal(shape).astype(np.float32)
         if len(shape) == 1 or kind == "F32":
@@ -88,7 +112,8 @@ def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool =
         elif kind == "F16":
             writer.add_tensor(name, values.astype(np.float16))
         else:
-            writer.add_tensor(name, stored(values, kind), raw_dtype=Type[kind])
+            rows = stored(values.reshape(-1, shape[-1]), kind)
+            writer.add_tensor(name, rows.reshape(*shape[:-1], -1), raw_dtype=Type[kind])
     if experts:
         writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((experts, INNER, HIDDEN), np.float32))
     with warnings.catch_warnings():
@@ -100,10 +125,67 @@ def write_llama(file: Path, kind: str, architecture: str = "llama", tied: bool =
     return file
 
 
-def theirs(file: Path, dtype: Any) -> Any:
+def theirs(file: Path, dtype: Any, **config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **config)
+
+
+@pytest.mark.parametrize("kind", [name for name, _, _ in TYPES.values()])
+def test_blocks_of_any_bytes_have_the_values_of_the_package(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, values, width = TYPES[Type[kind].value]
+    rows = np.random.default_rng(2).integers(0, 256, (77, width), dtype=np.uint8)
+    blocks = Blocks(Type[kind].value, values, width)
+    with np.errstate(all="ignore"):  # some of the scales are infinite
+        wanted = gguf.dequantize(rows, Type[kind]).reshape(-1)
+        ours = dequantized(rows.reshape(-1), blocks)
+        monkeypatch.setattr(kernels, "dequantize_blocks", lambda *_: False)
+        uncompiled = dequantized(rows.reshape(-1), blocks)
+    for found in (ours, uncompiled):
+        assert np.array_equal(np.isnan(wanted), np.isnan(found))
+        assert np.array_equal(wanted.view(np.uint32)[~np.isnan(wanted)], found.view(np.uint32)[~np.isnan(found)])
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("qwen3moe", "Q4_K"), ("qwen2moe", "Q8_0")])
+def test_the_experts_of_a_layer_are_read_one_by_one(tmp_path: Path, architecture: str, kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "source").mkdir()
+    file = write_llama(tmp_path / "source/model.gguf", kind, architecture)
+    sizes = {"moe_intermediate_size": INNER}  # transformers does not take them from the file
+    if architecture == "qwen2moe":
+        sizes["shared_expert_intermediate_size"] = INNER
+    expected = theirs(file, torch.bfloat16, **sizes).state_dict()
+    dequantized_model(file.parent, tmp_path / "output", dtype="bfloat16", chunk_bytes=50_000)
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in tensors_of(tmp_path / "output")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "output").state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
+    quantize(file, tmp_path / "nf4", experts=True, dtype="bfloat16", device="cpu")
+    quantize(tmp_path / "output", tmp_path / "wanted", experts=True, device="cpu")
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "nf4") == []
+
+
+def test_a_model_in_several_files_is_read_as_if_it_were_in_one(tmp_path: Path) -> None:
+    for name, tensors_in_file in (("one", 0), ("split", 9)):
+        (tmp_path / name).mkdir()
+        write_llama(tmp_path / name / "tiny-Q4_0.gguf", "Q4_0", tensors_in_file=tensors_in_file)
+        dequantized_model(tmp_path / name, tmp_path / f"{name}-output", dtype="bfloat16")
+    parts = sorted((tmp_path / "split").iterdir())
+    assert [part.name for part in parts] == [f"tiny-Q4_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    assert differing_tensors(tmp_path / "one-output", tmp_path / "split-output") == []
+    assert (tmp_path / "one-output/config.json").read_bytes() == (tmp_path / "split-output/config.json").read_bytes()
+    assert open_checkpoint(LocalFolder(tmp_path / "split"), "q4_0").files == tuple(part.name for part in parts)
+    shutil.copy(parts[1], tmp_path / "kept")
+    shutil.copy(parts[2], parts[1])
+    with pytest.raises(MalformedInput, match=r"00002-of-00003\.gguf does not belong there: it says that it is file 2"):
+        open_checkpoint(LocalFolder(tmp_path / "split"))
+    parts[1].unlink()
+    with pytest.raises(MissingInput, match=r"without 'tiny-Q4_0-00002-of-00003\.gguf'"):
+        open_checkpoint(LocalFolder(tmp_path / "split"))
+    shutil.move(tmp_path / "kept", parts[1])
+    with pytest.raises(MissingInput, match=r"without 'tiny-Q4_0-00001-of-00003\.gguf', 'tiny-Q4_0-00003-of"):
+        quantize(parts[1], tmp_path / "output", device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTIZED, *SCALES])
@@ -111,7 +193,7 @@ def test_every_type_of_block_has_transformers_values(tmp_path: Path, kind: str) 
     (tmp_path / "source").mkdir()
     file = write_llama(tmp_path / "source/model.gguf", kind)
     expected = theirs(file, torch.bfloat16).state_dict()
-    dequantized(file.parent, tmp_path / "output", dtype="bfloat16", chunk_bytes=50_000)
+    dequantized_model(file.parent, tmp_path / "output", dtype="bfloat16", chunk_bytes=50_000)
     found = tensors_of(tmp_path / "output")
     assert found.keys() == expected.keys()
     assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
@@ -122,7 +204,7 @@ def test_what_the_library_does_to_the_values_is_done(tmp_path: Path, architectur
     (tmp_path / "source").mkdir()
     file = write_llama(tmp_path / "source/model.gguf", "Q8_0", architecture, tied=True)
     expected = theirs(file, torch.float32).state_dict()
-    dequantized(file.parent, tmp_path / "output", dtype="float32")
+    dequantized_model(file.parent, tmp_path / "output", dtype="float32")
     found = tensors_of(tmp_path / "output")
     assert found.keys() == expected.keys() - {"lm_head.weight"}
     assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
@@ -228,8 +310,5 @@ def test_what_the_library_does_not_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"in ggml's type 35"):
         quantize(file, tmp_path / "output", device="cpu")
     write_llama(file, "Q8_0", experts=2)
-    with pytest.raises(Unsupported, match=r"merges or splits blk\.0\.ffn_gate_exps\.weight"):
+    with pytest.raises(Unsupported, match=r"no place for blk\.0\.ffn_gate_exps\.weight in the LlamaForCausalLM"):
         quantize(file, tmp_path / "output", device="cpu")
-    shutil.move(file, tmp_path / "source/part-00001-of-00002.gguf")
-    with pytest.raises(Unsupported, match="split into several files"):
-        quantize(tmp_path / "source", tmp_path / "output", device="cpu")

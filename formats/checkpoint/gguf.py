@@ -11,7 +11,7 @@ from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.encodings import Blocks
 from qz.formats.folder import PIPELINE_INDEX, Folder
-from qz.formats.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from qz.formats.gguf_header import GgufHeader, GgufTensor, joined_header, read_gguf_header
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
 
 PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
@@ -25,7 +25,8 @@ TYPES = {
 }  # fmt: skip
 """ggml's types in blocks: name, values and bytes of a block; those that transformers and the gguf package both know."""
 _WIDTHS = {"F32": 4, "F16": 2, "F64": 8, "BF16": 2}
-_PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
+_PART = re.compile(r"-\d{5}-of-(?P<count>\d{5})\.gguf\Z", re.IGNORECASE)
+_MOST_PARTS = 10_000
 _BESIDE = re.compile(r"(?:mmproj|imatrix).*|.*[.-]imatrix\.gguf", re.IGNORECASE)
 
 
@@ -43,7 +44,8 @@ def gguf_files(folder: Folder) -> list[str]:
 def survey_gguf(
     folder: Folder, files: list[str], variant: str | None = None
 ) -> tuple[Checkpoint | None, tuple[Problem, ...]]:
-    """The one of ``files`` that has ``variant`` in its name as a checkpoint, and what is wrong with it."""
+    """The model of ``files`` that has ``variant`` in its name as a checkpoint, and what is wrong with it; one file, or
+    all that it is split into."""
     problems = Problems(folder.location)
     if variant is not None:
         wanted = re.compile(rf"(?:.*[.\-])?{re.escape(variant)}(?:-\d{{5}}-of-\d{{5}})?\.gguf", re.IGNORECASE)
@@ -51,12 +53,55 @@ def survey_gguf(
         if not files:
             problems.add("variant-missing", variant, name=quoted(variant), there=", ".join(there[:8]))
             return None, problems.worst_first()
-    if len(files) != 1:
-        part = next((name for name in files if _PART.fullmatch(name)), None)
-        kind = "gguf-parts" if part is not None else "gguf-several"
-        problems.add(kind, files[0], names=quoted_names(files))
+    if len({_PART.sub("", name) for name in files}) != 1:
+        problems.add("gguf-several", files[0], names=quoted_names(files))
         return None, problems.worst_first()
-    [file] = files
+    files = sorted(files)
+    if missing := _missing_parts(files):
+        problems.add("gguf-parts", files[0], names=quoted_names(missing))
+        return None, problems.worst_first()
+    sizes = {file: folder.sizes().get(file, 0) for file in files}
+    tensors: dict[str, StoredTensor | Decoded] = {}
+    headers: list[GgufHeader] = []
+    for number, file in enumerate(files):
+        try:
+            headers.append(_header(folder, file, number, len(files)))
+            _add_tensors(tensors, headers[-1], file, sizes[file], f"{folder.location}/{file}")
+        except Malformed as error:
+            problems.add_error(error, file, missing="weights-missing")
+            return None, problems.worst_first()
+    if not tensors:
+        text = f"{folder.location}/{files[0]} is not a valid GGUF file: it has no tensors. Download it again."
+        problems.add_error(Malformed("gguf-malformed", text), files[0], missing="weights-missing")
+        return None, problems.worst_first()
+    return Checkpoint(
+        folder=folder,
+        config=_config(headers[0]),
+        library="transformers",
+        architecture=None,
+        variant=None,
+        files=tuple(files),
+        sizes=sizes,
+        tensors=tensors,
+        encoded_as=GGUF,
+    ), problems.worst_first()
+
+
+def _missing_parts(files: list[str]) -> list[str]:
+    """Names of the files of a split model that are not there."""
+    match = _PART.search(files[0])
+    if match is None:
+        return []
+    count, stem = int(match["count"]), files[0][: match.start()]
+    if not 0 < count <= _MOST_PARTS:
+        return files
+    wanted = [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    there = {name.lower() for name in files}
+    return [name for name in wanted if name.lower() not in there]
+
+
+def _header(folder: Folder, file: str, number: int, count: int) -> GgufHeader:
+    """The header of the file of this number, from 0 on, of so many."""
     where = f"{folder.location}/{file}"
 
     def read(offset: int, length: int) -> bytearray:
@@ -64,31 +109,31 @@ def survey_gguf(
         folder.read_into(file, offset, memoryview(buffer))
         return buffer
 
-    size = folder.sizes().get(file, 0)
-    try:
-        if _PART.fullmatch(file):
-            problems.add("gguf-parts", file, names=quoted(file))
-            return None, problems.worst_first()
-        header = read_gguf_header(read, size, where)
-        if not header.tensors:
-            raise Malformed(
-                "gguf-malformed", f"{where} is not a valid GGUF file: it has no tensors. Download it again."
-            )
-        tensors = {name: _stored(tensor, file, size, where) for name, tensor in header.tensors.items()}
-    except Malformed as error:
-        problems.add_error(error, file, missing="weights-missing")
-        return None, problems.worst_first()
-    return Checkpoint(
-        folder=folder,
-        config=_config(header),
-        library="transformers",
-        architecture=None,
-        variant=None,
-        files=(file,),
-        sizes={file: size},
-        tensors=tensors,
-        encoded_as=GGUF,
-    ), problems.worst_first()
+    header = read_gguf_header(read, folder.sizes().get(file, 0), where)
+    said = [header.metadata.get(key, default) for key, default in (("split.no", number), ("split.count", count))]
+    if said != [number, count] and count > 1:
+        why = f"it says that it is file {said[0]}, from 0 on, of {said[1]}, and not {number} of {count}"
+        raise Malformed("gguf-malformed", f"{where} does not belong there: {why}. Download all files again.")
+    return header
+
+
+def _add_tensors(
+    tensors: dict[str, StoredTensor | Decoded], header: GgufHeader, file: str, size: int, where: str
+) -> None:
+    for name, tensor in header.tensors.items():
+        if name in tensors:
+            raise Malformed("gguf-malformed", f"{where} holds {quoted(name)}, as another file does. Download it again.")
+        tensors[name] = _stored(tensor, file, size, where)
+
+
+def joined_gguf_header(checkpoint: Checkpoint) -> bytes:
+    """The header of a checkpoint in GGUF, as if it were in one file: all that a library needs to see of it."""
+    headers = [
+        _header(checkpoint.folder, file, number, len(checkpoint.files)) for number, file in enumerate(checkpoint.files)
+    ]
+    first = bytearray(headers[0].after_metadata)
+    checkpoint.folder.read_into(checkpoint.files[0], 0, memoryview(first))
+    return joined_header(bytes(first), headers[0], (each for header in headers for each in header.tensors.values()))
 
 
 def _config(header: GgufHeader) -> dict[str, Any]:

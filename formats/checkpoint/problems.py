@@ -74,10 +74,10 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
         "{location} holds several models in GGUF: {names}. Choose one with --variant, such as Q8_0, or name the file.",
     ),
     "gguf-parts": (
-        Unsupported,
+        MissingInput,
         (
-            "{location} holds a model in GGUF that is split into several files ({names}), which transformers does not "
-            "read either. Merge them with llama.cpp's llama-gguf-split --merge, or use the original checkpoint."
+            "{location} holds a model in GGUF that is split into several files, without {names}. Download them all into "
+            "one folder, and name that."
         ),
     ),
     "gguf-malformed": (MalformedInput, ""),

@@ -33,6 +33,7 @@ __all__ = [
     "cast",
     "dequantize_4bit",
     "dequantize_absmax",
+    "dequantize_blocks",
     "dequantize_int8",
     "encode_4bit",
     "error_sums",
@@ -312,6 +313,18 @@ def cast(values: Array, source_dtype: str, target_dtype: str, out: Array) -> Non
         np.copyto(out, values)
         return
     backend().cast(values, source_dtype, target_dtype, out)
+
+
+def dequantize_blocks(kind: str, rows: Array, out: Array) -> bool:
+    """``out``, float32 (blocks, values), = ggml's blocks ``rows``, uint8 (blocks, bytes).
+
+    False, with nothing done, for a ``kind`` (ggml's name) that no kernel computes here.
+    """
+    if backend().__name__.rpartition(".")[2] != "numba_kernels":
+        return False
+    from qz.quantize.compute.cpu.ggml_kernels import dequantize_blocks as compiled
+
+    return compiled(kind, rows, out)
 
 
 def error_sums(original: Array, dtype: str, dequantized: Array, of: str = "F32") -> tuple[float, float, float]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.decoded import CODES, Decoded
 from qz.formats.encodings import Blocks
+from qz.quantize.compute import kernels
 from qz.quantize.compute.tables import widen
 from qz.quantize.decoding.codes import Floats
 from qz.quantize.decoding.parts import Parts
@@ -77,13 +79,16 @@ def dequantized(codes: Bytes, blocks: Blocks) -> Floats:
         if blocks.type == 30:  # bfloat16
             return widen(codes.view(np.uint16), "BF16")
         return codes.view({0: np.float32, 1: np.float16, 28: np.float64}[blocks.type]).astype(np.float32)
+    values = np.empty(codes.size // blocks.width * blocks.values, np.float32)
+    rows = codes.reshape(-1, blocks.width)
+    if kernels.dequantize_blocks(TYPES[blocks.type][0], rows, values.reshape(-1, blocks.values)):
+        return values
     from gguf import GGMLQuantizationType, dequantize
 
-    values = np.empty(codes.size // blocks.width * blocks.values, np.float32)
     step = max(1, PIECE // blocks.values)
-    rows = codes.reshape(-1, blocks.width)
     for start in range(0, len(rows), step):  # its temporaries then stay in the cache
-        piece: Any = dequantize(rows[start : start + step], GGMLQuantizationType(blocks.type))
+        row = rows[start : start + step].reshape(1, -1)  # of several, it takes sixteen at a time
+        piece: Any = dequantize(row, GGMLQuantizationType(blocks.type))
         values[start * blocks.values :][: piece.size] = piece.reshape(-1)
     return values
 

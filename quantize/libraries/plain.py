@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qz.formats.checkpoint.gguf import joined_gguf_header
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.sources import encoded
 from qz.quantize.libraries.importing import lean_imports
@@ -15,9 +16,7 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """As ``qz.formats.sources.encoded.plain_checkpoint``; of a GGUF file, what transformers makes of it."""
     if checkpoint.config.get("model_type") != GGUF or checkpoint.encoded_as != GGUF:
         return encoded.plain_checkpoint(checkpoint)
-    file, first = checkpoint.files[0], min(tensor.offset for tensor in checkpoint.tensors.values())
-    header = bytearray(first)
-    checkpoint.folder.read_into(file, 0, memoryview(header))
+    header = joined_gguf_header(checkpoint)
     where = checkpoint.folder.location
     if lean_imports.is_allowed():
         lean_imports.keep(OF_TRANSFORMERS)
@@ -29,4 +28,4 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     ):
         from qz.quantize.libraries.transformers.gguf import plain_gguf
 
-        return plain_gguf(checkpoint, bytes(header))
+        return plain_gguf(checkpoint, header)

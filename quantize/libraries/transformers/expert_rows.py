@@ -76,11 +76,11 @@ def expert_parameters(
             name = f"{path}.{leaves[-1 - depth]}"
             transposed = bool(getattr(module, "is_transposed", False))
             shape = tuple(model.get_parameter(name).shape)
-            found[stem] = ExpertParameter(name, shape, transposed, _stored(model, name, shape))
+            found[stem] = ExpertParameter(name, shape, transposed, stored_rows(model, name, shape))
     return found
 
 
-def _stored(model: Any, name: str, shape: tuple[int, ...]) -> tuple[ExpertRows, ...]:
+def stored_rows(model: Any, name: str, shape: tuple[int, ...]) -> tuple[ExpertRows, ...]:
     """Where the rows of a parameter (experts, rows, columns) are stored; its values are two columns of row numbers."""
     experts, rows, _ = shape
     numbers = torch.arange(experts * rows, dtype=torch.int64).reshape(experts, rows, 1).expand(-1, -1, 2).contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from qz import IOFailed, Unsupported
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.encodings import Blocks
+from qz.formats.gguf_header import read_gguf_header
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
+from qz.quantize.libraries.transformers.expert_rows import stored_rows
 from qz.quantize.libraries.versions import requirement
 
 try:
@@ -41,22 +44,25 @@ except ImportError as error:
     ) from error
 
 _TYPES = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2), "F64": (28, 8)}
-_SMALL = 1 << 24
-"""Values of a tensor that may be given to the loader to see what it does."""
+_EXPERT_SIZES = {
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+_EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
 
 
 def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
-    """The checkpoint under transformers' names and with its config. ``header``: the file's bytes up to its tensors.
+    """The checkpoint under transformers' names and with its config. ``header``: that of all its tensors.
 
     Raises Unsupported for an architecture that the library does not read, or reads by merging tensors.
     """
     where, architecture = checkpoint.folder.location, str(checkpoint.config.get("gguf"))
-    with _header_file(header, checkpoint.sizes[checkpoint.files[0]]) as path:
+    with _header_file(header, len(header) + max(tensor.nbytes for tensor in checkpoint.tensors.values())) as path:
         try:
             found = load_gguf_checkpoint(path, return_tensors=False)["config"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
             raise Unsupported(f"{where}: transformers does not read GGUF files of {architecture} ({error}).") from error
-    config: dict[str, Any] = json.loads(json.dumps(found, default=_plain_value))
+    config: dict[str, Any] = json.loads(json.dumps(found, default=_plain_value)) | _sizes_of_experts(header, where)
     model_type = str(config.get("model_type"))
     if "architectures" not in config and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
@@ -73,6 +79,9 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
     tensors: dict[str, StoredTensor | Decoded] = {}
     left_out: list[str] = []
     for name, tensor in checkpoint.tensors.items():
+        if _EXPERTS.search(name):
+            tensors |= _experts(processor, model, name, tensor, names, where)
+            continue
         arranged, new_name = _arranged(processor, name, tensor, names, where)
         if new_name is None:
             left_out.append(name)
@@ -86,6 +95,14 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
         encoded_as=GGUF,
         left_out=tuple(left_out),
     )
+
+
+def _sizes_of_experts(header: bytes, where: str) -> dict[str, int]:
+    """What the library's table of names (5.23) lacks: it would take the sizes of one model for those of all."""
+    metadata = read_gguf_header(lambda offset, length: header[offset : offset + length], len(header), where).metadata
+    architecture = metadata.get("general.architecture")
+    found = {key: metadata.get(f"{architecture}.{name}") for key, name in _EXPERT_SIZES.items()}
+    return {key: value for key, value in found.items() if isinstance(value, int) and value}
 
 
 def _by_this_loader(architecture: str) -> bool:
@@ -108,8 +125,6 @@ def _arranged(
 ) -> tuple[StoredTensor | Decoded, str | None]:
     """The tensor under its name in the model, None if it has none there, with what the loader does to its values."""
     shape = tensor.shape
-    if len(shape) > 2 and ".ffn_" in name:  # experts: looking at what the loader does would take as much memory
-        raise _merged(name, where)
     same, new_name = _processed(processor, np.broadcast_to(np.float32(0), shape), name, names, where)
     if new_name is None:
         return tensor, None
@@ -123,6 +138,42 @@ def _arranged(
         return values if made is None else made
 
     return _blocks(tensor, new_name, tuple(same.shape), arrange=arrange), new_name
+
+
+def _experts(
+    processor: Any, model: Any, name: str, tensor: StoredTensor | Decoded, names: Mapping[str, str], where: str
+) -> dict[str, StoredTensor | Decoded]:
+    """The matrices of the experts in a tensor that holds all of a layer, under the names that the library saves.
+
+    The loader puts several such tensors into one parameter; where this one belongs in it, it shows for a small one.
+    """
+    count, rows, columns = tensor.shape if len(tensor.shape) == 3 else (0, 0, 0)
+    kept: dict[str, dict[str, Any]] = {"tensors": {}}
+    try:
+        small = np.ones((count, 2, 1), np.float32)
+        processor.process(weights=small, name=name, tensor_key_mapping=names, parsed_parameters=kept)
+        [(parameter, made)] = kept["tensors"].items()
+        shape = tuple(model.get_parameter(parameter).shape)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise Unsupported(
+            f"{where}: transformers has no place for {name} in the {type(model).__name__} that it makes of this file. "
+            "Use the model's original checkpoint."
+        ) from None
+    taken = made[0, :, 0].nonzero().reshape(-1).tolist() if made.ndim == 3 else []
+    first = taken[0] // 2 * rows if taken else 0
+    stored = stored_rows(model, parameter, shape)
+    own = {each.expert: each for each in stored if (each.first, each.count, each.turned) == (first, rows, False)}
+    if shape != (count, rows * made.shape[1] // 2, columns) or sorted(own) != list(range(count)):
+        raise _merged(name, where)
+    return {own[number].name: _matrix(tensor, number, own[number].name) for number in range(count)}
+
+
+def _matrix(tensor: StoredTensor | Decoded, index: int, name: str) -> StoredTensor | Decoded:
+    """One matrix of a 3-D tensor, by its new name."""
+    whole = tensor.parts[CODES] if isinstance(tensor, Decoded) else tensor
+    nbytes = whole.nbytes // whole.shape[0]
+    part = whole._replace(name=name, shape=whole.shape[1:], offset=whole.offset + index * nbytes, nbytes=nbytes)
+    return replace(tensor, name=name, shape=part.shape, parts={CODES: part}) if isinstance(tensor, Decoded) else part
 
 
 def _processed(processor: Any, values: Any, name: str, names: Mapping[str, str], where: str) -> tuple[Any, str | None]:
