@@ -70,9 +70,10 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
 
 
 def joined_header(first: bytes, header: GgufHeader, tensors: Iterable[GgufTensor]) -> bytes:
-    """A header with the metadata of ``first``, a file's bytes up to its tensors, that lists ``tensors``, all at its end.
+    """A header with the metadata of ``first``, a file's bytes up to its list of tensors, that lists ``tensors`` instead.
 
-    Of a model in several files each lists its own tensors, and the first alone has the metadata.
+    All of them are said to lie at its end. Of a model in several files each lists its own, and the first alone has the
+    metadata.
     """
     listed = list(tensors)
     parts = [first[:8], struct.pack("<Q", len(listed)), first[16 : header.after_metadata]]

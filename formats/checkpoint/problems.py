@@ -76,8 +76,8 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "gguf-parts": (
         MissingInput,
         (
-            "{location} holds a model in GGUF that is split into several files, without {names}. Download them all into "
-            "one folder, and name that."
+            "{location} holds a model in GGUF that is split into several files, without {names}. Download them all "
+            "into one folder, and name that."
         ),
     ),
     "gguf-malformed": (MalformedInput, ""),
