@@ -70,7 +70,7 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
 
 
 def joined_header(first: bytes, header: GgufHeader, tensors: Iterable[GgufTensor]) -> bytes:
-    """A header with the metadata of ``first``, a file's bytes up to its list of tensors, that lists ``tensors`` instead.
+    """A header with the metadata of ``first``, a file's bytes up to its list of tensors, which lists ``tensors``.
 
     All of them are said to lie at its end. Of a model in several files each lists its own, and the first alone has the
     metadata.

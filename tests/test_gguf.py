@@ -20,7 +20,7 @@ from qz import MalformedInput, MissingInput, Unsupported
 from qz.api import inspect, quantize
 from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.decoded import Blocks
+from qz.formats.encodings import Blocks
 from qz.formats.folder import LocalFolder
 from qz.quantize.compute import kernels
 from qz.quantize.decoding.blocks import dequantized
