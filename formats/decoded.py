@@ -61,7 +61,13 @@ class Decoded:
     @property
     def computed(self) -> bool:
         """Whether its values are computed from codes."""
-        return self.encoding.computed
+        return self.encoding.computed or self.codes is not None
+
+    @property
+    def codes(self) -> str | None:
+        """The dtype of the 8-bit floats without scales that are its values in another order."""
+        stored = self.parts[CODES].dtype
+        return stored if not self.encoding.computed and stored != self.dtype and stored in FLOATS_8 else None
 
     @property
     def nbytes(self) -> int:

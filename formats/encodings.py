@@ -61,7 +61,10 @@ class TransposedBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Strided:
-    """The values themselves in another order: ``strides`` in values, as in torch; ``CODES`` begins at the first."""
+    """The values themselves, or 8-bit floats without scales, in another order: ``strides`` in values, as in torch.
+
+    ``CODES`` begins at the first.
+    """
 
     computed: ClassVar[bool] = False
 
@@ -87,7 +90,8 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The values of all parts, one after the other: ``CODES``, then those that ``joined_part`` names."""
+    """The values of all parts, or 8-bit floats without scales, one after the other: ``CODES``, then those that
+    ``joined_part`` names."""
 
     computed: ClassVar[bool] = False
 

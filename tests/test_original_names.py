@@ -84,6 +84,27 @@ def test_a_folder_becomes_the_file_that_its_original_becomes(made: Made, tmp_pat
     assert run(verify, tmp_path / "made", against=str(made.folder))["intact"]
 
 
+def test_8_bit_floats_are_read_where_they_are_put_together_and_not_without_their_scales(tmp_path: Path) -> None:
+    name = "SD3Transformer2DModel"
+    model = denoiser(name)
+    model.save_config(tmp_path / "config")
+    state = random(original_specs(name, specs_of(model), ""))
+    codes = {key: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for key, tensor in state.items()}
+    save_file(codes, tmp_path / "fp8.safetensors")
+    loaded = getattr(diffusers, name).from_single_file(
+        str(tmp_path / "fp8.safetensors"), config=str(tmp_path / "config"), torch_dtype=torch.bfloat16
+    )
+    loaded.save_pretrained(tmp_path / "loaded")
+    run(quantize, tmp_path / "loaded", output=tmp_path / "wanted")
+    report = run(quantize, tmp_path / "fp8.safetensors", config=str(tmp_path / "config"), output=tmp_path / "made")
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
+    assert report["dtype"] == "bfloat16"
+    scales = {key.replace(".weight", ".scale_weight"): torch.ones(1) for key in codes if key.endswith("qkv.weight")}
+    save_file({**codes, **scales}, tmp_path / "scaled.safetensors")
+    with pytest.raises(Unsupported, match=r"has scales of 8-bit floats \('joint_blocks\.0\.context_block\.attn\.qkv"):
+        run(quantize, tmp_path / "scaled.safetensors", config=str(tmp_path / "config"), output=tmp_path / "none")
+
+
 @pytest.mark.parametrize("name", [*SMALL, *WIDE])
 def test_a_conversion_is_that_of_the_library_and_its_way_back_gives_the_file(name: str, tmp_path: Path) -> None:
     """With real values, of the true number of rows and two columns: converters look at rows only."""

@@ -15,6 +15,8 @@ from qz.formats.malformed import quoted
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+OF_PIPELINES = ("first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+"""Prefixes that only files of whole pipelines have."""
 _COMFY = r"(?:model\.diffusion_model\.)?"
 
 
@@ -78,7 +80,7 @@ def original_layout(names: Iterable[str], class_name: str | None = None) -> dict
             if loader is None:
                 how = "Use a repository of this model in diffusers' layout."
             else:
-                what = "makes a pipeline of it" if "Pipeline" in loader else "reads it"
+                what = "makes a pipeline of it" if any(name.startswith(OF_PIPELINES) for name in names) else "reads it"
                 how = f"Name the file itself: `qz quantize FILE.safetensors` {what}. Or {once}"
             return {"tool": layout.tool, "example": quoted(example), "library": "diffusers", "how": how}
     return None

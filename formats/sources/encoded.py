@@ -65,10 +65,12 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
             if found.name in tensors or (found.name != name and found.name in checkpoint.tensors):
                 reading.problems.add("encoded-twice", quoted(name), name=quoted(found.name))
             tensors[found.name] = found
+        elif isinstance(tensor, Decoded) and tensor.dtype in FLOATS_8:  # in another order, and values as they are
+            tensors[name] = replace(tensor, dtype=reading.dtype)
         elif name not in reading.used:
             tensors[name] = tensor
     encoded = Encoded(str(method or "fp8"), tensors, tuple(reading.left))
-    if not reading.taken and not reading.problems.worst_first():
+    if tensors == checkpoint.tensors and not reading.problems.worst_first():
         return None, ()
     return encoded, reading.problems.worst_first()
 

@@ -70,6 +70,15 @@ class Parts:
                 "cannot be computed. Download it again."
             )
 
+    def ordered(self, raw: Bytes, target: str, memory: Memory) -> tuple[Bytes, str]:
+        """Values as they are stored, put in order; of 8-bit floats without scales, what they stand for."""
+        codes = self.tensor.codes
+        if codes is None:
+            return raw, self.tensor.dtype
+        found = memory("decoded", raw.size * 4).view(np.float32)
+        look_up(table(codes), raw, found)
+        return self.rounded(found, target, memory)
+
     def rounded(self, values: Floats, target: str, memory: Memory) -> tuple[Bytes, str]:
         """The computed values in the dtype that they are read in: the format's own, or ``target``."""
         tensor = self.tensor

@@ -22,14 +22,14 @@ class StridedReader:
     def __init__(self, folder: Folder, tensor: Decoded, layout: Strided) -> None:
         self.tensor, self.layout = tensor, layout
         self.parts = Parts(folder, tensor)
-        self.width = BITS[tensor.dtype] // 8
+        self.width = BITS[tensor.parts[CODES].dtype] // 8
         self.unit = max(int(np.prod(tensor.shape[1:])), 1)
 
-    def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
+    def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
         values = self.parts.array(CODES).reshape(-1).view(np.uint8).view(f"V{self.width}")
         strides = tuple(stride * self.width for stride in self.layout.strides)
         arranged = np.lib.stride_tricks.as_strided(values, self.tensor.shape, strides, writeable=False)
-        raw = memory("raw", (stop - start) * self.width)
+        raw = memory("raw" if self.tensor.codes is None else "source codes", (stop - start) * self.width)
         taken = arranged[start // self.unit : stop // self.unit]
         np.copyto(raw.view(f"V{self.width}").reshape(taken.shape), taken)
-        return raw, self.tensor.dtype
+        return self.parts.ordered(raw, target, memory)

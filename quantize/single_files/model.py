@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz import Unsupported
+from qz.formats.checkpoint.layouts import OF_PIPELINES
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import describe
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.untrusted_config import require_plausible, without_code
 from qz.quantize.single_files.configs import denoiser_config
-from qz.quantize.single_files.tensors import OF_PIPELINES, require_one_prefix
+from qz.quantize.single_files.tensors import require_one_prefix
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, QzError, Unsupported
 from qz.counted import counted, shown
+from qz.formats.checkpoint.layouts import OF_PIPELINES
 from qz.formats.checkpoint.pipeline import Component, Pipeline, component_in, has_weights, is_component
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.checkpoint.weights import library_of
@@ -23,7 +24,7 @@ from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.optional_packages import OF_TRANSFORMERS
 from qz.quantize.libraries.importing.untrusted_config import parts_bounded, require_plausible, without_code
 from qz.quantize.single_files.configs import read_config
-from qz.quantize.single_files.tensors import OF_PIPELINES, prefix_of, require_one_prefix
+from qz.quantize.single_files.tensors import prefix_of, require_one_prefix
 
 if TYPE_CHECKING:
     from qz.quantize.libraries.diffusers.single_file import PipelineFile

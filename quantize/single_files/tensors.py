@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qz import Unsupported
 from qz.counted import counted
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, survey_file
@@ -26,8 +27,8 @@ PREFIX = re.compile(
     r"|conditioner\.embedders\.\d+\.[a-z]+|text_encoders\.\w+\.[a-z]+)\."
 )
 """What names of a part of a pipeline begin with."""
-OF_PIPELINES = ("first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "text_encoders.")
-"""Prefixes that only files of whole pipelines have."""
+_SCALE = re.compile(r".*(?:scale_weight|weight_scale(?:_inv|_2)?|scaled_fp8|comfy_quant)")
+"""Names of scales of 8-bit floats, and of what says that there are some."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class OriginalFile:
     def unused(self, made: Iterable[Converted]) -> list[str]:
         """Names of the tensors that are no part of what was made.
 
-        Raises Malformed where one has the name of a part under another prefix: there are two candidates for it.
+        Raises Malformed where one has the name of a part under another prefix: there are two candidates for it; and
+        Unsupported for a scale, without which the weights would be others.
         """
         used = {name for each in made for name in each.sources}
         left = sorted(set(self.tensors) - used)
@@ -63,6 +65,11 @@ class OriginalFile:
                     "tensor-twice",
                     f"{self.location} has the same tensor as {quoted(name)} and as {quoted(other)}, and which is meant "
                     "cannot be told. Remove one of them.",
+                )
+            if _SCALE.fullmatch(name):
+                raise Unsupported(
+                    f"{self.location} has scales of 8-bit floats ({quoted(name)}), which diffusers' converter does not "
+                    "take along, and without which the weights would be others. Use the bfloat16 or plain fp8 file."
                 )
         return left
 
@@ -115,7 +122,9 @@ def _stored_as(name: str, dtype: str, converted: Converted, file: OriginalFile) 
     content, width = converted.content, BITS[dtype] // 8
     if isinstance(content, tracing.Identity):
         first = next(iter(file.tensors.values()))
-        return Decoded(name, dtype, converted.shape, {CODES: first._replace(nbytes=0, shape=(0,))}, Identity())
+        return Decoded(
+            name, dtype, converted.shape, {CODES: first._replace(dtype=dtype, nbytes=0, shape=(0,))}, Identity()
+        )
     if isinstance(content, tracing.View):
         source = file.tensors[content.source]
         begin = content.start * width
