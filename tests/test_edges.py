@@ -78,6 +78,8 @@ def test_a_dry_run_sees_that_the_disk_is_too_small(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"Not enough space for .*: it needs 1,000,000,000,000,000,000 bytes") as caught:
         check_room(tmp_path / "new/out", 10**18, Disk())
     assert caught.value.exit_code == 74  # type: ignore[attr-defined]
+    for way_out in ("--output", "--part 1/N", "--push-only", "qz inspect SOURCE --plan"):
+        assert way_out in str(caught.value)
     check_room(tmp_path / "new/out", 1000, Disk())
     assert list(tmp_path.iterdir()) == []
 

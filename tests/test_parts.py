@@ -263,6 +263,19 @@ def test_a_merge_names_what_is_missing(source: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["5-of-3", "0-of-2", "02-of-2", "1-of-20000", "5-of-3.partial.journal"])
+def test_a_name_that_no_part_can_have_is_named(source: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "out"
+    for number in (1, 2):
+        api.quantize(source, output, part=f"{number}/2", **SETTINGS)
+    (tmp_path / "out.parts" / name).mkdir()
+    why = rf"out.parts/{name.partition('.')[0]} is named like a part, but parts are 1-of-N to N-of-N.* move it away"
+    with pytest.raises(MalformedInput, match=why):
+        api.merge(output)
+    with pytest.raises(MalformedInput, match=why):
+        api.quantize(source, output, part="1/2", **SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("how", "why"),
     [

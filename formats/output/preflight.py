@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qz import IOFailed
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.exchange import refuse_foreign_partial
 from qz.formats.output.refusals import refuse_output, refuse_overlap
@@ -59,7 +60,10 @@ def check_room(output: Path, needed: int, disk: Disk) -> None:
         if place == output.parent:
             refuse_foreign_partial(folder, output.name)
             free += sum(_files(folder, output.name + PARTIAL).values())  # which is kept, or makes room
-    require_room(output, needed, free)
+    try:
+        require_room(output, needed, free)
+    except IOFailed as error:
+        raise IOFailed(f"{error} `qz inspect SOURCE --plan` gives the sizes where there is no room for them.") from None
 
 
 def check_interrupted(

@@ -34,7 +34,7 @@ PARTS = ".parts"
 PART_FILE = "part.json"
 MOST = 10_000
 """Parts of one output."""
-_NAME = re.compile(r"([1-9]\d{0,4})-of-([1-9]\d{0,4})")
+_NAME = re.compile(r"(\d+)-of-(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,6 +58,23 @@ class Share:
     def folder(self) -> str:
         """The name of its folder."""
         return f"{self.number}-of-{self.count}"
+
+    @classmethod
+    def named(cls, name: str, place: Path) -> Share | None:
+        """The part whose folder in ``place`` has this name; None for a name of another kind.
+
+        Raises MalformedInput for one that no part can have, such as 5-of-3.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        number, count = int(match[1]), int(match[2])
+        if not 1 <= number <= count <= MOST or name != f"{number}-of-{count}":
+            raise MalformedInput(
+                f"{place / name} is named like a part, but parts are 1-of-N to N-of-N, where N is at most {MOST:,}. "
+                "Give it its right name, or move it away."
+            )
+        return cls(number, count)
 
     def place(self, output: Path) -> Path:
         """Where it is made."""
@@ -198,17 +215,15 @@ def find_shares(disk: Disk, folder: Directory) -> SharesFound:
     begun: set[int] = set()
     counts: set[int] = set()
     for name in folder.names():
-        base, is_journal = name.removesuffix(JOURNAL), name.endswith(JOURNAL)
-        match = _NAME.fullmatch(base)
-        if match is None:
+        share = Share.named(name.removesuffix(JOURNAL), folder.path)
+        if share is None:
             continue
-        number = int(match[1])
-        if is_journal:
-            (running if _is_held(disk, folder, name) else begun).add(number)
-            counts.add(int(match[2]))
+        if name.endswith(JOURNAL):
+            (running if _is_held(disk, folder, name) else begun).add(share.number)
+            counts.add(share.count)
         elif folder.kind(name) == "folder":
-            finished.add(number)
-            counts.add(int(match[2]))
+            finished.add(share.number)
+            counts.add(share.count)
     return SharesFound(frozenset(counts), frozenset(finished), frozenset(running), frozenset(begun - finished))
 
 
@@ -248,10 +263,9 @@ def _fingerprints(place: Path, disk: Disk) -> Iterator[tuple[Share, Mapping[str,
         return
     with Directory.at(disk, place) as folder:
         for name in folder.names():
-            match = _NAME.fullmatch(name.removesuffix(JOURNAL))
-            if match is None:
+            share = Share.named(name.removesuffix(JOURNAL), place)
+            if share is None:
                 continue
-            share = Share(int(match[1]), int(match[2]))
             if name.endswith(JOURNAL):
                 begun = look_into(folder, name, None)
                 yield share, begun.fingerprint if begun is not None else None

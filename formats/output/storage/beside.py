@@ -31,5 +31,6 @@ def require_room(output: Path, needed: int, free: int) -> None:
     if needed > free:
         raise IOFailed(
             f"Not enough space for {output}: it needs {needed:,} bytes, {free:,} are free. "
-            "Free some, or write to another disk with -o/--output."
+            "Free some, write to another disk with -o/--output, make it in parts (--part 1/N), or keep none here: "
+            "--push with --push-only."
         )

@@ -50,6 +50,7 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "auto_class_names",
+    "cheap_converters",
     "could_be_tied",
     "default_skips",
     "dot_natural_key",
@@ -204,6 +205,28 @@ def saving_documents_only() -> Iterator[None]:
         yield
     finally:
         transformers.PreTrainedModel.save_pretrained = whole
+
+
+@contextmanager
+def cheap_converters() -> Iterator[None]:
+    """Inside, copies of a converter share its patterns, which never change: loading copies one for each source."""
+
+    def copied(converter: Any, memo: dict[int, Any]) -> Any:
+        with _known_layout():
+            made = copy.copy(converter)
+            made.operations = [copy.copy(operation) for operation in converter.operations]
+            made.collected_tensors = copy.deepcopy(converter.collected_tensors, memo)
+            made.layer_targets = copy.deepcopy(converter.layer_targets, memo)
+        return made
+
+    if "__deepcopy__" in vars(WeightConverter):  # of another thread, or of a later version
+        yield
+        return
+    WeightConverter.__deepcopy__ = copied
+    try:
+        yield
+    finally:
+        del WeightConverter.__deepcopy__
 
 
 def storage_of(tensor: torch.Tensor) -> int:

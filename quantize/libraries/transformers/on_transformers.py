@@ -36,6 +36,7 @@ from qz.quantize.libraries.transformers.experts import find_experts, quantize_ex
 from qz.quantize.libraries.transformers.footprint import footprint, kept_as_stored
 from qz.quantize.libraries.transformers.internals import (
     Conv1D,
+    cheap_converters,
     holds_experts,
     ignored_on_save,
     kept_in_float32,
@@ -46,6 +47,7 @@ from qz.quantize.libraries.transformers.internals import (
     should_convert_module,
     tied_weights,
 )
+from qz.quantize.libraries.transformers.meta_stacks import MetaStacks
 from qz.quantize.libraries.transformers.origins import Model, find_origins, find_transposed, packed_elsewhere, tie
 from qz.quantize.libraries.transformers.saved_names import saved_tensors
 from qz.quantize.libraries.transformers.selection import select
@@ -75,7 +77,8 @@ def examine(
         head = model_class.model.__name__
         class_notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
     class_name = type(model).__name__
-    origins = find_origins(model, tensors)
+    with MetaStacks():
+        origins = find_origins(model, tensors)
     transposed_weights = find_transposed(model, origins, tensors)
     checked(missing, [text for name, text in mismatched.items() if name not in transposed_weights], class_name, where)
     elsewhere = packed_elsewhere(model, origins, tensors)
@@ -174,7 +177,7 @@ def _load(
     bars = logging.is_progress_bar_enabled()
     try:
         # Without initial values for weights that have none: torch would import sympy for them.
-        with bars_as_found(), _temporary_folder() as folder, no_init_weights():
+        with bars_as_found(), _temporary_folder() as folder, no_init_weights(), MetaStacks(), cheap_converters():
             logging.disable_progress_bar()
             generation = None
             if GENERATION_CONFIG in checkpoint.folder.sizes() and model_class.model.can_generate():

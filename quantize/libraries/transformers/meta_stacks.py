@@ -1,0 +1,33 @@
+"""Experts stacked on the meta device at once: torch looks at each of hundreds of tensors in Python, several times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class MetaStacks(TorchFunctionMode):
+    """Inside, ``torch.stack`` of plain tensors on meta that have one shape and dtype looks at no more than that."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.stack:
+            return _stack(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _stack(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int = 0, **more: Any) -> torch.Tensor:
+    first = tensors[0] if tensors else None
+    if first is None or more or not all(_is_alike(each, first) for each in tensors):
+        return torch.stack(tensors, dim, **more)
+    shape = list(first.shape)
+    shape.insert(dim if dim >= 0 else dim + first.ndim + 1, len(tensors))
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return type(one) is torch.Tensor and one.is_meta and one.dtype == other.dtype and one.shape == other.shape
