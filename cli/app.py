@@ -36,6 +36,7 @@ COMMANDS = {
     "push": "Publish a checkpoint on the Hub.",
     "merge": "Put together what --part runs made.",
     "verify": "Compare an output with its hashes or its source.",
+    "attest": "State and sign what an output is made of.",
     "calibrate": "Record what quantization can know of a model's inputs.",
     "compare": "Show what quantizing changed.",
 }
@@ -50,6 +51,7 @@ EXAMPLES = {
     "push": ("qz push ./my-model-nf4 me/my-model-nf4", "qz push ./my-model-nf4 me/my-model-nf4 --dry-run"),
     "merge": ("qz merge ./my-model-nf4",),
     "verify": ("qz verify ./my-model-nf4", "qz verify ./my-model-nf4 --against ./my-model --sample 5%"),
+    "attest": ("qz attest ./my-model-nf4", "qz attest ./my-model-nf4 --source ./my-model --sign-key key.pem"),
     "calibrate": (
         "qz calibrate ./my-model -o my-model.statistics.safetensors",
         "qz calibrate ./my-model -o my-model.statistics.safetensors --text prose.txt --hessians",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli.options import arguments, machine, reports, selection
+from qz.cli.options import arguments, machine, outputs, reports, selection, signatures
 from qz.cli.output import Column, duration, facts, percent, plain, show, size, table, warn
 from qz.cli.progress import Display
 from qz.counted import counted
@@ -21,13 +21,15 @@ def verify(
     output: arguments.VerifiedArg,
     against: selection.SourceOpt = None,
     revision: selection.SourceRevisionOpt = None,
-    file: selection.UsedFileOpt = None,
-    config: selection.UsedConfigOpt = None,
-    lora: selection.UsedLoraOpt = None,
+    file: selection.FileOpt = None,
+    config: selection.ConfigOpt = None,
+    lora: selection.LoraOpt = None,
     importance: selection.UsedImportanceOpt = None,
     allow_pickle: selection.AllowPickleOpt = False,
     sample: selection.SampleOpt = None,
-    resume: selection.GoOnOpt = True,
+    resume: outputs.ResumeOpt = True,
+    statement: signatures.StatementOpt = None,
+    public_key: signatures.PublicKeyOpt = None,
     device: machine.DeviceOpt = "auto",
     threads: machine.ThreadsOpt = None,
     as_json: reports.JsonOpt = False,
@@ -48,6 +50,8 @@ def verify(
             allow_pickle=allow_pickle,
             sample=sample,
             resume=resume,
+            statement=statement,
+            public_key=public_key,
             device=device,
             threads=threads,
             on_progress=display,
@@ -65,7 +69,8 @@ def verdict(found: Verification) -> str:
     if (unrecorded := no_record(found)) is not None:
         return unrecorded
     if found.source is None:
-        return f"{found.output} is not as qz wrote it. The report says what differs."
+        told = f"what {found.statement} states" if found.statement is not None else "as qz wrote it"
+        return f"{found.output} is not {told}. The report says what differs."
     why = (
         f"All of it is what the libraries write on another device: it was made on {found.recorded_device}."
         if found.explained
@@ -83,7 +88,11 @@ def report(found: Verification) -> list[tuple[str, str]]:
     """The result as labels and values."""
     rows = [("output", found.output)]
     if found.recorded is not None:
-        rows.append(("compared", f"{counted(found.recorded.files, 'file')} with the recorded hashes"))
+        hashes = "recorded hashes" if found.statement is None else f"hashes in {found.statement}"
+        rows.append(("compared", f"{counted(found.recorded.files, 'file')} with the {hashes}"))
+    if found.signed_by is not None:
+        signed = not any(problem.kind == "signature-invalid" for problem in found.problems)
+        rows.append(("signature", f"by {found.signed_by}" if signed else f"not by {found.signed_by}, or not of this"))
     if found.recomputed is not None:
         compared, whole = found.recomputed.tensors
         some = f"{compared:,} of {counted(whole, 'tensor')}" if found.sample else counted(compared, "tensor")

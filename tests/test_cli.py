@@ -80,7 +80,7 @@ def act(script: Path, *arguments: str, **keywords: Any) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize(
-    "name", ["quantize", "inspect", "dequantize", "push", "calibrate", "compare", "merge", "verify"]
+    "name", ["quantize", "inspect", "dequantize", "push", "calibrate", "compare", "merge", "verify", "attest"]
 )
 def test_the_contracts_commands_are_there(name: str) -> None:
     assert name in GROUP.commands

@@ -160,9 +160,7 @@ def test_every_exit_code_is_documented_and_every_documented_one_exists() -> None
 
 def test_every_option_that_the_pages_use_exists() -> None:
     for page in PAGES:
-        for line in re.findall(
-            r"\bqz (?:quantize|inspect|dequantize|push|calibrate|compare|merge|verify) [^`\n|>]*", page.read_text()
-        ):
+        for line in re.findall(rf"\bqz (?:{'|'.join(COMMANDS)}) [^`\n|>]*", page.read_text()):
             words = shlex.split(line, comments=True) if line.count('"') % 2 == 0 and "'" not in line else line.split()
             params = COMMANDS[words[1]].params
             offered = {name for param in params for name in (*param.opts, *param.secondary_opts)} | {

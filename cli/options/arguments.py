@@ -47,6 +47,9 @@ VerifiedArg = Annotated[
         autocompletion=complete_folder,
     ),
 ]
+AttestedArg = Annotated[
+    Path, typer.Argument(metavar="OUTPUT", help="A folder that qz wrote.", autocompletion=complete_folder)
+]
 MergedArg = Annotated[
     Path,
     typer.Argument(

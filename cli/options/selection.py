@@ -158,33 +158,6 @@ UsedImportanceOpt = Annotated[
         help="The file of importance that OUTPUT was made with, if it was; its hash is compared.",
     ),
 ]
-UsedFileOpt = Annotated[
-    str | None,
-    PANEL.option("--file", metavar="NAME", help="The one file of SOURCE that was read. Default: as recorded."),
-]
-UsedConfigOpt = Annotated[
-    str | None,
-    PANEL.option(
-        "--config",
-        metavar="SOURCE",
-        help="The folder or repository with the config of a single file's model. Default: the recorded repository.",
-        autocompletion=complete_folder,
-    ),
-]
-UsedLoraOpt = Annotated[
-    list[str] | None,
-    PANEL.option(
-        "--lora",
-        metavar="LORA[:SCALE]",
-        help="A LoRA that was fused into OUTPUT, if one was; its hash is compared. Repeat it for more, in their order.",
-    ),
-]
-GoOnOpt = Annotated[
-    bool,
-    PANEL.flag(
-        "--resume/--no-resume", help="Leave out what an interrupted comparison of the same files found equal, or not."
-    ),
-]
 SampleOpt = Annotated[
     float | None,
     PANEL.option(

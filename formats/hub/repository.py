@@ -179,6 +179,11 @@ class HubFolder:
     def sizes(self) -> Mapping[str, int]:
         return {name: file.size for name, file in self._listed().items() if self.only in (None, name)}
 
+    def hashes(self) -> dict[str, tuple[str, str]]:
+        """Of each file the kind of hash that the Hub lists, as in-toto calls it, and the hash; none offline."""
+        files = {name: file for name, file in self._listed().items() if file.sha256 or file.git}
+        return {name: ("sha256", file.sha256) if file.sha256 else ("gitBlob", file.git) for name, file in files.items()}
+
     def subfolders(self) -> Sequence[str]:
         self._listed()
         return self._folders if self.only is None else ()

@@ -11,6 +11,7 @@ from qz.formats.folder import LocalFolder
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
 from qz.formats.output.recorded.record import RECORD, read_record
+from qz.formats.output.recorded.statement import BESIDE
 from qz.formats.output.storage.beside import ASIDE, PARTIAL, require_name, sibling
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
@@ -75,7 +76,7 @@ def _recorded(output: Path) -> frozenset[str]:
         return frozenset()
     finally:
         folder.close()
-    return frozenset({RECORD, *(file.name for file in record.files)}) if record else frozenset()
+    return frozenset({RECORD, *BESIDE, *(file.name for file in record.files)}) if record else frozenset()
 
 
 def _walk(root: Directory, recorded: frozenset[str], prefix: str = "") -> Iterator[str]:

@@ -13,6 +13,7 @@ from qz.formats.folder import read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import companions, settings, terms
 from qz.formats.output.recorded.record import RECORD, Record, read_record, verify_record
+from qz.formats.output.recorded.statement import BESIDE, STATEMENT, read_statement
 from qz.formats.publish.verified_file import VerifiedFile
 
 if TYPE_CHECKING:
@@ -54,6 +55,19 @@ class OwnFiles:
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
+    def require_stated(self) -> None:
+        """Raise MalformedInput if there is a statement, and it is of other files than these."""
+        data = {file.name: file.data for file in self.files}.get(STATEMENT)
+        if data is None:
+            return
+        stated = {name: sha256 for name, (sha256, _) in read_statement(data, STATEMENT).subjects.items()}
+        mine = {file.name: file.sha256 for file in self.files if file.name not in BESIDE}
+        if stated != mine:
+            unlike = next(name for name in sorted(stated.keys() | mine.keys()) if stated.get(name) != mine.get(name))
+            raise MalformedInput(
+                f"{STATEMENT} is of other files than these: {unlike} differs. Make it again with `qz attest`."
+            )
+
     def require_same(self) -> None:
         """Raise OutputRefused if a file is not what was verified any more."""
         for each in self.files:
@@ -81,7 +95,7 @@ def own_files(folder: LocalFolder, progress: Callable[[int], None] | None = None
         if "model_index.json" in names:
             for part in folder.subfolders():
                 names |= _named(folder.subfolder(part), f"{part}/")
-    names |= {each.name for each in terms(folder)}
+    names |= {each.name for each in terms(folder)} | (folder.sizes().keys() & BESIDE if record is not None else set())
     left_out = [name for name in folder.sizes() if name not in names and name != README]
     left_out += [f"{part}/" for part in folder.subfolders() if not any(name.startswith(f"{part}/") for name in names)]
     files = tuple(_own_file(name, found[name], hashes.get(name)) for name in sorted(names))

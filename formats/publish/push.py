@@ -44,6 +44,7 @@ def push(
     local = LocalFolder(folder)
     try:
         own = _verified(local, progress)
+        own.require_stated()
         blobs = [
             Blob(to.path(file.name), file.bytes, file.file if file.data is None else file.data, file.sha256)
             for file in own.files

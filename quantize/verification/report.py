@@ -25,6 +25,10 @@ class Verification:
     problems: tuple[Problem, ...]
     """Of the record and the files; what differs from the source is in ``recomputed``."""
     sample: float | None = None
+    statement: str | None = None
+    """The file whose hashes were compared, instead of the record's."""
+    signed_by: str | None = None
+    """The key that the folder was to be signed by."""
     recorded_device: str = ""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -54,6 +58,8 @@ class Verification:
             "files": recorded.files if recorded else None,
             "bytes": recorded.bytes if recorded else found.bytes if found else None,
             "problems": self.problems,
+            "statement": self.statement,
+            "signed_by": self.signed_by,
             "source": {"location": self.source, "revision": self.revision} if self.source is not None else None,
             "sample": self.sample,
             "tensors": {"compared": found.tensors[0], "all": found.tensors[1]} if found else None,

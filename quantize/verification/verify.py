@@ -84,9 +84,9 @@ def verify_against(
         found,
         (),
         sample,
-        str(record.about.get("device", "")),
-        notes,
-        time.monotonic() - begun,
+        recorded_device=str(record.about.get("device", "")),
+        notes=notes,
+        seconds=time.monotonic() - begun,
     )
 
 

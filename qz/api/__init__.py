@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qz.api.attestation import attest
     from qz.api.calibration import calibrate, compare
     from qz.api.dequantization import dequantize
     from qz.api.inspection import inspect
@@ -30,6 +31,7 @@ __all__ = [
     "Int8",
     "Nf4",
     "Progress",
+    "attest",
     "calibrate",
     "compare",
     "dequantize",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "qz.api.attestation": ("attest",),
     "qz.api.calibration": ("calibrate", "compare"),
     "qz.api.dequantization": ("dequantize",),
     "qz.api.inspection": ("inspect",),

@@ -29,6 +29,7 @@ class Need:
 ON_THE_HUB = "--{} is about a repository on the Hub, and {{source}} is here. Leave it out."
 OF_A_FILE = "{{source}} is a file: --{} needs the folder that it lies in."
 AGAINST = "--{} belongs to --against SOURCE: hashes are compared without it. Add it, or leave this one out."
+FILES = "--{} is about the files as they are: leave out --against, or this."
 PUSHED = "{} Add --push REPO_ID."
 ONE_MODEL = "{}, and {{source}} is a pipeline. Name a component with --subfolder{}."
 ONE_INSIDE = "{}, and {{source}} holds a whole pipeline. Leave it out."
@@ -43,7 +44,10 @@ PARTS_ARE_PUBLISHED = (
 NEEDS = (
     Need("quantize dequantize calibrate inspect", "revision", "hub", ON_THE_HUB.format("revision")),
     Need("verify", "revision", "against", AGAINST.format("revision")),
-    Need("verify", "revision", "hub", ON_THE_HUB.format("revision")),
+    Need("verify attest", "revision", "hub", ON_THE_HUB.format("revision")),
+    Need("attest", "revision", "named", "--revision is of --source SOURCE. Add that, or leave it out."),
+    Need("verify", "statement", "files", FILES.format("statement")),
+    Need("verify", "public_key", "files", FILES.format("public-key")),
     Need("quantize dequantize", "download", "hub", ON_THE_HUB.format("download")),
     Need(
         "quantize dequantize calibrate",

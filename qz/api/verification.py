@@ -29,6 +29,8 @@ def verify(
     allow_pickle: bool = False,
     sample: float | None = None,
     resume: bool = True,
+    statement: AnyPath | None = None,
+    public_key: AnyPath | None = None,
     device: str = "auto",
     threads: int | None = None,
     on_progress: OnProgress = ignore,
@@ -39,19 +41,23 @@ def verify(
     and compared; nothing is written. ``sample`` 0.05 takes weights at random until they have 5 % of the bytes. What an
     interrupted comparison found equal is not compared again unless ``resume`` is false.
     ``importance``, ``lora``, ``config`` and ``file`` name what was used, if it was, and ``allow_pickle`` is that of
-    ``quantize``. What differs is part of the value (``intact``), not raised.
+    ``quantize``. ``statement`` names an in-toto statement whose hashes count instead of the record's, ``public_key``
+    the key that the folder has to be signed by. What differs is part of the value (``intact``), not raised.
     """
     asked = Asked.of(verify, locals())
     from qz.formats.source import local_path, opened, opened_loras
+    from qz.quantize.verification.attested import verify_stated, with_signature
     from qz.quantize.verification.recorded_settings import Given
     from qz.quantize.verification.verify import verify_against, verify_record
 
-    asked.require(against=against is not None)
+    asked.require(against=against is not None, files=against is None)
     if against is not None:
         replace(asked, source=str(against)).require(hub=local_path(str(against)) is None)
     with opened(str(output)) as found:
         if against is None:
-            return verify_record(found, on_progress)
+            stated = Path(statement) if statement is not None else None
+            done = verify_record(found, on_progress) if stated is None else verify_stated(found, stated, on_progress)
+            return done if public_key is None else with_signature(done, found, Path(public_key))
         with opened_loras(lora) as loras:
             given = Given(
                 importance=Path(importance) if importance is not None else None,

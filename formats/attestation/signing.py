@@ -1,0 +1,66 @@
+"""Signatures of whole folders, made and checked by the OpenSSF's model-signing package, which is optional."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qz import MissingInput, Unsupported, UsageError
+from qz.formats.malformed import Malformed
+from qz.formats.output.recorded.statement import SIGNATURE
+
+BESIDE = ("README.md", ".cache", SIGNATURE)
+"""What is there on the Hub, or in a download of it, beside what is signed."""
+
+
+def sign(folder: Path, private_key: Path, left_out: Iterable[str]) -> bytes:
+    """The signature of all files in ``folder`` but those ``left_out``, by an elliptic-curve key in PEM."""
+    package = _package()
+    hashing = package.hashing.Config().set_ignored_paths(paths=[*BESIDE, *left_out])
+    with tempfile.TemporaryDirectory(prefix="qz-") as place:
+        signature = Path(place, SIGNATURE)
+        signer = _with_key(package.signing.Config(), "use_elliptic_key_signer", private_key=private_key)
+        signer.set_hashing_config(hashing).sign(folder, signature)
+        return signature.read_bytes()
+
+
+def require_signed(folder: Path, public_key: Path) -> None:
+    """Raise Malformed, saying what differs, unless the signature in ``folder`` is by that key and of these files."""
+    signature = folder / SIGNATURE
+    if not signature.is_file():
+        raise MissingInput(f"{folder} has no {SIGNATURE}: it is not signed, or by a file elsewhere.")
+    verifier = _with_key(_package().verifying.Config(), "use_elliptic_key_verifier", public_key=public_key)
+    try:
+        verifier.verify(folder, signature)
+    except Exception as error:  # whatever the package and what it builds on raise of a file by strangers
+        why = str(error) or type(error).__name__
+        raise Malformed("signature-invalid", f"{signature} does not sign this folder by this key: {why}") from error
+
+
+def _with_key(config: Any, use: str, **key: Path) -> Any:
+    [(name, path)] = key.items()
+    try:
+        return getattr(config, use)(**key)
+    except FileNotFoundError:
+        raise MissingInput(f"{path} does not exist. Name the key's file.") from None
+    except (OSError, ValueError, TypeError) as error:
+        kind = name.replace("_", " ")
+        raise UsageError(
+            f"{path} is not a {kind} that model-signing takes ({error}): an elliptic-curve key in PEM, without a "
+            "password. `openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes one."
+        ) from None
+
+
+def _package() -> Any:
+    names: Sequence[str] = ("model_signing.hashing", "model_signing.signing", "model_signing.verifying")
+    try:
+        for name in names:
+            importlib.import_module(name)
+        return importlib.import_module("model_signing")
+    except ImportError as error:
+        raise Unsupported(
+            f"Signatures need the OpenSSF's model-signing package ({error}): pip install 'qz-cli[sign]'."
+        ) from None

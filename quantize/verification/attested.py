@@ -1,0 +1,69 @@
+"""An output against an in-toto statement, and against the signature of model-signing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qz import IOFailed, MissingInput, Unsupported
+from qz.formats.attestation.signing import require_signed
+from qz.formats.checkpoint.problems import Problem
+from qz.formats.folder import LocalFolder
+from qz.formats.json_files import MAX_BYTES
+from qz.formats.malformed import Malformed
+from qz.formats.output.recorded.record import verify_files
+from qz.formats.output.recorded.statement import SIGNATURE, read_statement
+from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.inspection.report import Verified
+from qz.quantize.verification.report import Verification
+
+if TYPE_CHECKING:
+    from qz.formats.source import OpenedSource
+
+
+def verify_stated(output: OpenedSource, statement: Path, progress: OnProgress = ignore) -> Verification:
+    """Every file that a statement is about against the hash in it."""
+    begun, done = time.monotonic(), 0
+    try:
+        with statement.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        kind = MissingInput if isinstance(error, FileNotFoundError) else IOFailed
+        raise kind(f"{statement} cannot be read: {error.strerror}.") from None
+    files = read_statement(data, str(statement)).files(output.folder)
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(Progress("Verifying", bytes=done, all_bytes=sum(file.bytes for file in files)))
+
+    problems = verify_files(output.folder, files, count)
+    verified = Verified(len(files), done, not any(problem.severity == "error" for problem in problems))
+    return Verification(
+        output.location,
+        None,
+        None,
+        verified,
+        None,
+        problems,
+        statement=str(statement),
+        notes=output.notes,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def with_signature(found: Verification, output: OpenedSource, public_key: Path) -> Verification:
+    """With a problem more unless the folder is signed by the key. Unsupported for a repository."""
+    if not isinstance(output.folder, LocalFolder):
+        raise Unsupported(
+            f"The signature of {output.location} is checked on a copy of it: `hf download {output.location} "
+            "--local-dir COPY`, then `qz verify COPY --public-key KEY`."
+        )
+    problems = found.problems
+    try:
+        require_signed(output.folder.path, public_key)
+    except Malformed as error:
+        problems += (Problem("error", "signature-invalid", SIGNATURE, str(error)),)
+    return replace(found, problems=problems, signed_by=str(public_key))
