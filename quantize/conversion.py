@@ -137,7 +137,7 @@ class Conversion:
     def _pipeline(
         self, pipeline: Pipeline, plan: Callable[[Pipeline, Settings], PipelinePlan]
     ) -> PipelineSummary | UpToDate:
-        from qz.quantize.pipeline import carry_out_pipeline, summarize_pipeline
+        from qz.quantize.pipeline_run import carry_out_pipeline, summarize_pipeline
 
         try:
             self._download([each.checkpoint for each in pipeline.components if each.checkpoint])

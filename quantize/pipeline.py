@@ -1,29 +1,23 @@
-"""Whole pipelines: a plan for each component that is converted, all else carried over, one output, one report."""
+"""Whole pipelines: a plan for each component that is converted, all else carried over."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.adapter_file import AdapterFile
-from qz.formats.checkpoint.pipeline import Component, Pipeline, has_weights
+from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
-from qz.formats.output.recorded.record import WrittenFile
-from qz.progress import OnProgress, ignore
 from qz.quantize.adapters.placement import Placement, placements
-from qz.quantize.compute import kernels
-from qz.quantize.convert import about, fingerprint, plan_quantization
+from qz.quantize.convert import plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_size import fit, refuse_settings, unquantized
-from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.component_sizes import Combination
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.fusing import fused
@@ -32,10 +26,7 @@ from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
 from qz.quantize.planning.unreadable import KEPT, kept_unread
 from qz.quantize.settings import Settings
-from qz.quantize.source_identity import identity
-from qz.quantize.streaming.not_finite import NotFinite
-from qz.quantize.streaming.output_parts import Part, Target, model_part, write_parts
-from qz.quantize.summary import Source, fused_weights, made_from, summarize
+from qz.quantize.streaming.output_parts import Part, model_part
 
 
 @dataclass(frozen=True)
@@ -278,141 +269,6 @@ def _cast(component: Component, settings: Settings) -> Plan | None:
     stored = {step.weight.name: {source.dtype for source in step.sources} for step in plan.steps}
     same = all(stored[saved.weight.name] == {saved.dtype} for saved in architecture.saved)
     return None if same else plan
-
-
-def carry_out_pipeline(
-    plan: PipelinePlan,
-    source: Source,
-    target: Target,
-    settings: Settings,
-    progress: OnProgress = ignore,
-) -> PipelineSummary:
-    """Write the whole pipeline under one commit; see ``qz.quantize.convert.carry_out``."""
-    from qz.quantize.compute.devices import arithmetic_on
-
-    begun = time.monotonic()
-    arithmetic = arithmetic_on(settings.device)
-    sources = [plan.pipeline.folder, *([plan.pipeline.file_folder] if plan.pipeline.file_folder is not None else [])]
-    planned = summarize_pipeline(plan, source, target.place, device=arithmetic.name)
-    written = write_parts(
-        plan.parts,
-        sources,
-        target,
-        arithmetic,
-        settings.threads or arithmetic.threads,
-        fingerprint=fingerprint(identity(plan.folders, plan.carried), settings, arithmetic),
-        about=about(planned.as_json(), plan.folders, plan.carried, source.location, settings),
-        progress=progress,
-    )
-    done = summarize_pipeline(
-        plan,
-        source,
-        target.place,
-        device=arithmetic.name,
-        written=written.files,
-        seconds=time.monotonic() - begun,
-        resumed=written.resumed,
-        nonfinite=written.nonfinite,
-    )
-    notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
-    return replace(done, notes=notes, pushed=written.pushed, bytes_read=written.bytes_read)
-
-
-def summarize_pipeline(
-    plan: PipelinePlan,
-    source: Source,
-    output: str,
-    *,
-    device: str,
-    written: tuple[WrittenFile, ...] = (),
-    seconds: float = 0.0,
-    resumed: bool = False,
-    nonfinite: Mapping[str, Mapping[str, NotFinite]] | None = None,
-) -> PipelineSummary:
-    """Sum the plan up; ``written`` are the files of a finished run, none for a dry run. ``nonfinite``: by component."""
-    parts = {part.name: part for part in plan.parts}
-    components = []
-    whole = plan.pipeline.file_folder is None  # otherwise the folder is not the source, but that of the configs
-    for choice in plan.choices:
-        component, part = choice.component, parts[choice.name]
-        inside = f"{choice.name}/"
-        files = [replace(file, name=file.name.removeprefix(inside)) for file in written if file.name.startswith(inside)]
-        made = None
-        if part.plan is not None:
-            origin = replace(
-                source,
-                subfolder=choice.name,
-                library=part.plan.checkpoint.library,
-                architecture=part.plan.architecture.class_name,
-            )
-            odd = (nonfinite or {}).get(choice.name)
-            made = summarize(part.plan, origin, "", device=device, written=files, carried=part.carried, nonfinite=odd)
-        components.append(
-            ComponentSummary(
-                name=choice.name,
-                library=component.checkpoint.library if component.checkpoint else component.library,
-                architecture=component.checkpoint.architecture if component.checkpoint else component.class_name,
-                reason=choice.reason,
-                parameters=component.parameters,
-                bytes=component.bytes,
-                footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
-                model=made if choice.name not in plan.casts else None,
-                cast=made if choice.name in plan.casts else None,
-                left_out=companions.left_out(component.folder, used_files(component, part)) if whole else (),
-            )
-        )
-    shards = tuple(file for file in written if file.name.endswith(".safetensors")) or _planned_shards(plan.parts)
-    used = {*(each.name for each in parts[""].carried), *parts}
-    of_root = companions.left_out(plan.pipeline.folder, used) if whole else ()
-    strays = [name for name in of_root if name.endswith("/") and _holds_a_model(plan.pipeline.folder, name)]
-    return PipelineSummary(
-        source=source,
-        output=output,
-        device=device,
-        dry_run=not written,
-        components=tuple(components),
-        carried=tuple(f"{part.name}/{each.name}".lstrip("/") for part in plan.parts for each in part.carried),
-        bytes_all=sum(file.bytes for file in written) or sum(part.bytes_output for part in plan.parts),
-        shards=shards,
-        seconds=seconds,
-        resumed=resumed,
-        notes=(
-            *plan.pipeline.notes,
-            *plan.notes,
-            *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
-            *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),
-        ),
-        left_out_of_root=of_root,
-        loras=_fused_loras(plan),
-        combinations=plan.combinations,
-    )
-
-
-def _fused_loras(plan: PipelinePlan) -> tuple[Mapping[str, Any], ...]:
-    every = [*plan.plans.values(), *plan.casts.values()]
-    return tuple(
-        {**adapter.as_json(), "weights": sum(fused_weights(each, adapter) for each in every)}
-        for adapter in plan.adapters
-    )
-
-
-def used_files(component: Component, part: Part) -> set[str]:
-    """Names of the component's files that are in the output, as they are or in what was made of them."""
-    used = {name for each in part.carried for name in (each.name, each.file if each.folder is component.folder else "")}
-    return used | (made_from(component.checkpoint) if component.checkpoint is not None else set())
-
-
-def _holds_a_model(root: Folder, name: str) -> bool:
-    return has_weights(root.subfolder(name.rstrip("/")).sizes())
-
-
-def _planned_shards(parts: tuple[Part, ...]) -> tuple[WrittenFile, ...]:
-    shards: list[WrittenFile] = []
-    for part in parts:
-        files = [(layout.file, layout.size) for layout in part.plan.shards] if part.plan is not None else []
-        files += [(each.name, each.bytes) for each in part.carried if each.name.endswith(".safetensors")]
-        shards += [WrittenFile(f"{part.name}/{name}", nbytes, "") for name, nbytes in files]
-    return tuple(shards)
 
 
 def _own_settings(choice: Choice, settings: Settings) -> Settings:
