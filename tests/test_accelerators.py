@@ -11,7 +11,8 @@ import torch
 
 from qz import TryAgain
 from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
-from qz.quantize.compute.gpu.gpu_arithmetic import CHUNK_BYTES, LEAST_BYTES, Accelerator, Lane
+from qz.quantize.compute.gpu.gpu_arithmetic import CHUNK_BYTES, LEAST_BYTES, Accelerator
+from qz.quantize.compute.gpu.lanes import Lane
 
 NO_CLASS = RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB, max allowed: 9.1 GB).")
 """What MPS raises: no OutOfMemoryError."""

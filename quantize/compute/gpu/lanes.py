@@ -1,0 +1,68 @@
+"""One chunk at a time on a device: copied there, computed, copied back; on CUDA on streams of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch  # noqa: TID253 (this module is imported lazily)
+
+Tensors = Sequence[torch.Tensor]
+Computed = tuple[torch.Tensor | None, Tensors]
+"""What must be finite, if anything, and the results, each of one dimension and at least as long as asked for."""
+
+
+class Lane:
+    """One chunk at a time on a device: copied there, computed, copied back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def run(self, inputs: Tensors, compute: Callable[..., Computed], outs: Tensors) -> bool:
+        """Fill ``outs``, in host memory, with what ``compute`` makes of ``inputs``; whether all it checks is finite."""
+        checked, results = compute(*(each.to(self.device) for each in inputs))
+        for out, result in zip(outs, results, strict=True):
+            out.copy_(result[: out.numel()])
+        return checked is None or bool(torch.isfinite(extremes(checked)).all())
+
+
+class CudaLane(Lane):
+    """A lane with a stream for its copies, so that they overlap with the kernels and copies of other lanes.
+
+    bitsandbytes launches its quantizing kernels on the default stream, whatever stream is current (0.50.2,
+    backends/cuda/ops.py), and torch's streams do not wait for that one by themselves. So all kernels go there, between
+    two events. They take microseconds a chunk; the copies take the time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.extremes = torch.empty(2, pin_memory=True)
+
+    def run(self, inputs: Tensors, compute: Callable[..., Computed], outs: Tensors) -> bool:
+        with torch.cuda.stream(self.stream):
+            there = [torch.empty_like(each, device=self.device) for each in inputs]
+            for held, each in zip(there, inputs, strict=True):
+                held.copy_(each, non_blocking=True)
+            # A device that was lost is noticed here, by torch: bitsandbytes' own check ends the process.
+            self.stream.synchronize()
+        with torch.cuda.stream(torch.cuda.default_stream(self.device)):
+            checked, results = compute(*there)
+            bounds = None if checked is None else extremes(checked)
+            computed = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(computed)
+            for out, result in zip(outs, results, strict=True):
+                out.copy_(result[: out.numel()], non_blocking=True)
+            if bounds is not None:
+                self.extremes.copy_(bounds, non_blocking=True)
+            self.stream.synchronize()
+        return bounds is None or bool(torch.isfinite(self.extremes).all())
+
+
+def lane(device: torch.device) -> Lane:
+    return CudaLane(device) if device.type == "cuda" else Lane(device)
+
+
+def extremes(values: torch.Tensor) -> torch.Tensor:
+    """The least and the greatest value, as float32[2]; NaN, if there is one. One pass, no memory."""
+    return torch.stack(torch.aminmax(values)).float()
