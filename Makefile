@@ -99,6 +99,7 @@ hostile: $(READY)
 	$(BIN)/python tests/hostile_memory.py
 
 zoo: $(READY)
+	$(PIP) install --quiet -e ".[zoo]" -c constraints.txt
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(BIN)/python -m whole_zoo --page
 
 consumers: $(READY)

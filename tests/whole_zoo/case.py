@@ -138,6 +138,15 @@ def model_rows(small_models: Callable[[], Iterator[Any]]) -> Callable[[Case, Pat
     return rows_of
 
 
+def not_tried(result: str, why: str) -> Callable[[Case, Path], Iterator[Row]]:
+    """The one row of what there is nothing to try of."""
+
+    def rows_of(case: Case, _: Path) -> Iterator[Row]:
+        yield case.row(result=result, why=why)
+
+    return rows_of
+
+
 def first_that_runs(models: Iterator[Any]) -> Any:
     """In bfloat16, with random weights."""
     end = time.process_time() + SECONDS

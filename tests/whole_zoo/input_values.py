@@ -21,13 +21,14 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
     axes = next((len(value) for key, value in sizes.items() if "axes" in key and isinstance(value, list | tuple)), 3)
     width = next((prime for part, prime in _PRIMES.items() if part in name))
     hidden = sizes.get("hidden_size", width)
+    text = int(sizes.get("max_text_seq_length") or TEXT)
     rules: tuple[tuple[str, Any], ...] = (
         (r"timesteps?(?:_\w+)?|sigmas?|t|r|timestep_cond|\w*noise_time", lambda: torch.tensor([0.5])),
         (r"guidance(?:_scale)?|noise_level|augment_level", lambda: torch.tensor([1.0])),
         (r"(?:img|image|hidden_states)_ids", lambda: torch.zeros(LENGTH, axes)),
-        (r"(?:txt|text)_ids", lambda: torch.zeros(TEXT, axes)),
+        (r"(?:txt|text)_ids", lambda: torch.zeros(text, axes)),
         (r"img_shapes", lambda: [[(1, SIDE, SIDE)]]),
-        (r"txt_seq_lens", lambda: [TEXT]),
+        (r"txt_seq_lens", lambda: [text]),
         (r"\w*grid_thw", lambda: torch.tensor([[1, SIDE, SIDE]])),
         (r"target_sizes|spatial_shapes|tgt_sizes|\w*grid_hws?", lambda: torch.tensor([[SIDE, SIDE]])),
         (r"image_sizes", lambda: torch.tensor([[_side(sizes), _side(sizes)]])),
@@ -45,7 +46,7 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
         (r"conditioning_scale", lambda: 1.0),
         (r"added_cond_kwargs", dict),
         (r"encoder_(?:hidden_states_)?(?:attention_)?mask|text_mask|encoder_hidden_states_mask",
-         lambda: torch.ones(1, TEXT, dtype=torch.long)),
+         lambda: torch.ones(1, text, dtype=torch.long)),
         (r"\w*mask|\w*padding", lambda: torch.ones(1, LENGTH, dtype=torch.long)),
         (r"past_values|past_observed_\w+", lambda: random_values(1, LENGTH)),
         (r"visual_feats", lambda: random_values(1, TEXT, int(sizes.get("visual_feat_dim") or width))),
@@ -53,7 +54,7 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
         (r"inputs_embeds", lambda: random_values(1, LENGTH, hidden if is_count(hidden) else width)),
         (r"pooled\w*|\w*pooled\w*|clip_\w+pooled|image_embeds|text_embeds", lambda: random_values(1, width)),
         (r"encoder_hidden_states\w*|\w*text\w*|\w*prompt\w*|\w*embeds?|\w*states|\w*feats?|context|cap\w*|y",
-         lambda: random_values(1, TEXT, width)),
+         lambda: random_values(1, text, width)),
     )  # fmt: skip
     for pattern, value in rules:
         if re.fullmatch(pattern, name):

@@ -73,9 +73,35 @@ def inputs_that_run(model: Any) -> Inputs:
                 return Inputs(values)
             except Exception as error:
                 last = " ".join(f"{type(error).__name__}: {error}".split())[:100]
-                if not (_with_missing(values, error, parameters, sizes) or with_width(values, str(error))):
+                if not _mended(values, error, parameters, sizes):
                     break
     return Inputs(None, f"no input found: {last}")
+
+
+def _mended(
+    values: dict[str, Any], error: Exception, parameters: Mapping[str, inspect.Parameter], sizes: dict[str, Any]
+) -> bool:
+    missing = _with_missing(values, error, parameters, sizes)
+    return missing or with_width(values, str(error)) or _with_axes(values, error)
+
+
+def _with_axes(values: dict[str, Any], error: Exception) -> bool:
+    """Give an input that has too few axes, or too many, the shape of the first: a layer names the shape that it got,
+    or the failing statement unpacks the shape of an input by its name."""
+    first, *others = values
+    size = re.search(r"got input of size: \[([\d, ]+)\]", str(error))
+    unpacked = "values to unpack" in str(error) and re.search(
+        r"= (\w+)\.shape", " ".join(failing_lines(error.__traceback__))
+    )
+    for name in others:
+        value = values[name]
+        if not torch.is_tensor(value) or not torch.is_tensor(values[first]) or value.ndim == values[first].ndim:
+            continue
+        shape = ", ".join(map(str, value.shape))
+        if (size and size[1] == shape) or (unpacked and unpacked[1] == name):
+            values[name] = values[first].clone()
+            return True
+    return False
 
 
 def with_width(values: dict[str, Any], message: str) -> bool:
@@ -87,10 +113,11 @@ def with_width(values: dict[str, Any], message: str) -> bool:
         for name, value in values.items():
             if not torch.is_tensor(value) or not value.is_floating_point():
                 continue
-            for axis in (-1, 1) if value.ndim < 4 else (1,):
-                if value.ndim > 1 and value.shape[axis] == got and got != wanted:
+            for axes in ((-1,), (1,)) if value.ndim < 4 else ((1,), (-2, -1)):
+                if value.ndim > 1 and got != wanted and all(value.shape[axis] == got for axis in axes):
                     shape = list(value.shape)
-                    shape[axis] = wanted
+                    for axis in axes:
+                        shape[axis] = wanted
                     values[name] = random_values(*shape)
                     return True
     return False
@@ -255,7 +282,7 @@ def _of_diffusers(
     side = side if isinstance(side, int) and side <= 64 else 2 * SIDE
     shapes = [(1, LENGTH, channels), (1, channels, side, side), (1, channels, 2, side, side), (1, channels, LENGTH),
               (1, channels, 1, side, side), (1, 5, channels, side, side), (1, channels), (LENGTH, channels),
-              (1, 3, 32, 32), (1, 3, 1, 32, 32), (1, 3, 9, 32, 32)]  # fmt: skip
+              (1, channels, 2 * SIDE, 2 * SIDE), (1, 3, 32, 32), (1, 3, 1, 32, 32), (1, 3, 9, 32, 32)]  # fmt: skip
     common = [name for name in parameters if name not in required and _COMMON.fullmatch(name)]
     plain = [name for name in common if name != "guidance" and "mask" not in name]
     listed = "list" in str(parameters[first].annotation).lower()

@@ -24,11 +24,12 @@ with fp4 and double quantization too.
 - **known difference**: understood, and told below.
 - **the library fails**: it cannot quantize or save the class; qz's output loads.
 - **nothing to quantize**: no linear layer that bitsandbytes would quantize; qz refuses the class and says so.
+- **no class of its own**: no Auto class loads the type: it is the config of a part of other models.
 - **refused**: for the reason given. **not built**: the zoo has no small model of it, so nothing is known.
 - **differs**: for no reason that is known.
 """
 ORDER = ("identical", "kept on purpose", "the model's names", "known difference", "the library fails",
-         "nothing to quantize", "refused", "not built", "differs")  # fmt: skip
+         "nothing to quantize", "no class of its own", "refused", "not built", "differs")  # fmt: skip
 RUNS = {
     "equal": "equal to the library's quantized model",
     "near": "equal to it, and near the original, with layers kept on purpose",
@@ -41,7 +42,7 @@ TITLES = {"transformers": "Models of transformers", "diffusers": "Models of diff
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The whole page."""
-    cases = {(row["library"], row["kind"], row["architecture"]) for row in rows}
+    cases = {(row["library"], row["kind"], row["architecture"]) for row in rows if row["method"]}
     text = HEAD.format(
         transformers=version("transformers"),
         diffusers=version("diffusers"),
@@ -69,9 +70,12 @@ def _section(title: str, rows: list[dict[str, Any]]) -> str:
     text += _names(
         "Nothing to quantize", (name for name, results in classes.items() if results == {"nothing to quantize"})
     )
+    text += _names(
+        "No class of its own", (name for name, results in classes.items() if results == {"no class of its own"})
+    )
     told: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for row in rows:
-        if (result := _result(row)) not in ("identical", "nothing to quantize"):
+        if (result := _result(row)) not in ("identical", "nothing to quantize", "no class of its own"):
             told[row["architecture"], _kind(row), result, _why(row)].append(row["method"] or "all")
     if told:
         text += "\n### Others\n\n| class | method | result | why |\n|---|---|---|---|\n"
