@@ -1,11 +1,12 @@
 """How good the checkpoints are that qz writes in one format: trained models against their originals.
 
-``make quality``: the error of MiniLM's weights and embeddings, and the KL divergence of SmolLM2-135M's predictions on
-two texts that calibration has not seen, all made by the commands ``qz calibrate`` and ``qz quantize``. Every output is
-loaded by plain ``from_pretrained``; then its weights, as bitsandbytes gives them back, are computed with in float32, so
+``make quality``: the error of MiniLM's weights and embeddings, the KL divergence of SmolLM2-135M's predictions on two
+texts that calibration has not seen, and the error of a small text-to-image pipeline's denoiser and latents for prompts
+that it has not seen (``benchmarks.emoji`` trains it), all made by the commands ``qz calibrate`` and ``qz quantize``.
+Every output is loaded plainly; then its weights, as bitsandbytes gives them back, are computed with in float32, so
 that nothing but they differ. It takes minutes on a GPU, hours on a CPU with the full texts.
 
-    python -m benchmarks.quality [--models minilm smollm2] [--methods …] [--sequences 48] [--length 512]
+    python -m benchmarks.quality [--models minilm smollm2 emoji] [--methods …] [--sequences 48] [--length 512]
                                  [--calibration 16384] [--device auto] [--json]
 """
 
@@ -26,7 +27,8 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import real_models
+from benchmarks import emoji, real_models
+from qz import load
 
 KEPT, KEPT_GROUPS = 0.06, 0.16
 """Shares of the weights that stay at 16 bit: linears one by one, and in groups."""
@@ -59,6 +61,7 @@ METHODS = {
     "importance": Method((), "statistics"),
     "importance, double": Method(("--double-quant",), "statistics"),
     "importance, 1,024 tokens": Method((), "small"),
+    "importance, qz's prompts": Method((), "prompts"),
     "gptq": Method(GPTQ, "statistics"),
     "gptq, its own text": Method(GPTQ, "generated"),
     "fp4": Method(("--fp4",)),
@@ -82,6 +85,7 @@ TARGETS = {
         "gptq, its own text": 0.40,
         "6 % kept, scores": 0.70,
     },
+    "emoji": {},
 }
 """Of absmax's loss on unseen text, or of a random choice's."""
 WEIGHT_TARGETS = {("minilm", "search"): 0.0857}
@@ -111,12 +115,34 @@ class Subject(Protocol):
 
     name: str
     source: Path
+    part: tuple[str, ...]
+    """Words of commands that name what of the source is quantized."""
+    keeps_layers: bool
+    """Whether layers at 16 bit are tried, too."""
+
+    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
+        """By the name of what is known of the inputs: words of ``qz calibrate``."""
 
     def load(self, folder: Path) -> Any: ...
     def losses(self, reference: Any, model: Any) -> dict[str, torch.Tensor]: ...
 
 
-class MiniLM:
+class Reader:
+    """What reads text, and is calibrated on the documentation of Python."""
+
+    part: tuple[str, ...] = ()
+    keeps_layers = False
+
+    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
+        text = work / "documentation.txt"
+        text.write_text(real_models.documentation(), encoding="utf-8")
+        return {
+            "statistics": ("--text", text, "--tokens", tokens, "--hessians", "--scores"),
+            "small": ("--text", text, "--tokens", SMALL),
+        }
+
+
+class MiniLM(Reader):
     """Sentence embeddings: the mean of the last states, normalized; the loss of a sentence is 1 − cosine."""
 
     name = "minilm"
@@ -155,10 +181,18 @@ class MiniLM:
         return {name: 1 - (self.embed(model, t) * self.embedded[name]).sum(-1) for name, t in self.texts.items()}
 
 
-class SmolLM2:
+class SmolLM2(Reader):
     """Predictions of the next token; the loss of a sequence is the mean KL divergence from the original's."""
 
     name = "smollm2"
+    keeps_layers = True
+
+    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
+        more = {
+            "scores": ("--text", work / "documentation.txt", "--tokens", 2 * SMALL, "--scores"),
+            "generated": ("--generate", "--tokens", tokens, "--hessians"),
+        }
+        return super().calibrations(work, tokens) | more
 
     def __init__(self, options: argparse.Namespace) -> None:
         from transformers import AutoTokenizer
@@ -191,6 +225,61 @@ class SmolLM2:
         return {name: torch.stack([divergence(row) for row in rows]) for name, rows in self.texts.items()}
 
 
+class Emoji:
+    """Pictures of names that the transformer was not trained on. The losses of a name are the mean over the steps of
+    |Δ|² / |y|², y the denoiser's output at the original's step, and the same of the last latents."""
+
+    name = "emoji"
+    part: tuple[str, ...] = ("--subfolder", "transformer")
+    keeps_layers = False
+    steps = 8
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from diffusers import StableDiffusion3Pipeline
+
+        self.source, self.device = emoji.trained(options.device), options.device
+        self.seen, unseen = emoji.prompts()
+        self.prompts = unseen[: options.prompts]
+        without: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None, "torch_dtype": torch.float32}
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(self.source, **without)
+        self.pipeline.to(self.device).set_progress_bar_config(disable=True)
+        self.calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self.latents: torch.Tensor | None = None
+
+    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
+        many, few = work / "names.txt", work / "two-names.txt"
+        many.write_text("\n".join(self.seen[: max(1, tokens // 512)]), encoding="utf-8")
+        few.write_text("\n".join(self.seen[:2]), encoding="utf-8")
+        return {"statistics": ("--text", many, "--hessians"), "small": ("--text", few), "prompts": ()}
+
+    def load(self, folder: Path) -> Any:
+        inside = folder / "transformer"
+        return load(inside if inside.is_dir() else folder, device=self.device)
+
+    def draw(self, transformer: Any) -> torch.Tensor:
+        self.pipeline.transformer = transformer
+        noise = [torch.Generator().manual_seed(each) for each in range(len(self.prompts))]
+        how = {"num_inference_steps": self.steps, "generator": noise, "output_type": "latent"}
+        latents: torch.Tensor = self.pipeline(self.prompts, **how).images
+        return latents.flatten(1)
+
+    def losses(self, reference: Any, model: Any) -> dict[str, torch.Tensor]:
+        if self.latents is None:
+            keep = lambda _, __, given, found: self.calls.append((dict(given), found[0]))  # noqa: E731
+            hook = reference.register_forward_hook(keep, with_kwargs=True)
+            self.latents = self.draw(reference)
+            hook.remove()
+        changed = [relative(found.flatten(1), model(**given)[0].flatten(1)) for given, found in self.calls]
+        both = torch.stack(changed).mean(0).view(2, -1).mean(0)  # with the prompt and without
+        return {"denoiser": both, "latents": relative(self.latents, self.draw(model))}
+
+
+def relative(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Of each row."""
+    error, size = (each.double().square().sum(1) for each in (after - before, before))
+    return (error / size).cpu()
+
+
 def qz(*words: str | Path | int) -> dict[str, Any]:
     """The report of a command."""
     command = [sys.executable, "-m", "qz", *map(str, words), "--json", "--quiet"]
@@ -202,18 +291,11 @@ def qz(*words: str | Path | int) -> dict[str, Any]:
 
 
 def calibrate(subject: Subject, work: Path, options: argparse.Namespace, wanted: set[str | None]) -> dict[str, Path]:
-    """Those ``wanted`` of: statistics with Hessians and scores, of a few tokens, scores, and of a text of its own."""
-    text = work / "documentation.txt"
-    text.write_text(real_models.documentation(), encoding="utf-8")
-    how: dict[str, tuple[str | Path | int, ...]] = {
-        "statistics": ("--text", text, "--tokens", options.calibration, "--hessians", "--scores"),
-        "small": ("--text", text, "--tokens", SMALL),
-        "scores": ("--text", text, "--tokens", 2 * SMALL, "--scores"),
-        "generated": ("--generate", "--tokens", options.calibration, "--hessians"),
-    }
+    """Those that are ``wanted`` of the subject's calibrations."""
+    how = subject.calibrations(work, options.calibration)
     known = {name: work / f"{name}.safetensors" for name in how if name in wanted}
     for name, path in known.items():
-        qz("calibrate", subject.source, "-o", path, "--device", options.device, *how[name])
+        qz("calibrate", subject.source, *subject.part, "-o", path, "--device", options.device, *how[name])
     return known
 
 
@@ -221,8 +303,9 @@ def quantize(
     subject: Subject, method: Method, output: Path, known: dict[str, Path], reference: Any, device: str
 ) -> dict[str, Any]:
     """The report of ``qz quantize``."""
-    words: list[str | Path | int] = ["quantize", subject.source, "-o", output, "--overwrite", "--no-fsync"]
-    words += ["--device", device, *(each for each in method.options if method.seed is None or each != SPLIT[0])]
+    words: list[str | Path | int] = ["quantize", subject.source, *subject.part, "-o", output]
+    words += ["--overwrite", "--no-fsync", "--device", device]
+    words += [each for each in method.options if method.seed is None or each != SPLIT[0]]
     if method.known is not None:
         words += ["--scores" if method.known == "scores" else "--importance", known[method.known]]
     if method.kept:
@@ -287,9 +370,8 @@ def measured(subject: Subject, options: argparse.Namespace) -> Iterable[Figure]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     reference = subject.load(subject.source).float()
-    left_out = {"generated"} if subject.name != "smollm2" else set()
     asked = [METHODS[name] for name in options.methods or METHODS]
-    known = calibrate(subject, work, options, {method.known for method in asked} - left_out)
+    known = calibrate(subject, work, options, {method.known for method in asked})
     bases: dict[str, list[dict[str, torch.Tensor]]] = {}
     wanted = options.methods or list(METHODS)
     needed = {"absmax", *(METHODS[name].base for name in wanted)}
@@ -297,7 +379,7 @@ def measured(subject: Subject, options: argparse.Namespace) -> Iterable[Figure]:
         is_base = name == "absmax" or method.seed is not None
         if name not in wanted and not (is_base and method.base in needed):
             continue
-        if (method.kept or method.known in left_out) and subject.name != "smollm2":
+        if method.known not in (None, *known) or (method.kept and not subject.keeps_layers):
             continue
         report = quantize(subject, method, work / "output", known, reference, options.device)
         model, weight_error = plain(subject, reference, work / "output")
@@ -349,12 +431,17 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=48, help="of each text, for the language model")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--sentences", type=int, default=1000, help="of each text, for the embeddings")
+    parser.add_argument("--prompts", type=int, default=100, help="for the pipeline, of names it was not trained on")
     parser.add_argument("--calibration", type=int, default=16_384, help="tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    subjects: dict[str, Callable[[argparse.Namespace], Subject]] = {"minilm": MiniLM, "smollm2": SmolLM2}
+    subjects: dict[str, Callable[[argparse.Namespace], Subject]] = {
+        "minilm": MiniLM,
+        "smollm2": SmolLM2,
+        "emoji": Emoji,
+    }
     figures = []
     for name in options.models:
         for figure in measured(subjects[name](options), options):

@@ -26,6 +26,9 @@ def calibrate(
     text: selection.TextOpt = None,
     generate: selection.GenerateOpt = False,
     tokens: selection.TokensOpt = None,
+    steps: selection.StepsOpt = None,
+    resolution: selection.ResolutionOpt = None,
+    seed: selection.SeedOpt = None,
     hessians: outputs.HessiansOpt = False,
     scores: outputs.ScoresOpt = False,
     method: outputs.ScoredMethodOpt = None,
@@ -34,7 +37,7 @@ def calibrate(
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
 ) -> None:
-    """Run a 16-bit model of transformers on a text, block by block, and record the inputs of its linear layers."""
+    """Run a 16-bit model on a text, or a pipeline on prompts, block by block, and record the inputs of its linears."""
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries.importing import lean_imports
@@ -55,6 +58,9 @@ def calibrate(
             hessians=hessians,
             scores=scores,
             resume=resume,
+            steps=steps,
+            resolution=resolution,
+            seed=seed or 0,
             method=methods.MethodOptions().method(method) if method is not None else None,
             device=device,
             on_progress=display,
@@ -68,11 +74,15 @@ def calibrate(
 def report(found: Calibration) -> list[tuple[str, str]]:
     """The result as labels and values."""
     text = {"default": "qz's own", "generated": "the model's own"}.get(found.text, found.text)
-    rows = [
-        ("model", f"{found.architecture}, {counted(found.linears, 'linear layer')}"),
-        ("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"),
-        ("statistics", found.output),
-    ]
+    rows = [("model", f"{found.architecture}, {counted(found.linears, 'linear layer')}")]
+    if found.steps is None:
+        rows.append(("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"))
+    else:
+        rows.append(("components", ", ".join(found.components)))
+        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each, seed {found.seed}"
+        rows.append(("drawn", f"{text}: {of}, up to {found.tokens:,} tokens"))
+        rows.append(("memory", f"{size(found.weights_at_once or 0)} of weights at a time"))
+    rows.append(("statistics", found.output))
     if found.hessian_files:
         rows.append(("Hessians", f"{counted(len(found.hessian_files), 'file')} beside it, {size(found.hessian_bytes)}"))
     if found.scores is not None:

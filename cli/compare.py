@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from qz import IOFailed, OutputRefused
 from qz.cli.options import arguments, machine, reports, selection
-from qz.cli.output import facts, show, table, took, warn
-from qz.cli.picture import bars
+from qz.cli.output import Column, facts, show, table, took, warn
+from qz.cli.picture import Chart, charts
 from qz.cli.progress import Display, timed
 from qz.cli.report import LAYERS, lost, worst_layers
 from qz.counted import counted
 
 if TYPE_CHECKING:
-    from qz.quantize.calibration.compare import Comparison
+    from qz.quantize.calibration.compare import Comparison, OutputError
+
+TIMESTEPS = (
+    Column("component"),
+    Column("timestep", right=True),
+    Column("relative squared error", right=True),
+    Column("1 − cosine", right=True),
+)
 
 
 def compare(
@@ -25,12 +33,15 @@ def compare(
     allow_pickle: selection.AllowPickleOpt = False,
     text: selection.TextOpt = None,
     tokens: selection.TokensOpt = None,
+    steps: selection.StepsOpt = None,
+    resolution: selection.ResolutionOpt = None,
+    seed: selection.SeedOpt = None,
     picture: reports.PictureOpt = None,
     device: machine.DeviceOpt = "auto",
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
 ) -> None:
-    """Show what quantizing changed: in each layer's weights, and in what the model makes of a text."""
+    """Show what quantizing changed: in each layer's weights, and in what the model makes of a text or draws."""
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries.importing import lean_imports
@@ -47,6 +58,9 @@ def compare(
             allow_pickle=allow_pickle,
             text=text,
             tokens=tokens,
+            steps=steps,
+            resolution=resolution,
+            seed=seed,
             device=device,
             on_progress=display,
         )
@@ -54,9 +68,11 @@ def compare(
         warn(warning)
     found = timed(found)
     if picture is not None:
-        title = f"{PurePath(found.other).name}: relative error of what each block returns"
-        store(picture, bars(title, [(name, math.sqrt(error)) for name, error in found.blocks.items()]))
-    parts = [facts(report(found)), table(LAYERS, worst_layers(found.loss))]
+        store(picture, charts(drawn(found)))
+    parts = [facts(report(found))]
+    if found.timesteps:
+        parts.append(table(TIMESTEPS, timestep_rows(found)))
+    parts.append(table(LAYERS, worst_layers(found.loss)))
     show(found.as_json(), as_json=as_json, text="\n\n".join(parts))
 
 
@@ -81,13 +97,45 @@ def store(path: Path, text: str) -> None:
         raise IOFailed(f"{path} cannot be written: {error.strerror}.") from error
 
 
+def drawn(found: Comparison) -> list[Chart]:
+    """What the picture shows."""
+    of = PurePath(found.other).name
+    made = [Chart(f"{of}: relative error of what each block returns", "block", root(found.blocks.items()))]
+    if found.timesteps:
+        steps = [(f"{each.component} at {each.timestep:g}", each.error.relative_error) for each in found.timesteps]
+        made.insert(0, Chart(f"{of}: relative error of the denoiser's output", "timestep", root(steps)))
+    return [each for each in made if each.values]
+
+
+def root(squares: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    return [(name, math.sqrt(value)) for name, value in squares]
+
+
+def timestep_rows(found: Comparison) -> list[tuple[str, ...]]:
+    """Rows of ``TIMESTEPS``."""
+    return [
+        (each.component, f"{each.timestep:g}", noisy(each.error), f"{each.error.cosine_loss:.4g}")
+        for each in found.timesteps
+    ]
+
+
+def noisy(error: OutputError) -> str:
+    noise = f" ± {error.noise:.2g}" if error.noise is not None else ""
+    return f"{error.relative_error:.4g}{noise}"
+
+
 def report(found: Comparison) -> list[tuple[str, str]]:
     """The result as labels and values."""
     text = "qz's own" if found.text == "default" else found.text
-    rows = [
-        ("model", found.architecture),
-        ("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"),
-    ]
+    rows = [("model", found.architecture)]
+    if found.steps is None:
+        rows.append(("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"))
+    else:
+        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each, seed {found.seed}"
+        rows.append(("drawn", f"{text}: {of}"))
+    for name, changed in (("denoiser's output", found.denoiser), ("last latents", found.latents)):
+        if changed is not None:
+            rows.append((name, f"relative squared error {noisy(changed)}, 1 − cosine {changed.cosine_loss:.4g}"))
     if found.kl is not None:
         noise = f" ± {found.kl_error:.4f}" if found.kl_error is not None else ""
         rows.append(("KL divergence", f"{found.kl:.4f}{noise} nats per token"))

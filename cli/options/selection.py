@@ -119,7 +119,30 @@ TextOpt = Annotated[
     PANEL.option(
         "--text",
         metavar="FILE",
-        help="What the model reads: plain text in UTF-8. Default: a few pages that come with qz.",
+        help="What the model reads: plain text in UTF-8. Default: a few pages that come with qz. For a pipeline, what "
+        "it draws: one prompt a line. Default: 16 that come with qz.",
+    ),
+]
+StepsOpt = Annotated[
+    int | None,
+    PANEL.option("--steps", metavar="N", help="Of a pipeline: denoising steps for each prompt.", show_default="4"),
+]
+ResolutionOpt = Annotated[
+    int | None,
+    PANEL.option(
+        "--resolution",
+        metavar="PIXELS",
+        help="Of a pipeline: width and height of what it draws.",
+        show_default="256, or what it is made for if that is less",
+    ),
+]
+SeedOpt = Annotated[
+    int | None,
+    PANEL.option(
+        "--seed",
+        metavar="N",
+        help="Of a pipeline: the noise that it begins with.",
+        show_default="one of its own for each command",
     ),
 ]
 GenerateOpt = Annotated[

@@ -51,8 +51,16 @@ def states_of(output: Any) -> torch.Tensor:
 class BlockErrors:
     """Listens to two models, one after the other; in between, the first one's states are in files."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.batch = place, 0
+    def __init__(
+        self,
+        place: Path,
+        states: Callable[[Any], torch.Tensor] | None = None,
+        batches: frozenset[int] | None = None,
+    ) -> None:
+        """``states``: what is compared of an output, ``states_of`` by default; ``batches``: of these only."""
+        place.mkdir(exist_ok=True)
+        self.place, self.batch, self.batches = place, 0, batches
+        self.states = states or states_of
         self.errors: dict[str, RelativeError] = {}
         self._calls: dict[tuple[int, int], int] = {}
         """Block and batch → how often it was called."""
@@ -73,9 +81,11 @@ class BlockErrors:
 
     def _hook(self, number: int, path: str, *, compare: bool) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: Any) -> None:
+            if self.batches is not None and self.batch not in self.batches:
+                return
             call = self._calls[number, self.batch] = self._calls.get((number, self.batch), 0) + 1
             file = self.place / f"block-{number}-{self.batch}-{call}.npy"
-            states = states_of(output).float().cpu()
+            states = self.states(output).float().cpu()
             if not compare:
                 np.save(file, states.numpy())
                 return

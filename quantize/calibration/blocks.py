@@ -9,12 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
-
-    from qz.quantize.calibration.weights import Weights
+from typing import Any, Protocol
 
 
 class Finished(BaseException):
@@ -30,7 +25,7 @@ class _Batch:
     """One forward, and the part of the model that it waits for."""
 
     number: int
-    arguments: Mapping[str, torch.Tensor]
+    arguments: Mapping[str, Any]
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     waits_for: str | None = None
     done: bool = False
@@ -47,6 +42,7 @@ def parts_of(model: Any) -> dict[str, Any]:
         if any(path.startswith(f"{part}.") for part in parts):
             continue
         if isinstance(module, torch.nn.ModuleList):
+            parts.pop(path, None)  # a list in a list
             parts |= {f"{path}.{name}": block for name, block in module.named_children()}
         elif isinstance(module, torch.nn.Embedding):
             parts[path] = module
@@ -68,13 +64,20 @@ Leaving = Callable[[str, Any], None]
 """What is told that all batches have gone through a part, while its weights are still there."""
 
 
+class Loads(Protocol):
+    """Gives a module, by its path in the model, its weights, and takes them back."""
+
+    def load(self, path: str, module: Any) -> None: ...
+    def release(self, path: str, module: Any) -> None: ...
+
+
 class BlockPass:
     """One pass of several batches through a model. ``visited`` is called when all batches have left a part."""
 
     def __init__(
         self,
         model: Any,
-        weights: Weights,
+        weights: Loads,
         visited: Callable[[str], None],
         head: Any = None,
         entering: Entering | None = None,
@@ -94,9 +97,7 @@ class BlockPass:
         self.answers: Iterator[Any] | None = None
         """What the loaded part returns, if an earlier run went through it."""
 
-    def run(
-        self, batches: Iterable[Mapping[str, torch.Tensor]], used: Callable[[int, Any], None] | None = None
-    ) -> None:
+    def run(self, batches: Iterable[Mapping[str, Any]], used: Callable[[int, Any], None] | None = None) -> None:
         """Run every batch; ``used`` is given its number and what its forward returns, one at a time.
 
         Raises what the first failing forward raised.

@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,25 @@ from qz.quantize.streaming.measure import AgainstOriginal
 
 if TYPE_CHECKING:
     from qz.quantize.streaming.loss import Loss
+
+
+@dataclass(frozen=True, slots=True)
+class OutputError:
+    """Of outputs y and their changes Δ, the mean over prompts of |Δ|² / |y|², its standard error, and 1 − cosine."""
+
+    relative_error: float
+    noise: float | None
+    cosine_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class TimestepError:
+    """Of a denoiser's output at one timestep, or at the step of that number where it is not told of timesteps."""
+
+    component: str
+    timestep: float
+    error: OutputError
+
 
 TOKENS = 2048
 MOST_TOKENS = 16_384
@@ -70,11 +89,25 @@ class Comparison:
     dry_run: bool = False
     blocks: Mapping[str, float] = field(default_factory=dict)
     """Block → the mean over tokens of |Δ|² / |y|²: y what it returns in the original, Δ what has changed of it."""
+    steps: int | None = None
+    """Of pipelines, which draw ``sequences`` prompts."""
+    seed: int | None = None
+    denoiser: OutputError | None = None
+    """Of the outputs of a pipeline's denoisers at the original's steps."""
+    timesteps: tuple[TimestepError, ...] = ()
+    latents: OutputError | None = None
+    """Of the last latents, to which either pipeline went its own way."""
 
     def as_json(self) -> dict[str, Any]:
-        names = [name for name in self.__slots__ if name not in ("loss", "dry_run", "blocks")]
-        blocks = [{"name": name, "error": error} for name, error in self.blocks.items()]
-        return {name: getattr(self, name) for name in names} | {"blocks": blocks, "loss": self.loss.as_json()}
+        others = ("loss", "dry_run", "blocks", "denoiser", "timesteps", "latents")
+        told = {name: getattr(self, name) for name in self.__slots__ if name not in others}
+        told["blocks"] = [{"name": name, "error": error} for name, error in self.blocks.items()]
+        for name, error in (("denoiser", self.denoiser), ("latents", self.latents)):
+            told[name] = None if error is None else asdict(error)
+        told["timesteps"] = [
+            {"component": each.component, "timestep": each.timestep, **asdict(each.error)} for each in self.timesteps
+        ]
+        return told | {"loss": self.loss.as_json()}
 
 
 def compare(

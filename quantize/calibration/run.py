@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TOKENS = 1024
 """More of them hardly change the importance of inputs."""
+MOST_STEPS, MOST_PIXELS = 100, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +48,29 @@ class CalibrationRequest:
     """Let the model write the text."""
     resume: bool = True
     """Go on where an interrupted run with the same settings was."""
+    steps: int | None = None
+    """Of a pipeline, for each prompt; None for as many as are enough."""
+    resolution: int | None = None
+    """Of a pipeline: pixels of either side."""
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.generate and self.text is not None:
             raise UsageError("--generate and --text exclude each other: the model writes a text, or reads one.")
+        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
+            raise UsageError(f"--steps {self.steps} is not a number of steps from 1 to {MOST_STEPS}.")
+        if self.resolution is not None and not 1 <= self.resolution <= MOST_PIXELS:
+            raise UsageError(f"--resolution {self.resolution} is not a number of pixels from 1 to {MOST_PIXELS:,}.")
+        if self.tokens is not None and self.tokens < 1:
+            raise UsageError(f"--tokens {self.tokens} is not a number of tokens. The default is {TOKENS:,}.")
+
+    def require_text(self) -> None:
+        """Raise UsageError for Hessians of qz's own text."""
         if self.hessians and self.text is None and not self.generate:
             raise UsageError(
                 f"--hessians need a text of {GPTQ_TOKENS:,} tokens or more, of the kind that the model is for. "
                 "Name one with --text FILE, or let the model write one with --generate."
             )
-        if self.tokens is not None and self.tokens < 1:
-            raise UsageError(f"--tokens {self.tokens} is not a number of tokens. The default is {TOKENS:,}.")
 
     @property
     def text_name(self) -> str:
@@ -92,6 +105,13 @@ class Calibration:
     dry_run: bool = False
     scores: Scores | None = None
     resumed: bool = False
+    steps: int | None = None
+    """Of a pipeline; ``sequences`` are its prompts, and ``tokens`` the most that came to a linear."""
+    seed: int | None = None
+    components: tuple[str, ...] = ()
+    """Those of a pipeline whose inputs were recorded."""
+    weights_at_once: int | None = None
+    """Bytes of a pipeline's weights that were in memory together."""
 
     def as_json(self) -> dict[str, Any]:
         told = {name: value for name, value in asdict(self).items() if name not in ("dry_run", "scores")}
@@ -118,18 +138,32 @@ def calibrate(
 ) -> Calibration:
     """Record the inputs and write the file, which is complete or absent. Raises what reading and running raise."""
     refuse_existing(request.output)
+    request.require_text()
     checkpoint = plain_checkpoint(checkpoint)
     refuse_quantized(checkpoint)
     if checkpoint.library != "transformers":
         raise Unsupported(
-            f"{checkpoint.folder.location}: calibration runs models of transformers on text, and this is one of "
-            f"{checkpoint.library}. Quantize it with --scales search, which needs no calibration."
+            f"{checkpoint.folder.location} is a model of {checkpoint.library} without its pipeline, whose text "
+            "encoders and scheduler it needs to be run. Name the pipeline, and this folder with --subfolder; or "
+            "quantize it with --scales search, which needs no calibration."
         )
     architecture = examine(
         checkpoint, LoadRequest(None), equal=lambda one, other: equal_tensors(checkpoint, one, other)
     )
     run = _Run(checkpoint, source, request, progress)
     return run.run(architecture.class_name, architecture.dtype, tokenizer_folder)
+
+
+def token_warnings(tokens: int, unseen: tuple[str, ...], *, hessians: bool) -> tuple[str, ...]:
+    """What to tell of linears that saw few tokens, or none."""
+    found = []
+    if hessians and tokens < GPTQ_TOKENS:
+        found.append(f"with fewer than {GPTQ_TOKENS:,} tokens, GPTQ fits the text more than the model")
+    if unseen:
+        count = counted(len(unseen), "linear")
+        shown = ", ".join(unseen[:3]) + (" …" if len(unseen) > 3 else "")
+        found.append(f"no token came to {count}, whose inputs will count all the same: {shown}")
+    return tuple(found)
 
 
 class _Run:
@@ -302,13 +336,7 @@ class _Run:
         request, found = self.request, []
         if tokens < request.wanted:
             found.append(f"the text has {tokens:,} tokens for this model, fewer than the {request.wanted:,} asked for")
-        if request.hessians and tokens < GPTQ_TOKENS:
-            found.append(f"with fewer than {GPTQ_TOKENS:,} tokens, GPTQ fits the text more than the model")
-        if unseen:
-            count = counted(len(unseen), "linear")
-            shown = ", ".join(unseen[:3]) + (" …" if len(unseen) > 3 else "")
-            found.append(f"no token came to {count}, whose inputs will count all the same: {shown}")
-        return tuple(found)
+        return (*found, *token_warnings(tokens, unseen, hessians=request.hessians))
 
     def _write(self, hessians: dict[str, Any], store: BlockStore) -> None:
         """One file of Hessians beside the output, for each part of the model that has some."""

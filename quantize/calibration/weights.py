@@ -52,7 +52,7 @@ class Weights:
                 return  # computed when the model was built
             raise MalformedInput(f"{self.checkpoint.folder.location} has no weight for {quoted(name)}.")
         there = owner._buffers[attribute] if buffer else owner._parameters[attribute]
-        dtype = runnable.dtype if there.is_floating_point() and not buffer else there.dtype
+        dtype = runnable.dtype_of(name) if there.is_floating_point() and not buffer else there.dtype
         shape = tuple(there.shape)
         weight = Weight(
             name,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -91,14 +92,25 @@ class Tally:
         """What was collected so far."""
         with self.lock:
             layers = [LayerLoss(_module(name), *sums) for name, sums in self.sums.items()]
-        total = LayerLoss(
-            "total",
-            sum(layer.parameters for layer in layers),
-            math.fsum(layer.squared_error for layer in layers),
-            math.fsum(layer.squared_norm for layer in layers),
-            max((layer.max_error for layer in layers), default=0.0),
-        )
-        return Loss(total, tuple(sorted(layers, key=_badness)))
+        return _together(layers)
+
+
+def joined(losses: Mapping[str, Loss]) -> Loss:
+    """The loss of several models as one, their layers under COMPONENT.LAYER."""
+    return _together(
+        [replace(layer, name=f"{name}.{layer.name}") for name, loss in losses.items() for layer in loss.layers]
+    )
+
+
+def _together(layers: Sequence[LayerLoss]) -> Loss:
+    total = LayerLoss(
+        "total",
+        sum(layer.parameters for layer in layers),
+        math.fsum(layer.squared_error for layer in layers),
+        math.fsum(layer.squared_norm for layer in layers),
+        max((layer.max_error for layer in layers), default=0.0),
+    )
+    return Loss(total, tuple(sorted(layers, key=_badness)))
 
 
 def _badness(layer: LayerLoss) -> tuple[bool, float, str]:

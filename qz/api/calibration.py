@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +15,14 @@ from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import Method, Nf4
 
 if TYPE_CHECKING:
+    from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.folder import Folder
     from qz.formats.source import OpenedSource
     from qz.quantize.calibration.compare import Comparison
     from qz.quantize.calibration.run import Calibration
+
+COMPARED_SEED = 1_000_000
+"""Of the noise that compared pipelines begin with: not that of calibration."""
 
 
 @settings_given_back()
@@ -35,21 +41,31 @@ def calibrate(
     method: Method | None = None,
     generate: bool = False,
     resume: bool = True,
+    steps: int | None = None,
+    resolution: int | None = None,
+    seed: int = 0,
     device: str = "auto",
     on_progress: OnProgress = ignore,
 ) -> Calibration:
-    """Run a 16-bit transformers model on a text and write the statistics of its linears' inputs to ``output``.
+    """Run a 16-bit model of transformers on a text, or a pipeline of diffusers on prompts, and write the statistics of
+    its linears' inputs to ``output``.
 
     One block of the model and the hidden states are in memory at a time. ``text`` is a file, by default qz's own text;
     ``tokens`` of it are read. With ``generate`` the model writes the text itself, for which all of it is in memory.
     ``hessians`` adds what ``quantize(…, rounding="gptq")`` needs, in files beside it; ``scores`` how sensitive each
     linear is to being quantized by ``method`` (default: ``Nf4()``), for ``quantize(…, target_size=…)``.
-    An interrupted run goes on at the last block that it finished. Raises ``qz.QzError``; then there is no output.
+    An interrupted run goes on at the last block that it finished.
+
+    A pipeline draws: ``text`` has a prompt on each line, by default there are 16 of qz's own; each is denoised in
+    ``steps`` (default: 4) at ``resolution`` (default: 256, or what the pipeline is made for if that is less), from
+    noise of ``seed``. All models that take part are recorded, or the component ``subfolder`` of a pipeline. It takes no
+    ``tokens``, ``generate`` and ``scores``, and begins anew when it was interrupted.
+
+    Raises ``qz.QzError``; then there is no output.
     """
     asked = Asked.of(calibrate, locals())
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.survey import open_checkpoint
-    from qz.formats.folder import is_pipeline
     from qz.formats.source import local_path, opened
     from qz.quantize.calibration.run import CalibrationRequest
     from qz.quantize.calibration.run import calibrate as run
@@ -57,11 +73,18 @@ def calibrate(
     asked.require(scores=scores, hub=local_path(str(source)) is None)
     chosen = (method or Nf4()) if scores else None
     own = Path(text) if text is not None else None
-    request = CalibrationRequest(Path(output), own, tokens, hessians, device, chosen, generate, resume)
+    request = CalibrationRequest(
+        Path(output), own, tokens, hessians, device, chosen, generate, resume, steps, resolution, seed
+    )
     with opened(str(source), subfolder, revision, allow_pickle=allow_pickle) as found:
         asked.require(folder=found.file is None)
-        if is_pipeline(found.folder):
-            raise UsageError(f"{found.folder.location} is a pipeline. Name a text encoder of it with --subfolder.")
+        part = drawn_part(found, variant)
+        asked.require(reads_text=part is None, draws=part is not None)
+        if part is not None:
+            from qz.quantize.calibration.pipelines.calibrate import calibrate as run_pipeline
+
+            with opened_pipeline(found, variant) as pipeline:
+                return run_pipeline(pipeline, part or None, str(source), request, on_progress)
         tokenizer = tokenizer_of(found, subfolder)
         return run(open_checkpoint(found.folder, variant), tokenizer, str(source), request, on_progress)
 
@@ -75,19 +98,35 @@ def compare(
     allow_pickle: bool = False,
     text: AnyPath | None = None,
     tokens: int | None = None,
+    steps: int | None = None,
+    resolution: int | None = None,
+    seed: int | None = None,
     device: str = "auto",
     on_progress: OnProgress = ignore,
 ) -> Comparison:
-    """What quantizing ``original`` to ``other`` changed in its weights, and in what it makes of a text.
+    """What quantizing ``original`` to ``other`` changed in its weights, and in what it makes of a text or of prompts.
 
     Both run block by block, one after the other. ``subfolder`` is the component of a pipeline in both, where they have
-    it. Raises ``qz.QzError``.
+    it. Pipelines draw as in ``calibrate``, from other noise. Raises ``qz.QzError``.
     """
+    asked = Asked.of(compare, locals())
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.survey import open_checkpoint
     from qz.formats.source import opened
     from qz.quantize.calibration.compare import compare as run
 
+    with opened(str(original), subfolder, allow_pickle=allow_pickle) as first:
+        part = drawn_part(first, None)
+        asked.require(reads_text=part is None, draws=part is not None)
+        if part is not None:
+            how = (
+                Path(text) if text is not None else None,
+                steps,
+                resolution,
+                COMPARED_SEED if seed is None else seed,
+            )
+            with opened(str(other), allow_pickle=allow_pickle) as second:
+                return _compare_pipelines(first, second, part, how, device, on_progress)
     with (
         opened(str(original), subfolder, allow_pickle=allow_pickle) as first,
         opened(str(other), subfolder, allow_pickle=allow_pickle) as second,
@@ -96,6 +135,73 @@ def compare(
         chosen = Path(text) if text is not None else None
         names = str(original), str(other)
         return run(*checkpoints, names, tokenizer_of(first, subfolder), chosen, tokens, device, on_progress)
+
+
+def _compare_pipelines(
+    first: OpenedSource,
+    second: OpenedSource,
+    part: str,
+    how: tuple[Path | None, int | None, int | None, int],
+    device: str,
+    on_progress: OnProgress,
+) -> Comparison:
+    """``second`` may be the component ``part`` alone."""
+    from qz.formats.checkpoint.survey import open_checkpoint
+    from qz.formats.folder import is_pipeline
+    from qz.formats.source import enter
+    from qz.quantize.calibration.pipelines.calibrate import drawing_of
+    from qz.quantize.calibration.pipelines.compare import compare as run
+    from qz.quantize.calibration.pipelines.compare import with_component
+    from qz.quantize.calibration.run import CalibrationRequest
+
+    text, steps, resolution, seed = how
+    request = CalibrationRequest(Path(), text, device=device, steps=steps, resolution=resolution, seed=seed)
+    drawing = drawing_of(request)
+    names = first.location, second.location
+    with ExitStack() as stack:
+        original = stack.enter_context(opened_pipeline(first, None))
+        if is_pipeline(second.root) and not part:
+            other = stack.enter_context(opened_pipeline(second, None))
+        elif not part:
+            raise UsageError(
+                f"{second.folder.location} is no pipeline, and {first.folder.location} is one. Name the component that "
+                "was quantized with --subfolder."
+            )
+        else:
+            inside = is_pipeline(second.root)
+            folder = enter(second.root, part) if inside else second.folder
+            if inside:
+                stack.callback(folder.close)
+            other = with_component(original, part, open_checkpoint(folder))
+        return run(original, other, part or None, names, drawing, request.text_name, device, on_progress)
+
+
+def drawn_part(source: OpenedSource, variant: str | None) -> str | None:
+    """The component of a pipeline that is to be run with it, empty for the whole of it; None for a model that reads
+    text."""
+    from qz.formats.checkpoint.survey import open_checkpoint
+    from qz.formats.folder import is_pipeline
+
+    if is_pipeline(source.folder):
+        return ""
+    inside = source.folder is not source.root and is_pipeline(source.root)
+    if not inside or open_checkpoint(source.folder, variant).library != "diffusers":
+        return None
+    return (source.subfolder or "").strip("/")
+
+
+@contextmanager
+def opened_pipeline(source: OpenedSource, variant: str | None) -> Iterator[Pipeline]:
+    """The pipeline that a source is, or is a component of; its components' folders are closed afterwards."""
+    from qz.formats.checkpoint.pipeline import open_pipeline
+    from qz.formats.folder import is_pipeline
+
+    pipeline = open_pipeline(source.folder if is_pipeline(source.folder) else source.root, variant)
+    try:
+        yield pipeline
+    finally:
+        for component in pipeline.components:
+            component.folder.close()
 
 
 def tokenizer_of(source: OpenedSource, subfolder: str | None) -> Folder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
     model_class = model_class_of(checkpoint)
     class_name = model_class.__name__
     load_dtype = _load_dtype(tensors, request, float32_modules(model_class))
-    model = _build(checkpoint, model_class, getattr(torch, load_dtype))
+    model = build(checkpoint, model_class, getattr(torch, load_dtype))
     fp32 = float32_modules(model)
-    sources = _sources(model, tensors)
+    sources = sources_of(model, tensors)
     state = model.state_dict()
     found = {name: tensors[source] for name, source in sources.items()}
     checked(
@@ -107,7 +107,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
     )
 
 
-def _sources(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
+def sources_of(model: Any, tensors: Iterable[str]) -> dict[str, str]:
     """Model name → checkpoint name; attention layers had other names before diffusers 0.17."""
     names = {name: name for name in tensors}
     rename_old_keys(model, names)
@@ -130,7 +130,7 @@ def _load_dtype(tensors: Mapping[str, TensorSpec], request: LoadRequest, fp32: l
     return next((dtype for dtype, _ in (counts or in_fp32).most_common(1)), "float32")
 
 
-def _build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> Any:
+def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> Any:
     """The model on meta."""
     from accelerate import init_empty_weights
     from diffusers.utils import logging

@@ -35,6 +35,12 @@ class Runnable:
     transposed: frozenset[str]
     dtype: torch.dtype
     device: torch.device
+    float32: tuple[str, ...] = ()
+    """Segments of the paths of what computes in float32 whatever the dtype."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor of floats computes in."""
+        return torch.float32 if any(segment in self.float32 for segment in name.split(".")) else self.dtype
 
     @property
     def linears(self) -> dict[str, Any]:
@@ -71,8 +77,10 @@ def runnable(
     dtype: torch.dtype,
     device: torch.device,
     given: Mapping[str, TensorSpec] | None = None,
+    *,
+    reads_text: bool = True,
 ) -> Runnable:
-    """The model of the class that ``examine`` found. Raises Unsupported for one that does not read text.
+    """The model of the class that ``examine`` found. Where ``reads_text``, raises Unsupported for one that does not.
 
     ``given`` replaces the checkpoint's own names, dtypes and shapes, as for ``examine``.
     """
@@ -86,7 +94,7 @@ def runnable(
         shapes = {name: tensor.shape for name, tensor in (given or checkpoint.tensors).items()}
         with work_bounded(shapes, where), no_init_weights(), _parameters_on_meta():
             model = getattr(transformers, class_name)._from_config(config, dtype=dtype).eval()
-        if model.main_input_name != "input_ids":
+        if reads_text and model.main_input_name != "input_ids":
             raise Unsupported(f"{where}: {class_name} takes {model.main_input_name}, which is not made from text.")
         for each in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
             each.use_cache = False
@@ -100,10 +108,15 @@ def runnable(
             for missing, stored in ((one, other), (other, one)):
                 if missing not in origins and stored in origins:
                     origins[missing] = origins[stored]
+    move_buffers(model, device)
+    return Runnable(model, origins, transposed, dtype, device)
+
+
+def move_buffers(model: Model, device: torch.device) -> None:
+    """Put the buffers, which were computed when the model was built, on a device."""
     for name, buffer in list(model.named_buffers()):
         path, _, attribute = name.rpartition(".")
         model.get_submodule(path)._buffers[attribute] = buffer.to(device)
-    return Runnable(model, origins, transposed, dtype, device)
 
 
 @contextmanager
@@ -116,7 +129,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
-def running(class_name: str, where: str) -> Iterator[None]:
+def running(class_name: str, where: str, how: str = "run block by block") -> Iterator[None]:
     """Turn what the model's own code raises while it runs into Unsupported; a lack of memory stays what it is.
 
     What it might load only now is refused as while it was built.
@@ -129,4 +142,4 @@ def running(class_name: str, where: str) -> Iterator[None]:
     except Exception as error:
         if "DefaultCPUAllocator" in str(error):
             raise
-        raise Unsupported(f"{where}: {class_name} cannot be run block by block: {describe(error)}.") from error
+        raise Unsupported(f"{where}: {class_name} cannot be {how}: {describe(error)}.") from error

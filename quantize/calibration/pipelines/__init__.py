@@ -1,0 +1,1 @@
+"""Whole pipelines at work: what their models are given while they denoise, and what quantizing changed of it."""

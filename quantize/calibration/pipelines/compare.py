@@ -1,0 +1,245 @@
+"""``qz compare`` of pipelines: both draw the same prompts from the same noise, and the denoisers are compared twice.
+
+At each step of the original, the other's denoiser is given what the original's was given: the error of its output, and
+of what its blocks return. And each pipeline goes its own way to its own last latents.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qz import MalformedInput, Unsupported
+from qz.formats.checkpoint.pipeline import Pipeline
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.progress import OnProgress, Progress
+from qz.quantize.calibration.block_errors import BlockErrors
+from qz.quantize.calibration.blocks import BlockPass
+from qz.quantize.calibration.compare import Comparison, OutputError, TimestepError
+from qz.quantize.calibration.pipelines.calibrate import dtype_in, whole_warnings
+from qz.quantize.calibration.pipelines.components import Models, opened_models
+from qz.quantize.calibration.pipelines.denoising import Call, Drawing, Drawn, draw
+from qz.quantize.compute.run_device import run_device
+from qz.quantize.libraries.transformers.runnable import running
+from qz.quantize.planning.dequantization import plan_dequantization
+from qz.quantize.planning.unquantized import refuse_quantized
+from qz.quantize.settings import Settings
+from qz.quantize.streaming.loss import joined
+from qz.quantize.streaming.measure import AgainstOriginal
+
+if TYPE_CHECKING:
+    from qz.quantize.streaming.loss import Loss
+
+BLOCK_PROMPTS = 2
+"""Of so many prompts what each block returns waits in a file."""
+
+
+def with_component(pipeline: Pipeline, name: str, checkpoint: Checkpoint) -> Pipeline:
+    """The pipeline with another checkpoint in the place of one component. Raises MalformedInput for another model."""
+    found = next(each for each in pipeline.components if each.name == name)
+    assert found.checkpoint is not None
+    if checkpoint.architecture != found.checkpoint.architecture:
+        raise MalformedInput(
+            f"{checkpoint.folder.location} is a {checkpoint.architecture}, and {name} of {pipeline.folder.location} "
+            f"a {found.checkpoint.architecture}: these are two different models."
+        )
+    own = replace(found, folder=checkpoint.folder, checkpoint=replace(checkpoint, class_module=found.library))
+    return replace(pipeline, components=tuple(own if each is found else each for each in pipeline.components))
+
+
+def compare(
+    original: Pipeline,
+    other: Pipeline,
+    only: str | None,
+    names: tuple[str, str],
+    drawing: Drawing,
+    text: str,
+    device: str,
+    progress: OnProgress,
+) -> Comparison:
+    """Compare a pipeline with what bitsandbytes made of it, or of its component ``only``. Raises what reading and
+    running raise."""
+    begun = time.monotonic()
+    where, dtype = run_device(device, dtype_in(original))
+    measures = _measures(original, other, only)
+    with tempfile.TemporaryDirectory(prefix="qz-") as place:
+        with opened_models(original, dtype, where) as models:
+            drawn = draw(models, drawing, "Drawing with the original", progress)
+            denoisers = _denoisers(models, drawn, only)
+            blocks = {name: BlockErrors(Path(place, name), states_of, _some(drawn.calls[name])) for name in denoisers}
+            outputs = {
+                name: _outputs(models, name, drawn, blocks[name], "Running the original", progress)
+                for name in denoisers
+            }
+        with opened_models(other, dtype, where) as models:
+            changed = draw(models, drawing, "Drawing with the other", progress)
+            other_outputs = {
+                name: _outputs(models, name, drawn, blocks[name], "Running the other", progress, compare=True)
+                for name in denoisers
+            }
+    progress(Progress("Comparing weights"))
+    losses: dict[str, Loss] = {}
+    for name, (measure, plan) in measures.items():
+        losses[name] = measure.alone(plan, Settings(None, device=device))
+    pairs = {name: list(zip(drawn.calls[name], outputs[name], other_outputs[name], strict=True)) for name in denoisers}
+    return Comparison(
+        *names,
+        models.class_name,
+        text,
+        0,
+        len(drawing.prompts),
+        str(where),
+        str(dtype).removeprefix("torch."),
+        *(None,) * 6,
+        joined(losses),
+        time.monotonic() - begun,
+        whole_warnings(drawn.whole | changed.whole),
+        blocks={f"{name}.{path}": error for name in denoisers for path, error in blocks[name].means().items()},
+        steps=drawing.steps,
+        seed=drawing.seed,
+        denoiser=_error([pair for each in pairs.values() for pair in each]),
+        timesteps=tuple(error for name, each in pairs.items() for error in _by_timestep(name, each)),
+        latents=_error([(n, drawn.latents[n], changed.latents[n]) for n in sorted(drawn.latents)]),
+    )
+
+
+def _measures(original: Pipeline, other: Pipeline, only: str | None) -> dict[str, tuple[AgainstOriginal, Any]]:
+    """By component that is quantized in the other: its original, and the plan that it is dequantized by.
+
+    Raises Unsupported where there is none, or where the original is quantized, MalformedInput for other models.
+    """
+    if original.class_name != other.class_name:
+        raise MalformedInput(
+            f"{original.folder.location} is a {original.class_name}, and {other.folder.location} a "
+            f"{other.class_name}: these are two different pipelines."
+        )
+    for each in original.components:
+        if each.checkpoint is not None:
+            refuse_quantized(each.checkpoint)
+    first = {each.name: each.checkpoint for each in original.components if each.checkpoint is not None}
+    found = {}
+    for each in other.components:
+        before = first.get(each.name)
+        wanted = each.quantization is not None or each.name == only
+        if each.checkpoint is None or before is None or not wanted:
+            continue
+        plan = plan_dequantization(each.checkpoint, Settings(None))
+        measure = AgainstOriginal(before)
+        measure.check(plan)
+        found[each.name] = measure, plan
+    if not found:
+        raise Unsupported(f"No component of {other.folder.location} is quantized: there is nothing to compare.")
+    return found
+
+
+def _denoisers(models: Models, drawn: Drawn, only: str | None) -> list[str]:
+    """The models of diffusers that were called. Raises Unsupported where ``only`` was not, or there is none."""
+    found = [name for name in drawn.calls if models.weights[name].checkpoint.library == "diffusers"]
+    found = [name for name in found if only in (None, name)]
+    if not found:
+        raise Unsupported(f"{models.where}: {models.class_name} draws without {only or 'a denoiser'}.")
+    return found
+
+
+def _some(calls: Sequence[Call]) -> frozenset[int]:
+    """Numbers of the calls whose blocks are compared."""
+    return frozenset(number for number, call in enumerate(calls) if call.prompt < BLOCK_PROMPTS)
+
+
+def _outputs(
+    models: Models,
+    name: str,
+    drawn: Drawn,
+    blocks: BlockErrors,
+    task: str,
+    progress: OnProgress,
+    *,
+    compare: bool = False,
+) -> list[torch.Tensor]:
+    """What a denoiser returns of each call, float32 on the CPU."""
+    weights = models.weights[name]
+    model, whole = weights.runnable.model, name in drawn.whole
+    found: dict[int, torch.Tensor] = {}
+    visited: list[str] = []
+
+    def tell(part: str) -> None:
+        visited.append(part)
+        progress(Progress(task, len(visited), len(steps.parts), unit="block"))
+
+    def used(number: int, answer: Any) -> None:
+        found[number] = states_of(answer).float().cpu()
+
+    steps = BlockPass(model, weights, tell, entering=blocks.entering)
+    if whole:  # which call a block is in is not told
+        steps.parts = {}
+    hooks = blocks.watch(model, compare=compare) if not whole else []
+    try:
+        with running(type(model).__name__, models.where):
+            weights.load_rest(steps.parts)
+            steps.run([call.arguments for call in drawn.calls[name]], used)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        weights.release("", model)
+    return [found[number] for number in sorted(found)]
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """All states that a model or block of diffusers returns, [tokens, features]: of pictures, texts or both.
+
+    Channels of pictures and videos, the second of four dimensions and more, are features.
+    """
+    values = (output,) if torch.is_tensor(output) else output.values() if hasattr(output, "values") else output
+    tensors = [each for each in _flat(values) if each.is_floating_point() and each.ndim > 1]
+    if not tensors:
+        raise Unsupported(f"a block returns no hidden states, but {type(output).__name__}")
+    states = [(each.movedim(1, -1) if each.ndim > 3 else each).flatten(0, -2) for each in tensors]
+    return torch.cat([each for each in states if each.shape[-1] == states[0].shape[-1]])
+
+
+def _flat(values: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for each in values if isinstance(values, Sequence) or hasattr(values, "__iter__") else ():
+        if torch.is_tensor(each):
+            found.append(each)
+        elif type(each) in (list, tuple):
+            found += _flat(each)
+    return found
+
+
+Pair = tuple[Any, torch.Tensor, torch.Tensor]
+"""A call or the number of a prompt, what comes of it in the original, and in the other."""
+
+
+def _error(pairs: Sequence[Pair]) -> OutputError:
+    """The mean over prompts of the mean over each one's pairs."""
+    relative: dict[int, list[float]] = {}
+    cosines: list[float] = []
+    for which, before, after in pairs:
+        prompt = which.prompt if isinstance(which, Call) else which
+        if before.shape != after.shape:
+            raise MalformedInput("The denoisers return different shapes: these are two different models.")
+        x, y = before.double().flatten(), after.double().flatten()
+        relative.setdefault(prompt, []).append(float((y - x).square().sum() / x.square().sum()))
+        cosines.append(1 - float(torch.nn.functional.cosine_similarity(x, y, dim=0)))
+    each = [sum(values) / len(values) for values in relative.values()]
+    noise = float(np.std(each, ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
+    return OutputError(sum(each) / len(each), noise, sum(cosines) / len(cosines))
+
+
+def _by_timestep(name: str, pairs: Sequence[Pair]) -> list[TimestepError]:
+    grouped: dict[float, list[Pair]] = {}
+    count: dict[int, int] = {}
+    for pair in pairs:
+        call = pair[0]
+        count[call.prompt] = count.get(call.prompt, 0) + 1
+        grouped.setdefault(call.timestep if call.timestep is not None else count[call.prompt], []).append(pair)
+    return [TimestepError(name, timestep, _error(each)) for timestep, each in grouped.items()]

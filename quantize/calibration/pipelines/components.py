@@ -1,0 +1,156 @@
+"""The models of a pipeline on the meta device, each with its weights to be read, and the pipeline around them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qz import Unsupported
+from qz.formats.checkpoint.pipeline import INDEX, Component, Pipeline
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.folder import Folder, read_file
+from qz.formats.json_files import read_json
+from qz.quantize.calibration.text import MAX_TOKENIZER_BYTES
+from qz.quantize.calibration.weights import Weights
+from qz.quantize.libraries.diffusers.runnable import runnable as of_diffusers
+from qz.quantize.libraries.importing.boundary import library_errors
+from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.plain import plain_checkpoint
+from qz.quantize.libraries.transformers.classes import model_class_of
+from qz.quantize.libraries.transformers.runnable import runnable as of_transformers
+from qz.quantize.planning.dequantization import as_plain, quantized_weights
+
+SETTINGS = (".json", ".txt", ".model", ".tiktoken", ".jinja")
+"""Endings of the files of schedulers, tokenizers and processors; no code, and no pickles."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """A pipeline that can be run: ``weights`` has, by component, the model that reads them, too."""
+
+    where: str
+    pipeline: Any
+    weights: Mapping[str, Weights]
+    device: torch.device
+
+    @property
+    def class_name(self) -> str:
+        return type(self.pipeline).__name__
+
+    def model(self, component: str) -> Any:
+        return self.weights[component].runnable.model
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(each.bytes_read for each in self.weights.values())
+
+    def load(self, path: str, module: Any) -> None:
+        """Give the module at ``path``, which begins with its component, its weights."""
+        component, _, inside = path.partition(".")
+        self.weights[component].load(inside, module)
+
+    def release(self, path: str, module: Any) -> None:
+        component, _, inside = path.partition(".")
+        self.weights[component].release(inside, module)
+
+    def release_all(self) -> None:
+        for each in self.weights.values():
+            each.release("", each.runnable.model)
+
+
+@contextmanager
+def opened_models(pipeline: Pipeline, dtype: torch.dtype, device: torch.device) -> Iterator[Models]:
+    """The pipeline of diffusers' own class, its models without weights. What is quantized is dequantized when read.
+
+    Raises Unsupported where a library cannot build it.
+    """
+    import diffusers
+
+    pipeline.require_read()
+    pipeline_class = getattr(diffusers, pipeline.class_name, None)
+    where = pipeline.folder.location
+    if pipeline_class is None:
+        raise Unsupported(
+            f"diffusers {diffusers.__version__} has no class {pipeline.class_name}, which {where} asks for."
+        )
+    weights = {
+        each.name: _readable(plain_checkpoint(each.checkpoint), dtype, device)
+        for each in pipeline.components
+        if each.checkpoint is not None
+    }
+    with tempfile.TemporaryDirectory(prefix="qz-") as place:
+        left_out = _copy_settings(pipeline, Path(place))
+        models = {name: each.runnable.model for name, each in weights.items()}
+        with library_errors("diffusers", pipeline.class_name, where), isolated(), _quiet():
+            made = pipeline_class.from_pretrained(place, local_files_only=True, **models, **dict.fromkeys(left_out))
+        made.set_progress_bar_config(disable=True)
+        for model in models.values():
+            _computes_on(model, device)
+        yield Models(where, made, weights, device)
+
+
+def plain_dtype(component: Component) -> str:
+    """The dtype of most of a component's values."""
+    assert component.checkpoint is not None
+    counts: dict[str, int] = {}
+    for tensor in component.checkpoint.tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.nbytes
+    return {"BF16": "bfloat16", "F16": "float16"}.get(max(counts, key=lambda each: counts[each]), "float32")
+
+
+def _readable(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
+    sources = given = None
+    if "quantization_config" in checkpoint.config:
+        sources, given = as_plain(checkpoint, quantized_weights(checkpoint))
+    if checkpoint.library == "diffusers":
+        return Weights(checkpoint, of_diffusers(checkpoint, dtype, device, given), sources)
+    name = model_class_of(checkpoint).model.__name__
+    return Weights(checkpoint, of_transformers(checkpoint, name, dtype, device, given, reads_text=False), sources)
+
+
+def _copy_settings(pipeline: Pipeline, place: Path) -> list[str]:
+    """What diffusers reads of a pipeline whose models it is given; the names of components that were left out of it."""
+    data = read_file(pipeline.folder, INDEX, MAX_TOKENIZER_BYTES)
+    (place / INDEX).write_bytes(data)
+    index = read_json(data, f"{pipeline.folder.location}/{INDEX}")
+    for component in pipeline.components:
+        if component.checkpoint is None:
+            (place / component.name).mkdir()
+            _copy(component.folder, place / component.name)
+    return [name for name, value in index.items() if value == [None, None]]
+
+
+def _copy(folder: Folder, place: Path) -> None:
+    for name in folder.sizes():
+        if name.endswith(SETTINGS) and "/" not in name:
+            (place / name).write_bytes(read_file(folder, name, MAX_TOKENIZER_BYTES))
+
+
+def _computes_on(model: Any, device: torch.device) -> None:
+    """Say where a model computes, whose parameters are on meta, as accelerate says it of models that are offloaded."""
+    from accelerate.hooks import ModelHook
+
+    model._hf_hook = ModelHook()
+    model._hf_hook.execution_device = device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' advice on pipelines and dtypes."""
+    from diffusers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,49 @@
+"""How much memory the weights of a pipeline take while it runs, and whether there is as much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qz import TryAgain
+
+
+def at_once(modules: Iterable[Any], parts: Mapping[str, Any]) -> int:
+    """Bytes of the parameters that are in memory together: the largest of the parts, and all that is in none."""
+    sizes = [_bytes(part) for part in parts.values()]
+    return sum(map(_bytes, modules)) - sum(sizes) + max(sizes, default=0)
+
+
+def require(nbytes: int, device: torch.device, what: str) -> None:
+    """Raise TryAgain where a device has less memory left than ``nbytes``."""
+    free = _free(device)
+    if free is not None and free < nbytes:
+        raise TryAgain(
+            f"{what} takes {nbytes / 1e9:.1f} GB of weights at once, and {device} has {free / 1e9:.1f} GB left. Free "
+            "memory (close other processes), or use another --device."
+        )
+
+
+def _bytes(module: Any) -> int:
+    each = {id(parameter): parameter for parameter in module.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in each.values())
+
+
+def _free(device: torch.device) -> int | None:
+    """None where the system does not tell."""
+    if device.type != "cpu":
+        ask = getattr(torch.get_device_module(device.type), "mem_get_info", None)
+        return int(ask(device)[0]) if ask is not None else None
+    free: list[int] = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        free.append(int(most) - int(used))
+    return min(free, default=None)

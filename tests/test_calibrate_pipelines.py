@@ -1,0 +1,326 @@
+"""``qz calibrate`` and ``qz compare`` of pipelines: as hooks on the libraries' own pipelines see it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import pipelines
+from conftest import Qz
+from qz import MalformedInput, MissingInput, TryAgain, Unsupported, UsageError, api
+from qz.quantize.calibration.pipelines import memory
+from qz.quantize.calibration.statistics import read_statistics
+
+PROMPTS = ("a red cat on the moon", "two foxes in the snow")
+DRAWN: dict[str, Any] = {"steps": 2, "resolution": 32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipelines")
+    (folder / "prompts.txt").write_text(f"{PROMPTS[0]}\n\n  {PROMPTS[1]}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flux(root: Path) -> Path:
+    return pipelines.flux(root / "flux")
+
+
+@pytest.fixture(scope="module")
+def known(flux: Path, root: Path) -> Path:
+    """Statistics of the pipeline's models, with Hessians."""
+    api.calibrate(flux, root / "flux.safetensors", text=root / "prompts.txt", hessians=True, **DRAWN)
+    return root / "flux.safetensors"
+
+
+@pytest.fixture(scope="module")
+def four_bit(flux: Path, known: Path, root: Path) -> Path:
+    """Transformer and T5 by GPTQ; the others are as they were."""
+    components = ("transformer", "text_encoder_2")
+    api.quantize(flux, root / "nf4", importance=known, rounding="gptq", components=components, device="cpu")
+    return root / "nf4"
+
+
+def stable_cascade(folder: Path) -> Path:
+    """The prior of Stable Cascade, whose UNet has lists of lists of blocks."""
+    torch.manual_seed(3)
+    words = pipelines.clip_tokenizer(folder.with_name("clip-files"))
+    prior = diffusers.StableCascadeUNet(
+        conditioning_dim=64, block_out_channels=(64, 64), num_attention_heads=(2, 2), down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1), switch_level=(False,), clip_image_in_channels=64, clip_text_in_channels=32,
+        clip_text_pooled_in_channels=32, dropout=(0.0, 0.0),
+    )  # fmt: skip
+    encoder = pipelines.clip(words, 32, projected=True)
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    pipeline = diffusers.StableCascadePriorPipeline(words, encoder, prior, scheduler, resolution_multiple=8)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def whole(folder: Path, **models: Any) -> Any:
+    """The pipeline in float32, as diffusers loads it."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **models)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Any, seed: int) -> list[torch.Tensor]:
+    how = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+    noise = [torch.Generator().manual_seed(seed + number) for number in range(len(PROMPTS))]
+    return [pipeline(prompt, generator=each, **how)[0] for prompt, each in zip(PROMPTS, noise, strict=True)]
+
+
+def seen_by_hooks(pipeline: Any) -> dict[str, tuple[torch.Tensor, int]]:
+    """COMPONENT/WEIGHT → float64[in, in] sums of outer products, and tokens, of every linear that is called."""
+    sums: dict[str, Any] = {}
+
+    def hook(name: str) -> Any:
+        def see(_: Any, args: Any) -> None:
+            x = args[0].flatten(0, -2).double()
+            before, count = sums.get(name, (0, 0))
+            sums[name] = (before + x.T @ x, count + len(x))
+
+        return see
+
+    for component, model in pipeline.components.items():
+        for path, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(hook(f"{component}/{path}.weight"))
+    draw(pipeline, 0)
+    return sums
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl", "stable_cascade"])
+def test_what_is_recorded_is_what_hooks_on_the_whole_pipeline_see(name: str, root: Path, tmp_path: Path) -> None:
+    make = stable_cascade if name == "stable_cascade" else getattr(pipelines, name)
+    folder = root / name if (root / name).is_dir() else make(tmp_path / name)
+    output = tmp_path / "stats.safetensors"
+    found = api.calibrate(folder, output, text=root / "prompts.txt", hessians=True, **DRAWN)
+    stats, expected = read_statistics(output), seen_by_hooks(whole(folder))
+    assert set(expected) == {weight for weight, sums in stats.sums.items() if sums.tokens}
+    assert set(found.unseen) == set(stats.sums) - set(expected)
+    assert set(found.components) == {weight.partition("/")[0] for weight in expected}
+    for weight, (product, tokens) in expected.items():
+        assert stats.sums[weight].tokens == tokens, weight
+        np.testing.assert_allclose(stats.sums[weight].sum2, product.diagonal().numpy(), rtol=1e-3, atol=1e-4)
+        kept = stats.hessian(weight)
+        assert kept is not None
+        np.testing.assert_allclose(kept, product.numpy(), rtol=1e-3, atol=1e-3 * float(product.abs().max()))
+    assert not any("cannot be run block by block" in warning for warning in found.warnings)
+    assert found.weights_at_once is not None
+    assert found.weights_at_once < 0.7 * whole_bytes(folder)
+
+
+def whole_bytes(folder: Path) -> int:
+    """Of all parameters in float32."""
+    models = [each for each in whole(folder).components.values() if isinstance(each, torch.nn.Module)]
+    return sum(4 * weight.numel() for model in models for weight in model.parameters())
+
+
+def test_a_model_that_reads_a_block_before_it_calls_it_is_loaded_whole(
+    flux: Path, known: Path, root: Path, tmp_path: Path
+) -> None:
+    forward = diffusers.FluxTransformer2DModel.forward
+
+    def reads_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["hidden_states"] = kwargs["hidden_states"] + 0 * self.transformer_blocks[0].attn.to_q.weight.sum()
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers.FluxTransformer2DModel, "forward", reads_first)
+        stats = tmp_path / "stats.safetensors"
+        found = api.calibrate(flux, stats, text=root / "prompts.txt", hessians=True, **DRAWN)
+    assert any("transformer cannot be run block by block" in warning for warning in found.warnings)
+    one, two = read_statistics(known).sums, read_statistics(stats).sums
+    for name, sums in one.items():
+        np.testing.assert_allclose(two[name].sum2, sums.sum2, rtol=1e-4, atol=1e-6)
+
+
+def test_one_block_of_one_model_is_in_memory_at_a_time(flux: Path, root: Path, tmp_path: Path) -> None:
+    from qz.quantize.calibration.weights import Weights
+
+    held, release = [], Weights.release
+
+    def watched(self: Weights, path: str, module: Any) -> None:
+        if path:
+            names = {name for name, each in self.runnable.model.named_parameters() if each.device.type != "meta"}
+            held.append({".".join(name.split(".")[:2]) for name in names if "blocks." in name})
+        release(self, path, module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Weights, "release", watched)
+        api.calibrate(flux, tmp_path / "stats.safetensors", text=root / "prompts.txt", **DRAWN)
+    assert max(map(len, held)) == 1
+    assert {"transformer_blocks.0"} in held
+
+
+def test_the_seed_decides_what_is_drawn(flux: Path, root: Path, tmp_path: Path) -> None:
+    for name, seed in (("one", 5), ("same", 5), ("other", 6)):
+        found = api.calibrate(flux, tmp_path / name, text=root / "prompts.txt", seed=seed, **DRAWN)
+        assert found.seed == seed
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
+    one, other = (read_statistics(tmp_path / name) for name in ("one", "other"))
+    assert (one.metadata["seed"], other.metadata["seed"]) == ("5", "6")
+    embedder = "transformer/x_embedder.weight"
+    assert not np.array_equal(one.sums[embedder].sum2, other.sums[embedder].sum2)
+
+
+def test_calibrate_quantize_and_compare_from_the_command_line(forked_qz: Qz, flux: Path, tmp_path: Path) -> None:
+    drawn = ("--steps", "2", "--resolution", "32", "--device", "cpu")
+    done = forked_qz("calibrate", flux, "-o", "stats.safetensors", *drawn, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["text"], found["sequences"], found["steps"], found["seed"]) == ("default", 16, 2, 0)
+    assert found["components"] == ["text_encoder", "text_encoder_2", "transformer"]
+    made = forked_qz("quantize", flux, "-o", "nf4", "--importance", "stats.safetensors", "--json", "--quiet")
+    assert made.returncode == 0, made.stderr
+    used = [each["importance"] for each in json.loads(made.stdout)["components"] if each.get("importance")]
+    assert [each["missing"] for each in used] == [[]] * len(used)
+    assert used
+    asked = ("compare", flux, "nf4", *drawn, "--picture", "steps.svg")
+    done = forked_qz(*asked, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["seed"] != 0
+    assert [each["timestep"] for each in found["timesteps"]] == [1.0, 0.5]
+    assert 0 < found["denoiser"]["relative_error"] < 0.1
+    page = (Path(__file__).parent.parent / "docs/reference/json.md").read_text()
+    assert all(f"`{key}`" in page for key in found)
+    picture = (tmp_path / "steps.svg").read_text()
+    assert "2 timesteps, from the first to the last" in picture
+    assert "transformer.transformer_blocks.0" in picture
+    (tmp_path / "steps.svg").unlink()
+    shown = forked_qz(*asked)
+    assert "denoiser's output" in shown.stdout
+    assert "last latents" in shown.stdout
+
+
+def test_a_component_is_calibrated_in_its_pipeline(flux: Path, root: Path, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.safetensors"
+    found = api.calibrate(flux, stats, subfolder="transformer", text=root / "prompts.txt", **DRAWN)
+    assert found.components == ("transformer",)
+    assert {name.partition("/")[0] for name in read_statistics(stats).sums} == {"transformer"}
+    alone: Any = api.quantize(flux, tmp_path / "alone", subfolder="transformer", importance=stats, device="cpu")
+    assert alone.as_json()["importance"]["missing"] == []
+    with pytest.raises(MalformedInput, match="speaks of none of the weights"):
+        api.quantize(flux, tmp_path / "no", importance=stats, components=("text_encoder_2",), device="cpu")
+    compared = api.compare(flux, tmp_path / "alone", subfolder="transformer", text=root / "prompts.txt", **DRAWN)
+    assert all(layer.name.startswith("transformer.") for layer in compared.loss.layers)
+    with pytest.raises(UsageError, match="--subfolder"):
+        api.compare(flux, tmp_path / "alone", text=root / "prompts.txt", **DRAWN)
+
+
+@pytest.fixture
+def dequantized(four_bit: Path, tmp_path: Path) -> Path:
+    api.dequantize(four_bit, tmp_path / "back", dtype="float32", device="cpu")
+    return tmp_path / "back"
+
+
+def test_what_is_compared_is_what_the_whole_pipelines_draw(
+    flux: Path, four_bit: Path, dequantized: Path, root: Path
+) -> None:
+    found = api.compare(flux, four_bit, text=root / "prompts.txt", seed=7, **DRAWN)
+    one, two = whole(flux), whole(dequantized)
+    calls: list[Any] = []
+    keep = one.transformer.register_forward_hook(
+        lambda _, __, k, out: calls.append((dict(k), out[0])), with_kwargs=True
+    )
+    before = draw(one, 7)
+    keep.remove()
+
+    def relative(x: torch.Tensor, y: torch.Tensor) -> float:
+        return float((x.double() - y.double()).square().sum() / x.double().square().sum())
+
+    with torch.no_grad():
+        errors = [relative(out, two.transformer(**given)[0]) for given, out in calls]
+    assert found.denoiser is not None
+    assert found.latents is not None
+    per_prompt = [sum(errors[:2]) / 2, sum(errors[2:]) / 2]
+    assert found.denoiser.relative_error == pytest.approx(np.mean(per_prompt), rel=1e-3)
+    assert found.denoiser.noise == pytest.approx(np.std(per_prompt, ddof=1) / math.sqrt(2), rel=1e-2)
+    by_timestep = [each.error.relative_error for each in found.timesteps]
+    assert by_timestep == pytest.approx([(errors[0] + errors[2]) / 2, (errors[1] + errors[3]) / 2], rel=1e-3)
+    changed = [relative(x, y) for x, y in zip(before, draw(two, 7), strict=True)]
+    assert found.latents.relative_error == pytest.approx(np.mean(changed), rel=1e-3)
+    assert {name.partition(".")[0] for name in found.blocks} == {"transformer"}
+    assert {layer.name.partition(".")[0] for layer in found.loss.layers} == {"transformer", "text_encoder_2"}
+
+
+def test_gptq_and_importance_lose_less_of_what_the_denoiser_returns(
+    flux: Path, four_bit: Path, known: Path, root: Path, tmp_path: Path
+) -> None:
+    components = ("transformer", "text_encoder_2")
+    lost = {}
+    for name, importance in (("absmax", None), ("importance", known)):
+        api.quantize(flux, tmp_path / name, importance=importance, components=components, device="cpu")
+        found = api.compare(flux, tmp_path / name, text=root / "prompts.txt", **DRAWN).denoiser
+        assert found is not None
+        lost[name] = found.relative_error
+    gptq = api.compare(flux, four_bit, text=root / "prompts.txt", **DRAWN).denoiser
+    assert gptq is not None
+    assert gptq.relative_error < lost["importance"] < lost["absmax"]
+
+
+def test_what_cannot_be_drawn_is_refused_by_name(flux: Path, four_bit: Path, root: Path, tmp_path: Path) -> None:
+    output, prompts = tmp_path / "stats.safetensors", root / "prompts.txt"
+    given: dict[str, Any] = {"text": prompts, **DRAWN}
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(UsageError, match="has no prompts"):
+        api.calibrate(flux, output, text=tmp_path / "empty.txt", **DRAWN)
+    with pytest.raises(MissingInput, match="plain text"):
+        api.calibrate(flux, output, text=tmp_path / "absent.txt", **DRAWN)
+    (tmp_path / "many.txt").write_text("a cat\n" * 600)
+    with pytest.raises(UsageError, match="fewer lines"):
+        api.calibrate(flux, output, text=tmp_path / "many.txt", **DRAWN)
+    wrong: dict[str, Any]
+    for wrong in ({"tokens": 9, "text": prompts}, {"generate": True}, {"scores": True, "text": prompts}):
+        with pytest.raises(UsageError, match="models that read text"):
+            api.calibrate(flux, output, **wrong, **DRAWN)
+    with pytest.raises(UsageError, match="--steps 0"):
+        api.calibrate(flux, output, steps=0)
+    with pytest.raises(UsageError, match="for pipelines"):
+        api.calibrate(flux, output, subfolder="text_encoder", steps=3)
+    with pytest.raises(Unsupported, match="already quantized"):
+        api.calibrate(four_bit, output, **given)
+    with pytest.raises(Unsupported, match="without its pipeline"):
+        api.calibrate(flux / "transformer", output, device="cpu")
+    with pytest.raises(Unsupported, match="draws without vae"):
+        api.calibrate(flux, output, subfolder="vae", **given)
+    index = json.loads((flux / "model_index.json").read_text())
+    for name, said in (("FluxImg2ImgPipeline", "from a prompt alone"), ("DiTPipeline", "needs class_labels")):
+        other = Path(shutil.copytree(flux, tmp_path / name))
+        (other / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+        with pytest.raises(Unsupported, match=said):
+            api.calibrate(other, output, **given)
+    assert not list(tmp_path.glob("stats*"))
+
+
+def test_a_pipeline_that_does_not_fit_into_memory_is_refused_before_it_runs(
+    flux: Path, root: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_free", lambda _: 100_000)
+        with pytest.raises(TryAgain, match="GB of weights at once"):
+            api.calibrate(flux, tmp_path / "stats.safetensors", text=root / "prompts.txt", **DRAWN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_the_same_pipeline_is_not_compared(flux: Path, four_bit: Path, root: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"text": root / "prompts.txt", **DRAWN}
+    with pytest.raises(Unsupported, match="nothing to compare"):
+        api.compare(flux, flux, **given)
+    with pytest.raises(Unsupported, match="already quantized"):
+        api.compare(four_bit, four_bit, **given)
+    with pytest.raises(MalformedInput, match="two different pipelines"):
+        api.compare(pipelines.sd3(tmp_path / "sd3"), four_bit, **given)
+    with pytest.raises(MalformedInput, match="two different models"):
+        api.compare(flux, four_bit / "text_encoder_2", subfolder="transformer", **given)
