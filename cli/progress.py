@@ -128,6 +128,9 @@ class Display:
     def write(self, step: Progress) -> None:
         """How far a run is, as a line."""
         now = time.monotonic()
+        if not step.all_bytes and not step.total:  # how much there is to do is not known yet
+            say(f"{step.doing} …")
+            return
         parts = [f"{step.doing}: {size(step.bytes)} of {size(step.all_bytes)}"]
         parts.append(f"{step.unit} {step.done} of {step.total}")
         elapsed, moved = now - self.started, step.bytes - (self.first_bytes or 0)

@@ -429,3 +429,15 @@ def test_a_run_with_few_file_descriptors_starts(qz: Qz) -> None:
         assert qz("--version").returncode == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_step_whose_length_is_not_known_yet_is_only_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qz.cli import progress
+    from qz.progress import Progress
+
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with progress.Display() as display:
+        display(Progress("Reading headers"))
+    assert capsys.readouterr().err == "Reading headers …\n"

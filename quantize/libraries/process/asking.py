@@ -26,6 +26,7 @@ from qz.quantize.libraries.answer_cache import GENERATION_CONFIG, decoded
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
+from qz.quantize.libraries.importing.work_bounds import BYTES_PER_TENSOR
 from qz.quantize.libraries.process import do_meanwhile, is_allowed
 from qz.quantize.libraries.process.documents import Documents
 from qz.quantize.libraries.process.frames import READY, receive, send
@@ -120,6 +121,9 @@ class _Process:
         own = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         if not lean_imports.is_allowed():  # nobody has found out what the libraries must find
             own["QZ_LEAN"] = "0"
+        # diffusers makes each weight on the CPU before it is on meta: what glibc keeps of those, as holes in which the
+        # next does not fit, counts as memory taken, and grows with the model.
+        own["MALLOC_MMAP_THRESHOLD_"] = str(BYTES_PER_TENSOR)
         try:
             process = subprocess.Popen(  # noqa: S603  this Python and this package
                 [*words, *sorted(lean_imports.kept())],
