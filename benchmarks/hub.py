@@ -100,6 +100,7 @@ class Served:
             "HF_ENDPOINT": self.process.stdout.readline().strip(),
             "HF_HOME": "home",
             "HF_XET_CACHE": f"{self.home}/xet",
+            "QZ_CACHE": f"{self.home}/cache",  # nothing is remembered
         }
         return self
 

@@ -435,6 +435,7 @@ def test_a_lasting_failure_at_any_step_is_a_documented_error(
         ({"status": 500}, (HubUnreachable,)),
         ({"drop": True}, (HubUnreachable,)),
         ({"truncate": 1000}, (HubUnreachable,)),
+        ({"replace": {"Content-Length": "100"}}, (HubUnreachable,)),
         ({"corrupt": True}, (MalformedInput,)),
         ({"replace": {"Content-Range": "bytes 0-9/10"}}, (MalformedInput,)),
     ],
