@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from qz import IOFailed, OutputRefused
+from qz.cli.new_file import require_new, store
 from qz.cli.options import arguments, machine, reports, selection
 from qz.cli.output import Column, facts, show, table, took, warn
 from qz.cli.picture import Chart, charts
@@ -37,6 +37,7 @@ def compare(
     resolution: selection.ResolutionOpt = None,
     seed: selection.SeedOpt = None,
     picture: reports.PictureOpt = None,
+    page: reports.PageOpt = None,
     device: machine.DeviceOpt = "auto",
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
@@ -46,8 +47,9 @@ def compare(
     from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries.importing import lean_imports
 
-    if picture is not None:
-        require_new(picture)
+    for path, option in ((picture, "--picture"), (page, "--page")):
+        if path is not None:
+            require_new(path, option)
     lean_imports.forbid()  # the models run
     return_freed_memory()
     with Display(quiet=quiet) as display:
@@ -68,33 +70,16 @@ def compare(
         warn(warning)
     found = timed(found)
     if picture is not None:
-        store(picture, charts(drawn(found)))
+        store(picture, charts(drawn(found)), "--picture")
+    if page is not None:
+        from qz.cli.report_page import comparison_page
+
+        store(page, comparison_page(found, report(found), drawn(found)), "--page")
     parts = [facts(report(found))]
     if found.timesteps:
         parts.append(table(TIMESTEPS, timestep_rows(found)))
     parts.append(table(LAYERS, worst_layers(found.loss)))
     show(found.as_json(), as_json=as_json, text="\n\n".join(parts))
-
-
-def require_new(path: Path) -> None:
-    """Raise OutputRefused for a file that is there, or has no folder to be in."""
-    if path.exists() or path.is_symlink():
-        raise OutputRefused(f"{path} exists. Move it away, or choose another file with --picture.")
-    if not path.parent.is_dir():
-        raise OutputRefused(f"{path.parent} is not a folder. Make it, or choose another file with --picture.")
-
-
-def store(path: Path, text: str) -> None:
-    """Write a file that is not there yet: what came into its place meanwhile is not replaced."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise OutputRefused(
-            f"{path} was made meanwhile. Move it away, or choose another file with --picture."
-        ) from error
-    except OSError as error:
-        raise IOFailed(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def drawn(found: Comparison) -> list[Chart]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qz.cli.options import arguments, hub, machine, outputs, reports, selection
 from qz.cli.progress import Display, timed
-from qz.cli.report import present
+from qz.cli.report import present, require_place
 
 
 def dequantize(
@@ -31,6 +31,7 @@ def dequantize(
     push_only: hub.PushOnlyOpt = False,
     public: hub.PublicOpt = None,
     against: reports.AgainstOpt = None,
+    page: reports.PageOpt = None,
     dry_run: reports.DryRunOpt = False,
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
@@ -41,6 +42,7 @@ def dequantize(
 
     if push_only:  # what is uploaded and what is computed would leave holes of tens of megabytes for each other
         return_freed_memory()
+    require_place(page, output, dry_run=dry_run)
     with Display(quiet=quiet) as display:
         summary = api.dequantize(
             source,
@@ -68,4 +70,4 @@ def dequantize(
             dry_run=dry_run,
             on_progress=display,
         )
-    present(timed(summary), as_json=as_json, quiet=quiet)
+    present(timed(summary), as_json=as_json, quiet=quiet, page=page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qz.cli.options import arguments, hub, machine, methods, outputs, reports, selection
 from qz.cli.progress import Display, timed
-from qz.cli.report import present
+from qz.cli.report import present, require_place
 
 
 def quantize(
@@ -54,6 +54,7 @@ def quantize(
     push_only: hub.PushOnlyOpt = False,
     public: hub.PublicOpt = None,
     report: reports.ReportOpt = False,
+    page: reports.PageOpt = None,
     dry_run: reports.DryRunOpt = False,
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
@@ -69,6 +70,7 @@ def quantize(
     how = methods.MethodOptions(double_quant, compute_dtype, threshold)
     how.require_method([name or "nf4", *own.values()])
     asked = name is not None or how != methods.MethodOptions()
+    require_place(page, output, dry_run=dry_run)
     with Display(quiet=quiet) as display:
         summary = api.quantize(
             source,
@@ -113,4 +115,4 @@ def quantize(
             dry_run=dry_run,
             on_progress=display,
         )
-    present(timed(summary), as_json=as_json, quiet=quiet)
+    present(timed(summary), as_json=as_json, quiet=quiet, page=page)

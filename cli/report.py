@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qz import UsageError
+from qz.cli.new_file import require_new, store
 from qz.cli.output import (
     Column,
     Section,
@@ -53,8 +56,23 @@ LAYERS = (
 )
 
 
-def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, quiet: bool = False) -> None:
-    """The report of a conversion: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page."""
+def require_place(page: Path | None, output: Path | None, *, dry_run: bool) -> None:
+    """Raise for a --page that could not be written when all else is done. It may lie in the output, which comes."""
+    if page is None:
+        return
+    if dry_run:
+        raise UsageError("--page tells of what was done, and --dry-run does nothing. Leave one of them out.")
+    if output is None or page.parent != output:
+        require_new(page, "--page")
+
+
+def present(
+    summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, quiet: bool = False, page: Path | None = None
+) -> None:
+    """The report of a conversion: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page.
+
+    ``page``: the file to write it to as HTML as well.
+    """
     from qz.cli.pipeline_report import pipeline_sections
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.up_to_date import UpToDate
@@ -65,8 +83,14 @@ def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, qui
     if isinstance(summary, UpToDate):
         for note in summary.notes:
             warn(note)
+        if page is not None:
+            warn(f"{page} was not written: nothing was done that it could tell of")
         present_existing(summary, as_json=as_json)
         return
+    if page is not None:
+        from qz.cli.report_page import conversion_page
+
+        store(page, conversion_page(summary), "--page")
     for warning in summary.warnings:
         warn(warning)
     sections = pipeline_sections(summary) if isinstance(summary, PipelineSummary) else model_sections(summary)
@@ -74,8 +98,8 @@ def present(summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, qui
     texts = [*(section.text() for section in sections), *pushed_text(summary.pushed)]
     show(summary.as_json(), as_json=as_json, text="\n\n".join(texts), done=outcome(summary))
     if not summary.dry_run:
-        page = [section.markdown() for section in sections]
-        write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *page]))
+        shown = [section.markdown() for section in sections]
+        write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *shown]))
     elif not quiet and not as_json:
         say(*table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]).split("\n"))
 

@@ -42,6 +42,7 @@ OTHERWISE_NAMED = {
     "report": "measure_loss",
     "tensors": "",
     "pattern": "",
+    "page": "",
 }
 
 

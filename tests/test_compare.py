@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
-from qz.cli.compare import store
+from qz.cli.new_file import store
 from qz.quantize.calibration import text
 from readers import model_folder, some_text
 from reference import dequantized_by_bitsandbytes, tensors_of
@@ -105,7 +105,7 @@ def test_what_comes_into_the_place_of_a_picture_meanwhile_is_not_replaced(tmp_pa
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "blocks.svg").symlink_to("precious")
     with pytest.raises(OutputRefused, match="made meanwhile"):
-        store(tmp_path / "blocks.svg", "<svg/>")
+        store(tmp_path / "blocks.svg", "<svg/>", "--picture")
     assert (tmp_path / "precious").read_text() == "mine"
 
 

@@ -32,6 +32,7 @@ ALWAYS = {
     "what is recorded": "hessians scores",
     "what is stated": "sign_key",
     "how it is written": "max_shard_bytes if_exists overwrite resume part fsync device threads push dry_run picture",
+    "written besides": "page",
     "what is shown": "tensors pattern consumers sample",
     "where it is pushed to": "branch create_pr replace message public subfolder",
 }

@@ -27,6 +27,7 @@ from qz import (
     TryAgain,
     UsageError,
 )
+from qz.cli.page import page, section
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish import upload
 from qz.formats.publish.card import snippet, write_card
@@ -511,6 +512,20 @@ def test_a_new_card_says_where_it_comes_from_and_how_it_was_made(hub: HubServer,
     ):
         assert part in text, part
     compile(text.split("```python\n")[1].split("```")[0], "snippet", "exec")
+
+
+@pytest.mark.parametrize("folder", ["", "nf4"])
+def test_a_page_of_qz_goes_up_and_is_linked_from_the_card_and_no_page_of_others(
+    folder: str, hub: HubServer, made: Path
+) -> None:
+    (made / "report.html").write_text("<html>mine")
+    assert push(made, to(folder=folder)).left_out == ("report.html",)
+    assert "report.html" not in card_of(hub)[1]
+    (made / "report.html").write_text(page("made", section("Sizes")))
+    assert push(made, to(folder=folder)).left_out == ()
+    place = f"{folder}/report.html" if folder else "report.html"
+    assert b"Sizes" in hub.repos["me/new"].files()[place]
+    assert f"[report.html](<{place}>)" in card_of(hub)[1]
 
 
 def test_the_text_and_the_head_of_an_existing_card_are_kept(hub: HubServer, made: Path) -> None:

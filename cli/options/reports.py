@@ -16,6 +16,15 @@ PictureOpt = Annotated[
         "--picture", metavar="FILE", help="Write a picture of what each block lost, as SVG, for a model card."
     ),
 ]
+PageOpt = Annotated[
+    Path | None,
+    PANEL.option(
+        "--page",
+        metavar="FILE",
+        help="Write the report as one HTML page, too: sizes, what is quantized or why not, and what each layer lost if "
+        "that is measured.",
+    ),
+]
 DryRunOpt = Annotated[
     bool, PANEL.flag("--dry-run", help="Show what would be done, with exact sizes, and do none of it.")
 ]

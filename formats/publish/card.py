@@ -79,6 +79,7 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
         _loras(facts),
         _refinement(facts),
         _skips(facts),
+        _page(facts, folder),
         "## Use",
         fenced("python", snippet(facts, repo_id, folder)),
     ]
@@ -170,6 +171,13 @@ def _skips(facts: CardFacts) -> str:
     names = ", ".join(code(name) for name in facts.skipped[:LISTED])
     more = f" and {len(facts.skipped) - LISTED} more" if len(facts.skipped) > LISTED else ""
     return f"Linear layers left as they are: {names}{more}."
+
+
+def _page(facts: CardFacts, folder: str) -> str:
+    if facts.page is None:
+        return ""
+    place = f"{folder}/{facts.page}" if folder else facts.page
+    return f"[{facts.page}](<{place}>) has the sizes, what is quantized and why not, and what each layer lost."
 
 
 def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:

@@ -66,6 +66,8 @@ class CardFacts:
     """Programs with their versions, whether they load it by the rules from their code, and what is to know."""
     experts: bool = False
     """Whether the experts of an MoE model are quantized, which the library cannot load."""
+    page: str | None = None
+    """The name of the page that tells of all layers, where it lies beside the checkpoint."""
 
     @property
     def base_model(self) -> str | None:
@@ -78,7 +80,12 @@ class CardFacts:
 
 
 def facts_of(
-    about: Mapping[str, Any], config: Mapping[str, Any], *, tokenizer: bool = False, pipeline: bool = False
+    about: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    tokenizer: bool = False,
+    pipeline: bool = False,
+    page: str | None = None,
 ) -> CardFacts:
     """The facts in a record's ``about`` (empty for a checkpoint that qz did not make) and the checkpoint's config."""
     quantization = _mapping(config.get("quantization_config"))
@@ -119,6 +126,7 @@ def facts_of(
             for each in about.get("loads_in") or ()
         ),
         experts=bool(_mapping(about.get("settings")).get("experts")),
+        page=page,
     )
 
 

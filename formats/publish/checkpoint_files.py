@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from qz.formats.folder import LocalFolder
 
 README = "README.md"
+PAGE = "report.html"
+"""What `--page` wrote beside the checkpoint, if it did; the card links to it."""
+OWN_PAGE = b'<meta name="generator" content="qz '
+"""In its head, by which it is told from the page of anybody else."""
 MAX_CARD_BYTES = 10_000_000
 IN_MEMORY = 5_000_000
 """Bytes of a file beside the weights that is kept as it was verified, to be sent from memory."""
@@ -96,6 +100,8 @@ def own_files(folder: LocalFolder, progress: Callable[[int], None] | None = None
             for part in folder.subfolders():
                 names |= _named(folder.subfolder(part), f"{part}/")
     names |= {each.name for each in terms(folder)} | (folder.sizes().keys() & BESIDE if record is not None else set())
+    if PAGE in found and OWN_PAGE in found[PAGE].read()[:1000]:
+        names.add(PAGE)
     left_out = [name for name in folder.sizes() if name not in names and name != README]
     left_out += [f"{part}/" for part in folder.subfolders() if not any(name.startswith(f"{part}/") for name in names)]
     files = tuple(_own_file(name, found[name], hashes.get(name)) for name in sorted(names))

@@ -13,7 +13,7 @@ from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.card import in_words, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
-from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, README, OwnFiles, own_files
+from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, PAGE, README, OwnFiles, own_files
 from qz.formats.publish.destination import Destination, PushedFile, PushResult
 from qz.formats.publish.remote import ObjectsLost, Remote, differing
 from qz.progress import OnProgress, Progress, ignore
@@ -90,6 +90,7 @@ class Plan:
             config,
             tokenizer=bool(names & {"tokenizer.json", "tokenizer_config.json"}),
             pipeline="model_index.json" in names,
+            page=PAGE if PAGE in names else None,
         )
         facts, restricted = _source(remote, facts, restricted=bool(source_private))
         found = remote.target()

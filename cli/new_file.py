@@ -1,0 +1,28 @@
+"""Files that an option names and a command writes beside its output: pictures and pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qz import IOFailed, OutputRefused
+
+
+def require_new(path: Path, option: str) -> None:
+    """Raise OutputRefused for a file that is there, or has no folder to be in."""
+    if path.exists() or path.is_symlink():
+        raise OutputRefused(f"{path} exists. Move it away, or choose another file with {option}.")
+    if not path.parent.is_dir():
+        raise OutputRefused(f"{path.parent} is not a folder. Make it, or choose another file with {option}.")
+
+
+def store(path: Path, text: str, option: str) -> None:
+    """Write a file that is not there yet: what came into its place meanwhile is not replaced."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OutputRefused(
+            f"{path} was made meanwhile. Move it away, or choose another file with {option}."
+        ) from error
+    except OSError as error:
+        raise IOFailed(f"{path} cannot be written: {error.strerror}.") from error
