@@ -133,7 +133,9 @@ def test_importance_lowers_the_error_that_counts(sources: dict[str, Path], name:
 
     sums = read_statistics(known).sums
     for method in ("nf4", "fp4-double"):
-        quantized(source, tmp_path / "searched", method, scales="search", weights_only=True)
+        searched = quantized(source, tmp_path / "searched", method, scales="search", weights_only=True)
+        warned = any("lose more than absmax" in warning for warning in searched.warnings)
+        assert warned is method.startswith("fp4")
         summary = quantized(source, tmp_path / "weighted", method, scales="search", importance=known)
         told = summary.refinement["importance"]
         assert (told["file"], told["tokens"], told["weights"]) == ("s.safetensors", 64, summary.quantized_tensors)

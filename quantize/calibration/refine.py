@@ -7,6 +7,11 @@ from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import Refinement
 from qz.quantize.settings import Settings
 
+FP4_NOTE = (
+    "fp4 with searched scales and no importance was measured to lose more than absmax on a language model: add "
+    "--importance FILE, or use --nf4"
+)
+
 
 def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline: bool = False) -> Refinement | None:
     """What ``settings`` say of the weights that ``plan`` quantizes; None where nothing is refined.
@@ -17,7 +22,7 @@ def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline:
     if settings.scales == "absmax" or not isinstance(plan.method, FourBit):
         return None
     if settings.importance is None:
-        return Refinement()
+        return Refinement(notes=(FP4_NOTE,) if plan.method.name == "fp4" else ())
     from qz.quantize.calibration import importance
     from qz.quantize.compute.scale_search import tiled_weights
 

@@ -84,13 +84,13 @@ def calibrate(
             files.remove()
             raise
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
-        fewest = min((each.tokens for each in sums.values() if each.tokens), default=0)
+        tokens = max((each.tokens for each in sums.values()), default=0)
         return Calibration(
             source,
             str(request.output),
             models.class_name,
             request.text_name,
-            max((each.tokens for each in sums.values()), default=0),
+            tokens,
             len(drawing.prompts),
             len(sums),
             unseen,
@@ -100,7 +100,7 @@ def calibrate(
             str(dtype).removeprefix("torch."),
             models.bytes_read,
             time.monotonic() - begun,
-            (*whole_warnings(drawn.whole), *token_warnings(fewest, unseen, hessians=request.hessians)),
+            (*whole_warnings(drawn.whole), *token_warnings(tokens, unseen, hessians=request.hessians)),
             steps=drawing.steps,
             seed=drawing.seed,
             components=tuple(chosen),
