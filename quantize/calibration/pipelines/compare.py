@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qz import MalformedInput, Unsupported
+from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.progress import OnProgress, Progress
@@ -43,9 +43,11 @@ BLOCK_PROMPTS = 2
 
 
 def with_component(pipeline: Pipeline, name: str, checkpoint: Checkpoint) -> Pipeline:
-    """The pipeline with another checkpoint in the place of one component. Raises MalformedInput for another model."""
-    found = next(each for each in pipeline.components if each.name == name)
-    assert found.checkpoint is not None
+    """The pipeline with another checkpoint in the place of one component. Raises MalformedInput for another model, and
+    MissingInput for no model."""
+    found = next((each for each in pipeline.components if each.name == name), None)
+    if found is None or found.checkpoint is None:
+        raise MissingInput(f"{pipeline.folder.location} has no component {name} with weights.")
     if checkpoint.architecture != found.checkpoint.architecture:
         raise MalformedInput(
             f"{checkpoint.folder.location} is a {checkpoint.architecture}, and {name} of {pipeline.folder.location} "
