@@ -291,7 +291,7 @@ def _require_matches(plans: Mapping[str, Plan], skips: tuple[str, ...]) -> None:
     """Raise UsageError for a pattern that matches nothing in its component or, without one, in any; also where the
     component is not quantized."""
     for skip in skips:
-        component, slash, pattern = skip.partition("/")
+        component, slash, pattern = skip.partition("/") if "/" in skip else ("", "", skip)
         if slash and component not in plans:
             raise UsageError(f"--skip {skip}: {component} is not quantized as it is. Leave this one out.")
         asked = {component: plans[component]} if component in plans else plans if not slash else {}

@@ -23,11 +23,11 @@ from qz.formats.folder import LocalFolder
 from qz.quantize.libraries.architecture import TensorSpec
 from qz.quantize.libraries.diffusers.single_file import convert
 from qz.quantize.single_files.names import LAYOUTS
-from qz.quantize.single_files.originals import inverted, original_specs
+from qz.quantize.single_files.originals import inverted, joined_specs, original_specs
 from qz.quantize.single_files.tensors import read_original
 from qz.quantize.streaming.readers import reader
 from reference import differing_tensors, raw
-from tiny_denoisers import SMALL, WIDE, denoiser
+from tiny_denoisers import READ_ONLY, SMALL, WIDE, denoiser
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_FULL = ("SD3Transformer2DModel", "LTXVideoTransformer3DModel", "WanTransformer3DModel", "ZImageTransformer2DModel",
@@ -105,36 +105,41 @@ def test_8_bit_floats_are_read_where_they_are_put_together_and_not_without_their
         run(quantize, tmp_path / "scaled.safetensors", config=str(tmp_path / "config"), output=tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", [*SMALL, *WIDE])
+def narrow(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Of the true number of rows and at most two columns: converters look at rows only."""
+    return {
+        key: TensorSpec(spec.dtype, (*spec.shape[:1], *(min(each, 2) for each in spec.shape[1:])))
+        for key, spec in specs.items()
+    }
+
+
+@pytest.mark.parametrize("name", [*SMALL, *WIDE, *READ_ONLY])
 def test_a_conversion_is_that_of_the_library_and_its_way_back_gives_the_file(name: str, tmp_path: Path) -> None:
-    """With real values, of the true number of rows and two columns: converters look at rows only."""
     with init_empty_weights():
         model = denoiser(name)
     config = dict(model.config)
-
-    def narrow(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-        return {
-            key: TensorSpec(spec.dtype, (*spec.shape[:1], *(min(each, 2) for each in spec.shape[1:])))
-            for key, spec in specs.items()
-        }
-
     own = narrow(specs_of(model))
-    values = random(original_specs(name, own, ""))
-    assert set(values) == set(original_specs(name, specs_of(model), ""))
+    if name in READ_ONLY:
+        _, layout, dropped = READ_ONLY[name]
+        specs = joined_specs(layout, own, "") | {key: TensorSpec("bfloat16", shape) for key, shape in dropped.items()}
+    else:
+        specs = original_specs(name, own, "")
+    values = random(specs)
     save_file(values, tmp_path / "original.safetensors")
     convert_real = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
     wanted = convert_real(checkpoint=dict(values), config=config)
     assert set(wanted) == set(own)
-    folder = LocalFolder(tmp_path)
-    file = read_original(folder, "original.safetensors")
+    file = read_original(LocalFolder(tmp_path), "original.safetensors")
     found = convert(name, config, file.specs)
     assert set(found) == set(wanted)
     for key, each in found.items():
         stored = file.stored_as(key, each)
-        read, _ = reader(folder, stored).read(0, wanted[key].numel(), "BF16", lambda _, size: np.empty(size, np.uint8))
+        read, _ = reader(file.folder, stored).read(
+            0, wanted[key].numel(), "BF16", lambda _, size: np.empty(size, np.uint8)
+        )
         assert stored.shape == tuple(wanted[key].shape)
         assert read.tobytes() == raw(wanted[key])
-    for key, (spec, parts) in inverted(name, config, own, "").items():
+    for key, (spec, parts) in inverted(name, config, own, "").items() if name not in READ_ONLY else ():
         pieces = [wanted[part.name].flatten()[part.start : part.start + part.count] for part in parts]
         assert raw(torch.cat(pieces).reshape(spec.shape)) == raw(values[key])
 
@@ -204,4 +209,4 @@ def test_the_page_of_sources_names_every_class_that_diffusers_reads_from_single_
     assert set(rows) == set(SINGLE_FILE_LOADABLE_CLASSES)
     written = {name for name, text in rows.items() if text == "both"}
     assert written == set(LAYOUTS)
-    assert {name for name, text in rows.items() if text in ("both", "read")} >= {*SMALL, *WIDE, *IN_FULL}
+    assert {name for name, text in rows.items() if text in ("both", "read")} >= {*SMALL, *WIDE, *READ_ONLY, *IN_FULL}

@@ -272,6 +272,75 @@ _Z_IMAGE = Layout(
     {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder"},
     {name: (name, _Z_IMAGE_BLOCK) for name in ("layers", "noise_refiner", "context_refiner")},
 )
+_MOCHI = Layout(
+    {
+        "patch_embed.proj": "x_embedder.proj",
+        "time_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_embed.pooler": "t5_y_embedder",
+        "time_embed.caption_proj": "t5_yproj",
+        "norm_out.linear": "final_layer.mod",
+        "proj_out": "final_layer.linear",
+    },
+    {
+        "transformer_blocks": (
+            "blocks",
+            {
+                "norm1.linear": "mod_x",
+                "norm1_context.linear(?:_1)?": "mod_y",
+                "attn1.to_[qkv]": "attn.qkv_x",
+                "attn1.add_[qkv]_proj": "attn.qkv_y",
+                "attn1.norm_([qk])": r"attn.\1_norm_x",
+                "attn1.norm_added_([qk])": r"attn.\1_norm_y",
+                "attn1.to_out.0": "attn.proj_x",
+                "attn1.to_add_out": "attn.proj_y",
+                "ff.net.0.proj": "mlp_x.w1",
+                "ff.net.2": "mlp_x.w2",
+                "ff_context.net.0.proj": "mlp_y.w1",
+                "ff_context.net.2": "mlp_y.w2",
+            },
+        )
+    },
+)
+_AURA_FLOW_MLP = {
+    "linear_([12])": r"c_fc\1",
+    "out_projection": "c_proj",
+}
+_AURA_FLOW = Layout(
+    {
+        "time_step_proj.linear_1": "t_embedder.mlp.0",
+        "time_step_proj.linear_2": "t_embedder.mlp.2",
+        "context_embedder": "cond_seq_linear",
+        "pos_embed.pos_embed": "positional_encoding",
+        "pos_embed.proj": "init_x_linear",
+        "norm_out.linear": "modF.1",
+        "proj_out": "final_linear",
+    },
+    {
+        "joint_transformer_blocks": (
+            "double_layers",
+            {
+                "norm1.linear": "modX.1",
+                "norm1_context.linear": "modC.1",
+                "attn.to_([qkv])": r"attn.w2\1",
+                "attn.to_out.0": "attn.w2o",
+                "attn.add_([qkv])_proj": r"attn.w1\1",
+                "attn.to_add_out": "attn.w1o",
+                **{f"ff.{own}": f"mlpX.{theirs}" for own, theirs in _AURA_FLOW_MLP.items()},
+                **{f"ff_context.{own}": f"mlpC.{theirs}" for own, theirs in _AURA_FLOW_MLP.items()},
+            },
+        ),
+        "single_transformer_blocks": (
+            "single_layers",
+            {
+                "norm1.linear": "modCX.1",
+                "attn.to_([qkv])": r"attn.w1\1",
+                "attn.to_out.0": "attn.w1o",
+                **{f"ff.{own}": f"mlp.{theirs}" for own, theirs in _AURA_FLOW_MLP.items()},
+            },
+        ),
+    },
+)
 
 LAYOUTS: Mapping[str, Layout] = {
     "FluxTransformer2DModel": _FLUX,
@@ -286,6 +355,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
     "Lumina2Transformer2DModel": _LUMINA_2,
     "ZImageTransformer2DModel": _Z_IMAGE,
+    "MochiTransformer3DModel": _MOCHI,
+    "AuraFlowTransformer2DModel": _AURA_FLOW,
     "QwenImageTransformer2DModel": Layout(),
     "HiDreamImageTransformer2DModel": Layout(),
     "ErnieImageTransformer2DModel": Layout(),

@@ -21,7 +21,7 @@ from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import describe
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.untrusted_config import without_code
-from qz.quantize.single_files.names import LAYOUTS
+from qz.quantize.single_files.names import LAYOUTS, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ def original_specs(class_name: str, tensors: Mapping[str, TensorSpec], where: st
             f"{where}: how the original code names the tensors of {class_name} is not known to qz, only that of "
             f"{', '.join(sorted(LAYOUTS))}. Write diffusers' layout, or quantize the model's original file."
         )
+    return joined_specs(layout, tensors, where)
+
+
+def joined_specs(layout: Layout, tensors: Mapping[str, TensorSpec], where: str) -> dict[str, TensorSpec]:
+    """The same with the names of a layout."""
     found: dict[str, TensorSpec] = {}
     for name, spec in tensors.items():
         original = layout.original(name)
