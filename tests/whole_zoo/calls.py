@@ -17,7 +17,7 @@ from PIL import Image
 from whole_zoo.input_values import random_values
 from whole_zoo.inputs import MENDS, WIDTHS, failing_lines, with_width
 
-SECONDS, OF_ONE = 25, 15
+SECONDS, OF_ONE = 15, 8
 """CPU time for finding a call, and for one attempt."""
 SIDES = (64, 32, 128)
 _GIVEN = re.compile(

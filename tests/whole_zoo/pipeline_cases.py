@@ -19,7 +19,7 @@ from whole_zoo.components import Sizes, build_components, sizes_called_for
 
 METHODS = ("nf4", "int8")
 MOST_PARAMETERS = 60_000_000
-MOST_TRIES = 5
+MOST_TRIES = 4
 """Sizes of components that are tried."""
 
 

@@ -62,9 +62,9 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": 64,
     },
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6}},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
-    "moonshine_streaming": {"num_key_value_heads": 2},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,

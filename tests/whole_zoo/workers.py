@@ -18,7 +18,7 @@ from typing import Any
 from whole_zoo.case import STAGE, Case, Row
 from whole_zoo.oracles import without_limits_of_cpus
 
-CPU_LIMIT, LIMIT = 150, 600
+CPU_LIMIT, LIMIT = 200, 600
 """Seconds of CPU time and of wall-clock time for one case."""
 ROWS = "rows.jsonl"
 
