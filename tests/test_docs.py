@@ -277,6 +277,18 @@ def test_every_key_of_the_json_is_documented(command: str, tiny_llama: Path, tmp
     assert set(json.loads(result.stdout)) <= documented
 
 
+def test_the_site_is_read_and_searched_from_a_folder_without_a_network(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(command, cwd=ROOT, env=environment(NO_MKDOCS_2_WARNING="1"), check=True)
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        taken = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)=\"?([^\s\">]+)", page.read_text())
+        assert [place for place in taken if re.match(r"(?:[a-z]+:)?//", place)] == [], page
+    assert (tmp_path / "site/search/search_index.js").exists()
+    assert (tmp_path / "site/assets/iframe-worker.js").exists()
+
+
 def test_hf_runs_qz_as_the_page_of_the_shell_says(tiny_llama: Path, tmp_path: Path) -> None:
     [lines] = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/how-to/shell.md").read_text(), re.MULTILINE | re.DOTALL)
     shutil.copytree(tiny_llama, tmp_path / "my-model")
