@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
 
 from qz import HubUnreachable, MissingInput, PermissionRefused
 from qz.formats.folder import LocalFolder
@@ -22,6 +24,14 @@ _REPO_FILE = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<path>(?:/[^/@]+)+)?(?:@(?P<revision>[^@\s]+))?", re.ASCII
 )
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+_LINK = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<path>[^?#]+?))?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
+"""A page or a file of a model's repository, as a browser shows its address."""
+_ONE_FILE = (".safetensors", ".gguf")
 
 LONGEST_REPO_ID = 200
 """Characters; the Hub has 96 for each of the two names."""
@@ -55,8 +65,23 @@ def open_source(
             raise kind(f"{error} There is no local folder {source} either.") from error
     else:
         shown = quoted(source) if len(source) > LONGEST_REPO_ID or not source.strip() else source
-        raise MissingInput(f"{shown} does not exist. Give a local folder, or a repository on the Hub as USER/NAME.")
+        form = _as_options(source) or "USER/NAME"
+        raise MissingInput(f"{shown} does not exist. Give a local folder, or a repository on the Hub as {form}.")
     return enter(folder, subfolder)
+
+
+def _as_options(source: str) -> str | None:
+    """How an address on the Hub, or a name with a revision or a path, is written for qz; None for anything else."""
+    found = _LINK.fullmatch(source) or _REPO_FILE.fullmatch(source) if len(source) <= LONGEST_PATH else None
+    if found is None:
+        return None
+    path, revision = (unquote(found[each] or "").strip("/") for each in ("path", "revision"))
+    parts = [found["repo"]]
+    if revision not in ("", "main"):
+        parts += ["--revision", revision]
+    if path:
+        parts += ["--file" if path.lower().endswith(_ONE_FILE) else "--subfolder", path]
+    return shlex.join(parts)
 
 
 def local_path(source: str) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -26,8 +28,19 @@ from typing import IO, Any, Self
 from qz.formats.output.storage.disk import KEEP_EVERY
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
+INTERRUPT = "interrupt()"
 TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
+
+
+def interrupt() -> None:
+    """SIGINT, which the main thread handles when it can; another thread waits until the workers are told to stop."""
+    os.kill(os.getpid(), signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        from qz.quantize.streaming.workers import Workers
+
+        told = [each.stop for each in gc.get_objects() if type(each) is Workers]
+        while not any(stop.wait(0.01) for stop in told):
+            pass
 
 
 def fail(code: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -60,6 +61,32 @@ def holds_what_safetensors_reads(checkpoint: Checkpoint, folder: Path) -> bool:
                 )
                 seen.add(name)
     return seen == set(checkpoint.tensors)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("https://huggingface.co/owner/FLUX.1", "owner/FLUX.1"),
+        ("hf.co/owner/name/", "owner/name"),
+        ("https://huggingface.co/owner/name/tree/main", "owner/name"),
+        (
+            "https://huggingface.co/owner/name/tree/refs%2Fpr%2F7/unet",
+            "owner/name --revision refs/pr/7 --subfolder unet",
+        ),
+        ("https://huggingface.co/o/n/blob/main/q/x.gguf?download=true", "o/n --file q/x.gguf"),
+        ("hf://owner/name", "owner/name"),
+        ("owner/name@v1.0", "owner/name --revision v1.0"),
+        ("owner/name/text_encoder", "owner/name --subfolder text_encoder"),
+        ("owner/name/a file.safetensors", "owner/name --file 'a file.safetensors'"),
+        ("https://example.com/owner/name", "USER/NAME"),
+        ("./owner/name", "USER/NAME"),
+    ],
+)
+def test_an_address_on_the_hub_is_told_as_the_options_that_name_it(typed: str, meant: str) -> None:
+    with pytest.raises(
+        MissingInput, match=re.escape(f"does not exist. Give a local folder, or a repository on the Hub as {meant}.")
+    ):
+        open_source(typed)
 
 
 # Folders
