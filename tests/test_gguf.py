@@ -262,14 +262,16 @@ def test_the_table_of_types_is_that_of_the_package() -> None:
         assert (Type(number).name, *gguf.GGML_QUANT_SIZES[Type(number)]) == (name, values, width)
 
 
-def test_the_command_reads_a_file_by_its_path(tmp_path: Path, qz: Callable[..., Any]) -> None:
+def test_the_command_reads_a_file_by_its_path(
+    tmp_path: Path, qz: Callable[..., Any], forked_qz: Callable[..., Any]
+) -> None:
     """In a process of its own, which imports no more of the libraries than it needs."""
     write_llama(tmp_path / "tiny-Q5_0.gguf", "Q5_0")
     done = qz("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["left_out"] == []
     assert (tmp_path / "tiny-Q5_0-nf4/model.safetensors").is_file()
-    assert qz("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--if-exists", "skip").returncode == 0
+    assert forked_qz("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--if-exists", "skip").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -413,9 +413,9 @@ def test_a_damaged_record_is_told_without_being_asked_for(
 
 
 def test_a_component_of_a_verified_pipeline_is_checked_by_the_pipelines_record(
-    tmp_path: Path, models: Path, qz: Qz, inspect: Inspect
+    tmp_path: Path, models: Path, forked_qz: Qz, inspect: Inspect
 ) -> None:
-    done = qz("quantize", models / "pipeline", "-o", tmp_path / "out", "--quiet")
+    done = forked_qz("quantize", models / "pipeline", "-o", tmp_path / "out", "--quiet")
     assert done.returncode == 0, done.stderr
     found = told(inspect(tmp_path / "out", "--verify", "--json", "--quiet"))
     assert found["verified"]["intact"]

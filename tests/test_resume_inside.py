@@ -150,8 +150,18 @@ def test_a_run_that_is_killed_again_and_again_comes_to_its_end(run: Run, place: 
     assert contents(place / "out") == expected
 
 
+HEARD = f"""
+import sys, time
+{INTERRUPT}
+while sys.unraisablehook.__self__.signal is None:  # of the command's ``Interruption``
+    time.sleep(0.01)
+time.sleep(0.5)
+"""
+"""The thread that writes goes on only when the one that is interrupted has heard of it."""
+
+
 def test_an_interrupted_run_says_that_it_keeps_a_part_and_goes_on_with_other_threads(run: Run, place: Path) -> None:
-    ended = run(*QUANTIZE, at=60, only=("write",), act=INTERRUPT)
+    ended = run(*QUANTIZE, at=60, only=("write",), act=HEARD)
     assert ended.code == 130
     told = "Error: Interrupted. Most of what was done of 1 shard is kept: run the same command again to continue, "
     assert ended.error == [told + "or start over with --no-resume."]
