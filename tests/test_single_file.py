@@ -18,7 +18,16 @@ from commands import run
 from conftest import Qz
 from hub_server import HubServer, connected
 from original_names import ltx_model, ltx_names, sd3_model, sd3_names, single_file
-from qz import HubUnreachable, MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
+from qz import (
+    HubUnreachable,
+    MalformedInput,
+    MissingInput,
+    OutputRefused,
+    PermissionRefused,
+    Unsupported,
+    UsageError,
+    api,
+)
 from qz.cli.quantize import quantize
 from reference import differing_tensors
 
@@ -146,6 +155,29 @@ def test_a_file_that_is_not_whole_is_refused(
     with pytest.raises(error, match=words):
         run(quantize, bad, output=tmp_path / "made", config=str(sd3[0]))
     assert not (tmp_path / "made").exists()
+
+
+def test_two_models_in_one_file_are_refused_as_such(sd3: tuple[Path, Path], tmp_path: Path) -> None:
+    """One tensor twice, with and without ComfyUI's prefix; or some with it, and others without."""
+    comfy = f"model.diffusion_model.{QKV}"
+    twice = changed(sd3[1], tmp_path / "twice.safetensors", lambda t: t.update({comfy: t[QKV].clone()}))
+    mixed = changed(sd3[1], tmp_path / "mixed.safetensors", lambda t: t.update({comfy: t.pop(QKV)}))
+    for file in (twice, mixed):
+        with pytest.raises(MalformedInput, match=f"several prefixes: .* such as '{comfy}'"):
+            run(quantize, file, output=tmp_path / "made", config=str(sd3[0]))
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_made_with_a_config_that_not_everyone_may_see_is_not_published_for_all(
+    hub: HubServer, sd3: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, file = sd3
+    hub.add("me/sd3", {"transformer/config.json": folder / "config.json"}, gated="auto")
+    hub.add("me/open", {}, private=False)
+    with pytest.raises(PermissionRefused, match="--public"):
+        run(quantize, file, output=tmp_path / "made", config="me/sd3", push="me/open")
+    run(quantize, file, output=tmp_path / "made", config="me/sd3", push="me/made")
+    assert hub.repos["me/made"].private
 
 
 def test_tensors_that_the_model_has_no_use_for_are_named(sd3: tuple[Path, Path], tmp_path: Path) -> None:

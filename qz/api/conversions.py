@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -13,13 +14,13 @@ from qz import UsageError
 from qz.progress import OnProgress
 
 if TYPE_CHECKING:
-    from qz.formats.checkpoint.adapter_file import AdapterFile
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import Destination
     from qz.formats.publish.publication import Publication
     from qz.formats.source import OpenedSource
     from qz.quantize.conversion import Conversion
     from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.settings import Settings
     from qz.quantize.summary import Summary
     from qz.quantize.up_to_date import UpToDate
 
@@ -68,27 +69,25 @@ def possible_destination(
     subfolder: str | None,
     public: bool | None,
     source: OpenedSource,
-    loras: Sequence[AdapterFile],
+    settings: Settings,
 ) -> Destination | None:
     """The same; raises now what would fail after the work."""
     to = destination(push, subfolder, public)
     if to is not None:
         from qz.formats.publish.push import require_possible
 
-        require_possible(to, source_private=is_source_restricted(source, loras))
+        require_possible(to, source_private=is_source_restricted(source, settings))
     return to
 
 
-def publication_for(
-    to: Destination, source: OpenedSource, on_progress: OnProgress, loras: Sequence[AdapterFile]
-) -> Publication:
+def publication_for(to: Destination, source: OpenedSource, on_progress: OnProgress, settings: Settings) -> Publication:
     """Where the output goes while it is made."""
     from qz.formats.publish.publication import Publication
     from qz.formats.source import save_memory
 
     for folder in (source.root, source.folder):
         save_memory(folder)
-    return Publication(to, source_private=is_source_restricted(source, loras), progress=on_progress)
+    return Publication(to, source_private=is_source_restricted(source, settings), progress=on_progress)
 
 
 def published(done: Converted, conversion: Conversion, to: Destination | None) -> Converted:
@@ -99,13 +98,18 @@ def published(done: Converted, conversion: Conversion, to: Destination | None) -
         return done
     from qz.formats.publish.push import push as send
 
-    private = is_source_restricted(source, conversion.settings.loras)
+    private = is_source_restricted(source, conversion.settings)
     pushed = send(Path(done.output), to, source_private=private, progress=conversion.on_progress)
     return replace(done, pushed=pushed)
 
 
-def is_source_restricted(source: OpenedSource, loras: Sequence[AdapterFile]) -> bool:
-    """Whether not everyone may see something that the output is made of."""
-    from qz.formats.source import is_restricted
+def is_source_restricted(source: OpenedSource, settings: Settings) -> bool:
+    """Whether not everyone may see something that the output is made of, such as a config that is named."""
+    from qz.formats.source import is_restricted, open_source
 
-    return any(map(is_restricted, [source.folder, *(lora.folder for lora in loras)]))
+    if any(map(is_restricted, [source.folder, *(lora.folder for lora in settings.loras)])):
+        return True
+    if settings.config is None:
+        return False
+    with closing(open_source(settings.config)) as folder:
+        return is_restricted(folder)

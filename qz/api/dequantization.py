@@ -87,8 +87,8 @@ def dequantize(
         settings = replace(settings, loras=loras)
         pipeline = is_pipeline(found.folder)
         asked.require(folder=found.file is None, model=not pipeline)
-        to = possible_destination(push, push_subfolder, public, found, loras)
-        publication = publication_for(to, found, on_progress, loras) if to and push_only else None
+        to = possible_destination(push, push_subfolder, public, found, settings)
+        publication = publication_for(to, found, on_progress, settings) if to and push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,

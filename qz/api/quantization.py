@@ -138,8 +138,8 @@ def quantize(
         asked.require(one_file=found.file is not None, folder=found.file is None, model=not pipeline)
         if found.file is None:
             asked.require(pipeline=pipeline)
-        to = possible_destination(push, push_subfolder, public, found, loras)
-        publication = publication_for(to, found, on_progress, loras) if to and push_only else None
+        to = possible_destination(push, push_subfolder, public, found, settings)
+        publication = publication_for(to, found, on_progress, settings) if to and push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
