@@ -19,7 +19,7 @@ import pytest
 
 import pipelines
 import readers
-from hub_server import OWNER, HubServer
+from hub_server import OWNER, Fault, HubServer
 
 playwright: Any = pytest.importorskip("playwright.sync_api", reason="make space installs it")
 SPACE = Path(__file__).resolve().parents[2] / "space"
@@ -155,3 +155,24 @@ def test_a_model_is_quantized_and_published_by_keyboard_and_found_again_after_a_
     page.go_back()
     page.goto(site.url)
     page.get_by_text("Published: https://huggingface.co/me/llama-nf4").wait_for()
+
+
+def test_a_stopped_conversion_frees_its_place_and_is_done_when_it_is_asked_for_again(page: Any, site: Site) -> None:
+    log_in(page)
+    page.get_by_label("Repository").fill("tiny/llama")
+    page.get_by_label(re.compile("Publish as")).fill("me/stopped")
+    ask, status = page.get_by_role("button", name="Quantize and publish"), page.get_by_role("status")
+    site.hub.faults.append(Fault("cdn", hang=3600))
+    for _ in range(3):  # more than may run at the same time
+        ask.click()
+        page.get_by_role("progressbar").wait_for()
+        page.get_by_role("button", name="Stop").click()
+        status.get_by_text("Stopped. Ask for the same again").wait_for()
+        keep(page, "stopped")
+        assert "me/stopped" not in site.hub.repos or not site.hub.repos["me/stopped"].files().keys() - {
+            ".gitattributes"
+        }
+    site.hub.faults.clear()
+    ask.click()
+    status.get_by_text("Published: https://huggingface.co/me/stopped").wait_for()
+    assert {"config.json", "model.safetensors"} <= set(site.hub.repos["me/stopped"].files())
