@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from commands import contents
+from forked import Server
 from hub_server import HubServer, connected
 from pushes import hurry
 from qz import MissingInput, OutputRefused, UsageError, api
 from qz.quantize.methods import Int8
 
+PAGE = Path(__file__).parent.parent / "docs/how-to/many-machines.md"
 SETTINGS: dict[str, Any] = {"device": "cpu", "threads": 2, "max_shard_bytes": 200_000}
 
 
@@ -83,6 +89,51 @@ def test_parts_that_share_nothing_make_the_commit_of_one_run(
     assert there.pop("README.md")
     assert there == whole
     assert list((tmp_path / "merge").iterdir()) == [], "neither receipts nor an output are left"
+
+
+def test_the_workflow_on_the_page_makes_the_commit_of_one_run(hub: HubServer, source: Path, tmp_path: Path) -> None:
+    """As GitHub runs it: a job for each value of the matrix, in folders of their own, and artifacts between them."""
+    workflow = next(
+        yaml.safe_load(block)
+        for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        if "jobs:" in block
+    )
+    hub.add("org/model", {path.name: path.read_bytes() for path in source.iterdir()})
+    part, merge = workflow["jobs"]["part"], workflow["jobs"]["merge"]
+    environment = {**workflow["env"], "COMMIT": hub.repos["org/model"].refs["main"]}
+    numbers = part["strategy"]["matrix"]["part"]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert merge["needs"] == "part"
+    artifacts = tmp_path / "artifacts"
+
+    def expanded(text: str, number: int) -> str:
+        return Template(text.replace("${{ matrix.part }}", str(number))).substitute(environment)
+
+    def job(steps: list[dict[str, Any]], place: Path, number: int = 0) -> None:
+        place.mkdir()
+        for step in steps:
+            action, told = step.get("uses", "").partition("@")[0], step.get("with", {})
+            if action == "actions/upload-artifact":
+                shutil.copytree(place / expanded(told["path"], number), artifacts / expanded(told["name"], number))
+            elif action == "actions/download-artifact":
+                shutil.copytree(artifacts, place / told["path"])
+            elif step["run"] != "pip install qz-cli":
+                words = shlex.split(expanded(step["run"], number))
+                settings = ["--max-shard-size", "200KB", "--device", "cpu"] if words[1] == "quantize" else []
+                done = runner.run(*words[1:], *settings, cwd=place)
+                assert done.code == 0, done.stderr
+
+    with Server(HF_HUB_OFFLINE="0") as runner:
+        for number in numbers:
+            job(part["steps"], tmp_path / f"job-{number}", number)
+        job(merge["steps"], tmp_path / "merge")
+
+    api.quantize(source, tmp_path / "one", **SETTINGS)
+    there, whole = files_of(hub, environment["REPOSITORY"]), contents(tmp_path / "one")
+    weights = {name for name in whole if name.endswith(".safetensors")}
+    assert len(weights) == len(numbers)
+    assert {name: there[name] for name in weights} == {name: whole[name] for name in weights}
+    assert there.keys() == whole.keys() | {"README.md"}
 
 
 def test_a_part_that_was_sent_is_not_sent_again(hub: HubServer, source: Path, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import submitit
 
 import slurm
 from commands import contents
@@ -51,6 +53,22 @@ def test_an_array_and_the_merge_that_waits_for_it_make_what_one_run_makes(
     assert cluster.states(merge)[merge] == "COMPLETED", logs
     assert contents(tmp_path / "out") == contents(tmp_path / "one"), logs
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_an_array_of_submitit_makes_what_one_run_makes(
+    cluster: slurm.Slurm, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    how: dict[str, Any] = {"max_shard_bytes": 20_000, "device": "cpu", "threads": 1}
+    api.quantize(tiny_llama, tmp_path / "one", **how)
+    executor = submitit.AutoExecutor(folder=tmp_path / "logs", cluster="slurm")
+    executor.update_parameters(cpus_per_task=1, timeout_min=60)
+    parts, output = [f"{number}/3" for number in range(1, 4)], tmp_path / "out"
+    jobs = executor.map_array(lambda part: api.quantize(tiny_llama, output, part=part, **how).as_json()["part"], parts)
+    assert [job.result() for job in jobs] == [{"number": number, "of": 3} for number in range(1, 4)]
+    api.merge(output)
+    assert contents(output) == contents(tmp_path / "one")
 
 
 def told(cluster: slurm.Slurm, *jobs: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -187,19 +188,17 @@ def test_gptq_and_experts_are_verified(calibrated: tuple[Path, Path, dict[str, t
 # Interrupted comparisons
 
 
-class Interrupted(Exception):
-    pass
-
-
 def interrupt(output: Path, source: Path, **more: Any) -> None:
     """Stop a comparison when half of it is done."""
 
     def stop(step: Progress) -> None:
         if step.all_bytes and step.bytes > step.all_bytes // 2:
-            raise Interrupted
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt) as caught:
         api.verify(output, source, on_progress=stop, **{**ON_CPU, **more})
+    kept = os.environ["QZ_CACHE"] != ""
+    assert [("goes on" in note) for note in getattr(caught.value, "__notes__", ())] == [True] * kept
 
 
 def before(found: Verification) -> int:

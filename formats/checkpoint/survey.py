@@ -76,6 +76,8 @@ class Checkpoint:
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:
         """Those of ``tensors`` that are stored as they are."""
+        if set(map(type, self.tensors.values())) == {StoredTensor}:
+            return self.tensors  # type: ignore[return-value]  # what no copy of hundreds of thousands is needed for
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, StoredTensor)}
 
 
@@ -314,6 +316,8 @@ class _Survey:
         tensors: Mapping[str, StoredTensor | Decoded],
     ) -> None:
         """The index against the headers. What is in a shard that cannot be read is not counted as absent."""
+        if len(weight_map) == len(tensors) and all(weight_map.get(name) == held.file for name, held in tensors.items()):
+            return
         where = self.path(index)
         for name, file in weight_map.items():
             found = tensors.get(name)

@@ -45,10 +45,11 @@ class Journal:
             if time.monotonic() - self._last >= PERIOD:
                 self._write()
 
-    def keep(self) -> None:
-        """Write what was noted: the comparison was interrupted."""
+    def keep(self) -> bool:
+        """Write what was noted: the comparison was interrupted. Whether something is kept."""
         with self._lock:
             self._write()
+            return self._path is not None and self._path.exists()
 
     def forget(self) -> None:
         """All is compared, so that nothing is left to go on with."""

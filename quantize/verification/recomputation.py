@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qz.quantize.planning.plan import Plan, Step
     from qz.quantize.settings import Settings
 
+GO_ON = "What was equal need not be compared again: the same command goes on, with --no-resume it starts over."
 LARGE = 1 << 20
 """Bytes of a copied file from which on it counts as a part of a sample."""
 
@@ -81,9 +82,9 @@ def recompute(
     try:
         for part in parts:
             found.compare(part)
-    except BaseException:
-        if journal is not None:
-            journal.keep()
+    except BaseException as error:
+        if journal is not None and journal.keep():
+            error.add_note(GO_ON)
         raise
     if journal is not None:
         journal.forget()
