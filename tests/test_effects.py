@@ -34,7 +34,6 @@ ALWAYS = {
     "how it is written": "max_shard_bytes if_exists overwrite resume part fsync device threads push dry_run picture",
     "written besides": "page",
     "what is shown": "tensors pattern consumers sample",
-    "what is stated": "sign_key",
     "where it is pushed to": "branch create_pr replace message public subfolder",
 }
 """Arguments that change something in every run of every command that has them and that is not in ``NEEDS``, or that ask
@@ -132,10 +131,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
     "--config without --against": ("verify quantized --config model", "--config"),
     "--lora without --against": ("verify quantized --lora lora.safetensors", "--lora"),
     "--no-resume without --against": ("verify quantized --no-resume", "--no-resume"),
-    "--statement with --against": ("verify quantized --against model --statement model/x.json", "--statement"),
-    "--public-key with --against": ("verify quantized --against model --public-key key.pub", "--public-key"),
     "--revision of no source": ("attest quantized --revision main", "--revision"),
-    "--revision of a folder to attest with": ("attest quantized --source model --revision main", "--revision"),
     "--threads without --against": ("verify quantized --threads 2", "--threads"),
 }
 
