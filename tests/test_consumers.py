@@ -175,6 +175,25 @@ def test_a_file_in_the_original_names_is_what_comfyui_and_invokeai_load(tmp_path
             assert ended.returncode == code, (consumer, ended.stdout, ended.stderr)
 
 
+def test_comfyui_takes_the_width_of_flux_from_layers_that_stay_as_they_are(tmp_path: Path, forked_qz: Qz) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name in ("double_blocks.0.img_attn.proj.weight", "img_in.weight", "txt_in.weight"):
+        packed, state = quantize_4bit(torch.randn(64, 64, dtype=torch.bfloat16), quant_type="nf4")
+        tensors |= {name: packed} | {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    save_file(tensors, tmp_path / "all.safetensors")
+    kept = {name: torch.ones(64, 64) for name in ("img_in.weight", "txt_in.weight")}
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("img_in", "txt_in"))}
+    save_file(rest | kept, tmp_path / "kept.safetensors")
+    refused = forked_qz("inspect", tmp_path / "all.safetensors", "--for", "comfyui")
+    assert refused.returncode == 65
+    assert "img_in and txt_in" in " ".join(refused.stdout.split())
+    taken = forked_qz("inspect", tmp_path / "kept.safetensors", "--for", "comfyui")
+    assert taken.returncode == 0
+    assert "choose nf4" in " ".join(taken.stdout.split())
+
+
 def test_a_pipeline_is_judged_by_its_components(tmp_path: Path, judged: Judged, forked_qz: Qz) -> None:
     pipelines.flux(tmp_path / "source")
     plain = judged(tmp_path / "source", "vllm", "diffusers-cpu")

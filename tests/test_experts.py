@@ -15,13 +15,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qz
+import qz.api
 from conftest import Qz
 from converted import dequantized, plan_of, quantized
 from mixtures import MADE, mixture
 from qz import MalformedInput, QzError, Unsupported, UsageError
-from qz.quantize.methods import Int8
+from qz.quantize.methods import FourBit, Int8
 from qz.quantize.settings import Settings
-from reference import config_of, dequantized_by_bitsandbytes, tensors_of
+from reference import config_of, dequantized_by_bitsandbytes, differing_tensors, tensors_of
 
 TOKENS = torch.arange(12).reshape(2, 6) + 3
 
@@ -227,6 +228,23 @@ def test_experts_that_are_not_alike_are_not_stacked(tmp_path: Path, change: Any)
     save_file(tensors | {name: change(tensors[name])}, tmp_path / "nf4" / "model.safetensors", {"format": "pt"})
     with pytest.raises(MalformedInput, match=re.escape(name)):
         dequantized(tmp_path / "nf4", tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_parts_of_it_are_what_one_run_makes_and_are_verified_against_the_source(name: str, tmp_path: Path) -> None:
+    source = mixture(name, tmp_path / "source")
+    method = FourBit("nf4", double_quant=True)
+    how: dict[str, Any] = {"method": method, "experts": True, "max_shard_bytes": 60_000, "device": "cpu"}
+    qz.api.quantize(source, tmp_path / "whole", **how)
+    for part in ("2/2", "1/2"):
+        qz.api.quantize(source, tmp_path / "parts", part=part, **how)
+    qz.api.merge(tmp_path / "parts")
+    assert differing_tensors(tmp_path / "whole", tmp_path / "parts") == []
+    checked = qz.api.verify(tmp_path / "parts", against=source, device="cpu").as_json()
+    assert checked["tensors"] == {"compared": len(tensors_of(tmp_path / "whole")), "all": checked["tensors"]["all"]}
+    one, other = (experts_of(qz.load(tmp_path / each, device="cpu")) for each in ("whole", "parts"))
+    assert one
+    assert all(torch.equal(one[each], other[each]) for each in one)
 
 
 def test_an_adapter_trains_on_top(qwen: Path, tmp_path: Path) -> None:

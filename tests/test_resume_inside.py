@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from forked import INTERRUPT, Ended, Server
+from mixtures import mixture
 from pipelines import flux
 from qz.quantize.calibration.statistics import HessianPlace, InputSums, write_hessians, write_statistics
 from reference import tensors_of
@@ -33,6 +34,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "search-double": (*SEARCH, "--double-quant"),
     "gptq": (*SEARCH, "--importance", "statistics.safetensors", "--rounding", "gptq"),
     "lora": (*QUANTIZE, "--lora", "adapter:0.5", "--lora", "other/adapter_model.safetensors"),
+    "experts": ("quantize", "mixture", *QUANTIZE[2:], "--experts"),
     "dequantize": ("dequantize", "quantized", "-o", "out", "--threads", "1", "--against", "source"),
 }
 STORES = ("write", "fsync", "rename")
@@ -89,6 +91,7 @@ def models(tiny_llama: Path, forks: Server, tmp_path_factory: pytest.TempPathFac
     sums = {name: InputSums(each.diagonal().astype(np.float64), 256) for name, each in hessians.items()}
     places = {name: HessianPlace("hessians.safetensors", f"{name}.hessian") for name in hessians}
     write_statistics(folder / "statistics.safetensors", sums, {}, places, {"hessians.safetensors": digest})
+    mixture("gpt_oss", folder / "mixture")
     for number, name in enumerate(("adapter", "other")):
         write_adapter(folder / name, linears, tiny_llama, number)
     assert forks.run("quantize", "source", "-o", "quantized", cwd=folder).code == 0

@@ -14,6 +14,7 @@ FLUX_NF4 = re.compile(
     r"(?:model\.diffusion_model\.)?double_blocks\.0\.img_attn\.proj\.weight",
 )
 """The weight by whose quant state InvokeAI knows a FLUX.1 file in nf4."""
+FLUX_INPUTS = re.compile(r"(?:model\.diffusion_model\.)?(img_in|txt_in)\.weight")
 T5_FILE = "bnb_llm_int8_model.safetensors"
 
 
@@ -80,6 +81,30 @@ def comfyui(contents: Contents) -> Iterator[Finding]:
         yield Finding("error", "single-file", text)
     elif contents.is_int8:
         yield Finding("error", "int8", "has nodes for nf4 and fp4, not for int8. Use --nf4.")
+
+
+def comfyui_shapes(contents: Contents) -> Iterator[Finding]:
+    """ComfyUI takes the width of a FLUX model from the shapes of img_in and txt_in, which packed codes do not have."""
+    packed = [match[1] for name in contents.packed if (match := FLUX_INPUTS.fullmatch(name))]
+    if packed and any(FLUX_NF4.fullmatch(name) for name in (*contents.packed, *contents.plain)):
+        text = (
+            f"takes the model's width from the shape of {' and '.join(sorted(packed))}, which packed codes do not have. "
+            "Quantize again with --skip x_embedder --skip context_embedder."
+        )
+        yield Finding("error", "shapes", text)
+
+
+def comfyui_quantizes_the_rest(contents: Contents) -> Iterator[Finding]:
+    """A linear layer that the file has not quantized is quantized on the GPU, to the type that is chosen in the node;
+    with its "default" that fails."""
+    plain = [name for name, shape in contents.plain.items() if name.endswith(".weight") and len(shape) == 2]
+    if contents.library is None and plain and contents.packed and not contents.is_int8:
+        kind = next(iter(contents.kinds))
+        text = (
+            f"quantizes what the file has not, such as {plain[0]}, when it goes to the GPU: choose {kind} as the node's "
+            "bnb_dtype, as its default fails then."
+        )
+        yield Finding("note", "rest", text)
 
 
 def unsloth_int8(contents: Contents) -> Iterator[Finding]:

@@ -107,10 +107,12 @@ CONSUMERS: Mapping[str, Consumer] = {
         Consumer(
             "comfyui",
             "ComfyUI",
-            "ComfyUI_bnb_nf4_fp4_Loaders",
+            "ComfyUI_bnb_nf4_fp4_Loaders dd2f774",
             (
-                Rule("single-file", layouts.comfyui, "its README"),
-                Rule("gpu", layouts.needs_gpu, "its README"),
+                Rule("single-file", layouts.comfyui, "UNETLoaderNF4, CheckpointLoaderNF4; ForgeLoader4Bit"),
+                Rule("shapes", layouts.comfyui_shapes, "ComfyUI a9fc751, comfy/model_detection.py: detect_unet_config"),
+                Rule("rest", layouts.comfyui_quantizes_the_rest, "ForgeLoader4Bit._load_from_state_dict"),
+                Rule("gpu", layouts.needs_gpu, "OPS.Linear.forward: bitsandbytes.matmul_4bit"),
             ),
         ),
         Consumer(
