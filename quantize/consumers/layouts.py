@@ -88,7 +88,7 @@ def comfyui_shapes(contents: Contents) -> Iterator[Finding]:
     packed = [match[1] for name in contents.packed if (match := FLUX_INPUTS.fullmatch(name))]
     if packed and any(FLUX_NF4.fullmatch(name) for name in (*contents.packed, *contents.plain)):
         text = (
-            f"takes the model's width from the shape of {' and '.join(sorted(packed))}, which packed codes do not have. "
+            f"takes the model's width from the shape of {' and '.join(sorted(packed))}, which packed codes have not. "
             "Quantize again with --skip x_embedder --skip context_embedder."
         )
         yield Finding("error", "shapes", text)
@@ -101,8 +101,8 @@ def comfyui_quantizes_the_rest(contents: Contents) -> Iterator[Finding]:
     if contents.library is None and plain and contents.packed and not contents.is_int8:
         kind = next(iter(contents.kinds))
         text = (
-            f"quantizes what the file has not, such as {plain[0]}, when it goes to the GPU: choose {kind} as the node's "
-            "bnb_dtype, as its default fails then."
+            f"quantizes what the file has not, such as {plain[0]}, when it goes to the GPU: choose {kind} as the "
+            "node's bnb_dtype, as its default fails then."
         )
         yield Finding("note", "rest", text)
 
