@@ -26,8 +26,8 @@ RULES = """
 transformers, diffusers (without a GPU) and PEFT are run as a whole by qz's own tests: every method loads, the forward
 agrees with the dequantized model's, an adapter trains on a CPU and merges. ComfyUI and its nodes are in no package
 registry: their rules are read from the code of the commits that are named, and are not run by `make consumers`. The
-nodes' loading layer (ForgeLoader4Bit) was run once by hand, on a CPU: nf4, nf4 with double quantization and fp4 came out
-with the same values.
+nodes' loading layer (ForgeLoader4Bit) was run once by hand, on a CPU: nf4, nf4 with double quantization and fp4 came
+out with the same values.
 
 ## Rules
 
