@@ -108,7 +108,7 @@ def _shallow(key: str, value: int, layers: int, image: int) -> int:
     limits = (
         (_VOCABULARY, 256),
         (_EXPERTS, 4),
-        (re.compile(r"num_experts_per_tok|moe_top_?k|top_k|n_activated_experts"), 2),
+        (re.compile(r"num_experts_per_tok|moe_top_?k|moe_k|top_k|n_activated_experts"), 2),
         (re.compile(r"topk_group|n_group|n_shared_experts|first_k_dense_replace"), 1),
         (_POSITIONS, 128),
         (re.compile(r"(?:num_|norm_num_)groups|num_norm_groups"), 4),
@@ -206,6 +206,10 @@ def _fitting(config: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         found["vocab_size"] = 128
     if {"d_head", "d_model", "n_head"} <= new.keys():
         found["d_head"] = new["d_model"] // new["n_head"]
+    if type(new.get("rotary_dim")) is int and {"n_embd", "n_head"} <= new.keys():
+        found["rotary_dim"] = min(new["rotary_dim"], new["n_embd"] // new["n_head"])
+    if new.get("num_experts_per_tok", 0) is None:
+        found["num_experts_per_tok"] = 2
     if new.get("num_kv_shared_layers"):
         found["num_kv_shared_layers"] = 0
     width, heads = new.get("hidden_size"), new.get("num_attention_heads")
