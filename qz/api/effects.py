@@ -118,13 +118,10 @@ NEEDS = (
     Need("merge", "overwrite", "parts_here", SENT.format("overwrite")),
     Need("merge", "threads", "parts_here", SENT.format("threads")),
     Need("calibrate", "method", "scores", "A method is for scores: add --scores, or leave the method out."),
-    *(
-        Need("calibrate compare", name, "reads_text", DRAWS.format(option))
-        for name, option in (
-            *((name, name) for name in ("tokens", "generate", "scores")),
-            ("resume", "no-resume"),
-        )
-    ),
+    Need("calibrate compare", "tokens", "reads_text", DRAWS.format("tokens")),
+    Need("calibrate", "generate", "reads_text", DRAWS.format("generate")),
+    Need("calibrate", "scores", "reads_text", DRAWS.format("scores")),
+    Need("calibrate", "resume", "reads_text", DRAWS.format("no-resume")),
     *(Need("calibrate compare", name, "draws", READS.format(name)) for name in ("steps", "resolution", "seed")),
     Need("inspect", "subfolder", "folder", OF_A_FILE.format("subfolder")),
     Need("inspect", "variant", "folder", OF_A_FILE.format("variant")),
