@@ -1,7 +1,7 @@
 # Every target does the set-up that it needs: a virtual environment in .venv, installed from constraints.txt.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture space test check lint types layers format bench quality docs dist fuzz hostile zoo consumers soak \
+.PHONY: help demo picture space test coverage check lint types layers format bench quality docs dist fuzz hostile zoo consumers soak \
 	constraints clean
 
 PYTHON ?= python3
@@ -20,6 +20,7 @@ CPU ?= native
 help:
 	@echo "make demo    quantize a real trained model and show that it still works"
 	@echo "make test    lint, types, layers and tests (also: make check; CPU=portable tests as if without AVX-512)"
+	@echo "make coverage  which lines the tests run, in the processes that they start, too (TESTS=tests/test_cli.py for some)"
 	@echo "make bench   the figures of benchmarks/README.md, on this machine"
 	@echo "make quality how good the 4-bit checkpoints are: trained models against their originals"
 	@echo "make space   the page in space/ in a real browser, against the tests' Hub"
@@ -66,6 +67,14 @@ layers: $(READY)
 
 test: lint types layers
 	QZ_TEST_CPU=$(CPU) $(PYTEST) -n $(WORKERS) --dist worksteal -m "not fuzz and not soak"
+
+# TESTS names some of them. Without the tests of what a command imports, which is coverage, too. See CONTRIBUTING.md.
+coverage: $(READY)
+	$(BIN)/python -m coverage erase
+	-QZ_TEST_CPU=$(CPU) $(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) -n $(WORKERS) --dist worksteal -m "not fuzz and not soak" \
+		--deselect tests/test_start_up.py $(TESTS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 check: test
 
