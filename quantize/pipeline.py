@@ -50,7 +50,10 @@ class PipelinePlan:
 
     @property
     def folders(self) -> dict[str, Folder]:
-        """Those of the source: its root under the empty name, and each component's."""
+        """Those of the source: its root under the empty name, and each component's.
+
+        Of one file the folder that it lies in is the root, and the configs' has the name of their index.
+        """
         inside = {component.name: component.folder for component in self.pipeline.components}
         if self.pipeline.file_folder is not None:
             return {"": self.pipeline.file_folder, PIPELINE_INDEX: self.pipeline.folder, **inside}
