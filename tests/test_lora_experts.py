@@ -95,6 +95,17 @@ def test_an_adapter_of_single_experts_is_fused_where_the_class_has_them_in_one(
     assert done["loras"][0]["weights"] == len(tensors) // 2
 
 
+def test_a_whole_tensor_of_experts_is_not_put_into_one_of_them(tmp_path: Path) -> None:
+    base = mixture("gpt_oss", tmp_path / "base")
+    adapter = on_all_experts(base, tmp_path / "adapter")
+    file, name = adapter / "adapter_model.safetensors", "model.layers.1.mlp.experts.down_proj_bias"
+    save_file(load_file(file) | {f"base_model.model.{name}": torch.ones(4, 64)}, file)
+    run(quantize, base, output=tmp_path / "made", lora=[str(adapter)])
+    assert torch.equal(tensors_of(tmp_path / "made")[name], torch.ones(4, 64, dtype=torch.bfloat16))
+    with pytest.raises(Unsupported, match=r"down_proj_bias' as a whole, which --experts writes expert by expert"):
+        run(quantize, base, experts=True, lora=[str(adapter)], dry_run=True)
+
+
 def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:
     base = mixture("qwen3_moe", tmp_path / "base")
     adapter = on_all_experts(base, tmp_path / "adapter")

@@ -82,6 +82,11 @@ def _step(plan: Plan, by_name: Mapping[str, Step], name: str) -> Step | None:
             "that layer out of the LoRA."
         )
     step = next((by_name[each] for each in spellings(name) if each in by_name), None)
+    if step is not None and step.weight.index is not None:
+        raise Unsupported(
+            f"The LoRA changes {quoted(name)} as a whole, which --experts writes expert by expert. Merge the LoRA "
+            "with its library, then quantize that, or leave out --experts."
+        )
     if step is not None and (step.weight.conversion is not None or len(step.sources) != 1):
         raise Unsupported(
             f"The LoRA changes {quoted(name)}, which {plan.checkpoint.library} computes from several tensors of "

@@ -61,7 +61,10 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
         try:
             found = load_gguf_checkpoint(path, return_tensors=False)["config"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
-            raise Unsupported(f"{where}: transformers does not read GGUF files of {architecture} ({error}).") from error
+            raise Unsupported(
+                f"{where}: transformers does not read GGUF files of {architecture} ({error}). Use the model's original "
+                "checkpoint, or of a diffusion model a .safetensors file."
+            ) from error
     config: dict[str, Any] = json.loads(json.dumps(found, default=_plain_value)) | _sizes_of_experts(header, where)
     model_type = str(config.get("model_type"))
     if "architectures" not in config and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
