@@ -61,6 +61,7 @@ METHODS = {
     "importance": Method((), "statistics"),
     "importance, double": Method(("--double-quant",), "statistics"),
     "importance, 1,024 tokens": Method((), "small"),
+    "importance, two prompts": Method((), "two"),
     "importance, qz's prompts": Method((), "prompts"),
     "gptq": Method(GPTQ, "statistics"),
     "gptq, its own text": Method(GPTQ, "generated"),
@@ -120,7 +121,7 @@ class Subject(Protocol):
     keeps_layers: bool
     """Whether layers at 16 bit are tried, too."""
 
-    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
+    def calibrations(self, work: Path, tokens: int, /) -> dict[str, tuple[str | Path | int, ...]]:
         """By the name of what is known of the inputs: words of ``qz calibrate``."""
 
     def load(self, folder: Path) -> Any: ...
@@ -246,11 +247,11 @@ class Emoji:
         self.calls: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.latents: torch.Tensor | None = None
 
-    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
+    def calibrations(self, work: Path, _: int) -> dict[str, tuple[str | Path | int, ...]]:
         many, few = work / "names.txt", work / "two-names.txt"
-        many.write_text("\n".join(self.seen[: max(1, tokens // 512)]), encoding="utf-8")
+        many.write_text("\n".join(self.seen[:32]), encoding="utf-8")
         few.write_text("\n".join(self.seen[:2]), encoding="utf-8")
-        return {"statistics": ("--text", many, "--hessians"), "small": ("--text", few), "prompts": ()}
+        return {"statistics": ("--text", many, "--hessians"), "two": ("--text", few), "prompts": ()}
 
     def load(self, folder: Path) -> Any:
         inside = folder / "transformer"
