@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from qz.cli.streams import closed_pipe, flush_streams, open_streams
+from qz.cli.streams import closed_pipe, flush_streams, open_streams, tell
 
 HELP = Path(__file__).with_name("help.txt")
 """What Typer shows on a terminal of ``WIDTH`` columns or more; written by ``make docs``."""
@@ -36,6 +36,9 @@ def show_help(*, asked: bool) -> int:
         sys.stdout.write(HELP.read_text(encoding="ascii"))
         sys.stdout.flush()
     except BrokenPipeError:
+        return closed_pipe()
+    except OSError as error:
+        tell(f"Error: The help cannot be written: {error.strerror}. Free some space, or write it elsewhere.\n")
         return closed_pipe()
     return 0 if asked else 2
 

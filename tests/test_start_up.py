@@ -71,6 +71,16 @@ def test_that_text_is_what_typer_shows_on_every_wider_terminal(monkeypatch: pyte
             assert group.get_help(context) + "\n" == HELP.read_text(), "Run `make docs` and commit cli/help.txt."
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_help_that_cannot_be_written_is_an_io_error_in_words() -> None:
+    command = [sys.executable, "-m", "qz", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 74
+    assert done.stderr.startswith("Error: The help cannot be written: No space left on device.")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("columns", ["60", "79"])
 def test_a_narrower_terminal_gets_narrower_help(columns: str) -> None:
     command = [sys.executable, "-m", "qz", "--help"]
