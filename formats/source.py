@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -81,6 +80,8 @@ def _as_options(source: str) -> str | None:
         parts += ["--revision", revision]
     if path:
         parts += ["--file" if path.lower().endswith(_ONE_FILE) else "--subfolder", path]
+    import shlex  # for the advice about an address of the Hub alone
+
     return shlex.join(parts)
 
 

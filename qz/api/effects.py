@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 from qz import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """What must hold in a run of ``commands`` for an ``argument`` to have an effect, and what is said if it does not.
 
     ``fact`` is a keyword of ``Asked.require``; in ``otherwise``, ``{source}`` stands for what the user named.
