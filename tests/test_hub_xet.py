@@ -198,12 +198,27 @@ def test_a_silence_is_given_up_after_a_while(connect: Connect, monkeypatch: pyte
     assert "does not answer" in message if kind == "xet_token" else "no byte arrived" in message
 
 
-def test_closing_ends_a_stream_that_waits(connect: Connect) -> None:
+def test_closing_ends_a_stream_that_waits(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when the silence has become too long for qz or for hf_xet; and nothing is left waiting behind."""
+    monkeypatch.setattr(xet, "LONGEST_SILENCE", 2 * HANG)
+    for name in ("read_timeout", "retry_max_duration"):
+        monkeypatch.setitem(xet.SETTINGS, f"client.{name}", f"{2 * HANG}s")
     hub = refusing(connect)
-    hub.fail("xorb", hang=3600)
+    fault = hub.fail("xorb", hang=3600)
     folder = opened(hub)
-    threading.Timer(0.7, folder.give_up).start()
-    assert "stopped" in failure(lambda: read(folder, HEAD), TryAgain)
+    said: list[str] = []
+    reading = threading.Thread(target=lambda: said.append(failure(lambda: read(folder, HEAD), TryAgain)), daemon=True)
+    reading.start()
+    while not fault.seen:
+        assert reading.is_alive()
+        time.sleep(0.01)
+    waiting = [thread for thread in threading.enumerate() if thread.name == "qz-xet"]
+    assert waiting
+    folder.give_up()
+    for thread in (reading, *waiting):
+        thread.join(HANG)
+        assert not thread.is_alive()
+    assert "stopped" in said[0]
 
 
 @pytest.mark.parametrize("kind", ["cdn", "reconstruction", "xorb"])
