@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -19,12 +20,13 @@ import torch
 from converted import quantized
 from hostile_configs import BOMBS, configure
 from pace import HANG
-from qz import MalformedInput
+from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.convert import plan_quantization
 from qz.quantize.libraries.importing import work_bounds
+from qz.quantize.libraries.process import asking
 from qz.quantize.methods import FourBit
 from qz.quantize.settings import Settings
 from reference import differing_files
@@ -104,6 +106,18 @@ def test_a_model_larger_than_what_planning_may_take_is_planned_on_the_first_run(
     done, _, here, there = as_command(tmp_path, "quantize", "source", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert max(here, there) <= MOST_MB
+
+
+def test_weights_made_one_by_one_take_the_memory_of_one_whatever_malloc_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "MODULE", "malloc_holes")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    process = asking._Process.started()
+    assert process is not None
+    try:
+        with pytest.raises(Unsupported, match="All weights could be made"):
+            process.answer(pickle.dumps((None, {}, None, "", False)), None)
+    finally:
+        process.end()
 
 
 TRIED = ("a table made in a loop", "a table made at once", "the size of a picture")
