@@ -3,10 +3,11 @@
 The Hub is ``tests/hub_server`` in a process of its own on 127.0.0.1; every connection has a latency of 5 ms and
 70 MB/s, which is what the CDN of the real one gives at most.
 
-    python -m benchmarks.hub [FOLDER] [--model llama-1b|flux-holes] [--method nf4] [--xet] [--alone]
+    python -m benchmarks.hub [FOLDER] [--model llama-1b|flux-holes|flux-noise] [--method nf4] [--xet] [--alone]
 
 FOLDER (default: .bench) holds the checkpoint that is made once and kept. ``--xet``: the CDN refuses, so that everything
-comes over Xet. Prints one JSON object.
+comes over Xet. ``flux-noise``: FLUX-sized, of 64 MB of noise again and again, which the server makes as it is read; the
+output is compared with what bitsandbytes makes of the noise, and qz with nothing. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ LATENCY, BANDWIDTH = 0.005, 70e6
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", type=Path, nargs="?", default=ROOT / ".bench")
-    arguments.add_argument("--model", choices=("llama-1b", "flux-holes"), default="llama-1b")
+    arguments.add_argument("--model", choices=("llama-1b", "flux-holes", "flux-noise"), default="llama-1b")
     arguments.add_argument("--method", choices=("nf4", "fp4", "int8"), default="nf4")
     arguments.add_argument("--xet", action="store_true", help="the CDN refuses")
     arguments.add_argument("--alone", action="store_true", help="qz only: nothing to compare with")
     asked = arguments.parse_args()
 
-    from benchmarks import checkpoints
+    from benchmarks import checkpoints, noise
 
-    models = asked.folder.resolve() / "hub"
-    models.mkdir(parents=True, exist_ok=True)
+    models = asked.folder.resolve() / "hub" / asked.model
     source = models / "bench" / asked.model
+    source.parent.mkdir(parents=True, exist_ok=True)
+    fill = noise.write(models / "noise") if asked.model == "flux-noise" else None
     if asked.model == "llama-1b":
         checkpoints.SHARD_BYTES = 300 * 10**6  # eight shards, for eight connections of hf download
         checkpoints.llama(source, checkpoints.LLAMA_1B)
@@ -55,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         place = Path(scratch)
         imports = watched([sys.executable, "-c", IMPORTS], place, {})
-        with Served(models, outage=asked.xet) as hub:
+        with Served(models, place, outage=asked.xet, fill=fill) as hub:
             remote = watched([*quantize, "--quiet", "-o", "remote", repo], place, hub.environment)
         output = size_of(place / "remote")
         result: dict[str, Any] = {
@@ -70,13 +72,15 @@ def main() -> None:
             "peak_disk_bytes_beside_output": max(0, remote["disk"] - output),
             "peak_anonymous_bytes_of_imports": imports["memory"],
         }
-        if not asked.alone:
+        if fill is not None:
+            result["differing_from_bitsandbytes"] = noise.differing(source, place / "remote")
+        elif not asked.alone:
             local = watched([*quantize, "--quiet", "-o", "local", str(source)], place, {})
             result["same_weights_as_local"] = same(place / "remote", place / "local")
             result["qz_from_a_local_folder"] = told(local, weights)
             for name in ("remote", "local"):
                 shutil.rmtree(place / name)
-            with Served(models, outage=False) as hub:
+            with Served(models, place) as hub:
                 hf = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", repo, "--quiet"]
                 download = watched(hf, place, hub.environment | {"HF_HUB_DISABLE_XET": "1"})
             result["hf_download"] = told(download, weights)
@@ -85,20 +89,32 @@ def main() -> None:
 
 
 class Served:
-    """A Hub in a process of its own. A context manager; ``counts`` is there afterwards."""
+    """A Hub in a process of its own. A context manager; ``counts`` is there afterwards.
 
-    def __init__(self, models: Path, *, outage: bool) -> None:
-        command = [sys.executable, "-m", "hub_server", models, "--latency", LATENCY, "--bandwidth", BANDWIDTH]
-        self.command = [str(word) for word in command] + ["--outage"] * outage
+    What its clients keep for another time lies in ``place`` too, and goes with it. ``fill``: see the server."""
+
+    def __init__(
+        self,
+        models: Path,
+        place: Path,
+        *,
+        outage: bool = False,
+        bandwidth: float = BANDWIDTH,
+        fill: Path | None = None,
+    ) -> None:
+        command = [sys.executable, "-m", "hub_server", models, "--latency", LATENCY, "--bandwidth", bandwidth]
+        filled = [] if fill is None else ["--fill", fill]
+        self.command = [str(word) for word in (*command, *filled)] + ["--outage"] * outage
+        self.place = place
         self.counts: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(self.command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        self.home = tempfile.mkdtemp()
+        self.home = tempfile.mkdtemp(dir=self.place)
         self.environment = {
             "HF_ENDPOINT": self.process.stdout.readline().strip(),
-            "HF_HOME": "home",
+            "HF_HOME": f"{self.home}/hub",
             "HF_XET_CACHE": f"{self.home}/xet",
             "QZ_CACHE": f"{self.home}/cache",  # nothing is remembered
         }

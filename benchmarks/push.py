@@ -47,11 +47,11 @@ def main() -> None:
         ways: dict[str, dict[str, Any]] = {}
         for _ in range(ROUNDS):  # in turn: what else the machine does falls on both
             for name, command in runs.items():
-                with Served(place / "models", outage=False) as hub:
+                with Served(place / "models", place) as hub:
                     run = watched(command, place, hub.environment | OWNER)
                 ways[name] = min(run, ways.get(name, run), key=lambda each: each["seconds"])
         shutil.rmtree(place / "made")
-        with Served(place / "models", outage=False) as hub:
+        with Served(place / "models", place) as hub:
             words = ["--nf4", "--max-shard-size", SHARD, "--push", "me/only", "--push-only", "--quiet"]
             only = watched([*qz, "quantize", str(source), *words], place, hub.environment | OWNER)
     result = {

@@ -11,6 +11,7 @@ import signal
 import threading
 from pathlib import Path
 
+from hub_server.contents import Blob, Repeated
 from hub_server.server import HubServer
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     arguments.add_argument("--bandwidth", type=float, default=0.0, help="bytes a second of each connection")
     arguments.add_argument("--link-seconds", type=float, default=3600, help="life of a signed link")
     arguments.add_argument("--outage", action="store_true", help="the CDN refuses every link to a file")
+    arguments.add_argument("--fill", type=Path, help="a file whose bytes, repeated, are those of all tensors")
     asked = arguments.parse_args()
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -29,11 +31,21 @@ def main() -> None:
         if asked.outage:
             hub.fail("cdn", status=403, message="SignatureError: invalid key pair id")
         for folder in sorted(asked.root.glob("*/*")):
-            files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+            paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+            files = {str(path.relative_to(folder)): _content(path, asked.fill) for path in paths}
             hub.add(f"{folder.parent.name}/{folder.name}", files)
         print(hub.url, flush=True)
         ended.wait()
         print(json.dumps({"requests": hub.requests, "bytes_out": hub.bytes_out}), flush=True)
+
+
+def _content(path: Path, fill: Path | None) -> Path | Blob:
+    if fill is None or path.suffix != ".safetensors":
+        return path
+    with path.open("rb") as file:
+        size = file.read(8)
+        head = size + file.read(int.from_bytes(size, "little"))
+    return Repeated.to(path.stat().st_size, head, fill.read_bytes())
 
 
 if __name__ == "__main__":

@@ -51,6 +51,31 @@ class Blob:
 
 
 @dataclass(frozen=True)
+class Repeated(Blob):
+    """``data``, and then ``pattern`` again and again: a large file that neither memory nor a disk holds."""
+
+    pattern: bytes = b""
+
+    @classmethod
+    def to(cls, size: int, head: bytes, pattern: bytes) -> Repeated:
+        unnamed = cls(size, "", "", data=head, pattern=pattern)
+        sha1, sha256 = hashlib.sha1(b"blob %d\0" % size), hashlib.sha256()
+        for start in range(0, size, 1 << 20):
+            chunk = unnamed.read(start, min(size, start + (1 << 20)))
+            sha1.update(chunk)
+            sha256.update(chunk)
+        return cls(size, sha1.hexdigest(), sha256.hexdigest(), data=head, pattern=pattern)
+
+    def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        stop, head = self.size if stop is None else stop, self.data or b""
+        out = head[start:stop]
+        while (at := start + len(out)) < stop:
+            at = (at - len(head)) % len(self.pattern)
+            out += self.pattern[at : at + stop - start - len(out)]
+        return out
+
+
+@dataclass(frozen=True)
 class Entry:
     """A file of a tree; ``lfs`` if the repository holds a pointer to it; ``xet``: its Xet hash, if it has one."""
 

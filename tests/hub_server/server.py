@@ -106,7 +106,7 @@ class HubServer:
         """Every signed link handed out so far stops working: their time is over."""
         self.pass_time(self.rules.link_seconds + 1)
 
-    def add(self, name: str, files: Mapping[str, bytes | Path] | None = None, **about: Any) -> Repo:
+    def add(self, name: str, files: Mapping[str, bytes | Path | Blob] | None = None, **about: Any) -> Repo:
         """A new repository whose first commit holds ``files`` (LFS by name, as .gitattributes has it on the Hub)."""
         repo = self.repos[name] = Repo(name, **about)
         repo.add({path: self.entry(path, content) for path, content in (files or {}).items()}, "main", None, "first")
@@ -122,8 +122,8 @@ class HubServer:
                 tree[path] = self.entry(path, content)
         return repo.add(tree, ref, repo.refs[ref], "another commit")
 
-    def entry(self, path: str, content: bytes | Path) -> Entry:
-        blob = Blob.of(content)
+    def entry(self, path: str, content: bytes | Path | Blob) -> Entry:
+        blob = content if isinstance(content, Blob) else Blob.of(content)
         if not is_lfs(path, content if isinstance(content, bytes) else b""):
             return Entry(blob, lfs=False)
         self.objects[blob.sha256] = blob
