@@ -1,6 +1,7 @@
 """Pushing to a Hub, against ``hf upload`` to the same one: time, CPU and memory; and quantizing with --push-only.
 
-The Hub is that of ``benchmarks.hub``; what is uploaded goes over Xet, as fast as a loop-back is.
+The Hub is that of ``benchmarks.hub``; what is uploaded goes over Xet, as fast as a loop-back is. With --push-only the
+source comes from there too, as fast.
 
     python -m benchmarks.push [FOLDER]
 
@@ -30,7 +31,7 @@ def main() -> None:
 
     from benchmarks import checkpoints
 
-    source = folder / "push" / "llama-1b"
+    source = folder / "push" / "bench" / "llama-1b"
     checkpoints.llama(source, checkpoints.LLAMA_1B)
     qz = [sys.executable, "-m", "qz"]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -51,9 +52,9 @@ def main() -> None:
                     run = watched(command, place, hub.environment | OWNER)
                 ways[name] = min(run, ways.get(name, run), key=lambda each: each["seconds"])
         shutil.rmtree(place / "made")
-        with Served(place / "models", place) as hub:
+        with Served(folder / "push", place, bandwidth=0) as hub:
             words = ["--nf4", "--max-shard-size", SHARD, "--push", "me/only", "--push-only", "--quiet"]
-            only = watched([*qz, "quantize", str(source), *words], place, hub.environment | OWNER)
+            only = watched([*qz, "quantize", "bench/llama-1b", *words], place, hub.environment | OWNER)
     result = {
         "bytes_output": output,
         **{name: told(run, output) for name, run in ways.items()},
