@@ -3,7 +3,7 @@
 The Hub is ``tests/hub_server`` in a process of its own on 127.0.0.1; every connection has a latency of 5 ms and
 70 MB/s, which is what the CDN of the real one gives at most.
 
-    python -m benchmarks.hub [FOLDER] [--model llama-1b|flux-holes|flux-noise] [--method nf4] [--xet] [--alone]
+    python -m benchmarks.hub [FOLDER] [--model llama-1b|flux-noise] [--method nf4] [--xet] [--alone]
 
 FOLDER (default: .bench) holds the checkpoint that is made once and kept. ``--xet``: the CDN refuses, so that everything
 comes over Xet. ``flux-noise``: FLUX-sized, of 64 MB of noise again and again, which the server makes as it is read; the
@@ -34,11 +34,13 @@ LATENCY, BANDWIDTH = 0.005, 70e6
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", type=Path, nargs="?", default=ROOT / ".bench")
-    arguments.add_argument("--model", choices=("llama-1b", "flux-holes", "flux-noise"), default="llama-1b")
+    arguments.add_argument("--model", choices=("llama-1b", "flux-noise"), default="llama-1b")
     arguments.add_argument("--method", choices=("nf4", "fp4", "int8"), default="nf4")
     arguments.add_argument("--xet", action="store_true", help="the CDN refuses")
     arguments.add_argument("--alone", action="store_true", help="qz only: nothing to compare with")
     asked = arguments.parse_args()
+    if asked.model == "flux-noise" and asked.method != "nf4":
+        arguments.error("flux-noise is compared in NF4 only")
 
     from benchmarks import checkpoints, noise
 
