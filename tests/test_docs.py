@@ -176,6 +176,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("flux")
     readers.some_text(place / "prose.txt")
     readers.some_text(place / "other.txt")
+    (place / "other-prompts.txt").write_text("a red kite\nthe sea at night\n")
     language_model = readers.model_folder("llama-untied", place / "my-llm")
     names = llama_cpp_names(language_model, gguf.MODEL_ARCH.LLAMA).values()
     write_gguf(place / "imatrix.gguf", {name: (np.ones(inputs, np.float32), 512) for name, inputs in names})
