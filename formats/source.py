@@ -7,7 +7,6 @@ import re
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import unquote
 
 from qz import HubUnreachable, MissingInput, PermissionRefused
 from qz.formats.folder import LocalFolder
@@ -24,10 +23,9 @@ _REPO_FILE = re.compile(
 )
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-_LINK = re.compile(
+_LINK = (
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)"
-    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<path>[^?#]+?))?)?/?(?:[?#].*)?",
-    re.ASCII,
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<path>[^?#]+?))?)?/?(?:[?#].*)?"
 )
 """A page or a file of a model's repository, as a browser shows its address."""
 _ONE_FILE = (".safetensors", ".gguf")
@@ -71,8 +69,11 @@ def open_source(
 
 def _as_options(source: str) -> str | None:
     """How an address on the Hub, or a name with a revision or a path, is written for qz; None for anything else."""
-    found = _LINK.fullmatch(source) or _REPO_FILE.fullmatch(source) if len(source) <= LONGEST_PATH else None
-    if found is None:
+    import shlex
+    from urllib.parse import unquote
+
+    found = re.fullmatch(_LINK, source, re.ASCII) or _REPO_FILE.fullmatch(source)
+    if found is None or len(source) > LONGEST_PATH:
         return None
     path, revision = (unquote(found[each] or "").strip("/") for each in ("path", "revision"))
     parts = [found["repo"]]
@@ -80,8 +81,6 @@ def _as_options(source: str) -> str | None:
         parts += ["--revision", revision]
     if path:
         parts += ["--file" if path.lower().endswith(_ONE_FILE) else "--subfolder", path]
-    import shlex  # for the advice about an address of the Hub alone
-
     return shlex.join(parts)
 
 
