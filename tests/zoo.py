@@ -13,6 +13,8 @@ import torch
 HEADS = {"num_attention_heads": 4}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **HEADS}
 TEXT = {**SMALL, "vocab_size": 100}
+SHORT = {**TEXT, "max_position_embeddings": 512}
+"""Where the default is far beyond the tensors, and the library would be asked in a process of its own each time."""
 
 
 ODD = ("llama-odd",)
@@ -33,7 +35,7 @@ def t5() -> Any:
 def mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4)).bfloat16()
+    return MixtralForCausalLM(MixtralConfig(**SHORT, num_key_value_heads=2, num_local_experts=4)).bfloat16()
 
 
 def qwen3_moe() -> Any:
@@ -46,7 +48,7 @@ def qwen3_moe() -> Any:
         "head_dim": 16,
         "num_key_value_heads": 2,
     }
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**TEXT, **experts)).bfloat16()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHORT, **experts)).bfloat16()
 
 
 def gpt2() -> Any:
@@ -84,7 +86,7 @@ def whisper() -> Any:
 def gemma3() -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    return Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, num_key_value_heads=2, head_dim=16)).bfloat16()
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHORT, num_key_value_heads=2, head_dim=16)).bfloat16()
 
 
 def vit() -> Any:
