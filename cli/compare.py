@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from qz.cli.new_file import require_new, store
 from qz.cli.options import arguments, machine, reports, selection
 from qz.cli.output import Column, facts, show, table, took, warn
-from qz.cli.picture import Chart, charts
 from qz.cli.progress import Display, timed
-from qz.cli.report import LAYERS, lost, worst_layers
+from qz.cli.reports.model import LAYERS, lost, worst_layers
+from qz.cli.reports.new_file import require_new, store
+from qz.cli.reports.picture import Chart, charts
 from qz.counted import counted
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def compare(
     if picture is not None:
         store(picture, charts(drawn(found)), "--picture")
     if page is not None:
-        from qz.cli.report_page import comparison_page
+        from qz.cli.reports.page import comparison_page
 
         store(page, comparison_page(found, report(found), drawn(found)), "--page")
     parts = [facts(report(found))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qz.cli.options import arguments, hub, machine, outputs, reports, selection
 from qz.cli.progress import Display, timed
-from qz.cli.report import present, require_place
+from qz.cli.reports.conversion import present, require_place
 
 
 def dequantize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qz.cli.options import arguments, hub, machine, outputs, reports
 from qz.cli.output import duration, facts, show, size, warn
 from qz.cli.progress import Display
-from qz.cli.report import pushed_text
+from qz.cli.reports.push import pushed_text
 
 if TYPE_CHECKING:
     from qz.quantize.merging.merge import Merged

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz.cli.options import arguments, hub, reports
-from qz.cli.output import facts, say, show, size
+from qz.cli.output import facts, say, show
 from qz.cli.progress import Display
+from qz.cli.reports.push import report
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import PushResult
@@ -49,26 +50,3 @@ def push(
 def outcome(result: PushResult) -> str:
     """What holds after the push, whether or not its report can be written."""
     return "" if result.dry_run else f"{result.url} has the checkpoint. There is nothing to run again."
-
-
-def report(result: PushResult) -> list[tuple[str, str]]:
-    """The result as labels and values."""
-    whole = sum(file.bytes for file in result.files)
-    rows = [
-        ("repository", result.url + (", new" if result.created else "")),
-        ("visibility", "private" if result.private else "public"),
-        ("branch", result.to.branch),
-        ("files", f"{len(result.files):,}, {size(whole)}"),
-    ]
-    if result.to.folder:
-        rows.append(("folder", result.to.folder))
-    if result.removed:
-        rows.append(("replaced", ", ".join(result.removed)))
-    if result.left_out:
-        rows.append(("not uploaded", ", ".join(result.left_out)))
-    if result.dry_run:
-        return [*rows, ("dry run", "nothing was sent")]
-    rows.append(("uploaded", size(result.bytes_uploaded)))
-    if result.pull_request:
-        rows.append(("pull request", result.pull_request))
-    return [*rows, ("commit", str(result.commit))]

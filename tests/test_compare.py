@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
-from qz.cli.new_file import store
+from qz.cli.reports.new_file import store
 from qz.quantize.calibration import text
 from readers import model_folder, some_text
 from reference import dequantized_by_bitsandbytes, tensors_of

@@ -26,7 +26,7 @@ from hub_server import HubServer, connected
 from pace import stopwatch
 from qz import api
 from qz.cli.app import run
-from qz.cli.tensors import pattern_of, ranges
+from qz.cli.reports.tensors import pattern_of, ranges
 from qz.formats.checkpoint.problems import ERRORS
 from qz.formats.safetensors import encode_header, layout
 from reference import diffusers_model, transformers_model

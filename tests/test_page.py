@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qz.cli.output import Column
-from qz.cli.page import chart, columns, facts, page, section, table
+from qz.cli.reports.markup import chart, columns, facts, page, section, table
 from readers import model_folder, some_text
 
 Qz = Callable[..., subprocess.CompletedProcess[str]]

@@ -27,7 +27,7 @@ from qz import (
     TryAgain,
     UsageError,
 )
-from qz.cli.page import page, section
+from qz.cli.reports.markup import page, section
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish import upload
 from qz.formats.publish.card import snippet, write_card

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz.cli.output import Column, Section, percent, quantity, size, took
+from qz.cli.reports.model import fused_loras, left_out, part_of, place_of
 
 if TYPE_CHECKING:
     from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
@@ -72,8 +73,6 @@ def row(component: ComponentSummary) -> tuple[str, ...]:
 
 def report(summary: PipelineSummary) -> list[tuple[str, str]]:
     """The whole as labels and values."""
-    from qz.cli.report import fused_loras, left_out, part_of, place_of
-
     share = percent(summary.quantized_parameters, summary.parameters)
     saved = f"{size(summary.bytes_source)} → {size(summary.bytes_output)}"
     rows = [

@@ -1,42 +1,21 @@
-"""What a conversion did, for people and for scripts: the summary and the loss as tables, JSON and Markdown."""
+"""One model for ``qz quantize`` and ``qz dequantize``: labels and values, the layers that lost most, and what stays."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qz import UsageError
-from qz.cli.new_file import require_new, store
-from qz.cli.output import (
-    Column,
-    Section,
-    facts,
-    markdown,
-    percent,
-    plain,
-    quantity,
-    say,
-    show,
-    size,
-    table,
-    took,
-    warn,
-    write_step_summary,
-)
+from qz.cli.output import Column, Section, percent, plain, quantity, size, took
 from qz.counted import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from qz.formats.publish.destination import PushResult
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.planning.kept_layers import KeptLayers
     from qz.quantize.streaming.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
-    from qz.quantize.up_to_date import UpToDate
 
-FILES = (Column("file", foldable=True), Column("bytes", right=True))
 CURVE = (
     Column("in memory", right=True),
     Column("kept", right=True),
@@ -54,79 +33,6 @@ LAYERS = (
     Column("SNR", right=True),
     Column("largest error", right=True),
 )
-
-
-def require_place(page: Path | None, output: Path | None, *, dry_run: bool) -> None:
-    """Raise for a --page that could not be written when all else is done. It may lie in the output, which comes."""
-    if page is None:
-        return
-    if dry_run:
-        raise UsageError("--page tells of what was done, and --dry-run does nothing. Leave one of them out.")
-    if output is None or page.parent != output:
-        require_new(page, "--page")
-
-
-def present(
-    summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, quiet: bool = False, page: Path | None = None
-) -> None:
-    """The report of a conversion: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page.
-
-    ``page``: the file to write it to as HTML as well.
-    """
-    from qz.cli.pipeline_report import pipeline_sections
-    from qz.quantize.pipeline_summary import PipelineSummary
-    from qz.quantize.up_to_date import UpToDate
-
-    if summary.pushed is not None:
-        for note in summary.pushed.notes:
-            say(f"Note: {note}.", quiet=quiet)
-    if isinstance(summary, UpToDate):
-        for note in summary.notes:
-            warn(note)
-        if page is not None:
-            warn(f"{page} was not written: nothing was done that it could tell of")
-        present_existing(summary, as_json=as_json)
-        return
-    if page is not None:
-        from qz.cli.report_page import conversion_page
-
-        store(page, conversion_page(summary), "--page")
-    for warning in summary.warnings:
-        warn(warning)
-    sections = pipeline_sections(summary) if isinstance(summary, PipelineSummary) else model_sections(summary)
-    sections += kept_sections(summary)
-    texts = [*(section.text() for section in sections), *pushed_text(summary.pushed)]
-    show(summary.as_json(), as_json=as_json, text="\n\n".join(texts), done=outcome(summary))
-    if not summary.dry_run:
-        shown = [section.markdown() for section in sections]
-        write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *shown]))
-    elif not quiet and not as_json:
-        say(*table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]).split("\n"))
-
-
-def present_existing(found: UpToDate, *, as_json: bool) -> None:
-    """A run with nothing to do: the report of the one that made the output."""
-    text = (
-        f"{found.output} is up to date: made from the same source with the same settings, and complete. Nothing to do."
-    )
-    say(text, quiet=not as_json)
-    show(found.as_json(), as_json=as_json, text="\n\n".join([plain(text), *pushed_text(found.pushed)]), done=text)
-    write_step_summary(f"### qz\n\n{markdown(text)}")
-
-
-def outcome(summary: Summary | PipelineSummary) -> str:
-    """What holds after the run, whether or not its report can be written."""
-    if summary.dry_run:
-        return ""
-    made = f"{summary.output} is complete. " if summary.output else ""
-    return made + (f"{summary.pushed.url} has it. " if summary.pushed else "") + "There is nothing to run again."
-
-
-def pushed_text(pushed: PushResult | None) -> list[str]:
-    """The report of the push that followed, if one did."""
-    from qz.cli.push import report
-
-    return [] if pushed is None else [facts(report(pushed))]
 
 
 def model_sections(summary: Summary) -> list[Section]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qz.cli.output import Column, facts, fold, percent, quantity, say, show, size, table, terminal_width
-from qz.cli.tensors import COLUMNS, grouped, matching, single
+from qz.cli.reports.tensors import COLUMNS, grouped, matching, single
 from qz.counted import counted
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
 from qz.cli.output import Column, percent, quantity, size
-from qz.cli.page import Markup, chart, columns, facts, page, section, table, tag
-from qz.cli.report import LAYERS, described, lost
+from qz.cli.reports.markup import Markup, chart, columns, facts, page, section, table, tag
+from qz.cli.reports.model import LAYERS, described, lost
+from qz.cli.reports.pipeline import COLUMNS, report, row
 from qz.counted import counted
 
 if TYPE_CHECKING:
-    from qz.cli.picture import Chart
+    from qz.cli.reports.picture import Chart
     from qz.quantize.calibration.compare import Comparison
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.streaming.loss import LayerLoss, Loss
@@ -26,7 +27,6 @@ KEPT = (Column("module"), Column("why it is not quantized"))
 
 def conversion_page(summary: Summary | PipelineSummary) -> str:
     """Of a model, or of a pipeline and each of its models."""
-    from qz.cli.pipeline_report import COLUMNS, report, row
     from qz.quantize.pipeline_summary import PipelineSummary
 
     name = PurePath(summary.output or summary.source.location).name
