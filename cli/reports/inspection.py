@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz.cli.output import Column, facts, fold, percent, quantity, say, show, size, table, terminal_width
 from qz.cli.reports.tensors import COLUMNS, grouped, matching, single
-from qz.counted import counted
+from qz.counted import counted, shown
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.problems import Problem
@@ -143,9 +143,7 @@ def quantization(how: Quantization, parameters: int) -> list[tuple[str, str]]:
         count = how.quantized_tensors or 0
         rows.append(("quantized", f"{share} of the parameters, {counted(count, 'weight')}"))
     if how.skipped is not None:
-        names = list(how.skipped)
-        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        rows.append(("skipped", shown or "none (library defaults disabled)"))
+        rows.append(("skipped", shown(how.skipped, 6) or "none (library defaults disabled)"))
     return rows
 
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from qz.cli.output import Column, Section, percent, plain, quantity, size, took
-from qz.counted import counted
+from qz.counted import counted, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,9 +62,8 @@ def described(summary: Summary) -> list[tuple[str, str]]:
     if summary.kept_layers is not None:
         rows.append(("kept", kept_layers(summary.kept_layers)))
     if summary.skipped:
-        names = list(summary.skipped)
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        rows.append(("not quantized", f"{shown} ({', '.join(sorted(set(summary.skipped.values())))})"))
+        why = ", ".join(sorted(set(summary.skipped.values())))
+        rows.append(("not quantized", f"{shown(summary.skipped, 4)} ({why})"))
     rows += left_out(summary)
     if summary.loss:
         _, _, error, ratio, largest = lost(summary.loss.total)
@@ -105,11 +104,7 @@ def fused_loras(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
 
 def left_out(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
     """The row of what the source has and the output has not; none if it has everything."""
-    names = summary.left_out
-    if not names:
-        return []
-    shown = ", ".join(plain(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return [("left out", shown)]
+    return [("left out", shown(map(plain, summary.left_out), 4))] if summary.left_out else []
 
 
 def refined(how: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +11,7 @@ from qz.cli.output import Column, percent, quantity, size
 from qz.cli.reports.markup import Markup, chart, columns, facts, page, section, table, tag
 from qz.cli.reports.model import LAYERS, described, lost
 from qz.cli.reports.pipeline import COLUMNS, report, row
+from qz.cli.reports.tensors import natural
 from qz.counted import counted
 
 if TYPE_CHECKING:
@@ -93,22 +93,22 @@ def layers(summary: Summary) -> list[Markup]:
         parts.append(section("What the layers lost", tag("p", told)))
     if summary.skipped:
         caption = f"{counted(len(summary.skipped), 'linear layer')} left in {summary.dtype}"
-        parts.append(section("What is not quantized", table(caption, KEPT, natural(summary.skipped.items()))))
+        parts.append(section("What is not quantized", table(caption, KEPT, in_order(summary.skipped.items()))))
     return parts
 
 
 def losses(loss: Loss) -> list[Markup]:
     """A bar for each layer, in the order of the names, and all figures, worst first."""
-    ordered = natural((layer.name, layer) for layer in loss.layers)
+    ordered = in_order((layer.name, layer) for layer in loss.layers)
     told = "Relative error of each layer's weights, in the order of their names"
     drawn = columns(told, [(name, finite(layer)) for name, layer in ordered])
     rows = [lost(loss.total), *map(lost, loss.layers)]
     return [drawn, table("All together, then each layer, largest error first", LAYERS, rows)]
 
 
-def natural(named: Iterable[tuple[str, Value]]) -> list[tuple[str, Value]]:
+def in_order(named: Iterable[tuple[str, Value]]) -> list[tuple[str, Value]]:
     """In the order of the names, in which 10 comes after 9."""
-    return sorted(named, key=lambda pair: [(part.zfill(12), part) for part in re.split(r"(\d+)", pair[0])])
+    return sorted(named, key=lambda pair: natural(pair[0]))
 
 
 def finite(layer: LayerLoss) -> float:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
-from qz.cli.output import plain
+from qz.cli.reports.markup import text
 from qz.counted import counted
-from qz.redaction import redact
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 280, 64, 40, 28
 FONT = 'font-family="system-ui, sans-serif" font-size="12"'
@@ -40,7 +38,7 @@ def _bars(chart: Chart, above: int) -> list[str]:
     most = max((value for _, value in chart.values), default=0.0) or 1.0
     room, high, top = WIDTH - LEFT - 8, HEIGHT - TOP - BOTTOM, above + TOP
     step = room / max(len(chart.values), 1)
-    parts = [f'<text x="8" y="{above + 22}" {FONT} font-weight="bold" fill="#222222">{_text(chart.title)}</text>']
+    parts = [f'<text x="8" y="{above + 22}" {FONT} font-weight="bold" fill="#222222">{text(chart.title)}</text>']
     for share in (0.0, 0.5, 1.0):
         y = top + high * (1 - share)
         parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - 8}" y2="{y:.1f}" stroke="#dddddd"/>')
@@ -50,14 +48,10 @@ def _bars(chart: Chart, above: int) -> list[str]:
         x, tall = LEFT + number * step, high * value / most
         parts.append(
             f'<rect x="{x + 0.1 * step:.1f}" y="{top + high - tall:.1f}" width="{0.8 * step:.1f}" '
-            f'height="{tall:.1f}" fill="#3b6fb6"><title>{_text(name)}: {value:.4g}</title></rect>'
+            f'height="{tall:.1f}" fill="#3b6fb6"><title>{text(name)}: {value:.4g}</title></rect>'
         )
     parts.append(
         f'<text x="{LEFT + room / 2:.0f}" y="{above + HEIGHT - 8}" {FONT} text-anchor="middle" fill="#555555">'
         f"{counted(len(chart.values), chart.noun)}, from the first to the last</text>"
     )
     return parts
-
-
-def _text(value: str) -> str:
-    return escape(redact(plain(value)))
