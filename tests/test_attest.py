@@ -18,6 +18,7 @@ from in_toto_attestation.v1.statement import Statement
 from conftest import Qz
 from hub_server import connected
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
+from qz.cli.page import page, section
 from test_scales import statistics
 
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 2}
@@ -228,3 +229,19 @@ def test_a_push_takes_both_along_and_a_download_is_verified(
             api.push(made, "me/model-nf4")
     api.quantize(tiny_llama, made, if_exists="overwrite", **ON_CPU)
     assert not (made / "model.sig").exists(), "a new output has no old statement"
+
+
+def test_a_page_is_pushed_whether_it_was_there_when_the_statement_was_made_or_not(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(monkeypatch, tmp_path / "home") as hub:
+        api.attest(made)
+        (made / "report.html").write_text(page("made", section("Sizes")))
+        api.push(made, "me/later")
+        api.attest(made)
+        api.push(made, "me/stated")
+        for name in ("me/later", "me/stated"):
+            assert "report.html" in hub.repos[name].files()
+        (made / "report.html").write_text(page("made", section("Other sizes")))
+        with pytest.raises(MalformedInput, match=r"report\.html differs"):
+            api.push(made, "me/stated")

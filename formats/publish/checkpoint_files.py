@@ -65,7 +65,8 @@ class OwnFiles:
         if data is None:
             return
         stated = {name: sha256 for name, (sha256, _) in read_statement(data, STATEMENT).subjects.items()}
-        mine = {file.name: file.sha256 for file in self.files if file.name not in {*BESIDE, PAGE}}
+        later = BESIDE if PAGE in stated else {*BESIDE, PAGE}  # a page may be written after the statement
+        mine = {file.name: file.sha256 for file in self.files if file.name not in later}
         if stated != mine:
             unlike = next(name for name in sorted(stated.keys() | mine.keys()) if stated.get(name) != mine.get(name))
             raise MalformedInput(
