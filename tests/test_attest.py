@@ -17,6 +17,7 @@ from in_toto_attestation.v1.statement import Statement
 
 from conftest import Qz
 from hub_server import connected
+from pipelines import flux
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
 from qz.cli.page import page, section
 from test_scales import statistics
@@ -173,6 +174,25 @@ def test_model_signing_checks_what_is_signed(made: Path, keys: tuple[Path, Path]
     (made / "model.sig").unlink()
     with pytest.raises(MissingInput, match=r"model\.sig"):
         api.verify(made, public_key=public)
+
+
+def test_what_lies_in_a_component_and_is_not_its_own_is_neither_signed_nor_pushed(
+    keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    made = tmp_path / "made"
+    api.quantize(flux(tmp_path / "flux"), made, **ON_CPU)
+    strangers = ("transformer/.DS_Store", "transformer/notes.txt", "vae/old/")
+    for name in ("transformer/notes.txt", "transformer/.DS_Store", "vae/old/notes.txt"):
+        (made / name).parent.mkdir(exist_ok=True)
+        (made / name).write_text("mine")
+    assert api.attest(made, sign_key=keys[0]).left_out == strangers
+    with connected(monkeypatch, tmp_path / "home"):
+        assert api.push(made, "me/flux-nf4").left_out == strangers
+        copy = Path(snapshot_download("me/flux-nf4", local_dir=tmp_path / "copy"))
+    assert theirs(copy, keys[1]).returncode == 0
+    assert api.verify(copy, public_key=keys[1]).intact
 
 
 def test_a_key_of_another_is_not_the_signer(made: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:

@@ -189,18 +189,21 @@ def whole(folder: Folder) -> tuple[Companion, ...]:
     return (*found, *_matching(folder, (TERMS,)))
 
 
-def left_out(folder: Folder, used: Collection[str], prefix: str = "", depth: int = 2) -> tuple[str, ...]:
+def left_out(folder: Folder, used: Collection[str], prefix: str = "", *, hidden: bool = False) -> tuple[str, ...]:
     """Files of ``folder`` that are not in ``used``; of a folder with none that is, its name with a slash.
 
-    ``used`` may name folders, which then are not looked into. Hidden files are not the model's.
+    ``used`` may name folders, which then are not looked into. Hidden files are not the model's: they are named only if
+    ``hidden``.
     """
-    names = [prefix + name for name in folder.sizes() if prefix + name not in used and not name.startswith(".")]
+    names = [
+        prefix + name for name in folder.sizes() if prefix + name not in used and (hidden or not name.startswith("."))
+    ]
     for inner in folder.subfolders():
         name = prefix + inner
-        if inner.startswith(".") or name in used:
+        if name in used or (inner.startswith(".") and not hidden):
             continue
-        if depth and any(each.startswith(f"{name}/") for each in used):
-            names += left_out(folder.subfolder(inner), used, f"{name}/", depth - 1)
+        if any(each.startswith(f"{name}/") for each in used):
+            names += left_out(folder.subfolder(inner), used, f"{name}/", hidden=hidden)
         else:
             names.append(f"{name}/")
     return tuple(sorted(names))

@@ -11,7 +11,7 @@ from qz import MalformedInput, MissingInput, OutputRefused
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import read_file
 from qz.formats.json_files import MAX_BYTES, read_json
-from qz.formats.output.companions import companions, settings, terms
+from qz.formats.output.companions import companions, left_out, settings, terms
 from qz.formats.output.recorded.record import RECORD, Record, read_record, verify_record
 from qz.formats.output.recorded.statement import BESIDE, STATEMENT, read_statement
 from qz.formats.publish.verified_file import VerifiedFile
@@ -103,10 +103,8 @@ def own_files(folder: LocalFolder, progress: Callable[[int], None] | None = None
     names |= {each.name for each in terms(folder)} | (folder.sizes().keys() & BESIDE if record is not None else set())
     if PAGE in found and OWN_PAGE in found[PAGE].read()[:1000]:
         names.add(PAGE)
-    left_out = [name for name in folder.sizes() if name not in names and name != README]
-    left_out += [f"{part}/" for part in folder.subfolders() if not any(name.startswith(f"{part}/") for name in names)]
     files = tuple(_own_file(name, found[name], hashes.get(name)) for name in sorted(names))
-    return OwnFiles(files, tuple(sorted(left_out)), record, _config(folder, names))
+    return OwnFiles(files, left_out(folder, {*names, README}, hidden=True), record, _config(folder, names))
 
 
 def _identified(folder: LocalFolder, prefix: str = "", depth: int = 2) -> dict[str, VerifiedFile]:
