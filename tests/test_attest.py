@@ -19,7 +19,7 @@ from conftest import Qz
 from hub_server import connected
 from pipelines import flux
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
-from qz.cli.page import page, section
+from qz.cli.reports.markup import page, section
 from test_scales import statistics
 
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 2}
