@@ -314,6 +314,17 @@ def test_a_pipeline_that_does_not_fit_into_memory_is_refused_before_it_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_files_in_the_page_cache_of_a_limited_container_count_as_free(tmp_path: Path) -> None:
+    """Its whole limit is soon full of the checkpoint that was read, which gives way to what is computed."""
+    assert memory.left_in(tmp_path) is None
+    (tmp_path / "memory.max").write_text("8000\n")
+    (tmp_path / "memory.current").write_text("7900\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 6900\nactive_file 2000\ninactive_file 4500\n")
+    assert memory.left_in(tmp_path) == 6600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.left_in(tmp_path) is None
+
+
 def test_what_is_not_the_same_pipeline_is_not_compared(flux: Path, four_bit: Path, root: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"text": root / "prompts.txt", **DRAWN}
     with pytest.raises(Unsupported, match="nothing to compare"):

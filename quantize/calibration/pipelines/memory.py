@@ -38,12 +38,24 @@ def _free(device: torch.device) -> int | None:
     if device.type != "cpu":
         ask = getattr(torch.get_device_module(device.type), "mem_get_info", None)
         return int(ask(device)[0]) if ask is not None else None
-    free: list[int] = []
+    known = (_available(Path("/proc/meminfo")), left_in(Path("/sys/fs/cgroup")))
+    return min((each for each in known if each is not None), default=None)
+
+
+def _available(meminfo: Path) -> int | None:
     with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        free.append(int(most) - int(used))
-    return min(free, default=None)
+        lines = meminfo.read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    return None
+
+
+def left_in(group: Path) -> int | None:
+    """Bytes that a control group (v2) may still take; None where it has no limit.
+
+    Files that it has in the page cache count as free, as in MemAvailable: a checkpoint that was read is among them.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return most - used + int(stat["active_file"]) + int(stat["inactive_file"])
+    return None
