@@ -8,7 +8,7 @@ from qz import Unsupported
 from qz.formats.checkpoint.layouts import OF_PIPELINES
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.importing import lean_imports
-from qz.quantize.libraries.importing.boundary import describe
+from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.untrusted_config import require_plausible, without_code
 from qz.quantize.single_files.configs import denoiser_config
@@ -33,7 +33,7 @@ def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
 
         try:
             made = single_file.convert(class_name, harmless, file.specs)
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        except CONVERTER_ERRORS as error:
             raise Unsupported(
                 f"{file.location} cannot be read as a {class_name}, of which {configs.location} is: {describe(error)}. "
                 "Name the folder or repository of the right model with --config."

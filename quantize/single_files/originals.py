@@ -12,16 +12,16 @@ from typing import Any
 
 from qz import Unsupported
 from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.encodings import Joined, joined_part
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import BITS
 from qz.quantize.compute.arrays import elements
 from qz.quantize.libraries.architecture import TensorSpec, torch_name
 from qz.quantize.libraries.importing import lean_imports
-from qz.quantize.libraries.importing.boundary import describe
+from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.untrusted_config import without_code
 from qz.quantize.single_files.names import LAYOUTS, Layout
+from qz.quantize.single_files.tensors import one_of, part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def inverted(
 
         try:
             made = single_file.convert(class_name, config, originals)
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        except CONVERTER_ERRORS as error:
             raise Unsupported(refusal.format(describe(error))) from error
     unlike = sorted(made.keys() ^ tensors.keys()) or [
         name for name, each in made.items() if each.shape != tensors[name].shape
@@ -116,16 +116,8 @@ def original_tensors(
     specs = {name: TensorSpec(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in tensors.items()}
     found: dict[str, StoredTensor | Decoded] = {}
     for name, (spec, parts) in inverted(class_name, harmless, specs, where).items():
-        places = []
-        for part in parts:
-            tensor = tensors[part.name]
-            width = BITS[tensor.dtype] // 8
-            offset = tensor.offset + part.start * width
-            places.append(tensor._replace(offset=offset, nbytes=part.count * width, shape=(part.count,)))
-        first = places[0]
-        if len(places) == 1:
-            found[name] = StoredTensor(name, first.dtype, spec.shape, first.file, first.offset, first.nbytes)
-        else:
-            joined = {joined_part(number): place for number, place in enumerate(places)}
-            found[name] = Decoded(name, first.dtype, spec.shape, joined, Joined())
+        dtype = tensors[parts[0].name].dtype
+        width = BITS[dtype] // 8
+        places = [part_of(tensors[part.name], part.start, part.count, width) for part in parts]
+        found[name] = one_of(name, dtype, spec.shape, places)
     return found

@@ -19,7 +19,7 @@ from qz.formats.folder import PIPELINE_INDEX, Folder, LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
 from qz.formats.malformed import Malformed, quoted, quoted_names
 from qz.quantize.libraries.importing import lean_imports
-from qz.quantize.libraries.importing.boundary import describe
+from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.optional_packages import OF_TRANSFORMERS
 from qz.quantize.libraries.importing.untrusted_config import parts_bounded, require_plausible, without_code
@@ -95,7 +95,7 @@ class _Found:
             made = self.contents.component(library, class_name, harmless)
         except QzError:
             raise
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        except CONVERTER_ERRORS as error:
             raise MalformedInput(
                 f"{self.file.location}: {name} is not a whole {class_name} as {folder.location}/config.json describes "
                 f"it: {describe(error)}. Get a complete file, or name the right model with --config."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,15 +127,19 @@ def _stored_as(name: str, dtype: str, converted: Converted, file: OriginalFile) 
         )
     if isinstance(content, tracing.View):
         source = file.tensors[content.source]
-        begin = content.start * width
-        count = source.nbytes // width - content.start
-        whole = source._replace(offset=source.offset + begin, nbytes=count * width, shape=(count,))
+        whole = part_of(source, content.start, source.nbytes // width - content.start, width)
         return Decoded(name, dtype, converted.shape, {CODES: whole}, Strided(content.strides))
-    parts = []
-    for piece in content:
-        source = file.tensors[piece.source]
-        place = source.offset + piece.start * width
-        parts.append(source._replace(offset=place, nbytes=piece.count * width, shape=(piece.count,)))
+    parts = [part_of(file.tensors[piece.source], piece.start, piece.count, width) for piece in content]
+    return one_of(name, dtype, converted.shape, parts)
+
+
+def part_of(tensor: StoredTensor, start: int, count: int, width: int) -> StoredTensor:
+    """``count`` values of ``width`` bytes from ``start`` on."""
+    return tensor._replace(offset=tensor.offset + start * width, nbytes=count * width, shape=(count,))
+
+
+def one_of(name: str, dtype: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> StoredTensor | Decoded:
+    """The tensor whose values are those of ``parts``, one after the other, which are not moved."""
     if len(parts) == 1:
-        return StoredTensor(name, dtype, converted.shape, parts[0].file, parts[0].offset, parts[0].nbytes)
-    return Decoded(name, dtype, converted.shape, {joined_part(n): part for n, part in enumerate(parts)}, Joined())
+        return StoredTensor(name, dtype, shape, parts[0].file, parts[0].offset, parts[0].nbytes)
+    return Decoded(name, dtype, shape, {joined_part(n): part for n, part in enumerate(parts)}, Joined())

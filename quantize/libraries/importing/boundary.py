@@ -12,6 +12,8 @@ from qz.quantize.libraries.importing import lean_imports
 
 SURROUNDINGS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EACCES))
 """What the system says of itself, not of a config."""
+CONVERTER_ERRORS = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
+"""What diffusers' converters raise for tensors that are not what they expect; they do not look first."""
 
 
 @contextmanager
