@@ -15,17 +15,15 @@ import numpy as np
 
 from qz import Unsupported
 from qz.formats.checkpoint.pipeline import Pipeline
-from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.blocks import BlockPass
-from qz.quantize.calibration.pipelines import memory
+from qz.progress import OnProgress
 from qz.quantize.calibration.pipelines.components import Models, opened_models, plain_dtype
 from qz.quantize.calibration.pipelines.denoising import Call, Drawing, draw
 from qz.quantize.calibration.pipelines.prompts import prompts_of
+from qz.quantize.calibration.pipelines.replay import replay
 from qz.quantize.calibration.recorder import Recorder
 from qz.quantize.calibration.run import Calibration, CalibrationRequest, refuse_existing, token_warnings
 from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, InputSums, write_hessians, write_statistics
 from qz.quantize.compute.run_device import run_device
-from qz.quantize.libraries.transformers.runnable import running
 from qz.quantize.planning.unquantized import refuse_quantized
 
 STEPS = 4
@@ -122,28 +120,16 @@ def _record(
     progress: OnProgress,
 ) -> tuple[dict[str, InputSums], dict[str, HessianPlace]]:
     """The sums of a component's linears, and where its Hessians lie, both by COMPONENT/WEIGHT."""
-    weights = models.weights[name]
-    runnable = weights.runnable
-    recorder = Recorder(runnable.linears, None, hessians=hessians)
-    visited: set[str] = set()
+    recorder = Recorder(models.weights[name].runnable.linears, None, hessians=hessians)
 
-    def tell(part: str) -> None:
-        visited.add(part)
+    def write() -> None:
         files.write(name, recorder.take_hessians())
-        progress(Progress(f"Calibrating {name}", len(visited), len(steps.parts), unit="block"))
 
-    steps = BlockPass(runnable.model, weights, tell)
-    if whole:
-        steps.parts = {}
-    memory.require(memory.at_once([runnable.model], steps.parts), runnable.device, f"{name} of {models.where}")
     try:
-        with running(type(runnable.model).__name__, models.where):
-            weights.load_rest(steps.parts)
-            steps.run([call.arguments for call in calls])
-        files.write(name, recorder.take_hessians())
+        replay(models, name, calls, f"Calibrating {name}", progress, whole=whole, visited=write)
+        write()
     finally:
         recorder.close()
-        weights.release("", runnable.model)
     places = {
         f"{name}/{weight}": HessianPlace(files.places[f"{name}/{first}"], f"{name}/{first}{HESSIAN}")
         for weight, first in recorder.first.items()

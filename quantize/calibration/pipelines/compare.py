@@ -22,13 +22,12 @@ from qz.formats.checkpoint.pipeline import Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.block_errors import BlockErrors
-from qz.quantize.calibration.blocks import BlockPass
 from qz.quantize.calibration.compare import Comparison, OutputError, TimestepError
 from qz.quantize.calibration.pipelines.calibrate import dtype_in, whole_warnings
 from qz.quantize.calibration.pipelines.components import Models, opened_models
 from qz.quantize.calibration.pipelines.denoising import Call, Drawing, Drawn, draw
+from qz.quantize.calibration.pipelines.replay import replay
 from qz.quantize.compute.run_device import run_device
-from qz.quantize.libraries.transformers.runnable import running
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.planning.unquantized import refuse_quantized
 from qz.quantize.settings import Settings
@@ -167,30 +166,19 @@ def _outputs(
     compare: bool = False,
 ) -> list[torch.Tensor]:
     """What a denoiser returns of each call, float32 on the CPU."""
-    weights = models.weights[name]
-    model, whole = weights.runnable.model, name in drawn.whole
+    whole = name in drawn.whole
     found: dict[int, torch.Tensor] = {}
-    visited: list[str] = []
-
-    def tell(part: str) -> None:
-        visited.append(part)
-        progress(Progress(task, len(visited), len(steps.parts), unit="block"))
 
     def used(number: int, answer: Any) -> None:
         found[number] = states_of(answer).float().cpu()
 
-    steps = BlockPass(model, weights, tell, entering=blocks.entering)
-    if whole:  # which call a block is in is not told
-        steps.parts = {}
-    hooks = blocks.watch(model, compare=compare) if not whole else []
+    # Without steps from block to block nothing tells which call a block is in.
+    hooks = [] if whole else blocks.watch(models.model(name), compare=compare)
     try:
-        with running(type(model).__name__, models.where):
-            weights.load_rest(steps.parts)
-            steps.run([call.arguments for call in drawn.calls[name]], used)
+        replay(models, name, drawn.calls[name], task, progress, whole=whole, entering=blocks.entering, used=used)
     finally:
         for hook in hooks:
             hook.remove()
-        weights.release("", model)
     return [found[number] for number in sorted(found)]
 
 
