@@ -222,8 +222,8 @@ def test_an_interrupted_run_goes_on_at_the_last_finished_block_and_finds_the_sam
         np.testing.assert_array_equal(one.hessian(weight), two.hessian(weight))
 
 
-@pytest.mark.parametrize("change", ["text", "damage", "option", "files"])
-def test_what_another_run_left_is_not_gone_on_with(change: str, tmp_path: Path) -> None:
+def unfinished(tmp_path: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A calibration that was killed after a block: how to run it again, and its journal."""
     folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt")
 
     def stop(progress: Any) -> None:
@@ -235,6 +235,13 @@ def test_what_another_run_left_is_not_gone_on_with(change: str, tmp_path: Path) 
 
     with pytest.raises(Killed):
         run(on_progress=stop)
+    return run, json.loads((tmp_path / "stats.unfinished" / "journal.json").read_text())
+
+
+@pytest.mark.parametrize("change", ["text", "damage", "option", "files"])
+def test_what_another_run_left_is_not_gone_on_with(change: str, tmp_path: Path) -> None:
+    run, _ = unfinished(tmp_path)
+    words = tmp_path / "words.txt"
     kept = sorted((tmp_path / "stats.unfinished").glob("block-*"))
     assert kept
     if change == "text":
@@ -295,22 +302,6 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert parts == [set(), {"0"}, {"1"}]
     assert not any("lm_head" in name for each in held for name in each)
     assert ["embed" in "".join(each) for each in held] == [True, False, False]
-
-
-def unfinished(tmp_path: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A calibration that was killed after a block: how to run it again, and its journal."""
-    folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt")
-
-    def stop(progress: Any) -> None:
-        if progress.done >= 2:
-            raise Killed
-
-    def run(**how: Any) -> Any:
-        return api.calibrate(folder, tmp_path / "stats", text=words, tokens=90, hessians=True, device="cpu", **how)
-
-    with pytest.raises(Killed):
-        run(on_progress=stop)
-    return run, json.loads((tmp_path / "stats.unfinished" / "journal.json").read_text())
 
 
 FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
