@@ -335,3 +335,8 @@ def test_what_is_not_the_same_pipeline_is_not_compared(flux: Path, four_bit: Pat
         api.compare(pipelines.sd3(tmp_path / "sd3"), four_bit, **given)
     with pytest.raises(MalformedInput, match="two different models"):
         api.compare(flux, four_bit / "text_encoder_2", subfolder="transformer", **given)
+    less = Path(shutil.copytree(flux, tmp_path / "less"))
+    index = json.loads((less / "model_index.json").read_text())
+    (less / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": [None, None]}))
+    with pytest.raises(MalformedInput, match="no weights of text_encoder_2"):
+        api.compare(less, four_bit, **given)

@@ -128,10 +128,14 @@ def _measures(original: Pipeline, other: Pipeline, only: str | None) -> dict[str
     first = {each.name: each.checkpoint for each in original.components if each.checkpoint is not None}
     found = {}
     for each in other.components:
-        before = first.get(each.name)
-        wanted = each.quantization is not None or each.name == only
-        if each.checkpoint is None or before is None or not wanted:
+        if each.checkpoint is None or (each.quantization is None and each.name != only):
             continue
+        before = first.get(each.name)
+        if before is None:
+            raise MalformedInput(
+                f"{original.folder.location} has no weights of {each.name}, which {other.folder.location} has: these "
+                "are two different pipelines."
+            )
         plan = plan_dequantization(each.checkpoint, Settings(None))
         measure = AgainstOriginal(before)
         measure.check(plan)
