@@ -294,10 +294,14 @@ def _require_matches(plans: Mapping[str, Plan], skips: tuple[str, ...]) -> None:
     """Raise UsageError for a pattern that matches nothing in its component or, without one, in any; also where the
     component is not quantized."""
     for skip in skips:
-        component, slash, pattern = skip.partition("/") if "/" in skip else ("", "", skip)
-        if slash and component not in plans:
-            raise UsageError(f"--skip {skip}: {component} is not quantized as it is. Leave this one out.")
-        asked = {component: plans[component]} if component in plans else plans if not slash else {}
+        component, slash, pattern = skip.partition("/")
+        asked = plans
+        if not slash:
+            pattern = skip
+        elif component in plans:
+            asked = {component: plans[component]}
+        else:
+            raise UsageError(f"--skip {skip}: {component} is not quantized anyway. Leave this --skip out.")
         if asked and all(pattern in plan.architecture.unmatched_skips for plan in asked.values()):
             names = [name for plan in asked.values() for name in linears(plan)]
             refuse_unmatched([pattern], " or ".join(asked), names)
