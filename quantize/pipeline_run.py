@@ -36,7 +36,7 @@ def carry_out_pipeline(
 
     begun = time.monotonic()
     arithmetic = arithmetic_on(settings.device)
-    sources = [plan.pipeline.folder, *([plan.pipeline.file_folder] if plan.pipeline.file_folder is not None else [])]
+    sources = [each for each in (plan.pipeline.folder, plan.pipeline.file_folder) if each is not None]
     planned = summarize_pipeline(plan, source, target.place, device=arithmetic.name)
     written = write_parts(
         plan.parts,
