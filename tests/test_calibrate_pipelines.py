@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pipelines
 from conftest import Qz
@@ -323,6 +324,21 @@ def test_files_in_the_page_cache_of_a_limited_container_count_as_free(tmp_path: 
     assert memory.left_in(tmp_path) == 6600
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.left_in(tmp_path) is None
+
+
+def test_a_denoiser_that_returns_zeros_has_an_error_that_is_a_number(flux: Path, root: Path, tmp_path: Path) -> None:
+    """As one whose last layer is zero when its training begins."""
+    untrained = Path(shutil.copytree(flux, tmp_path / "untrained"))
+    for file in (untrained / "transformer").glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors.keys() & {"proj_out.weight", "proj_out.bias"}:
+            tensors[name].zero_()
+        save_file(tensors, file, {"format": "pt"})
+    api.quantize(untrained, tmp_path / "nf4", components=("transformer",), device="cpu")
+    found = api.compare(untrained, tmp_path / "nf4", text=root / "prompts.txt", **DRAWN)
+    assert found.denoiser is not None
+    assert found.denoiser.relative_error == 0
+    assert {each.error.relative_error for each in found.timesteps} == {0}
 
 
 def test_what_is_not_the_same_pipeline_is_not_compared(flux: Path, four_bit: Path, root: Path, tmp_path: Path) -> None:

@@ -54,13 +54,13 @@ class BlockErrors:
     def __init__(
         self,
         place: Path,
-        states: Callable[[Any], torch.Tensor] | None = None,
+        states: Callable[[Any], torch.Tensor] = states_of,
         batches: frozenset[int] | None = None,
     ) -> None:
-        """``states``: what is compared of an output, ``states_of`` by default; ``batches``: of these only."""
+        """``states``: what is compared of an output; ``batches``: of these only."""
         place.mkdir(exist_ok=True)
         self.place, self.batch, self.batches = place, 0, batches
-        self.states = states or states_of
+        self.states = states
         self.errors: dict[str, RelativeError] = {}
         self._calls: dict[tuple[int, int], int] = {}
         """Block and batch → how often it was called."""

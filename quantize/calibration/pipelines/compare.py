@@ -21,7 +21,7 @@ from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.block_errors import BlockErrors
+from qz.quantize.calibration.block_errors import BlockErrors, RelativeError
 from qz.quantize.calibration.compare import Comparison, OutputError, TimestepError
 from qz.quantize.calibration.pipelines.calibrate import dtype_in, whole_warnings
 from qz.quantize.calibration.pipelines.components import Models, opened_models
@@ -215,16 +215,16 @@ Pair = tuple[Any, torch.Tensor, torch.Tensor]
 
 def _error(pairs: Sequence[Pair]) -> OutputError:
     """The mean over prompts of the mean over each one's pairs."""
-    relative: dict[int, list[float]] = {}
+    relative: dict[int, RelativeError] = {}
     cosines: list[float] = []
     for which, before, after in pairs:
         prompt = which.prompt if isinstance(which, Call) else which
         if before.shape != after.shape:
             raise MalformedInput("The denoisers return different shapes: these are two different models.")
-        x, y = before.double().flatten(), after.double().flatten()
-        relative.setdefault(prompt, []).append(float((y - x).square().sum() / x.square().sum()))
-        cosines.append(1 - float(torch.nn.functional.cosine_similarity(x, y, dim=0)))
-    each = [sum(values) / len(values) for values in relative.values()]
+        x, y = (each.double().reshape(1, -1) for each in (before, after))
+        relative.setdefault(prompt, RelativeError()).add(x, y)
+        cosines.append(1 - float(torch.nn.functional.cosine_similarity(x, y)))
+    each = [error.mean for error in relative.values()]
     noise = float(np.std(each, ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
     return OutputError(sum(each) / len(each), noise, sum(cosines) / len(cosines))
 
