@@ -112,6 +112,31 @@ def test_a_statement_is_verified_and_what_differs_is_named(made: Path, tmp_path:
     assert {each["where"] for each in report["problems"]} == {"generation_config.json", "qz.json", shard.name}
 
 
+def test_what_a_statement_or_a_signature_does_not_cover_is_named(
+    made: Path, keys: tuple[Path, Path], tmp_path: Path, qz: Qz
+) -> None:
+    (made / "notes").mkdir()
+    (made / "notes/mine.txt").write_text("mine")
+    api.attest(made, sign_key=keys[0])
+    (made / "README.md").write_text("as a push adds one")
+    others = ["README.md", "notes/"]
+    for option, file, kind in (
+        ("--public-key", keys[1], "file-unsigned"),
+        ("--statement", made / "qz.statement.json", "file-unstated"),
+    ):
+        result = qz("verify", made, option, file, "--json")
+        problems = json.loads(result.stdout)["problems"]
+        assert [(each["severity"], each["kind"], each["where"]) for each in problems] == [
+            ("warning", kind, name) for name in others
+        ]
+        assert result.returncode == 0
+    value = stated(made)
+    value["subject"] = [each for each in value["subject"] if each["name"] != "config.json"]
+    (tmp_path / "statement.json").write_text(json.dumps(value))
+    found = api.verify(made, statement=tmp_path / "statement.json")
+    assert {each.where for each in found.problems} == {*others, "config.json"}
+
+
 def test_what_is_no_statement_is_refused(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "statement.json"
     with pytest.raises(MissingInput):
@@ -125,6 +150,9 @@ def test_what_is_no_statement_is_refused(made: Path, tmp_path: Path) -> None:
         statement,
         {**statement, "subject": [{"name": "config.json", "digest": {"sha1": "0" * 40}}]},
         {**statement, "subject": 3},
+        {**statement, "subject": []},
+        {**statement, "subject": [{**subject, "name": name} for name in ("config.json", "config.json")]},
+        {**statement, "subject": [{**subject, "name": "config.json", "annotations": {"bytes": ""}}]},
     ]
     for value in values:
         file.write_text(json.dumps(value))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,17 +29,28 @@ def sign(folder: Path, private_key: Path, left_out: Iterable[str]) -> bytes:
         return signature.read_bytes()
 
 
-def require_signed(folder: Path, public_key: Path) -> None:
-    """Raise Malformed, saying what differs, unless the signature in ``folder`` is by that key and of these files."""
+def require_signed(folder: Path, public_key: Path) -> frozenset[str]:
+    """The names of the signed files; Malformed, saying what differs, unless the signature in ``folder`` is by that key
+    and of these files."""
     signature = folder / SIGNATURE
     if not signature.is_file():
         raise MissingInput(f"{folder} has no {SIGNATURE}: it is not signed, or by a file elsewhere.")
     verifier = _with_key(_package().verifying.Config(), "use_elliptic_key_verifier", public_key=public_key)
     try:
         verifier.verify(folder, signature)
+        return _signed(signature)
     except Exception as error:  # whatever the package and what it builds on raise of a file by strangers
         why = str(error) or type(error).__name__
         raise Malformed("signature-invalid", f"{signature} does not sign this folder by this key: {why}") from error
+
+
+def _signed(signature: Path) -> frozenset[str]:
+    """Names of the files that a signature is of, which was found right: what it leaves out may be anything."""
+    payload = json.loads(base64.b64decode(json.loads(signature.read_bytes())["dsseEnvelope"]["payload"]))
+    predicate = payload.get("predicate") or {}
+    names = (each["name"] for each in predicate.get("resources") or payload["subject"])
+    in_pieces = (predicate.get("serialization") or {}).get("method") == "shards"
+    return frozenset(name.rsplit(":", 2)[0] if in_pieces else name for name in names)
 
 
 def _with_key(config: Any, use: str, **key: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,9 @@ from qz.formats.checkpoint.problems import Problem
 from qz.formats.folder import LocalFolder
 from qz.formats.json_files import MAX_BYTES
 from qz.formats.malformed import Malformed
+from qz.formats.output.companions import left_out
 from qz.formats.output.recorded.record import verify_files
-from qz.formats.output.recorded.statement import SIGNATURE, read_statement
+from qz.formats.output.recorded.statement import BESIDE, SIGNATURE, read_statement
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.inspection.report import Verified
 from qz.quantize.verification.report import Verification
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def verify_stated(output: OpenedSource, statement: Path, progress: OnProgress = ignore) -> Verification:
-    """Every file that a statement is about against the hash in it."""
+    """Every file that a statement is about against the hash in it; the others are named, in warnings."""
     begun, done = time.monotonic(), 0
     try:
         with statement.open("rb") as file:
@@ -40,6 +42,7 @@ def verify_stated(output: OpenedSource, statement: Path, progress: OnProgress = 
         progress(Progress("Verifying", bytes=done, all_bytes=sum(file.bytes for file in files)))
 
     problems = verify_files(output.folder, files, count)
+    problems += _uncovered(output, {file.name for file in files} | BESIDE, "file-unstated", f"by {statement}")
     verified = Verified(len(files), done, not any(problem.severity == "error" for problem in problems))
     return Verification(
         output.location,
@@ -55,7 +58,10 @@ def verify_stated(output: OpenedSource, statement: Path, progress: OnProgress = 
 
 
 def with_signature(found: Verification, output: OpenedSource, public_key: Path) -> Verification:
-    """With a problem more unless the folder is signed by the key. Unsupported for a repository."""
+    """With a problem more unless the folder is signed by the key, and a warning for each file that is not signed.
+
+    Unsupported for a repository.
+    """
     if not isinstance(output.folder, LocalFolder):
         raise Unsupported(
             f"The signature of {output.location} is checked on a copy of it: `hf download {output.location} "
@@ -63,7 +69,14 @@ def with_signature(found: Verification, output: OpenedSource, public_key: Path) 
         )
     problems = found.problems
     try:
-        require_signed(output.folder.path, public_key)
+        signed = require_signed(output.folder.path, public_key)
+        problems += _uncovered(output, signed | {SIGNATURE}, "file-unsigned", "by the signature")
     except Malformed as error:
         problems += (Problem("error", "signature-invalid", SIGNATURE, str(error)),)
     return replace(found, problems=problems, signed_by=str(public_key))
+
+
+def _uncovered(output: OpenedSource, covered: Collection[str], kind: str, by: str) -> tuple[Problem, ...]:
+    """A warning for each file, or folder, of which nothing is known."""
+    others = left_out(output.folder, covered)
+    return tuple(Problem("warning", kind, name, f"{name} is not covered {by}.") for name in others)

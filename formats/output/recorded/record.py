@@ -111,23 +111,23 @@ def verify_record(folder: Folder, progress: Callable[[int], None] | None = None)
     if record is None:
         why = f"{folder.location} has no {RECORD}: qz did not write it, so there is nothing to compare it with."
         return (Problem("error", "record-missing", RECORD, why),)
-    return verify_files(folder, record.files, progress)
+    recorded = {file.name for file in record.files}
+    unrecorded = (
+        Problem("warning", "file-unrecorded", name, f"{name} was not there when qz finished {folder.location}.")
+        for name in sorted(folder.sizes())
+        if name.endswith(".safetensors") and name not in recorded
+    )
+    return (*verify_files(folder, record.files, progress), *unrecorded)
 
 
 def verify_files(
     folder: Folder, files: Iterable[WrittenFile], progress: Callable[[int], None] | None = None
 ) -> tuple[Problem, ...]:
-    """The same for files that someone else lists."""
+    """The same for files that someone else lists, without a word on others."""
     listed = sorted(files, key=lambda file: file.name.rpartition("/")[0])
     found: list[Problem | None] = []
     for parent, inside in groupby(listed, key=lambda file: file.name.rpartition("/")[0]):
         found += _verify_folder(folder, parent, list(inside), progress)
-    names = {file.name for file in listed}
-    found += [
-        Problem("warning", "file-unrecorded", name, f"{name} was not there when qz finished {folder.location}.")
-        for name in sorted(folder.sizes())
-        if name.endswith(".safetensors") and name not in names
-    ]
     return tuple(problem for problem in found if problem is not None)
 
 

@@ -47,7 +47,7 @@ def _size(folder: Folder, name: str) -> int:
 
 
 def read_statement(data: bytes, where: str) -> Statement:
-    """Malformed if it is no statement, or names files outside of a folder."""
+    """Malformed if it is no statement, or names no file, one twice, or files outside of a folder."""
     value = read_json(data, where)
     if "dsseEnvelope" in value:
         raise Malformed(
@@ -57,12 +57,17 @@ def read_statement(data: bytes, where: str) -> Statement:
     if value.get("_type") != TYPE:
         raise Malformed("statement-malformed", f"{where} is not an in-toto statement of version 1 ({TYPE}).")
     try:
-        return Statement(dict(map(_subject, value["subject"])), str(value["predicateType"]))
+        found = list(map(_subject, value["subject"]))
+        subjects = dict(found)
+        if not 0 < len(subjects) == len(found):
+            raise ValueError("it names a file twice" if found else "it names no file")
+        return Statement(subjects, str(value["predicateType"]))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Malformed("statement-malformed", f"{where} is damaged ({error}).") from None
 
 
 def _subject(value: Mapping[str, Any]) -> tuple[str, tuple[str, int | None]]:
     size = (value.get("annotations") or {}).get("bytes")
-    file = as_written({"name": value["name"], "bytes": size or 0, "sha256": value["digest"]["sha256"]})
+    known = 0 if size is None else size
+    file = as_written({"name": value["name"], "bytes": known, "sha256": value["digest"]["sha256"]})
     return file.name, (file.sha256, size)
