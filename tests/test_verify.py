@@ -20,6 +20,7 @@ from qz import MalformedInput, UsageError, api
 from qz.formats.safetensors import read_header
 from qz.progress import Progress
 from qz.quantize.methods import FourBit, Int8, Method
+from qz.quantize.verification import recomputation
 from qz.quantize.verification.compared_output import explained
 from qz.quantize.verification.report import Verification
 from test_gptq import calibrated as calibrated
@@ -242,6 +243,31 @@ def test_it_goes_on_with_the_same_files_only(tiny_llama: Path, copy: Path, tmp_p
     assert api.verify(output, source, sample=0.5, **ON_CPU).intact
     assert before(api.verify(output, source, **ON_CPU)) > 0
     assert before(api.verify(output, source, **ON_CPU)) == 0
+
+
+def test_a_file_in_a_folder_of_a_component_is_among_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recomputation, "LARGE", 100)
+    source, runs = flux(tmp_path / "flux"), set[int]()
+    inside = [f"{name}/voice/adapter_config.json" for name in ("text_encoder", "transformer")]
+    for name in inside:
+        (source / name).parent.mkdir()
+        (source / name).write_text(json.dumps({"text": "0" * 100}))
+    api.quantize(source, tmp_path / "out", **SETTINGS)
+
+    def stop(step: Progress) -> None:
+        runs.add(step.all_bytes)
+        if len(runs - {0}) > 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.verify(tmp_path / "out", source, on_progress=stop, **ON_CPU)
+    for name in inside:
+        (tmp_path / "out" / name).write_text(json.dumps({"text": "1" * 100}))
+    found = api.verify(tmp_path / "out", source, **ON_CPU)
+    assert found.recomputed is not None
+    assert list(found.recomputed.unlike_files) == inside
 
 
 def test_what_is_kept_of_it_may_be_damaged_and_need_not_be_kept(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, Unsupported
@@ -153,16 +154,26 @@ def _binding(
 
     folders = {part.name: part.plan.checkpoint.folder for part in parts if part.plan is not None}
     read = identity(folders, [each for part in parts for each in part.carried])
-    stamps = {}
-    if isinstance(output, LocalFolder):
-        inside = {part.name: output.subfolder(part.name) if part.name else output for part in parts}
-        stamps = {name: [(file, folder.stamp(file)) for file in folder.sizes()] for name, folder in inside.items()}
     return {
         **fingerprint(read, settings, arithmetic),
         "output": output.identity(),
-        "stamps": stamps,
+        "stamps": _stamps(output.path, parts) if isinstance(output, LocalFolder) else {},
         "record": [asdict(file) for file in record.files],
     }
+
+
+def _stamps(output: Path, parts: Iterable[Part]) -> dict[str, tuple[int, int] | None]:
+    """Size, and time of the last change in nanoseconds, of all files that may be found equal, wherever they lie."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for part in parts:
+        shards = part.plan.shards if part.plan is not None else ()
+        for name in (*(shard.file for shard in shards), *(each.name for each in part.carried)):
+            try:
+                status = (output / part.name / name).stat()
+                found[part.prefix + name] = (status.st_size, status.st_mtime_ns)
+            except OSError:
+                found[part.prefix + name] = None
+    return found
 
 
 class _Sample:
