@@ -79,7 +79,8 @@ def report(found: Calibration) -> list[tuple[str, str]]:
         rows.append(("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"))
     else:
         rows.append(("components", ", ".join(found.components)))
-        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each, seed {found.seed}"
+        at = f" at {found.resolution} × {found.resolution}" if found.resolution is not None else ""
+        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each{at}, seed {found.seed}"
         rows.append(("drawn", f"{text}: {of}, up to {found.tokens:,} tokens"))
         rows.append(("memory", f"{size(found.weights_at_once or 0)} of weights at a time"))
     rows.append(("statistics", found.output))

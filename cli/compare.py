@@ -116,7 +116,8 @@ def report(found: Comparison) -> list[tuple[str, str]]:
     if found.steps is None:
         rows.append(("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"))
     else:
-        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each, seed {found.seed}"
+        at = f" at {found.resolution} × {found.resolution}" if found.resolution is not None else ""
+        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each{at}, seed {found.seed}"
         rows.append(("drawn", f"{text}: {of}"))
     for name, changed in (("denoiser's output", found.denoiser), ("last latents", found.latents)):
         if changed is not None:

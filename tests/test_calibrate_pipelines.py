@@ -171,6 +171,7 @@ def test_the_seed_decides_what_is_drawn(flux: Path, root: Path, tmp_path: Path) 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
     one, other = (read_statistics(tmp_path / name) for name in ("one", "other"))
     assert (one.metadata["seed"], other.metadata["seed"]) == ("5", "6")
+    assert one.metadata["resolution"] == "32"
     embedder = "transformer/x_embedder.weight"
     assert not np.array_equal(one.sums[embedder].sum2, other.sums[embedder].sum2)
 
@@ -181,6 +182,7 @@ def test_calibrate_quantize_and_compare_from_the_command_line(forked_qz: Qz, flu
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["text"], found["sequences"], found["steps"], found["seed"]) == ("default", 16, 2, 0)
+    assert found["resolution"] == 32
     assert found["components"] == ["text_encoder", "text_encoder_2", "transformer"]
     made = forked_qz("quantize", flux, "-o", "nf4", "--importance", "stats.safetensors", "--json", "--quiet")
     assert made.returncode == 0, made.stderr
@@ -201,6 +203,7 @@ def test_calibrate_quantize_and_compare_from_the_command_line(forked_qz: Qz, flu
     assert "transformer.transformer_blocks.0" in picture
     (tmp_path / "steps.svg").unlink()
     shown = forked_qz(*asked)
+    assert "at 32 × 32" in shown.stdout
     assert "denoiser's output" in shown.stdout
     assert "last latents" in shown.stdout
 
@@ -303,6 +306,25 @@ def test_what_cannot_be_drawn_is_refused_by_name(flux: Path, four_bit: Path, roo
         with pytest.raises(Unsupported, match=said):
             api.calibrate(other, output, **given)
     assert not list(tmp_path.glob("stats*"))
+
+
+def test_a_resolution_that_a_pipeline_cannot_be_asked_for_is_refused_and_not_ignored(
+    flux: Path, root: Path, tmp_path: Path
+) -> None:
+    draws = diffusers.FluxPipeline.__call__
+
+    def in_one_size(self: Any, prompt: Any, num_inference_steps: int, generator: Any, output_type: str) -> Any:
+        how = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": output_type}
+        return draws(self, prompt, height=32, width=32, **how)
+
+    given: dict[str, Any] = {"text": root / "prompts.txt", "steps": 2, "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers.FluxPipeline, "__call__", in_one_size)
+        with pytest.raises(UsageError, match="Leave out --resolution"):
+            api.calibrate(flux, tmp_path / "stats", resolution=32, **given)
+        found = api.calibrate(flux, tmp_path / "stats", **given)
+    assert (found.steps, found.resolution) == (2, None)
+    assert "resolution" not in read_statistics(tmp_path / "stats").metadata
 
 
 def test_a_pipeline_that_does_not_fit_into_memory_is_refused_before_it_runs(

@@ -91,6 +91,7 @@ class Comparison:
     """Block → the mean over tokens of |Δ|² / |y|²: y what it returns in the original, Δ what has changed of it."""
     steps: int | None = None
     """Of pipelines, which draw ``sequences`` prompts."""
+    resolution: int | None = None
     seed: int | None = None
     denoiser: OutputError | None = None
     """Of the outputs of a pipeline's denoisers at the original's steps."""

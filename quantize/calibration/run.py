@@ -107,6 +107,7 @@ class Calibration:
     resumed: bool = False
     steps: int | None = None
     """Of a pipeline; ``sequences`` are its prompts, and ``tokens`` the most that came to a linear."""
+    resolution: int | None = None
     seed: int | None = None
     components: tuple[str, ...] = ()
     """Those of a pipeline whose inputs were recorded."""

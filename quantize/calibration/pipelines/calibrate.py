@@ -74,6 +74,7 @@ def calibrate(
                 "architecture": models.class_name,
                 "prompts": str(len(drawing.prompts)),
                 "steps": str(drawing.steps),
+                **({"resolution": str(drawn.resolution)} if drawn.resolution is not None else {}),
                 "seed": str(drawing.seed),
                 "text": "default" if request.text is None else "own",
             }
@@ -100,6 +101,7 @@ def calibrate(
             time.monotonic() - begun,
             (*whole_warnings(drawn.whole), *token_warnings(tokens, unseen, hessians=request.hessians)),
             steps=drawing.steps,
+            resolution=drawn.resolution,
             seed=drawing.seed,
             components=tuple(chosen),
             weights_at_once=drawn.at_once,

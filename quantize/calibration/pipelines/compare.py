@@ -105,6 +105,7 @@ def compare(
         whole_warnings(drawn.whole | changed.whole),
         blocks={f"{name}.{path}": error for name in denoisers for path, error in blocks[name].means().items()},
         steps=drawing.steps,
+        resolution=drawn.resolution,
         seed=drawing.seed,
         denoiser=_error([pair for each in pairs.values() for pair in each]),
         timesteps=tuple(error for name, each in pairs.items() for error in _by_timestep(name, each)),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qz import MalformedInput, Unsupported
+from qz import MalformedInput, Unsupported, UsageError
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.blocks import BlockPass
 from qz.quantize.calibration.pipelines import memory
@@ -52,6 +52,8 @@ class Call:
 class Drawn:
     """What came of it: by component its calls in their order, and by prompt the last latents."""
 
+    resolution: int | None = None
+    """Pixels of either side; None if the pipeline cannot be asked for a size."""
     calls: dict[str, list[Call]] = field(default_factory=dict)
     latents: dict[int, torch.Tensor] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
@@ -114,11 +116,11 @@ class _Pipeline(torch.nn.Module):
     def __init__(self, models: Models, drawing: Drawing) -> None:
         super().__init__()
         self.pipeline, self.drawing = models.pipeline, drawing
-        self.drawn = Drawn()
+        self._asked = _arguments(models.pipeline, models.where, drawing)
+        self.drawn = Drawn(self._asked.get("height"))
         self.here = threading.local()
         self.failed: str | None = None
         """The component in which a forward failed."""
-        self._asked = _arguments(models.pipeline, models.where, drawing)
         self._handles = []
         for name in models.weights:
             model = models.model(name)
@@ -167,7 +169,8 @@ class _Pipeline(torch.nn.Module):
 
 
 def _arguments(pipeline: Any, where: str, drawing: Drawing) -> dict[str, Any]:
-    """How the pipeline is called, beside the prompt. Raises Unsupported for one that is not made for prompts alone."""
+    """How the pipeline is called, beside the prompt. Raises Unsupported for one that is not made for prompts alone, and
+    UsageError where a resolution is asked for that it takes none of."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     size = drawing.resolution or default_resolution(pipeline)
     known = {
@@ -192,6 +195,8 @@ def _arguments(pipeline: Any, where: str, drawing: Drawing) -> dict[str, Any]:
             f"{where}: {type(pipeline).__name__} {why}, and calibration has prompts alone to draw from. Quantize it "
             "with --scales search, which needs no calibration."
         )
+    if drawing.resolution is not None and not {"height", "width"} <= parameters.keys():
+        raise UsageError(f"{where}: {type(pipeline).__name__} takes no height and width. Leave out --resolution.")
     return {name: value for name, value in known.items() if name in parameters}
 
 
