@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qz import UsageError
+from qz.formats.file_hash import sha256_in
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.hub.repository import HubFolder
 from qz.formats.malformed import quoted
-from qz.formats.output.recorded.record import PIECE
 
 Descriptor = dict[str, Any]
 OTHERS = ("importance", "scores", "config")
@@ -81,13 +80,7 @@ def _sha256(source: LocalFolder, name: str, size: int, progress: Callable[[int],
         raise UsageError(
             f"{source.location} is not the recorded source: {quoted(name)} is missing or has another size."
         )
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, size)))
-    for start in range(0, size, PIECE):
-        piece = buffer[: min(PIECE, size - start)]
-        folder.read_into(base, start, piece)
-        digest.update(piece)
-        progress(len(piece))
-    return digest.hexdigest()
+    return sha256_in(folder, base, size, progress)
 
 
 def _adapter(lora: Mapping[str, Any]) -> Descriptor:

@@ -13,6 +13,7 @@ from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, survey_file
 from qz.formats.checkpoint.weights import PICKLE
+from qz.formats.file_hash import sha256_in
 from qz.formats.folder import Folder, LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted, quoted_names
@@ -24,7 +25,6 @@ NAMES_ALONE = ("adapter-only", "original-layout")
 """Problems that say no more than that these are no weights of a model."""
 MAX_REMOTE_BYTES = 8 << 30
 _SCALE = re.compile(r"(?P<location>.+):(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTALL)
-_PIECE = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,20 +147,14 @@ def _only_file(folder: Folder, location: str) -> str:
 
 def _content(folder: Folder, file: str) -> tuple[memoryview | None, str]:
     """The file of a repository, at once, which compares it with its hash there; of a local file only the SHA-256."""
-    size, digest = folder.sizes()[file], hashlib.sha256()
-    if not isinstance(folder, LocalFolder):
-        if size > MAX_REMOTE_BYTES:
-            raise Unsupported(
-                f"{folder.location}/{file} has {size:,} bytes: no LoRA is so large. Name another file, or download it "
-                "and name the local one."
-            )
-        whole = memoryview(bytearray(size))
-        folder.read_into(file, 0, whole)
-        digest.update(whole)
-        return whole, digest.hexdigest()
-    buffer = bytearray(min(_PIECE, max(size, 1)))
-    for start in range(0, size, len(buffer)):
-        view = memoryview(buffer)[: min(len(buffer), size - start)]
-        folder.read_into(file, start, view)
-        digest.update(view)
-    return None, digest.hexdigest()
+    size = folder.sizes()[file]
+    if isinstance(folder, LocalFolder):
+        return None, sha256_in(folder, file, size)
+    if size > MAX_REMOTE_BYTES:
+        raise Unsupported(
+            f"{folder.location}/{file} has {size:,} bytes: no LoRA is so large. Name another file, or download it "
+            "and name the local one."
+        )
+    whole = memoryview(bytearray(size))
+    folder.read_into(file, 0, whole)
+    return whole, hashlib.sha256(whole).hexdigest()

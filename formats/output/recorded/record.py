@@ -168,22 +168,15 @@ def _pieces(file: WrittenFile) -> list[Range]:
 
 
 def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:
-    import hashlib  # here, as it loads OpenSSL, and most readers of a record do not verify
+    from qz.formats.file_hash import sha256_in  # here, as it loads OpenSSL, and most readers of a record do not verify
 
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(PIECE, file.bytes)))
     try:
-        for part in _pieces(file):
-            piece = buffer[: part.stop - part.start]
-            folder.read_into(part.file, part.start, piece)
-            digest.update(piece)
-            if progress is not None:
-                progress(len(piece))
+        found = sha256_in(folder, PurePosixPath(file.name).name, file.bytes, progress)
     except QzError as error:
         return Problem("error", kind_of(error, "file-missing"), file.name, str(error))
-    if digest.hexdigest() != file.sha256:
+    if found != file.sha256:
         again = "Make the checkpoint again, or get an undamaged copy."
-        why = f"{file.name} has the SHA-256 {digest.hexdigest()}; it was written with {file.sha256}. {again}"
+        why = f"{file.name} has the SHA-256 {found}; it was written with {file.sha256}. {again}"
         return Problem("error", "hash-differs", file.name, why)
     return None
 
