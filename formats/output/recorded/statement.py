@@ -24,10 +24,9 @@ TYPE = "https://in-toto.io/Statement/v1"
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """``subjects``: name and SHA-256 of each file, and its size if it is stated. ``predicate_type``: what is said."""
+    """``subjects``: name and SHA-256 of each file, and its size if it is stated."""
 
     subjects: Mapping[str, tuple[str, int | None]]
-    predicate_type: str
 
     def files(self, folder: Folder) -> tuple[WrittenFile, ...]:
         """The files as they have to be; one whose size is not stated has the size that it has in ``folder``."""
@@ -54,14 +53,14 @@ def read_statement(data: bytes, where: str) -> Statement:
             "statement-malformed",
             f"{where} is a signature, not a statement. Check it with --public-key, and name the statement beside it.",
         )
-    if value.get("_type") != TYPE:
+    if value.get("_type") != TYPE or "predicateType" not in value:
         raise Malformed("statement-malformed", f"{where} is not an in-toto statement of version 1 ({TYPE}).")
     try:
         found = list(map(_subject, value["subject"]))
         subjects = dict(found)
         if not 0 < len(subjects) == len(found):
             raise ValueError("it names a file twice" if found else "it names no file")
-        return Statement(subjects, str(value["predicateType"]))
+        return Statement(subjects)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Malformed("statement-malformed", f"{where} is damaged ({error}).") from None
 

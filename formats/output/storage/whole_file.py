@@ -1,4 +1,4 @@
-"""One file that is complete or absent, outside of an output's folder."""
+"""One file that is complete or absent, and no part of an output in the making."""
 
 from __future__ import annotations
 
