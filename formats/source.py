@@ -118,9 +118,12 @@ class OpenedSource(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of where the files come from."""
-        note = getattr(self.root, "note", None)
-        return () if note is None else (note,)
+        return notes_of(self.root)
+
+
+def notes_of(*folders: Folder) -> tuple[str, ...]:
+    """What the user should know of where their files come from: that the Hub did not answer, and its cache did."""
+    return tuple(note for folder in folders if (note := getattr(folder, "note", None)) is not None)
 
 
 @contextmanager
@@ -170,16 +173,17 @@ def opened(
 
 
 @contextmanager
-def opened_loras(names: Iterable[str]) -> Iterator[tuple[AdapterFile, ...]]:
+def opened_loras(names: Iterable[str], *, cached: bool = True) -> Iterator[tuple[AdapterFile, ...]]:
     """LoRAs named as REPO|FOLDER|FILE[:SCALE], opened in their order; closed afterwards.
 
-    A repository may be followed by the path of a file in it and by @REVISION. Raises what opening raises.
+    A repository may be followed by the path of a file in it and by @REVISION. ``cached`` as in ``open_source``. Raises
+    what opening raises.
     """
     with ExitStack() as stack:
-        yield tuple(_opened_lora(name, stack) for name in names)
+        yield tuple(_opened_lora(name, stack, cached=cached) for name in names)
 
 
-def _opened_lora(name: str, stack: ExitStack) -> AdapterFile:
+def _opened_lora(name: str, stack: ExitStack, *, cached: bool) -> AdapterFile:
     from qz.formats.checkpoint.adapter_file import open_adapter, parse_scale
 
     location, scale = parse_scale(name, exists=local_path(name) is not None)
@@ -195,7 +199,7 @@ def _opened_lora(name: str, stack: ExitStack) -> AdapterFile:
             f"--lora {quoted(location, 200)} does not exist. Give a local file or folder, or a repository on the Hub "
             "as USER/NAME, USER/NAME/FILE.safetensors or USER/NAME@REVISION, each with :SCALE if it is not 1."
         )
-    root = folder = open_source(match["repo"], None, match["revision"])
+    root = folder = open_source(match["repo"], None, match["revision"], cached=cached)
     stack.callback(root.close)
     *inside, file = (match["path"] or "").strip("/").split("/")
     if file and not file.endswith(".safetensors"):

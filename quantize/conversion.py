@@ -30,6 +30,7 @@ from qz.quantize.up_to_date import UpToDate, up_to_date
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.folder import Folder
     from qz.formats.output.companions import Companion
     from qz.formats.output.shares import Share
     from qz.formats.publish.publication import Publication
@@ -88,12 +89,15 @@ class Conversion:
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        opened = open_file(self.source, self.settings)
+        opened, notes = open_file(self.source, self.settings)
+        done: Report | PipelineSummary
         if isinstance(opened, Pipeline):
             require(True)
-            return self._pipeline(opened, plan_pipeline)
-        require(False)
-        return self._model(opened, plan, measure)
+            done = self._pipeline(opened, plan_pipeline)
+        else:
+            require(False)
+            done = self._model(opened, plan, measure)
+        return replace(done, notes=(*done.notes, *notes))
 
     def _model(
         self,
@@ -190,12 +194,11 @@ class Conversion:
             target.publication.check(weights_of(parts))
         places = [sibling(target.staged, JOURNAL), *([target.folder] if target.share is not None else [])]
         left = target.resume and any(target.disk.status(place) is not None for place in places)
-        if not left and self.settings.device in ("auto", "cpu"):
-            return False
-        arithmetic = arithmetic_on(self.settings.device)
         if not left:
+            if self.settings.device not in ("auto", "cpu"):
+                arithmetic_on(self.settings.device)  # raises for a device that is not there
             return False
-        asked = asked_for(target, fingerprint(source, self.settings, arithmetic))
+        asked = asked_for(target, fingerprint(source, self.settings, arithmetic_on(self.settings.device)))
         if shares.made_before(target, asked) is not None:
             return True
         elsewhere = shares.elsewhere(shares.owners_of(parts, target.share), target.share)
@@ -236,13 +239,19 @@ class Conversion:
             download(each.folder, each.files, arrived)
 
 
-def open_file(source: OpenedSource, settings: Settings) -> Checkpoint | Pipeline:
-    """The model, or the pipeline, that the one file of a source holds."""
-    from qz.formats.source import open_source
+def open_file(source: OpenedSource, settings: Settings) -> tuple[Checkpoint | Pipeline, tuple[str, ...]]:
+    """The model or pipeline that the one file of a source holds, and what is to be told of where its config is."""
+    from qz.formats.source import notes_of, open_source
     from qz.quantize.single_files.open import open_single_file
 
     assert source.file is not None  # the caller looked
-    return open_single_file(source.folder, source.file, settings.config, open_source)
+    configs: list[Folder] = []
+
+    def open_config(named: str) -> Folder:
+        configs.append(open_source(named))
+        return configs[-1]
+
+    return open_single_file(source.folder, source.file, settings.config, open_config), notes_of(*configs)
 
 
 def companions_of(source: OpenedSource, checkpoint: Checkpoint, settings: Settings) -> tuple[Companion, ...]:

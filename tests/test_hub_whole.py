@@ -16,6 +16,7 @@ from hub_server import READER, HubServer, connected
 from qz.cli.app import run
 from qz.formats.hub.transport import patience, session
 from qz.formats.hub.transport.patience import Retries
+from readers import model_folder
 from reference import differing_files, diffusers_model, tensors_of
 
 Command = Callable[..., dict[str, Any]]
@@ -207,6 +208,42 @@ def test_download_fills_the_cache_once_and_reads_from_there(
     assert qz("quantize", "big/flux", "--nf4", "-o", "three", "--download", "--components", "transformer")["code"] == 0
     qz("quantize", llama, "--nf4", "-o", "local")
     assert differing(tmp_path / "local", tmp_path / "one") == []
+
+
+def test_whatever_comes_from_the_cache_because_the_hub_does_not_answer_is_told_of(
+    hub: HubServer, qz: Command, tmp_path: Path
+) -> None:
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import save_file
+
+    folder, adapter = model_folder("llama-tied", tmp_path / "model"), tmp_path / "adapter"
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    adapter.mkdir()
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    for name, files in (("me/model", folder), ("me/adapter", adapter)):
+        hub.add(name, files_of(files), private=True)
+        snapshot_download(name)
+    assert qz("quantize", folder, "-o", "packed", "--device", "cpu")["warnings"] == []
+    hub.fail("info", status=503)
+    for words in (
+        ("calibrate", "me/model", "-o", "statistics.safetensors", "--tokens", "64"),
+        ("compare", "me/model", "packed", "--tokens", "64"),
+        ("dequantize", "packed", "-o", "back", "--against", "me/model"),
+        ("quantize", folder, "-o", "fused", "--lora", "me/adapter"),
+        ("verify", "fused", "--against", folder, "--lora", "me/adapter"),
+    ):
+        found = qz(*words, "--device", "cpu")
+        assert found["code"] == 0, found
+        assert [text for text in found["warnings"] if "from the Hub cache" in text], words
+    # Only the Hub knows who may see the LoRA, and with --push that is asked.
+    hub.faults.clear()
+    hub.fail("info", status=503, matching="me/adapter")
+    refused = qz("quantize", folder, "-o", "sent", "--lora", "me/adapter", "--push", "me/sent", "--public")
+    assert (refused["code"], (tmp_path / "sent").exists(), "me/sent" in hub.repos) == (69, False, False)
 
 
 def test_what_came_from_a_gated_repository_is_not_made_public_by_mistake(

@@ -29,6 +29,9 @@ from qz import (
     api,
 )
 from qz.cli.quantize import quantize
+from qz.cli.verify import verify
+from qz.formats.hub.transport import patience, session
+from qz.formats.hub.transport.patience import Retries
 from reference import differing_tensors
 
 MODELS: dict[str, tuple[Any, Callable[[], Any], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]] = {
@@ -178,6 +181,25 @@ def test_what_is_made_with_a_config_that_not_everyone_may_see_is_not_published_f
         run(quantize, file, output=tmp_path / "made", config="me/sd3", push="me/open")
     run(quantize, file, output=tmp_path / "made", config="me/sd3", push="me/made")
     assert hub.repos["me/made"].private
+
+
+def test_a_config_from_the_cache_is_told_of_and_does_not_say_who_may_see_it(
+    hub: HubServer, sd3: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    for module in (session, patience):
+        monkeypatch.setattr(module, "Retries", lambda: Retries(attempts=2, first_wait=0.01))
+    folder, file = sd3
+    hub.add("me/sd3", {"transformer/config.json": folder / "config.json"}, gated="auto")
+    snapshot_download("me/sd3")
+    hub.fail("info", status=503, matching="me/sd3")
+    report = run(quantize, file, output=tmp_path / "made", config="me/sd3")
+    checked = run(verify, str(tmp_path / "made"), against=str(file), config="me/sd3")
+    for told in (report, checked):
+        assert any("from the Hub cache" in warning for warning in told["warnings"])
+    with pytest.raises(HubUnreachable, match="me/sd3"):
+        run(quantize, file, output=tmp_path / "sent", config="me/sd3", push="me/sent", public=True)
 
 
 def test_tensors_that_the_model_has_no_use_for_are_named(sd3: tuple[Path, Path], tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from qz.quantize.verification.compared_output import ComparedOutput, TensorDiffe
 from qz.quantize.verification.journal import Journal
 
 if TYPE_CHECKING:
+    from qz.formats.checkpoint.pipeline import Pipeline
+    from qz.formats.checkpoint.survey import Checkpoint
     from qz.formats.source import OpenedSource
     from qz.quantize.compute.arithmetic import Arithmetic
     from qz.quantize.planning.plan import Plan, Step
@@ -71,7 +73,7 @@ def recompute(
 
     begun, about = time.monotonic(), record.about
     progress(Progress("Planning"))
-    parts = _planned(source, about, settings)
+    parts, notes = _planned(source, about, settings)
     arithmetic = arithmetic_on(settings.device)
     other_device = _kind(str(about.get("device", ""))) != _kind(arithmetic.name)
     chosen = _Sample(parts, sample, seed) if sample is not None else None
@@ -98,7 +100,7 @@ def recompute(
         tuple(found.unlike_files),
         found.tensors_before,
         arithmetic.name,
-        (*arithmetic.notes,),
+        (*notes, *arithmetic.notes),
         time.monotonic() - begun,
     )
 
@@ -107,7 +109,10 @@ def _kind(device: str) -> str:
     return device.partition(":")[0]
 
 
-def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings) -> Sequence[Part]:
+def _planned(
+    source: OpenedSource, about: Mapping[str, Any], settings: Settings
+) -> tuple[Sequence[Part], tuple[str, ...]]:
+    """The parts of the output, and what is to be told of where a single file's config is."""
     from qz.formats.checkpoint.pipeline import Pipeline, open_pipeline, pipeline_class
     from qz.formats.folder import is_pipeline
     from qz.quantize.conversion import companions_of, open_file
@@ -117,8 +122,10 @@ def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings)
     if about.get("act") not in ("quantize", "dequantize"):
         raise Unsupported(f"The record says {about.get('act')!r} of how it was made, which this qz cannot repeat.")
     back = about["act"] == "dequantize"
+    opened: Checkpoint | Pipeline
+    notes: tuple[str, ...] = ()
     if source.file is not None:
-        opened = open_file(source, settings)
+        opened, notes = open_file(source, settings)
     elif is_pipeline(source.folder):
         opened = open_pipeline(source.folder, settings.variant)
     else:
@@ -126,11 +133,11 @@ def _planned(source: OpenedSource, about: Mapping[str, Any], settings: Settings)
     if isinstance(opened, Pipeline):
         from qz.quantize.pipeline import plan_pipeline, plan_way_back
 
-        return (plan_way_back if back else plan_pipeline)(opened, settings).parts
+        return (plan_way_back if back else plan_pipeline)(opened, settings).parts, notes
     checkpoint = opened
     component, of = (source.subfolder or "").strip("/"), pipeline_class(source.root) if settings.loras else None
     plan = (plan_dequantization if back else plan_quantization)(checkpoint, settings, component, pipeline_class=of)
-    return [model_part(plan, companions_of(source, checkpoint, settings))]
+    return [model_part(plan, companions_of(source, checkpoint, settings))], notes
 
 
 def _stored(folder: Folder, plan: Plan) -> Mapping[str, StoredTensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, UsageError
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import RECORD, Record, read_record
-from qz.formats.source import OpenedSource, local_path, opened
+from qz.formats.source import OpenedSource, local_path, notes_of, opened
 from qz.progress import OnProgress, ignore
 from qz.quantize.inspection.verification import verify as compare_hashes
 from qz.quantize.verification.report import Verification
@@ -73,7 +73,8 @@ def verify_against(
             resume=resume,
             progress=progress,
         )
-        notes = (*output.notes, *source.notes, *found.notes, *_other_versions(record.about))
+        loras = notes_of(*(lora.folder for lora in settings.loras))
+        notes = (*output.notes, *source.notes, *loras, *found.notes, *_other_versions(record.about))
         if found.differences and settings.rounding == "gptq":
             notes = (*notes, GPTQ)
     return Verification(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,9 +85,11 @@ def calibrate(
             from qz.quantize.calibration.pipelines.calibrate import calibrate as run_pipeline
 
             with opened_pipeline(found, variant) as pipeline:
-                return run_pipeline(pipeline, part or None, str(source), request, on_progress)
-        tokenizer = tokenizer_of(found, subfolder)
-        return run(open_checkpoint(found.folder, variant), tokenizer, str(source), request, on_progress)
+                done = run_pipeline(pipeline, part or None, str(source), request, on_progress)
+        else:
+            tokenizer = tokenizer_of(found, subfolder)
+            done = run(open_checkpoint(found.folder, variant), tokenizer, str(source), request, on_progress)
+        return replace(done, warnings=(*done.warnings, *found.notes))
 
 
 @settings_given_back()
@@ -117,24 +120,18 @@ def compare(
 
     with opened(str(original), subfolder, allow_pickle=allow_pickle) as first:
         part = drawn_part(first, None)
+        chosen = Path(text) if text is not None else None
         asked.require(reads_text=part is None, draws=part is not None)
         if part is not None:
-            how = (
-                Path(text) if text is not None else None,
-                steps,
-                resolution,
-                COMPARED_SEED if seed is None else seed,
-            )
+            how = chosen, steps, resolution, COMPARED_SEED if seed is None else seed
             with opened(str(other), allow_pickle=allow_pickle) as second:
-                return _compare_pipelines(first, second, part, how, device, on_progress)
-    with (
-        opened(str(original), subfolder, allow_pickle=allow_pickle) as first,
-        opened(str(other), subfolder, allow_pickle=allow_pickle) as second,
-    ):
-        checkpoints = open_checkpoint(first.folder), open_checkpoint(second.folder)
-        chosen = Path(text) if text is not None else None
-        names = str(original), str(other)
-        return run(*checkpoints, names, tokenizer_of(first, subfolder), chosen, tokens, device, on_progress)
+                done = _compare_pipelines(first, second, part, how, device, on_progress)
+        else:
+            with opened(str(other), subfolder, allow_pickle=allow_pickle) as second:
+                checkpoints = open_checkpoint(first.folder), open_checkpoint(second.folder)
+                names = str(original), str(other)
+                done = run(*checkpoints, names, tokenizer_of(first, subfolder), chosen, tokens, device, on_progress)
+        return replace(done, warnings=(*done.warnings, *first.notes, *second.notes))
 
 
 def _compare_pipelines(

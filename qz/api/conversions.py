@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
 from qz import UsageError
 from qz.progress import OnProgress
@@ -64,41 +64,58 @@ def destination(push: str | None, subfolder: str | None, public: bool | None) ->
     return Destination(push, subfolder or "", private=None if public is None else not public)
 
 
-def possible_destination(
+class Publishing(NamedTuple):
+    """Where an output is published, and whether not everyone may see what it is made of."""
+
+    to: Destination
+    source_private: bool
+
+
+def possible_publishing(
     push: str | None,
     subfolder: str | None,
     public: bool | None,
     source: OpenedSource,
     settings: Settings,
-) -> Destination | None:
-    """The same; raises now what would fail after the work."""
+) -> Publishing | None:
+    """The same, with its source; raises now what would fail after the work."""
     to = destination(push, subfolder, public)
-    if to is not None:
-        from qz.formats.publish.push import require_possible
+    if to is None:
+        return None
+    from qz.formats.publish.push import require_possible
 
-        require_possible(to, source_private=is_source_restricted(source, settings))
-    return to
+    private = is_source_restricted(source, settings)
+    require_possible(to, source_private=private)
+    return Publishing(to, private)
 
 
-def publication_for(to: Destination, source: OpenedSource, on_progress: OnProgress, settings: Settings) -> Publication:
+def publication_for(publishing: Publishing, source: OpenedSource, on_progress: OnProgress) -> Publication:
     """Where the output goes while it is made."""
     from qz.formats.publish.publication import Publication
     from qz.formats.source import save_memory
 
     for folder in (source.root, source.folder):
         save_memory(folder)
-    return Publication(to, source_private=is_source_restricted(source, settings), progress=on_progress)
+    return Publication(publishing.to, source_private=publishing.source_private, progress=on_progress)
 
 
-def published(done: Converted, conversion: Conversion, to: Destination | None) -> Converted:
-    """The report of a conversion, with what is to be told of its source, and of the push, if one was asked for."""
-    source = conversion.source
-    done = replace(done, notes=(*done.notes, *source.notes))
-    if to is None or conversion.dry_run or conversion.publication is not None:
+def published(
+    done: Converted, conversion: Conversion, publishing: Publishing | None, original: OpenedSource | None = None
+) -> Converted:
+    """The report of a conversion, with what is to be told of what it read, and of the push, if one was asked for.
+
+    ``original``: what it was compared with.
+    """
+    from qz.formats.source import notes_of
+
+    loras = (lora.folder for lora in conversion.settings.loras)
+    read = (*conversion.source.notes, *notes_of(*loras), *(original.notes if original is not None else ()))
+    done = replace(done, notes=(*done.notes, *read))
+    if publishing is None or conversion.dry_run or conversion.publication is not None:
         return done
     from qz.formats.publish.push import push as send
 
-    private = is_source_restricted(source, conversion.settings)
+    to, private = publishing
     pushed = send(Path(done.output), to, source_private=private, progress=conversion.on_progress)
     return replace(done, pushed=pushed)
 
@@ -111,5 +128,5 @@ def is_source_restricted(source: OpenedSource, settings: Settings) -> bool:
         return True
     if settings.config is None:
         return False
-    with closing(open_source(settings.config)) as folder:
+    with closing(open_source(settings.config, cached=False)) as folder:
         return is_restricted(folder)

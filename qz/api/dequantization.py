@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
-from qz.api.conversions import once_more_if_lost, possible_destination, publication_for, published, share_of
+from qz.api.conversions import once_more_if_lost, possible_publishing, publication_for, published, share_of
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
@@ -81,14 +81,14 @@ def dequantize(
     asked.require(hub=local_path(str(source)) is None)
     asked.require(push=push is not None, published=part is None or push_only, output_here=not push_only)
     with (
-        opened_loras(lora) as loras,
+        opened_loras(lora, cached=push is None) as loras,
         opened(str(source), subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
     ):
         settings = replace(settings, loras=loras)
         pipeline = is_pipeline(found.folder)
         asked.require(folder=found.file is None, model=not pipeline)
-        to = possible_destination(push, push_subfolder, public, found, settings)
-        publication = publication_for(to, found, on_progress, settings) if to and push_only else None
+        publishing = possible_publishing(push, push_subfolder, public, found, settings)
+        publication = publication_for(publishing, found, on_progress) if publishing and push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
@@ -105,7 +105,7 @@ def dequantize(
         from qz.quantize.pipeline import plan_way_back
 
         if pipeline:
-            return published(conversion.pipeline(plan_way_back), conversion, to)
+            return published(conversion.pipeline(plan_way_back), conversion, publishing)
         from qz.quantize.planning.dequantization import plan_dequantization
         from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
 
@@ -117,5 +117,7 @@ def dequantize(
             plan = partial(plan_dequantization, component=component, pipeline_class=of)
             if found.file is not None:
                 require = lambda several: asked.require(one_inside=not several)  # noqa: E731
-                return published(conversion.file(plan, plan_way_back, measure, require), conversion, to)
-            return published(conversion.model(plan, measure), conversion, to)
+                return published(
+                    conversion.file(plan, plan_way_back, measure, require), conversion, publishing, original
+                )
+            return published(conversion.model(plan, measure), conversion, publishing, original)

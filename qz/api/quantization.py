@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz.api.conversions import once_more_if_lost, possible_destination, publication_for, published, share_of
+from qz.api.conversions import once_more_if_lost, possible_publishing, publication_for, published, share_of
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.borrowed import settings_given_back
@@ -130,7 +130,7 @@ def quantize(
     asked.require(hub=local_path(location) is None, shards=layout != "single-file")
     asked.require(push=push is not None, published=part is None or push_only, output_here=not push_only)
     with (
-        opened_loras(lora) as loras,
+        opened_loras(lora, cached=push is None) as loras,
         opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle, file=file) as found,
     ):
         settings = replace(settings, loras=loras)
@@ -138,8 +138,8 @@ def quantize(
         asked.require(one_file=found.file is not None, folder=found.file is None, model=not pipeline)
         if found.file is None:
             asked.require(pipeline=pipeline)
-        to = possible_destination(push, push_subfolder, public, found, settings)
-        publication = publication_for(to, found, on_progress, settings) if to and push_only else None
+        publishing = possible_publishing(push, push_subfolder, public, found, settings)
+        publication = publication_for(publishing, found, on_progress) if publishing and push_only else None
         conversion = Conversion(
             source=found,
             settings=settings,
@@ -166,7 +166,7 @@ def quantize(
             return replace(plan, notes=(*plan.notes, unused))
 
         if pipeline:
-            return published(conversion.pipeline(plan_asked), conversion, to)
+            return published(conversion.pipeline(plan_asked), conversion, publishing)
         from qz.quantize.convert import plan_quantization
         from qz.quantize.streaming.measure import WhileQuantizing
 
@@ -177,5 +177,5 @@ def quantize(
             done = conversion.file(
                 plan, plan_asked, measure, lambda several: asked.require(pipeline=several, one_inside=not several)
             )
-            return published(done, conversion, to)
-        return published(conversion.model(plan, measure), conversion, to)
+            return published(done, conversion, publishing)
+        return published(conversion.model(plan, measure), conversion, publishing)
