@@ -26,10 +26,15 @@ class LeanGroup(TyperGroup):
 def lean(params: list[Any]) -> list[Any]:
     """``params``, which look at their values before Typer does."""
     for param in params:
-        # A version of Typer that does not know it converts in another way, without pydantic.
-        if hasattr(param, "type_descriptor") and not isinstance(param.process_value, partial):
+        if is_described(param) and not isinstance(param.process_value, partial):
             param.process_value = partial(process_value, param, param.process_value)
     return params
+
+
+def is_described(param: Any) -> bool:
+    """Whether Typer says of an option what this module reads, as since 0.29; else all values are left to Typer."""
+    descriptor = getattr(param, "type_descriptor", None)
+    return hasattr(descriptor, "annotation") and hasattr(getattr(descriptor, "parameter_info", None), "parser")
 
 
 def process_value(param: Any, typers_own: Callable[..., Any], context: Any, value: Any) -> Any:

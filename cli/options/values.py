@@ -25,10 +25,10 @@ def parse_size(text: str | int) -> int:
 
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
     unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or int(Fraction(match[1]) * unit) < 1:
+    nbytes = int(Fraction(match[1]) * unit) if match is not None and unit is not None else 0
+    if nbytes < 1:
         shown = str(text) if len(str(text)) <= 40 else f"{str(text)[:40]}…"
         raise typer.BadParameter(f"{shown!r} is not a size. Write it as 5GB, 500MB or 2GiB.")
-    nbytes = int(Fraction(match[1]) * unit)
     if nbytes < LEAST_SHARD_BYTES:
         raise typer.BadParameter(f"{text!r} means {nbytes} bytes. Write the unit: 5GB, 500MB or 2GiB.")
     return nbytes

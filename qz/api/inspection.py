@@ -69,10 +69,7 @@ def inspect(
         on_progress(Progress("Reading headers"))
     with opened(location, subfolder, revision, allow_pickle=allow_pickle) as opened_source:
         folder = opened_source.folder
-        if (
-            max((size for name, size in folder.sizes().items() if name.endswith(".index.json")), default=0)
-            > LARGE_INDEX
-        ):
+        if any(size > LARGE_INDEX for name, size in folder.sizes().items() if name.endswith(".index.json")):
             on_progress(Progress("Reading headers"))
         origin = Origin(location, folder.identity().get("commit"), subfolder)
         found: Inspection | PipelineInspection
