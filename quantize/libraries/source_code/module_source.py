@@ -40,7 +40,6 @@ _OF_THE_LIBRARY = re.compile(
     r"transformers\.generation.*|transformers\.integrations.*|diffusers\.models\.modeling_utils|diffusers\.loaders.*"
 )
 """Modules whose classes and functions handle any model; what they read of a weight they read with care."""
-_LIBRARIES = ("diffusers.", "transformers.")
 _HARMLESS = frozenset(("device", "requires_grad", "is_meta", "grad"))
 
 
