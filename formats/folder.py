@@ -98,6 +98,15 @@ def read_file(folder: Folder, file: str, limit: int) -> bytes:
     return bytes(buffer)
 
 
+def place_of(folder: Folder, name: str) -> tuple[Folder, str]:
+    """Where the file ``name`` lies, which may be in folders of ``folder``, and its name there.
+
+    Raises what ``Folder.subfolder`` raises.
+    """
+    parent, _, base = name.rpartition("/")
+    return (folder.subfolder(parent) if parent else folder), base
+
+
 def several_at_once(folder: Folder, read: Callable[[T], R], things: Sequence[T]) -> list[R]:
     """``read`` of each, in order; several at a time where the folder is far away, so that waiting dominates."""
     if len(things) < 2 or isinstance(folder, LocalFolder):

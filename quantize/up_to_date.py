@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, QzError
 from qz.formats.file_hash import sha256_of
-from qz.formats.folder import Folder, LocalFolder
+from qz.formats.folder import Folder, LocalFolder, place_of
 from qz.formats.output.recorded.record import RECORD, Record, as_text, read_record
 from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.storage.directory import Directory
@@ -100,8 +100,7 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
         if record is None:
             raise OutputRefused(f"{output} exists, and was not written by qz (no {RECORD}). {instead}")
         for file in record.files:
-            *parents, name = file.name.split("/")
-            inner = made.subfolder("/".join(parents)) if parents else made
+            inner, name = place_of(made, file.name)
             if inner.sizes().get(name) != file.bytes:
                 raise OutputRefused(f"{output} is damaged: {file.name} is missing or has another size. {instead}")
     except OutputRefused:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qz import UsageError
 from qz.formats.file_hash import sha256_in
-from qz.formats.folder import Folder, LocalFolder
+from qz.formats.folder import Folder, LocalFolder, place_of
 from qz.formats.hub.repository import HubFolder
 from qz.formats.malformed import quoted
 
@@ -74,8 +74,7 @@ def _local_files(
 
 
 def _sha256(source: LocalFolder, name: str, size: int, progress: Callable[[int], None]) -> str:
-    *parents, base = name.split("/")
-    folder = source.subfolder("/".join(parents)) if parents else source
+    folder, base = place_of(source, name)
     if folder.sizes().get(base) != size:
         raise UsageError(
             f"{source.location} is not the recorded source: {quoted(name)} is missing or has another size."

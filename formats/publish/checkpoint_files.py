@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, OutputRefused
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import read_file
+from qz.formats.folder import place_of, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import companions, left_out, settings, terms
 from qz.formats.output.recorded.record import RECORD, Record, read_record, verify_record
@@ -144,8 +144,7 @@ def _named(folder: LocalFolder, prefix: str) -> set[str]:
 
 def _config(folder: LocalFolder, names: Iterable[str]) -> Mapping[str, Any]:
     def read(name: str) -> bytes:
-        parent = name.rpartition("/")[0]
-        return read_file(folder.subfolder(parent) if parent else folder, "config.json", MAX_BYTES)
+        return read_file(*place_of(folder, name), MAX_BYTES)
 
     found = config_among(names, read, f"{folder.location}/")
     if not found:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, open_checkpoint, survey_file
-from qz.formats.folder import Folder, LocalFolder, Range
+from qz.formats.folder import Folder, LocalFolder, Range, place_of
 from qz.formats.output.recorded.record import PIECE, Record
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.streaming.output_parts import Part, model_part
@@ -318,28 +318,24 @@ def _bytes_of(data: bytes) -> Callable[[int, memoryview], None]:
 
 def _is_same(folder: Folder, name: str, size: int, read: Callable[[int, memoryview], None]) -> bool:
     """Whether a file of the output has these bytes."""
-    *parents, base = name.split("/")
-    opened: list[Folder] = []
     try:
-        for parent in parents:
-            try:
-                folder = folder.subfolder(parent)
-            except (MissingInput, MalformedInput):
-                return False
-            opened.append(folder)
-        if folder.sizes().get(base) != size:
+        inner, base = place_of(folder, name)
+    except (MissingInput, MalformedInput):
+        return False
+    try:
+        if inner.sizes().get(base) != size:
             return False
         one, other = memoryview(bytearray(min(PIECE, size))), memoryview(bytearray(min(PIECE, size)))
         for start in range(0, size, PIECE):
             length = min(PIECE, size - start)
             read(start, one[:length])
-            folder.read_into(base, start, other[:length])
+            inner.read_into(base, start, other[:length])
             if one[:length] != other[:length]:
                 return False
         return True
     finally:
-        for each in opened:
-            each.close()
+        if inner is not folder:
+            inner.close()
 
 
 class _ByRanges:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
+from qz.formats.folder import place_of
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.record import WrittenFile, as_written
@@ -38,9 +39,9 @@ class Statement:
 
 def _size(folder: Folder, name: str) -> int:
     """Of a file that may be in folders of ``folder``; 0 if it is not there."""
-    *parents, base = name.split("/")
     try:
-        return (folder.subfolder("/".join(parents)) if parents else folder).sizes().get(base, 0)
+        inner, base = place_of(folder, name)
+        return inner.sizes().get(base, 0)
     except QzError:
         return 0
 
