@@ -79,8 +79,9 @@ class Display:
         if step.kept is not None:
             kept, of = step.kept
             rest = f", and {size(step.kept_bytes)} of the rest" if step.kept_bytes else ""
-            what = step.unit if step.unit in ("block", "weight") else "shard"
-            self.tell(f"Continuing: {kept} of {counted(of, what)} {'is' if of == 1 else 'are'} done{rest}.")
+            what = step.unit if step.unit in ("block", "step", "weight") else "shard"
+            done = f"{kept} of {counted(of, what)}" if of else counted(kept, what)
+            self.tell(f"Continuing: {done} {'is' if (of or kept) == 1 else 'are'} done{rest}.")
         if self.bar is not None:
             count = f"{step.done}/{step.total} {step.unit}s" if step.total else ""
             total = step.all_bytes or None

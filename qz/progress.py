@@ -12,8 +12,8 @@ class Progress:
 
     ``doing`` says what, in a word or two: ``Quantizing``. ``done`` of ``total`` things are finished, which ``unit``
     names in the singular; ``bytes`` of ``all_bytes`` are. Totals are 0 while they are not known. ``file`` is one that
-    was just completed. ``kept``: how many files an earlier, interrupted run had completed, and of how many; told once,
-    at the beginning. ``kept_bytes``: what it had done of others.
+    was just completed. ``kept``: how many files an earlier, interrupted run had completed, and of how many (0 if
+    nobody knows); told once, at the beginning. ``kept_bytes``: what it had done of others.
     """
 
     doing: str

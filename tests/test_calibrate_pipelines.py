@@ -176,6 +176,53 @@ def test_the_seed_decides_what_is_drawn(flux: Path, root: Path, tmp_path: Path) 
     assert not np.array_equal(one.sums[embedder].sum2, other.sums[embedder].sum2)
 
 
+class Killed(BaseException):
+    """As a signal would end it: nothing of qz sees it."""
+
+
+@pytest.mark.parametrize("hessians", [False, True])
+def test_an_interrupted_run_goes_on_where_it_was_and_finds_the_same(
+    hessians: bool, flux: Path, known: Path, root: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"text": root / "prompts.txt", "hessians": hessians, **DRAWN}
+
+    def run(output: str, stop: tuple[str, int] | None = None, **how: Any) -> Any:
+        def look(progress: Any) -> None:
+            if stop is not None and progress.doing == stop[0] and progress.done >= stop[1]:
+                raise Killed
+
+        return api.calibrate(flux, tmp_path / output, on_progress=look, **{**given, **how})
+
+    whole = run("whole")
+    for stop in (("Drawing", 9), ("Drawing", 4), *([("Calibrating transformer", 2)] if hessians else [])):
+        with pytest.raises(Killed):  # in the first step, in the second, and after the first block once more
+            run("cut", stop)
+        assert not (tmp_path / "cut").exists()
+    shutil.copytree(tmp_path / "cut.unfinished", tmp_path / "other.unfinished")
+    assert not run("other", seed=1).resumed
+    kept = {each["part"] for each in json.loads((tmp_path / "cut.unfinished/journal.json").read_text())["blocks"]}
+    assert {"call 1 of text_encoder", "call 1 of transformer"} < kept
+    assert ("transformer/transformer_blocks.0" in kept) == hessians
+    again = run("cut")
+    assert (again.resumed, whole.resumed) == (True, False)
+    assert again.bytes_read < whole.bytes_read
+    assert sorted(each.name.replace("cut", "whole") for each in tmp_path.glob("cut*")) == sorted(
+        each.name for each in tmp_path.glob("whole*")
+    )
+    one, two, three = (read_statistics(path) for path in (tmp_path / "whole", tmp_path / "cut", known))
+    assert one.sums.keys() == two.sums.keys() == three.sums.keys()
+    for weight, sums in one.sums.items():
+        assert sums.tokens == two.sums[weight].tokens == three.sums[weight].tokens
+        assert hessians or np.array_equal(sums.sum2, two.sums[weight].sum2)  # how BLAS rounds, depends on addresses
+        for other in (two, three):
+            np.testing.assert_allclose(sums.sum2, other.sums[weight].sum2, rtol=1e-5, atol=1e-6)
+        if hessians:
+            one_hessian, other_hessian = one.hessian(weight), two.hessian(weight)
+            assert one_hessian is not None
+            assert other_hessian is not None
+            np.testing.assert_allclose(one_hessian, other_hessian, rtol=1e-4, atol=1e-6 * float(one_hessian.max()))
+
+
 def test_calibrate_quantize_and_compare_from_the_command_line(forked_qz: Qz, flux: Path, tmp_path: Path) -> None:
     drawn = ("--steps", "2", "--resolution", "32", "--device", "cpu")
     done = forked_qz("calibrate", flux, "-o", "stats.safetensors", *drawn, "--json", "--quiet")

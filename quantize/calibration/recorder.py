@@ -63,15 +63,20 @@ class Recorder:
     def input_sums(self) -> dict[str, InputSums]:
         return {name: InputSums(values.astype(np.float32), self.tokens[name]) for name, values in self.sums.items()}
 
+    def add(self, name: str, squares: NDArray[np.float64], tokens: int) -> None:
+        """Count the inputs of one call of the weight ``name``."""
+        self.sums[name] += squares
+        self.tokens[name] += tokens
+
     def _hook(self, name: str, module: Any) -> Callable[..., None]:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else kwargs["input"]
             x = given.flatten(0, -2).float()
-            self.tokens[name] += len(x)
             if self.hessians and x.shape[1] <= MAX_HESSIAN_INPUTS:
+                self.tokens[name] += len(x)
                 self._multiply(name, given, x)
             else:
-                self.sums[name] += x.square().sum(0).cpu().double().numpy()
+                self.add(name, x.square().sum(0).cpu().double().numpy(), len(x))
             if module is self.head:
                 raise Finished
 

@@ -8,13 +8,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qz import IOFailed, OutputRefused, QzError, TryAgain, Unsupported, UsageError
+from qz import Unsupported, UsageError
 from qz.counted import counted
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
 from qz.progress import OnProgress, Progress
+from qz.quantize.calibration.hessian_files import HessianFiles, refuse_existing
 from qz.quantize.calibration.importance import GPTQ_TOKENS
-from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians, write_statistics
+from qz.quantize.calibration.statistics import write_statistics
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.libraries.plain import plain_checkpoint
@@ -25,7 +26,7 @@ from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 if TYPE_CHECKING:
     import torch
 
-    from qz.quantize.calibration.resume import BlockStore
+    from qz.quantize.calibration.unfinished import Unfinished
     from qz.quantize.libraries.transformers.runnable import Runnable
 
 TOKENS = 1024
@@ -126,14 +127,6 @@ def scores_json(scores: Scores) -> dict[str, Any]:
     return {**scores.about(), "linears": linears}
 
 
-def refuse_existing(output: Path) -> None:
-    """Raise OutputRefused for an output that is there, or has no folder to be in."""
-    if output.exists() or output.is_symlink():
-        raise OutputRefused(f"{output} exists. Move it away, or choose another file with -o/--output.")
-    if not output.parent.is_dir():
-        raise OutputRefused(f"{output.parent} is not a folder. Make it, or choose another file with -o/--output.")
-
-
 def calibrate(
     checkpoint: Checkpoint, tokenizer_folder: Folder, source: str, request: CalibrationRequest, progress: OnProgress
 ) -> Calibration:
@@ -171,14 +164,11 @@ class _Run:
     def __init__(self, checkpoint: Checkpoint, source: str, request: CalibrationRequest, progress: OnProgress) -> None:
         self.checkpoint, self.source, self.request, self.progress = checkpoint, source, request, progress
         self.begun = time.monotonic()
-        self.files: dict[str, str] = {}
-        self.places: dict[str, str] = {}
-        """First weight's name → the file of its Hessian."""
         self.passed: set[str] = set()
 
     def run(self, class_name: str, dtype: str, tokenizer_folder: Folder) -> Calibration:
         from qz.quantize.calibration import text
-        from qz.quantize.calibration.resume import BlockStore
+        from qz.quantize.calibration.unfinished import unfinished
         from qz.quantize.compute.run_device import run_device
         from qz.quantize.libraries.transformers.runnable import runnable
 
@@ -187,56 +177,49 @@ class _Run:
         tokenizer = text.open_tokenizer(tokenizer_folder)
         device, run_dtype = run_device(request.device, dtype)
         model = runnable(self.checkpoint, class_name, run_dtype, device)
-        store = BlockStore(request.output, resume=request.resume)
-        try:
-            return self._go_on(store, class_name, words, model, tokenizer)
-        except (TryAgain, IOFailed):
-            raise
-        except QzError:
-            store.give_up()
-            raise
-        finally:
-            store.close()
+        with unfinished(request.output, resume=request.resume) as kept:
+            return self._go_on(kept, class_name, words, model, tokenizer)
 
-    def _go_on(self, store: BlockStore, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
+    def _go_on(self, kept: Unfinished, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
         """From where an earlier run was interrupted, or from the beginning."""
 
         from qz.quantize.calibration import text
         from qz.quantize.calibration.blocks import BlockPass, blocks_of
         from qz.quantize.calibration.generated import sample
         from qz.quantize.calibration.recorder import Recorder
-        from qz.quantize.calibration.resume import Sums
+        from qz.quantize.calibration.resume import BlockStore
+        from qz.quantize.calibration.unfinished import Sums
         from qz.quantize.calibration.weights import Weights
         from qz.quantize.libraries.transformers.runnable import runnable, running
 
         request, device, run_dtype = self.request, model.device, model.dtype
-        store.open(self._fingerprint(class_name, str(run_dtype), str(device), words))
-        if store.rows:
-            rows = store.rows
+        kept.open(self._fingerprint(class_name, str(run_dtype), str(device), words))
+        if kept.rows:
+            rows = kept.rows
         elif request.generate:
             writer = runnable(self.checkpoint, class_name, run_dtype, device)
             rows = sample(self.checkpoint, writer, tokenizer, request.wanted, self.progress)
             del writer
         else:
             rows = text.sequences(tokenizer, words, model.longest, request.wanted)
-        store.begin(rows)
+        kept.begin(rows)
         tokens = sum(map(len, rows))
         recorder = Recorder(model.linears, model.head, hessians=request.hessians)
-        recorder.restore(store.values, store.sums.tokens, store.sums.first)
-        self.files, self.places = dict(store.sums.files), dict(store.sums.places)
+        recorder.restore(kept.values, kept.sums.tokens, kept.sums.first)
+        files, store = HessianFiles(request.output, kept), BlockStore(kept)
         weights = Weights(self.checkpoint, model)
         blocks = blocks_of(model.model)
         hooks = store.watch(blocks)
-        if store.kept:
-            self.progress(Progress("Calibrating", kept=(store.kept, len(blocks)), unit="block"))
+        if kept.count:
+            self.progress(Progress("Calibrating", kept=(kept.count, len(blocks)), unit="block"))
 
         def visited(part: str) -> None:
             self.passed.add(part)
             if request.hessians:
-                self._write(recorder.take_hessians(), store)
+                files.write(recorder.take_hessians())
             if part in blocks:
                 inside = {name: each for name, each in recorder.sums.items() if name.startswith(f"{part}.")}
-                sums = Sums(dict(recorder.tokens), dict(recorder.first), dict(self.files), dict(self.places))
+                sums = Sums(dict(recorder.tokens), dict(recorder.first), **files.as_json())
                 store.finished(part, inside, sums)
             self.progress(Progress("Calibrating", len(self.passed), len(steps.parts), unit="block"))
 
@@ -249,13 +232,8 @@ class _Run:
                 weights.load_rest(steps.parts, model.head)
                 steps.run([model.arguments(ids) for ids in text.batches(rows)])
             if request.hessians:
-                self._write(recorder.take_hessians(), store)
+                files.write(recorder.take_hessians())
             sums = recorder.input_sums()
-            places = {
-                name: HessianPlace(self.places[first], first + HESSIAN)
-                for name, first in recorder.first.items()
-                if first in self.places
-            }
             told = {
                 "architecture": class_name,
                 "tokens": str(tokens),
@@ -263,8 +241,8 @@ class _Run:
             }
             scores = self._scores(request.scores, class_name, rows, device) if request.scores is not None else None
             refuse_existing(request.output)
-            write_statistics(request.output, sums, told, places, self.files, scores)
-            store.remove()
+            write_statistics(request.output, sums, told, files.places(recorder.first), files.hashes, scores)
+            kept.remove()
         finally:
             recorder.close()
             for hook in hooks:
@@ -279,15 +257,15 @@ class _Run:
             len(rows),
             len(sums),
             unseen,
-            tuple(self.files),
-            sum(request.output.with_name(file).stat().st_size for file in self.files),
+            tuple(files.hashes),
+            files.nbytes,
             str(device),
             str(run_dtype).removeprefix("torch."),
             weights.bytes_read,
             time.monotonic() - self.begun,
             self._warnings(tokens, unseen),
             scores=scores,
-            resumed=store.kept > 0,
+            resumed=kept.count > 0,
         )
 
     def _fingerprint(self, class_name: str, dtype: str, device: str, words: str) -> dict[str, Any]:
@@ -338,15 +316,3 @@ class _Run:
         if tokens < request.wanted:
             found.append(f"the text has {tokens:,} tokens for this model, fewer than the {request.wanted:,} asked for")
         return (*found, *token_warnings(tokens, unseen, hessians=request.hessians))
-
-    def _write(self, hessians: dict[str, Any], store: BlockStore) -> None:
-        """One file of Hessians beside the output, for each part of the model that has some."""
-        hessians = {name: each for name, each in hessians.items() if name not in self.places}
-        if not hessians:
-            return
-        file = f"{self.request.output.stem}.hessians-{len(self.files) + 1:05}.safetensors"
-        path = self.request.output.with_name(file)
-        refuse_existing(path)
-        store.claim(file)
-        self.files[file] = write_hessians(path, hessians)
-        self.places |= dict.fromkeys(hessians, file)

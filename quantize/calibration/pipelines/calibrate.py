@@ -1,29 +1,33 @@
-"""``qz calibrate`` of a pipeline: it draws from prompts, then each of its models meets all that it was given again.
+"""``qz calibrate`` of a pipeline: it draws from prompts, and the inputs of its models' linears are summed up.
 
-The second time all prompts and steps go through a block together, so that its statistics are whole when it is given up,
-as for a model that reads text.
+For Hessians each model meets all that it was given once more, all prompts and steps going through a block together, so
+that the Hessians of a block are whole when it is given up, as for a model that reads text.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
-
-import numpy as np
 
 from qz import Unsupported
 from qz.formats.checkpoint.pipeline import Pipeline
-from qz.progress import OnProgress
+from qz.progress import OnProgress, Progress
+from qz.quantize.calibration.blocks import blocks_of
+from qz.quantize.calibration.hessian_files import HessianFiles, refuse_existing
 from qz.quantize.calibration.pipelines.components import Models, opened_models, plain_dtype
-from qz.quantize.calibration.pipelines.denoising import Call, Drawing, draw
+from qz.quantize.calibration.pipelines.denoising import Drawing, Drawn, draw
 from qz.quantize.calibration.pipelines.prompts import prompts_of
 from qz.quantize.calibration.pipelines.replay import replay
+from qz.quantize.calibration.pipelines.resume import CallStore, of_component
 from qz.quantize.calibration.recorder import Recorder
-from qz.quantize.calibration.run import Calibration, CalibrationRequest, refuse_existing, token_warnings
-from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, InputSums, write_hessians, write_statistics
+from qz.quantize.calibration.resume import BlockStore
+from qz.quantize.calibration.run import Calibration, CalibrationRequest, token_warnings
+from qz.quantize.calibration.statistics import HessianPlace, InputSums, write_statistics
+from qz.quantize.calibration.unfinished import Unfinished, unfinished
 from qz.quantize.compute.run_device import run_device
+from qz.quantize.libraries.examine import library_versions
 from qz.quantize.planning.unquantized import refuse_quantized
 
 STEPS = 4
@@ -55,33 +59,30 @@ def calibrate(
         if component.checkpoint is not None and only in (None, component.name):
             refuse_quantized(component.checkpoint)
     device, dtype = run_device(request.device, dtype_in(pipeline))
-    files = _HessianFiles(request.output)
-    with opened_models(pipeline, dtype, device) as models:
-        drawn = draw(models, drawing, "Drawing", progress)
-        if only is not None and only not in drawn.calls:
-            raise Unsupported(f"{models.where}: {models.class_name} draws without {only}: nothing can be recorded.")
+    with opened_models(pipeline, dtype, device) as models, unfinished(request.output, resume=request.resume) as kept:
+        kept.open(_fingerprint(pipeline, only, models, drawing, request, str(dtype)))
+        if kept.count:
+            progress(Progress("Drawing", kept=(kept.count, 0), unit="step"))
+        kept.begin([])
+        drawn, sums = _draw(models, only, drawing, request, kept, progress)
         chosen = [name for name in drawn.calls if only in (None, name)]
-        sums: dict[str, InputSums] = {}
+        files = HessianFiles(request.output, kept)
         places: dict[str, HessianPlace] = {}
-        try:
-            for name in chosen:
-                calls = drawn.calls.pop(name)
-                found = _record(models, name, calls, name in drawn.whole, request.hessians, files, progress)
-                sums |= found[0]
-                places |= found[1]
-            refuse_existing(request.output)
-            told = {
-                "architecture": models.class_name,
-                "prompts": str(len(drawing.prompts)),
-                "steps": str(drawing.steps),
-                **({"resolution": str(drawn.resolution)} if drawn.resolution is not None else {}),
-                "seed": str(drawing.seed),
-                "text": "default" if request.text is None else "own",
-            }
-            write_statistics(request.output, sums, told, places, files.hashes)
-        except BaseException:
-            files.remove()
-            raise
+        for name in chosen if request.hessians else ():
+            recorder = _record(models, name, drawn, files, progress)
+            sums |= {f"{name}/{weight}": each for weight, each in recorder.input_sums().items()}
+            places |= files.places({f"{name}/{one}": f"{name}/{first}" for one, first in recorder.first.items()})
+        refuse_existing(request.output)
+        told = {
+            "architecture": models.class_name,
+            "prompts": str(len(drawing.prompts)),
+            "steps": str(drawing.steps),
+            **({"resolution": str(drawn.resolution)} if drawn.resolution is not None else {}),
+            "seed": str(drawing.seed),
+            "text": "default" if request.text is None else "own",
+        }
+        write_statistics(request.output, sums, told, places, files.hashes)
+        kept.remove()
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
         tokens = max((each.tokens for each in sums.values()), default=0)
         return Calibration(
@@ -94,12 +95,13 @@ def calibrate(
             len(sums),
             unseen,
             tuple(files.hashes),
-            files.bytes,
+            files.nbytes,
             str(device),
             str(dtype).removeprefix("torch."),
             models.bytes_read,
             time.monotonic() - begun,
             (*whole_warnings(drawn.whole), *token_warnings(tokens, unseen, hessians=request.hessians)),
+            resumed=kept.count > 0,
             steps=drawing.steps,
             resolution=drawn.resolution,
             seed=drawing.seed,
@@ -108,60 +110,93 @@ def calibrate(
         )
 
 
-def whole_warnings(whole: frozenset[str]) -> tuple[str, ...]:
-    return tuple(f"{name} cannot be run block by block: all of its weights were in memory" for name in sorted(whole))
+def _fingerprint(
+    pipeline: Pipeline, only: str | None, models: Models, drawing: Drawing, request: CalibrationRequest, dtype: str
+) -> dict[str, Any]:
+    """What must be the same for a run to go on where another was interrupted."""
+    from qz import __version__
+
+    return {
+        "source": pipeline.folder.identity(),
+        "components": {each.name: each.folder.identity() for each in pipeline.components},
+        "only": only,
+        "class": models.class_name,
+        "dtype": dtype,
+        "device": str(models.device),
+        "drawing": asdict(drawing),
+        "hessians": request.hessians,
+        "versions": {"qz": __version__, **library_versions()},
+    }
 
 
-def _record(
+def _draw(
     models: Models,
-    name: str,
-    calls: Sequence[Call],
-    whole: bool,
-    hessians: bool,
-    files: _HessianFiles,
+    only: str | None,
+    drawing: Drawing,
+    request: CalibrationRequest,
+    kept: Unfinished,
     progress: OnProgress,
-) -> tuple[dict[str, InputSums], dict[str, HessianPlace]]:
-    """The sums of a component's linears, and where its Hessians lie, both by COMPONENT/WEIGHT."""
-    recorder = Recorder(models.weights[name].runnable.linears, None, hessians=hessians)
+) -> tuple[Drawn, dict[str, InputSums]]:
+    """What was drawn, and unless Hessians are wanted, which hold them, the sums by COMPONENT/WEIGHT."""
+    recorded = [] if request.hessians else [name for name in models.weights if only in (None, name)]
+    calls = CallStore(kept, models, len(drawing.prompts), recorded)
+    try:
+        drawn = draw(models, drawing, "Drawing", progress, calls)
+        calls.finish()
+    finally:
+        calls.close()
+    if only is not None and only not in drawn.calls:
+        raise Unsupported(f"{models.where}: {models.class_name} draws without {only}: nothing can be recorded.")
+    sums = {
+        f"{name}/{weight}": each
+        for name, recorder in calls.recorders.items()
+        if name in drawn.calls
+        for weight, each in recorder.input_sums().items()
+    }
+    return drawn, sums
 
-    def write() -> None:
-        files.write(name, recorder.take_hessians())
+
+def _record(models: Models, name: str, drawn: Drawn, files: HessianFiles, progress: OnProgress) -> Recorder:
+    """What the linears of a component are given, with Hessians."""
+    kept, model = files.kept, models.model(name)
+    recorder, store = Recorder(models.weights[name].runnable.linears, None, hessians=True), BlockStore(kept, f"{name}/")
+    recorder.restore(*(of_component(name, each) for each in (kept.values, kept.sums.tokens, kept.sums.first)))
+    blocks = {} if name in drawn.whole else blocks_of(model)
+    hooks = store.watch(blocks)
+
+    def named(by_weight: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"{name}/{weight}": each for weight, each in by_weight.items()}
+
+    def visited(part: str) -> None:
+        files.write(named(recorder.take_hessians()))
+        if part in blocks:
+            inside = {weight: each for weight, each in recorder.sums.items() if weight.startswith(f"{part}.")}
+            tokens, first = kept.sums.tokens | named(recorder.tokens), kept.sums.first | named(recorder.first)
+            sums = replace(kept.sums, tokens=tokens, first=first, **files.as_json())
+            store.finished(part, named(inside), sums)
+
+    def known(part: str) -> list[list[Any]] | None:
+        return store.replay(part, models.device) if part in blocks else None
 
     try:
-        replay(models, name, calls, f"Calibrating {name}", progress, whole=whole, visited=write)
-        write()
+        replay(
+            models,
+            name,
+            drawn.calls[name],
+            f"Calibrating {name}",
+            progress,
+            whole=name in drawn.whole,
+            visited=visited,
+            entering=store.entering,
+            known=known,
+        )
+        files.write(named(recorder.take_hessians()))
     finally:
         recorder.close()
-    places = {
-        f"{name}/{weight}": HessianPlace(files.places[f"{name}/{first}"], f"{name}/{first}{HESSIAN}")
-        for weight, first in recorder.first.items()
-    }
-    return {f"{name}/{weight}": each for weight, each in recorder.input_sums().items()}, places
+        for hook in hooks:
+            hook.remove()
+    return recorder
 
 
-class _HessianFiles:
-    """Files of Hessians beside an output: one for each block that has some."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.hashes: dict[str, str] = {}
-        self.places: dict[str, str] = {}
-        """COMPONENT/WEIGHT → the file of its Hessian."""
-
-    def write(self, component: str, hessians: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        if not hessians:
-            return
-        file = f"{self.output.stem}.hessians-{len(self.hashes) + 1:05}.safetensors"
-        path = self.output.with_name(file)
-        refuse_existing(path)
-        named = {f"{component}/{name}": each for name, each in hessians.items()}
-        self.hashes[file] = write_hessians(path, named)
-        self.places |= dict.fromkeys(named, file)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.output.with_name(file).stat().st_size for file in self.hashes)
-
-    def remove(self) -> None:
-        for file in self.hashes:
-            self.output.with_name(file).unlink(missing_ok=True)
+def whole_warnings(whole: frozenset[str]) -> tuple[str, ...]:
+    return tuple(f"{name} cannot be run block by block: all of its weights were in memory" for name in sorted(whole))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,9 @@ from qz.quantize.calibration.blocks import BlockPass
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import Models
 from qz.quantize.libraries.transformers.runnable import running
+
+if TYPE_CHECKING:
+    from qz.quantize.calibration.pipelines.resume import CallStore
 
 RESOLUTION = 256
 """Pixels of either side, where the pipeline is not made for fewer."""
@@ -62,15 +66,16 @@ class Drawn:
     """Bytes of weights that were in memory together."""
 
 
-def draw(models: Models, drawing: Drawing, task: str, progress: OnProgress) -> Drawn:
+def draw(models: Models, drawing: Drawing, task: str, progress: OnProgress, calls: CallStore | None = None) -> Drawn:
     """Draw all prompts. A component that needs weights of a block before that is called is loaded whole.
 
-    Raises Unsupported for a pipeline that cannot draw from a prompt alone, MalformedInput for NaN, and TryAgain where
-    the weights that must be in memory together do not fit.
+    ``calls`` knows what an interrupted run has drawn, and is told of what is drawn now. Raises Unsupported for a
+    pipeline that cannot draw from a prompt alone, MalformedInput for NaN, and TryAgain where the weights that must be
+    in memory together do not fit.
     """
-    whole: frozenset[str] = frozenset()
+    whole = frozenset(calls.kept.sums.whole) if calls is not None else frozenset()
     while True:
-        module = _Pipeline(models, drawing)
+        module = _Pipeline(models, drawing, calls)
         try:
             return _draw(models, module, whole, task, progress)
         except Unsupported as error:
@@ -78,6 +83,8 @@ def draw(models: Models, drawing: Drawing, task: str, progress: OnProgress) -> D
             if failed is None or failed in whole or "meta" not in str(error.__cause__):
                 raise
             whole |= {failed}
+            if calls is not None:
+                calls.restart(whole)
             progress(Progress(f"Loading {failed} whole, which cannot be run block by block"))
         finally:
             module.close()
@@ -113,7 +120,7 @@ def _draw(models: Models, module: _Pipeline, whole: frozenset[str], task: str, p
 class _Pipeline(torch.nn.Module):
     """All models of a pipeline as one, whose forward draws one of the prompts and returns its last latents."""
 
-    def __init__(self, models: Models, drawing: Drawing) -> None:
+    def __init__(self, models: Models, drawing: Drawing, calls: CallStore | None) -> None:
         super().__init__()
         self.pipeline, self.drawing = models.pipeline, drawing
         self._asked = _arguments(models.pipeline, models.where, drawing)
@@ -121,7 +128,8 @@ class _Pipeline(torch.nn.Module):
         self.here = threading.local()
         self.failed: str | None = None
         """The component in which a forward failed."""
-        self._handles = []
+        self._handles: list[Any] = []
+        self._replaced: list[Any] = []
         for name in models.weights:
             model = models.model(name)
             self.add_module(name, model)
@@ -129,13 +137,18 @@ class _Pipeline(torch.nn.Module):
                 model.register_forward_pre_hook(self._entered(name, model), with_kwargs=True),
                 model.register_forward_hook(self._left),
             ]
+            if calls is not None:
+                model.forward = calls.known_or(name, model.forward, self.here)
+                self._replaced.append(model)
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for model in self._replaced:
+            del model.forward  # the class's own is left
 
     def forward(self, number: int) -> torch.Tensor:
-        self.here.number, self.here.inside = number, None
+        self.here.number, self.here.inside, self.here.counts = number, None, Counter()
         pipeline = copy.copy(self.pipeline)
         for name, component in self.pipeline.components.items():
             if hasattr(component, "set_timesteps"):
@@ -156,6 +169,7 @@ class _Pipeline(torch.nn.Module):
 
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.here.inside = name
+            self.here.counts[name] += 1
             arguments = _named(signature, args, kwargs)
             calls = self.drawn.calls.setdefault(name, [])
             before = next((call for call in reversed(calls) if call.prompt == self.here.number), None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.blocks import BlockPass, Entering
+from qz.quantize.calibration.blocks import BlockPass, Entering, Replay
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import Models
 from qz.quantize.calibration.pipelines.denoising import Call
@@ -22,14 +22,15 @@ def replay(
     progress: OnProgress,
     *,
     whole: bool,
-    visited: Callable[[], None] | None = None,
+    visited: Callable[[str], None] | None = None,
     entering: Entering | None = None,
     used: Callable[[int, Any], None] | None = None,
+    known: Replay | None = None,
 ) -> None:
     """Make the ``calls`` of the component ``name`` once more, block by block unless ``whole``.
 
-    ``visited``, ``entering`` and ``used`` are called as by ``BlockPass``. Raises TryAgain where the weights that must
-    be in memory together do not fit.
+    ``visited``, ``entering``, ``used`` and ``known``, its ``replay``, are called as by ``BlockPass``. Raises TryAgain
+    where the weights that must be in memory together do not fit.
     """
     weights = models.weights[name]
     model = weights.runnable.model
@@ -38,10 +39,10 @@ def replay(
     def tell(part: str) -> None:
         parts.add(part)
         if visited is not None:
-            visited()
+            visited(part)
         progress(Progress(task, len(parts), len(steps.parts), unit="block"))
 
-    steps = BlockPass(model, weights, tell, entering=entering)
+    steps = BlockPass(model, weights, tell, entering=entering, replay=known)
     if whole:
         steps.parts = {}
     memory.require(memory.at_once([model], steps.parts), models.device, f"{name} of {models.where}")
