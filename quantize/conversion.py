@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qz.formats.malformed import Malformed
 from qz.formats.output.preflight import check_interrupted, check_output, check_room
 from qz.formats.output.storage.beside import JOURNAL, sibling
 from qz.formats.output.storage.disk import Disk
@@ -163,7 +165,18 @@ class Conversion:
 
     def _origin(self, library: str, architecture: str) -> Source:
         commit = self.source.folder.identity().get("commit")
-        return Source(self.source.location, commit, self.source.subfolder, library, architecture)
+        pipeline = self._pipeline_around()
+        return Source(self.source.location, commit, self.source.subfolder, library, architecture, pipeline)
+
+    def _pipeline_around(self) -> str | None:
+        """The class of the pipeline that the source is a component of."""
+        from qz.formats.checkpoint.pipeline import pipeline_class
+
+        name = None
+        if self.source.subfolder:
+            with suppress(Malformed):  # of which nothing else is read
+                name = pipeline_class(self.source.root)
+        return name if name and name.isidentifier() and name.isascii() else None
 
     def _existing(self, output: Path | None = None) -> UpToDate | None:
         """What is there already, if nothing is left to do; raises OutputRefused if it may not be replaced.

@@ -37,6 +37,8 @@ class Source:
     subfolder: str | None
     library: str
     architecture: str
+    pipeline: str | None = None
+    """The class of the pipeline that it is a component of, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,7 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
             "subfolder": source.subfolder,
             "library": source.library,
             "architecture": source.architecture,
+            **({"pipeline": source.pipeline} if source.pipeline else {}),
         },
         "output": summary.output or None,
         "method": summary.method,

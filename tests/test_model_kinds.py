@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
+import qz
 import zoo
 from converted import dequantized, quantized
 from qz import MalformedInput, Unsupported
@@ -268,6 +270,22 @@ def test_classes_of_diffusers_are_found_wherever_it_keeps_them(make: Any, tmp_pa
     quantized(source, output, "nf4")
     diffusers_model(type(model), source, "nf4", torch.float32).save_pretrained(reference)
     assert differing_tensors(reference, output) == []
+
+
+def test_a_text_encoder_that_only_a_pipeline_of_diffusers_has_is_a_model_of_transformers(tmp_path: Path) -> None:
+    """Kandinsky's, as Kolors' ChatGLM and the safety checkers: their classes are in diffusers, their kind is not."""
+    config = MCLIPConfig(
+        transformerDimSize=64, imageDimSize=64, vocab_size=64, hidden_size=64, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    source = saved(MultilingualCLIP(config), tmp_path / "source")
+    change(source, auto_map={"AutoModel": "modeling.MultilingualCLIP"})
+    theirs = transformers_model(MultilingualCLIP, source, "nf4")
+    theirs.save_pretrained(tmp_path / "reference")
+    summary = quantized(source, tmp_path / "output", "nf4")
+    assert differing_tensors(tmp_path / "reference", tmp_path / "output") == []
+    assert summary.footprint_after == theirs.get_memory_footprint()
+    assert type(qz.load(tmp_path / "output", device="cpu")) is MultilingualCLIP
 
 
 class OddNames(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]

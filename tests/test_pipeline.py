@@ -281,9 +281,12 @@ def test_a_component_that_is_not_there_is_named(changed: Path, tmp_path: Path) -
 def test_all_damaged_components_are_named_at_once(changed: Path, tmp_path: Path) -> None:
     (changed / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
     (changed / "text_encoder" / "model.safetensors").unlink()
+    for number in (1, 2):
+        next((changed / "transformer").glob(f"*-0000{number}-of-*.safetensors")).unlink()
     with pytest.raises(MissingInput) as raised:
         run(quantize, changed, output=tmp_path / "out")
-    assert "2 components" in str(raised.value)
+    assert "3 components" in str(raised.value)
+    assert "transformer has 2 problems, the first: " in str(raised.value)
     assert "text_encoder" in str(raised.value)
     assert "vae" in str(raised.value)
 

@@ -574,6 +574,11 @@ def test_a_license_link_inside_the_source_becomes_a_full_one() -> None:
     assert inherit(facts, {"license_link": "https://x.org"}).inherited["license_link"] == "https://x.org"
 
 
+def test_a_card_names_the_other_half_of_a_pipeline_as_the_sources_does() -> None:
+    facts = inherit(facts_of(ABOUT, CONFIG), {"prior": ["big/prior"]})
+    assert "prior:\n- big/prior\n" in write_card(facts, "me/x")
+
+
 @pytest.mark.parametrize(
     ("facts", "lines"),
     [
@@ -599,6 +604,18 @@ def test_a_license_link_inside_the_source_becomes_a_full_one() -> None:
                 'text_encoder_2 = T5EncoderModel.from_pretrained("me/x", subfolder="text_encoder_2", dtype=torch.',
                 '"big/flux", text_encoder_2=text_encoder_2',
             ],
+        ),
+        (
+            CardFacts(
+                "diffusers",
+                "WanTransformer3DModel",
+                "nf4",
+                "big/wan",
+                COMMIT,
+                subfolder="transformer",
+                pipeline_class="WanPipeline",
+            ),
+            ["from diffusers import WanPipeline, WanTransformer3DModel", "pipeline = WanPipeline.from_pretrained("],
         ),
         (
             CardFacts("transformers", "LlamaForCausalLM", "none", "local", tokenizer=True),

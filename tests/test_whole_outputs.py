@@ -128,6 +128,18 @@ def test_a_config_beside_the_index_does_not_make_it_one_model(pipeline: Path, tm
     assert "config.json" in report["left_out"]
 
 
+def test_the_other_half_of_a_pipeline_which_only_its_card_names_is_told(pipeline: Path, tmp_path: Path) -> None:
+    rewrite(pipeline / "model_index.json", _class_name="KandinskyV22Pipeline")
+    (pipeline / "README.md").write_text("---\nlicense: other\nprior:\n- big/prior\n---\n# Half a pipeline\n")
+    report = run(quantize, pipeline, output=tmp_path / "out", dry_run=True)
+    assert any("loads big/prior, too" in warning for warning in report["warnings"])
+
+
+def test_a_component_says_which_pipeline_it_is_of(pipeline: Path, tmp_path: Path) -> None:
+    report = run(quantize, pipeline, output=tmp_path / "out", subfolder="transformer", dry_run=True)
+    assert report["source"]["pipeline"] == "FluxPipeline"
+
+
 def test_what_is_left_out_of_a_pipeline_is_told(pipeline: Path, tmp_path: Path) -> None:
     shutil.copytree(pipeline / "vae", pipeline / "vae_old")
     report = run(quantize, pipeline, output=tmp_path / "out", dry_run=True)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 _SEVERAL = re.compile(r"Multi[A-Z]")
 """Classes of diffusers that hold several nets of another class: MultiControlNetModel, MultiAdapter, …"""
+_OF_TWO_REPOSITORIES = re.compile(r"Kandinsky(?:V22)?(?:Img2Img|Inpaint|Controlnet|Pipeline)|StableCascade|Wuerstchen")
+"""Pipelines whose combined class loads the other half from the repository that the card's head names (``prior``)."""
+_PRIOR = re.compile(r"\A---\n(?:(?!---).*\n)*?prior:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,22 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
         for component in components:
             component.folder.close()
         raise
-    return Pipeline(folder, class_name, tuple(components))
+    return Pipeline(folder, class_name, tuple(components), notes=_prior_of(folder, class_name))
+
+
+def _prior_of(folder: Folder, class_name: str) -> tuple[str, ...]:
+    """What is lost with the card of a pipeline that is one of two: its head says where the other is."""
+    size = folder.sizes().get("README.md", MAX_BYTES)
+    if size >= MAX_BYTES or not _OF_TWO_REPOSITORIES.match(class_name):
+        return ()
+    card = read_file(folder, "README.md", MAX_BYTES).decode("utf-8", "replace")
+    if (found := _PRIOR.search(card.replace("\r\n", "\n"))) is None:
+        return ()
+    note = (
+        f"diffusers' combined pipeline loads {found[1]}, too, which README.md names as the prior: qz push writes that "
+        "into the card; to load the output from this machine, copy README.md into it"
+    )
+    return (note,)
 
 
 def with_followers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str, str | None]:
@@ -224,11 +242,17 @@ def _joined(folder: Folder, errors: dict[str, QzError]) -> QzError:
     first = next(iter(errors.values()))
     if len(errors) == 1:
         return first
-    lines = [str(error).splitlines()[0] for error in errors.values()]
+    lines = [_first_problem(error) for error in errors.values()]
     more = [f"Also: {', '.join(list(errors)[3:])}."] if len(lines) > 3 else []
     kind = next(kind for kind in type(first).__mro__ if kind.__module__ == "qz")
     error: QzError = kind(f"{folder.location} has {len(errors)} components with problems:", *lines[:3], *more)
     return error
+
+
+def _first_problem(error: QzError) -> str:
+    """In one line: what is wrong with a component, or the first of several such things."""
+    head, *problems = str(error).splitlines()
+    return f"{head[:-1]}, the first: {problems[0].strip()}" if problems and head.endswith(":") else head
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -209,12 +209,14 @@ def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
     if facts.library == "diffusers" or re.match(r"(text|image)_encoder", role):
         role = role if _is_class(role) else "unet" if name.startswith("UNet") else "transformer"
         pipeline = facts.base_model or "owner/pipeline"
+        # By its own class: ``DiffusionPipeline`` passes over what is optional in a class, as Wan's transformers are.
+        around = facts.pipeline_class if _is_class(facts.pipeline_class or "") else "DiffusionPipeline"
         dtype_key = "torch_dtype" if facts.library == "diffusers" else "dtype"
         both = facts.library == "diffusers"
         imports = (
-            [f"from diffusers import DiffusionPipeline, {name}"]
+            [f"from diffusers import {around}, {name}"]
             if both
-            else ["from diffusers import DiffusionPipeline", f"from transformers import {name}"]
+            else [f"from diffusers import {around}", f"from transformers import {name}"]
         )
         return "\n".join(
             [
@@ -222,7 +224,7 @@ def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
                 *imports,
                 "",
                 f"{role} = {name}.from_pretrained({where}, {dtype_key}={dtype})",
-                "pipeline = DiffusionPipeline.from_pretrained(",
+                f"pipeline = {around}.from_pretrained(",
                 f"    {python_string(pipeline)}, {role}={role}, torch_dtype={dtype}",
                 ")",
                 "pipeline.enable_model_cpu_offload()",

@@ -10,8 +10,9 @@ from typing import Any
 from qz.formats.malformed import UNSAFE_TEXT
 from qz.formats.output.recorded.about import LIBRARIES, REPO_ID
 
-INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What a converted model has in common with the one that it was made of."""
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "prior")
+"""What a converted model has in common with the one that it was made of. ``prior``: the repository from which diffusers
+loads the other half of a pipeline (Kandinsky, Stable Cascade)."""
 HUB = "https://huggingface.co"
 
 
@@ -59,6 +60,8 @@ class CardFacts:
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """From the head of the source's card; see ``INHERITED``."""
     tokenizer: bool = False
+    pipeline_class: str | None = None
+    """Of the pipeline that it is a component of."""
     pipeline: bool = False
     """Whether it is a whole pipeline; ``components`` are its models."""
     components: tuple[Component, ...] = ()
@@ -102,6 +105,7 @@ def facts_of(
         commit=_text(source.get("revision")),
         origin=_text(_mapping(about.get("origin")).get("location")),
         subfolder=_text(source.get("subfolder")),
+        pipeline_class=_text(source.get("pipeline")),
         double_quant=bool(about.get("double_quant", quantization.get("bnb_4bit_use_double_quant"))),
         scales=str(about.get("scales") or "absmax"),
         rounding=str(about.get("rounding") or "nearest"),

@@ -1,4 +1,5 @@
-"""Which class of transformers a checkpoint is of. The installed library's only: code in a repository is never run."""
+"""Which class of transformers a checkpoint is of; diffusers' pipelines have some, too. The installed libraries' only:
+code in a repository is never run."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
+from qz.quantize.libraries.class_search import classes_in_diffusers
 from qz.quantize.libraries.transformers.internals import auto_class_names, could_be_tied, packages_missing
 from qz.quantize.libraries.transformers.origins import Model, names_after_renaming
 from qz.quantize.libraries.versions import requirement
@@ -39,6 +41,9 @@ def model_class_of(checkpoint: Checkpoint) -> ModelClass:
     for name in names:
         if (model_class := _class_named(name)) is not None:
             return ModelClass(model_class, _config_class(model_class, model_type))
+    for name in names:
+        if (model_class := _class_of_a_pipeline(name, checkpoint.class_module)) is not None:
+            return ModelClass(model_class, model_class.config_class)
     named = next((name for name in names if isinstance(name, str)), None)
     known = auto_class_names(model_type)
     if named is not None and (model_class := _class_named(_like(named, known))) is not None:
@@ -74,8 +79,19 @@ def _class_named(name: Any) -> Any:
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if (packages := packages_missing(found)) is not None:
         raise Unsupported(f"transformers has the class {name} only where {packages} can be imported. Install that too.")
+    return found if _is_model_class(found) else None
+
+
+def _class_of_a_pipeline(name: Any, module: str | None) -> Any:
+    """The class of that name that a pipeline of diffusers has for itself: Kolors' text encoder, a safety checker."""
+    return next(filter(_is_model_class, classes_in_diffusers(name, module)), None)
+
+
+def _is_model_class(found: Any) -> bool:
+    import transformers
+
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model and getattr(found, "config_class", None) is not None else None
+    return is_model and getattr(found, "config_class", None) is not None
 
 
 def _config_class(model_class: Any, model_type: Any) -> Any:

@@ -1,0 +1,54 @@
+"""Where diffusers keeps a class: at its top level, or in the modules of its models and pipelines.
+
+It exports most of its models. What only one pipeline uses stays in that pipeline's module, which model_index.json names
+in the place of a library; text encoders and safety checkers among it are models of transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+_ROOMS = ("models", "pipelines")
+"""Folders of the package whose modules have model classes."""
+
+
+def classes_in_diffusers(name: Any, module: str | None) -> Iterator[type]:
+    """Classes of that name, the likeliest first; ``module`` is the one of a pipeline that model_index.json names."""
+    if not isinstance(name, str) or not name.isidentifier():
+        return
+    # diffusers imports bitsandbytes, which advises to install kernels that qz has no use for.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    for each in _modules(name, module):
+        found = getattr(each, name, None)
+        if isinstance(found, type):
+            yield found
+
+
+def _modules(name: str, named: str | None) -> Iterator[Any]:
+    """Where the class may be; imported one by one."""
+    import diffusers
+
+    if named is not None and named.isidentifier() and named in dir(diffusers.pipelines):
+        yield getattr(diffusers.pipelines, named)
+    yield diffusers
+    for module in _modules_that_define(name):
+        with suppress(ImportError):  # it needs a package that is not installed
+            yield import_module(module)
+
+
+def _modules_that_define(name: str) -> Iterator[str]:
+    """Names of the library's modules whose text defines a class of that name."""
+    import diffusers
+
+    root = Path(diffusers.__file__).parent
+    definition = re.compile(rf"^class {name}\b", re.MULTILINE)
+    for room in _ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            if definition.search(path.read_text(encoding="utf-8")):
+                yield ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts))
