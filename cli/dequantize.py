@@ -13,6 +13,8 @@ def dequantize(
     revision: selection.RevisionOpt = None,
     variant: selection.VariantOpt = None,
     allow_pickle: selection.AllowPickleOpt = False,
+    file: selection.FileOpt = None,
+    config: selection.ConfigOpt = None,
     lora: selection.LoraOpt = None,
     output: outputs.OutputOpt = None,
     dtype: outputs.TargetDTypeOpt = "auto",
@@ -36,7 +38,7 @@ def dequantize(
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
 ) -> None:
-    """Turn a model that bitsandbytes quantized back into an ordinary one, streamed, and tell what was lost."""
+    """Turn a quantized model back into an ordinary one, streamed, and tell what was lost."""
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
 
@@ -47,6 +49,8 @@ def dequantize(
         summary = api.dequantize(
             source,
             output,
+            file=file,
+            config=config,
             lora=lora or (),
             dtype=dtype,
             subfolder=subfolder,

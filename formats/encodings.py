@@ -96,6 +96,15 @@ class Joined:
     computed: ClassVar[bool] = False
 
 
+@dataclass(frozen=True, slots=True)
+class JoinedBlocks:
+    """The values of all parts, in ggml's blocks of each, one after the other; parts are named as of a ``Joined``."""
+
+    computed: ClassVar[bool] = True
+
+    blocks: tuple[Blocks, ...]
+
+
 def joined_part(number: int) -> str:
     """The name of a part of a ``Joined``, from 0 on."""
     return CODES if not number else f"part {number}"
@@ -108,4 +117,4 @@ class Identity:
     computed: ClassVar[bool] = False
 
 
-Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks | Joined | Identity
+Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks | Joined | JoinedBlocks | Identity

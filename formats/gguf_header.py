@@ -6,7 +6,7 @@ Little-endian versions 2 and 3 of https://github.com/ggml-org/ggml/blob/master/d
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,8 @@ MAX_ENTRIES = 1_000_000
 MAX_STRING = 1 << 20
 MAX_ELEMENTS, MAX_HEADER = 8_000_000, 256 << 20
 """Of all lists together, of which a vocabulary has three; and bytes."""
-MAX_DIMENSIONS = 4
+MAX_DIMENSIONS = 5
+"""One more than in ggml: files of video models for ComfyUI have 3-D convolutions."""
 FLOAT32: Final = 0
 """The type of tensors of float32."""
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -44,13 +45,7 @@ class GgufHeader:
 
 def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> GgufHeader:
     """The header of a file of ``size`` bytes, with ``read(offset, length)``; Malformed names ``where`` and why."""
-    cursor = _Cursor(read, size, where)
-    if cursor.take(4) != MAGIC:
-        raise cursor.malformed("it does not begin with GGUF")
-    version = cursor.number("I")
-    if version not in (2, 3):
-        raise cursor.malformed(f"its version {version} is not 2 or 3")
-    tensors, entries = cursor.count(), cursor.count()
+    cursor, tensors, entries = _begun(read, size, where)
     metadata: dict[str, Any] = {}
     for _ in range(entries):
         key = cursor.string()
@@ -67,6 +62,29 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
     if len(found) != len(listed):
         raise cursor.malformed("two of its tensors have the same name")
     return GgufHeader(metadata, found, after_metadata)
+
+
+def gguf_names(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> Iterator[str]:
+    """The names of its metadata, then those of its tensors, each before anything beyond it is read."""
+    cursor, tensors, entries = _begun(read, size, where)
+    for _ in range(entries):
+        yield cursor.string()
+        cursor.value(cursor.number("I"))
+    for _ in range(tensors):
+        yield _tensor(cursor).name
+
+
+def _begun(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> tuple[_Cursor, int, int]:
+    """A cursor before the metadata; how many tensors there are, and entries of metadata."""
+    cursor = _Cursor(read, size, where)
+    if cursor.take(4) != MAGIC:
+        raise cursor.malformed("it does not begin with GGUF")
+    version = cursor.number("I")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "big"), "little")
+        told = " (it is big-endian)" if swapped in (2, 3) else ""
+        raise cursor.malformed(f"its version {version} is not 2 or 3{told}")
+    return cursor, cursor.count(), cursor.count()
 
 
 def joined_header(first: bytes, header: GgufHeader, tensors: Iterable[GgufTensor]) -> bytes:

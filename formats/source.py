@@ -147,10 +147,7 @@ def opened(
     if path is not None and path.is_file() and file is None:
         path = path.resolve()  # the user named it: a link is followed
         root = LocalFolder(path.parent, shared_links=True)
-        if path.suffix.lower() == ".gguf":
-            root.named_file = path.name
-        else:
-            file = path.name
+        file = path.name
     else:
         root = open_source(location, None, revision, cached=cached)
     root.allow_pickle = allow_pickle
@@ -162,7 +159,7 @@ def opened(
             if name not in folder.sizes():
                 there = ", ".join(quoted(each, 60) for each in folder.sizes() if each.endswith(".safetensors"))
                 raise MissingInput(f"{folder.location} has no file {quoted(name)}. There are: {there or 'none'}.")
-            if name.lower().endswith(".gguf"):
+            if name.lower().endswith(".gguf") and not _is_denoiser(folder, name):
                 folder.named_file, name = name, ""
             else:
                 folder.only = name
@@ -170,6 +167,12 @@ def opened(
     finally:
         folder.close()
         root.close()
+
+
+def _is_denoiser(folder: Folder, name: str) -> bool:
+    from qz.formats.checkpoint.gguf import is_denoiser
+
+    return is_denoiser(folder, name)
 
 
 @contextmanager

@@ -307,7 +307,7 @@ def _encoded(plan: Plan) -> tuple[str, ...]:
         shown = ", ".join(quoted(name) for name in checkpoint.left_out[:3])
         more = " …" if len(checkpoint.left_out) > 3 else ""
         notes.append(f"{counted(len(checkpoint.left_out), what)} left out, being {why}: {shown}{more}")
-    if checkpoint.encoded_as == "gguf":
+    if checkpoint.encoded_as == "gguf" and checkpoint.original is None:
         notes.append(
             "the tokenizer inside of a GGUF file is not written: take that of the original model, or load it with "
             "AutoTokenizer.from_pretrained(folder, gguf_file=…) and save it"

@@ -28,7 +28,7 @@ from qz.quantize.inspection.report import Inspection
 from qz.quantize.methods import FourBit
 from reference import differing_tensors, tensors_of, transformers_model
 
-QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 """Those that the gguf package makes."""
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Where the float16 scales of a block lie; all other bytes may be any."""
@@ -308,8 +308,12 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: Callable[[bytes], byt
 
 def test_what_the_library_does_not_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
-    file = write_llama(tmp_path / "source/model.gguf", "TQ2_0")
-    with pytest.raises(Unsupported, match=r"in ggml's type 35"):
+    file = write_llama(tmp_path / "source/model.gguf", "Q8_0")
+    data = bytearray(file.read_bytes())
+    kind = data.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+    data[kind] = Type.NVFP4.value  # whose tensors have another scale beside them
+    file.write_bytes(data)
+    with pytest.raises(Unsupported, match=r"in ggml's type 40"):
         quantize(file, tmp_path / "output", device="cpu")
     write_llama(file, "Q8_0", experts=2)
     with pytest.raises(Unsupported, match=r"no place for blk\.0\.ffn_gate_exps\.weight in the LlamaForCausalLM"):

@@ -13,7 +13,8 @@ SourceArg = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A local folder, a repository on the Hub such as black-forest-labs/FLUX.1-dev, or one .safetensors file.",
+        help="A local folder, a repository on the Hub such as black-forest-labs/FLUX.1-dev, or one .safetensors or "
+        ".gguf file.",
         autocompletion=complete_folder,
     ),
 ]

@@ -86,7 +86,8 @@ FileOpt = Annotated[
     PANEL.option(
         "--file",
         metavar="NAME",
-        help="Of a repository or folder, the one .safetensors file to read, in a model's original names or ComfyUI's.",
+        help="Of a repository or folder, the one .safetensors or .gguf file to read, in a model's original names or "
+        "ComfyUI's.",
     ),
 ]
 ConfigOpt = Annotated[

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qz.formats.checkpoint.problems import Problem, Problems
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.encodings import Blocks
 from qz.formats.folder import PIPELINE_INDEX, Folder
-from qz.formats.gguf_header import GgufHeader, GgufTensor, joined_header, read_gguf_header
+from qz.formats.gguf_header import GgufHeader, GgufTensor, gguf_names, joined_header, read_gguf_header
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 """ggml's types that are values, and what safetensors calls them."""
@@ -21,10 +24,17 @@ TYPES = {
     10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
     19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
+    23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
-"""ggml's types in blocks: name, values and bytes of a block; those that transformers and the gguf package both know."""
+"""ggml's types in blocks: name, values and bytes of a block; those that the gguf package dequantizes from a
+tensor alone."""
+_KINDS = {name: number for number, name in PLAIN.items()}
 _WIDTHS = {"F32": 4, "F16": 2, "F64": 8, "BF16": 2}
+_LLAMA_CPP = re.compile(r"token_embd\.|(?:\w+\.)?blk\.\d+\.")
+"""What some name of a language model's file in GGUF begins with, and none of a diffusion model's."""
+_SHAPE = "comfy.gguf.orig_shape."
+"""Before the name of a tensor: the shape it had before its values were put into rows of whole blocks."""
 _PART = re.compile(r"-\d{5}-of-(?P<count>\d{5})\.gguf\Z", re.IGNORECASE)
 _MOST_PARTS = 10_000
 _BESIDE = re.compile(r"(?:mmproj|imatrix).*|.*[.-]imatrix\.gguf", re.IGNORECASE)
@@ -39,6 +49,16 @@ def gguf_files(folder: Folder) -> list[str]:
     if any(name.endswith(others) for name in names) or PIPELINE_INDEX in names:
         return []
     return [name for name in names if name.lower().endswith(".gguf") and not _BESIDE.fullmatch(name)]
+
+
+def is_denoiser(folder: Folder, file: str) -> bool:
+    """Whether a file in GGUF is a diffusion model's, as of ComfyUI and diffusers: without a vocabulary or llama.cpp's
+    names. What is malformed is none."""
+    names = gguf_names(_reading(folder, file), folder.sizes().get(file, 0), f"{folder.location}/{file}")
+    try:
+        return not any(name.startswith("tokenizer.") or _LLAMA_CPP.match(name) for name in names)
+    except Malformed:
+        return False
 
 
 def survey_gguf(
@@ -77,7 +97,7 @@ def survey_gguf(
     return Checkpoint(
         folder=folder,
         config=_config(headers[0]),
-        library="transformers",
+        library="transformers" if any(map(_LLAMA_CPP.match, tensors)) else "diffusers",
         architecture=None,
         variant=None,
         files=tuple(files),
@@ -100,16 +120,19 @@ def _missing_parts(files: list[str]) -> list[str]:
     return [name for name in wanted if name.lower() not in there]
 
 
-def _header(folder: Folder, file: str, number: int, count: int) -> GgufHeader:
-    """The header of the file of this number, from 0 on, of so many."""
-    where = f"{folder.location}/{file}"
-
+def _reading(folder: Folder, file: str) -> Callable[[int, int], bytearray]:
     def read(offset: int, length: int) -> bytearray:
         buffer = bytearray(length)
         folder.read_into(file, offset, memoryview(buffer))
         return buffer
 
-    header = read_gguf_header(read, folder.sizes().get(file, 0), where)
+    return read
+
+
+def _header(folder: Folder, file: str, number: int, count: int) -> GgufHeader:
+    """The header of the file of this number, from 0 on, of so many."""
+    where = f"{folder.location}/{file}"
+    header = read_gguf_header(_reading(folder, file), folder.sizes().get(file, 0), where)
     said = [header.metadata.get(key, default) for key, default in (("split.no", number), ("split.count", count))]
     if said != [number, count] and count > 1:
         why = f"it says that it is file {said[0]}, from 0 on, of {said[1]}, and not {number} of {count}"
@@ -123,7 +146,7 @@ def _add_tensors(
     for name, tensor in header.tensors.items():
         if name in tensors:
             raise Malformed("gguf-malformed", f"{where} holds {quoted(name)}, as another file does. Download it again.")
-        tensors[name] = _stored(tensor, file, size, where)
+        tensors[name] = _stored(tensor, file, size, where, header.metadata.get(_SHAPE + name))
 
 
 def joined_gguf_header(checkpoint: Checkpoint) -> bytes:
@@ -141,7 +164,16 @@ def _config(header: GgufHeader) -> dict[str, Any]:
     return {"model_type": GGUF, "gguf": str(header.metadata.get("general.architecture", ""))}
 
 
-def _stored(tensor: GgufTensor, file: str, size: int, where: str) -> StoredTensor | Decoded:
+def in_blocks(tensor: StoredTensor | Decoded) -> tuple[StoredTensor, Blocks]:
+    """A tensor of such a file as it is stored, and its blocks; plain values are blocks of one."""
+    if isinstance(tensor, Decoded):
+        assert isinstance(tensor.encoding, Blocks)
+        return tensor.parts[CODES], tensor.encoding
+    return tensor, Blocks(_KINDS[tensor.dtype], 1, _WIDTHS[tensor.dtype])
+
+
+def _stored(tensor: GgufTensor, file: str, size: int, where: str, before: object) -> StoredTensor | Decoded:
+    """``before``: what the metadata say of its shape before its values were put into rows of whole blocks."""
     name, shape = tensor.name, tuple(reversed(tensor.shape))
     if not name or UNSAFE_TEXT.search(name):
         raise Malformed("gguf-malformed", f"{where} has a tensor of the name {quoted(name)}. Download it again.")
@@ -157,12 +189,25 @@ def _stored(tensor: GgufTensor, file: str, size: int, where: str) -> StoredTenso
     else:
         raise Malformed(
             "gguf-type",
-            f"{where} holds {quoted(name)} in ggml's type {tensor.type}, which transformers cannot read. Use a file of "
-            "another quantization, or the original weights.",
+            f"{where} holds {quoted(name)} in ggml's type {tensor.type}, which the libraries cannot read. Use a file "
+            "of another quantization, or the original weights.",
         )
     if tensor.offset + nbytes > size:
         raise Malformed("truncated", f"{where} ends before {quoted(name)} does: it is truncated. Download it again.")
+    if before is not None:
+        found = _shape_before(before, count)
+        if found is None:
+            why = f"{quoted(name)} has another number of values than its {_SHAPE[:-1]}"
+            raise Malformed("gguf-malformed", f"{where} is not a valid GGUF file: {why}. Download it again.")
+        shape = found
     if tensor.type in PLAIN:
         return StoredTensor(name, PLAIN[tensor.type], shape, file, tensor.offset, nbytes)
     stored = StoredTensor(name, TYPES[tensor.type][0], shape, file, tensor.offset, nbytes)
     return Decoded(name, "F32", shape, {CODES: stored}, Blocks(tensor.type, *TYPES[tensor.type][1:]))
+
+
+def _shape_before(said: object, count: int) -> tuple[int, ...] | None:
+    """The shape that metadata give a tensor of ``count`` values; None if it is none of those."""
+    if not isinstance(said, list) or not all(isinstance(each, int) and each >= 0 for each in said):
+        return None
+    return tuple(said) if math.prod(said) == count else None

@@ -70,7 +70,7 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     encoded_as: str | None = None
     left_out: tuple[str, ...] = ()
-    original: dict[str, StoredTensor] | None = None
+    original: dict[str, StoredTensor | Decoded] | None = None
     """Of a single file in other names than the library's, its tensors by those names."""
 
     @cached_property

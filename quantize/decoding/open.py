@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qz.formats.decoded import Decoded
-from qz.formats.encodings import Blocks, Columns, Grid, Identity, Joined, Strided
-from qz.quantize.decoding.blocks import BlocksReader
+from qz.formats.encodings import Blocks, Columns, Grid, Identity, Joined, JoinedBlocks, Strided
+from qz.quantize.decoding.blocks import BlocksReader, JoinedBlocksReader
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader
 from qz.quantize.decoding.identity import IdentityReader
@@ -42,6 +42,8 @@ def decoding_reader(folder: Folder, tensor: Decoded) -> Reader:
         return StridedReader(folder, tensor, tensor.encoding)
     if isinstance(tensor.encoding, Joined):
         return JoinedReader(folder, tensor)
+    if isinstance(tensor.encoding, JoinedBlocks):
+        return JoinedBlocksReader(folder, tensor, tensor.encoding)
     if isinstance(tensor.encoding, Identity):
         return IdentityReader(tensor)
     return TransposedBlocksReader(folder, tensor)

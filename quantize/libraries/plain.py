@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qz import Unsupported
 from qz.formats.checkpoint.gguf import joined_gguf_header
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.sources import encoded
@@ -16,8 +17,13 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """As ``qz.formats.sources.encoded.plain_checkpoint``; of a GGUF file, what transformers makes of it."""
     if checkpoint.config.get("model_type") != GGUF or checkpoint.encoded_as != GGUF:
         return encoded.plain_checkpoint(checkpoint)
-    header = joined_gguf_header(checkpoint)
     where = checkpoint.folder.location
+    if checkpoint.library == "diffusers":
+        raise Unsupported(
+            f"{where} holds a diffusion model in GGUF, which has no config: name the file itself, or add --file "
+            f"{checkpoint.files[0]}, and say with --config where the config of its model is."
+        )
+    header = joined_gguf_header(checkpoint)
     if lean_imports.is_allowed():
         lean_imports.keep(OF_TRANSFORMERS)
     with (

@@ -57,5 +57,6 @@ def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
         sizes={file.name: file.folder.sizes()[file.name]},
         tensors={**{name: file.tensors[name] for name in left}, **own},  # what the class has no use for will be told
         header_metadata={file.name: dict(file.metadata)},
+        encoded_as=file.encoded_as,
         original=dict(file.tensors),
     )

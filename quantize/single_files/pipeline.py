@@ -129,6 +129,7 @@ class _Found:
             tensors=tensors,
             header_metadata={file.name: dict(file.metadata)},
             class_module=library,
+            encoded_as=file.encoded_as,
             original=dict(file.tensors),
         )
 

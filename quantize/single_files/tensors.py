@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qz import Unsupported
 from qz.counted import counted
+from qz.formats.checkpoint.gguf import survey_gguf
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, survey_file
 from qz.formats.decoded import CODES, Decoded
@@ -37,8 +38,9 @@ class OriginalFile:
 
     folder: Folder
     name: str
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | Decoded]
     metadata: Mapping[str, str]
+    encoded_as: str | None = None
 
     @property
     def location(self) -> str:
@@ -73,14 +75,29 @@ class OriginalFile:
                 )
         return left
 
+    def plain(self, name: str) -> StoredTensor:
+        """One that is stored as its values."""
+        tensor = self.tensors[name]
+        assert isinstance(tensor, StoredTensor)
+        return tensor
+
     def stored_as(self, name: str, converted: Converted) -> StoredTensor | Decoded:
         """A tensor of the model as it lies in the file."""
+        if any(isinstance(self.tensors[each], Decoded) for each in converted.sources):
+            from qz.quantize.single_files.gguf import of_blocks
+
+            return of_blocks(name, converted, self.tensors, self.location)
         dtype = {name: own for own, name in FLOATS_8.items()}.get(converted.dtype) or SAFETENSORS_NAMES[converted.dtype]
         return _stored_as(name, dtype, converted, self)
 
 
 def read_original(folder: Folder, file: str) -> OriginalFile:
     """The file's header. Raises MalformedInput for one that breaks the rules."""
+    if file.lower().endswith(".gguf"):
+        checkpoint, problems = survey_gguf(folder, [file])
+        require_none(folder.location, problems)
+        assert checkpoint is not None  # without one there is a problem
+        return OriginalFile(folder, file, checkpoint.tensors, {}, checkpoint.encoded_as)
     stored, metadata, problems = survey_file(folder, file)
     require_none(folder.location, problems, but=("original-layout",))
     tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, StoredTensor)}
@@ -112,7 +129,7 @@ def require_one_prefix(component: str, made: Mapping[str, Converted], where: str
         )
 
 
-def _torch_name(tensor: StoredTensor) -> str:
+def _torch_name(tensor: StoredTensor | Decoded) -> str:
     return FLOATS_8.get(tensor.dtype) or torch_name(tensor.dtype, tensor.name)
 
 
@@ -122,14 +139,13 @@ def _stored_as(name: str, dtype: str, converted: Converted, file: OriginalFile) 
     content, width = converted.content, BITS[dtype] // 8
     if isinstance(content, tracing.Identity):
         first = next(iter(file.tensors.values()))
-        return Decoded(
-            name, dtype, converted.shape, {CODES: first._replace(dtype=dtype, nbytes=0, shape=(0,))}, Identity()
-        )
+        nothing = StoredTensor(name, dtype, (0,), first.file, first.offset, 0)
+        return Decoded(name, dtype, converted.shape, {CODES: nothing}, Identity())
     if isinstance(content, tracing.View):
-        source = file.tensors[content.source]
+        source = file.plain(content.source)
         whole = part_of(source, content.start, source.nbytes // width - content.start, width)
         return Decoded(name, dtype, converted.shape, {CODES: whole}, Strided(content.strides))
-    parts = [part_of(file.tensors[piece.source], piece.start, piece.count, width) for piece in content]
+    parts = [part_of(file.plain(piece.source), piece.start, piece.count, width) for piece in content]
     return one_of(name, dtype, converted.shape, parts)
 
 

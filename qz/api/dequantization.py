@@ -28,6 +28,8 @@ def dequantize(
     source: AnyPath,
     output: AnyPath | None = None,
     *,
+    file: str | None = None,
+    config: AnyPath | None = None,
     lora: Sequence[str] = (),
     dtype: str = "auto",
     subfolder: str | None = None,
@@ -51,7 +53,7 @@ def dequantize(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> Converted:
-    """Turn a model or pipeline that bitsandbytes quantized back into an ordinary one.
+    """Turn a quantized model or pipeline back into an ordinary one.
 
     ``against`` names the original: what quantization lost is measured and becomes part of the summary. ``lora`` names
     LoRAs to fuse into the dequantized weights. The other arguments are those of ``quantize``. Raises ``qz.QzError`` as
@@ -75,6 +77,8 @@ def dequantize(
         threads=threads or 0,
         weights_only=weights_only,
         variant=variant,
+        file=file,
+        config=str(config) if config is not None else None,
         allow_pickle=allow_pickle,
     )
     share = share_of(part, measured=against is not None)
@@ -82,11 +86,11 @@ def dequantize(
     asked.require(push=push is not None, published=part is None or push_only, output_here=not push_only)
     with (
         opened_loras(lora, cached=push is None) as loras,
-        opened(str(source), subfolder, revision, cached=push is None, allow_pickle=allow_pickle) as found,
+        opened(str(source), subfolder, revision, cached=push is None, allow_pickle=allow_pickle, file=file) as found,
     ):
         settings = replace(settings, loras=loras)
         pipeline = is_pipeline(found.folder)
-        asked.require(folder=found.file is None, model=not pipeline)
+        asked.require(one_file=found.file is not None, folder=found.file is None, model=not pipeline)
         publishing = possible_publishing(push, push_subfolder, public, found, settings)
         publication = publication_for(publishing, found, on_progress) if publishing and push_only else None
         conversion = Conversion(

@@ -60,7 +60,7 @@ NEEDS = (
         "--variant chooses among the weight files of a folder, and {source} is one file. Leave it out.",
     ),
     Need(
-        "quantize",
+        "quantize dequantize",
         "config",
         "one_file",
         "--config says what a single file is a model of. Name such a file, or leave it out.",

@@ -20,9 +20,9 @@ import torch
 import transformers
 
 from qz import IOFailed, Unsupported
+from qz.formats.checkpoint.gguf import in_blocks
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.decoded import CODES, Decoded, StoredTensor
-from qz.formats.encodings import Blocks
 from qz.formats.gguf_header import read_gguf_header
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
@@ -43,7 +43,6 @@ except ImportError as error:
         f"that it knows: pip install '{requirement('transformers')}', or a newer qz."
     ) from error
 
-_TYPES = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2), "F64": (28, 8)}
 _EXPERT_SIZES = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
@@ -220,11 +219,8 @@ def _blocks(
     rows: bytes | None = None,
     arrange: Callable[[Any], Any] | None = None,
 ) -> Decoded:
-    if isinstance(tensor, Decoded) and isinstance(tensor.encoding, Blocks):
-        return Decoded(name, "F32", shape, tensor.parts, replace(tensor.encoding, rows=rows, arrange=arrange))
-    assert isinstance(tensor, StoredTensor)
-    kind, width = _TYPES[tensor.dtype]
-    return Decoded(name, "F32", shape, {CODES: tensor}, Blocks(kind, 1, width, rows, arrange))
+    stored, blocks = in_blocks(tensor)
+    return Decoded(name, "F32", shape, {CODES: stored}, replace(blocks, rows=rows, arrange=arrange))
 
 
 def replace_name(tensor: StoredTensor | Decoded, name: str) -> StoredTensor | Decoded:
