@@ -93,6 +93,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
     "--download of a folder to dequantize": ("dequantize quantized --download", "--download"),
     "--variant of one file": ("quantize file --variant fp16", "--variant"),
     "--config of a folder": ("quantize model --config model", "--config"),
+    "--config of a folder to dequantize": ("dequantize quantized --config model", "--config"),
     "--layout of a folder": ("quantize model --layout single-file", "--layout"),
     "--max-shard-size of one file": ("quantize file --layout single-file --max-shard-size 5GB", "--max-shard-size"),
     "--components of a model": ("quantize model --components transformer", "--components"),
