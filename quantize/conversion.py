@@ -15,6 +15,7 @@ from qz.formats.output.storage.beside import JOURNAL, sibling
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.methods import FourBit
 from qz.quantize.settings import IfExists, Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming import shares
@@ -122,7 +123,7 @@ class Conversion:
         origin = self._origin(checkpoint.library, planned.architecture.class_name)
         carried = companions_of(self.source, checkpoint, self.settings)
         if self.dry_run:
-            part = model_part(planned, carried)
+            part = model_part(planned, carried, measure=measuring)
             resumed = self._refuse(target, [part], identity({"": self.source.folder}, part.carried))
             loss = measuring.alone(planned, self.settings) if measuring else None
             place, device = target.place, self.settings.device
@@ -200,6 +201,7 @@ class Conversion:
         """
         from qz.quantize.compute.devices import arithmetic_on
         from qz.quantize.convert import fingerprint
+        from qz.quantize.quantizing_device import arithmetic_for
 
         check_room(target.staged, staged_bytes(parts, target), target.disk)
         if target.publication is not None:
@@ -211,7 +213,9 @@ class Conversion:
             if self.settings.device not in ("auto", "cpu"):
                 arithmetic_on(self.settings.device)  # raises for a device that is not there
             return False
-        asked = asked_for(target, fingerprint(source, self.settings, arithmetic_on(self.settings.device)))
+        measured = any(part.measure is not None for part in parts)
+        arithmetic = arithmetic_for([part.plan for part in parts if part.plan], self.settings, measured=measured)
+        asked = asked_for(target, fingerprint(source, self.settings, arithmetic))
         if shares.made_before(target, asked) is not None:
             return True
         elsewhere = shares.elsewhere(shares.owners_of(parts, target.share), target.share)
@@ -220,13 +224,14 @@ class Conversion:
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""
         from qz.quantize.compute import kernels
-        from qz.quantize.compute.devices import prewarm_cuda
         from qz.quantize.libraries import process
+        from qz.quantize.quantizing_device import prewarm
 
         self.on_progress(Progress("Reading headers"))
         if not self.dry_run:
-            prewarm_cuda(self.settings.device)
-            process.meanwhile(kernels.backend)
+            prewarm(self.settings)
+            is_4bit = isinstance(self.settings.method, FourBit)
+            process.meanwhile(kernels.block_backend if is_4bit else kernels.backend)
 
     def _target(self, dtypes: Iterable[str]) -> Target:
         names = set(dtypes)

@@ -32,6 +32,7 @@ from qz.quantize.planning.original_layout import in_original_names
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Source as TensorSource
 from qz.quantize.planning.unquantized import equal_sources, is_bitsandbytes, refuse_quantized
+from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.settings import Settings as Settings
 from qz.quantize.source_identity import identity, recorded_identity
 from qz.quantize.streaming.discard import DiscardOutput
@@ -161,13 +162,14 @@ def carry_out(
 
     Raises what reading, computing and writing raise; finished shards stay for the next run with the same settings.
     """
-    from qz.quantize.compute.devices import arithmetic_on
-
     begun = time.monotonic()
     folder = plan.checkpoint.folder
-    arithmetic = arithmetic or arithmetic_on(settings.device)
+    arithmetic = arithmetic or arithmetic_for([plan], settings, measured=measure is not None)
     part = model_part(plan, carried, measure=measure)
-    summary = summarize(plan, source, target.place, device=arithmetic.name, carried=part.carried)
+    summary = replace(
+        summarize(plan, source, target.place, device=arithmetic.name, carried=part.carried),
+        bytes_of=arithmetic.bytes_of,
+    )
     written = write_parts(
         [part],
         [folder, *(measure.folders if measure else ())],
@@ -194,7 +196,9 @@ def carry_out(
         loss=measure.loss() if measure else None,
     )
     notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
-    return replace(done, notes=notes, pushed=written.pushed, bytes_read=written.bytes_read)
+    return replace(
+        done, notes=notes, bytes_of=arithmetic.bytes_of, pushed=written.pushed, bytes_read=written.bytes_read
+    )
 
 
 def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmetic) -> dict[str, Any]:
@@ -203,6 +207,8 @@ def fingerprint(source: dict[str, Any], settings: Settings, arithmetic: Arithmet
 
     versions = {"qz": __version__, **library_versions()}
     device = f"{arithmetic.name} ({arithmetic.model})" if arithmetic.model else arithmetic.name
+    if arithmetic.name == "cpu" != arithmetic.bytes_of:
+        device = f"cpu, as {arithmetic.bytes_of}"
     return {"source": source, "settings": settings_fingerprint(settings), "versions": versions, "device": device}
 
 

@@ -17,6 +17,7 @@ from qz.quantize.convert import about, fingerprint
 from qz.quantize.pipeline import PipelinePlan
 from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.unreadable import KEPT
+from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming.not_finite import NotFinite
@@ -32,12 +33,12 @@ def carry_out_pipeline(
     progress: OnProgress = ignore,
 ) -> PipelineSummary:
     """Write the whole pipeline under one commit; see ``qz.quantize.convert.carry_out``."""
-    from qz.quantize.compute.devices import arithmetic_on
-
     begun = time.monotonic()
-    arithmetic = arithmetic_on(settings.device)
+    arithmetic = arithmetic_for(plan.plans.values(), settings)
     sources = [each for each in (plan.pipeline.folder, plan.pipeline.file_folder) if each is not None]
-    planned = summarize_pipeline(plan, source, target.place, device=arithmetic.name)
+    planned = replace(
+        summarize_pipeline(plan, source, target.place, device=arithmetic.name), bytes_of=arithmetic.bytes_of
+    )
     written = write_parts(
         plan.parts,
         sources,
@@ -59,7 +60,9 @@ def carry_out_pipeline(
         nonfinite=written.nonfinite,
     )
     notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
-    return replace(done, notes=notes, pushed=written.pushed, bytes_read=written.bytes_read)
+    return replace(
+        done, notes=notes, bytes_of=arithmetic.bytes_of, pushed=written.pushed, bytes_read=written.bytes_read
+    )
 
 
 def summarize_pipeline(

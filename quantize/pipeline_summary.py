@@ -113,6 +113,8 @@ class PipelineSummary:
     """What came of publishing the output, if that was asked for."""
     share: Share | None = None
     """Which part of the output was made, if not all of it."""
+    bytes_of: str = ""
+    """The kind of device that writes the same bytes."""
     left_out_of_root: tuple[str, ...] = ()
     loras: tuple[Mapping[str, Any], ...] = ()
     """Those that were fused, as the record tells of them; ``weights`` counts those of all components."""

@@ -83,6 +83,8 @@ class Summary:
     """What came of publishing the output, if that was asked for."""
     share: Share | None = None
     """Which part of the output was made, if not all of it."""
+    bytes_of: str = ""
+    """The kind of device that writes the same bytes."""
     nonfinite: Mapping[str, NotFinite] = field(default_factory=dict)
     """Tensors that were not quantized and hold NaN or infinite values in the output."""
     refinement: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +140,10 @@ class Summary:
         }
 
 
+def kind_of(device: str) -> str:
+    return device.partition(":")[0]
+
+
 def kept_layers_json(summary: Summary) -> dict[str, Any]:
     """Told only where a size or a loss was asked for."""
     return {} if summary.kept_layers is None else {"kept_layers": summary.kept_layers.as_json()}
@@ -187,6 +193,7 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
         **summary.refinement,
         **({"loras": [dict(lora) for lora in summary.loras]} if summary.loras else {}),
         "device": summary.device,
+        **({"bytes_of": summary.bytes_of} if summary.bytes_of not in ("", kind_of(summary.device)) else {}),
         "dry_run": summary.dry_run,
         "parameters": {"total": summary.parameters, "quantized": summary.quantized_parameters},
         "tensors": {"quantized": summary.quantized_tensors, "kept": summary.kept_tensors},

@@ -64,7 +64,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = {"numba": "qz.quantize.compute.cpu.numba_kernels", "torch": "qz.quantize.compute.gpu.torch_kernels"}[name]
-    monkeypatch.setattr(kernels, "backend", lambda: importlib.import_module(path))
+    for which in ("backend", "block_backend"):
+        monkeypatch.setattr(kernels, which, lambda: importlib.import_module(path))
 
 
 def to_torch(values: Array, dtype: str) -> torch.Tensor:
@@ -678,7 +679,7 @@ def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: 
     """In a copy of the package, where a file's age says nothing."""
     shutil.copytree(Path(qz.__file__).parent, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
     compute, made = tmp_path / "qz/quantize/compute", 0
-    for changed in ("", "", "cpu/llvm_blocks.py", "cpu/llvm_search.py", "tables.py"):
+    for changed in ("", "", "cpu/llvm_blocks.py", "cpu/llvm_vectors.py", "tables.py"):
         if changed:
             source = compute / changed
             times = source.stat().st_atime_ns, source.stat().st_mtime_ns

@@ -102,7 +102,7 @@ def _encoded(subjects: list[dict[str, Any]], found: list[dict[str, Any]], about:
             "buildDefinition": {
                 "buildType": f"{PACKAGE}#{about.get('act')}",
                 "externalParameters": {"command": about.get("command"), "settings": about.get("settings")},
-                "internalParameters": {"device": about.get("device")},
+                "internalParameters": {key: about[key] for key in ("device", "bytes_of") if key in about},
                 "resolvedDependencies": found,
             },
             "runDetails": {

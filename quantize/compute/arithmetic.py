@@ -27,6 +27,11 @@ class Arithmetic(Protocol):
         ...
 
     @property
+    def bytes_of(self) -> str:
+        """The kind of device that writes the same bytes: another than its own where the CPU follows a GPU's rules."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the choice of this device."""
         ...

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qz import QzError, TryAgain, Unsupported, UsageError
+from qz.quantize.compute import cuda_tables
+from qz.quantize.compute.cores import usable_cores
 from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
-from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
+from qz.quantize.libraries.importing.gpu_driver import compute_capability, may_have_a_gpu
 from qz.quantize.libraries.importing.lean_imports import gc_paused
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 TAKEN = ("out of memory", "busy or unavailable")
 """What CUDA says where other processes leave too little memory: for a tensor, or for its own context."""
+ENOUGH_CORES = 8
+"""With so many, what a GPU does in a fraction of a second is done before torch is imported and the GPU is awake."""
 NVIDIA_DRIVER = "https://www.nvidia.com/drivers"
 TORCH_BUILDS = "https://pytorch.org/get-started/locally"
 
@@ -62,6 +67,30 @@ def arithmetic_on(device: str) -> Arithmetic:
         return _accelerator("cuda")
     except QzError as error:
         return Cpu(notes=(f"computed on the CPU: {error}",))
+
+
+def cores_as_cuda(tasks: Collection[tuple[str, str]]) -> Cpu | None:
+    """The CPU, if it writes the bytes that the GPU here would write, and has cores enough to be done first.
+
+    ``tasks``: methods with the dtypes of what they quantize. None where there is no GPU that CUDA knows, or where the
+    GPU is to compute.
+    """
+    if not has_enough_cores() or not may_have_a_gpu():
+        return None
+    capability = compute_capability()
+    return as_cuda(tasks, capability) if capability is not None else None
+
+
+def has_enough_cores() -> bool:
+    return usable_cores() >= ENOUGH_CORES
+
+
+def as_cuda(tasks: Collection[tuple[str, str]], capability: tuple[int, int] | None) -> Cpu | None:
+    """The CPU with the bytes of a GPU, of which the ``capability`` may be unknown; None if it does not know them."""
+    from qz.quantize.compute import kernels
+
+    known = all(cuda_tables.is_known(*task, capability) and kernels.follows_cuda(task[0]) for task in tasks)
+    return Cpu(bytes_of="cuda") if known else None
 
 
 def _accelerator(device: str) -> Accelerator:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -30,6 +31,7 @@ __all__ = [
     "QUANT_MAPS",
     "NonFinite",
     "backend",
+    "block_backend",
     "cast",
     "dequantize_4bit",
     "dequantize_absmax",
@@ -37,11 +39,14 @@ __all__ = [
     "dequantize_int8",
     "encode_4bit",
     "error_sums",
+    "follows_cuda",
     "gptq_4bit",
     "nested_quant_map",
     "quantize_4bit",
+    "quantize_4bit_as_cuda",
     "quantize_absmax",
     "quantize_int8",
+    "quantize_int8_as_cuda",
     "search_4bit",
 ]
 
@@ -78,6 +83,32 @@ def backend() -> ModuleType:
     return importlib.import_module("qz.quantize.compute.gpu.torch_kernels")
 
 
+@once
+def block_backend() -> ModuleType:
+    """What quantizes 16-bit values to 4 bit: LLVM's code without numba, whose import would take most of the time.
+
+    ``backend`` where llvmlite is not as it was.
+    """
+    if os.environ.get("QZ_KERNELS") != "torch":
+        with suppress(Exception):  # whatever it is, the others compute the same bytes
+            module = importlib.import_module("qz.quantize.compute.cpu.block_kernels")
+            module.quantize_4bit(
+                np.zeros(64, np.uint16), "BF16", "nf4", np.empty(32, np.uint8), np.empty(1, np.float32)
+            )
+            return module
+    return backend()
+
+
+def follows_cuda(method: str) -> bool:
+    """Whether there is a kernel for what CUDA's kernels write."""
+    return has_numba() if method == "int8" else hasattr(block_backend(), "quantize_4bit_as_cuda")
+
+
+def has_numba() -> bool:
+    """Whether the backend is numba's."""
+    return backend().__name__.rpartition(".")[2] == "numba_kernels"
+
+
 def notes() -> tuple[str, ...]:
     """What the user should know about the backend, if a kernel has been called."""
     return tuple(_fallen_back)
@@ -104,10 +135,24 @@ def quantize_4bit(
     _check(values, (n,), _BITS[dtype], "values")
     _check(packed, (-(-n // 2),), np.uint8, "packed")
     _check(absmax, (-(-n // BLOCK_SIZE),), np.float32, "absmax")
-    count, first = backend().quantize_4bit(values, dtype, quant_type, packed, absmax)
+    module = backend() if dtype == "F32" else block_backend()
+    count, first = module.quantize_4bit(values, dtype, quant_type, packed, absmax)
     if count:
         _requantize_4bit(values, dtype, quant_type, packed, absmax)
     return NonFinite(count, first)
+
+
+def quantize_4bit_as_cuda(
+    values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], packed: Array, absmax: Array
+) -> NonFinite:
+    """``quantize_4bit`` with the bytes of bitsandbytes' CUDA kernels, of "BF16" or "F16"; see ``cuda_tables``.
+
+    Where ``follows_cuda``. Blocks with non-finite values are counted; what is written of them is meaningless.
+    """
+    _check(values, (values.size,), np.uint16, "values")
+    _check(packed, (-(-values.size // 2),), np.uint8, "packed")
+    _check(absmax, (-(-values.size // BLOCK_SIZE),), np.float32, "absmax")
+    return NonFinite(*block_backend().quantize_4bit_as_cuda(values, dtype, quant_type, packed, absmax))
 
 
 def _requantize_4bit(values: Array, dtype: str, quant_type: str, packed: Array, absmax: Array) -> None:
@@ -203,6 +248,15 @@ def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFi
     if count:
         _requantize_int8(values, dtype, weight, scb)
     return NonFinite(count, first)
+
+
+def quantize_int8_as_cuda(values: Array, dtype: str, weight: Array, scb: Array) -> NonFinite:
+    """``quantize_int8`` with the bytes of bitsandbytes' CUDA kernels, on the terms of ``quantize_4bit_as_cuda``."""
+    rows, cols = values.shape
+    _check(values, (rows, cols), _BITS[dtype], "values")
+    _check(weight, (rows, cols), np.int8, "weight")
+    _check(scb, (rows,), np.float32, "scb")
+    return NonFinite(*backend().quantize_int8_as_cuda(values, dtype, weight, scb))
 
 
 def _requantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> None:
@@ -320,7 +374,7 @@ def dequantize_blocks(kind: str, rows: Array, out: Array) -> bool:
 
     False, with nothing done, for a ``kind`` (ggml's name) that no kernel computes here.
     """
-    if backend().__name__.rpartition(".")[2] != "numba_kernels":
+    if not has_numba():
         return False
     from qz.quantize.compute.cpu.ggml_kernels import dequantize_blocks as compiled
 

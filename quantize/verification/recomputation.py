@@ -16,8 +16,10 @@ from qz.formats.checkpoint.survey import StoredTensor, open_checkpoint, survey_f
 from qz.formats.folder import Folder, LocalFolder, Range, place_of
 from qz.formats.output.recorded.record import PIECE, Record
 from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.quantizing_device import arithmetic_of_record
 from qz.quantize.streaming.output_parts import Part, model_part
 from qz.quantize.streaming.run import Run
+from qz.quantize.summary import kind_of
 from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference
 from qz.quantize.verification.journal import Journal
 
@@ -47,6 +49,8 @@ class Recomputed:
     tensors_before: int
     """Of the compared ones, those that an earlier, interrupted comparison found equal."""
     device: str
+    bytes_of: str
+    """The kind of device whose bytes it has computed."""
     notes: tuple[str, ...]
     seconds: float
 
@@ -69,13 +73,12 @@ def recompute(
 
     Raises what planning and reading raise; Unsupported where a library reads the source otherwise now.
     """
-    from qz.quantize.compute.devices import arithmetic_on
-
     begun, about = time.monotonic(), record.about
     progress(Progress("Planning"))
     parts, notes = _planned(source, about, settings)
-    arithmetic = arithmetic_on(settings.device)
-    other_device = _kind(str(about.get("device", ""))) != _kind(arithmetic.name)
+    recorded = kind_of(str(about.get("bytes_of") or about.get("device", "")))
+    arithmetic = arithmetic_of_record([part.plan for part in parts if part.plan is not None], settings, recorded)
+    other_device = recorded != arithmetic.bytes_of
     chosen = _Sample(parts, sample, seed) if sample is not None else None
     threads = settings.threads or arithmetic.threads
     journal = None
@@ -100,13 +103,10 @@ def recompute(
         tuple(found.unlike_files),
         found.tensors_before,
         arithmetic.name,
+        arithmetic.bytes_of,
         (*notes, *arithmetic.notes),
         time.monotonic() - begun,
     )
-
-
-def _kind(device: str) -> str:
-    return device.partition(":")[0]
 
 
 def _planned(

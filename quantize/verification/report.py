@@ -30,6 +30,7 @@ class Verification:
     signed_by: str | None = None
     """The key that the folder was to be signed by."""
     recorded_device: str = ""
+    """The one whose bytes the output has."""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -67,7 +68,9 @@ class Verification:
             "other_files": {"compared": found.files[0], "all": found.files[1]} if found else None,
             "differs": [each.as_json() for each in found.differences] if found else None,
             "files_differ": list(found.unlike_files) if found else None,
-            "device": {"recorded": self.recorded_device, "used": found.device} if found else None,
+            "device": {"recorded": self.recorded_device, "used": found.device, "bytes_of": found.bytes_of}
+            if found
+            else None,
             "warnings": list(self.notes),
             "seconds": round(self.seconds, 3),
         }

@@ -85,7 +85,7 @@ def verify_against(
         found,
         (),
         sample,
-        recorded_device=str(record.about.get("device", "")),
+        recorded_device=str(record.about.get("bytes_of") or record.about.get("device", "")),
         notes=notes,
         seconds=time.monotonic() - begun,
     )

@@ -137,6 +137,7 @@ ABOUT: Mapping[str, Any] = {
         }
     ],
     "device": _text,
+    "bytes_of": _text,
     "dtype": _among(DTYPES),
     "parameters": _PARAMETERS,
     "bytes": _SIZES,

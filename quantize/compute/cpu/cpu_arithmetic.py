@@ -28,6 +28,8 @@ class Cpu:
 
     name: str = "cpu"
     model: str = ""
+    bytes_of: str = "cpu"
+    """``cuda``: what is quantized from absmax gets the bytes of bitsandbytes' CUDA kernels, see ``cuda_tables``."""
     chunk_bytes: int = CHUNK_BYTES
     notes: tuple[str, ...] = ()
     """What the user should know about the choice of this device."""
@@ -45,7 +47,8 @@ class Cpu:
     def quantize_4bit(
         self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
     ) -> NonFinite:
-        return kernels.quantize_4bit(values, dtype, quant_type, packed, absmax)
+        quantize = kernels.quantize_4bit if self.bytes_of == "cpu" else kernels.quantize_4bit_as_cuda
+        return quantize(values, dtype, quant_type, packed, absmax)
 
     def search_4bit(
         self,
@@ -78,7 +81,8 @@ class Cpu:
     def quantize_int8(
         self, values: NDArray[Any], dtype: str, weight: NDArray[np.int8], scb: NDArray[np.float32]
     ) -> NonFinite:
-        return kernels.quantize_int8(values, dtype, weight, scb)
+        quantize = kernels.quantize_int8 if self.bytes_of == "cpu" else kernels.quantize_int8_as_cuda
+        return quantize(values, dtype, weight, scb)
 
     def quantize_absmax(self, absmax: NDArray[np.float32]) -> tuple[Bytes, NDArray[np.float32], float]:
         return kernels.quantize_absmax(absmax)

@@ -14,7 +14,8 @@ from numba.core import cgutils
 
 from qz.quantize.compute import scale_search, tables
 from qz.quantize.compute.cpu.jit import array, compiled, inlined, intrinsic
-from qz.quantize.compute.cpu.llvm_blocks import _I16, _I32, _broadcast, _load, _pointer, _same, _store, _store_codes
+from qz.quantize.compute.cpu.llvm_blocks import _pointer
+from qz.quantize.compute.cpu.llvm_vectors import I16, I32, broadcast, load, same, store, store_codes
 
 _FLOAT = ir.FloatType()
 
@@ -23,22 +24,22 @@ def _half_sums(builder: Any, vector: Any, lanes: int = 64, until: int = 1) -> An
     """The sum of all lanes, by halves; ``until`` leaves a vector of so many sums."""
     while lanes > until:
         lanes //= 2
-        low = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes)))
-        high = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes, 2 * lanes)))
+        low = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+        high = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes, 2 * lanes)))
         vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
-    return builder.extract_element(vector, _I32(0)) if until == 1 else vector
+    return builder.extract_element(vector, I32(0)) if until == 1 else vector
 
 
 def _above(builder: Any, scaled: Any, quant_type: str) -> list[Any]:
-    return [builder.fcmp_ordered(">", scaled, _same(_FLOAT, bound)) for bound in tables.bounds(quant_type).tolist()]
+    return [builder.fcmp_ordered(">", scaled, same(_FLOAT, bound)) for bound in tables.bounds(quant_type).tolist()]
 
 
 def _levels(builder: Any, above: list[Any], quant_type: str) -> Any:
     """In each lane the level after the last bound it is above."""
     levels = tables.QUANT_MAPS[quant_type][tables.order(quant_type)].tolist()
-    chosen = _same(_FLOAT, levels[0])
+    chosen = same(_FLOAT, levels[0])
     for is_above, level in zip(above, levels[1:], strict=True):
-        chosen = builder.select(is_above, _same(_FLOAT, level), chosen)
+        chosen = builder.select(is_above, same(_FLOAT, level), chosen)
     return chosen
 
 
@@ -50,13 +51,13 @@ def _fit_of(quant_type: str, weighted: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
-            values = _load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
-            scaled = builder.fmul(values, _broadcast(builder, arguments[1]))
+            values = load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
+            scaled = builder.fmul(values, broadcast(builder, arguments[1]))
             q = _levels(builder, _above(builder, scaled, quant_type), quant_type)
             wq = q
             if weighted:
                 at = _pointer(context, builder, signature.args[2], arguments[2], arguments[3])
-                wq = builder.fmul(_load(builder, at, _FLOAT), q)
+                wq = builder.fmul(load(builder, at, _FLOAT), q)
             a = _half_sums(builder, builder.fmul(wq, values))
             b = _half_sums(builder, builder.fmul(wq, q))
             return context.make_tuple(builder, pair, [a, b])
@@ -74,14 +75,14 @@ def _coarse_of(quant_type: str) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             at = _pointer(context, builder, signature.args[0], arguments[0], ir.Constant(ir.IntType(64), 0))
             # The last place of the sum is 1, its low half the whole number, rounded half to even.
-            steps = builder.fmul(_load(builder, at, _FLOAT), _same(_FLOAT, float(scale_search.GRID)))
-            moved = builder.bitcast(builder.fadd(steps, _same(_FLOAT, 12582912.0)), ir.VectorType(_I32, 64))
-            whole = builder.trunc(moved, ir.VectorType(_I16, 64))
+            steps = builder.fmul(load(builder, at, _FLOAT), same(_FLOAT, float(scale_search.GRID)))
+            moved = builder.bitcast(builder.fadd(steps, same(_FLOAT, 12582912.0)), ir.VectorType(I32, 64))
+            whole = builder.trunc(moved, ir.VectorType(I16, 64))
             best, sigma = ir.Constant(_FLOAT, -1.0), ir.Constant(_FLOAT, 1.0)
             for bounds, levels in scale_search.coarse_candidates(quant_type):
-                q = _same(_I16, int(levels[0]))
+                q = same(I16, int(levels[0]))
                 for bound, level in zip(bounds.tolist(), levels[1:].tolist(), strict=True):
-                    q = builder.select(builder.icmp_signed(">", whole, _same(_I16, bound)), _same(_I16, level), q)
+                    q = builder.select(builder.icmp_signed(">", whole, same(I16, bound)), same(I16, level), q)
                 a, b = (builder.sitofp(_dot(builder, each, q), _FLOAT) for each in (whole, q))
                 gain = builder.fdiv(builder.fmul(a, a), b)
                 better = builder.fcmp_ordered(">", gain, best)
@@ -96,15 +97,15 @@ def _coarse_of(quant_type: str) -> Any:
 
 def _dot(builder: Any, one: Any, other: Any) -> Any:
     """The sum of the products of 64 int16, as int32."""
-    wide = ir.VectorType(_I32, 64)
+    wide = ir.VectorType(I32, 64)
     products = builder.mul(builder.sext(one, wide), builder.sext(other, wide))
     # Neighbours first: where a processor multiplies and adds pairs in one instruction, LLVM takes it.
-    even, odd = (ir.Constant(ir.VectorType(_I32, 32), list(range(first, 64, 2))) for first in (0, 1))
+    even, odd = (ir.Constant(ir.VectorType(I32, 32), list(range(first, 64, 2))) for first in (0, 1))
     pairs = builder.add(
         builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
     )
     function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_I32, [pairs.type]), "llvm.vector.reduce.add.v32i32"
+        builder.module, ir.FunctionType(I32, [pairs.type]), "llvm.vector.reduce.add.v32i32"
     )
     return builder.call(function, [pairs])
 
@@ -118,12 +119,12 @@ def _nearest_of(quant_type: str) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
-            loaded = _load(builder, _pointer(context, builder, signature.args[0], *arguments[:2]), _FLOAT)
-            above = _above(builder, builder.fmul(loaded, _broadcast(builder, arguments[2])), quant_type)
+            loaded = load(builder, _pointer(context, builder, signature.args[0], *arguments[:2]), _FLOAT)
+            above = _above(builder, builder.fmul(loaded, broadcast(builder, arguments[2])), quant_type)
             target = _pointer(context, builder, signature.args[3], arguments[3], zero)
-            _store(builder, _levels(builder, above, quant_type), target)
+            store(builder, _levels(builder, above, quant_type), target)
             target = _pointer(context, builder, signature.args[4], arguments[4], zero)
-            _store_codes(builder, above, codes, _I32, target)
+            store_codes(builder, above, codes, I32, target)
             return context.get_dummy_value()
 
         return types.void(values, types.int64, types.float32, levels, packed), generate
@@ -135,18 +136,18 @@ def _rounded(builder: Any, values: Any, dtype: str) -> Any:
     """Each value rounded to the dtype, to nearest even. What overflows float16 becomes at least 65536."""
     if dtype == "F32":
         return values
-    wide, dropped = ir.VectorType(_I32, 64), {"BF16": 16, "F16": 13}[dtype]
+    wide, dropped = ir.VectorType(I32, 64), {"BF16": 16, "F16": 13}[dtype]
     raw = builder.bitcast(values, wide)
-    odd = builder.and_(builder.lshr(raw, _same(_I32, dropped)), _same(_I32, 1))
-    up = builder.add(builder.add(raw, _same(_I32, 2 ** (dropped - 1) - 1)), odd)
-    rounded = builder.bitcast(builder.and_(up, _same(_I32, 2**32 - 2**dropped)), values.type)
+    odd = builder.and_(builder.lshr(raw, same(I32, dropped)), same(I32, 1))
+    up = builder.add(builder.add(raw, same(I32, 2 ** (dropped - 1) - 1)), odd)
+    rounded = builder.bitcast(builder.and_(up, same(I32, 2**32 - 2**dropped)), values.type)
     if dtype == "BF16":
         return rounded
     # Below 2^-14 float16 has a fixed step of 2^-24, which is the last place of float32 numbers in [0.5, 1).
-    three_quarters = _same(_FLOAT, 0.75)
+    three_quarters = same(_FLOAT, 0.75)
     small = builder.fsub(builder.fadd(values, three_quarters), three_quarters)
-    magnitude = builder.bitcast(builder.and_(raw, _same(_I32, 2**31 - 1)), values.type)
-    return builder.select(builder.fcmp_ordered("<", magnitude, _same(_FLOAT, 2.0**-14)), small, rounded)
+    magnitude = builder.bitcast(builder.and_(raw, same(I32, 2**31 - 1)), values.type)
+    return builder.select(builder.fcmp_ordered("<", magnitude, same(_FLOAT, 2.0**-14)), small, rounded)
 
 
 def _error_of(dtype: str, weighted: bool) -> Any:
@@ -157,15 +158,14 @@ def _error_of(dtype: str, weighted: bool) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
             values, q = (
-                _load(builder, _pointer(context, builder, signature.args[i], arguments[i], zero), _FLOAT)
-                for i in (0, 1)
+                load(builder, _pointer(context, builder, signature.args[i], arguments[i], zero), _FLOAT) for i in (0, 1)
             )
-            loaded = _rounded(builder, builder.fmul(q, _broadcast(builder, arguments[2])), dtype)
-            difference = builder.fmul(builder.fsub(loaded, values), _broadcast(builder, arguments[3]))
+            loaded = _rounded(builder, builder.fmul(q, broadcast(builder, arguments[2])), dtype)
+            difference = builder.fmul(builder.fsub(loaded, values), broadcast(builder, arguments[3]))
             squared = builder.fmul(difference, difference)
             if weighted:
                 at = _pointer(context, builder, signature.args[4], arguments[4], arguments[5])
-                squared = builder.fmul(_load(builder, at, _FLOAT), squared)
+                squared = builder.fmul(load(builder, at, _FLOAT), squared)
             return _half_sums(builder, squared)
 
         return types.float32(x, levels, types.float32, types.float32, weights, types.int64), generate

@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from qz.quantize.compute import scale_search, tables
-from qz.quantize.compute.cpu import llvm_blocks, llvm_search
+from qz.quantize.compute import cuda_tables, scale_search, tables
+from qz.quantize.compute.cpu import block_kernels, llvm_blocks, llvm_search
 from qz.quantize.compute.cpu.jit import array, bits, bits_64, compiled, double_of, float_of, inlined
 
 _Array = npt.NDArray[Any]
 
 _NON_FINITE = types.UniTuple(types.int64, 2)
 _SUMS = types.UniTuple(types.float64, 3)
-_U8, _U16, _F32 = array(types.uint8), array(types.uint16), array(types.float32)
+_U8, _I8, _U16, _F32 = array(types.uint8), array(types.int8), array(types.uint16), array(types.float32)
 _U8_OUT, _U16_OUT, _F32_OUT = (array(dtype, output=True) for dtype in (types.uint8, types.uint16, types.float32))
 
 
@@ -71,16 +71,20 @@ def _byte(value: Any) -> Any:
 
 
 @inlined
-def _scale(absmax: Any) -> Any:
-    """127 / absmax as torch computes it. A row of zeros gives NaN there, which becomes 0 as an int8."""
-    return np.float32(1) / absmax * np.float32(127) if absmax > 0 else np.float32(0)
+def _scale(absmax: Any, steps: Any) -> Any:
+    """127 / absmax as torch computes it. A row of zeros gives NaN there, which becomes 0 as an int8.
+
+    ``steps``: what the reciprocal is off by, as in ``cuda_tables.reciprocal_steps``.
+    """
+    step = np.uint32(np.int32(steps[(bits(absmax) >> np.uint32(13)) & np.uint32(1023)]))
+    return float_of(bits(np.float32(1) / absmax) + step) * np.float32(127) if absmax > 0 else np.float32(0)
 
 
 # In the loops over i, arrays are rows or slices: an index that may be negative would keep LLVM from making vectors.
 
 
-@compiled(_NON_FINITE(array(types.uint16, 2), array(types.int8, 2, output=True), _F32_OUT))
-def _quantize_int8_bf16(values: Any, weight: Any, scb: Any) -> tuple[int, int]:
+@compiled(_NON_FINITE(array(types.uint16, 2), _I8, array(types.int8, 2, output=True), _F32_OUT))
+def _quantize_int8_bf16(values: Any, steps: Any, weight: Any, scb: Any) -> tuple[int, int]:
     count, first = 0, -1
     rows, cols = values.shape
     for row in range(rows):
@@ -95,14 +99,14 @@ def _quantize_int8_bf16(values: Any, weight: Any, scb: Any) -> tuple[int, int]:
                     count += 1
                     if first < 0:
                         first = row * cols + i
-        scale = _scale(scb[row])
+        scale = _scale(scb[row], steps)
         for i in range(cols):
             target[i] = _byte(_half(_of_bf16(source[i])) * scale)
     return count, first
 
 
-@compiled(_NON_FINITE(array(types.uint16, 2), _F32, array(types.int8, 2, output=True), _F32_OUT))
-def _quantize_int8_f16(values: Any, magnitudes: Any, weight: Any, scb: Any) -> tuple[int, int]:
+@compiled(_NON_FINITE(array(types.uint16, 2), _F32, _I8, array(types.int8, 2, output=True), _F32_OUT))
+def _quantize_int8_f16(values: Any, magnitudes: Any, steps: Any, weight: Any, scb: Any) -> tuple[int, int]:
     count, first = 0, -1
     rows, cols = values.shape
     for row in range(rows):
@@ -117,14 +121,14 @@ def _quantize_int8_f16(values: Any, magnitudes: Any, weight: Any, scb: Any) -> t
                     count += 1
                     if first < 0:
                         first = row * cols + i
-        scale = _scale(scb[row])
+        scale = _scale(scb[row], steps)
         for i in range(cols):
             target[i] = _byte(_of_f16(source[i]) * scale)
     return count, first
 
 
-@compiled(_NON_FINITE(array(types.float32, 2), array(types.int8, 2, output=True), _F32_OUT))
-def _quantize_int8_f32(values: Any, weight: Any, scb: Any) -> tuple[int, int]:
+@compiled(_NON_FINITE(array(types.float32, 2), _I8, array(types.int8, 2, output=True), _F32_OUT))
+def _quantize_int8_f32(values: Any, steps: Any, weight: Any, scb: Any) -> tuple[int, int]:
     count, first = 0, -1
     rows, cols = values.shape
     for row in range(rows):
@@ -139,7 +143,7 @@ def _quantize_int8_f32(values: Any, weight: Any, scb: Any) -> tuple[int, int]:
                     count += 1
                     if first < 0:
                         first = row * cols + i
-        scale = _scale(scb[row])
+        scale = _scale(scb[row], steps)
         for i in range(cols):
             target[i] = _byte(_half(source[i]) * scale)
     return count, first
@@ -289,23 +293,18 @@ def _error_sums_f16(original: Any, dequantized: Any) -> tuple[float, float, floa
 
 
 def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, absmax: _Array) -> tuple[int, int]:
-    count_blocks = values.size // 64
-    whole = values[: count_blocks * 64]
-    if dtype == "F32":
-        count, first = llvm_blocks.quantize_32(whole, quant_type == "nf4", packed, absmax)
-    else:
-        infinity, magnitudes = tables.infinity_bits(dtype), tables.magnitudes(dtype)
-        cuts = tables.cut_points(quant_type, dtype).reshape(-1)
-        count, first = llvm_blocks.quantize_16(whole, infinity, magnitudes, cuts, quant_type == "nf4", packed, absmax)
-    if whole.size < values.size:
-        tail = values[whole.size :]
-        tail = tail if dtype == "F32" else tables.widen(tail, dtype)
+    if dtype != "F32":
+        return block_kernels.quantize_4bit(values, dtype, quant_type, packed, absmax)
+    whole = values.size // 64 * 64
+    count, first = llvm_blocks.quantize_32(values[:whole], quant_type == "nf4", packed, absmax)
+    if whole < values.size:
+        tail = values[whole:]
         bounds, order = tables.bounds(quant_type), tables.order(quant_type)
-        llvm_blocks.quantize_tail(tail, bounds, order, packed[count_blocks * 32 :], absmax[count_blocks:])
+        llvm_blocks.quantize_tail(tail, bounds, order, packed[whole // 2 :], absmax[whole // 64 :])
         bad = np.flatnonzero(~np.isfinite(tail))
         count += bad.size
         if bad.size and first < 0:
-            first = whole.size + int(bad[0])
+            first = whole + int(bad[0])
     return count, first
 
 
@@ -358,12 +357,23 @@ def _wide_pieces(values: _Array, dtype: str) -> Iterator[tuple[int, _Array]]:
         yield start, wide
 
 
+_NO_STEPS = np.zeros(1024, np.int8)
+
+
 def quantize_int8(values: _Array, dtype: str, weight: _Array, scb: _Array) -> tuple[int, int]:
+    return _quantize_int8(values, dtype, _NO_STEPS, weight, scb)
+
+
+def quantize_int8_as_cuda(values: _Array, dtype: str, weight: _Array, scb: _Array) -> tuple[int, int]:
+    return _quantize_int8(values, dtype, cuda_tables.reciprocal_steps(), weight, scb)
+
+
+def _quantize_int8(values: _Array, dtype: str, steps: _Array, weight: _Array, scb: _Array) -> tuple[int, int]:
     if dtype == "F32":
-        return _quantize_int8_f32(values, weight, scb)
+        return _quantize_int8_f32(values, steps, weight, scb)
     if dtype == "F16":
-        return _quantize_int8_f16(values, tables.magnitudes(dtype), weight, scb)
-    return _quantize_int8_bf16(values, weight, scb)
+        return _quantize_int8_f16(values, tables.magnitudes(dtype), steps, weight, scb)
+    return _quantize_int8_bf16(values, steps, weight, scb)
 
 
 def dequantize_4bit(packed: _Array, absmax: _Array, quant_type: str, blocksize: int, dtype: str, out: _Array) -> None:

@@ -57,6 +57,7 @@ class Accelerator:
     def __init__(self, devices: Sequence[torch.device], name: str, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Tries an operation of bitsandbytes on each device, and raises what that raises."""
         self.devices, self.name, self.chunk_bytes = tuple(devices), name, chunk_bytes
+        self.bytes_of = name.partition(":")[0]
         self.model = model_of(self.devices[0])
         self.notes: tuple[str, ...] = _notes(self.devices[0].type)
         self._piece_bytes = chunk_bytes

@@ -1,0 +1,61 @@
+"""LLVM's vectors of 64 lanes, in llvmlite's terms: what kernels with and without numba are made of.
+
+Nothing here is tied to a processor: LLVM maps vectors of 64 lanes to AVX-512, AVX2, SSE or NEON.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+LANES = 64
+I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
+
+
+def vector(element: Any, lanes: int = LANES) -> Any:
+    return ir.VectorType(element, lanes)
+
+
+def same(element: Any, value: Any, lanes: int = LANES) -> Any:
+    """A constant vector whose lanes all hold ``value``."""
+    return ir.Constant(vector(element, lanes), [value] * lanes)
+
+
+def broadcast(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
+    single = builder.insert_element(ir.Constant(vector(scalar.type, lanes), ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(single, single, same(I32, 0, lanes))
+
+
+def load(builder: Any, pointer: Any, element: Any, lanes: int = LANES) -> Any:
+    """Consecutive elements from an address of any alignment."""
+    loaded = builder.load(builder.bitcast(pointer, vector(element, lanes).as_pointer()))
+    loaded.align = 1
+    return loaded
+
+
+def store(builder: Any, value: Any, pointer: Any) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 1
+
+
+def largest_magnitude(builder: Any, loaded: Any) -> Any:
+    """Of 64 floats, given as their bits: without the sign, they order like unsigned integers."""
+    element = loaded.type.element
+    magnitudes = builder.and_(loaded, same(element, 2 ** (element.width - 1) - 1))
+    name = f"llvm.vector.reduce.umax.v{LANES}i{element.width}"
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(element, [vector(element)]), name)
+    return builder.call(function, [magnitudes])
+
+
+def store_codes(builder: Any, above: list[Any], codes: list[int], lane: Any, pointer: Any) -> None:
+    """Each lane takes the code after the last bound it is above; pairs become bytes, the first in the high half."""
+    chosen = same(lane, codes[0])
+    for is_above, code in zip(above, codes[1:], strict=True):
+        chosen = builder.select(is_above, same(lane, code), chosen)
+    # Little endian: the first lane of a pair is its lower half.
+    double = ir.IntType(2 * lane.width)
+    pairs = builder.bitcast(chosen, vector(double, 32))
+    merged = builder.or_(builder.shl(pairs, same(double, 4, 32)), builder.lshr(pairs, same(double, lane.width, 32)))
+    store(builder, builder.trunc(merged, vector(I8, 32)), pointer)
