@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def test_a_skip_that_splits_a_fused_group_is_told_when_quantizing_and_after(
 
     eight = plan_of(tiny_llama, "int8", skips=("gate_proj",))
     assert [line for line in warnings(eight) if "int8 codes" in line]
+    of_a_pipeline = replace(eight, checkpoint=replace(eight.checkpoint, class_module="transformers"))
+    assert list(warnings(of_a_pipeline)) == []
     whole = plan_of(tiny_llama, "nf4", skips=("q_proj", "k_proj", "v_proj"))
     assert list(warnings(whole)) == []
 

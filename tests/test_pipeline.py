@@ -240,7 +240,7 @@ def test_a_vae_is_quantized_where_the_user_insists_and_is_told_how_little_that_i
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[QzError], str]] = {
-    "skip-nowhere": ({"skip": ["to_qq"]}, UsageError, r"matches no module of .*Did you mean to_q"),
+    "skip-nowhere": ({"skip": ["to_qq"]}, UsageError, r"matches no module of .*Did you mean to_q\b(?!.* or to_q\b)"),
     "skip-not-there": ({"skip": ["transformer/to_qq"]}, UsageError, r"matches no module of transformer"),
     "no-such-component": ({"components": "transfromer"}, UsageError, "no component transfromer"),
     "no-such-own-method": ({"component": ["te=int8"]}, UsageError, "no component te"),

@@ -208,7 +208,8 @@ def test_values_that_are_not_finite_are_refused_with_tensor_count_and_place(
 
     change_tensor(source, "model.layers.1.mlp.up_proj.weight", spoil)
     with pytest.raises(
-        MalformedInput, match=r"layers\.1\.mlp\.up_proj\.weight contains 2 NaN or infinite values, first at \[3, 5\]"
+        MalformedInput,
+        match=rf"{source}: \S+layers\.1\.mlp\.up_proj\.weight contains 2 NaN or infinite values, first at \[3, 5\]",
     ):
         quantized(source, tmp_path / "out", "nf4")
     assert not (tmp_path / "out").exists()

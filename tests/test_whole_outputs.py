@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import pipelines
+import qz
 import reference
 from commands import contents, run
 from qz import MalformedInput, MissingInput, Unsupported, api
@@ -106,6 +108,8 @@ def test_nets_that_follow_the_one_in_the_index_go_along_and_are_quantized_like_i
         method = reference.diffusers_model(ControlNetModel, with_two_nets / name, "nf4", torch.float32)
         method.save_pretrained(tmp_path / "theirs" / name)
         assert not reference.differing_tensors(tmp_path / "out" / name, tmp_path / "theirs" / name)
+    nets = qz.load(tmp_path / "out", device="cpu").controlnet.nets
+    assert [any(type(each) is Linear4bit for each in net.modules()) for net in nets] == [True] * 3
     found = api.inspect(tmp_path / "out")
     assert isinstance(found, PipelineInspection)
     assert {"controlnet", "controlnet_1", "controlnet_2"} <= {part.name for part in found.components}

@@ -51,6 +51,11 @@ class Component:
     """Why there is no checkpoint, though there should be one."""
 
     @property
+    def holds_several(self) -> bool:
+        """Whether its class holds nets of another class, each of which lies in a folder of its own."""
+        return _SEVERAL.search(self.class_name) is not None
+
+    @property
     def parameters(self) -> int:
         """Values of all stored tensors; of 4-bit weights, their packed bytes."""
         if self.checkpoint is None:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
+from qz.counted import shown
 from qz.formats.checkpoint import adapters
 from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
@@ -39,6 +41,8 @@ __all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint"
 MAX_CONFIG_BYTES = MAX_BYTES
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
+MOST_LOOKED_INTO = 30
+"""Folders of one without a config.json."""
 
 GGUF = "gguf"
 """What ``encoded_as`` says of GGUF files."""
@@ -207,9 +211,21 @@ class _Survey:
         elif weights:
             header = self.header(weights[0])
             return isinstance(header, Header) and self.other_tools(weights[0], header.tensors)
+        elif models := self.models_inside():
+            self.problems.add("models-inside", "config.json", inside=shown(models))
         else:
             return False
         return True
+
+    def models_inside(self) -> list[str]:
+        """Folders of this one that have what it lacks."""
+        wanted = {"config.json", PIPELINE_INDEX}
+        found = []
+        for name in self.folder.subfolders()[:MOST_LOOKED_INTO]:
+            with suppress(QzError):  # it cannot be read
+                if not wanted.isdisjoint(self.folder.subfolder(name).sizes()):
+                    found.append(name)
+        return found
 
     def modular_components(self) -> str:
         try:

@@ -19,7 +19,7 @@ def nearest(text: str, names: Iterable[str]) -> str:
     """``Did you mean q_proj?``; where nothing is near, some of the names there are. Layers alike count once."""
     once = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))[:MOST_COMPARED]
     parts = list(dict.fromkeys(part for name in once for part in name.split(".") if part != "*" and not part.isdigit()))
-    pool = once if "." in text or "/" in text else parts + once
+    pool = once if "." in text or "/" in text else list(dict.fromkeys(parts + once))
     close = get_close_matches(text, pool, 3, 0.6) or get_close_matches(text.rpartition(".")[2], parts, 3, 0.6)
     if close:
         return f"Did you mean {' or '.join(close)}?"

@@ -48,8 +48,9 @@ def nonfinite_weight(work: Work, plan: Plan) -> MalformedInput:
     position = [int(i) for i in np.unravel_index(work.first, weight.shape)]
     beyond = " (or beyond float16's range)" if plan.method is not None and plan.method.bits == 8 else ""
     values = "value" if work.nonfinite == 1 else "values"
+    name = f"{plan.checkpoint.folder.location}: {weight.sources[0]}"
     return MalformedInput(
-        f"{weight.sources[0]} contains {work.nonfinite} NaN or infinite {values}{beyond}, first at {position}, "
+        f"{name} contains {work.nonfinite} NaN or infinite {values}{beyond}, first at {position}, "
         "which would corrupt its quantization block. Repair the weights, or use --keep-nonfinite to leave such tensors "
         "unquantized."
     )

@@ -229,6 +229,11 @@ CASES: dict[str, Case] = {
         ("config-missing",),
     ),
     "empty folder": ("single", GONE, ("config-missing",)),
+    "a repository of several models": (
+        "single",
+        GONE | {"one": ("folder",), "one/config.json": {}},
+        ("models-inside",),
+    ),
     "TensorFlow only": ("single", {"model.safetensors": None, "tf_model.h5": b"\x89HDF"}, ("weights-missing",)),
     # The index
     "index: missing": ("sharded", {INDEX: None}, ("index-missing",)),
