@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from qz.cli.options import arguments, machine, methods, outputs, reports, selection
 from qz.cli.output import facts, show, size, took, warn
 from qz.cli.progress import Display, timed
+from qz.cli.reports.next_step import command, tell
 from qz.counted import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qz.quantize.calibration.run import Calibration
 
 
@@ -69,6 +72,20 @@ def calibrate(
         warn(warning)
     found = timed(found)
     show(found.as_json(), as_json=as_json, text=facts(report(found)))
+    asked = {"subfolder": subfolder, "revision": revision, "variant": variant, "allow-pickle": allow_pickle}
+    tell(next_command(found, asked), quiet=quiet or as_json)
+
+
+def next_command(found: Calibration, asked: Mapping[str, str | bool | None]) -> list[str]:
+    """The command that uses what was recorded, of the same source; ``asked``: how that was named."""
+    words = ["qz", "quantize", found.source]
+    for option, value in asked.items():
+        words += [f"--{option}"] if value is True else [f"--{option}", value] if isinstance(value, str) else []
+    method = found.scores.method if found.scores is not None else "nf4"
+    words += [f"--{method}", "--scores" if method == "int8" else "--importance", found.output]
+    words += ["--rounding", "gptq"] if found.hessian_files and method != "int8" else []
+    words += ["--max-loss", f"{found.scores.total / 2:.2g}"] if found.scores is not None else []
+    return ["# Use it:", command(*words)]
 
 
 def report(found: Calibration) -> list[tuple[str, str]]:

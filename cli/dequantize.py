@@ -74,4 +74,4 @@ def dequantize(
             dry_run=dry_run,
             on_progress=display,
         )
-    present(timed(summary), as_json=as_json, quiet=quiet, page=page)
+    present(timed(summary), as_json=as_json, quiet=quiet, page=page, push=push)

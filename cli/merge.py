@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qz.cli.options import arguments, hub, machine, outputs, reports
 from qz.cli.output import duration, facts, show, size, warn
 from qz.cli.progress import Display
+from qz.cli.reports.next_step import after_output, after_push, tell
 from qz.cli.reports.push import pushed_text
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def merge(
     text = "\n\n".join([facts(report(done)), *pushed_text(done.pushed)])
     place = str(done.output) if done.here or done.pushed is None else done.pushed.url
     show(done.as_json(), as_json=as_json, text=text, done=f"{place} is complete. There is nothing to run again.")
+    tell(*(after_output(done.output) if done.pushed is None else after_push(done.pushed)), quiet=quiet or as_json)
 
 
 def report(done: Merged) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qz.cli.options import arguments, hub, reports
 from qz.cli.output import facts, say, show
 from qz.cli.progress import Display
+from qz.cli.reports.next_step import after_push, tell
 from qz.cli.reports.push import report
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def push(
     for note in result.notes:
         say(f"Note: {note}.", quiet=quiet)
     show(result.as_json(), as_json=as_json, text=facts(report(result)), done=outcome(result))
+    if not result.dry_run:
+        tell(*after_push(result), quiet=quiet or as_json)
 
 
 def outcome(result: PushResult) -> str:

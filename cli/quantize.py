@@ -115,4 +115,4 @@ def quantize(
             dry_run=dry_run,
             on_progress=display,
         )
-    present(timed(summary), as_json=as_json, quiet=quiet, page=page)
+    present(timed(summary), as_json=as_json, quiet=quiet, page=page, push=push)

@@ -37,12 +37,14 @@ def main() -> None:
 
 
 def shown(folder: Path, *arguments: str) -> str:
-    """What the command prints on a terminal of this width, with its colours, without its progress."""
+    """What stays of a command on a terminal of this width, with its colours: its progress is gone when it is done."""
     overwrite = ("--overwrite",) if arguments[0] == "quantize" else ()
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     command = [sys.executable, "-m", "qz", *arguments, *overwrite]
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    talk = [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("Quantizing: ")]
+    before = [line for line in talk if line.startswith("Warning: ")]
+    return "".join([*before, done.stdout, *talk[len(before) :]])
 
 
 if __name__ == "__main__":

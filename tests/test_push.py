@@ -30,10 +30,11 @@ from qz import (
 from qz.cli.reports.markup import page, section
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish import upload
-from qz.formats.publish.card import snippet, write_card
+from qz.formats.publish.card import write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
 from qz.formats.publish.destination import PushResult
 from qz.formats.publish.push import push, require_possible
+from qz.formats.publish.snippet import OnHub, snippet
 from qz.progress import Progress
 
 
@@ -624,7 +625,7 @@ def test_a_card_names_the_other_half_of_a_pipeline_as_the_sources_does() -> None
     ],
 )
 def test_the_snippet_fits_the_model_and_is_python(facts: CardFacts, lines: list[str]) -> None:
-    code = snippet(facts, "me/x", facts.subfolder or "sub")
+    code = snippet(facts, OnHub("me/x", facts.subfolder or "sub"))
     compile(code, "snippet", "exec")
     for line in lines:
         assert line in code

@@ -9,6 +9,7 @@ from qz import UsageError
 from qz.cli.output import Column, markdown, plain, say, show, table, warn, write_step_summary
 from qz.cli.reports.model import kept_sections, model_sections
 from qz.cli.reports.new_file import require_new, store
+from qz.cli.reports.next_step import after_output, after_part, after_push, tell
 from qz.cli.reports.pipeline import pipeline_sections
 from qz.cli.reports.push import pushed_text
 
@@ -31,11 +32,17 @@ def require_place(page: Path | None, output: Path | None, *, dry_run: bool) -> N
 
 
 def present(
-    summary: Summary | PipelineSummary | UpToDate, *, as_json: bool, quiet: bool = False, page: Path | None = None
+    summary: Summary | PipelineSummary | UpToDate,
+    *,
+    as_json: bool,
+    quiet: bool = False,
+    page: Path | None = None,
+    push: str | None = None,
 ) -> None:
-    """The report of a conversion: a table or JSON on stdout, warnings on stderr, Markdown for a CI job's page.
+    """The report of a conversion: a table or JSON on stdout, warnings and what is next on stderr, Markdown for a CI
+    job's page.
 
-    ``page``: the file to write it to as HTML as well.
+    ``page``: the file to write it to as HTML as well. ``push``: the repository that was named.
     """
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.up_to_date import UpToDate
@@ -49,6 +56,7 @@ def present(
         if page is not None:
             warn(f"{page} was not written: nothing was done that it could tell of")
         present_existing(summary, as_json=as_json)
+        tell(*next_steps(summary, push), quiet=quiet or as_json)
         return
     if page is not None:
         from qz.cli.reports.page import conversion_page
@@ -63,8 +71,18 @@ def present(
     if not summary.dry_run:
         shown = [section.markdown() for section in sections]
         write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *shown]))
+        tell(*next_steps(summary, push), quiet=quiet or as_json)
     elif not quiet and not as_json:
         say(*table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]).split("\n"))
+
+
+def next_steps(summary: Summary | PipelineSummary | UpToDate, push: str | None) -> list[list[str]]:
+    """What is to be done with what was made: with a part something else than with the whole."""
+    if summary.pushed is not None:
+        return after_push(summary.pushed)
+    if getattr(summary, "share", None) is not None:
+        return after_part(Path(summary.output), push)
+    return after_output(Path(summary.output))
 
 
 def present_existing(found: UpToDate, *, as_json: bool) -> None:

@@ -6,8 +6,6 @@ head gets the keys that it lacks.
 
 from __future__ import annotations
 
-import keyword
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +13,9 @@ import yaml
 from huggingface_hub import CardData, ModelCard
 
 from qz import MalformedInput
-from qz.formats.publish.card_facts import HUB, CardFacts
-from qz.formats.publish.escaping import code, fenced, markdown, python_string, shell, torch_dtype
+from qz.formats.publish.card_facts import BITS, HUB, CardFacts
+from qz.formats.publish.escaping import code, fenced, markdown, shell
+from qz.formats.publish.snippet import OnHub, snippet
 
 LISTED = 30
 """Skipped modules that are named, at most."""
@@ -57,7 +56,7 @@ def _complete(data: CardData, facts: CardFacts) -> None:
     wanted: dict[str, Any] = {**facts.inherited, "library_name": facts.library}
     if facts.base_model:
         wanted["base_model"] = facts.base_model
-        if facts.bits:
+        if facts.methods:
             wanted["base_model_relation"] = "quantized"
     licensed = data.get("license") is not None
     for key, value in wanted.items():
@@ -66,10 +65,10 @@ def _complete(data: CardData, facts: CardFacts) -> None:
         )
         if data.get(key) is None and not foreign:
             data[key] = value
-    if facts.bits:
+    if facts.methods:
         tags = [str(tag) for tag in data.get("tags") or ()]
-        new = ("bitsandbytes", f"{facts.bits}-bit", facts.method)
-        data["tags"] = tags + [tag for tag in new if tag not in tags]
+        new = ["bitsandbytes", *(tag for name in facts.methods for tag in (f"{BITS[name]}-bit", name))]
+        data["tags"] = tags + [tag for tag in dict.fromkeys(new) if tag not in tags]
 
 
 def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
@@ -81,7 +80,7 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
         _skips(facts),
         _page(facts, folder),
         "## Use",
-        fenced("python", snippet(facts, repo_id, folder)),
+        fenced("python", snippet(facts, OnHub(repo_id, folder))),
     ]
     if facts.loads_in:
         rows = [(markdown(name), "yes" if loads else "no", markdown(why)) for name, loads, why in facts.loads_in]
@@ -118,10 +117,11 @@ def _introduction(facts: CardFacts) -> str:
 
 def in_words(facts: CardFacts) -> str:
     """The method as a title has it."""
-    if not facts.bits:
+    if not facts.methods:
         return markdown(facts.dtype or "as it is")
-    name = {"nf4": "NF4 (4 bit)", "fp4": "FP4 (4 bit)", "int8": "LLM.int8() (8 bit)"}[facts.method]
-    return name + (" with double quantization" if facts.double_quant else "")
+    names = {"nf4": "NF4 (4 bit)", "fp4": "FP4 (4 bit)", "int8": "LLM.int8() (8 bit)"}
+    more = " with double quantization" if facts.double_quant else ""
+    return " and ".join(names[name] + (more if BITS[name] == 4 else "") for name in facts.methods)
 
 
 def _refinement(facts: CardFacts) -> str:
@@ -158,7 +158,7 @@ def _totals(facts: CardFacts) -> str:
         if pair
     ]
     parts = [_table(rows, "", "before", "after")] if rows else []
-    if facts.parameters and facts.bits:
+    if facts.parameters and facts.methods:
         total, quantized = facts.parameters
         rest = f"; all else is {markdown(facts.dtype)}." if facts.dtype else "."
         parts.append(f"{quantized / max(total, 1):.1%} of {total:,} parameters are quantized{rest}")
@@ -180,63 +180,6 @@ def _page(facts: CardFacts, folder: str) -> str:
     return f"[{facts.page}](<{place}>) has the sizes, what is quantized and why not, and what each layer lost."
 
 
-def snippet(facts: CardFacts, repo_id: str, folder: str = "") -> str:
-    """Python that loads the checkpoint from ``repo_id``; a part of a pipeline is loaded inside its pipeline."""
-    name = facts.architecture if _is_class(facts.architecture) else "AutoModel"
-    where = python_string(repo_id) + (f", subfolder={python_string(folder)}" if folder else "")
-    dtype = torch_dtype(facts.compute_dtype or facts.dtype)
-    role = (facts.subfolder or folder).rsplit("/", 1)[-1]
-    if facts.experts:
-        part = f", subfolder={python_string(folder)}" if folder else ""
-        return "\n".join(
-            [
-                "import qz  # transformers cannot load quantized experts",
-                "from huggingface_hub import snapshot_download",
-                "",
-                f"model = qz.load(snapshot_download({python_string(repo_id)}){part})",
-            ]
-        )
-    if facts.pipeline:
-        return "\n".join(
-            [
-                "import torch",
-                "from diffusers import DiffusionPipeline",
-                "",
-                f"pipeline = DiffusionPipeline.from_pretrained({where}, torch_dtype={dtype})",
-                "pipeline.enable_model_cpu_offload()",
-            ]
-        )
-    if facts.library == "diffusers" or re.match(r"(text|image)_encoder", role):
-        role = role if _is_class(role) else "unet" if name.startswith("UNet") else "transformer"
-        pipeline = facts.base_model or "owner/pipeline"
-        # By its own class: ``DiffusionPipeline`` passes over what is optional in a class, as Wan's transformers are.
-        around = facts.pipeline_class if _is_class(facts.pipeline_class or "") else "DiffusionPipeline"
-        dtype_key = "torch_dtype" if facts.library == "diffusers" else "dtype"
-        both = facts.library == "diffusers"
-        imports = (
-            [f"from diffusers import {around}, {name}"]
-            if both
-            else [f"from diffusers import {around}", f"from transformers import {name}"]
-        )
-        return "\n".join(
-            [
-                "import torch",
-                *imports,
-                "",
-                f"{role} = {name}.from_pretrained({where}, {dtype_key}={dtype})",
-                f"pipeline = {around}.from_pretrained(",
-                f"    {python_string(pipeline)}, {role}={role}, torch_dtype={dtype}",
-                ")",
-                "pipeline.enable_model_cpu_offload()",
-            ]
-        )
-    lines = [f"from transformers import {'AutoTokenizer, ' if facts.tokenizer else ''}{name}", ""]
-    lines.append(f'model = {name}.from_pretrained({where}, device_map="auto")')
-    if facts.tokenizer:
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where})")
-    return "\n".join(lines)
-
-
 def _size(count: int) -> str:
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if count >= 1000**power:
@@ -247,8 +190,3 @@ def _size(count: int) -> str:
 def _table(rows: Sequence[tuple[str, ...]], *head: str, align: str = "---:") -> str:
     lines = [head, ("---", *[align] * (len(head) - 1)), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _is_class(name: str) -> bool:
-    """Whether Python takes it as a name of its own."""
-    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)

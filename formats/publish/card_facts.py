@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from qz.formats.folder import LocalFolder, place_of, read_file
+from qz.formats.json_files import MAX_BYTES
 from qz.formats.malformed import UNSAFE_TEXT
 from qz.formats.output.recorded.about import LIBRARIES, REPO_ID
+from qz.formats.output.recorded.record import read_record
+from qz.formats.publish.checkpoint_files import PAGE, config_among
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "prior")
 """What a converted model has in common with the one that it was made of. ``prior``: the repository from which diffusers
 loads the other half of a pipeline (Kandinsky, Stable Cascade)."""
 HUB = "https://huggingface.co"
+BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+"""Of the methods."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +85,25 @@ class CardFacts:
         return named if named and REPO_ID.fullmatch(named) else None
 
     @property
-    def bits(self) -> int | None:
-        return {"nf4": 4, "fp4": 4, "int8": 8}.get(self.method)
+    def methods(self) -> tuple[str, ...]:
+        """That it is quantized with; of a pipeline there may be several."""
+        return tuple(name for name in self.method.split("+") if name in BITS)
 
 
-def facts_of(
-    about: Mapping[str, Any],
-    config: Mapping[str, Any],
-    *,
-    tokenizer: bool = False,
-    pipeline: bool = False,
-    page: str | None = None,
-) -> CardFacts:
-    """The facts in a record's ``about`` (empty for a checkpoint that qz did not make) and the checkpoint's config."""
+def facts_here(folder: Path) -> CardFacts:
+    """The facts of an output of qz. ``config.json`` is missing in a single file's folder."""
+    local = LocalFolder(folder)
+    record = read_record(local)
+    names = frozenset(file.name for file in record.files) if record is not None else frozenset[str]()
+    config = config_among(names, lambda name: read_file(*place_of(local, name), MAX_BYTES))
+    return facts_of(record.about if record is not None else {}, config, names)
+
+
+def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], files: Collection[str] = ()) -> CardFacts:
+    """The facts in a record's ``about`` (empty for a checkpoint that qz did not make) and the checkpoint's config.
+
+    ``files``: names of the checkpoint's.
+    """
     quantization = _mapping(config.get("quantization_config"))
     source = _mapping(about.get("source"))
     architectures = config.get("architectures")
@@ -122,15 +135,15 @@ def facts_of(
         versions={"qz": str(about["qz"])} | {str(k): str(v) for k, v in _mapping(about.get("versions")).items()}
         if "qz" in about
         else {},
-        tokenizer=tokenizer,
-        pipeline=pipeline or "components" in about,
+        tokenizer=not {"tokenizer.json", "tokenizer_config.json"}.isdisjoint(files),
+        pipeline="model_index.json" in files or "components" in about,
         components=_components(about.get("components")),
         loads_in=tuple(
             (f"{each.get('name')} ({each.get('package')})", bool(each.get("loads")), str(each.get("why") or ""))
             for each in about.get("loads_in") or ()
         ),
         experts=bool(_mapping(about.get("settings")).get("experts")),
-        page=page,
+        page=PAGE if PAGE in files else None,
     )
 
 

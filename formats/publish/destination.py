@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, exported by name only
 
 from qz import TryAgain, UsageError
 from qz.formats.malformed import quoted
+
+if TYPE_CHECKING:
+    from qz.formats.publish.card_facts import CardFacts
 
 
 class UploadsLost(TryAgain):
@@ -74,9 +77,18 @@ class PushResult:
     notes: tuple[str, ...]
     dry_run: bool
     card: str
+    facts: CardFacts
+    """What the card tells."""
     bytes_uploaded: int = 0
     commit: str | None = None
     pull_request: str | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """Where loaders find it if that is not the main branch: of a pull request, what the Hub calls it."""
+        if self.pull_request is not None:
+            return f"refs/pr/{self.pull_request.rpartition('/')[2]}"
+        return self.to.branch if self.to.branch != "main" else None
 
     def as_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""

@@ -13,7 +13,7 @@ from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.card import in_words, write_card
 from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
-from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, PAGE, README, OwnFiles, own_files
+from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, README, OwnFiles, own_files
 from qz.formats.publish.destination import Destination, PushedFile, PushResult
 from qz.formats.publish.remote import ObjectsLost, Remote, differing
 from qz.progress import OnProgress, Progress, ignore
@@ -85,14 +85,7 @@ class Plan:
         source_private: bool | None,
     ) -> Plan:
         """``about``: of the record; ``config``: of the model; ``names``: of the files. Refuses the wrong audience."""
-        facts = facts_of(
-            about,
-            config,
-            tokenizer=bool(names & {"tokenizer.json", "tokenizer_config.json"}),
-            pipeline="model_index.json" in names,
-            page=PAGE if PAGE in names else None,
-        )
-        facts, restricted = _source(remote, facts, restricted=bool(source_private))
+        facts, restricted = _source(remote, facts_of(about, config, names), restricted=bool(source_private))
         found = remote.target()
         remote.require_audience(found, restricted)
         head = remote.head(found)
@@ -123,6 +116,7 @@ class Plan:
             notes=tuple(remote.notes),
             dry_run=False,
             card=card,
+            facts=self.facts,
         )
 
     def _card_there(self) -> str:

@@ -1,0 +1,75 @@
+"""What can be done next, told when a command is done: Python that loads what was made, and commands, to be pasted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qz.cli.output import say
+
+if TYPE_CHECKING:
+    from qz.formats.publish.destination import PushResult
+
+ACCOUNT = "YOUR_NAME"
+"""Stands for the user's own account on the Hub."""
+
+
+def tell(*steps: Sequence[str], quiet: bool = False) -> None:
+    """Each of ``steps`` as a paragraph: a comment, which Python and shells skip, and lines that are never folded."""
+    for step in steps:
+        say("", *step, quiet=quiet)
+
+
+def after_output(output: Path) -> list[list[str]]:
+    """How to load what lies in a folder, and how to publish it."""
+    from qz.formats.publish.card_facts import facts_here
+    from qz.formats.publish.snippet import Here, loading
+    from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
+
+    place = named(output)
+    if not any(output.rglob("config.json")):  # a single file in its original names
+        (file,) = output.glob("*.safetensors")
+        return [["# Whether ComfyUI loads it:", command("qz", "inspect", named(file), "--for", "comfyui")]]
+    load = loading(facts_here(output), Here(place, gpu=may_have_a_gpu()))
+    repository = re.sub(r"[^\w.-]+", "-", output.resolve().name, flags=re.ASCII).strip("-.") or "model"
+    publish = command("qz", "push", place, f"{ACCOUNT}/{repository}")
+    return [["# Load it, in Python:", *filled(load)], ["# Publish it:", publish]]
+
+
+def after_push(pushed: PushResult) -> list[list[str]]:
+    """How to load what is on the Hub."""
+    from qz.formats.publish.snippet import OnHub, loading
+
+    place = OnHub(pushed.to.repo_id, pushed.to.folder, pushed.revision)
+    return [["# Load it, in Python:", *filled(loading(pushed.facts, place))]]
+
+
+def after_part(place: Path, push: str | None) -> list[list[str]]:
+    """How the parts become one; ``place``: the folder of a part."""
+    output = place.parent.with_name(place.parent.name.removesuffix(".parts"))
+    return [["# When all parts are made:", command("qz", "merge", named(output), *(("--push", push) if push else ()))]]
+
+
+def named(path: Path) -> str:
+    """A path that nobody takes for a repository or an option."""
+    text = str(path)
+    return text if path.is_absolute() or text.startswith(".") else os.path.join(".", text)
+
+
+def command(*words: str) -> str:
+    """A line for a shell; for what is not printable, in bash's quotes."""
+    return " ".join(shlex.quote(word) if word.isprintable() else in_bash(word) for word in words)
+
+
+def in_bash(word: str) -> str:
+    printable = (chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in os.fsencode(word))
+    return f"$'{''.join(printable)}'"
+
+
+def filled(lines: Iterable[str]) -> list[str]:
+    """Without empty lines, which end a block that is pasted into Python."""
+    return [line for line in lines if line]
