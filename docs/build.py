@@ -1,10 +1,12 @@
 """Write what is generated of the documentation, and check every link. Run by ``make docs``.
 
-The help of ``qz`` and the command reference come from the app itself, the picture of the rooms from the imports.
+The help of ``qz`` and the command reference come from the app itself, the picture of the rooms from the imports, and
+the JSON Schemas from the types of the reports.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -13,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
 from rooms import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference" / "commands.md"
 HELP = ROOT / "cli" / "help.txt"
 ARCHITECTURE = ROOT / "docs" / "explanation" / "architecture.md"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+SCHEMAS = ROOT / "docs" / "reference" / "json-schema"
 PICTURE = re.compile(r"(?<=<!-- picture: written by `make docs` -->\n).*?(?=<!-- end of picture -->)", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
@@ -102,6 +108,24 @@ def cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
+class Untitled(GenerateJsonSchema):
+    """Without a title for each key, which would say its name again."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  as pydantic calls it
+        return False
+
+
+def schemas() -> dict[str, str]:
+    """A JSON Schema for each command's ``--json``, and for the line that ends one that fails, by file name."""
+    from qz.json_reports import OF_COMMANDS, ExitError
+
+    made = {}
+    for name, report in {**OF_COMMANDS, "error": ExitError}.items():
+        schema = {"$schema": DIALECT, **TypeAdapter(report).json_schema(schema_generator=Untitled)}
+        made[f"{name}.json"] = json.dumps({**schema, "title": f"qz {name} --json"}, indent=2) + "\n"
+    return made
+
+
 def pages() -> list[Path]:
     """Every Markdown page of the repository."""
     folders = (ROOT / "docs", ROOT / "benchmarks", ROOT / "demo")
@@ -143,6 +167,9 @@ def main() -> None:
     REFERENCE.parent.mkdir(parents=True, exist_ok=True)
     REFERENCE.write_text(reference(), encoding="utf-8")
     HELP.write_text(help_text(), encoding="ascii")
+    SCHEMAS.mkdir(exist_ok=True)
+    for name, schema in schemas().items():
+        (SCHEMAS / name).write_text(schema, encoding="utf-8")
     page = ARCHITECTURE.read_text(encoding="utf-8")
     ARCHITECTURE.write_text(PICTURE.sub(lambda _: f"\n{picture()}\n\n", page), encoding="utf-8")
     problems = [problem for page in pages() for problem in broken_links(page)]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from json_contract import checked
+
 
 def run(command: Callable[..., None], source: Path | str, **options: Any) -> dict[str, Any]:
-    """The function of a command with ``--json --quiet --device cpu``; its report."""
+    """The function of a command with ``--json --quiet --device cpu``; its report, which is as its type says."""
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout):
         command(str(source), **{"as_json": True, "quiet": True, "device": "cpu", **options})
-    report: dict[str, Any] = json.loads(stdout.getvalue())
+    report: dict[str, Any] = checked(command.__name__, stdout.getvalue())
     return report
 
 

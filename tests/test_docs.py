@@ -26,7 +26,6 @@ import full_checkpoints
 import original_names
 import pipelines
 import readers
-from conftest import Qz
 from forked import Server
 from hub_server import OWNER, HubServer
 from pace import HANG
@@ -66,6 +65,12 @@ def named(page: Path) -> str:
 
 def test_the_command_reference_is_what_the_app_says() -> None:
     assert BUILD.REFERENCE.read_text() == BUILD.reference(), "Run `make docs` and commit docs/reference/commands.md."
+
+
+def test_the_schemas_are_those_of_the_reports() -> None:
+    assert {file.name: file.read_text() for file in BUILD.SCHEMAS.iterdir()} == BUILD.schemas(), (
+        "Run `make docs` and commit docs/reference/json-schema."
+    )
 
 
 def test_the_picture_of_the_rooms_is_fresh() -> None:
@@ -268,14 +273,6 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path, quick: Path
             assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         else:
             assert line.startswith(("pip install", "make ")), f"{line!r} is not run by this test"
-
-
-@pytest.mark.parametrize("command", ["quantize", "inspect"])
-def test_every_key_of_the_json_is_documented(command: str, tiny_llama: Path, tmp_path: Path, forked_qz: Qz) -> None:
-    result = forked_qz(command, tiny_llama, *(["--dry-run"] if command == "quantize" else ["--tensors"]), "--json")
-    page = (ROOT / "docs/reference/json.md").read_text()
-    documented = {name.split(".")[0] for name in re.findall(r"`([a-z_0-9.]+)`", page)}
-    assert set(json.loads(result.stdout)) <= documented
 
 
 def test_the_site_is_read_and_searched_from_a_folder_without_a_network(tmp_path: Path) -> None:

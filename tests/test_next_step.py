@@ -161,4 +161,4 @@ def test_a_push_says_how_it_is_loaded_from_where_it_went(
 def test_with_a_gpu_diffusers_own_call_is_told(sources: Path, tmp_path: Path, forked_qz: Qz) -> None:
     assert forked_qz("quantize", sources / "flux", "-o", tmp_path / "out").returncode == 0
     lines = loading(facts_here(tmp_path / "out"), Here("./out", gpu=True))
-    assert lines[-1] == 'pipeline = DiffusionPipeline.from_pretrained("./out", torch_dtype=torch.bfloat16)'
+    assert lines[-1] == 'pipeline = DiffusionPipeline.from_pretrained("./out", dtype=torch.bfloat16)'

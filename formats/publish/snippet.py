@@ -67,7 +67,7 @@ def loading(facts: CardFacts, place: Place) -> list[str]:
         return _pipeline(facts, place)
     name, variable = class_of(facts), component_of(facts, place) or "model"
     if facts.library == "diffusers":
-        made = f"{name}.from_pretrained({place.arguments()}, torch_dtype={_dtype(facts)})"
+        made = f"{name}.from_pretrained({place.arguments()}, {_dtype_argument(facts, place)})"
         return ["import torch", f"from diffusers import {name}", "", f"{variable} = {made}"]
     lines = [f"from transformers import {'AutoTokenizer, ' if facts.tokenizer else ''}{name}", ""]
     lines.append(f'{variable} = {name}.from_pretrained({place.arguments()}, device_map="auto")')
@@ -119,7 +119,7 @@ def _pipeline(facts: CardFacts, place: Place) -> list[str]:
     if isinstance(place, OnHub) and place.folder:
         imports.append("from huggingface_hub import snapshot_download")
         where = place.downloaded()
-    return [*imports, "", f"pipeline = DiffusionPipeline.from_pretrained({where}, torch_dtype={_dtype(facts)})"]
+    return [*imports, "", f"pipeline = DiffusionPipeline.from_pretrained({where}, {_dtype_argument(facts, place)})"]
 
 
 def class_of(facts: CardFacts) -> str:
@@ -135,6 +135,11 @@ def component_of(facts: CardFacts, place: Place) -> str | None:
     name = class_of(facts)
     usual = "unet" if name.startswith("UNet") else "vae" if name.startswith("Autoencoder") else "transformer"
     return named if _is_name(named) else usual
+
+
+def _dtype_argument(facts: CardFacts, place: Place) -> str:
+    """As diffusers 0.42 and later call it; who reads a card may have an older one, which takes no ``dtype``."""
+    return f"{'dtype' if isinstance(place, Here) else 'torch_dtype'}={_dtype(facts)}"
 
 
 def _dtype(facts: CardFacts) -> str:
