@@ -19,6 +19,10 @@ class Origin(TypedDict):
     architecture: str | None
 
 
+class ConvertedOrigin(Origin):
+    pipeline: NotRequired[str]
+
+
 class Parameters(TypedDict):
     total: int
     quantized: int
@@ -175,7 +179,7 @@ class Report(TypedDict):
     """What the reports of ``qz quantize`` and ``qz dequantize`` have in common."""
 
     act: Literal["quantize", "dequantize"]
-    source: Origin
+    source: ConvertedOrigin
     output: str | None
     method: str
     double_quant: bool
@@ -184,6 +188,7 @@ class Report(TypedDict):
     importance: NotRequired[Importance | None]
     loras: NotRequired[list[Lora]]
     device: str
+    bytes_of: NotRequired[str]
     dry_run: bool
     parameters: Parameters
     tensors: Tensors
@@ -231,6 +236,7 @@ class Recorded(TypedDict):
     importance: NotRequired[Importance | None]
     loras: NotRequired[list[Lora]]
     device: NotRequired[str]
+    bytes_of: NotRequired[str]
     dtype: NotRequired[str]
     dry_run: Literal[False]
     parameters: NotRequired[Parameters]
@@ -296,6 +302,7 @@ class Located(TypedDict):
 class Devices(TypedDict):
     recorded: str
     used: str
+    bytes_of: str
 
 
 class VerifyReport(TypedDict):
