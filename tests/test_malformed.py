@@ -171,6 +171,7 @@ def test_the_corpus_has_at_least_150_cases() -> None:
         "changed",
         "pickle-unsafe",  # read only where the user allows it: tested in test_pickles.py
         "pickle-malformed",
+        "pickle-tensor",
         "experts-quantized",  # what --experts writes: tested in test_experts.py
         "gguf-type",  # needs a whole file: tested in test_gguf.py
     }

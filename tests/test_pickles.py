@@ -8,6 +8,7 @@ import os
 import runpy
 import shutil
 import tracemalloc
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -200,6 +201,33 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, name: str)
     if found is not None:
         assert str(found).isprintable()
         assert len(str(found)) < 500
+
+
+def others() -> dict[str, tuple[Any, str]]:
+    """What PyTorch saves and loads that is no plain tensor of a state dict, and how it is named."""
+    ones = torch.ones(4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8)
+    return {
+        "negated": ({"w": torch._neg_view(ones)}, "a view that is negated"),
+        "complex": ({"w": ones.to(torch.complex64)}, "ComplexFloatStorage"),
+        "quantized": ({"w": quantized}, "_rebuild_qtensor"),
+        "sparse": ({"w": ones.to_sparse()}, "_rebuild_sparse_tensor"),
+        "repeated": ({"w": torch.ones(1).expand(9)}, "'w', a view that repeats its values"),
+        "elsewhere": ({"model": {"w": ones}, "ema": {"w": ones}, "step": 3}, "its tensors in 'model', 'ema', where no"),
+    }
+
+
+@pytest.mark.parametrize("form", [ZIPPED, LEGACY], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", others())
+def test_what_is_no_plain_tensor_is_refused_as_such(name: str, form: dict[str, bool]) -> None:
+    value, words = others()[name]
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **form)
+    found = refused(buffer.getvalue())
+    assert found is not None
+    assert (found.kind, words in str(found)) == ("pickle-tensor", True)
 
 
 def refused(data: bytes) -> Malformed | None:

@@ -109,6 +109,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     ),
     "pickle-unsafe": (MalformedInput, ""),
     "pickle-malformed": (MalformedInput, ""),
+    "pickle-tensor": (Unsupported, ""),
     "gguf": (MalformedInput, ""),
     "json-malformed": (MalformedInput, ""),
     "library-unknown": (

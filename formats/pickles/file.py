@@ -11,9 +11,9 @@ from typing import Any
 
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.encodings import Strided
-from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
+from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
 from qz.formats.pickles.machine import load
-from qz.formats.pickles.values import BrokenPickle, PickledTensor, Storage, UnsafePickle
+from qz.formats.pickles.values import BrokenPickle, OtherTensor, PickledTensor, Storage, UnsafePickle
 from qz.formats.safetensors import BITS, MAX_NAME, MAX_TENSORS
 
 Read = Callable[[int, int], bytes | bytearray]
@@ -50,6 +50,11 @@ def read_pickled(read: Read, size: int, file: str, where: str) -> PickledFile:
             "pickle-unsafe",
             f"{where} asks for {error}: such a pickle can run code, and qz does not read it. Get the weights as "
             "safetensors.",
+        ) from error
+    except OtherTensor as error:
+        raise Malformed(
+            "pickle-tensor",
+            f"{where} has {error}. Load it with PyTorch, and save the plain tensors of the model as safetensors.",
         ) from error
     except (BrokenPickle, zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, ValueError) as error:
         why = str(error) if isinstance(error, BrokenPickle) else f"it is damaged ({type(error).__name__})"
@@ -196,6 +201,8 @@ def _located(value: Any, places: Places, size: int, file: str) -> PickledFile:
             value = value[inner]
     if not isinstance(value, dict):
         raise BrokenPickle("it holds no dictionary of tensors")
+    if not _holds_tensors(value) and (inside := [str(key) for key, inner in value.items() if _holds_tensors(inner)]):
+        raise OtherTensor(f"its tensors in {quoted_names(inside)}, where no library looks for them")
     begins: dict[Storage, int] = {}
     tensors: dict[str, StoredTensor | Decoded] = {}
     for name, tensor in value.items():
@@ -215,6 +222,10 @@ def _located(value: Any, places: Places, size: int, file: str) -> PickledFile:
     return PickledFile(tensors, tuple(quoted(each, 60) for each in left_out))
 
 
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(each, PickledTensor) for each in value.values())
+
+
 def _stored(name: str, tensor: PickledTensor, begin: int, size: int, file: str) -> StoredTensor | Decoded:
     width = BITS[tensor.dtype] // 8
     there = tensor.storage.count * BITS[tensor.storage.dtype] // 8 // width
@@ -225,6 +236,8 @@ def _stored(name: str, tensor: PickledTensor, begin: int, size: int, file: str) 
         count *= extent
         reach += (extent - 1) * stride
     first, last = tensor.offset, tensor.offset + (reach + 1 if count else 0)
+    if last <= there < count and count * width <= MOST_BYTES:
+        raise OtherTensor(f"{quoted(name)}, a view that repeats its values, which qz does not read")
     if last > there or count > there:
         raise BrokenPickle(f"{quoted(name)} reaches beyond its storage")
     offset, nbytes = begin + first * width, (last - first) * width

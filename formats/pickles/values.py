@@ -22,6 +22,11 @@ DTYPES = {
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "U16", "uint32": "U32", "uint64": "U64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
+_OTHERS = re.compile(
+    r"(?:Complex|Q)\w+Storage|complex\d+|qu?int\d\w*|per_(?:tensor|channel)\w*|_rebuild_(?:qtensor|sparse_tensor"
+    r"|sparse_csr_tensor|nested_tensor|meta_tensor_no_storage)"
+)
+"""Names by which PyTorch saves tensors of other kinds, which run nothing either."""
 _KEY = re.compile(r"[0-9A-Za-z_.-]{1,64}")
 
 
@@ -31,6 +36,10 @@ class UnsafePickle(Exception):
 
 class BrokenPickle(Exception):
     """The pickle breaks the rules of its format; the message says how."""
+
+
+class OtherTensor(Exception):
+    """The pickle has a tensor of a kind that is not read; the message says of which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,10 @@ def called(function: Any, arguments: Any) -> Any:
         raise BrokenPickle(f"{function} is called with arguments that it cannot have") from error
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any, dtype: str | None = None) -> PickledTensor:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dtype: str | None = None) -> PickledTensor:
+    """``more``: requires_grad, hooks, and what is to be done to the values when they are used, such as ``neg``."""
+    if len(more) > 2 and more[2]:
+        raise OtherTensor("a view that is negated or conjugated when it is used, which qz does not read")
     whole = (offset, *shape, *strides)
     if not isinstance(storage, Storage) or any(type(each) is not int or each < 0 for each in whole):
         raise ValueError
@@ -106,7 +118,7 @@ def _tensor_of(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) 
     dtype = more[2]
     if not isinstance(dtype, Global) or dtype.module != "torch":
         raise ValueError
-    return _tensor(storage, offset, shape, strides, dtype=DTYPES[dtype.name])
+    return _tensor(storage, offset, shape, strides, *more[:2], *more[3:], dtype=DTYPES[dtype.name])
 
 
 def _parameter(data: Any, *_: Any) -> PickledTensor:
@@ -161,6 +173,8 @@ def named(module: Any, name: Any) -> Global:
         return found
     if found.module == "torch" and found.name in DTYPES:
         return found
+    if found.module in ("torch", "torch.storage", "torch._utils") and _OTHERS.fullmatch(found.name):
+        raise OtherTensor(f"a complex, quantized, sparse or nested tensor ({found}), which qz does not read")
     raise UnsafePickle(f"{found}, which is neither a tensor nor a container")
 
 
