@@ -153,6 +153,20 @@ def test_gptq(plain_llama: Path, tmp_path: Path, bits: int, version: str, order:
     assert summary.method == "gptq"
 
 
+def test_layers_of_gptq_may_have_bits_of_their_own(plain_llama: Path, tmp_path: Path) -> None:
+    expected: State = {}
+
+    def change(state: State) -> None:
+        inner = {name: state.pop(name) for name in list(state) if ".mlp." in name}
+        expected.update(gptq(inner, 8, 32) | gptq(state, 4, 32))
+        state |= inner
+
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"+:.*mlp.*": {"bits": 8}}}
+    source = rewritten(plain_llama, tmp_path / "source", change, said)
+    dequantized(source, tmp_path / "output", chunk_bytes=5000)
+    assert differing(tmp_path / "output", expected) == []
+
+
 def test_awq(plain_llama: Path, tmp_path: Path) -> None:
     expected: State = {}
     said = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}

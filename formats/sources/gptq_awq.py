@@ -9,6 +9,8 @@ from qz.formats.encodings import Columns
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qz.formats.checkpoint.survey import StoredTensor
     from qz.formats.sources.reading import Reading
 
@@ -18,7 +20,10 @@ _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 
 def read_gptq(reading: Reading) -> None:
-    """Take every weight that GPTQ packed, of 2, 3, 4 or 8 bits, in the original format or ``gptq_v2``."""
+    """Take every weight that GPTQ packed, of 2, 3, 4 or 8 bits, in the original format or ``gptq_v2``.
+
+    A layer may have other bits than the config says of all, as with GPTQModel's ``dynamic``: its tensors show them.
+    """
     bits, settings = reading.settings.get("bits"), reading.settings
     said = str(settings.get("checkpoint_format", settings.get("format")) or "gptq")
     if bits not in _GPTQ_BITS or said not in _GPTQ_FORMATS:
@@ -26,7 +31,8 @@ def read_gptq(reading: Reading) -> None:
         reading.problems.add("encoding-unknown", "config.json", what=what)
         return
     for name in [name for name in reading.tensors if name.endswith(".qweight")]:
-        _take(reading, name, Columns("rows", bits, 0, _GPTQ_FORMATS[said]))
+        layouts = [Columns("rows", each, 0, _GPTQ_FORMATS[said]) for each in (bits, *_GPTQ_BITS)]
+        _take(reading, name, layouts)
 
 
 def read_awq(reading: Reading) -> None:
@@ -37,23 +43,23 @@ def read_awq(reading: Reading) -> None:
         reading.problems.add("encoding-unknown", "config.json", what=what)
         return
     for name in [name for name in reading.tensors if name.endswith(".qweight")]:
-        _take(reading, name, Columns("columns", 4, 0))
+        _take(reading, name, [Columns("columns", 4, 0)])
 
 
-def _take(reading: Reading, name: str, layout: Columns) -> None:
-    """The weight of which ``name`` holds the codes, if all parts of it are there and fit."""
+def _take(reading: Reading, name: str, layouts: Sequence[Columns]) -> None:
+    """The weight of which ``name`` holds the codes, if all parts of it are there and fit one of the layouts."""
     module = name.removesuffix("qweight")
     plain = f"{module}weight"
     parts = {CODES: reading.tensors[name]}
     for part, suffix in ((SCALE, "scales"), (ZERO_POINT, "qzeros"), (GROUPS, "g_idx")):
         if (found := reading.tensors.get(module + suffix)) is not None:
             parts[part] = found
-    kind = "GPTQ" if layout.packed == "rows" else "AWQ"
+    kind = "GPTQ" if layouts[0].packed == "rows" else "AWQ"
     for part, suffix in ((SCALE, "scales"), (ZERO_POINT, "qzeros")):
         if part not in parts:
             reading.missing(plain, kind, suffix)
             return
-    shape = _shape(parts, layout)
+    layout, shape = next(((each, shape) for each in layouts if (shape := _shape(parts, each))), (layouts[0], None))
     if shape is None:
         stored = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts.values())
         reading.problems.add("encoded-malformed", quoted(name), name=quoted(name), kind=kind, found=stored)
