@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from qz.formats.folder import LocalFolder
 from qz.quantize.compute import kernels
 from qz.quantize.decoding.blocks import dequantized
 from qz.quantize.inspection.report import Inspection
+from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.methods import FourBit
 from reference import differing_tensors, tensors_of, transformers_model
 
@@ -207,6 +209,86 @@ def test_what_the_library_does_to_the_values_is_done(tmp_path: Path, architectur
     dequantized_model(file.parent, tmp_path / "output", dtype="float32")
     found = tensors_of(tmp_path / "output")
     assert found.keys() == expected.keys() - {"lm_head.weight"}
+    assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
+
+
+def write_other(file: Path, architecture: str, model: Any, settings: dict[str, int]) -> None:
+    """A model as llama.cpp arranges it, by the names that transformers has for its tensors."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
+
+    with untouched():
+        names = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS[architecture](config=model.config.to_dict()))
+    writer = gguf.GGUFWriter(file, architecture)
+    for key, value in settings.items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_token_list([f"<{number}>" for number in range(model.config.vocab_size)])
+    state = model.state_dict()
+    for name, own in names.items():
+        values = state[own].float().numpy()
+        if "_exps" in name and "gate_up" in own:  # which are one in the model
+            half = values.shape[1] // 2
+            values = values[:, :half] if "gate" in name else values[:, half:]
+        if architecture == "gpt2" and re.search(r"(?:qkv|down|up|attn_output)\.weight", name):
+            values = values.T
+        values = np.ascontiguousarray(values)
+        kind = Type.Q8_0 if values.ndim > 1 and values.shape[-1] % 32 == 0 else Type.F32
+        name = f"{name}.weight" if name.endswith("_exps") else name
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 64, "n_layer": 1, "n_head": 4},
+        {"n_embd": "embedding_length", "n_layer": "block_count", "n_head": "attention.head_count"},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {
+            "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4,
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        },
+        {
+            "d_model": "embedding_length", "d_kv": "attention.key_length", "d_ff": "feed_forward_length",
+            "num_layers": "block_count", "num_heads": "attention.head_count",
+        },
+    ),
+    "minimax-m2": (
+        "MiniMaxM2ForCausalLM",
+        {
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        },
+        {
+            "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+            "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+            "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
+            "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+        },
+    ),
+}  # fmt: skip
+"""Architecture → class, its arguments, and what those are called in a file."""
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_are_read_as_the_library_reads_them(tmp_path: Path, architecture: str) -> None:
+    import transformers
+
+    class_name, arguments, keys = OTHERS[architecture]
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**arguments, vocab_size=64))
+    (tmp_path / "source").mkdir()
+    file = tmp_path / "source/model.gguf"
+    write_other(file, architecture, model, {key: arguments[name] for name, key in keys.items()})
+    expected = model_class.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
+    dequantized_model(file.parent, tmp_path / "output", dtype="float32")
+    found = model_class.from_pretrained(tmp_path / "output").state_dict()
+    assert found.keys() == expected.keys()
     assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
 
 

@@ -36,7 +36,10 @@ try:
         get_gguf_hf_weights_map,
         load_gguf_checkpoint,
     )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
 except ImportError as error:
     raise Unsupported(
         f"transformers {transformers.__version__} reads GGUF files in another way than qz knows ({error}). Install one "
@@ -66,8 +69,9 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
             ) from error
     config: dict[str, Any] = json.loads(json.dumps(found, default=_plain_value)) | _sizes_of_experts(header, where)
     model_type = str(config.get("model_type"))
-    if "architectures" not in config and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    classes = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    if "architectures" not in config and model_type in classes:
+        named = classes[model_type]
         config["architectures"] = [named if isinstance(named, str) else named[0]]
     if "architectures" not in config or not _by_this_loader(architecture):
         raise Unsupported(
@@ -185,6 +189,10 @@ def _processed(processor: Any, values: Any, name: str, names: Mapping[str, str],
         result = processor.process(weights=values, name=name, tensor_key_mapping=names, parsed_parameters=kept)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise Unsupported(f"{where}: transformers cannot arrange {name} ({type(error).__name__}).") from error
+    if result.name is None and len(kept["tensors"]) == 1:  # put there by its name in the model
+        [(new_name, own)] = kept["tensors"].items()
+        if tuple(own.shape) == values.shape and np.array_equal(own.numpy(), values, equal_nan=True):
+            return None, new_name
     if kept["tensors"] or result.name is None:
         raise _merged(name, where)
     made = None if result.weights is values else result.weights
