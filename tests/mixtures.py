@@ -19,6 +19,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "max_position_embeddings": 512,
 }
 GROUPS: dict[str, Any] = {
     "intermediate_size": 128,

@@ -87,10 +87,12 @@ def t5(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
     )  # fmt: skip
 
 
-def vae(channels: int = 4) -> AutoencoderKL:
+def vae(channels: int = 4, halvings: int = 0) -> AutoencoderKL:
+    blocks = halvings + 1
     return AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, sample_size=32, use_quant_conv=False,
-        use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.3,
+        block_out_channels=(8,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks, norm_num_groups=4, latent_channels=channels, sample_size=32,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.3,
     )  # fmt: skip
 
 
@@ -108,8 +110,11 @@ def saved(pipeline: Any, folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def flux(folder: Path) -> Path:
-    """FLUX.1-dev: a transformer of two kinds of blocks, a CLIP encoder and a T5."""
+def flux(folder: Path, halvings: int = 0) -> Path:
+    """FLUX.1-dev: a transformer of two kinds of blocks, a CLIP encoder and a T5.
+
+    ``halvings``, of the picture's sides in its latents: 3 in the real one, which take fewest tokens a picture.
+    """
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = clip_tokenizer(folder.with_name("clip-files")), t5_tokenizer()
     transformer = FluxTransformer2DModel(
@@ -118,7 +123,7 @@ def flux(folder: Path) -> Path:
     )  # fmt: skip
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(1),
+        vae=vae(1, halvings),
         text_encoder=clip(tokenizer, 32, projected=False),
         tokenizer=tokenizer,
         text_encoder_2=t5(tokenizer_2, 64),

@@ -105,6 +105,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpt-oss") / "source"
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 100}
+    sizes |= {"max_position_embeddings": 512}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
     GptOssForCausalLM(GptOssConfig(**sizes, **heads)).bfloat16().save_pretrained(folder)
     state = load_file(folder / "model.safetensors")

@@ -193,7 +193,7 @@ def test_what_has_no_experts_or_odd_ones_is_refused(tiny_llama: Path, tmp_path: 
         Settings(Int8(), experts=True)
     config = transformers.MixtralConfig(
         vocab_size=32, hidden_size=40, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=512,
     )  # fmt: skip
     transformers.MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "odd")
     with pytest.raises(Unsupported, match="no whole number of blocks"):

@@ -7,7 +7,7 @@ import pytest
 from fuzz_files import TARGETS, fuzz
 
 BUILDS = "classes"
-"""Takes a library and tens of milliseconds each time."""
+"""Takes a library and tens of milliseconds each time; seconds where a number is so large that a process of its own does it."""
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != BUILDS])
@@ -18,7 +18,7 @@ def test_1000_mutated_files_of_each_kind_are_read_or_refused(name: str, monkeypa
 
 def test_mutated_configs_are_built_from_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QZ_CACHE", "")
-    assert fuzz(BUILDS, seed=20, count=200) == 200
+    assert fuzz(BUILDS, seed=20, count=50) == 50
 
 
 @pytest.mark.fuzz

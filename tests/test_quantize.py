@@ -295,7 +295,7 @@ def test_llama4_is_refused_because_transformers_cannot_load_what_it_saves() -> N
 
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128, "head_dim": 16}
     counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
-    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **counts, vocab_size=100))
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **counts, vocab_size=100, max_position_embeddings=512))
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
