@@ -7,7 +7,7 @@ import pytest
 from fuzz_files import TARGETS, fuzz
 
 BUILDS = "classes"
-"""Takes a library and tens of milliseconds each time; seconds where a number is so large that a process of its own does it."""
+"""Takes a library and tens of milliseconds each time; seconds where a number is so large that a process is started."""
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != BUILDS])
