@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qz.quantize.compute.devices import arithmetic_on, as_cuda, cores_as_cuda, has_enough_cores, prewarm_cuda
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
-from qz.quantize.libraries.importing.gpu_driver import compute_capability
 from qz.quantize.planning.sources import packed_parts
 
 if TYPE_CHECKING:
@@ -60,10 +58,8 @@ def quantizing_tasks(plans: Iterable[Plan]) -> set[tuple[str, str]]:
 
 
 def prewarm(settings: Settings) -> None:
-    """Wake the GPU that will compute while the libraries are imported, or only ask which there is if it hardly will."""
+    """Wake the GPU while the libraries are imported, unless it hardly will compute."""
     method = settings.method
     is_plain = method is not None and not method.double_quant and settings.scales == "absmax"
-    if settings.device == "auto" and is_plain and has_enough_cores():
-        threading.Thread(target=compute_capability, daemon=True).start()
-    else:
+    if settings.device != "auto" or not is_plain or not has_enough_cores():
         prewarm_cuda(settings.device)

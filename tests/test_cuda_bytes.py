@@ -37,7 +37,7 @@ def as_the_kernel_says(block: Any, quant_type: str) -> tuple[list[int], Any]:
     values = flushed(block)
     absmax = np.abs(values).max()
     with np.errstate(all="ignore"):
-        scaled = flushed(values * cuda_tables.reciprocals(np.array([absmax]))[0])
+        scaled = cuda_tables.product(values, cuda_tables.reciprocals(np.array([absmax])))
     if quant_type == "nf4":
         return [sum(bool(x > bound) for bound in tables.bounds("nf4")) for x in scaled], absmax
     bounds = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
@@ -129,8 +129,10 @@ def test_the_cores_take_what_they_are_known_to_write_like_any_gpu(tiny_llama: Pa
     plan = plan_of(tiny_llama, "nf4")
     assert quantizing_tasks([plan]) == {("nf4", "BF16")}
     assert as_cuda({("nf4", "BF16")}, (12, 0)) == Cpu(bytes_of="cuda")
-    for task in (("nf4", "F16"), ("nf4", "F32"), ("fp4", "BF16"), ("int8", "F16")):
+    for task in (("nf4", "F16"), ("fp4", "BF16"), ("int8", "F16"), ("int8", "F32")):
         assert as_cuda({("nf4", "BF16"), task}, (12, 0)) is None
+        assert as_cuda({("nf4", "BF16"), task}, (9, 0)) == Cpu(bytes_of="cuda")
+    assert as_cuda({("nf4", "F32")}, (9, 0)) is None
     assert quantizing_tasks([plan_of(tiny_llama, "nf4-double")]) == set(), "its sums are those of the GPU"
     assert quantizing_tasks([replace(plan, method=None)]) == set()
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qz.quantize.compute import tables
 from qz.quantize.compute.once import once
 
-MEASURED: Final[tuple[tuple[int, int], ...]] = ()
+MEASURED: Final = ((9, 0),)
 """Compute capabilities whose reciprocals are ``reciprocal_steps``."""
 _TINY: Final = np.float32(2.0**-126)
 """The smallest normal float32."""
@@ -27,8 +27,19 @@ _FP4_BOUNDS: Final = np.array(
     [0, 0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], np.float32
 )
 """``dQuantizeFP4``: magnitudes above them take the next code. What is below zero has a sign, the first code too."""
-_STEPS_UP: Final = ""
-_STEPS_DOWN: Final = ""
+_STEPS_UP: Final = (
+    "00106800000080000000001060c0400000201840000000000018400060000008"
+    "0800000000a0c0000000002000001000201810c0404001004620100040802050"
+    "01c0900110001800000000000000100001b000101801000c0000088000000000"
+    "00007400050401000000000000aa000400000090800080000080001804000000"
+)
+_STEPS_DOWN: Final = (
+    "0202000080020002020403800000000301000000800090000000021400000000"
+    "0000200100000000040000040000000000004001000000140000006000000000"
+    "0000000000020000000000000200000000000000000000000000000000010000"
+    "00010000000000000000000000000000000000000000022c0400000000002080"
+)
+"""A bit for each of the 1024: measured on one H100, for every exponent the same."""
 
 
 def is_known(method: str, dtype: str, capability: tuple[int, int] | None) -> bool:
@@ -99,8 +110,16 @@ def cut_points(quant_type: str, dtype: str) -> npt.NDArray[np.int16]:
 
 
 def _scaled(bits: npt.NDArray[np.int32], inverse: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _flushed(_flushed(tables.magnitudes(dtype)[bits]) * inverse)
+    return product(_flushed(tables.magnitudes(dtype)[bits]), inverse)
+
+
+def product(values: npt.NDArray[np.float32], inverse: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Zero where the magnitude is below the smallest normal number once its 24 bits are rounded, not as subnormal."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        exact = values.astype(np.float64) * inverse
+        rounded = exact.astype(np.float32)
+    flushed: npt.NDArray[Any] = np.where(np.abs(exact) < _TINY * (1 - 2.0**-25), np.float32(0), rounded)
+    return flushed
 
 
 def _flushed(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -92,9 +92,7 @@ def block_backend() -> ModuleType:
     if os.environ.get("QZ_KERNELS") != "torch":
         with suppress(Exception):  # whatever it is, the others compute the same bytes
             module = importlib.import_module("qz.quantize.compute.cpu.block_kernels")
-            module.quantize_4bit(
-                np.zeros(64, np.uint16), "BF16", "nf4", np.empty(32, np.uint8), np.empty(1, np.float32)
-            )
+            module.require_working()
             return module
     return backend()
 

@@ -10,7 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
-from qz import UsageError
+from qz import TryAgain, UsageError
 from qz.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ def once_more_if_lost(convert: Callable[P, Converted]) -> Callable[P, Converted]
 
     @wraps(convert)
     def converted(*arguments: P.args, **named: P.kwargs) -> Converted:
-        from qz.formats.publish.destination import UploadsLost
-
         try:
             return convert(*arguments, **named)
-        except UploadsLost:
+        except TryAgain as error:
+            from qz.formats.publish.destination import UploadsLost
+
+            if not isinstance(error, UploadsLost):
+                raise
             return convert(*arguments, **named)
 
     return converted

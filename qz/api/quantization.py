@@ -92,6 +92,10 @@ def quantize(
     """
     asked = Asked.of(quantize, locals() | ({"scales": None} if scales == "absmax" else {}))
     on_progress(Progress("Reading headers"))
+    from qz.quantize.libraries.importing.gpu_driver import ask_meanwhile
+
+    if device == "auto" and not dry_run:
+        ask_meanwhile()
     from qz.formats.checkpoint.pipeline import pipeline_class
     from qz.formats.folder import is_pipeline
     from qz.formats.output.storage.disk import Disk

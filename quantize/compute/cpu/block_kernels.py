@@ -47,6 +47,11 @@ def quantize_4bit_as_cuda(
     return nonfinite(values, dtype) if bad else (0, -1)
 
 
+def require_working() -> None:
+    """Raise whatever llvmlite raises where it is not as it was."""
+    _compiled("nf4", False)
+
+
 def nonfinite(values: _Array, dtype: str) -> tuple[int, int]:
     """How many values are not finite, and the index of the first."""
     bad = np.flatnonzero((values & np.uint16(0x7FFF)) >= tables.infinity_bits(dtype))

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import sys
+import threading
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,12 +26,26 @@ def may_have_a_gpu() -> bool:
     return True
 
 
-@cache
+def ask_meanwhile() -> None:
+    """Begin to find out ``compute_capability`` in a thread: the driver takes a third of a second to start."""
+    if may_have_a_gpu():
+        threading.Thread(target=compute_capability, daemon=True).start()
+
+
 def compute_capability() -> tuple[int, int] | None:
     """Of the first GPU that CUDA programs see; None where there is none, or torch is not built for CUDA.
 
-    Makes no context, so it takes no memory there and hardly any time.
+    Makes no context, so it takes no memory there.
     """
+    with _asking:
+        return _compute_capability()
+
+
+_asking = threading.Lock()
+
+
+@cache
+def _compute_capability() -> tuple[int, int] | None:
     if not _is_torch_built_for_cuda():
         return None
     try:
