@@ -13,6 +13,8 @@ from qz.formats.decoded import CODES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qz.formats.decoded import Decoded
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -97,12 +99,13 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedBlocks:
-    """The values of all parts, in ggml's blocks of each, one after the other; parts are named as of a ``Joined``."""
+class Pieces:
+    """The values of ``tensors``, each stored in a form of its own, one after the other; all of their parts are those of
+    the whole."""
 
     computed: ClassVar[bool] = True
 
-    blocks: tuple[Blocks, ...]
+    tensors: tuple[Decoded, ...]
 
 
 def joined_part(number: int) -> str:
@@ -117,4 +120,4 @@ class Identity:
     computed: ClassVar[bool] = False
 
 
-Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks | Joined | JoinedBlocks | Identity
+Encoding = Grid | Columns | TransposedBlocks | Strided | Blocks | Joined | Pieces | Identity

@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import save_file
 
 from commands import run
-from original_names import ltx_names, sd3_names
+from original_names import State, ltx_names, sd3_names
 from qz import Unsupported, UsageError
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
@@ -35,7 +35,7 @@ IN_FULL = ("SD3Transformer2DModel", "LTXVideoTransformer3DModel", "WanTransforme
 """Classes that are compared through the command; of the others, the conversion."""
 
 
-def random(specs: dict[str, TensorSpec]) -> dict[str, torch.Tensor]:
+def random(specs: dict[str, TensorSpec]) -> State:
     torch.manual_seed(0)
     return {name: torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for name, spec in specs.items()}
 
@@ -84,7 +84,7 @@ def test_a_folder_becomes_the_file_that_its_original_becomes(made: Made, tmp_pat
     assert run(verify, tmp_path / "made", against=str(made.folder))["intact"]
 
 
-def test_8_bit_floats_are_read_where_they_are_put_together_and_not_without_their_scales(tmp_path: Path) -> None:
+def test_8_bit_floats_are_read_where_they_are_put_together(tmp_path: Path) -> None:
     name = "SD3Transformer2DModel"
     model = denoiser(name)
     model.save_config(tmp_path / "config")
@@ -99,10 +99,55 @@ def test_8_bit_floats_are_read_where_they_are_put_together_and_not_without_their
     report = run(quantize, tmp_path / "fp8.safetensors", config=str(tmp_path / "config"), output=tmp_path / "made")
     assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
     assert report["dtype"] == "bfloat16"
-    scales = {key.replace(".weight", ".scale_weight"): torch.ones(1) for key in codes if key.endswith("qkv.weight")}
-    save_file({**codes, **scales}, tmp_path / "scaled.safetensors")
-    with pytest.raises(Unsupported, match=r"has scales of 8-bit floats \('joint_blocks\.0\.context_block\.attn\.qkv"):
-        run(quantize, tmp_path / "scaled.safetensors", config=str(tmp_path / "config"), output=tmp_path / "none")
+
+
+def in_scaled_8_bit_floats(state: State, form: str) -> tuple[State, State]:
+    """Matrices as ComfyUI stores them, and what they stand for; as transformers' fp8 where ``form`` is blocks."""
+    stored, values = dict(state), dict(state)
+    for name in [name for name, tensor in state.items() if tensor.ndim == 2 and name.endswith(".weight")]:
+        weight = state[name].float()
+        height = 32 if form == "blocks" and weight.shape[0] % 32 == 0 else weight.shape[0]
+        tall = weight.reshape(-1, height * weight.shape[1])
+        scales = tall.abs().amax(1) / 448
+        codes = (tall / scales[:, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
+        values[name] = (codes.float().reshape(tall.shape) * scales[:, None]).reshape(weight.shape)
+        path = name.removesuffix("weight")
+        stored[name] = codes
+        if form == "blocks":
+            stored[f"{name}_scale_inv"] = scales[:, None]
+        elif form == "scale_weight":
+            stored |= {f"{path}scale_weight": scales[0], f"{path}scale_input": torch.ones(())}
+        else:
+            said = torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+            stored |= {f"{name}_scale": scales[0], f"{path}comfy_quant": said.clone()}
+    return stored | ({"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if form == "scale_weight" else {}), values
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("SD3Transformer2DModel", "scale_weight"),
+        ("SD3Transformer2DModel", "blocks"),
+        ("ZImageTransformer2DModel", "comfy_quant"),
+        ("WanTransformer3DModel", "scale_weight"),
+    ],
+)
+def test_8_bit_floats_with_scales_are_what_they_stand_for(name: str, form: str, tmp_path: Path) -> None:
+    """Also where diffusers' converter would lose the scales, or splits a matrix and not its scale."""
+    model = denoiser(name)
+    model.save_config(tmp_path / "config")
+    stored, values = in_scaled_8_bit_floats(random(original_specs(name, specs_of(model), "")), form)
+    save_file(stored, tmp_path / "scaled.safetensors")
+    wanted = getattr(diffusers, name).from_single_file(values, config=str(tmp_path / "config"))
+    wanted.to(torch.float32).save_pretrained(tmp_path / "plain")
+    config = str(tmp_path / "config")
+    for layout in ("diffusers", "single-file"):
+        asked: dict[str, Any] = {"layout": layout, "dtype": "bfloat16"}
+        run(quantize, tmp_path / "plain", output=tmp_path / f"{layout}-wanted", **asked)
+        report = run(quantize, tmp_path / "scaled.safetensors", output=tmp_path / layout, config=config, **asked)
+        assert any("quantized already, with fp8" in warning for warning in report["warnings"])
+    assert differing_tensors(tmp_path / "diffusers-wanted", tmp_path / "diffusers") == []
+    assert differing_tensors(tmp_path / "single-file-wanted", tmp_path / "single-file") == []
 
 
 def narrow(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:

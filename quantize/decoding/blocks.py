@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.decoded import CODES, Decoded
-from qz.formats.encodings import Blocks, JoinedBlocks, joined_part
+from qz.formats.encodings import Blocks
 from qz.quantize.compute import kernels
 from qz.quantize.compute.tables import widen
 from qz.quantize.decoding.codes import Floats
@@ -44,16 +43,16 @@ class BlocksReader:
         if blocks.arrange is not None:
             return self.parts.rounded(self._arranged()[start:stop], target, memory)
         if blocks.rows is None:
-            return self.parts.rounded(self.values(start, stop, memory), target, memory)
+            return self.parts.rounded(self._values(start, stop, memory), target, memory)
         rows = np.frombuffer(blocks.rows, np.int64)[start // self.row : stop // self.row]
         values = memory("decoded", (stop - start) * 4).view(np.float32).reshape(-1, self.row)
         for first, last, place in _runs(rows):
-            values[place : place + last - first] = self.values(first * self.row, last * self.row, memory).reshape(
+            values[place : place + last - first] = self._values(first * self.row, last * self.row, memory).reshape(
                 -1, self.row
             )
         return self.parts.rounded(values, target, memory)
 
-    def values(self, start: int, stop: int, memory: Memory) -> Floats:
+    def _values(self, start: int, stop: int, memory: Memory) -> Floats:
         """Values as they are stored, in float32."""
         stored, blocks = self.tensor.parts[CODES], self.blocks
         first, last = start // blocks.values * blocks.width, -(-stop // blocks.values) * blocks.width
@@ -72,28 +71,6 @@ class BlocksReader:
                 arranged = np.ascontiguousarray(self.blocks.arrange(values), np.float32)
                 self.whole = arranged.reshape(-1)
             return self.whole
-
-
-class JoinedBlocksReader:
-    """Whole blocks of whichever part has the largest; a read touches the parts that it lies in."""
-
-    def __init__(self, folder: Folder, tensor: Decoded, joined: JoinedBlocks) -> None:
-        self.whole = Parts(folder, tensor)
-        self.unit = math.lcm(*(blocks.values for blocks in joined.blocks))
-        self.readers: list[tuple[int, BlocksReader]] = []
-        for number, blocks in enumerate(joined.blocks):
-            part = tensor.parts[joined_part(number)]
-            alone = Decoded(part.name, tensor.dtype, part.shape, {CODES: part}, blocks)
-            self.readers.append((math.prod(part.shape), BlocksReader(folder, alone, blocks)))
-
-    def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
-        values, begins = memory("decoded", (stop - start) * 4).view(np.float32), 0
-        for count, reader in self.readers:
-            low, high = max(start, begins), min(stop, begins + count)
-            if low < high:
-                values[low - start : high - start] = reader.values(low - begins, high - begins, memory)
-            begins += count
-        return self.whole.rounded(values, target, memory)
 
 
 def dequantized(codes: Bytes, blocks: Blocks) -> Floats:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qz.formats.decoded import Decoded
-from qz.formats.encodings import Blocks, Columns, Grid, Identity, Joined, JoinedBlocks, Strided
-from qz.quantize.decoding.blocks import BlocksReader, JoinedBlocksReader
+from qz.formats.encodings import Blocks, Columns, Grid, Identity, Joined, Pieces, Strided
+from qz.quantize.compute.arrays import elements
+from qz.quantize.decoding.blocks import BlocksReader
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader
 from qz.quantize.decoding.identity import IdentityReader
 from qz.quantize.decoding.joined import JoinedReader
+from qz.quantize.decoding.pieces import PiecesReader
 from qz.quantize.decoding.strided import StridedReader
 from qz.quantize.decoding.transposed_blocks import TransposedBlocksReader
 
@@ -42,8 +44,11 @@ def decoding_reader(folder: Folder, tensor: Decoded) -> Reader:
         return StridedReader(folder, tensor, tensor.encoding)
     if isinstance(tensor.encoding, Joined):
         return JoinedReader(folder, tensor)
-    if isinstance(tensor.encoding, JoinedBlocks):
-        return JoinedBlocksReader(folder, tensor, tensor.encoding)
+    if isinstance(tensor.encoding, Pieces):
+        pieces = tensor.encoding.tensors
+        return PiecesReader(
+            [decoding_reader(folder, each) for each in pieces], [elements(each.shape) for each in pieces]
+        )
     if isinstance(tensor.encoding, Identity):
         return IdentityReader(tensor)
     return TransposedBlocksReader(folder, tensor)

@@ -58,5 +58,6 @@ def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
         tensors={**{name: file.tensors[name] for name in left}, **own},  # what the class has no use for will be told
         header_metadata={file.name: dict(file.metadata)},
         encoded_as=file.encoded_as,
+        left_out=file.left_out,
         original=dict(file.tensors),
     )

@@ -155,8 +155,8 @@ class _Found:
         place = configs.path.name if isinstance(configs, LocalFolder) else configs.location
         notes += [f"{name} is not in the file: taken from {place}" for name in elsewhere]
         notes.append(f"settings, tokenizers and configs come from {place}")
-        if left:
-            notes.append(f"{counted(len(left), 'tensor')} of the file not used: {shown(map(quoted, left))}")
+        if unused := [*left, *self.file.left_out]:
+            notes.append(f"{counted(len(unused), 'tensor')} of the file not used: {shown(map(quoted, unused))}")
         return Pipeline(
             self.configs,
             class_name,

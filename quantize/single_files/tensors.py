@@ -11,12 +11,13 @@ from qz import Unsupported
 from qz.counted import counted
 from qz.formats.checkpoint.gguf import survey_gguf
 from qz.formats.checkpoint.problems import require_none
-from qz.formats.checkpoint.survey import StoredTensor, survey_file
+from qz.formats.checkpoint.survey import Checkpoint, StoredTensor, survey_file
 from qz.formats.decoded import CODES, Decoded
 from qz.formats.encodings import Identity, Joined, Strided, joined_part
 from qz.formats.folder import Folder
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.safetensors import BITS
+from qz.formats.sources.encoded import plain_checkpoint
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TensorSpec, torch_name
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class OriginalFile:
     tensors: Mapping[str, StoredTensor | Decoded]
     metadata: Mapping[str, str]
     encoded_as: str | None = None
+    left_out: tuple[str, ...] = ()
+    """What was no weight, as in ``Checkpoint``."""
 
     @property
     def location(self) -> str:
@@ -84,9 +87,9 @@ class OriginalFile:
     def stored_as(self, name: str, converted: Converted) -> StoredTensor | Decoded:
         """A tensor of the model as it lies in the file."""
         if any(isinstance(self.tensors[each], Decoded) for each in converted.sources):
-            from qz.quantize.single_files.gguf import of_blocks
+            from qz.quantize.single_files.encoded import put_together
 
-            return of_blocks(name, converted, self.tensors, self.location)
+            return put_together(name, converted, self.tensors, self.location)
         dtype = {name: own for own, name in FLOATS_8.items()}.get(converted.dtype) or SAFETENSORS_NAMES[converted.dtype]
         return _stored_as(name, dtype, converted, self)
 
@@ -100,8 +103,11 @@ def read_original(folder: Folder, file: str) -> OriginalFile:
         return OriginalFile(folder, file, checkpoint.tensors, {}, checkpoint.encoded_as)
     stored, metadata, problems = survey_file(folder, file)
     require_none(folder.location, problems, but=("original-layout",))
-    tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, StoredTensor)}
-    return OriginalFile(folder, file, tensors, metadata)
+    if not any(map(_SCALE.fullmatch, stored)):
+        return OriginalFile(folder, file, stored, metadata)
+    alone = Checkpoint(folder, {}, "diffusers", None, None, (file,), {file: folder.sizes()[file]}, stored)
+    plain = plain_checkpoint(alone)
+    return OriginalFile(folder, file, plain.tensors, metadata, plain.encoded_as, plain.left_out)
 
 
 def without_prefix(name: str) -> str:
