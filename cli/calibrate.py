@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from qz.quantize.calibration.run import Calibration
 
 
-LOSSES = {"kl": "KL divergence in nats a token", "cosine": "1 − cosine of mean hidden states"}
+LOSSES = {
+    "kl": "KL divergence in nats a token",
+    "cosine": "1 − cosine of mean hidden states",
+    "output": "squared relative error of the output",
+}
 
 
 def calibrate(
@@ -103,9 +107,9 @@ def report(found: Calibration) -> list[tuple[str, str]]:
     rows.append(("statistics", found.output))
     if found.hessian_files:
         rows.append(("Hessians", f"{counted(len(found.hessian_files), 'file')} beside it, {size(found.hessian_bytes)}"))
-    if found.scores is not None:
-        scores = found.scores
-        rows.append(("all as " + scores.method, f"{LOSSES[scores.loss]} {scores.total:.4g}"))
+    for name, scores in {**found.component_scores, **({"": found.scores} if found.scores is not None else {})}.items():
+        whose = f"{name}, " if name else ""
+        rows.append((f"{whose}all as {scores.method}", f"{LOSSES[scores.loss]} {scores.total:.4g}"))
         most = sorted(scores.of, key=lambda name: -scores.of[name])[:3]
-        rows.append(("most sensitive", ", ".join(name.removesuffix(".weight") for name in most)))
+        rows.append((f"{whose}most sensitive", ", ".join(name.removesuffix(".weight") for name in most)))
     return [*rows, ("time", took(found.seconds, f"{found.device} in {found.dtype}", found.bytes_read))]

@@ -106,7 +106,7 @@ def plan_conversion(
         plan = planned(request)
     if settings.chooses_layers and plan.quantized:
         again = lambda paths: planned(replace(request, skips=(*request.skips, *paths)))  # noqa: E731
-        plan = with_kept_layers(plan, settings, again, None if pipeline else score_file(settings))
+        plan = with_kept_layers(plan, settings, again, score_file(settings, component, pipeline=pipeline))
     return replace(plan, refinement=refinement(plan, settings, component, pipeline=pipeline))
 
 

@@ -12,6 +12,7 @@ from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
 from qz.quantize.adapters.placement import Placement, placements
+from qz.quantize.calibration.score_file import refuse_unscored
 from qz.quantize.convert import plan_quantization
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
@@ -136,9 +137,11 @@ def _plan_chosen(pipeline: Pipeline, settings: Settings, method: Method) -> Pipe
 def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings) -> PipelinePlan:
     """The plan for ``settings.target_size``."""
     refuse_settings(settings)
+    refuse_unscored(settings, (choice.name for choice in choices if choice.method is not None))
 
     def planned(choice: Choice, size: int | None) -> Plan:
-        own = replace(settings, target_size=size, split_groups=settings.split_groups and size is not None)
+        chooses = {"target_size": size} if size else {"target_size": None, "scores": None, "split_groups": False}
+        own = replace(settings, **chooses)
         return _plan(choice, _own_settings(choice, own))
 
     found = fit(pipeline, choices, settings, planned)

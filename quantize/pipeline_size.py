@@ -37,8 +37,6 @@ def refuse_settings(settings: Settings) -> None:
     """Raise UsageError for what is about one model."""
     if settings.max_loss is not None:
         raise UsageError("--max-loss is about one model, and this is a pipeline. Name a component with --subfolder.")
-    if settings.scores is not None:
-        raise UsageError("--scores describe one model, and this is a pipeline. Name its component with --subfolder.")
 
 
 def fit(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned) -> Fitted:

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 
 import pipelines
@@ -176,6 +177,76 @@ def test_the_seed_decides_what_is_drawn(flux: Path, root: Path, tmp_path: Path) 
     assert not np.array_equal(one.sums[embedder].sum2, other.sums[embedder].sum2)
 
 
+@pytest.fixture(scope="module")
+def scored(flux: Path, root: Path) -> Path:
+    """Statistics of the denoiser with scores."""
+    given: dict[str, Any] = {"text": root / "prompts.txt", **DRAWN}
+    api.calibrate(flux, root / "scored.safetensors", subfolder="transformer", scores=True, **given)
+    return root / "scored.safetensors"
+
+
+def test_a_denoisers_score_is_what_its_output_loses_when_bitsandbytes_quantizes_a_part_alone(
+    flux: Path, scored: Path
+) -> None:
+    file = read_statistics(scored)
+    assert file.scores is None
+    scores = file.component_scores["transformer"]
+    pipeline, calls = whole(flux), []
+    model = pipeline.transformer
+    keep = lambda _, __, given, found: calls.append((dict(given), found[0].double()))  # noqa: E731
+    hook = model.register_forward_hook(keep, with_kwargs=True)
+    draw(pipeline, 0)
+    hook.remove()
+
+    def lost(names: list[str]) -> float:
+        before = {name: model.get_parameter(name).data.clone() for name in names}
+        for name, weight in before.items():
+            codes, state = quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4")
+            model.get_parameter(name).data.copy_(dequantize_4bit(codes, state).view_as(weight))
+        with torch.no_grad():
+            changes = [(model(**given)[0].double() - found, found) for given, found in calls]
+        for name, weight in before.items():
+            model.get_parameter(name).data.copy_(weight)
+        return sum(float(change.square().sum() / found.square().sum()) for change, found in changes) / len(calls)
+
+    assert (scores.loss, scores.method) == ("output", "nf4")
+    assert scores.total == pytest.approx(lost(list(scores.of)), rel=1e-2)
+    units: dict[str, list[str]] = {}
+    for name in scores.of:
+        units.setdefault(".".join(name.split(".")[:2]) if "blocks." in name else name, []).append(name)
+    for names in units.values():
+        assert sum(scores.of[name] for name in names) == pytest.approx(lost(names), rel=2e-2), names
+    assert len(units) < len(scores.of)
+    assert sum(scores.of.values()) == pytest.approx(scores.total, rel=0.2)
+
+
+def test_scores_of_its_denoiser_choose_what_a_pipeline_keeps(flux: Path, scored: Path, tmp_path: Path) -> None:
+    scores = read_statistics(scored).component_scores["transformer"]
+    most = max(scores.of, key=lambda name: scores.of[name]).removesuffix(".weight")
+    plain: Any = api.quantize(flux, dry_run=True, components=("transformer",), device="cpu")
+    target = int(plain.footprint_after + 0.3 * (plain.footprint_before - plain.footprint_after))
+    methods = {"text_encoder_2": None}
+    told: list[Any] = []
+    for how in ({"scores": scored}, {"importance": scored}, {}):
+        given: dict[str, Any] = {"target_size": target, "component_methods": methods, "dry_run": True, **how}
+        rows = api.quantize(flux, device="cpu", **given).as_json()["components"]
+        told.append(next(row["kept_layers"] for row in rows if row["name"] == "transformer"))
+    assert told[0] == told[1]
+    assert told[0]["scores"]["loss"] == "output"
+    assert most in told[0]["kept"]
+    assert told[0]["expected_loss"] < 0.5 * scores.total
+    assert told[2]["scores"] is None
+    alone: dict[str, Any] = {"subfolder": "transformer", "max_loss": 0.5 * scores.total, "device": "cpu"}
+    done: Any = api.quantize(flux, tmp_path / "kept", scores=scored, **alone)
+    assert most in done.kept_layers.kept
+    with pytest.raises(UsageError, match="no scores of text_encoder_2"):
+        api.quantize(flux, **{**alone, "subfolder": "text_encoder_2"}, scores=scored)
+    with pytest.raises(
+        UsageError, match=r"has scores of transformer, and none of what is quantized .*\(text_encoder_2\)"
+    ):
+        api.quantize(flux, scores=scored, target_size=target, components=("text_encoder_2",), device="cpu")
+
+
 class Killed(BaseException):
     """As a signal would end it: nothing of qz sees it."""
 
@@ -333,7 +404,7 @@ def test_what_cannot_be_drawn_is_refused_by_name(flux: Path, four_bit: Path, roo
     with pytest.raises(UsageError, match="fewer lines"):
         api.calibrate(flux, output, text=tmp_path / "many.txt", **DRAWN)
     wrong: dict[str, Any]
-    for wrong in ({"tokens": 9, "text": prompts}, {"generate": True}, {"scores": True, "text": prompts}):
+    for wrong in ({"tokens": 9, "text": prompts}, {"generate": True}):
         with pytest.raises(UsageError, match="models that read text"):
             api.calibrate(flux, output, **wrong, **DRAWN)
     with pytest.raises(UsageError, match="--steps 0"):

@@ -97,6 +97,12 @@ class BlockPass:
         self.answers: Iterator[Any] | None = None
         """What the loaded part returns, if an earlier run went through it."""
 
+    @property
+    def number(self) -> int:
+        """Of the batch whose forward asks."""
+        batch: _Batch = self.here.batch
+        return batch.number
+
     def run(self, batches: Iterable[Mapping[str, Any]], used: Callable[[int, Any], None] | None = None) -> None:
         """Run every batch; ``used`` is given its number and what its forward returns, one at a time.
 

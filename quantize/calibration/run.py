@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,8 @@ class Calibration:
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
     scores: Scores | None = None
+    component_scores: Mapping[str, Scores] = field(default_factory=dict)
+    """Of a pipeline's denoisers."""
     resumed: bool = False
     steps: int | None = None
     """Of a pipeline; ``sequences`` are its prompts, and ``tokens`` the most that came to a linear."""
@@ -116,8 +119,12 @@ class Calibration:
     """Bytes of a pipeline's weights that were in memory together."""
 
     def as_json(self) -> dict[str, Any]:
-        told = {name: value for name, value in asdict(self).items() if name not in ("dry_run", "scores")}
-        return told | {"scores": None if self.scores is None else scores_json(self.scores)}
+        others = ("dry_run", "scores", "component_scores")
+        told = {name: value for name, value in asdict(self).items() if name not in others}
+        return told | {
+            "scores": None if self.scores is None else scores_json(self.scores),
+            "component_scores": {name: scores_json(each) for name, each in self.component_scores.items()},
+        }
 
 
 def scores_json(scores: Scores) -> dict[str, Any]:
@@ -294,18 +301,12 @@ class _Run:
         from qz.quantize.compute.devices import arithmetic_on
         from qz.quantize.libraries.transformers.runnable import runnable
 
-        checkpoint = self.checkpoint
-        quantized = examine(
-            checkpoint, LoadRequest(method), equal=lambda one, other: equal_tensors(checkpoint, one, other)
-        )
-        model = runnable(checkpoint, class_name, torch.float32, device)
-        there = {f"{path}.weight" for path in model.linears}
-        names = list(dict.fromkeys(saved.weight.name for saved in quantized.saved if saved.weight.quantized))
-        return scores.score(
-            checkpoint,
+        model = runnable(self.checkpoint, class_name, torch.float32, device)
+        return scores.score_text(
+            self.checkpoint,
             model,
             first_tokens(rows, scores.TOKENS),
-            [name for name in names if name in there],
+            scores.quantized_names(self.checkpoint, model, method),
             method,
             arithmetic_on(self.request.device),
             self.progress,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from qz import UsageError
 from qz.quantize.calibration.imatrix import is_imatrix
 from qz.quantize.calibration.statistics import read_statistics
@@ -9,15 +11,36 @@ from qz.quantize.planning.kept_layers import ScoreFile
 from qz.quantize.settings import Settings
 
 
-def score_file(settings: Settings) -> ScoreFile | None:
-    """None where ``settings`` name none. Raises MissingInput, Malformed, and UsageError for a file without scores."""
+def score_file(settings: Settings, component: str = "", *, pipeline: bool = False) -> ScoreFile | None:
+    """None where ``settings`` name none, or the file has none of this component of a ``pipeline``.
+
+    Raises MissingInput, Malformed, and UsageError for a file without scores.
+    """
     file = settings.scores or settings.importance
     if file is None or (settings.scores is None and is_imatrix(file)):
         return None
     statistics = read_statistics(file)
-    found = statistics.scores
+    found = statistics.component_scores.get(component) or (None if pipeline else statistics.scores)
     if found is None:
-        if settings.scores is None:
+        if settings.scores is None or pipeline:
             return None
-        raise UsageError(f"{file} has no scores. Make it again with `qz calibrate --scores`, or leave out --scores.")
+        whose = f" of {component}" if statistics.component_scores and component else ""
+        raise UsageError(
+            f"{file} has no scores{whose}. Make it again with `qz calibrate --scores`, or leave out --scores."
+        )
     return ScoreFile(found, {"file": file.name, "sha256": statistics.sha256, **found.about()})
+
+
+def refuse_unscored(settings: Settings, components: Iterable[str]) -> None:
+    """Raise UsageError where ``--scores`` name a file that scores none of a pipeline's ``components``."""
+    if settings.scores is None:
+        return
+    statistics = read_statistics(settings.scores)
+    scored, wanted = sorted(statistics.component_scores), list(components)
+    if set(scored).isdisjoint(wanted):
+        of_one = "scores of one model" if statistics.scores is not None else "no scores"
+        has = f"scores of {', '.join(scored)}" if scored else of_one
+        raise UsageError(
+            f"{settings.scores} has {has}, and none of what is quantized of this pipeline ({', '.join(wanted)}). Make "
+            "it with `qz calibrate PIPELINE --scores`, or name one component with --subfolder."
+        )

@@ -1,9 +1,10 @@
 """How much of a model's loss each linear is to blame for, when all of them are quantized.
 
 A block's share is the loss of the answers when only this block is quantized. Its linears share that by the error of the
-block's output when only one of them is quantized: the mean over tokens of |Δ|² / |y|², y the output, Δ its change.
-Forward passes only, in float32, in one reading of the weights: the original, the model with one block quantized for
-each block, and the quantized model go through block after block together.
+block's output when only one of them is quantized: the mean over tokens of |Δ|² / |y|², y the output, Δ its change. A
+linear in no block is quantized alone like a block.
+Forward passes only, in float32, in one reading of the weights: the original, the models with one block quantized, and
+the quantized model go through block after block together.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,9 +25,12 @@ from qz.quantize.calibration.blocks import BlockPass, parts_of
 from qz.quantize.calibration.rounded import rounded
 from qz.quantize.calibration.weights import Weights
 from qz.quantize.compute.arithmetic import Arithmetic
+from qz.quantize.libraries.architecture import LoadRequest
+from qz.quantize.libraries.examine import examine
 from qz.quantize.libraries.transformers.runnable import Runnable, running
 from qz.quantize.methods import Method
-from qz.quantize.planning.sensitivity import Scores
+from qz.quantize.planning.sensitivity import LossName, Scores
+from qz.quantize.planning.unquantized import equal_tensors
 
 TOKENS = 2048
 """As many are enough: the scores of several texts agree."""
@@ -42,11 +46,15 @@ class _Call:
 class _Scorer:
     """Quantizes what each batch wants quantized, and scores the linears of a block when all have gone through it.
 
-    Batches: ``rows`` by the original, the first of ``rows`` with each block quantized, ``rows`` by the quantized model.
+    Batches: ``count`` inputs by the original, some of them with each unit quantized, all by the quantized model.
     """
 
     model: Runnable
-    rows: Sequence[list[int]]
+    count: int
+    some: Sequence[int]
+    """Numbers of the inputs that are tried with one unit quantized."""
+    states_of: Callable[[Any], torch.Tensor]
+    """What is compared of a block's output: [tokens, features]."""
     quantized: Callable[[str, torch.Tensor], torch.Tensor]
     blocks: Mapping[str, tuple[str, ...]]
     """Path → the weights in it that are quantized."""
@@ -55,49 +63,52 @@ class _Scorer:
     errors: dict[str, RelativeError] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
+    batch: Callable[[], int] = lambda: 0
     both: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
     """Of the part that is running, and of those outside: weight → its module, as it is, and quantized."""
-    batch: int = 0
     paused: bool = False
 
     @property
-    def batches(self) -> list[list[int]]:
-        return [*self.rows, *([self.rows[0]] * len(self.blocks)), *self.rows]
+    def units(self) -> dict[str, tuple[str, ...]]:
+        """What is quantized alone, by its path: blocks, and linears in no block."""
+        return {**self.blocks, **{_path(name): (name,) for name in self.outside}}
 
     @property
-    def block_of_batch(self) -> str | None:
-        """The block that the batch under way has quantized; None for the original and the quantized model."""
-        number = self.batch - len(self.rows)
-        return list(self.blocks)[number] if 0 <= number < len(self.blocks) else None
+    def inputs(self) -> list[int]:
+        """Of each batch."""
+        return [*range(self.count), *(list(self.some) * len(self.units)), *range(self.count)]
 
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the batch under way is of the quantized model."""
-        return self.batch >= len(self.rows) + len(self.blocks)
+    def alone(self, batch: int) -> str | None:
+        """The unit that a batch has quantized; None for the original and the quantized model."""
+        number = batch - self.count
+        return list(self.units)[number // len(self.some)] if 0 <= number < len(self.units) * len(self.some) else None
 
-    def watch(self) -> None:
-        """Begin to listen to the model."""
-        self.errors = {name: RelativeError() for names in (*self.blocks.values(), self.outside) for name in names}
+    def is_quantized(self, batch: int) -> bool:
+        """Whether a batch is of the quantized model."""
+        return batch >= self.count + len(self.units) * len(self.some)
+
+    def watch(self, batch: Callable[[], int]) -> None:
+        """Begin to listen to the model. ``batch``: the number of the one whose forward asks."""
+        self.batch = batch
+        self.errors = {name: RelativeError() for names in self.blocks.values() for name in names}
         for path in self.blocks:
             block = self.model.model.get_submodule(path)
             self.handles.append(block.register_forward_pre_hook(self._note, with_kwargs=True))
         for name in self.outside:
-            linear = self.model.linears[name.removesuffix(".weight")]
-            self.handles.append(linear.register_forward_pre_hook(self._before_outside(name)))
-            self.handles.append(linear.register_forward_hook(self._after_outside(name)))
+            linear = self.model.linears[_path(name)]
+            self.handles.append(linear.register_forward_pre_hook(self._before_outside(_path(name), name)))
 
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def entering(self, part: str, block: Any, batch: int) -> None:
-        self.batch = batch
         names = self.blocks.get(part, ())
         for name in names:
             if name not in self.both:
-                linear = block.get_submodule(name.removesuffix(".weight").removeprefix(f"{part}."))
+                linear = block.get_submodule(_path(name).removeprefix(f"{part}."))
                 self._know(name, linear)
-            self._set(name, quantized=self.is_quantized or self.block_of_batch == part)
+            self._set(name, quantized=self.is_quantized(batch) or self.alone(batch) == part)
 
     def leaving(self, part: str, block: Any) -> None:
         """Score the linears of a block."""
@@ -107,14 +118,17 @@ class _Scorer:
         with torch.inference_mode():
             for name in names:
                 self._set(name, quantized=False)
-            before = [_run(block, call) for call in calls] if names else []
+            before = [self._run(block, call) for call in calls] if names else []
             for name in names:
                 self._set(name, quantized=True)
                 for call, expected in zip(calls, before, strict=True):
-                    self.errors[name].add(expected, _run(block, call))
+                    self.errors[name].add(expected, self._run(block, call))
                 self._set(name, quantized=False)
                 del self.both[name]
         self.paused = False
+
+    def _run(self, block: Any, call: _Call) -> torch.Tensor:
+        return self.states_of(block(*copies(call.args), **copies(call.kwargs)))
 
     def _know(self, name: str, linear: Any) -> None:
         instead = torch.nn.Parameter(self.quantized(name, linear.weight), requires_grad=False)
@@ -125,44 +139,56 @@ class _Scorer:
         linear.weight = instead if quantized else original
 
     def _note(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.paused and self.batch < len(self.rows):
-            self.calls.append(_Call(_copied(args), _copied(kwargs)))
+        if not self.paused and self.batch() < self.count:
+            self.calls.append(_Call(copies(args), copies(kwargs)))
 
-    def _before_outside(self, name: str) -> Callable[..., None]:
+    def _before_outside(self, path: str, name: str) -> Callable[..., None]:
         def hook(linear: Any, _: Any) -> None:
-            if not self.paused:
-                if name not in self.both:
-                    self._know(name, linear)
-                self._set(name, quantized=self.is_quantized)
-
-        return hook
-
-    def _after_outside(self, name: str) -> Callable[..., None]:
-        """Linears in no block are scored by their own output."""
-
-        def hook(linear: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if self.paused or self.batch >= len(self.rows):
-                return
-            self.paused = True
-            self._set(name, quantized=True)
-            self.errors[name].add(output.flatten(0, -2), linear(*args).flatten(0, -2))
-            self._set(name, quantized=False)
-            self.paused = False
+            if name not in self.both:
+                self._know(name, linear)
+            self._set(name, quantized=self.is_quantized(self.batch()) or self.alone(self.batch()) == path)
 
         return hook
 
     def shares(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """Weight → its share of the loss of its block; outside of blocks, as much for its error as in them."""
-        of_blocks = {path: sum(self.errors[name].mean for name in names) for path, names in self.blocks.items()}
-        found = {}
-        for path, names in self.blocks.items():
-            for name in names:
-                found[name] = max(losses[path], 0.0) * self.errors[name].mean / (of_blocks[path] or 1.0)
-        each = sum(max(loss, 0.0) for loss in losses.values()) / (sum(of_blocks.values()) or 1.0)
-        return found | {name: each * self.errors[name].mean for name in self.outside}
+        """Weight → its share of the loss of its block; of a linear in no block all of its own."""
+        found: dict[str, float] = {}
+        for path, names in self.units.items():
+            errors = {name: self.errors[name].mean if path in self.blocks else 1.0 for name in names}
+            of_all = sum(errors.values()) or 1.0
+            found |= {name: max(losses[path], 0.0) * error / of_all for name, error in errors.items()}
+        return found
 
 
-def score(
+class Judge(Protocol):
+    """Keeps what the original makes of each input, by its number, and tells how much another loses of it."""
+
+    loss: LossName
+    tokens: int
+    """Of all that the original made."""
+
+    def keep(self, number: int, answer: Any) -> None: ...
+    def lost(self, number: int, answer: Any) -> float: ...
+
+
+class TextJudge:
+    """The KL divergence of predictions, or 1 − cosine of mean states; answers wait in the folder ``place``."""
+
+    def __init__(self, model: Runnable, rows: Sequence[list[int]], place: Path, where: str) -> None:
+        self.model, self.rows, self.place, self.where = model, rows, place, where
+        self.tokens = sum(map(len, rows))
+        self.loss: LossName = "kl" if model.head is not None else "cosine"
+
+    def keep(self, number: int, answer: Any) -> None:
+        keep(self.place, number, answered(self.model, answer, self.where))
+
+    def lost(self, number: int, answer: Any) -> float:
+        found = Divergence()
+        add(found, self.model, self.place, number, answered(self.model, answer, self.where), self.rows[number])
+        return (found.kl or found.cosine)[0]
+
+
+def score_text(
     checkpoint: Checkpoint,
     model: Runnable,
     rows: Sequence[list[int]],
@@ -171,10 +197,40 @@ def score(
     arithmetic: Arithmetic,
     progress: OnProgress,
 ) -> Scores:
+    """Scores of the weights ``names`` of a model that reads ``rows`` of token ids. Raises what reading and running
+    raise."""
+    with tempfile.TemporaryDirectory(prefix="qz-") as place:
+        judge = TextJudge(model, rows, Path(place), checkpoint.folder.location)
+        inputs = [model.arguments(torch.tensor([row])) for row in rows]
+        weights = Weights(checkpoint, model)
+        return score(weights, inputs, (0,), judge, states_of, names, method, arithmetic, progress)
+
+
+def quantized_names(checkpoint: Checkpoint, model: Runnable, method: Method) -> list[str]:
+    """The linears' weights that ``method`` quantizes."""
+    found = examine(checkpoint, LoadRequest(method), equal=lambda one, other: equal_tensors(checkpoint, one, other))
+    there = {f"{path}.weight" for path in model.linears}
+    names = dict.fromkeys(saved.weight.name for saved in found.saved if saved.weight.quantized)
+    return [name for name in names if name in there]
+
+
+def score(
+    weights: Weights,
+    inputs: Sequence[Mapping[str, Any]],
+    some: Sequence[int],
+    judge: Judge,
+    states: Callable[[Any], torch.Tensor],
+    names: Sequence[str],
+    method: Method,
+    arithmetic: Arithmetic,
+    progress: OnProgress,
+) -> Scores:
     """Scores of the weights ``names``, and what is lost when all of them are quantized by ``method``.
 
-    ``rows``: sequences of token ids. Raises what reading and running raise.
+    ``inputs``: arguments of the model's forward; ``some``: numbers of those that each block is tried alone on.
+    ``states``: what is compared of a block's output, [tokens, features]. Raises what reading and running raise.
     """
+    model, where = weights.runnable, weights.checkpoint.folder.location
     transposed = {name for name in names if _is_conv1d(model, name)}
 
     def quantized(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -183,9 +239,10 @@ def score(
     inside = {part: tuple(name for name in names if name.startswith(f"{part}.")) for part in parts_of(model.model)}
     blocks = {part: own for part, own in inside.items() if own}
     in_blocks = {name for own in blocks.values() for name in own}
-    scorer = _Scorer(model, rows, quantized, blocks, tuple(name for name in names if name not in in_blocks))
-    whole, alone = Divergence(), {path: Divergence() for path in blocks}
-    where = checkpoint.folder.location
+    outside = tuple(name for name in names if name not in in_blocks)
+    scorer = _Scorer(model, len(inputs), some, states, quantized, blocks, outside)
+    whole: list[float] = []
+    alone: dict[str, list[float]] = {path: [] for path in scorer.units}
     visited: list[str] = []
 
     def tell(part: str) -> None:
@@ -193,56 +250,44 @@ def score(
         progress(Progress("Scoring", len(visited), len(steps.parts), unit="block"))
 
     def used(number: int, answer: Any) -> None:
-        scorer.batch = number
-        values = answered(model, answer, where)
-        if number < len(rows):
-            keep(place, number, values)
-        elif scorer.is_quantized:
-            number -= len(rows) + len(blocks)
-            add(whole, model, place, number, values, rows[number])
+        which = scorer.inputs[number]
+        if number < len(inputs):
+            judge.keep(which, answer)
+        elif scorer.is_quantized(number):
+            whole.append(judge.lost(which, answer))
         else:
-            add(alone[str(scorer.block_of_batch)], model, place, 0, values, rows[0])
+            alone[str(scorer.alone(number))].append(judge.lost(which, answer))
 
-    weights = Weights(checkpoint, model)
     steps = BlockPass(model.model, weights, tell, model.head, scorer.entering, scorer.leaving)
-    with tempfile.TemporaryDirectory(prefix="qz-") as name, running(type(model.model).__name__, where):
-        place = Path(name)
-        scorer.watch()
+    with running(type(model.model).__name__, where):
+        scorer.watch(lambda: steps.number)
         try:
             weights.load_rest(steps.parts)
-            steps.run((model.arguments(torch.tensor([row])) for row in scorer.batches), used)
+            steps.run((copies(inputs[each]) for each in scorer.inputs), used)
         finally:
             scorer.close()
-    losses = {path: _loss(found) for path, found in alone.items()}
-    return Scores(
-        scorer.shares(losses),
-        method.name,
-        "kl" if whole.kl else "cosine",
-        _loss(whole),
-        sum(map(len, rows)),
-    )
+    shares = scorer.shares({path: _mean(found) for path, found in alone.items()})
+    return Scores(shares, method.name, judge.loss, max(_mean(whole), 0.0), judge.tokens)
 
 
-def _loss(divergence: Divergence) -> float:
-    found = divergence.kl or divergence.cosine
-    return max(sum(found) / len(found), 0.0)
+def _mean(found: Sequence[float]) -> float:
+    return sum(found) / len(found)
 
 
 def _is_conv1d(model: Runnable, weight: str) -> bool:
-    return not isinstance(model.linears[weight.removesuffix(".weight")], torch.nn.Linear)
+    return not isinstance(model.linears[_path(weight)], torch.nn.Linear)
 
 
-def _run(block: Any, call: _Call) -> torch.Tensor:
-    """What a block makes of its hidden states, [tokens, features]."""
-    return states_of(block(*_copied(call.args), **_copied(call.kwargs)))
+def _path(weight: str) -> str:
+    return weight.removesuffix(".weight")
 
 
-def _copied(value: Any) -> Any:
-    """Tensors of their own, as blocks may write into what they are given."""
+def copies(value: Any) -> Any:
+    """Tensors of their own, as models and blocks may write into what they are given."""
     if torch.is_tensor(value):
         return value.clone()
     if isinstance(value, tuple | list):
-        return type(value)(_copied(each) for each in value)
+        return type(value)(copies(each) for each in value)
     if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
+        return {key: copies(each) for key, each in value.items()}
     return value

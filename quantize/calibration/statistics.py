@@ -11,7 +11,8 @@ Hessians lie in files beside it, named in its metadata under ``hessians``, a JSO
 the sum over all tokens of the outer product of the input with itself. Its diagonal is ``in_sum2``.
 
 Scores of sensitivity (``qz.quantize.calibration.scores``) are ``NAME.score``, F32 [], and in the metadata under
-``scores`` a JSON object: ``method``, ``loss`` (kl or cosine), ``total`` and ``tokens``.
+``scores`` a JSON object: ``method``, ``loss`` (kl, cosine or output), ``total`` and ``tokens``; of a pipeline's
+denoisers such an object by the component's name, under ``components``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
-from qz.quantize.planning.sensitivity import Scores
+from qz.quantize.planning.sensitivity import LossName, Scores
 
 FORMAT = "qz-importance"
 VERSION = "1"
@@ -73,6 +74,8 @@ class Statistics:
     metadata: Mapping[str, str] = field(default_factory=dict)
     folder: Folder | None = field(default=None, compare=False)
     scores: Scores | None = None
+    component_scores: Mapping[str, Scores] = field(default_factory=dict)
+    """Of a pipeline's denoisers, each by the weights' names in it."""
 
     @property
     def tokens(self) -> int:
@@ -125,7 +128,8 @@ def read_statistics(path: Path) -> Statistics:
     if missing:
         raise _malformed(f"{path} needs {missing[0]} beside it, which is missing")
     scores = _scores(folder, path, header)
-    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder, scores)
+    own = scores.pop("", None)
+    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder, own, scores)
 
 
 def write_statistics(
@@ -135,6 +139,7 @@ def write_statistics(
     hessians: Mapping[str, HessianPlace] | None = None,
     hessian_files: Mapping[str, str] | None = None,
     scores: Scores | None = None,
+    component_scores: Mapping[str, Scores] | None = None,
 ) -> None:
     """Write the file at ``path``, replacing one that is there, at once. ``hessian_files``: name → SHA-256.
 
@@ -151,6 +156,11 @@ def write_statistics(
     if scores is not None:
         tensors |= {name + SCORE: np.array(score, np.float32) for name, score in scores.of.items()}
         told["scores"] = json.dumps(scores.about())
+    elif component_scores:
+        for component, own in component_scores.items():
+            tensors |= {f"{component}/{name}{SCORE}": np.array(score, np.float32) for name, score in own.of.items()}
+        about = {component: each.about() for component, each in component_scores.items()}
+        told["scores"] = json.dumps({"components": about})
     _write(path, tensors, told)
 
 
@@ -202,26 +212,37 @@ def _sums(folder: Folder, path: Path, header: Header, info: TensorInfo, counts: 
     return InputSums(values, tokens)
 
 
-def _scores(folder: Folder, path: Path, header: Header) -> Scores | None:
-    """The file's scores, if it has some. Raises Malformed for any that are none."""
+def _scores(folder: Folder, path: Path, header: Header) -> dict[str, Scores]:
+    """The file's scores by component, those of one model under "". Raises Malformed for any that are none."""
     infos = {name.removesuffix(SCORE): info for name, info in header.tensors.items() if name.endswith(SCORE)}
     if "scores" not in header.metadata:
         if infos:
             raise _malformed(f"{path} has scores, and does not say of what")
-        return None
+        return {}
     told = read_json(header.metadata["scores"].encode(), f"{path}: scores")
-    method, loss, total, tokens = (told.get(key) for key in ("method", "loss", "total", "tokens"))
-    known = method in ("nf4", "fp4", "int8") and loss in ("kl", "cosine") and type(tokens) is int
-    if not known or not isinstance(total, int | float) or not 0 <= total < float("inf"):
-        raise _malformed(f"{path} does not say of what its scores are")
-    of = {}
+    components = told.get("components")
+    parts = components if isinstance(components, dict) else {"": told}
+    found: dict[str, dict[str, float]] = {component: {} for component in parts}
     for name, info in infos.items():
         if info.dtype != "F32" or info.shape not in ((), (1,)):
             raise _malformed(f"{path}: the score of {quoted(name)} is {info.dtype} {list(info.shape)}, not F32 []")
-        of[name] = float(_read(folder, path.name, header, info).view(np.float32)[0])
-        if not 0 <= of[name] < float("inf"):
-            raise _malformed(f"{path}: the score of {quoted(name)} is {of[name]}")
-    return Scores(of, str(method), "kl" if loss == "kl" else "cosine", float(total), int(str(tokens)))
+        score = float(_read(folder, path.name, header, info).view(np.float32)[0])
+        if not 0 <= score < float("inf"):
+            raise _malformed(f"{path}: the score of {quoted(name)} is {score}")
+        component, _, weight = name.partition("/") if parts is components else ("", "", name)
+        if component not in found:
+            raise _malformed(f"{path} does not say of what the score of {quoted(name)} is")
+        found[component][weight] = score
+    return {component: _told_scores(of, parts[component], path) for component, of in found.items()}
+
+
+def _told_scores(of: Mapping[str, float], told: Any, path: Path) -> Scores:
+    values = told if isinstance(told, dict) else {}
+    method, loss, total, tokens = (values.get(key) for key in ("method", "loss", "total", "tokens"))
+    known = method in ("nf4", "fp4", "int8") and loss in get_args(LossName) and type(tokens) is int
+    if not known or not isinstance(total, int | float) or not 0 <= total < float("inf"):
+        raise _malformed(f"{path} does not say of what its scores are")
+    return Scores(of, str(method), cast("LossName", loss), float(total), int(str(tokens)))
 
 
 def check_sums(values: NDArray[np.floating[Any]], tokens: float, where: str) -> None:

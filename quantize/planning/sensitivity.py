@@ -25,6 +25,10 @@ AT_THE_ENDS = 2.0
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.")
 
 
+LossName = Literal["kl", "cosine", "output"]
+"""KL divergence in nats a token, 1 − cosine of a sequence's mean hidden states, |Δ|² / |y|² of a denoiser's output."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How sensitive each weight is to being quantized, and what is lost when all are."""
@@ -33,8 +37,7 @@ class Scores:
     """Weight → its share of the loss, ≥ 0."""
     method: str
     """nf4, fp4 or int8."""
-    loss: Literal["kl", "cosine"]
-    """What ``total`` is: KL divergence in nats a token, or 1 − cosine of a sequence's mean hidden states."""
+    loss: LossName
     total: float
     """The loss when all of these weights are quantized."""
     tokens: int

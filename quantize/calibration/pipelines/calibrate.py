@@ -21,13 +21,16 @@ from qz.quantize.calibration.pipelines.denoising import Drawing, Drawn, draw
 from qz.quantize.calibration.pipelines.prompts import prompts_of
 from qz.quantize.calibration.pipelines.replay import replay
 from qz.quantize.calibration.pipelines.resume import CallStore, of_component
+from qz.quantize.calibration.pipelines.scores import score_denoisers
 from qz.quantize.calibration.recorder import Recorder
 from qz.quantize.calibration.resume import BlockStore
 from qz.quantize.calibration.run import Calibration, CalibrationRequest, token_warnings
 from qz.quantize.calibration.statistics import HessianPlace, InputSums, write_statistics
 from qz.quantize.calibration.unfinished import Unfinished, unfinished
+from qz.quantize.compute.devices import arithmetic_on
 from qz.quantize.compute.run_device import run_device
 from qz.quantize.libraries.examine import library_versions
+from qz.quantize.planning.sensitivity import Scores
 from qz.quantize.planning.unquantized import refuse_quantized
 
 STEPS = 4
@@ -72,6 +75,7 @@ def calibrate(
             recorder = _record(models, name, drawn, files, progress)
             sums |= {f"{name}/{weight}": each for weight, each in recorder.input_sums().items()}
             places |= files.places({f"{name}/{one}": f"{name}/{first}" for one, first in recorder.first.items()})
+        scores = _scores(models, drawn, only, request, progress)
         refuse_existing(request.output)
         told = {
             "architecture": models.class_name,
@@ -81,7 +85,7 @@ def calibrate(
             "seed": str(drawing.seed),
             "text": "default" if request.text is None else "own",
         }
-        write_statistics(request.output, sums, told, places, files.hashes)
+        write_statistics(request.output, sums, told, places, files.hashes, component_scores=scores)
         kept.remove()
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
         tokens = max((each.tokens for each in sums.values()), default=0)
@@ -101,6 +105,7 @@ def calibrate(
             models.bytes_read,
             time.monotonic() - begun,
             (*whole_warnings(drawn.whole), *token_warnings(tokens, unseen, hessians=request.hessians)),
+            component_scores=scores,
             resumed=kept.count > 0,
             steps=drawing.steps,
             resolution=drawn.resolution,
@@ -154,6 +159,21 @@ def _draw(
         for weight, each in recorder.input_sums().items()
     }
     return drawn, sums
+
+
+def _scores(
+    models: Models, drawn: Drawn, only: str | None, request: CalibrationRequest, progress: OnProgress
+) -> dict[str, Scores]:
+    """Of the denoisers, if they are asked for. Raises Unsupported where there is none that can be scored."""
+    if request.scores is None:
+        return {}
+    found = score_denoisers(models, drawn, only, request.scores, arithmetic_on(request.device), progress)
+    if not found:
+        raise Unsupported(
+            f"{models.where}: {models.class_name} has no denoiser that is run block by block and quantized, so that "
+            "there is nothing to score. Leave out --scores."
+        )
+    return found
 
 
 def _record(models: Models, name: str, drawn: Drawn, files: HessianFiles, progress: OnProgress) -> Recorder:

@@ -27,6 +27,7 @@ from qz.quantize.calibration.pipelines.calibrate import dtype_in, whole_warnings
 from qz.quantize.calibration.pipelines.components import Models, opened_models
 from qz.quantize.calibration.pipelines.denoising import Call, Drawing, Drawn, draw
 from qz.quantize.calibration.pipelines.replay import replay
+from qz.quantize.calibration.pipelines.states import states_of
 from qz.quantize.compute.run_device import run_device
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.planning.unquantized import refuse_quantized
@@ -148,7 +149,7 @@ def _measures(original: Pipeline, other: Pipeline, only: str | None) -> dict[str
 
 def _denoisers(models: Models, drawn: Drawn, only: str | None) -> list[str]:
     """The models of diffusers that were called. Raises Unsupported where ``only`` was not, or there is none."""
-    found = [name for name in drawn.calls if models.weights[name].checkpoint.library == "diffusers"]
+    found = [name for name in drawn.calls if models.is_denoiser(name)]
     found = [name for name in found if only in (None, name)]
     if not found:
         raise Unsupported(f"{models.where}: {models.class_name} draws without {only or 'a denoiser'}.")
@@ -185,29 +186,6 @@ def _outputs(
         for hook in hooks:
             hook.remove()
     return [found[number] for number in sorted(found)]
-
-
-def states_of(output: Any) -> torch.Tensor:
-    """All states that a model or block of diffusers returns, [tokens, features]: of pictures, texts or both.
-
-    Channels of pictures and videos, the second of four dimensions and more, are features.
-    """
-    values = (output,) if torch.is_tensor(output) else output.values() if hasattr(output, "values") else output
-    tensors = [each for each in _flat(values) if each.is_floating_point() and each.ndim > 1]
-    if not tensors:
-        raise Unsupported(f"a block returns no hidden states, but {type(output).__name__}")
-    states = [(each.movedim(1, -1) if each.ndim > 3 else each).flatten(0, -2) for each in tensors]
-    return torch.cat([each for each in states if each.shape[-1] == states[0].shape[-1]])
-
-
-def _flat(values: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for each in values if isinstance(values, Sequence) or hasattr(values, "__iter__") else ():
-        if torch.is_tensor(each):
-            found.append(each)
-        elif type(each) in (list, tuple):
-            found += _flat(each)
-    return found
 
 
 Pair = tuple[Any, torch.Tensor, torch.Tensor]

@@ -46,6 +46,10 @@ class Models:
     def model(self, component: str) -> Any:
         return self.weights[component].runnable.model
 
+    def is_denoiser(self, component: str) -> bool:
+        """Whether it is a model of diffusers: those are called to denoise, or to help with it."""
+        return self.weights[component].checkpoint.library == "diffusers"
+
     @property
     def bytes_read(self) -> int:
         return sum(each.bytes_read for each in self.weights.values())
@@ -80,7 +84,7 @@ def opened_models(pipeline: Pipeline, dtype: torch.dtype, device: torch.device) 
             f"diffusers {diffusers.__version__} has no class {pipeline.class_name}, which {where} asks for."
         )
     weights = {
-        each.name: _readable(plain_checkpoint(each.checkpoint), dtype, device)
+        each.name: weights_of(plain_checkpoint(each.checkpoint), dtype, device)
         for each in pipeline.components
         if each.checkpoint is not None
     }
@@ -104,7 +108,8 @@ def plain_dtype(component: Component) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(max(counts, key=lambda each: counts[each]), "float32")
 
 
-def _readable(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
+def weights_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
+    """A component that can be run; what bitsandbytes quantized of it is dequantized when it is read."""
     sources = given = None
     if "quantization_config" in checkpoint.config:
         sources, given = as_plain(checkpoint, quantized_weights(checkpoint))

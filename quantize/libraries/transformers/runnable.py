@@ -55,7 +55,8 @@ class Runnable:
     @property
     def head(self) -> Any:
         """The linear layer that makes logits of the last hidden states, or None."""
-        head = self.model.get_output_embeddings()
+        ask = getattr(self.model, "get_output_embeddings", None)  # a model of diffusers has no head
+        head = ask() if ask is not None else None
         return head if isinstance(head, torch.nn.Linear) else None
 
     @property
