@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qz.counted import counted
+from qz.formats.checkpoint.adapter_file import CONFIG as ADAPTER_CONFIG
 from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
@@ -252,6 +253,7 @@ def summarize(
             *architecture.notes,
             *_encoded(plan),
             *_left_out(plan),
+            *_adapter(plan),
             *consumer_warnings(plan),
             *(plan.refinement.notes if plan.refinement is not None else ()),
             *(plan.kept_layers.notes if plan.kept_layers is not None else ()),
@@ -300,6 +302,15 @@ def _left_out(plan: Plan) -> tuple[str, ...]:
     if not files:
         return ()
     return (f"left out, as no loader reads it: {files}" + (f" and {more} more files" if more > 0 else ""),)
+
+
+def _adapter(plan: Plan) -> tuple[str, ...]:
+    """What is told of an adapter beside the model, which transformers loads with it wherever PEFT is installed."""
+    folder = plan.checkpoint.folder
+    if ADAPTER_CONFIG not in folder.sizes() or folder.named_file is not None or plan.method is None or plan.adapters:
+        return ()
+    told = f"the adapter of {ADAPTER_CONFIG} is not in the output, which is of the model without it"
+    return (f"{told}. To have it fused, run this again with `--lora` and the folder or repository of the adapter",)
 
 
 def _encoded(plan: Plan) -> tuple[str, ...]:

@@ -252,6 +252,23 @@ def test_a_missing_output_layer_is_no_model_without_a_head(tmp_path: Path) -> No
     assert "handled as a LlamaModel: the weights lack the head of LlamaForCausalLM" in summary.warnings
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_names_under_the_prefix_of_a_wrapper_are_told_as_such(prefix: str, tmp_path: Path) -> None:
+    source = saved(llama(), tmp_path / "source")
+    weights = {prefix + name: weight for name, weight in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MalformedInput, match=rf"All names in the files begin with '{prefix}'"):
+        quantized(source, tmp_path / "output", "nf4")
+
+
+def test_an_adapter_beside_a_model_is_told_of(tmp_path: Path) -> None:
+    source = saved(llama(), tmp_path / "source")
+    assert not any("adapter" in warning for warning in quantized(source, tmp_path / "plain", "nf4").warnings)
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somewhere"}')
+    summary = quantized(source, tmp_path / "output", "nf4")
+    assert any("adapter_config.json is not in the output" in warning for warning in summary.warnings)
+
+
 def redux() -> Any:
     return diffusers.ReduxImageEncoder(redux_dim=64, txt_in_features=64)
 
@@ -341,6 +358,16 @@ def test_the_dtype_is_the_one_of_what_the_class_does_not_keep_in_float32(tmp_pat
     assert summary.dtype == "bfloat16"
     diffusers_model(diffusers.WanTransformer3DModel, source, "nf4", torch.bfloat16).save_pretrained(reference)
     assert differing_tensors(reference, tmp_path / "output") == []
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_checkpoint_in_float64_is_cast_to_the_dtype_of_its_config(method: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    llama().double().save_pretrained(source)
+    with pytest.raises(Unsupported, match=r"stored as F64 and would have to be quantized.*--dtype"):
+        quantized(source, tmp_path / "output", method)
+    change(source, dtype="float16")
+    same_as_the_library(transformers.AutoModelForCausalLM, source, tmp_path / "output", method)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 4)], ids=["a scalar", "no values"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qz import Unsupported
+from qz.formats.malformed import quoted
 from qz.quantize.methods import Method
 
 if TYPE_CHECKING:
@@ -214,15 +215,25 @@ def skip_list(skips: Skips, request: LoadRequest) -> list[str] | None:
     return list(dict.fromkeys([*defaults, *request.skips]))
 
 
-def checked(missing: set[str], mismatched: list[str], class_name: str, where: str) -> None:
-    """Raise MalformedInput if tensors of the class are missing or have another shape."""
+def checked(missing: set[str], mismatched: list[str], class_name: str, where: str, stored: Iterable[str] = ()) -> None:
+    """Raise MalformedInput if tensors of the class are missing or have another shape. ``stored``: the files' names."""
     from qz import MalformedInput
 
     if not missing and not mismatched:
         return
     lines = [f"missing: {name}" for name in sorted(missing)] + [f"wrong shape: {text}" for text in sorted(mismatched)]
     shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
-    raise MalformedInput(
-        f"{where} does not fit {class_name}: {shown}. Check `architectures` or `_class_name` in config.json, "
-        "or download the checkpoint again."
-    )
+    advice = "Check `architectures` or `_class_name` in config.json, or download the checkpoint again."
+    if prefix := _wrapper(missing, list(stored)):
+        advice = (
+            f"All names in the files begin with {quoted(prefix)}, as a wrapper makes them (DistributedDataParallel, "
+            "torch.compile). Save the model that is inside of it, or take that off the names."
+        )
+    raise MalformedInput(f"{where} does not fit {class_name}: {shown}. {advice}")
+
+
+def _wrapper(missing: set[str], stored: list[str]) -> str:
+    """What all stored names begin with, if a name that the class misses follows it; empty otherwise."""
+    name = min(missing, default="")
+    prefix = next((each.removesuffix(name) for each in stored if name and each.endswith(f".{name}")), "")
+    return prefix if all(each.startswith(prefix) for each in stored) else ""

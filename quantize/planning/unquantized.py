@@ -27,7 +27,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
         raise Unsupported(f"{where} is already quantized with {method}{bits}. {hint}")
     for tensor in checkpoint.tensors.values():
-        if tensor.dtype.startswith(("F8", "F4", "F6")):
+        if tensor.dtype.startswith(("F8_", "F4", "F6_")):
             raise Unsupported(
                 f"{where} holds {tensor.dtype} weights ({tensor.name}); bitsandbytes quantizes 16- and 32-bit floats "
                 "only. Start from the bfloat16 weights of this model."

@@ -56,6 +56,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         ],
         class_name,
         checkpoint.folder.location,
+        tensors,
     )
     selection = select(model, request, fp32)
 

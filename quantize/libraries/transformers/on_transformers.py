@@ -80,7 +80,8 @@ def examine(
     with MetaStacks():
         origins = find_origins(model, tensors)
     transposed_weights = find_transposed(model, origins, tensors)
-    checked(missing, [text for name, text in mismatched.items() if name not in transposed_weights], class_name, where)
+    others = [text for name, text in mismatched.items() if name not in transposed_weights]
+    checked(missing, others, class_name, where, tensors)
     elsewhere = packed_elsewhere(model, origins, tensors)
     load_dtype = _name(model.config.dtype)
     selection = select(model, request)
