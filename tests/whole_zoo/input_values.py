@@ -36,6 +36,7 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
         (r"num_frames|frame_rate|fps", lambda: 1),
         (r"return_loss|return_dict|do_\w+|is_\w+", lambda: False),
         (r"class_labels|labels|lang_ids", lambda: torch.tensor([0])),
+        (r"(?:image|pixel)_position_ids", lambda: torch.cartesian_prod(*[torch.arange(SIDE)] * 2).unsqueeze(0)),
         (r"\w*position_ids", lambda: torch.arange(LENGTH).unsqueeze(0)),
         (r"bbox", lambda: torch.ones(1, LENGTH, 4, dtype=torch.long)),
         (r"question_positions", lambda: torch.tensor([[1]])),
@@ -47,8 +48,12 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
         (r"added_cond_kwargs", dict),
         (r"encoder_(?:hidden_states_)?(?:attention_)?mask|text_mask|encoder_hidden_states_mask",
          lambda: torch.ones(1, text, dtype=torch.long)),
+        (r"past_values_padding", lambda: torch.zeros(1, past_length(sizes))),
+        (r"past_observed_\w+", lambda: torch.ones(1, past_length(sizes))),
+        (r"past_time_features", lambda: random_values(1, past_length(sizes), int(sizes.get("num_time_features") or 0))),
         (r"\w*mask|\w*padding", lambda: torch.ones(1, LENGTH, dtype=torch.long)),
-        (r"past_values|past_observed_\w+", lambda: random_values(1, LENGTH)),
+        (r"past_values", lambda: random_values(1, past_length(sizes))),
+        (r"freq", lambda: torch.zeros(1, 1, dtype=torch.long)),
         (r"visual_feats", lambda: random_values(1, TEXT, int(sizes.get("visual_feat_dim") or width))),
         (r"visual_pos", lambda: random_values(1, TEXT, 4)),
         (r"inputs_embeds", lambda: random_values(1, LENGTH, hidden if is_count(hidden) else width)),
@@ -61,6 +66,12 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
             found = value()
             return [found[0]] if "list[" in annotation.lower() and torch.is_tensor(found) and found.ndim == 3 else found
     return random_values(1, LENGTH, width) if "Tensor" in annotation and not known else None
+
+
+def past_length(sizes: dict[str, Any]) -> int:
+    """Steps of a time series that a model looks back on."""
+    length = sizes.get("context_length") or sizes.get("prediction_length")
+    return (length if is_count(length) else LENGTH) + max(sizes.get("lags_sequence") or [0])
 
 
 def _side(sizes: dict[str, Any]) -> int:

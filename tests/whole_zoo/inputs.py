@@ -12,7 +12,7 @@ import linecache
 import re
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from whole_zoo.input_values import LENGTH, SIDE, by_name, is_count, random_values
+from whole_zoo.guesses import guesses
+from whole_zoo.input_values import by_name, is_count, random_values
 
 TRIES, SECONDS = 90, 5.0
 """Attempts, and CPU time, for one model."""
@@ -60,14 +61,14 @@ class Inputs:
 def inputs_that_run(model: Any) -> Inputs:
     """The first arguments that the model takes and that give an output."""
     end = time.process_time() + SECONDS
-    last = "no input known"
+    reasons: dict[str, None] = {}
     sizes = _sizes(model)
     parameters = inspect.signature(model.forward).parameters
-    for guess in islice(_guesses(model, parameters, sizes), TRIES):
+    for guess in islice(guesses(model, parameters, sizes), TRIES):
         values = dict(guess)
         for _ in range(MENDS):
             if time.process_time() > end:
-                return Inputs(None, f"no input found: {last}")
+                return Inputs(None, _told(reasons))
             try:
                 Inputs(values).run(model)
                 return Inputs(values)
@@ -75,14 +76,62 @@ def inputs_that_run(model: Any) -> Inputs:
                 last = " ".join(f"{type(error).__name__}: {error}".split())[:100]
                 if not _mended(values, error, parameters, sizes):
                     break
-    return Inputs(None, f"no input found: {last}")
+        reasons[last] = None
+    return Inputs(None, _told(reasons))
+
+
+def _told(reasons: Iterable[str]) -> str:
+    return f"no input found: {'; '.join([*reasons][:3])}"
 
 
 def _mended(
     values: dict[str, Any], error: Exception, parameters: Mapping[str, inspect.Parameter], sizes: dict[str, Any]
 ) -> bool:
-    missing = _with_missing(values, error, parameters, sizes)
-    return missing or with_width(values, str(error)) or _with_axes(values, error)
+    return (
+        _with_placeholders(values, str(error), parameters, sizes)
+        or _without_cache(values, error, parameters)
+        or _with_missing(values, error, parameters, sizes)
+        or with_width(values, str(error))
+        or _with_axes(values, error)
+    )
+
+
+def _with_placeholders(
+    values: dict[str, Any], message: str, parameters: Mapping[str, inspect.Parameter], sizes: dict[str, Any]
+) -> bool:
+    """Put a token into the text for each feature of a picture or sound, as the class counts them."""
+    found = re.search(r"(\w+) features.* tokens.* tokens: (?P<tokens>\d+),? features:? (?P<features>\d+)", message)
+    if found is None or "input_ids" not in values:
+        return False
+    wanted = int(found["features"])
+    if int(found["tokens"]) == wanted:  # of features, it counts the numbers
+        wanted //= sizes["hidden_size"]
+    kinds = dict.fromkeys([found[1].lower(), "image", "audio"])
+    names = [f"{kind}_{part}" for kind in kinds for part in ("token_id", "token_index")] + [
+        "media_placeholder_token_id"
+    ]
+    token = next((sizes[name] for name in names if is_count(sizes.get(name))), None)
+    if token is None:
+        return False
+    old = values["input_ids"]
+    text, marks = old[old != token], torch.full((wanted,), token)
+    ids = torch.cat([text[:2], marks, text[2:]]).unsqueeze(0)
+    for name in [name for name, value in values.items() if torch.is_tensor(value) and value.shape == old.shape]:
+        del values[name]  # a mask, for one; given again where it is missed
+    values["input_ids"] = ids
+    if "mm_token_type_ids" in parameters:
+        values["mm_token_type_ids"] = (ids == token).long()
+    return True
+
+
+def _without_cache(values: dict[str, Any], error: Exception, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Ask for no cache where it is in the way: that of a model without a layer of attention, for one."""
+    taken = "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    frames = traceback.extract_tb(error.__traceback__)
+    if "use_cache" in values or not taken or not any(frame.filename.endswith("cache_utils.py") for frame in frames):
+        return False
+    values["use_cache"] = False
+    return True
 
 
 def _with_axes(values: dict[str, Any], error: Exception) -> bool:
@@ -155,21 +204,6 @@ def failing_lines(found: TracebackType | None) -> list[str]:
     return statements[:3]
 
 
-def _guesses(
-    model: Any, parameters: Mapping[str, inspect.Parameter], sizes: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    required = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    if hasattr(model, "main_input_name"):
-        yield from _of_transformers(model, parameters, required, sizes)
-    else:
-        yield from _of_diffusers(parameters, required, sizes)
-
-
 def _sizes(model: Any) -> dict[str, Any]:
     """The numbers of a config by name, those of nested configs too where the name is not taken."""
     config = model.config
@@ -183,121 +217,6 @@ def _sizes(model: Any) -> dict[str, Any]:
             elif value is not None and isinstance(key, str):
                 found.setdefault(key, value)
     return found
-
-
-def _of_transformers(
-    model: Any, parameters: Mapping[str, inspect.Parameter], required: list[str], sizes: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """The main input, then what there is beside it: a decoder's tokens, a text for the picture, a picture alone."""
-    ids = torch.arange(5, 5 + LENGTH).unsqueeze(0) % max(min(sizes.get("vocab_size", 99), 99), 6)
-    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in parameters else {}
-    others = {name: value for name in required if (value := by_name(name, sizes, parameters[name])) is not None}
-    images = list(_images(sizes))
-    sounds = list(_sounds(sizes))
-    mains: list[dict[str, Any]] = (
-        [{required[0]: patches} for patches in _patches(sizes)] if "grid_thw" in others else []
-    )
-    for name in dict.fromkeys([model.main_input_name, "input_ids", "pixel_values", "input_features", "input_values"]):
-        if name not in parameters and name != model.main_input_name:
-            continue
-        if name.startswith("pixel_values"):
-            mains += [{name: image} for image in images]
-        elif name in ("input_features", "input_values", "audio_values"):
-            mains += [{name: sound} for sound in sounds]
-        else:
-            mains.append({name: ids if "ids" in name else random_values(1, LENGTH, 23)})
-    for main in mains:
-        for beside in ({}, decoder) if decoder else ({},):
-            yield {**others, **main, **beside}
-    if {"input_ids", "pixel_values"} <= parameters.keys():
-        for image in images:
-            yield {**others, "input_ids": ids, "pixel_values": image, **decoder}
-    if "inputs_embeds" in parameters and is_count(sizes.get("hidden_size")):
-        yield {**others, "inputs_embeds": random_values(1, LENGTH, sizes["hidden_size"])}
-    if {"input_ids", "bbox"} <= parameters.keys():
-        yield {**others, "input_ids": ids, "bbox": torch.ones(1, LENGTH, 4, dtype=torch.long)}
-    both = {"input_features", "input_values"}
-    if both <= parameters.keys():
-        for sound in sounds:
-            for features in sounds:
-                yield {**others, "input_values": sound, "input_features": features}
-
-
-def _images(sizes: dict[str, Any]) -> Iterator[torch.Tensor]:
-    channels = next((sizes[key] for key in ("num_channels", "in_channels", "in_chans") if is_count(sizes.get(key))), 3)
-    given = sizes.get("image_size", sizes.get("img_size", 32))
-    if isinstance(given, list | tuple) and len(given) == 2:
-        yield random_values(1, channels, *given)
-    given = given if isinstance(given, int) else given[0] if isinstance(given, list | tuple) else 32
-    frames = sizes.get("num_frames", 2)
-    frames = frames if isinstance(frames, int) else 2
-    for side in dict.fromkeys((given, 32, 64, 224)):
-        yield random_values(1, channels, side, side)
-    for count in dict.fromkeys((frames, 1, 2)):
-        yield random_values(1, count, channels, given, given)
-    yield random_values(1, 1, 1, channels, given, given)
-    for side in (32, 64):
-        yield random_values(1, 3, side, side)
-
-
-def _patches(sizes: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The pixels of a picture's patches, a row for each."""
-    channels = next((sizes[key] for key in ("in_channels", "num_channels", "in_chans") if is_count(sizes.get(key))), 3)
-    patch, films = int(sizes.get("patch_size") or 14), int(sizes.get("temporal_patch_size") or 1)
-    yield random_values(SIDE * SIDE, channels * films * patch * patch)
-    yield random_values(SIDE * SIDE, channels, patch, patch)
-
-
-def _sounds(sizes: dict[str, Any]) -> Iterator[torch.Tensor]:
-    mels = next((sizes[key] for key in ("num_mel_bins", "n_mels", "feature_size", "input_size") if key in sizes), 29)
-    mels = mels if isinstance(mels, int) else 29
-    positions = sizes.get("max_source_positions")
-    if isinstance(positions, int):
-        yield random_values(1, mels, 2 * positions)
-    yield random_values(1, 4000)
-    yield random_values(1, 1, 4000)
-    yield random_values(1, 64, mels)
-    yield random_values(1, mels, 64)
-    yield random_values(1, 1, 64, mels)
-    length = sizes.get("max_length", 1024)
-    yield random_values(1, length if isinstance(length, int) else 1024, mels)
-    yield random_values(1, 1, 1024, mels)
-    yield random_values(1, 6400)
-
-
-def _of_diffusers(
-    parameters: Mapping[str, inspect.Parameter], required: list[str], sizes: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """A picture, a film, a sequence as the first input, and for the others what their names say."""
-    first, *_ = [*required, *parameters]
-    channels = next(
-        (
-            sizes[key]
-            for key in ("in_channels", "in_visual_dim", "audio_in_channels", "c_in", "patch_latent_dim", "latent_dim")
-            if is_count(sizes.get(key))
-        ),
-        5,
-    )
-    side = sizes.get("sample_size")
-    side = side if isinstance(side, int) and side <= 64 else 2 * SIDE
-    shapes = [(1, LENGTH, channels), (1, channels, side, side), (1, channels, 2, side, side), (1, channels, LENGTH),
-              (1, channels, 1, side, side), (1, 5, channels, side, side), (1, channels), (LENGTH, channels),
-              (1, channels, 2 * SIDE, 2 * SIDE), (1, 3, 32, 32), (1, 3, 1, 32, 32), (1, 3, 9, 32, 32)]  # fmt: skip
-    common = [name for name in parameters if name not in required and _COMMON.fullmatch(name)]
-    plain = [name for name in common if name != "guidance" and "mask" not in name]
-    listed = "list" in str(parameters[first].annotation).lower()
-    for shape in shapes:
-        main = random_values(*shape)
-        for names in dict.fromkeys(map(tuple, (required, [*required, *plain], [*required, *common]))):
-            values = {name: by_name(name, sizes, parameters[name]) for name in names if name != first}
-            known = {name: value for name, value in values.items() if value is not None}
-            yield {first: [main[0]] if listed else main, **known}
-
-
-_COMMON = re.compile(
-    r"timesteps?|sigma|guidance|encoder_hidden_states\w*|pooled_projections|(?:img|txt|text|image)_ids|\w*attention_mask|"
-    r"encoder_hidden_states_mask|img_shapes|txt_seq_lens|class_labels|height|width|num_frames|controlnet_cond|cap_feats"
-)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 _LAYERS = re.compile(r"(?:.*(?:num|n)_(?:\w+_)?layers?|(?:\w+_)?(?:layers|depth|blocks))")
 _NOT_LAYERS = re.compile(
     r"kv_shared|feat_extract|adapter|dense|hash|intermediate|per_attn|skip|logits|post|conv|nextn|mtp"
@@ -31,10 +34,11 @@ _LEFT = re.compile(
 _EXPERTS = re.compile(r"(?:\w+_)?experts(?:_\d+)?")
 _VOCABULARY = re.compile(r".*vocab_size.*|n_vocab|.*codebook_size|num_codes|num_embeddings|n_tokens")
 _POSITIONS = re.compile(
-    r"context_size|.*max_position(?:_embedding)?s|n_positions|max_seq\w*|max_(?:source|target)_positions|n_ctx|seq_length|max_length"
+    r"context_size|.*max_position(?:_embedding)?s|n_positions|max_seq\w*|max_(?:source|target)_positions|n_ctx|seq_length|(?:model_)?max_length"
 )
 _IMAGE = ("image_size", "pretrain_image_size", "crop_size", "resolution", "img_size", "sample_size")
 _TOKEN = re.compile(r".*(?:_token|_id|_ids|_index|_idx)")
+_MARK = re.compile(r"(?:image|video|audio)_token_(?:id|index)")
 _AS_THEY_ARE = ("id2label", "label2id", "rope_parameters", "rope_scaling")
 _OF_STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 """Follow from the number of layers."""
@@ -76,6 +80,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "time_series_transformer": {"prediction_length": 8},
+    "vitmatte": {"backbone_config.patch_size": 16},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
 }
 """What a class's default config lacks, or what does not follow from it, by model type and path in the config."""
@@ -104,12 +110,14 @@ def _narrow(key: str, value: int, layers: int, image: int) -> int:
 def _shallow(key: str, value: int, layers: int, image: int) -> int:
     """Fewer layers, experts, tokens and positions, in the widths that the config has."""
     if _TOKEN.fullmatch(key) and value >= 100:
-        return 3 + zlib.crc32(key.encode()) % 90
+        return _token(key)
     limits = (
         (_VOCABULARY, 256),
         (_EXPERTS, 4),
-        (re.compile(r"num_experts_per_tok|moe_top_?k|moe_k|top_k|n_activated_experts"), 2),
-        (re.compile(r"topk_group|n_group|n_shared_experts|first_k_dense_replace"), 1),
+        (re.compile(r"num_experts_per_tok(?:en)?|moe_top_?k|moe_k|top_k|n_activated_experts"), 2),
+        (re.compile(r"topk_group|n_group|num_(?:expert_)?group|n_shared_experts|first_k_dense_replace"), 1),
+        (re.compile(r"(?:mamba_)?n_?groups"), 1),
+        (re.compile(r"mm_tokens_per_image"), 4),
         (_POSITIONS, 128),
         (re.compile(r"(?:num_|norm_num_)groups|num_norm_groups"), 4),
         (re.compile(r"upsample_groups|num_latents|d_latents"), 64),
@@ -124,6 +132,11 @@ def _shallow(key: str, value: int, layers: int, image: int) -> int:
     if key in ("patch_size", "encoder_stride") and value > 1:
         return min(value, 8)
     return min(value, layers) if _LAYERS.fullmatch(key) and not _NOT_LAYERS.search(key) else value
+
+
+def _token(key: str) -> int:
+    """A token of small vocabularies, one for each name."""
+    return 3 + zlib.crc32(key.encode()) % 90
 
 
 def _divided(by: int) -> Rule:
@@ -174,6 +187,8 @@ def _shrunk(config: dict[str, Any], rule: Rule, layers: int, image: int) -> dict
             new[key] = _shrunk(value, rule, layers, image)
         elif isinstance(stages, list) and value == len(stages):
             new[key] = value
+        elif value is None and _MARK.fullmatch(key):
+            new[key] = _token(key)
         elif type(value) is int:
             new[key] = rule(key, value, layers, image)
         elif isinstance(value, list):
@@ -210,6 +225,14 @@ def _fitting(config: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         found["rotary_dim"] = min(new["rotary_dim"], new["n_embd"] // new["n_head"])
     if new.get("num_experts_per_tok", 0) is None:
         found["num_experts_per_tok"] = 2
+    if {"n_mamba_heads", "mamba_headdim", "mamba_expand"} <= new.keys():
+        found["mamba_headdim"] = int(new["mamba_expand"] * new["hidden_size"]) // new["n_mamba_heads"]
+    if (
+        config.get("attention_hidden_size") == 2 * (config.get("hidden_size") or 0)
+        and type(new.get("num_attention_heads")) is int
+    ):
+        found["attention_hidden_size"] = 2 * new["hidden_size"]
+        found["attention_head_dim"] = 2 * new["hidden_size"] // new["num_attention_heads"]
     if new.get("num_kv_shared_layers"):
         found["num_kv_shared_layers"] = 0
     width, heads = new.get("hidden_size"), new.get("num_attention_heads")
@@ -277,8 +300,7 @@ def tiny_configs(config_class: Any, model_type: str) -> Iterator[Any]:
         whole = {}
     for key in ("transformers_version", "architectures", "dtype"):
         whole.pop(key, None)
-    if "mrope_section" in _code(config_class):
-        _put_sections(whole)
+    _put_sections(whole, _code(config_class))
     tries: list[tuple[Rule, int, int, bool]] = [(_narrow, 2, 32, False), (_narrow, 2, 64, False)]
     tries += [(_divided(by), 2, 64, False) for by in (16, 8, 4)]
     tries += [(_narrow, 2, 32, True), (_divided(16), 2, 64, True), (_narrow, 4, 224, False)]
@@ -300,12 +322,13 @@ def _code(config_class: Any) -> str:
     return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
 
 
-def _put_sections(config: dict[str, Any]) -> None:
+def _put_sections(config: dict[str, Any], code: str) -> None:
     """Write down the sections of rotary embeddings that the code has a default for, which fits large heads only."""
-    for value in list(config.values()):
+    for value in config.values():
         if isinstance(value, dict):
-            _put_sections(value)
-    if "rope_theta" in (config.get("rope_parameters") or {}):
+            inner = CONFIG_MAPPING_NAMES.get(str(value.get("model_type")))
+            _put_sections(value, _code(getattr(transformers, inner)) if inner else code)
+    if "mrope_section" in code and "rope_theta" in (config.get("rope_parameters") or {}):
         config["rope_parameters"].setdefault("mrope_section", [1, 1, 1])
 
 
