@@ -71,7 +71,8 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
 def past_length(sizes: dict[str, Any]) -> int:
     """Steps of a time series that a model looks back on."""
     length = sizes.get("context_length") or sizes.get("prediction_length")
-    return (length if is_count(length) else LENGTH) + max(sizes.get("lags_sequence") or [0])
+    lags: list[int] = sizes.get("lags_sequence") or [0]
+    return (length if is_count(length) else LENGTH) + max(lags)
 
 
 def _side(sizes: dict[str, Any]) -> int:
