@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import json
 import logging
@@ -186,6 +187,9 @@ def invoke(args: Sequence[str]) -> Any:
     first = next((word for word in args if not word.startswith("-")), None)
     group: Any = typer.main.get_command(app([first] if first in COMMANDS else COMMANDS))
     group.rich_markup_mode = None
+    if not gc.isenabled():  # a process that is for one command: see ``entry``
+        gc.freeze()
+        gc.enable()
     return group.main(args=args, prog_name="qz", standalone_mode=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ ASKING: tuple[list[str], ...] = ([], ["--help"], ["-h"], ["help"])
 
 def main() -> NoReturn:
     """Run the command line of this process, and end it."""
+    gc.disable()  # what is imported stays, and need not be looked through; ``invoke`` enables it again
     open_streams()
     words = sys.argv[1:]
     if words in ASKING and "_QZ_COMPLETE" not in os.environ and shutil.get_terminal_size().columns >= WIDTH:

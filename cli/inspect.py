@@ -32,12 +32,13 @@ def inspect(
     quiet: reports.QuietOpt = False,
 ) -> None:
     """Show what a model, pipeline or .safetensors file is, what quantizing would give, and what is wrong with it."""
-    from qz import UsageError, api
-    from qz.cli.reports.inspection import present
-    from qz.cli.reports.tensors import matching
     from qz.quantize.libraries.importing.lean_imports import gc_paused
 
-    with Display(quiet=quiet) as display, gc_paused():  # hundreds of thousands of tensors are objects that stay
+    with Display(quiet=quiet) as display, gc_paused():  # modules, and hundreds of thousands of tensors, stay
+        from qz import UsageError, api
+        from qz.cli.reports.inspection import present
+        from qz.cli.reports.tensors import matching
+
         found = api.inspect(
             source,
             subfolder=subfolder,

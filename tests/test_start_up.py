@@ -128,3 +128,15 @@ def test_values_that_are_right_as_they_stand_are_not_given_to_pydantic(arguments
     )
     assert done.returncode == 66
     assert "pydantic" not in done.stderr.splitlines()[-1].split()
+
+
+def test_garbage_is_collected_again_once_a_command_runs(tiny_llama: Path) -> None:
+    """It is off while modules are imported, which are not garbage, and which no later collection looks through."""
+    told = MAIN.replace('" ".join(sys.modules)', 'f"{gc.isenabled()} {gc.get_freeze_count() > 10_000}"')
+    done = subprocess.run(
+        [sys.executable, "-c", f"import gc{told}", "inspect", str(tiny_llama)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == "True True"
