@@ -17,7 +17,7 @@ from qz.quantize.consumers.planned import warnings as consumer_warnings
 from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
-from qz.quantize.planning.sources import Fused, packed_parts
+from qz.quantize.planning.sources import fused_parts, packed_parts
 from qz.quantize.streaming.loss import Loss
 from qz.quantize.streaming.not_finite import NotFinite
 
@@ -285,8 +285,8 @@ def summarize(
 
 def fused_weights(plan: Plan, adapter: AdapterFile) -> int:
     """How many tensors of the model a LoRA changes."""
-    sources = [source for step in plan.steps for source in step.sources if isinstance(source, Fused)]
-    return sum(any(change.adapter is adapter for change in source.changes) for source in sources)
+    sources = {id(part): part for step in plan.steps for source in step.sources for part in fused_parts(source)}
+    return sum(any(change.adapter is adapter for change in source.changes) for source in sources.values())
 
 
 def made_from(checkpoint: Checkpoint) -> set[str]:

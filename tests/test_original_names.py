@@ -12,14 +12,16 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from commands import run
+from converted import plan_of
 from original_names import State, ltx_names, sd3_names
 from qz import Unsupported, UsageError
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
 from qz.formats.folder import LocalFolder
+from qz.quantize.calibration.statistics import HessianPlace, InputSums, write_hessians, write_statistics
 from qz.quantize.libraries.architecture import TensorSpec
 from qz.quantize.libraries.diffusers.single_file import convert
 from qz.quantize.single_files.names import LAYOUTS
@@ -82,6 +84,92 @@ def test_a_folder_becomes_the_file_that_its_original_becomes(made: Made, tmp_pat
     run(quantize, made.file, config=str(made.folder), output=tmp_path / "wanted", layout="single-file")
     assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
     assert run(verify, tmp_path / "made", against=str(made.folder))["intact"]
+
+
+def lora_of(model: torch.nn.Module, path: Path) -> State:
+    """A LoRA of some parts of fused layers, of one whose halves are swapped, and of others; what it makes of them."""
+    torch.manual_seed(1)
+    state = model.state_dict()
+    lora: State = {}
+    for name in (each.removesuffix(".weight") for each, tensor in state.items() if tensor.ndim == 2):
+        if re.search(r"attn.*to_[qv]$|norm_out|\.ff\.", name):
+            outputs, inputs = state[f"{name}.weight"].shape
+            down, up = torch.randn(4, inputs) / 8, torch.randn(outputs, 4) / 8
+            lora |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+            state[f"{name}.weight"] = (state[f"{name}.weight"].float() + 0.5 * (up @ down)).bfloat16()
+    save_file(lora, path)
+    return state
+
+
+def test_a_single_file_out_has_the_loras_in_it(tmp_path: Path) -> None:
+    name = "SD3Transformer2DModel"
+    torch.manual_seed(0)
+    model = denoiser(name).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model" / "transformer")
+    model.load_state_dict(lora_of(model, tmp_path / "lora.safetensors"))
+    model.save_pretrained(tmp_path / "merged" / "transformer")
+    asked: dict[str, Any] = {
+        "output": tmp_path / "made",
+        "layout": "single-file",
+        "lora": [f"{tmp_path}/lora.safetensors:0.5"],
+    }
+    report = run(quantize, tmp_path / "model" / "transformer", **asked)
+    assert report["loras"][0]["weights"] == len(load_file(tmp_path / "lora.safetensors")) // 2
+    run(quantize, tmp_path / "merged" / "transformer", output=tmp_path / "wanted", layout="single-file")
+    found, wanted = (load_file(next((tmp_path / place).glob("*.safetensors"))) for place in ("made", "wanted"))
+    assert found.keys() == wanted.keys()
+    assert [key for key, tensor in found.items() if raw(tensor) != raw(wanted[key])] == []
+    comfy = {
+        f"model.diffusion_model.{key}": tensor
+        for key, tensor in random(original_specs(name, specs_of(model), "")).items()
+    }
+    save_file(comfy, tmp_path / "comfy.safetensors")
+    config = str(tmp_path / "model" / "transformer")
+    run(quantize, tmp_path / "comfy.safetensors", **(asked | {"config": config, "output": tmp_path / "file"}))
+    assert run(
+        verify, tmp_path / "file", against=str(tmp_path / "comfy.safetensors"), config=config, lora=asked["lora"]
+    )["intact"]
+    loaded = getattr(diffusers, name).from_single_file(
+        str(tmp_path / "comfy.safetensors"), config=config, torch_dtype=torch.bfloat16
+    )
+    loaded.save_pretrained(tmp_path / "loaded")
+    run(quantize, tmp_path / "loaded", **(asked | {"output": tmp_path / "folder"}))
+    found, wanted = (load_file(next((tmp_path / place).glob("*.safetensors"))) for place in ("file", "folder"))
+    assert {key.removeprefix("model.diffusion_model."): raw(tensor) for key, tensor in found.items()} == {
+        key: raw(tensor) for key, tensor in wanted.items()
+    }
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_layers_that_are_one_in_the_file_are_refined_by_their_common_inputs(rounding: str, tmp_path: Path) -> None:
+    model = denoiser("SD3Transformer2DModel").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    names = [step.weight.name for step in plan_of(tmp_path / "model", "nf4").steps if step.weight.quantized]
+    shapes = {name: model.state_dict()[name].shape for name in names}
+    inputs = {
+        width: np.random.default_rng(width).standard_normal((64, width)).astype(np.float32)
+        for _, width in shapes.values()
+    }
+    hessians = {width: x.T @ x for width, x in inputs.items()}
+    sums = {name: InputSums(hessians[width].diagonal().copy(), 64) for name, (_, width) in shapes.items()}
+    known = tmp_path / "inputs.safetensors"
+    file = "inputs.hessians-00001.safetensors"
+    digest = write_hessians(tmp_path / file, {str(width): each for width, each in hessians.items()})
+    places = {name: HessianPlace(file, f"{width}.hessian") for name, (_, width) in shapes.items()}
+    write_statistics(known, sums, {}, places, {file: digest})
+    asked: dict[str, Any] = {"importance": known, "rounding": rounding}
+    run(quantize, tmp_path / "model", output=tmp_path / "parts", **asked)
+    run(quantize, tmp_path / "model", output=tmp_path / "made", layout="single-file", **asked)
+    parts, made = (load_file(next((tmp_path / place).glob("*.safetensors"))) for place in ("parts", "made"))
+    for suffix in ("", ".absmax"):
+        three = [parts[f"transformer_blocks.0.attn.to_{each}.weight{suffix}"].flatten() for each in "qkv"]
+        assert torch.equal(made[f"joint_blocks.0.x_block.attn.qkv.weight{suffix}"].flatten(), torch.cat(three))
+    sums["transformer_blocks.0.attn.to_k.weight"] = InputSums(np.ones(64, np.float32), 64)
+    write_statistics(known, sums, {}, places, {file: digest})
+    with pytest.raises(
+        Unsupported, match=r"attn\.qkv\.weight' is one layer in the file.* inputs of transformer_blocks"
+    ):
+        run(quantize, tmp_path / "model", output=tmp_path / "none", layout="single-file", **asked)
 
 
 def test_8_bit_floats_are_read_where_they_are_put_together(tmp_path: Path) -> None:

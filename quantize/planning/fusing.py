@@ -16,7 +16,7 @@ from qz.quantize.adapters.modules import AdapterModule
 from qz.quantize.adapters.placement import Placement, placements, spellings
 from qz.quantize.compute.arrays import NUMPY, elements
 from qz.quantize.planning.plan import Plan, Step
-from qz.quantize.planning.sources import Fused, Source
+from qz.quantize.planning.sources import Composed, Fused, Source
 
 What = Literal["weight", "bias", "bias of B", "replace"]
 
@@ -67,7 +67,7 @@ def fused(plan: Plan, placed: Iterable[Placement], adapters: Sequence[AdapterFil
 def _through(step: Step, changes: list[Change]) -> tuple[Source, ...]:
     """The step's one source with changes on the way."""
     [source] = step.sources
-    assert not isinstance(source, Fused)  # all LoRAs are fused at once
+    assert not isinstance(source, Fused | Composed)  # all LoRAs are fused at once, and before that
     return (Fused(source, tuple(changes)),)
 
 

@@ -13,20 +13,26 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qz import Unsupported, UsageError
 from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import BITS
 from qz.quantize.compute.arrays import elements
-from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved, Weight
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved, TensorSpec, Weight
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.plan import Plan, Step, make_plan
-from qz.quantize.planning.sources import stored_parts
+from qz.quantize.planning.sources import Composed, Fused, Source, fused_parts, stored_parts, unfused
 from qz.quantize.single_files.configs import DENOISERS
-from qz.quantize.single_files.originals import original_tensors
+from qz.quantize.single_files.originals import inverted, original_tensors
+from qz.quantize.single_files.tensors import prefix_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from qz.formats.checkpoint.survey import Checkpoint
+    from qz.quantize.planning.refinement import Refinement
 
 WITHOUT_LIMIT = 1 << 62
 
@@ -49,8 +55,6 @@ def in_original_names(plan: Plan) -> Plan:
             "--layout single-file is for nf4 and fp4 without --double-quant: the tools that read such files know no "
             "other, and doubly quantized scales of fused layers are not those of their parts."
         )
-    if plan.adapters or (plan.refinement is not None and plan.refinement.importance is not None):
-        raise UsageError("--layout single-file goes with neither --lora nor --importance: use one of them at a time.")
     original = checkpoint.original if checkpoint.original is not None else _from_diffusers(plan)
     owners = _owners(plan, original)
     saved: list[Saved] = []
@@ -59,17 +63,88 @@ def in_original_names(plan: Plan) -> Plan:
             saved += _saved(tensor, owners[name], method, plan)
     architecture = replace(plan.architecture, saved=tuple(saved), documents={})
     source = replace(checkpoint, tensors=original)
-    made = make_plan(source, architecture, method, WITHOUT_LIMIT)
+    sources = {**original, **_with_loras(plan, original, owners)}
+    made = make_plan(source, architecture, method, WITHOUT_LIMIT, sources)
     [shard] = made.shards
-    file = f"{_stem(checkpoint)}-{method.name}.safetensors"
-    return replace(made, shards=(replace(shard, file=file),), refinement=plan.refinement)
+    return replace(
+        made,
+        shards=(replace(shard, file=f"{_stem(checkpoint)}-{method.name}.safetensors"),),
+        adapters=plan.adapters,
+        refinement=_of_originals(plan, owners),
+    )
+
+
+def _with_loras(
+    plan: Plan, original: Mapping[str, StoredTensor | Decoded], owners: Mapping[str, list[Step]]
+) -> dict[str, Composed]:
+    """The tensors of the file that LoRAs change, each put together from what they make of the model's."""
+    changed = {name for name, steps in owners.items() if any(fused_parts(step.sources[0]) for step in steps)}
+    if not changed:
+        return {}
+    checkpoint, where = plan.checkpoint, plan.checkpoint.folder.location
+    own = {step.weight.name: step for step in plan.steps}
+    specs = {name: TensorSpec(step.weight.dtype, step.weight.shape) for name, step in own.items()}
+    prefix = prefix_of(next(iter(changed)))
+    found: dict[str, Composed] = {}
+    for name, (spec, parts) in inverted(plan.architecture.class_name, checkpoint.config, specs, where).items():
+        if (there := prefix + name) in changed:
+            fused = {part.name: _fused(own[part.name].sources[0]) for part in parts}
+            sources = tuple((fused[part.name], part.start, part.count) for part in parts)
+            found[there] = Composed(there, spec.shape, sources)
+    unlike = sorted(changed - found.keys()) or [
+        name for name, each in found.items() if each.shape != original[name].shape
+    ]
+    if unlike:
+        raise Unsupported(
+            f"{where}: which part of {quoted(unlike[0])} the LoRA changes is not known to qz. Fuse it into diffusers' "
+            "layout first, then write that as a single file."
+        )
+    return found
+
+
+def _fused(source: Source) -> Fused:
+    if isinstance(source, Fused):
+        return source
+    assert not isinstance(source, Composed)
+    return Fused(source, ())
+
+
+def _of_originals(plan: Plan, owners: Mapping[str, list[Step]]) -> Refinement | None:
+    """What is known of the inputs of the tensors in the file: layers that it has in one must have the same inputs.
+
+    Raises Unsupported if they do not. Equal sums of squares are taken to be those of equal inputs.
+    """
+    refined = plan.refinement
+    if refined is None or refined.importance is None:
+        return refined
+    weights: dict[str, NDArray[np.float32]] = {}
+    hessians: dict[str, str] = {}
+    for name, steps in owners.items():
+        models = [step.weight.name for step in steps]
+        known = [refined.weights.get(each) for each in models]
+        rounded = [refined.hessians.get(each) for each in models]
+        first = known[0]
+        alike = all(
+            each is None if first is None else each is not None and np.array_equal(each, first) for each in known
+        )
+        if not alike or len({each is None for each in rounded}) > 1:
+            raise Unsupported(
+                f"{plan.checkpoint.folder.location}: {quoted(name)} is one layer in the file and several in the model, "
+                f"and the inputs of {', '.join(sorted(models))} are not the same in the file of importance. Write "
+                "diffusers' layout, or leave out --importance."
+            )
+        if first is not None:
+            weights[name] = first
+        if rounded[0] is not None:
+            hessians[name] = rounded[0]
+    return replace(refined, weights=weights, hessians=hessians)
 
 
 def _from_diffusers(plan: Plan) -> dict[str, StoredTensor | Decoded]:
     """The original tensors of a folder in diffusers' layout."""
     checkpoint, tensors = plan.checkpoint, {}
     for step in plan.steps:
-        [*sources] = step.sources
+        [*sources] = (base for source in step.sources for base in unfused(source))
         if len(sources) != 1 or not isinstance(sources[0], StoredTensor):
             raise Unsupported(
                 f"{checkpoint.folder.location}: {quoted(step.weight.name)} is computed from what is stored, and "

@@ -99,17 +99,52 @@ class Fused:
         return self.base.nbytes
 
 
-Source = StoredTensor | Packed | Decoded | Stacked | Fused
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """Values of other sources, one after the other, as float32: of each, ``count`` from ``start`` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[Fused, int, int], ...]
+    """(source, start, count)."""
+    dtype: str = "F32"
+
+    @property
+    def file(self) -> str:
+        return self.parts[0][0].file
+
+    @property
+    def offset(self) -> int:
+        return min(source.offset for source, _, _ in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.nbytes for source, _, _ in self.parts)
 
 
-def unfused(source: Source) -> StoredTensor | Packed | Decoded | Stacked:
-    """The source without the LoRAs that are fused into it."""
-    return source.base if isinstance(source, Fused) else source
+Source = StoredTensor | Packed | Decoded | Stacked | Fused | Composed
+
+
+def fused_parts(source: Source) -> tuple[Fused, ...]:
+    """What of a source has LoRAs in it, or might have."""
+    if isinstance(source, Composed):
+        return tuple({id(part): part for part, _, _ in source.parts}.values())
+    return (source,) if isinstance(source, Fused) else ()
+
+
+def unfused(source: Source) -> tuple[StoredTensor | Packed | Decoded | Stacked, ...]:
+    """The source, or all that it is composed of, without the LoRAs that are fused into it."""
+    if isinstance(source, Fused | Composed):
+        return tuple(part.base for part in fused_parts(source))
+    return (source,)
 
 
 def stored_parts(source: Source) -> tuple[StoredTensor, ...]:
     """All that is stored of a source."""
-    base = unfused(source)
+    return tuple(stored for base in unfused(source) for stored in _stored(base))
+
+
+def _stored(base: StoredTensor | Packed | Decoded | Stacked) -> tuple[StoredTensor, ...]:
     if isinstance(base, StoredTensor):
         return (base,)
     if isinstance(base, Stacked):
@@ -119,15 +154,13 @@ def stored_parts(source: Source) -> tuple[StoredTensor, ...]:
 
 def packed_parts(source: Source) -> tuple[Packed, ...]:
     """What bitsandbytes quantized of a source."""
-    base = unfused(source)
-    parts = base.parts if isinstance(base, Stacked) else (base,)
+    parts = (part for base in unfused(source) for part in (base.parts if isinstance(base, Stacked) else (base,)))
     return tuple(part for part in parts if isinstance(part, Packed))
 
 
 def is_quantized(source: Source) -> bool:
     """Whether what is read is stored in another form than its values."""
-    base = unfused(source)
-    return bool(packed_parts(base)) or (isinstance(base, Decoded) and base.computed)
+    return bool(packed_parts(source)) or any(isinstance(base, Decoded) and base.computed for base in unfused(source))
 
 
 def part_of(source: Source, index: int) -> Source:

@@ -21,7 +21,7 @@ from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, elements, 
 from qz.quantize.decoding.open import Reader as Reader
 from qz.quantize.decoding.open import decoding_reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
-from qz.quantize.planning.sources import Fused, Packed, Source, Stacked
+from qz.quantize.planning.sources import Composed, Fused, Packed, Source, Stacked
 
 PIECE = 4 << 20
 """Values computed at a time where a whole tensor is needed."""
@@ -56,6 +56,8 @@ def reader(folder: Folder, source: Source, dequantizer: Dequantizer = kernels) -
         return decoding_reader(folder, source)
     if isinstance(source, Fused):
         return _Fused(source, reader(folder, source.base, dequantizer))
+    if isinstance(source, Composed):
+        return _Composed(folder, source, dequantizer)
     if isinstance(source, Stacked):
         return _Stacked(folder, source, dequantizer)
     kind = _Int8 if source.weight.kind == "int8" else _FourBit
@@ -209,6 +211,29 @@ class _Fused:
         kernels.cast(values(raw, dtype), dtype, "F32", own)
         self.changes.apply(rows.reshape(last - first, self.columns), first, memory)
         return own.view(np.uint8), "F32"
+
+
+class _Composed:
+    """Float32 of parts of others, each read in its own units."""
+
+    unit = 1
+
+    def __init__(self, folder: Folder, source: Composed, dequantizer: Dequantizer) -> None:
+        readers = {id(part): reader(folder, part, dequantizer) for part, _, _ in source.parts}
+        self.parts = [(readers[id(part)], elements(part.shape), start, count) for part, start, count in source.parts]
+
+    def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
+        out, begins = memory("composed", (stop - start) * 4).view(np.float32), 0
+        for part, whole, first, count in self.parts:
+            low, high = max(start - begins, 0), min(stop - begins, count)
+            if low < high:
+                begin = (first + low) // part.unit * part.unit
+                end = min(-(-(first + high) // part.unit) * part.unit, whole)
+                raw, dtype = part.read(begin, end, "F32", memory)
+                own = values(raw, dtype)[first + low - begin : first + high - begin]
+                out[begins + low - start : begins + high - start] = own
+            begins += count
+        return out.view(np.uint8), "F32"
 
 
 def require_finite(scales: NDArray[np.float32], stored: StoredTensor, folder: Folder) -> None:

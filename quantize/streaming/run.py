@@ -307,8 +307,8 @@ class Run:
 
 def _streamed(step: Step) -> Iterator[StoredTensor]:
     """What a step reads from one end to the other; of weights that bitsandbytes quantized the codes."""
-    for source in map(unfused, step.sources):
-        for each in source.parts if isinstance(source, Stacked) else (source,):
+    for base in (base for source in step.sources for base in unfused(source)):
+        for each in base.parts if isinstance(base, Stacked) else (base,):
             if isinstance(each, Packed):
                 yield each.weight.parts["weight"]
             else:
