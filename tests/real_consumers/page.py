@@ -25,9 +25,10 @@ gives. A cell that is empty was not run. What these programs do besides (buildin
 RULES = """
 transformers, diffusers (without a GPU) and PEFT are run as a whole by qz's own tests: every method loads, the forward
 agrees with the dequantized model's, an adapter trains on a CPU and merges. ComfyUI and its nodes are in no package
-registry: their rules are read from the code of the commits that are named, and are not run by `make consumers`. The
-nodes' loading layer (ForgeLoader4Bit) was run once by hand, on a CPU: nf4, nf4 with double quantization and fp4 came
-out with the same values.
+registry: their rules are read from the code of the commits that are named, and are not run by `make consumers`. By
+hand they were run once, on a CPU and on a GPU (a copy of ComfyUI of January 2026, a FLUX of two blocks): UNETLoaderNF4
+loaded what `--layout single-file` wrote in nf4 and fp4 with the same values, and the forward was that of diffusers'
+class with these values.
 
 ## Rules
 
