@@ -97,6 +97,19 @@ def _fallocated(descriptor: int, size: int) -> bool:
     return True
 
 
+def _ask_to_store(descriptor: int, start: int, stop: int) -> None:
+    """Called with ``_asking`` held, which it releases. A descriptor that is closed meanwhile is of no consequence."""
+    try:
+        _sync_file_range(
+            ctypes.c_int(descriptor),
+            ctypes.c_int64(start),
+            ctypes.c_int64(stop - start),
+            ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
+        )
+    finally:
+        _asking.release()
+
+
 KEEP_EVERY = 256 << 20
 Hook = Callable[[str, str], None]
 
@@ -184,19 +197,17 @@ class Disk:
     def start_writeback(self, descriptor: int, start: int, stop: int, *, wait: bool = False) -> None:
         """Ask the kernel to begin storing these bytes, so that the fsync at the end finds little left to do.
 
-        Asking waits where the disk is slower than the run. So one thread at a time asks, which keeps the disk busy, and
-        the others go on, unless they are to ``wait``: what they leave out is stored later.
+        Asking waits where the disk is slower than the run. So a thread of its own asks, one at a time, which keeps the
+        disk busy, and what others would ask meanwhile is stored later; unless they are to ``wait``.
         """
         if not self.durable or _sync_file_range is None or stop <= start or not _asking.acquire(blocking=wait):
             return
+        if wait:
+            _ask_to_store(descriptor, start, stop)
+            return
         try:
-            _sync_file_range(
-                ctypes.c_int(descriptor),
-                ctypes.c_int64(start),
-                ctypes.c_int64(stop - start),
-                ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
-            )
-        finally:
+            threading.Thread(target=_ask_to_store, args=(descriptor, start, stop), daemon=True).start()
+        except RuntimeError:  # no thread can be had: the fsync will do
             _asking.release()
 
     def read(self, descriptor: int, path: Path, buffer: memoryview, offset: int) -> int:
