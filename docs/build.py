@@ -25,7 +25,7 @@ HELP = ROOT / "cli" / "help.txt"
 ARCHITECTURE = ROOT / "docs" / "explanation" / "architecture.md"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SCHEMAS = ROOT / "docs" / "reference" / "json-schema"
-PICTURE = re.compile(r"(?<=<!-- picture: written by `make docs` -->\n).*?(?=<!-- end of picture -->)", re.DOTALL)
+PICTURE = ROOT / "docs" / "explanation" / "rooms.svg"
 LINK = re.compile(r"(?<!!)\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
@@ -170,8 +170,7 @@ def main() -> None:
     SCHEMAS.mkdir(exist_ok=True)
     for name, schema in schemas().items():
         (SCHEMAS / name).write_text(schema, encoding="utf-8")
-    page = ARCHITECTURE.read_text(encoding="utf-8")
-    ARCHITECTURE.write_text(PICTURE.sub(lambda _: f"\n{picture()}\n\n", page), encoding="utf-8")
+    PICTURE.write_text(picture(), encoding="utf-8")
     problems = [problem for page in pages() for problem in broken_links(page)]
     if problems:
         sys.exit("\n".join(problems))

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from statistics import fmean
 
 import grimp
 import networkx
 
 ROOMS = ("quantize", "formats")
+GAP, ROW, BOX = 18, 56, 26
+"""Pixels between boxes, from row to row, and of a box's height."""
+COLOURS = {"quantize": "#fff3cd", "formats": "#d7e9f7"}
+STYLE = """<style>
+svg { background: #fff; font: 12px monospace; text-anchor: middle }
+rect { stroke: #78909c }
+path { fill: none; stroke: #90a4ae }
+#head path { fill: #90a4ae; stroke: none }
+</style>
+<defs><marker id="head" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="7" markerHeight="7" orient="auto">
+<path d="M0 0L8 4L0 8z"/></marker></defs>"""
 
 
 def picture() -> str:
-    """Mermaid's source of a graph: every room, and an arrow for each import between two that no longer way implies.
+    """An SVG: every room, and an arrow for each import between two that no longer way implies.
 
     What lies in ``quantize`` or ``formats`` itself is two boxes: what stands on the rooms inside, and what they stand
     on.
@@ -42,12 +55,66 @@ def picture() -> str:
         for other in imports.find_modules_directly_imported_by(one)
         if other in boxes and boxes[one] != boxes[other] and boxes[other] not in ROOMS
     )
-    return "\n".join(["```mermaid", "flowchart TD", *lines(networkx.transitive_reduction(graph)), "```"])
+    return svg(networkx.transitive_reduction(graph))
 
 
-def lines(graph: networkx.DiGraph[str]) -> Iterator[str]:
-    for room in ROOMS:
-        yield f"  subgraph {room}"
-        yield from (f'    {name.replace("/", "_")}["{name}"]' for name in sorted(graph) if name.startswith(f"{room}/"))
-        yield "  end"
-    yield from (f"  {one.replace('/', '_')} --> {other.replace('/', '_')}" for one, other in sorted(graph.edges))
+def svg(graph: networkx.DiGraph[str]) -> str:
+    """The graph in rows, each below all that import it; arrows that pass rows have a place of their own in them."""
+    rows, paths = placed(graph)
+    widths = {name: 16 + 7 * len(name) if name in graph else 14 for row in rows for name in row}
+    lengths = [sum(widths[name] + GAP for name in row) - GAP for row in rows]
+    width, height = max(lengths) + 2 * GAP, len(rows) * ROW + GAP
+    at: dict[str, tuple[float, float]] = {}
+    for number, row in enumerate(rows):
+        x = (width - lengths[number]) / 2
+        for name in row:
+            at[name] = (x + widths[name] / 2, GAP + number * ROW + BOX / 2)
+            x += widths[name] + GAP
+    arrows = [f'<path d="{line([at[name] for name in path])}" marker-end="url(#head)"/>' for path in paths]
+    boxes = [
+        f'<rect x="{x - widths[name] / 2:g}" y="{y - BOX / 2:g}" width="{widths[name]}" height="{BOX}" rx="4" '
+        f'fill="{COLOURS.get(name.partition("/")[0], "#eceff1")}"/>\n'
+        f'<text x="{x:g}" y="{y + 4:g}">{name}</text>'
+        for name, (x, y) in sorted(at.items())
+        if name in graph
+    ]
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
+    return "\n".join([head, STYLE, *arrows, *boxes, "</svg>"]) + "\n"
+
+
+def placed(graph: networkx.DiGraph[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows from top to bottom, ordered so that few arrows cross, and each arrow as the places that it passes."""
+    rows = [sorted(each) for each in networkx.topological_generations(graph)]
+    row_of = {name: number for number, row in enumerate(rows) for name in row}
+    paths = []
+    for one, other in sorted(graph.edges):
+        between = [f"{one}>{other}@{number}" for number in range(row_of[one] + 1, row_of[other])]
+        for number, name in enumerate(between, row_of[one] + 1):
+            rows[number].append(name)
+        paths.append([one, *between, other])
+    near: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for row in rows for name in row}
+    for path in paths:
+        for upper, lower in pairwise(path):
+            near[upper][1].append(lower)
+            near[lower][0].append(upper)
+    for sweep in range(24):
+        side = sweep % 2
+        for row in reversed(rows) if side else rows:
+            places = {name: (n + 0.5) / len(each) for each in rows for n, name in enumerate(each)}
+            mean = {name: fmean(map(places.__getitem__, near[name][side] or [name])) for name in row}
+            row.sort(key=mean.__getitem__)
+    return rows, paths
+
+
+def line(points: Sequence[tuple[float, float]]) -> str:
+    """From the lower edge of the first box to the upper edge of the last one, curved in between."""
+    (x, y), *rest = points
+    y += BOX / 2
+    drawn = f"M{x:g} {y:g}"
+    for number, (right, below) in enumerate(rest, 1):
+        end = below - (BOX / 2 + 3 if number == len(rest) else 0)
+        half = (y + end) / 2
+        drawn += f"C{x:g} {half:g} {right:g} {half:g} {right:g} {end:g}"
+        x, y = right, end
+    return drawn
