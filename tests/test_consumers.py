@@ -195,6 +195,9 @@ def test_comfyui_takes_the_width_of_flux_from_layers_that_stay_as_they_are(tmp_p
     taken = forked_qz("inspect", tmp_path / "kept.safetensors", "--for", "comfyui")
     assert taken.returncode == 0
     assert "choose nf4" in " ".join(taken.stdout.split())
+    taken = forked_qz("inspect", tmp_path / "kept.safetensors", "--for", "invokeai")
+    assert taken.returncode == 0
+    assert "such as img_in.weight, to nf4" in " ".join(taken.stdout.split())
 
 
 def test_a_pipeline_is_judged_by_its_components(tmp_path: Path, judged: Judged, forked_qz: Qz) -> None:

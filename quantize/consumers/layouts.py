@@ -71,6 +71,22 @@ def invokeai_t5(contents: Contents) -> Iterator[Finding]:
         yield Finding("error", "t5", text)
 
 
+def invokeai_quantizes_the_rest(contents: Contents) -> Iterator[Finding]:
+    """All linear layers of the model are its nf4 layers: one that is not quantized in the file is when it goes to the
+    GPU."""
+    plain = _plain_linears(contents)
+    if plain and contents.kinds == {"nf4"}:
+        text = f"quantizes what is not, such as {plain[0]}, to nf4 when it goes to the GPU."
+        yield Finding("warning", "rest", text)
+
+
+def _plain_linears(contents: Contents) -> list[str]:
+    """Weights of linear layers in a single file that are not quantized."""
+    if contents.library is not None:
+        return []
+    return [name for name, shape in contents.plain.items() if name.endswith(".weight") and len(shape) == 2]
+
+
 def comfyui(contents: Contents) -> Iterator[Finding]:
     """The NF4 nodes (and Forge) load one file of a diffusion model in its original names, in nf4 or fp4."""
     if contents.library is not None or original_layout(contents.packed) is None:
@@ -97,8 +113,8 @@ def comfyui_shapes(contents: Contents) -> Iterator[Finding]:
 def comfyui_quantizes_the_rest(contents: Contents) -> Iterator[Finding]:
     """A linear layer that the file has not quantized is quantized on the GPU, to the type that is chosen in the node;
     with its "default" that fails."""
-    plain = [name for name, shape in contents.plain.items() if name.endswith(".weight") and len(shape) == 2]
-    if contents.library is None and plain and contents.packed and not contents.is_int8:
+    plain = _plain_linears(contents)
+    if plain and contents.packed and not contents.is_int8:
         kind = next(iter(contents.kinds))
         text = (
             f"quantizes what the file has not, such as {plain[0]}, when it goes to the GPU: choose {kind} as the "

@@ -100,6 +100,11 @@ CONSUMERS: Mapping[str, Consumer] = {
             "invokeai 6.14.2",
             (
                 Rule("single-file", layouts.invokeai_flux, "configs/main.py: Main_BnBNF4_FLUX_Config"),
+                Rule(
+                    "rest",
+                    layouts.invokeai_quantizes_the_rest,
+                    "quantization/bnb_nf4.py: InvokeLinearNF4._load_from_state_dict",
+                ),
                 Rule("t5", layouts.invokeai_t5, "configs/t5_encoder.py: T5Encoder_BnBLLMint8_Config"),
                 Rule("gpu", layouts.needs_gpu, "quantization/bnb_nf4.py"),
             ),

@@ -28,7 +28,7 @@ agrees with the dequantized model's, an adapter trains on a CPU and merges. Comf
 registry: their rules are read from the code of the commits that are named, and are not run by `make consumers`. By
 hand they were run once, on a CPU and on a GPU (a copy of ComfyUI of January 2026, a FLUX of two blocks): UNETLoaderNF4
 loaded what `--layout single-file` wrote in nf4 and fp4 with the same values, and the forward was that of diffusers'
-class with these values.
+class with these values. So was that of InvokeAI's own FLUX with the file in nf4, bit for bit.
 
 ## Rules
 
