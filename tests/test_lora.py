@@ -308,6 +308,23 @@ def test_a_lora_of_a_repository_is_recorded_at_its_commit(
         run(quantize, llama, output=tmp_path / "none", lora=["me/none"])
 
 
+def test_several_loras_of_repositories_are_fused_at_once(
+    hub: HubServer, llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """A folder in one at a branch, a file in another, and the only one of a third."""
+    other = trained(llama, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), tmp_path / "other")
+    places = {"me/styles": ("deep/inside/", adapter), "me/single": ("", other), "you/alone": ("", adapter)}
+    for name, (prefix, folder) in places.items():
+        files = {f"{prefix}{path.name}": path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
+        hub.add(name, files)
+    there = ["me/styles/deep/inside@main:0.5", "me/single/adapter_model.safetensors", "you/alone:-0.25"]
+    report = run(quantize, llama, output=tmp_path / "made", lora=there)
+    run(quantize, llama, output=tmp_path / "wanted", lora=[f"{adapter}:0.5", str(other), f"{adapter}:-0.25"])
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
+    assert [each["location"] for each in report["loras"]] == ["me/styles/deep/inside", "me/single", "you/alone"]
+    assert run(verify, tmp_path / "made", against=str(llama), lora=there)["intact"]
+
+
 def test_verify_fuses_the_same_loras_again_and_no_others(llama: Path, adapter: Path, tmp_path: Path) -> None:
     other = trained(llama, LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "other")
     loras = [f"{adapter}:0.5", str(other)]
