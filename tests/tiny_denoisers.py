@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 
 from original_names import ltx_model, sd3_model
+from other_single_files import OTHERS
 from qz.quantize.single_files.names import Layout
 
 WAN = {
@@ -145,8 +146,9 @@ READ_ONLY: dict[str, tuple[dict[str, Any], Layout, dict[str, tuple[int, ...]]]] 
         ),
         {"net.pos_embedder.seq": (2,)},
     ),
+    **OTHERS,
 }  # fmt: skip
-"""Those whose originals have tensors that diffusers drops: arguments, names, and such tensors."""
+"""Those whose originals have tensors that diffusers drops, and all others: arguments, names, and such tensors."""
 
 
 def denoiser(name: str) -> Any:
