@@ -252,6 +252,15 @@ def test_a_missing_output_layer_is_no_model_without_a_head(tmp_path: Path) -> No
     assert "handled as a LlamaModel: the weights lack the head of LlamaForCausalLM" in summary.warnings
 
 
+def test_what_lacks_more_than_a_head_is_told_to_lack_the_head(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    masked = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=100))
+    source = saved(masked, tmp_path / "source")  # without a pooler, which BertModel has
+    change(source, architectures=["BertForTokenClassification"])
+    with pytest.raises(MalformedInput, match=r"does not fit BertForTokenClassification: missing: classifier\.bias"):
+        quantized(source, tmp_path / "output", "nf4")
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
 def test_names_under_the_prefix_of_a_wrapper_are_told_as_such(prefix: str, tmp_path: Path) -> None:
     source = saved(llama(), tmp_path / "source")

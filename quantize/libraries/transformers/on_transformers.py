@@ -72,10 +72,11 @@ def examine(
     class_notes = model_class.notes
     body_class = body_class_of(checkpoint, model, missing)
     if body_class is not None:
-        body = replace(model_class, model=body_class)
-        model, missing, mismatched = _load(checkpoint, body, tensors, request)
-        head = model_class.model.__name__
-        class_notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
+        found = _load(checkpoint, replace(model_class, model=body_class), tensors, request)
+        if not found[1]:
+            model, missing, mismatched = found
+            head = model_class.model.__name__
+            class_notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
     class_name = type(model).__name__
     with MetaStacks():
         origins = find_origins(model, tensors)
