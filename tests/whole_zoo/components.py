@@ -109,6 +109,10 @@ def _made(name: str, kind: Any, folder: Path, is_xl: bool) -> Any:
         return diffusers.EulerDiscreteScheduler()
     if not isinstance(kind, type):
         raise NotBuilt(f"no component is made of {kind}")
+    if kind.__name__ in _BY_HAND:
+        return _model(_BY_HAND[kind.__name__](kind))
+    if kind.__name__ == "BaseGuidance":
+        return diffusers.ClassifierFreeGuidance()
     if issubclass(kind, diffusers.SchedulerMixin):
         return kind(**dict.fromkeys(_required(kind), 31))
     if is_xl and kind in (diffusers.UNet2DConditionModel, diffusers.ControlNetModel, diffusers.ControlNetUnionModel):
@@ -129,6 +133,42 @@ def _made(name: str, kind: Any, folder: Path, is_xl: bool) -> Any:
     if "CLIPImageProcessor" in kind.__name__:
         return kind(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return kind()
+
+
+def _chatglm(kind: Any) -> Any:
+    return kind(
+        kind.config_class(
+            num_layers=2, padded_vocab_size=VOCABULARY, hidden_size=64, ffn_hidden_size=128, kv_channels=16,
+            num_attention_heads=4, seq_length=64, multi_query_attention=True, multi_query_group_num=2,
+            add_qkv_bias=True, original_rope=True, rmsnorm=True,
+        )
+    )  # fmt: skip
+
+
+def _t5gemma(kind: Any) -> Any:
+    import transformers
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+    if kind.__name__ == "T5GemmaEncoder":
+        return kind(transformers.T5GemmaConfig(encoder=sizes, decoder=sizes).encoder)
+    return kind(transformers.T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False))
+
+
+def _paint_by_example(kind: Any) -> Any:
+    import transformers
+
+    return kind(
+        transformers.CLIPVisionConfig(
+            hidden_size=64, projection_dim=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            image_size=32, patch_size=8,
+        )
+    )  # fmt: skip
+
+
+_BY_HAND = {"ChatGLMModel": _chatglm, "T5GemmaEncoder": _t5gemma, "T5GemmaEncoderModel": _t5gemma,
+            "PaintByExampleImageEncoder": _paint_by_example}  # fmt: skip
+"""Classes whose config does not tell the sizes that they take."""
 
 
 def _required(kind: type) -> list[str]:

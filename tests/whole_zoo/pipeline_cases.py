@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -48,7 +49,6 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
         if not hasattr(pipeline_class, "__call__"):  # noqa: B004 - the class itself is callable
             raise NotBuilt("has no call of its own: it stands for others")
         pipeline, arguments, reason = _pipeline_that_answers(pipeline_class, source)
-        models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     except Exception as error:  # a class may raise anything for components that do not fit each other
         told = str(error) if isinstance(error, NotBuilt) else f"{type(error).__name__}: {error}"
         yield case.row(result="not built", why=told)
@@ -56,7 +56,7 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
     for method in METHODS:
         row = case.row(method)
         try:
-            _compare(row, pipeline_class, models, source, folder / method, arguments)
+            _compare(row, pipeline_class, pipeline.components, source, folder / method, arguments)
         except Exception as error:
             row.faults.append(one_line(f"{type(error).__name__}: {error}")[:300])
         row.ran = row.ran or reason[:160]
@@ -101,12 +101,43 @@ def _saved(pipeline_class: Any, folder: Path, sizes: Sizes) -> Any:
     if sum(each.numel() for model in models for each in model.parameters()) > MOST_PARAMETERS:
         raise NotBuilt(f"more than {MOST_PARAMETERS:,} parameters")
     pipeline_class(**components).save_pretrained(folder)
-    return pipeline_class.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    return _loaded(pipeline_class, folder, components)
+
+
+def _loaded(pipeline_class: Any, folder: Path, components: dict[str, Any], **parts: Any) -> Any:
+    """The pipeline in a folder, by the library; ``parts`` are loaded by the caller.
+
+    Where it has given up a pipeline, whose own models it then does not find, each component by its class.
+    """
+    import diffusers
+
+    dtype = {"torch_dtype": torch.bfloat16}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    named = [name for library, name in filter(_is_pair, index.values()) if library == "diffusers"]
+    if all(hasattr(diffusers, name) for name in named):
+        absent = {name: None for name, value in index.items() if value == [None, None]}  # some want to be told
+        return pipeline_class.from_pretrained(folder, **dtype, **absent, **parts)
+    for name, part in components.items():
+        if name not in parts:
+            found = part is not None and hasattr(type(part), "from_pretrained")
+            more = dtype if isinstance(part, torch.nn.Module) else {}
+            parts[name] = type(part).from_pretrained(folder / name, **more) if found else part
+    return pipeline_class(**parts)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
 
 
 def _compare(
-    row: Row, pipeline_class: Any, models: dict[str, Any], source: Path, folder: Path, arguments: dict[str, Any] | None
+    row: Row,
+    pipeline_class: Any,
+    components: dict[str, Any],
+    source: Path,
+    folder: Path,
+    arguments: dict[str, Any] | None,
 ) -> None:
+    models = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
     output, back = folder / "output", folder / "back"
     mark(source.parent, row.method, "in qz quantize")
     method = api.Int8() if row.method == "int8" else api.Nf4()
@@ -132,14 +163,14 @@ def _compare(
                        differing_tensors(folder / "reference" / name, output / name)[:2]]  # fmt: skip
     row.why = f"quantized: {', '.join(chosen)}"
     mark(source.parent, row.method, "while the library loads what qz wrote")
-    loaded = pipeline_class.from_pretrained(output, torch_dtype=torch.bfloat16)
+    loaded = _loaded(pipeline_class, output, components)
     mark(source.parent, row.method, "while the library's pipeline runs")
     if arguments is not None:
-        theirs = pipeline_class.from_pretrained(source, torch_dtype=torch.bfloat16, **parts)
+        theirs = _loaded(pipeline_class, source, components, **parts)
         row.ran = _called(row, theirs, loaded, arguments)
     mark(source.parent, row.method, "in qz dequantize")
     api.dequantize(output, back, fsync=False, device="cpu")
-    pipeline_class.from_pretrained(back, torch_dtype=torch.bfloat16)
+    _loaded(pipeline_class, back, components)
 
 
 def _quantized_by_library(model_class: Any, source: Path, method: str, skips: list[str] | None) -> Any:
