@@ -1,6 +1,7 @@
 """Run the zoo: ``python -m whole_zoo``, or ``--slice --seconds N`` for a part of it that is another one every day.
 
-Continues where the last run stopped: the rows of finished cases are lines of the results file.
+Continues where the last run stopped: the rows of finished cases are lines of the results file. Those of parts run on
+several machines are merged by writing their files one after the other into one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qz.counted import counted
 from whole_zoo import diffusers_cases, pipeline_cases, transformers_cases
 from whole_zoo.case import Case
 from whole_zoo.page import page
@@ -38,6 +40,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cases at a time; all CPUs")
     parser.add_argument("--slice", action="store_true", help="begin where the day says, and keep no results")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, for several machines")
     parser.add_argument("--only", default="", help="comma-separated model types, classes or libraries")
     parser.add_argument("--page", action="store_true", help="write docs/reference/models.md from all results")
     parser.add_argument("--page-only", action="store_true", help="write the page from the results of earlier runs")
@@ -52,6 +55,8 @@ def main() -> int:
     faults = [row for row in rows if row["faults"]]
     for row in faults:
         print(f"{row['kind']} {row['architecture']} {row['method']}: {'; '.join(row['faults'])}")
+    cases = {(row["library"], row["kind"], row["architecture"]): row.get("cpu", 0.0) for row in rows}
+    print(f"{counted(len(cases), 'case')} in {sum(cases.values()):,.0f} s of CPU time")
     counts = Counter("fault" if row["faults"] else row["result"] for row in rows)
     print(", ".join(f"{result}: {count:,}" for result, count in counts.most_common()))
     return 1 if faults else 0
@@ -73,7 +78,8 @@ def _run(asked: argparse.Namespace, done: set[tuple[str, str, str]]) -> list[dic
     if asked.slice:
         first = datetime.date.today().toordinal() * 37 % len(cases)
         cases = cases[first:] + cases[:first]
-    left = [case for case in cases if (case.library, case.kind, case.architecture) not in done]
+    part, parts = map(int, asked.part.split("/"))
+    left = [case for case in cases[part - 1 :: parts] if (case.library, case.kind, case.architecture) not in done]
     found: list[dict[str, Any]] = []
     for rows in run_cases(left, asked.jobs, end):
         found += rows
@@ -92,7 +98,17 @@ def _asked_for(case: Case, only: str) -> bool:
 
 
 def _read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+    """The rows of a file, or of several one after the other: of a case that was run again, those of the last time."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    last = None
+    for line in results.read_text(encoding="utf-8").splitlines() if results.exists() else ():
+        row = json.loads(line)
+        case = (row["library"], row["kind"], row["architecture"])
+        if case != last:
+            found[case] = []
+        found[case].append(row)
+        last = case
+    return [row for rows in found.values() for row in rows]
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def inputs_that_run(model: Any) -> Inputs:
 
 
 def _told(reasons: Iterable[str]) -> str:
-    return f"no input found: {'; '.join([*reasons][:3])}"
+    return f"no input found: {'; '.join([*reasons][:3]) or 'none is known by the names of the arguments'}"
 
 
 def _mended(

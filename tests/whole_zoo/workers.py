@@ -42,8 +42,8 @@ def run_cases(cases: Iterable[Case], jobs: int, end: float) -> Iterator[list[dic
                 running[_fork(case, folder)] = _Running(case, folder, time.monotonic())
             if not running:
                 return
-            finished, status = os.wait()
-            yield _rows(running[finished], status)
+            finished, status, used = os.wait3(0)
+            yield [{**row, "cpu": round(used.ru_utime + used.ru_stime, 1)} for row in _rows(running[finished], status)]
             shutil.rmtree(running.pop(finished).folder, ignore_errors=True)
     finally:
         for child, unfinished in running.items():
