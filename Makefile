@@ -122,7 +122,7 @@ constraints:
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet -e ".[dev]" $(TORCH)
+	$(PIP) install --quiet -e ".[dev,zoo]" $(TORCH)
 	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable | sed 's/+cpu$$//; s/ @ .*//'; } > constraints.new
 	mv constraints.new constraints.txt
 	touch $(READY)

@@ -55,7 +55,8 @@ def test_every_folder_with_code_is_in_the_wheel() -> None:
 
 def test_everything_that_is_installed_is_pinned() -> None:
     project = PROJECT["project"]
-    wanted = names(project["dependencies"]) | names(project["optional-dependencies"]["dev"])
+    extras = project["optional-dependencies"]
+    wanted = names(project["dependencies"]) | names(extras["dev"]) | names(extras["zoo"])
     assert wanted <= pins().keys()
     assert re.fullmatch(r"\d+\.\d+\.\d+", pins()["torch"]), "a local version would pin one platform's build"
 
