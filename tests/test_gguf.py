@@ -292,6 +292,101 @@ def test_other_architectures_are_read_as_the_library_reads_them(tmp_path: Path, 
     assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
 
 
+def blocks_of(shapes: dict[str, tuple[int, ...]], count: int) -> dict[str, tuple[int, ...]]:
+    return {f"blk.{block}.{name}": shape for block in range(count) for name, shape in shapes.items()}
+
+
+BY_CONVERSIONS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "qwen35moe": (
+        {
+            "attention.key_length": 16, "ssm.time_step_rank": 4, "context_length": 64, "embedding_length": 64,
+            "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-6,
+            "full_attention_interval": 2, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2,
+            "block_count": 3, "nextn_predict_layers": 1, "ssm.inner_size": 64, "rope.freq_base": 10000.0,
+            "rope.dimension_sections": [2, 1, 1, 0], "rope.dimension_count": 8, "expert_feed_forward_length": 32,
+            "expert_shared_feed_forward_length": 32, "expert_count": 4, "expert_used_count": 2,
+        },
+        {
+            "token_embd.weight": (64, 64), "output_norm.weight": (64,), "output.weight": (64, 64),
+            **blocks_of(
+                {
+                    "attn_norm.weight": (64,), "post_attention_norm.weight": (64,), "ffn_gate_exps.weight": (4, 32, 64),
+                    "ffn_up_exps.weight": (4, 32, 64), "ffn_down_exps.weight": (4, 64, 32),
+                    "ffn_gate_inp.weight": (4, 64),
+                    "ffn_gate_inp_shexp.weight": (64,), "ffn_gate_shexp.weight": (32, 64),
+                    "ffn_up_shexp.weight": (32, 64), "ffn_down_shexp.weight": (64, 32),
+                },
+                2,
+            ),
+            "blk.0.attn_qkv.weight": (128, 64), "blk.0.attn_gate.weight": (64, 64), "blk.0.ssm_alpha.weight": (4, 64),
+            "blk.0.ssm_beta.weight": (4, 64), "blk.0.ssm_conv1d.weight": (128, 4), "blk.0.ssm_norm.weight": (16,),
+            "blk.0.ssm_out.weight": (64, 64), "blk.0.ssm_a": (4,), "blk.0.ssm_dt.bias": (4,),
+            "blk.1.attn_q.weight": (128, 64), "blk.1.attn_k.weight": (32, 64), "blk.1.attn_v.weight": (32, 64),
+            "blk.1.attn_output.weight": (64, 64), "blk.1.attn_q_norm.weight": (16,), "blk.1.attn_k_norm.weight": (16,),
+            "blk.2.nextn.eh_proj.weight": (64, 128),
+        },
+    ),
+    "lfm2": (
+        {
+            "context_length": 64, "embedding_length": 64, "feed_forward_length": 96, "block_count": 2,
+            "attention.head_count": 4, "attention.head_count_kv": [0, 2], "attention.layer_norm_rms_epsilon": 1e-5,
+            "shortconv.l_cache": 3, "rope.freq_base": 10000.0,
+        },
+        {
+            "token_embd.weight": (64, 64), "token_embd_norm.weight": (64,),
+            **blocks_of(
+                {
+                    "attn_norm.weight": (64,), "ffn_norm.weight": (64,), "ffn_gate.weight": (96, 64),
+                    "ffn_up.weight": (96, 64), "ffn_down.weight": (64, 96),
+                },
+                2,
+            ),
+            "blk.0.shortconv.conv.weight": (64, 3), "blk.0.shortconv.in_proj.weight": (192, 64),
+            "blk.0.shortconv.out_proj.weight": (64, 64),
+            "blk.1.attn_q.weight": (64, 64), "blk.1.attn_k.weight": (32, 64), "blk.1.attn_v.weight": (32, 64),
+            "blk.1.attn_output.weight": (64, 64), "blk.1.attn_q_norm.weight": (16,), "blk.1.attn_k_norm.weight": (16,),
+        },
+    ),
+}  # fmt: skip
+"""Architecture → its settings, and the shapes of its tensors."""
+
+
+@pytest.mark.parametrize("architecture", BY_CONVERSIONS)
+def test_what_the_library_reads_by_conversions_has_its_values(tmp_path: Path, architecture: str) -> None:
+    """Rows and columns in another order, experts of two tensors, offsets, logarithms, and layers that it leaves out."""
+    from transformers import AutoModelForCausalLM
+
+    settings, shapes = BY_CONVERSIONS[architecture]
+    random = np.random.default_rng(3)
+    (tmp_path / "source").mkdir()
+    writer = gguf.GGUFWriter(tmp_path / "source/model.gguf", architecture)
+    for key, value in settings.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
+        add(f"{architecture}.{key}", value)
+    writer.add_token_list([f"<{number}>" for number in range(64)])
+    for name, shape in shapes.items():
+        values = random.standard_normal(shape).astype(np.float32)
+        values = -np.exp(values) if name.endswith("ssm_a") else values
+        kind = Type.Q8_0 if len(shape) > 1 and shape[-1] % 32 == 0 else Type.F32
+        rows = gguf.quants.quantize(values.reshape(-1, shape[-1]), kind)
+        writer.add_tensor(name, rows.reshape(*shape[:-1], -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = tmp_path / "source/model.gguf"
+    expected = theirs(file, torch.float32).state_dict()
+    summary = dequantized_model(file.parent, tmp_path / "output", dtype="float32", chunk_bytes=5000)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "output").state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
+    assert [note for note in summary.notes if "left out" in note] == (
+        ["1 tensor left out, being no weight of the model: 'blk.2.nextn.eh_proj.weight'"]
+        if "moe" in architecture
+        else []
+    )
+
+
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_quantizing_a_gguf_file_is_quantizing_what_it_stands_for(tmp_path: Path, method: str) -> None:
     from transformers import LlamaForCausalLM

@@ -33,5 +33,7 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         parts_bounded(len(checkpoint.tensors), where),
     ):
         from qz.quantize.libraries.transformers.gguf import plain_gguf
+        from qz.quantize.libraries.transformers.gguf_conversions import plain_by_conversions, reads
 
-        return plain_gguf(checkpoint, header)
+        by_conversions = reads(str(checkpoint.config.get("gguf")))
+        return (plain_by_conversions if by_conversions else plain_gguf)(checkpoint, header)

@@ -50,7 +50,7 @@ _EXPERT_SIZES = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
-_EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
+EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
 
 
 def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
@@ -59,7 +59,7 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
     Raises Unsupported for an architecture that the library does not read, or reads by merging tensors.
     """
     where, architecture = checkpoint.folder.location, str(checkpoint.config.get("gguf"))
-    with _header_file(header, len(header) + max(tensor.nbytes for tensor in checkpoint.tensors.values())) as path:
+    with header_file(header, len(header) + max(tensor.nbytes for tensor in checkpoint.tensors.values())) as path:
         try:
             found = load_gguf_checkpoint(path, return_tensors=False)["config"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
@@ -67,28 +67,38 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
                 f"{where}: transformers does not read GGUF files of {architecture} ({error}). Use the model's original "
                 "checkpoint, or of a diffusion model a .safetensors file."
             ) from error
-    config: dict[str, Any] = json.loads(json.dumps(found, default=_plain_value)) | _sizes_of_experts(header, where)
+    config = plain_config(found) | _sizes_of_experts(header, where)
     model_type = str(config.get("model_type"))
     classes = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     if "architectures" not in config and model_type in classes:
         named = classes[model_type]
         config["architectures"] = [named if isinstance(named, str) else named[0]]
-    if "architectures" not in config or not _by_this_loader(architecture):
+    if "architectures" not in config:
         raise Unsupported(
             f"{where}: qz does not read GGUF files of {architecture} yet. Use the model's original checkpoint."
         )
     require_plausible(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, where)
-    model = _meta_model(config)
+    model = meta_model(config)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=found)
     with untouched():
         names = get_gguf_hf_weights_map(model, processor)
+
+    def process(values: Any, name: str) -> tuple[Any, str | None]:
+        return _processed(processor, values, name, names, where)
+
+    def place(small: Any, name: str) -> tuple[str, Any]:
+        kept: dict[str, dict[str, Any]] = {"tensors": {}}
+        processor.process(weights=small, name=name, tensor_key_mapping=names, parsed_parameters=kept)
+        [(parameter, made)] = kept["tensors"].items()
+        return parameter, made
+
     tensors: dict[str, StoredTensor | Decoded] = {}
     left_out: list[str] = []
     for name, tensor in checkpoint.tensors.items():
-        if _EXPERTS.search(name):
-            tensors |= _experts(processor, model, name, tensor, names, where)
+        if EXPERTS.search(name):
+            tensors |= experts_as(place, model, name, tensor, where)
             continue
-        arranged, new_name = _arranged(processor, name, tensor, names, where)
+        arranged, new_name = arranged_as(process, name, tensor)
         if new_name is None:
             left_out.append(name)
         else:
@@ -111,56 +121,53 @@ def _sizes_of_experts(header: bytes, where: str) -> dict[str, int]:
     return {key: value for key, value in found.items() if isinstance(value, int) and value}
 
 
-def _by_this_loader(architecture: str) -> bool:
-    """Whether the library's ``from_pretrained`` still reads the architecture by the loader that is asked here."""
-    try:
-        from transformers.integrations.gguf.utils import is_gguf_arch_supported
-    except ImportError:
-        return True
-    return not is_gguf_arch_supported(architecture)
-
-
-def _meta_model(config: Mapping[str, Any]) -> Any:
+def meta_model(config: Mapping[str, Any]) -> Any:
     model_class = getattr(transformers, config["architectures"][0])
     with torch.device("meta"):
         return model_class._from_config(model_class.config_class.from_dict(dict(config)))
 
 
-def _arranged(
-    processor: Any, name: str, tensor: StoredTensor | Decoded, names: Mapping[str, str], where: str
+Process = Callable[[Any, str], tuple[Any, str | None]]
+"""What a loader makes of the values of a tensor of a name, None if nothing, and their name in the model, None if none.
+"""
+
+
+def arranged_as(
+    process: Process, name: str, tensor: StoredTensor | Decoded
 ) -> tuple[StoredTensor | Decoded, str | None]:
     """The tensor under its name in the model, None if it has none there, with what the loader does to its values."""
     shape = tensor.shape
-    same, new_name = _processed(processor, np.broadcast_to(np.float32(0), shape), name, names, where)
+    same, new_name = process(np.broadcast_to(np.float32(0), shape), name)
     if new_name is None:
         return tensor, None
     if same is None:
         return replace_name(tensor, new_name), new_name
-    if len(shape) == 2 and (rows := _permutation(processor, name, shape, names, where)) is not None:
+    if len(shape) == 2 and (rows := _permutation(process, name, shape)) is not None:
         return _blocks(tensor, new_name, shape, rows=rows), new_name
 
     def arrange(values: Any) -> Any:
-        made, _ = _processed(processor, values, name, names, where)
+        made, _ = process(values, name)
         return values if made is None else made
 
     return _blocks(tensor, new_name, tuple(same.shape), arrange=arrange), new_name
 
 
-def _experts(
-    processor: Any, model: Any, name: str, tensor: StoredTensor | Decoded, names: Mapping[str, str], where: str
+Place = Callable[[Any, str], tuple[str, Any]]
+"""The parameter that a loader puts a tensor of all experts into, and what it has there of the values of a small one."""
+
+
+def experts_as(
+    place: Place, model: Any, name: str, tensor: StoredTensor | Decoded, where: str
 ) -> dict[str, StoredTensor | Decoded]:
     """The matrices of the experts in a tensor that holds all of a layer, under the names that the library saves.
 
     The loader puts several such tensors into one parameter; where this one belongs in it, it shows for a small one.
     """
     count, rows, columns = tensor.shape if len(tensor.shape) == 3 else (0, 0, 0)
-    kept: dict[str, dict[str, Any]] = {"tensors": {}}
     try:
-        small = np.ones((count, 2, 1), np.float32)
-        processor.process(weights=small, name=name, tensor_key_mapping=names, parsed_parameters=kept)
-        [(parameter, made)] = kept["tensors"].items()
+        parameter, made = place(np.ones((count, 2, 1), np.float32), name)
         shape = tuple(model.get_parameter(parameter).shape)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
         raise Unsupported(
             f"{where}: transformers has no place for {name} in the {type(model).__name__} that it makes of this file. "
             "Use the model's original checkpoint."
@@ -206,13 +213,11 @@ def _merged(name: str, where: str) -> Unsupported:
     )
 
 
-def _permutation(
-    processor: Any, name: str, shape: tuple[int, ...], names: Mapping[str, str], where: str
-) -> bytes | None:
+def _permutation(process: Process, name: str, shape: tuple[int, ...]) -> bytes | None:
     """Where each row comes from, if the loader does no more than to move rows; None otherwise."""
     rows = np.arange(shape[0], dtype=np.float64).reshape(-1, 1)
     try:
-        made, _ = _processed(processor, rows, name, names, where)
+        made, _ = process(rows, name)
     except Unsupported:
         return None
     if made is None or made.shape != rows.shape or not np.array_equal(np.sort(made, axis=0), rows):
@@ -235,12 +240,18 @@ def replace_name(tensor: StoredTensor | Decoded, name: str) -> StoredTensor | De
     return tensor._replace(name=name) if isinstance(tensor, StoredTensor) else replace(tensor, name=name)
 
 
+def plain_config(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that a loader made, of JSON's values alone."""
+    config: dict[str, Any] = json.loads(json.dumps(found, default=_plain_value))
+    return config
+
+
 def _plain_value(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
 @contextmanager
-def _header_file(header: bytes, size: int) -> Iterator[str]:
+def header_file(header: bytes, size: int) -> Iterator[str]:
     """A file that is as long as the original and holds its header: the library maps what it reads."""
     try:
         with tempfile.TemporaryDirectory(prefix="qz-") as folder:
