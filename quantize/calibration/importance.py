@@ -121,13 +121,23 @@ def gptq_warnings(statistics: Statistics, matched: Matched, found: Mapping[str, 
     if fewest < GPTQ_TOKENS:
         told.append(
             f"{file} was made of {fewest:,} tokens for some layers: with fewer than {GPTQ_TOKENS:,}, GPTQ fits these "
-            "tokens more than the model. Calibrate with more (--tokens)"
+            f"tokens more than the model. Calibrate with more ({_more(statistics)})"
         )
-    told.append(f"GPTQ fits the kind of text that {file} was made of, and may lose on others: calibrate with yours")
+    kind = "prompts" if _drew(statistics) else "text"
+    told.append(f"GPTQ fits the kind of {kind} that {file} was made of, and may lose on others: calibrate with yours")
     rest = [weight for weight in matched.sums if weight not in found and weight not in matched.unseen]
     if rest:
         told.append(f"{file} has no Hessian of {_weights(rest)}, rounded to the nearest level: {_shown(rest)}")
     return tuple(told)
+
+
+def _drew(statistics: Statistics) -> bool:
+    return "prompts" in statistics.metadata
+
+
+def _more(statistics: Statistics) -> str:
+    """What makes a calibration see more."""
+    return "prompts in --text, or --steps" if _drew(statistics) else "--tokens"
 
 
 def described(statistics: Statistics, matched: Matched) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 
 from qz.quantize.compute import scale_search, tables
 from qz.quantize.compute.cpu.jit import array, compiled, inlined, intrinsic
@@ -78,16 +77,20 @@ def _coarse_of(quant_type: str) -> Any:
             steps = builder.fmul(load(builder, at, _FLOAT), same(_FLOAT, float(scale_search.GRID)))
             moved = builder.bitcast(builder.fadd(steps, same(_FLOAT, 12582912.0)), ir.VectorType(I32, 64))
             whole = builder.trunc(moved, ir.VectorType(I16, 64))
-            best, sigma = ir.Constant(_FLOAT, -1.0), ir.Constant(_FLOAT, 1.0)
+            products: tuple[list[Any], list[Any]] = ([], [])
             for bounds, levels in scale_search.coarse_candidates(quant_type):
                 q = same(I16, int(levels[0]))
                 for bound, level in zip(bounds.tolist(), levels[1:].tolist(), strict=True):
                     q = builder.select(builder.icmp_signed(">", whole, same(I16, bound)), same(I16, level), q)
-                a, b = (builder.sitofp(_dot(builder, each, q), _FLOAT) for each in (whole, q))
-                gain = builder.fdiv(builder.fmul(a, a), b)
+                for each, factor in zip(products, (whole, q), strict=True):
+                    each.append(_products(builder, factor, q))
+            a, b = (builder.sitofp(_sums(builder, each), ir.VectorType(_FLOAT, 8)) for each in products)
+            gains, scales = builder.fdiv(builder.fmul(a, a), b), builder.fdiv(a, b)
+            best, sigma = ir.Constant(_FLOAT, -1.0), ir.Constant(_FLOAT, 1.0)
+            for lane in range(len(products[0])):
+                gain, scale = (builder.extract_element(each, I32(lane)) for each in (gains, scales))
                 better = builder.fcmp_ordered(">", gain, best)
-                best = builder.select(better, gain, best)
-                sigma = builder.select(better, builder.fdiv(a, b), sigma)
+                best, sigma = builder.select(better, gain, best), builder.select(better, scale, sigma)
             return sigma
 
         return types.float32(y), generate
@@ -95,19 +98,28 @@ def _coarse_of(quant_type: str) -> Any:
     return coarse
 
 
-def _dot(builder: Any, one: Any, other: Any) -> Any:
-    """The sum of the products of 64 int16, as int32."""
+def _products(builder: Any, one: Any, other: Any) -> Any:
+    """The products of 64 int16, added four by four: 16 int32."""
     wide = ir.VectorType(I32, 64)
     products = builder.mul(builder.sext(one, wide), builder.sext(other, wide))
     # Neighbours first: where a processor multiplies and adds pairs in one instruction, LLVM takes it.
-    even, odd = (ir.Constant(ir.VectorType(I32, 32), list(range(first, 64, 2))) for first in (0, 1))
-    pairs = builder.add(
-        builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
-    )
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(I32, [pairs.type]), "llvm.vector.reduce.add.v32i32"
-    )
-    return builder.call(function, [pairs])
+    pairs = _folded(builder, products, products, 1, 32)
+    return _folded(builder, pairs, pairs, 16, 16)
+
+
+def _sums(builder: Any, vectors: list[Any]) -> Any:
+    """int32[8], each the sum of the 16 lanes of one of at most 8 vectors: two vectors become one, three times."""
+    vectors = vectors + [same(I32, 0, 16)] * (8 - len(vectors))
+    for apart in (8, 4, 2):
+        vectors = [_folded(builder, *pair, apart, 16) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+    return _folded(builder, vectors[0], vectors[0], 1, 8)
+
+
+def _folded(builder: Any, one: Any, other: Any, apart: int, count: int) -> Any:
+    """Of the lanes of one vector, and then of the other, the first ``count`` sums of two that are so far ``apart``."""
+    lanes = [lane for lane in range(2 * one.type.count) if not lane // apart % 2][:count]
+    first, second = (ir.Constant(ir.VectorType(I32, count), [lane + by for lane in lanes]) for by in (0, apart))
+    return builder.add(builder.shuffle_vector(one, other, first), builder.shuffle_vector(one, other, second))
 
 
 def _nearest_of(quant_type: str) -> Any:
@@ -130,6 +142,23 @@ def _nearest_of(quant_type: str) -> Any:
         return types.void(values, types.int64, types.float32, levels, packed), generate
 
     return nearest
+
+
+def _levels_of(quant_type: str) -> Any:
+    @intrinsic
+    def nearest_levels(_: Any, y: Any, levels: Any) -> Any:
+        """Levels nearest to the 64 values of ``y``."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            zero = ir.Constant(ir.IntType(64), 0)
+            values = load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
+            target = _pointer(context, builder, signature.args[1], arguments[1], zero)
+            store(builder, _levels(builder, _above(builder, values, quant_type), quant_type), target)
+            return context.get_dummy_value()
+
+        return types.void(y, levels), generate
+
+    return nearest_levels
 
 
 def _rounded(builder: Any, values: Any, dtype: str) -> Any:
@@ -175,6 +204,7 @@ def _error_of(dtype: str, weighted: bool) -> Any:
 
 def _search_of(quant_type: str, weighted: bool) -> Any:
     fit, nearest, coarse = _fit_of(quant_type, weighted), _nearest_of(quant_type), _coarse_of(quant_type)
+    nearest_levels = _levels_of(quant_type)
     least, most = np.float32(scale_search.LEAST_ABSMAX), np.float32(scale_search.MOST_ABSMAX)
     least_gain = np.float32(scale_search.LEAST_GAIN)
 
@@ -226,7 +256,7 @@ def _search_of(quant_type: str, weighted: bool) -> Any:
             for i in range(64):
                 y[i] = x[i] * inverse
             a, b = fit(y, np.float32(1) / candidate(y, inverses, weights, first), weights, first)
-            nearest(y, 0, np.float32(1), levels, codes)
+            nearest_levels(y, levels)
             limit = error(x, absmax, inverse, levels, rounding, weights, first) * least_gain
             found = absmax * (a / b)
             nearest(x, 0, np.float32(1) / found, levels, codes)
