@@ -14,7 +14,7 @@ import torch
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
 from qz.cli.reports.new_file import store
 from qz.quantize.calibration import text
-from readers import model_folder, some_text
+from readers import model_folder, some_text, with_tokenizer
 from reference import dequantized_by_bitsandbytes, tensors_of
 
 Qz = Callable[..., subprocess.CompletedProcess[str]]
@@ -122,6 +122,27 @@ def test_an_encoder_is_compared_by_its_last_hidden_states(tmp_path: Path) -> Non
     expected = 1 - float(torch.nn.functional.cosine_similarity(first, second, dim=0))
     assert found.cosine_loss == pytest.approx(expected, rel=1e-2, abs=1e-7)
     assert (found.kl, found.perplexity_original, found.same_top) == (None, None, None)
+
+
+def test_a_classifier_is_scored_and_compared_by_the_states_of_its_encoder(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForSequenceClassification(BertConfig(vocab_size=100, **small)).save_pretrained(tmp_path / "model")
+    given: dict[str, Any] = {"text": some_text(tmp_path / "words.txt"), "tokens": 200, "device": "cpu"}
+    folder, scores = with_tokenizer(tmp_path / "model"), tmp_path / "scores"
+    found = api.calibrate(folder, scores, scores=True, **given).scores
+    assert found is not None
+    assert found.loss == "cosine"
+    api.quantize(folder, tmp_path / "nf4", device="cpu")
+    lost = api.compare(folder, tmp_path / "nf4", **given).cosine_loss
+    assert lost == pytest.approx(found.total, rel=2e-2)
+    one, two = (whole(BertForSequenceClassification, folder, *more) for more in ((), (tmp_path / "nf4",)))
+    (ids,) = rows_of(folder, given["text"], 200)
+    with torch.no_grad():
+        first, second = (model.bert(ids).last_hidden_state[0].double().mean(0) for model in (one, two))
+    assert lost == pytest.approx(1 - float(torch.nn.functional.cosine_similarity(first, second, dim=0)), rel=1e-2)
 
 
 def test_int8_loses_less_than_4_bits_and_the_command_says_so(qz: Qz, forked_qz: Qz, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qz import MalformedInput
+from qz import MalformedInput, Unsupported
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.block_errors import BlockErrors
 from qz.quantize.calibration.blocks import BlockPass
@@ -73,7 +73,7 @@ def answer(
     try:
         with running(type(model.model).__name__, weights.checkpoint.folder.location):
             weights.load_rest(steps.parts)
-            steps.run((model.arguments(torch.tensor([row])) for row in rows), used)
+            steps.run((arguments(model, row) for row in rows), used)
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,11 +81,27 @@ def answer(
 
 def answered(model: Runnable, answer: Any, where: str) -> NDArray[np.float32]:
     """Of one sequence the logits, or the last hidden states: float32[tokens, …]. Raises MalformedInput for NaN."""
-    states = answer.logits if model.head is not None else answer.last_hidden_state
+    if model.head is not None:
+        states = answer.logits
+    else:
+        states = getattr(answer, "last_hidden_state", None)
+        states = states if states is not None else (getattr(answer, "hidden_states", None) or [None])[-1]
+    if states is None:
+        raise Unsupported(
+            f"{where}: {type(model.model).__name__} returns neither predictions of tokens nor hidden states, by which "
+            "what is lost is measured. Calibrate it without --scores."
+        )
     values: NDArray[np.float32] = states[0].float().cpu().numpy()
     if np.isnan(values).any():
         raise MalformedInput(f"{where} answers a text with NaN: its weights, or the numbers' range, do not allow it.")
     return values
+
+
+def arguments(model: Runnable, row: list[int]) -> dict[str, Any]:
+    """Of the forward, for one sequence. A classifier around an encoder is asked for the encoder's states, too."""
+    given: dict[str, Any] = model.arguments(torch.tensor([row]))
+    inner = getattr(model.model, "base_model", model.model)
+    return given if model.head is not None or inner is model.model else {**given, "output_hidden_states": True}
 
 
 def keep(place: Path, number: int, values: NDArray[np.float32]) -> None:

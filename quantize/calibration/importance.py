@@ -120,8 +120,8 @@ def gptq_warnings(statistics: Statistics, matched: Matched, found: Mapping[str, 
     fewest = min((matched.sums[weight].tokens for weight in found), default=0)
     if fewest < GPTQ_TOKENS:
         told.append(
-            f"{file} was made of {fewest:,} tokens for some layers: with fewer than {GPTQ_TOKENS:,}, GPTQ fits these "
-            f"tokens more than the model. Calibrate with more ({_more(statistics)})"
+            f"{file} was made of {counted(fewest, 'token')} for some layers: with fewer than {GPTQ_TOKENS:,}, GPTQ "
+            f"fits these tokens more than the model. Calibrate with more ({_more(statistics)})"
         )
     kind = "prompts" if _drew(statistics) else "text"
     told.append(f"GPTQ fits the kind of {kind} that {file} was made of, and may lose on others: calibrate with yours")

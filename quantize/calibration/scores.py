@@ -19,7 +19,7 @@ import torch
 
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.answers import Divergence, add, answered, keep
+from qz.quantize.calibration.answers import Divergence, add, answered, arguments, keep
 from qz.quantize.calibration.block_errors import RelativeError, states_of
 from qz.quantize.calibration.blocks import BlockPass, parts_of
 from qz.quantize.calibration.rounded import rounded
@@ -201,7 +201,7 @@ def score_text(
     raise."""
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
         judge = TextJudge(model, rows, Path(place), checkpoint.folder.location)
-        inputs = [model.arguments(torch.tensor([row])) for row in rows]
+        inputs = [arguments(model, row) for row in rows]
         weights = Weights(checkpoint, model)
         return score(weights, inputs, (0,), judge, states_of, names, method, arithmetic, progress)
 

@@ -96,7 +96,10 @@ def runnable(
         with work_bounded(shapes, where), no_init_weights(), _parameters_on_meta():
             model = getattr(transformers, class_name)._from_config(config, dtype=dtype).eval()
         if reads_text and model.main_input_name != "input_ids":
-            raise Unsupported(f"{where}: {class_name} takes {model.main_input_name}, which is not made from text.")
+            raise Unsupported(
+                f"{where}: {class_name} takes {model.main_input_name}, which is not made from text. To quantize it "
+                "better than by absmax there is --scales search, which needs no calibration."
+            )
         for each in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
             each.use_cache = False
         tensors = given or {
