@@ -32,7 +32,8 @@ def _of_transformers(
     ids = torch.arange(5, 5 + LENGTH).unsqueeze(0) % max(min(sizes.get("vocab_size", 99), 99), 6)
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in parameters else {}
     others = {name: value for name in required if (value := by_name(name, sizes, parameters[name])) is not None}
-    names = [name for name in (model.main_input_name, *_MEDIA) if name in parameters or name == model.main_input_name]
+    first = model.main_input_name if isinstance(model.main_input_name, str) else model.main_input_name[0]
+    names = [name for name in (first, *_MEDIA) if name in parameters or name == first]
     media = [medium for name in dict.fromkeys(names) for medium in _media(name, parameters, sizes)]
     if "input_ids" in parameters:
         for medium in media:
@@ -41,9 +42,9 @@ def _of_transformers(
         for patches in _patches(sizes):
             yield {**others, required[0]: patches}
     mains = [] if "input_ids" not in parameters else [{"input_ids": ids}]
-    if model.main_input_name not in (*_MEDIA, "input_ids"):
-        mains.insert(0, {model.main_input_name: random_values(1, LENGTH, 23)})
-    for main in [*mains, *media] if model.main_input_name not in _MEDIA else [*media, *mains]:
+    if first != "input_ids" and not any(first in medium for medium in media):
+        mains.insert(0, {first: random_values(1, LENGTH, 23)})
+    for main in [*media, *mains] if any(first in medium for medium in media) else [*mains, *media]:
         for beside in ({}, decoder) if decoder else ({},):
             yield {**others, **main, **beside}
     if "inputs_embeds" in parameters and is_count(sizes.get("hidden_size")):
@@ -62,7 +63,7 @@ _GRID = re.compile(r"(?:image_)?grid_(?:thw|hws?)|spatial_shapes|tgt_sizes|targe
 
 def _media(name: str, parameters: Mapping[str, inspect.Parameter], sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Pictures, films, sounds and series of the shapes that models take under this name."""
-    if name == "pixel_values":
+    if name.startswith("pixel_values"):
         if grid := next((each for each in parameters if _GRID.fullmatch(each)), None):
             for patches in _patches(sizes):
                 yield {name: patches, grid: by_name(grid, sizes)}

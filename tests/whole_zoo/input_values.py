@@ -31,6 +31,8 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
         (r"txt_seq_lens", lambda: [text]),
         (r"\w*grid_thw", lambda: torch.tensor([[1, SIDE, SIDE]])),
         (r"target_sizes|spatial_shapes|tgt_sizes|\w*grid_hws?", lambda: torch.tensor([[SIDE, SIDE]])),
+        (r"task_inputs", lambda: random_values(1, int(sizes.get("task_seq_len") or LENGTH))),
+        (r"merge_sizes", lambda: torch.tensor([2])),
         (r"image_sizes", lambda: torch.tensor([[_side(sizes), _side(sizes)]])),
         (r"height|width", lambda: SIDE),
         (r"num_frames|frame_rate|fps", lambda: 1),

@@ -52,10 +52,16 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [2, 2, 4]},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32},
     "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -202,7 +208,7 @@ def _shrunk_list(key: str, value: list[Any], rule: Rule, layers: int, depths: se
     if len(value) in depths and len(value) > layers:
         kinds = list(dict.fromkeys(value)) if all(isinstance(each, str) for each in value) else []
         return (kinds + value)[:layers]
-    if not all(type(each) is int for each in value):
+    if not value or not all(type(each) is int for each in value):
         return value
     if re.fullmatch(r"depths|layers_per_stage|num_blocks|num_layers|\w+_depths|hidden_layers|stage_num_blocks", key):
         return [min(each, 1) for each in value]
