@@ -47,9 +47,7 @@ def show_help(*, asked: bool) -> int:
 
 def run_command(words: list[str]) -> int:
     from qz.cli.app import run
-    from qz.quantize.libraries import process
     from qz.quantize.libraries.importing import lean_imports
 
     lean_imports.allow()
-    process.allow()
     return run(words)

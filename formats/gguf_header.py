@@ -6,17 +6,20 @@ Little-endian versions 2 and 3 of https://github.com/ggml-org/ggml/blob/master/d
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qz.formats.malformed import Malformed, quoted
 
 MAGIC: Final = b"GGUF"
-MAX_ENTRIES = 1_000_000
+MAX_METADATA, MAX_TENSORS = 16_384, 65_536
+"""Entries, of which ComfyUI's files have one for a tensor; the experts of a layer are one tensor."""
 MAX_STRING = 1 << 20
-MAX_ELEMENTS, MAX_HEADER = 8_000_000, 256 << 20
-"""Of all lists together, of which a vocabulary has three; and bytes."""
+MAX_LIST, MAX_ELEMENTS, MAX_HEADER = 1_000_000, 8_000_000, 256 << 20
+"""Elements of a list, and of all lists together, of which a vocabulary has three; and bytes."""
+LONG_LIST, LONG_STRING, MAX_KEPT = 4_096, 64 << 10, 16 << 20
+"""What is longer, as vocabularies are, is passed over. Bytes of all that is kept."""
 MAX_DIMENSIONS = 5
 """One more than in ggml: files of video models for ComfyUI have 3-D convolutions."""
 FLOAT32: Final = 0
@@ -38,21 +41,32 @@ class GgufTensor:
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
     metadata: dict[str, Any]
+    """Without lists and strings that are long."""
+    lengths: dict[str, int]
+    """Of those that were passed over."""
+    kept: tuple[tuple[int, int], ...]
+    """First byte and end of each entry of ``metadata`` in the file."""
+    alignment: int
+    """Bytes, of which the place of every tensor is a multiple."""
     tensors: dict[str, GgufTensor]
-    after_metadata: int
-    """Byte at which the list of tensors begins."""
 
 
 def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> GgufHeader:
     """The header of a file of ``size`` bytes, with ``read(offset, length)``; Malformed names ``where`` and why."""
     cursor, tensors, entries = _begun(read, size, where)
     metadata: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
+    kept: list[tuple[int, int]] = []
     for _ in range(entries):
-        key = cursor.string()
-        if key in metadata:
+        begin, key = cursor.position, cursor.string()
+        if key in metadata or key in lengths:
             raise cursor.malformed(f"{quoted(key)} is there twice")
-        metadata[key] = cursor.value(cursor.number("I"))
-    after_metadata = cursor.position
+        value = cursor.value(cursor.number("I"))
+        if isinstance(value, _Long):
+            lengths[key] = value.length
+        else:
+            metadata[key] = value
+            kept.append((begin, cursor.position))
     listed = [_tensor(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
@@ -61,7 +75,7 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
     found = {each.name: GgufTensor(each.name, each.shape, each.type, start + each.offset) for each in listed}
     if len(found) != len(listed):
         raise cursor.malformed("two of its tensors have the same name")
-    return GgufHeader(metadata, found, after_metadata)
+    return GgufHeader(metadata, lengths, tuple(kept), alignment, found)
 
 
 def gguf_names(read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> Iterator[str]:
@@ -84,23 +98,22 @@ def _begun(read: Callable[[int, int], bytes | bytearray], size: int, where: str)
         swapped = int.from_bytes(version.to_bytes(4, "big"), "little")
         told = " (it is big-endian)" if swapped in (2, 3) else ""
         raise cursor.malformed(f"its version {version} is not 2 or 3{told}")
-    return cursor, cursor.count(), cursor.count()
+    return cursor, cursor.count(MAX_TENSORS), cursor.count(MAX_METADATA)
 
 
-def joined_header(first: bytes, header: GgufHeader, tensors: Iterable[GgufTensor]) -> bytes:
-    """A header with the metadata of ``first``, a file's bytes up to its list of tensors, which lists ``tensors``.
+def joined_header(entries: Sequence[bytes | bytearray], tensors: Iterable[GgufTensor], alignment: int) -> bytes:
+    """A header with these entries of metadata, as they lie in a file, which lists ``tensors``.
 
     All of them are said to lie at its end. Of a model in several files each lists its own, and the first alone has the
     metadata.
     """
     listed = list(tensors)
-    parts = [first[:8], struct.pack("<Q", len(listed)), first[16 : header.after_metadata]]
+    parts = [MAGIC, struct.pack("<IQQ", 3, len(listed), len(entries)), *entries]
     for each in listed:
         name = each.name.encode()
         parts += [struct.pack("<Q", len(name)), name, struct.pack("<I", len(each.shape))]
         parts += [struct.pack(f"<{len(each.shape)}Q", *each.shape), struct.pack("<IQ", each.type, 0)]
     made = b"".join(parts)
-    alignment = header.metadata.get("general.alignment", 32)
     return made + bytes(-len(made) % alignment)
 
 
@@ -112,12 +125,19 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
     return GgufTensor(name, shape, cursor.number("I"), cursor.number("Q"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Long:
+    """A list or a string that was passed over."""
+
+    length: int
+
+
 class _Cursor:
     """Reads from the front, a buffer at a time; whatever would reach beyond the file's end is refused."""
 
     def __init__(self, read: Callable[[int, int], bytes | bytearray], size: int, where: str) -> None:
         self.read, self.size, self.where = read, size, where
-        self.position = self.elements = 0
+        self.position = self.elements = self.kept = 0
         self.start, self.buffer = 0, bytes(read(0, min(size, 1 << 20)))
 
     def malformed(self, why: str) -> Malformed:
@@ -136,16 +156,33 @@ class _Cursor:
     def number(self, kind: str) -> Any:
         return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
 
-    def count(self) -> int:
+    def skip(self, length: int) -> None:
+        if self.position + length > self.size:
+            raise self.malformed(f"it ends at byte {self.size}, inside its header")
+        if self.position > MAX_HEADER:
+            raise self.malformed("its metadata is longer than that of any model")
+        self.position += length
+
+    def count(self, most: int) -> int:
         found = int(self.number("Q"))
-        if found > MAX_ENTRIES:
-            raise self.malformed(f"it counts {found} entries where {MAX_ENTRIES} are allowed")
+        if found > most:
+            raise self.malformed(f"it counts {found} entries where {most} are allowed")
+        return found
+
+    def length(self) -> int:
+        """Of a string that follows."""
+        found = int(self.number("Q"))
+        if found > MAX_STRING:
+            raise self.malformed(f"a string of it is {found} bytes long")
         return found
 
     def string(self) -> str:
-        length = int(self.number("Q"))
-        if length > MAX_STRING:
-            raise self.malformed(f"a string of it is {length} bytes long")
+        return self.text(self.length())
+
+    def text(self, length: int) -> str:
+        self.kept += length
+        if self.kept > MAX_KEPT:
+            raise self.malformed("its metadata is longer than that of any model")
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
@@ -153,15 +190,26 @@ class _Cursor:
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self.string()
+            length = self.length()
+            if length <= LONG_STRING:
+                return self.text(length)
+            self.skip(length)
+            return _Long(length)
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
             raise self.malformed(f"a value has the unknown type {kind}")
-        inner, count = self.number("I"), self.count()
-        if inner == _ARRAY:
-            raise self.malformed("a list of it holds lists")
+        inner, count = self.number("I"), self.count(MAX_LIST)
+        if inner != _STRING and inner not in _SCALARS:
+            raise self.malformed("a list of it holds lists" if inner == _ARRAY else f"a list has the type {inner}")
         self.elements += count
-        if self.elements > MAX_ELEMENTS or self.position > MAX_HEADER:
+        if self.elements > MAX_ELEMENTS:
             raise self.malformed("its lists are longer than those of any model")
-        return [self.value(inner) for _ in range(count)]
+        if count <= LONG_LIST:
+            return [self.string() if inner == _STRING else self.number(_SCALARS[inner]) for _ in range(count)]
+        if inner == _STRING:
+            for _ in range(count):
+                self.skip(self.length())
+        else:
+            self.skip(count * struct.calcsize("<" + _SCALARS[inner]))
+        return _Long(count)

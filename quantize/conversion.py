@@ -225,13 +225,13 @@ class Conversion:
         """Before the libraries are imported, which takes seconds."""
         from qz.quantize.compute import kernels
         from qz.quantize.libraries import process
-        from qz.quantize.quantizing_device import prewarm
+        from qz.quantize.quantizing_device import import_torch, prewarm
 
         self.on_progress(Progress("Reading headers"))
         if not self.dry_run:
-            prewarm(self.settings)
             is_4bit = isinstance(self.settings.method, FourBit)
-            process.meanwhile(kernels.block_backend if is_4bit else kernels.backend)
+            on_cpu = kernels.block_backend if is_4bit else kernels.backend
+            process.meanwhile(import_torch if prewarm(self.settings) else on_cpu)
 
     def _target(self, dtypes: Iterable[str]) -> Target:
         names = set(dtypes)

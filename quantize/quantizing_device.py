@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from qz.quantize.compute.devices import arithmetic_on, as_cuda, cores_as_cuda, has_enough_cores, prewarm_cuda
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
+from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
+from qz.quantize.libraries.importing.lean_imports import gc_paused
 from qz.quantize.planning.sources import packed_parts
 
 if TYPE_CHECKING:
@@ -57,9 +59,16 @@ def quantizing_tasks(plans: Iterable[Plan]) -> set[tuple[str, str]]:
     return tasks
 
 
-def prewarm(settings: Settings) -> None:
-    """Wake the GPU while the libraries are imported, unless it hardly will compute."""
+def prewarm(settings: Settings) -> bool:
+    """Wake the GPU while the libraries are imported, unless it hardly will compute. Whether one will, as it seems."""
     method = settings.method
     is_plain = method is not None and not method.double_quant and settings.scales == "absmax"
-    if settings.device != "auto" or not is_plain or not has_enough_cores():
-        prewarm_cuda(settings.device)
+    if settings.device == "cpu" or (settings.device == "auto" and is_plain and has_enough_cores()):
+        return False
+    prewarm_cuda(settings.device)
+    return settings.device != "auto" or may_have_a_gpu()
+
+
+def import_torch() -> None:
+    with gc_paused():
+        import torch  # noqa: F401

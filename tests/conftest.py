@@ -15,8 +15,11 @@ import isolated_environment
 import portable_cpu
 from forked import Server
 from pace import HANG
+from qz.quantize.libraries.importing import gpu_driver, work_bounds
 
 isolated_environment.enter()
+if not gpu_driver.may_have_a_gpu():
+    work_bounds.set_hard()  # models are planned in this process: another one for each test would take seconds
 if os.environ.get("QZ_TEST_CPU") == "portable":
     portable_cpu.pretend()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; commands would inherit it

@@ -174,6 +174,9 @@ class Server:
 def serve(address: str) -> None:
     import gc
 
+    from qz.quantize.libraries.importing import work_bounds
+
+    work_bounds.set_hard()  # runs plan in their own processes, with what was imported here
     warm()
     gc.collect()
     gc.freeze()

@@ -29,23 +29,33 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qz import QzError, api
+from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
+from qz.formats.gguf_header import read_gguf_header
 from qz.formats.output.recorded.record import encode_record, read_record
+from qz.formats.output.recorded.statement import TYPE
 from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.resuming.journal import Journal
 from qz.formats.output.shares import PART_FILE, Share, ShareReceipt, read_share
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
+from qz.quantize.adapters.changes import Changes
 from qz.quantize.calibration.importance import read_importance
 from qz.quantize.calibration.statistics import InputSums, write_statistics
 from qz.quantize.convert import plan_quantization
+from qz.quantize.libraries.importing import work_bounds
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import Nf4
+from qz.quantize.planning.fusing import fuse
+from qz.quantize.planning.sources import Fused
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.shares import not_finite
 from qz.quantize.up_to_date import UpToDate, up_to_date
+from qz.quantize.verification.journal import _read as read_comparison
+from test_gguf import write_llama
 
 VALUES: tuple[Any, ...] = (
     *(0, 1, -1, 2, 64, 10**9, 10**15, 1 << 63, 10**30, 0.5, -1.5, 1e300, True, False, None),
@@ -410,6 +420,113 @@ class Parts(Target):
         return data
 
 
+class Statements(Target):
+    """An in-toto statement, as verify reads it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        names = ("config.json", "a/b.json")
+        subjects = [{"name": name, "digest": {"sha256": "0" * 64}, "annotations": {"bytes": 5}} for name in names]
+        self.value = {"_type": TYPE, "subject": subjects, "predicateType": "x", "predicate": {}}
+
+    def feed(self, mutator: Mutator) -> bytes:
+        data = mutator.data(self.value)
+        (self.folder / "statement.json").write_bytes(data)
+        with told(data):
+            json.dumps(api.verify(self.folder, statement=self.folder / "statement.json").as_json())
+        return data
+
+
+class Adapters(Target):
+    """A LoRA: its config as PEFT writes it, and its header."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        save_model(folder)
+        self.plan = plan_quantization(open_checkpoint(LocalFolder(folder)), Settings(Nf4()))
+        self.lora = folder / "lora"
+        self.lora.mkdir()
+        stems = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"]
+        tensors = {
+            f"base_model.model.{stem}.lora_{kind}.weight": np.ones(shape, np.float32)
+            for stem in stems
+            for kind, shape in (("A", (2, 8)), ("B", (8, 2)))
+        }
+        save_file(tensors, self.lora / "adapter_model.safetensors")
+        self.weights = (self.lora / "adapter_model.safetensors").read_bytes()
+        self.value = {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "o_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"o_proj": 3},
+            "use_rslora": False,
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "base_model_name_or_path": "a/b",
+            "target_parameters": None,
+            "modules_to_save": None,
+        }
+
+    def feed(self, mutator: Mutator) -> bytes:
+        data, weights = mutator.data(self.value), self.weights
+        if mutator.choose.random() < 0.3:
+            data, weights = json.dumps(self.value).encode(), mutator.binary(weights)
+        (self.lora / "adapter_config.json").write_bytes(data)
+        (self.lora / "adapter_model.safetensors").write_bytes(weights)
+        with told(data + weights):
+            adapter = open_adapter(LocalFolder(self.lora), None, "lora", 1.0)
+            for step in fuse(self.plan, [adapter]).steps:
+                for source in step.sources:
+                    if isinstance(source, Fused):
+                        weight = np.ones((source.shape[0], math.prod(source.shape[1:])), np.float32)
+                        Changes(source.changes, weight.shape[1]).apply(
+                            weight, 0, lambda _, size: np.empty(size, np.uint8)
+                        )
+        return data
+
+
+class GgufHeaders(Target):
+    """The header of a GGUF model, as inspect and planning read it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.file = write_llama(folder / "x.gguf", "Q4_0")
+        with self.file.open("rb") as file:
+            self.size = os.path.getsize(self.file)
+            tensors = read_gguf_header(lambda offset, length: _at(file, offset, length), self.size, "x").tensors
+            self.header = _at(file, 0, min(tensor.offset for tensor in tensors.values()))
+
+    def feed(self, mutator: Mutator) -> bytes:
+        data = mutator.binary(self.header)
+        with self.file.open("r+b") as file:
+            file.write(data)
+            file.truncate(len(data) if len(data) < len(self.header) else self.size)
+        with told(data):
+            api.inspect(self.file)
+        with told(data):
+            plain_checkpoint(open_checkpoint(LocalFolder(self.folder)))
+        return data
+
+
+def _at(file: Any, offset: int, length: int) -> bytes:
+    file.seek(offset)
+    return bytes(file.read(length))
+
+
+class Comparisons(Target):
+    """What an interrupted ``qz verify`` left in the cache."""
+
+    def feed(self, mutator: Mutator) -> bytes:
+        data = b"\n".join(mutator.data([entry]) for entry in (["", "a"], ["unet", "b"]))
+        (self.folder / "x").write_bytes(data)
+        with told(data):
+            read_comparison(self.folder / "x")
+        return data
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "configs": InspectedConfigs,
     "indexes": Indexes,
@@ -419,6 +536,10 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "journals": Journals,
     "importance files": Importance,
     "parts": Parts,
+    "statements": Statements,
+    "adapters": Adapters,
+    "comparisons": Comparisons,
+    "GGUF headers": GgufHeaders,
     "classes": Configs,
 }
 
@@ -455,6 +576,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     options = parser.parse_args()
     os.environ["QZ_CACHE"] = ""
+    work_bounds.set_hard()  # another process for each config would take seconds
     print(f"seed {options.seed}", flush=True)
     for name in TARGETS:
         try:

@@ -20,6 +20,7 @@ BOMBS: dict[str, dict[str, Any]] = {
         "hidden_sizes": [8] * 2000,
     },
     "the size of a picture": {"_class_name": "PixArtTransformer2DModel", "sample_size": 20_000, "patch_size": 1},
+    "a product of small sizes": {"_class_name": "PixArtTransformer2DModel", "sample_size": 3_000, "patch_size": 1},
     "counts within a part": {
         "architectures": ["ClapModel"],
         "model_type": "clap",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from hub_server import connected
 from pipelines import flux
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
 from qz.cli.reports.markup import page, section
+from qz.formats.attestation.attest import _require_no_other_signature
+from qz.formats.attestation.signing import require_signed
+from qz.formats.folder import LocalFolder
+from qz.formats.publish.checkpoint_files import IN_MEMORY, own_files
 from test_scales import statistics
 
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 2}
@@ -158,6 +163,31 @@ def test_what_is_no_statement_is_refused(made: Path, tmp_path: Path) -> None:
         file.write_text(json.dumps(value))
         with pytest.raises(MalformedInput, match=r"statement\.json"):
             api.verify(made, statement=file)
+    os.truncate(file, 1 << 40)
+    os.mkfifo(tmp_path / "fifo")
+    for other in (file, tmp_path / "fifo"):
+        with pytest.raises(MalformedInput, match="is no statement"):
+            api.verify(made, statement=other)
+
+
+def test_files_beside_an_output_of_any_length_are_read_no_further_than_their_kind_calls_for(made: Path) -> None:
+    api.attest(made)
+    (made / "report.html").touch()
+    os.truncate(made / "report.html", 1 << 40)
+    own = own_files(LocalFolder(made))
+    assert "report.html" in own.left_out
+    own.require_stated()
+    with (made / "qz.statement.json").open("ab") as file:
+        file.write(b" " * IN_MEMORY)
+    with pytest.raises(MalformedInput, match="too many for a statement"):
+        own_files(LocalFolder(made)).require_stated()
+    (made / "model.sig").touch()
+    os.truncate(made / "qz.statement.json", 1 << 40)
+    with pytest.raises(OutputRefused, match="is of another statement"):
+        _require_no_other_signature(made, b"{}", None)
+    os.truncate(made / "model.sig", 1 << 40)
+    with pytest.raises(MalformedInput, match="too many for a signature"):
+        require_signed(made, made / "key")
 
 
 def test_an_output_that_is_not_as_it_was_written_is_not_attested(tiny_llama: Path, made: Path, tmp_path: Path) -> None:

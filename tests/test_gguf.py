@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from converted import dequantized as dequantized_model
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.api import inspect, quantize
+from qz.formats import gguf_header
 from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.encodings import Blocks
@@ -27,6 +28,7 @@ from qz.quantize.compute import kernels
 from qz.quantize.decoding.blocks import dequantized
 from qz.quantize.inspection.report import Inspection
 from qz.quantize.libraries.gguf_names import untouched
+from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit
 from reference import differing_tensors, tensors_of, transformers_model
 
@@ -483,6 +485,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: Callable[[bytes], byt
         quantize(file, tmp_path / "output", device="cpu")
     assert str(raised.value).isprintable()
     assert not (tmp_path / "output").exists()
+
+
+def test_a_vocabulary_is_counted_where_its_size_is_not_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_llama(tmp_path / "model.gguf", "Q8_0")
+    file.write_bytes(file.read_bytes().replace(b"llama.vocab_size", b"llama.vocab_sizX"))
+    monkeypatch.setattr(gguf_header, "LONG_LIST", VOCABULARY - 1)
+    assert plain_checkpoint(open_checkpoint(LocalFolder(tmp_path))).config["vocab_size"] == VOCABULARY
 
 
 def test_what_the_library_does_not_read_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from qz.formats.output.recorded.record import RECORD
 from qz.formats.output.recorded.statement import BESIDE, SIGNATURE, STATEMENT, TYPE
 from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.publish.checkpoint_files import OwnFile, own_files
+from qz.formats.regular_file import read_regular
 from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
@@ -116,7 +117,14 @@ def _encoded(subjects: list[dict[str, Any]], found: list[dict[str, Any]], about:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def _holds(file: Path, data: bytes) -> bool:
+    try:
+        return read_regular(file, len(data)) == data
+    except OSError:
+        return False
+
+
 def _require_no_other_signature(output: Path, data: bytes, sign_key: Path | None) -> None:
     signed, stated = output / SIGNATURE, output / STATEMENT
-    if sign_key is None and signed.exists() and not (stated.exists() and stated.read_bytes() == data):
+    if sign_key is None and signed.exists() and not _holds(stated, data):
         raise OutputRefused(f"{signed} is of another statement. Sign this one with --sign-key, or remove it.")

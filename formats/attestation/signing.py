@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qz import MissingInput, Unsupported, UsageError
+from qz.formats.json_files import MAX_BYTES
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.statement import SIGNATURE
 
@@ -35,6 +36,8 @@ def require_signed(folder: Path, public_key: Path) -> frozenset[str]:
     signature = folder / SIGNATURE
     if not signature.is_file():
         raise MissingInput(f"{folder} has no {SIGNATURE}: it is not signed, or by a file elsewhere.")
+    if (size := signature.stat().st_size) > MAX_BYTES:
+        raise Malformed("signature-invalid", f"{signature} has {size:,} bytes, too many for a signature.")
     verifier = _with_key(_package().verifying.Config(), "use_elliptic_key_verifier", public_key=public_key)
     try:
         verifier.verify(folder, signature)

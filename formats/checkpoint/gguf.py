@@ -149,14 +149,17 @@ def _add_tensors(
         tensors[name] = _stored(tensor, file, size, where, header.metadata.get(_SHAPE + name))
 
 
-def joined_gguf_header(checkpoint: Checkpoint) -> bytes:
-    """The header of a checkpoint in GGUF, as if it were in one file: all that a library needs to see of it."""
+def joined_gguf_header(checkpoint: Checkpoint) -> tuple[bytes, int | None]:
+    """The header of a checkpoint in GGUF, as if it were in one file, and how many tokens a vocabulary has that is too
+    long to be in it: all that a library needs to see of it."""
     headers = [
         _header(checkpoint.folder, file, number, len(checkpoint.files)) for number, file in enumerate(checkpoint.files)
     ]
-    first = bytearray(headers[0].after_metadata)
-    checkpoint.folder.read_into(checkpoint.files[0], 0, memoryview(first))
-    return joined_header(bytes(first), headers[0], (each for header in headers for each in header.tensors.values()))
+    entries = [bytearray(stop - start) for start, stop in headers[0].kept]
+    for entry, (start, _) in zip(entries, headers[0].kept, strict=True):
+        checkpoint.folder.read_into(checkpoint.files[0], start, memoryview(entry))
+    tensors = (each for header in headers for each in header.tensors.values())
+    return joined_header(entries, tensors, headers[0].alignment), headers[0].lengths.get("tokenizer.ggml.tokens")
 
 
 def _config(header: GgufHeader) -> dict[str, Any]:

@@ -61,10 +61,12 @@ class OwnFiles:
 
     def require_stated(self) -> None:
         """Raise MalformedInput if there is a statement, and it is of other files than these."""
-        data = {file.name: file.data for file in self.files}.get(STATEMENT)
-        if data is None:
+        statement = next((file for file in self.files if file.name == STATEMENT), None)
+        if statement is None:
             return
-        stated = {name: sha256 for name, (sha256, _) in read_statement(data, STATEMENT).subjects.items()}
+        if statement.data is None:
+            raise MalformedInput(f"{statement.file.path} has {statement.bytes:,} bytes, too many for a statement.")
+        stated = {name: sha256 for name, (sha256, _) in read_statement(statement.data, STATEMENT).subjects.items()}
         later = BESIDE if PAGE in stated else {*BESIDE, PAGE}  # a page may be written after the statement
         mine = {file.name: file.sha256 for file in self.files if file.name not in later}
         if stated != mine:
@@ -101,7 +103,7 @@ def own_files(folder: LocalFolder, progress: Callable[[int], None] | None = None
             for part in folder.subfolders():
                 names |= _named(folder.subfolder(part), f"{part}/")
     names |= {each.name for each in terms(folder)} | (folder.sizes().keys() & BESIDE if record is not None else set())
-    if PAGE in found and OWN_PAGE in found[PAGE].read()[:1000]:
+    if PAGE in found and OWN_PAGE in found[PAGE].head(1000):
         names.add(PAGE)
     files = tuple(_own_file(name, found[name], hashes.get(name)) for name in sorted(names))
     return OwnFiles(files, left_out(folder, {*names, README}, hidden=True), record, _config(folder, names))

@@ -56,6 +56,11 @@ class VerifiedFile:
                 raise self._changed()
         return data
 
+    def head(self, count: int) -> bytes:
+        """Its first ``count`` bytes, or all where there are fewer."""
+        with open(self.open(), "rb") as file:
+            return file.read(count)
+
     def hashed(self) -> str:
         """The SHA-256 of what it holds, in hexadecimal."""
         with open(self.open(), "rb") as file:

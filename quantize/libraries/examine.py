@@ -16,23 +16,21 @@ from qz.quantize.libraries.importing.boundary import library_errors
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.optional_packages import needed_by
 from qz.quantize.libraries.importing.untrusted_config import (
-    has_extreme_number,
     note_removed,
     parts_bounded,
     require_plausible,
     without_code,
     without_own_code,
 )
-from qz.quantize.libraries.importing.work_bounds import work_bounded
+from qz.quantize.libraries.importing.work_bounds import is_hard, work_bounded
 from qz.quantize.libraries.process import asking
 
 
 @contextmanager
 def examining(checkpoints: Iterable[Checkpoint]) -> Iterator[None]:
     """Name, before the first, all that will be examined inside: a library is imported once, for all of them."""
-    if lean_imports.is_allowed():
-        for checkpoint in checkpoints:
-            lean_imports.keep(needed_by(checkpoint))
+    for checkpoint in checkpoints:
+        lean_imports.keep(needed_by(checkpoint))
     with asking.together():
         yield
 
@@ -63,8 +61,7 @@ def examine(
     if (known := answer_cache.recall(question)) is not None:
         return known
     with examining([checkpoint]):
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if asking.is_worthwhile(tensors) or has_extreme_number(checkpoint.config, shapes):
+        if not is_hard():
             told = asking.ask(checkpoint, tensors, request, question, equal)
             if told is not None:
                 return told

@@ -11,6 +11,7 @@ from qz.quantize.libraries.importing.boundary import library_errors
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.optional_packages import OF_TRANSFORMERS
 from qz.quantize.libraries.importing.untrusted_config import parts_bounded
+from qz.quantize.libraries.importing.work_bounds import work_bounded
 
 
 def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
@@ -23,9 +24,8 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
             f"{where} holds a diffusion model in GGUF, which has no config: name the file itself, or add --file "
             f"{checkpoint.files[0]}, and say with --config where the config of its model is."
         )
-    header = joined_gguf_header(checkpoint)
-    if lean_imports.is_allowed():
-        lean_imports.keep(OF_TRANSFORMERS)
+    header, vocabulary = joined_gguf_header(checkpoint)
+    lean_imports.keep(OF_TRANSFORMERS)
     with (
         lean_imports.lean_imports(),
         library_errors("transformers", "a model in GGUF", where),
@@ -35,5 +35,6 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         from qz.quantize.libraries.transformers.gguf import plain_gguf
         from qz.quantize.libraries.transformers.gguf_conversions import plain_by_conversions, reads
 
-        by_conversions = reads(str(checkpoint.config.get("gguf")))
-        return (plain_by_conversions if by_conversions else plain_gguf)(checkpoint, header)
+        plain = plain_by_conversions if reads(str(checkpoint.config.get("gguf"))) else plain_gguf
+        with work_bounded({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, where):
+            return plain(checkpoint, header, vocabulary)

@@ -17,6 +17,7 @@ from qz.formats.malformed import Malformed
 from qz.formats.output.companions import left_out
 from qz.formats.output.recorded.record import verify_files
 from qz.formats.output.recorded.statement import BESIDE, SIGNATURE, read_statement
+from qz.formats.regular_file import NotRegular, TooLarge, read_regular
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.inspection.report import Verified
 from qz.quantize.verification.report import Verification
@@ -29,8 +30,9 @@ def verify_stated(output: OpenedSource, statement: Path, progress: OnProgress = 
     """Every file that a statement is about against the hash in it; the others are named, in warnings."""
     begun, done = time.monotonic(), 0
     try:
-        with statement.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular(statement, MAX_BYTES)
+    except (TooLarge, NotRegular) as error:
+        raise Malformed("statement-malformed", f"{statement} is no statement: {error.strerror}.") from None
     except OSError as error:
         kind = MissingInput if isinstance(error, FileNotFoundError) else IOFailed
         raise kind(f"{statement} cannot be read: {error.strerror}.") from None

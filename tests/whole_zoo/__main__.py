@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qz.counted import counted
+from qz.quantize.libraries.importing import work_bounds
 from whole_zoo import diffusers_cases, pipeline_cases, transformers_cases
 from whole_zoo.case import Case
 from whole_zoo.page import page
@@ -72,6 +73,7 @@ def _require_pins() -> None:
 
 def _run(asked: argparse.Namespace, done: set[tuple[str, str, str]]) -> list[dict[str, Any]]:
     end = time.monotonic() + asked.seconds
+    work_bounds.set_hard()  # each case plans in the process that is forked for it
     for module in FIRST_IMPORTS:
         import_module(module)
     cases = [case for source in SOURCES for case in source() if _asked_for(case, asked.only)]

@@ -12,6 +12,8 @@ from qz.quantize.libraries.importing import lean_imports
 
 SURROUNDINGS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EACCES))
 """What the system says of itself, not of a config."""
+FORWARDING = ("__torch_function__", "__torch_dispatch__")
+"""What torch calls for each operation of a library, and what has it done."""
 CONVERTER_ERRORS = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
 """What diffusers' converters raise for tensors that are not what they expect; they do not look first."""
 
@@ -45,6 +47,7 @@ def describe(error: BaseException) -> str:
 def _raised_by_qz(trace: TracebackType | None) -> bool:
     name = ""
     while trace is not None:
-        name = trace.tb_frame.f_globals.get("__name__", "")
+        if trace.tb_frame.f_code.co_name not in FORWARDING:
+            name = trace.tb_frame.f_globals.get("__name__", "")
         trace = trace.tb_next
     return name.partition(".")[0] == "qz"

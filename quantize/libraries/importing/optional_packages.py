@@ -18,8 +18,8 @@ FROM_THE_HUB = "kernels"
 _IMPORT = re.compile(
     rf"^\s*(?:from|import) ({'|'.join(name for name in OPTIONAL if name != FROM_THE_HUB)})\b", re.MULTILINE
 )
-OF_TRANSFORMERS = frozenset(("scipy", "transformers"))
-"""transformers has losses that match by scipy."""
+OF_TRANSFORMERS = frozenset(("transformers",))
+"""Not scipy, by which its losses match: only classes whose own code imports it need that to be built."""
 
 
 def needed_by(checkpoint: Checkpoint) -> frozenset[str]:

@@ -25,10 +25,6 @@ CODE = re.compile(
 INERT = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "grouped_mm", "batched_mm")
 """Implementations that the libraries have themselves: they leave no trace in what is saved."""
 COUNTS = re.compile(r"(?:.*_)?(?:layers?|depths?|blocks?|labels|classes|experts|stages|heads|groups|repeats?|stacks?)")
-NO_SIZE = re.compile(r".*theta.*|.*_ids?|.*_index|.*suppress_tokens")
-"""Numbers of tokens, and bases of rotary embeddings: large in any model, and no table is as long."""
-EXTREME = 1 << 14
-"""A table of its square takes a gigabyte."""
 MOST = 100_000
 """What a count may be in any model; beyond it, four times the tensors, or twice their largest extent."""
 PARTS, PARTS_PER_TENSOR = 4_000, 32
@@ -108,20 +104,6 @@ def require_plausible(config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
             )
 
     check(config, "", counts=False)
-
-
-def has_extreme_number(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a library could make one table of ``config`` that fills the memory, in a step that no thread can stop."""
-    most = max(EXTREME, 4 * max((length for shape in shapes.values() for length in shape), default=0))
-
-    def found(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return any(found(inner) for key, inner in value.items() if NO_SIZE.fullmatch(str(key)) is None)
-        if isinstance(value, list):
-            return any(map(found, value))
-        return _is_number(value) and value > most
-
-    return found(config)
 
 
 @contextmanager

@@ -20,20 +20,34 @@ from qz import MalformedInput
 
 BYTES, BYTES_PER_TENSOR, BYTES_PER_VALUE = 128 << 20, 64 << 10, 40
 """Of memory: in any case, for each stored tensor, and for each value of the largest, of which tables are made."""
+LEAST_BYTES, IN_ALL = 64 << 20, 384 << 20
+"""Of memory in a process that is for this only: it is not to grow beyond so much in all for a small checkpoint, though
+the least is its in any case. With all that a library can import, 300 MB are taken before it begins.
+"""
 OF_OTHERS = 768 << 20
 """What other threads may take meanwhile, in a process that does more than this: a GPU's context, buffers of reading."""
 SECONDS, SECONDS_PER_TENSOR = 60.0, 0.02
 """Of CPU time of the thread that builds."""
+RESIDENT, SHARED, DATA = 1, 2, 5
+"""Places in ``/proc/self/statm``; the last is what ``RLIMIT_DATA`` counts."""
 STEP, AGAIN = 0.02, 0.5
 """Seconds between two looks, and until what was raised in vain is raised again."""
 
 _hard = False
+_in_all: int | None = None
 
 
-def set_hard() -> None:
-    """Say that this process does nothing else: the system may refuse it memory beyond the bound."""
-    global _hard
-    _hard = True
+def set_hard(in_all: int | None = None) -> None:
+    """Say that this process does nothing else: the system may refuse it memory beyond the bound.
+
+    ``in_all``: bytes, with what it takes already, beyond which a small checkpoint is not to make it grow.
+    """
+    global _hard, _in_all
+    _hard, _in_all = True, in_all
+
+
+def is_hard() -> bool:
+    return _hard
 
 
 class _TooMuch(BaseException):
@@ -58,8 +72,11 @@ def work_bounded(shapes: Mapping[str, tuple[int, ...]], where: str) -> Iterator[
 def allowance(shapes: Iterable[tuple[int, ...]]) -> tuple[int, float]:
     """Bytes of memory and seconds of CPU time."""
     counts = [math.prod(shape) for shape in shapes]
+    always = BYTES if _hard else BYTES + OF_OTHERS
+    if _in_all is not None:
+        always = max(LEAST_BYTES, min(always, _in_all - _memory()[RESIDENT]))
     return (
-        (0 if _hard else OF_OTHERS) + BYTES + BYTES_PER_TENSOR * len(counts) + BYTES_PER_VALUE * max(counts, default=0),
+        always + BYTES_PER_TENSOR * len(counts) + BYTES_PER_VALUE * max(counts, default=0),
         SECONDS + SECONDS_PER_TENSOR * len(counts),
     )
 
@@ -119,7 +136,7 @@ def _refused_beyond(most: int) -> Iterator[None]:
         yield
         return
     soft, limit = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = _data_bytes() + most
+    bound = _memory()[DATA] + most
     if soft != resource.RLIM_INFINITY:
         bound = min(bound, soft)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, limit))
@@ -130,15 +147,12 @@ def _refused_beyond(most: int) -> Iterator[None]:
 
 
 def _anonymous_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
-    with suppress(OSError):
-        with open("/proc/self/statm", "rb") as file:
-            _, resident, shared, *_rest = map(int, file.read().split())
-        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-    return 0
+    memory = _memory()
+    return memory[RESIDENT] - memory[SHARED]
 
 
-def _data_bytes() -> int:
-    """What ``RLIMIT_DATA`` counts."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+def _memory() -> list[int]:
+    """Bytes that this process takes, of several kinds; zeros where the system does not tell."""
+    with suppress(OSError), open("/proc/self/statm", "rb") as file:
+        return [int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in file.read().split()]
+    return [0] * 7

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_allowed = False
 _meanwhile: list[Callable[[], object]] = []
-
-
-def allow() -> None:
-    """Say that this process is a command, which may start another one."""
-    global _allowed
-    _allowed = True
-
-
-def is_allowed() -> bool:
-    return _allowed
 
 
 def meanwhile(work: Callable[[], object]) -> None:

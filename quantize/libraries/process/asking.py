@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,46 +26,37 @@ from qz.formats.malformed import Malformed
 from qz.quantize.libraries.answer_cache import GENERATION_CONFIG, decoded
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec
 from qz.quantize.libraries.importing import lean_imports
-from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
 from qz.quantize.libraries.importing.work_bounds import BYTES_PER_TENSOR
-from qz.quantize.libraries.process import do_meanwhile, is_allowed
+from qz.quantize.libraries.process import do_meanwhile
 from qz.quantize.libraries.process.documents import Documents
 from qz.quantize.libraries.process.frames import READY, receive, send
 
 MODULE = "qz.quantize.libraries.process.answering"
-_process: _Process | None = None
-_together = 0
+
+
+class _Asked(threading.local):
+    """The process that this thread asks: one thread's question and answer are not another's."""
+
+    process: _Process | None = None
+    together = 0
+
+
+_asked = _Asked()
 
 
 class PlanningFailed(Exception):
     """An error in the other process that no checkpoint explains: a bug."""
 
 
-def is_worthwhile(tensors: Mapping[str, TensorSpec]) -> bool:
-    """Whether this process gets by without the libraries, if another one asks them.
-
-    Not where a GPU needs torch here, nor where experts are merged, which the library does on the weights themselves.
-    """
-    return (
-        is_allowed()
-        and lean_imports.is_allowed()
-        and "torch" not in sys.modules
-        and bool(sys.executable)
-        and not any("expert" in name for name in tensors)
-        and not may_have_a_gpu()
-    )
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """What is asked inside is asked of one process."""
-    global _together
-    _together += 1
+    _asked.together += 1
     try:
         yield
     finally:
-        _together -= 1
-        if not _together:
+        _asked.together -= 1
+        if not _asked.together:
             close()
 
 
@@ -77,11 +69,10 @@ def ask(
 ) -> Architecture | None:
     """As ``examine``, with its errors; None where it has to be asked here: the answer holds functions of the library,
     or no process could be started."""
-    global _process
     with together():
-        if _process is None:
-            _process = _Process.started()
-        if _process is None:
+        if _asked.process is None:
+            _asked.process = _Process.started()
+        if _asked.process is None:
             return None
         folder = Documents(checkpoint.folder.location)
         if GENERATION_CONFIG in checkpoint.folder.sizes():
@@ -89,7 +80,8 @@ def ask(
         names = {name: StoredTensor(name, "", (), "", 0, 0) for name in checkpoint.tensors}
         told = replace(checkpoint, folder=folder, tensors=names, index=None, header_metadata={})
         try:
-            return _process.answer(pickle.dumps((told, dict(tensors), request, question, equal is not None)), equal)
+            asked = pickle.dumps((told, dict(tensors), request, question, equal is not None))
+            return _asked.process.answer(asked, equal)
         except BaseException:
             close()
             raise
@@ -97,8 +89,7 @@ def ask(
 
 def close() -> None:
     """End the other process, if there is one."""
-    global _process
-    process, _process = _process, None
+    process, _asked.process = _asked.process, None
     if process is not None:
         process.end()
 
@@ -114,13 +105,14 @@ class _Process:
     @classmethod
     def started(cls) -> _Process | None:
         """With the settings of this one; None where it does not come up."""
+        if getattr(sys, "frozen", False):  # sys.executable is a program of somebody, which would start once more
+            return None
         quiet = bool(warnings.filters) and warnings.filters[0][0] == "ignore"
         level = logging.getLogger("bitsandbytes").level
         # -P: the working directory, which may be a download, is no place to import from.
         words = [sys.executable, "-P", *(["-W", "ignore"] if quiet else []), "-m", MODULE, str(level)]
         own = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        if not lean_imports.is_allowed():  # nobody has found out what the libraries must find
-            own["QZ_LEAN"] = "0"
+        own["PYTHONPATH"] = os.pathsep.join(_import_paths())  # a program may have chosen its libraries itself
         # diffusers makes each weight on the CPU before it is on meta: what glibc keeps of those, as holes in which the
         # next does not fit, counts as memory taken, and grows with the model.
         own["MALLOC_MMAP_THRESHOLD_"] = str(BYTES_PER_TENSOR)
@@ -165,6 +157,12 @@ class _Process:
             with suppress(BrokenPipeError):
                 send(self._in, b"1" if answer else b"0")
         raise _ended(self._process.wait())
+
+
+def _import_paths() -> list[str]:
+    """``sys.path`` without the working directory, unless ``PYTHONPATH`` names that."""
+    here, named = os.path.realpath(os.getcwd()), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [place for place in sys.path if place and (place in named or os.path.realpath(place) != here)]
 
 
 def _taken(said: dict[str, Any]) -> Architecture | None:

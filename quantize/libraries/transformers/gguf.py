@@ -24,6 +24,7 @@ from qz.formats.checkpoint.gguf import in_blocks
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.gguf_header import read_gguf_header
+from qz.formats.malformed import quoted
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.transformers.expert_rows import stored_rows
@@ -50,11 +51,14 @@ _EXPERT_SIZES = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
+MOST_ROWS = 1 << 22
+"""Of a tensor, or experts: where each one goes is found by numbers of them, whatever the file holds."""
 EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
 
 
-def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
-    """The checkpoint under transformers' names and with its config. ``header``: that of all its tensors.
+def plain_gguf(checkpoint: Checkpoint, header: bytes, vocabulary: int | None) -> Checkpoint:
+    """The checkpoint under transformers' names and with its config. ``header``: that of all its tensors, without the
+    tokens, of which there are ``vocabulary``.
 
     Raises Unsupported for an architecture that the library does not read, or reads by merging tensors.
     """
@@ -67,6 +71,8 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
                 f"{where}: transformers does not read GGUF files of {architecture} ({error}). Use the model's original "
                 "checkpoint, or of a diffusion model a .safetensors file."
             ) from error
+    if vocabulary is not None:
+        found.setdefault("vocab_size", vocabulary)  # as the loader does, which sees no tokens
     config = plain_config(found) | _sizes_of_experts(header, where)
     model_type = str(config.get("model_type"))
     classes = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
@@ -95,6 +101,7 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
     tensors: dict[str, StoredTensor | Decoded] = {}
     left_out: list[str] = []
     for name, tensor in checkpoint.tensors.items():
+        require_rows(tensor.shape, name, where)
         if EXPERTS.search(name):
             tensors |= experts_as(place, model, name, tensor, where)
             continue
@@ -111,6 +118,12 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
         encoded_as=GGUF,
         left_out=tuple(left_out),
     )
+
+
+def require_rows(shape: tuple[int, ...], name: str, where: str) -> None:
+    """Raise Unsupported for a tensor of more rows than any model has."""
+    if max(shape[:-1], default=0) > MOST_ROWS:
+        raise Unsupported(f"{where}: {quoted(name)} is {list(shape)}. No model has so many rows.")
 
 
 def _sizes_of_experts(header: bytes, where: str) -> dict[str, int]:

@@ -24,6 +24,7 @@ from qz.quantize.libraries.transformers.gguf import (
     header_file,
     meta_model,
     plain_config,
+    require_rows,
 )
 from qz.quantize.libraries.transformers.internals import WeightConverter, WeightRenaming, rename_source_key
 
@@ -37,14 +38,17 @@ def reads(architecture: str) -> bool:
     return bool(is_gguf_arch_supported(architecture))
 
 
-def plain_by_conversions(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
+def plain_by_conversions(checkpoint: Checkpoint, header: bytes, vocabulary: int | None) -> Checkpoint:
     """As ``gguf.plain_gguf``."""
     from transformers.integrations.gguf import get_gguf_config, get_gguf_conversion_mapping, read_gguf_metadata
 
     where, architecture = checkpoint.folder.location, str(checkpoint.config.get("gguf"))
     try:
         with header_file(header, len(header)) as path:
-            config = plain_config(get_gguf_config(*read_gguf_metadata(path)))
+            metadata, names = read_gguf_metadata(path)
+        if vocabulary is not None:
+            metadata["tokenizer.ggml.tokens"] = vocabulary  # the reader, too, counts them
+        config = plain_config(get_gguf_config(metadata, names))
         require_plausible(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, where)
         model_class = getattr(transformers, config["architectures"][0])
         mapping = get_gguf_conversion_mapping(architecture, model_class.config_class.from_dict(dict(config)))
@@ -59,6 +63,7 @@ def plain_by_conversions(checkpoint: Checkpoint, header: bytes) -> Checkpoint:
     tensors: dict[str, StoredTensor | Decoded] = {}
     left_out: list[str] = []
     for name, tensor in checkpoint.tensors.items():
+        require_rows(tensor.shape, name, where)
         if EXPERTS.search(name):
             tensors |= experts_as(conversions.place, model, name, tensor, where)
             continue

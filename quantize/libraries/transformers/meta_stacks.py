@@ -15,15 +15,15 @@ class MetaStacks(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.stack:
-            return _stack(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        alike = _stacked(*args, **(kwargs or {})) if func is torch.stack else None
+        return func(*args, **(kwargs or {})) if alike is None else alike
 
 
-def _stack(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int = 0, **more: Any) -> torch.Tensor:
+def _stacked(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int = 0, **more: Any) -> torch.Tensor | None:
+    """None for tensors that are not alike."""
     first = tensors[0] if tensors else None
     if first is None or more or not all(_is_alike(each, first) for each in tensors):
-        return torch.stack(tensors, dim, **more)
+        return None
     shape = list(first.shape)
     shape.insert(dim if dim >= 0 else dim + first.ndim + 1, len(tensors))
     return torch.empty(shape, dtype=first.dtype, device="meta")
