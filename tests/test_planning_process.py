@@ -73,13 +73,19 @@ def source(tiny_llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "source"))
 
 
-def test_the_process_that_streams_imports_no_library_and_writes_the_same(source: Path, tmp_path: Path) -> None:
+def test_the_process_that_streams_imports_no_library_and_writes_the_same(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("torch.py", "qz.py", "json.py"):  # the working directory may be a download
         (tmp_path / name).write_text("raise SystemExit('code of somebody ran')\n")
     quantized(source, tmp_path / "here", "nf4")
     (tmp_path / "qz.py").unlink()  # `python -c` itself imports from there
     (tmp_path / "json.py").unlink()
     (tmp_path / "torch.py").unlink()
+    scipy = tmp_path / "site/scipy/__init__.py"
+    scipy.parent.mkdir(parents=True)
+    scipy.write_text("raise SystemExit('what only losses need was imported')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     work = tmp_path / "work"
     work.mkdir()
     done, imported, _, there = as_command(work, "quantize", str(source), "-o", "there")

@@ -20,7 +20,7 @@ from qz import MalformedInput
 
 BYTES, BYTES_PER_TENSOR, BYTES_PER_VALUE = 128 << 20, 64 << 10, 40
 """Of memory: in any case, for each stored tensor, and for each value of the largest, of which tables are made."""
-LEAST_BYTES, IN_ALL = 64 << 20, 384 << 20
+LEAST_BYTES, IN_ALL = 64 << 20, 368 << 20
 """Of memory in a process that is for this only: it is not to grow beyond so much in all for a small checkpoint, though
 the least is its in any case. With all that a library can import, 300 MB are taken before it begins.
 """

@@ -26,7 +26,7 @@ def main(level: str, *kept: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(int(level))
     lean_imports.allow()
     lean_imports.keep(kept)
-    work_bounds.set_hard(work_bounds.IN_ALL)
+    work_bounds.set_hard(work_bounds.IN_ALL if lean_imports.is_allowed() else None)
     send(answers, READY)
     while (question := receive(questions)) is not None:
         send(answers, json.dumps(_answered(question, questions, answers)).encode())
