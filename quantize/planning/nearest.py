@@ -8,11 +8,13 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from qz import UsageError
+from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
     from qz.quantize.planning.plan import Plan
 
 MOST_COMPARED = 2000
+LONGEST_SHOWN = 200
 
 
 def nearest(text: str, names: Iterable[str]) -> str:
@@ -34,4 +36,5 @@ def linears(plan: Plan) -> list[str]:
 def refuse_unmatched(skips: Iterable[str], where: str, names: Iterable[str]) -> None:
     """Raise UsageError for the first of ``skips``, which match nothing."""
     for skip in skips:
-        raise UsageError(f"--skip {skip} matches no module of {where}. {nearest(skip, names)}".rstrip())
+        shown = skip if len(skip) <= LONGEST_SHOWN else quoted(skip, LONGEST_SHOWN)
+        raise UsageError(f"--skip {shown} matches no module of {where}. {nearest(skip, names)}".rstrip())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qz import Unsupported, UsageError
+from qz.formats.malformed import quoted
 from qz.quantize.libraries.architecture import LoadRequest, Skips, skip_list
 from qz.quantize.libraries.exemptions import exempt
 from qz.quantize.libraries.skip_names import spelled_out
@@ -102,4 +103,4 @@ def _require_patterns(skips: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UsageError(f"--skip {pattern!r} is not a regular expression: {error}.") from error
+            raise UsageError(f"--skip {quoted(pattern)} is not a regular expression: {error}.") from error
