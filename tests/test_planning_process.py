@@ -82,9 +82,10 @@ def test_the_process_that_streams_imports_no_library_and_writes_the_same(
     (tmp_path / "qz.py").unlink()  # `python -c` itself imports from there
     (tmp_path / "json.py").unlink()
     (tmp_path / "torch.py").unlink()
-    scipy = tmp_path / "site/scipy/__init__.py"
-    scipy.parent.mkdir(parents=True)
-    scipy.write_text("raise SystemExit('what only losses need was imported')\n")
+    scipy = tmp_path / "site/scipy"
+    (scipy / "optimize").mkdir(parents=True)
+    (scipy / "__init__.py").write_text("__version__ = '1.17.1'\n")  # numba looks at it
+    (scipy / "optimize/__init__.py").write_text("raise SystemExit('what only losses need was imported')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     work = tmp_path / "work"
     work.mkdir()
