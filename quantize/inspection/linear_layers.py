@@ -141,7 +141,9 @@ class _Transformers:
             end for end in ("text_projection", "visual_projection", "logits_dense") if f"{end}.weight" in self.names
         )
         self.last = next((end for end in ends if f"{end}.bias" not in self.names), None)
-        self.routed = {match[1] for name in self.names if ".experts" in name and (match := _EXPERTS.match(name))}
+        # Of hundreds of thousands of experts the few beginnings that there are, each with one character more.
+        parents = {name[: name.rfind(".experts") + 9] for name in self.names if ".experts" in name}
+        self.routed = {match[1] for parent in parents if (match := _EXPERTS.match(parent))}
 
     def dtype(self, name: str) -> str:
         for key in self.float32:  # once for every tensor, of which there may be hundreds of thousands

@@ -215,8 +215,9 @@ def cheap_converters() -> Iterator[None]:
         with _known_layout():
             made = copy.copy(converter)
             made.operations = [copy.copy(operation) for operation in converter.operations]
-            made.collected_tensors = copy.deepcopy(converter.collected_tensors, memo)
-            made.layer_targets = copy.deepcopy(converter.layer_targets, memo)
+            for name in ("collected_tensors", "layer_targets"):
+                held = getattr(converter, name)  # empty, but for a converter that has begun to collect
+                setattr(made, name, copy.deepcopy(held, memo) if held else copy.copy(held))
         return made
 
     if "__deepcopy__" in vars(WeightConverter):  # of another thread, or of a later version
