@@ -23,10 +23,12 @@ from qz import QzError, Unsupported, one_line
 from qz.cli.coercion import LeanCommand, LeanGroup
 from qz.cli.options.general import DebugOpt, VersionOpt
 from qz.cli.output import say, warn
-from qz.cli.streams import closed_pipe
+from qz.cli.streams import closed_pipe, spell_out
 from qz.redaction import redact
 from qz.trace import trace_lines
 
+NARROW = 72
+"""Columns that the boxes of Rich's help need: in fewer it cuts the names of options."""
 MOST_LINES = 5
 """What stderr gets of an error, at most. The whole message is in the JSON, and shown with ``--debug``."""
 
@@ -65,13 +67,16 @@ DISTRIBUTIONS = {"accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "
 
 def app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     """The app with these commands, whose modules are imported. Describing all of them takes as long as ``inspect``."""
+    width = shutil.get_terminal_size().columns
+    narrow = width < NARROW
     made = typer.Typer(
         name="qz",
         cls=LeanGroup,
         epilog="Exit codes: 0 done, 1 a bug, 2 usage, 65 bad input, 66 input not found, 69 Hub unreachable, "
         "73 output refused, 74 I/O, 75 try again, 77 permission denied, 78 unsupported.",
-        context_settings={"help_option_names": ["--help", "-h"]},
+        context_settings={"help_option_names": ["--help", "-h"], **({"terminal_width": width} if narrow else {})},
         pretty_exceptions_enable=False,
+        rich_markup_mode=None if narrow else "rich",
     )
     made.callback()(everywhere)
     for name in commands:
@@ -137,9 +142,7 @@ class Interruption:
 
 def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit code. Errors go to stderr, and with --json to stdout too."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # an ASCII locale must not fail a run
+    spell_out()
     if not hasattr(signal, "SIGALRM"):
         say("Error: qz runs on Linux and macOS. On Windows, use WSL: https://learn.microsoft.com/windows/wsl/install")
         return Unsupported.exit_code

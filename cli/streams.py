@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from contextlib import suppress
+
+IN_ASCII = {"→": "->", "–": "-", "−": "-", "…": "...", "×": "x", "·": "-", "█": "#"}
+"""What reports are drawn with, where the locale's encoding has none of it."""
 
 
 def open_streams() -> None:
@@ -20,6 +24,24 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115  stays open to the end
             setattr(sys, name, stream)
+
+
+def spell_out() -> None:
+    """Let a stream whose encoding lacks a character not fail a run: it gets what it can show instead."""
+    codecs.register_error("qz.spelled_out", _spelled_out)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="qz.spelled_out")
+
+
+def _spelled_out(error: UnicodeError) -> tuple[str | bytes, int]:
+    """``IN_ASCII``, and Python's escape of every other character."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = [
+        IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in error.object[error.start : error.end]
+    ]
+    return "".join(shown), error.end
 
 
 def tell(text: str) -> None:
