@@ -25,7 +25,7 @@ p, figcaption { color: var(--soft); margin: .25rem 0 .75rem } figure { margin: 0
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: var(--soft); padding-bottom: .35rem }
 th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line) }
-th { font-weight: 600 } [scope=row] { white-space: nowrap } .wide td:first-child { min-width: 9rem }
+th { font-weight: 600; white-space: nowrap } .wide td:is(:first-child, :last-child) { min-width: 9rem }
 .right { text-align: right; white-space: nowrap }
 svg { width: 100%; min-width: 30rem; height: auto; display: block }
 svg text { font: 13px system-ui, sans-serif; fill: var(--text) }

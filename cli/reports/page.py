@@ -37,11 +37,16 @@ def conversion_page(summary: Summary | PipelineSummary) -> str:
     made = [row(component) for component in summary.components if component.bytes]
     parts.append(section("Components", table("What became of each", COLUMNS, made)))
     parts += [
-        section(component.name, facts(by_name(described(component.model))), *layers(component.model))
+        section(component.name, facts(of_component(component.model)), *layers(component.model))
         for component in summary.components
         if component.model is not None
     ]
     return page(title, *parts)
+
+
+def of_component(model: Summary) -> list[tuple[str, str]]:
+    """Its rows without those that are of the whole run."""
+    return [(label, value) for label, value in described(model) if label not in ("source", "output", "took")]
 
 
 def comparison_page(found: Comparison, rows: Sequence[tuple[str, str]], charts: Sequence[Chart]) -> str:
