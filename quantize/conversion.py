@@ -157,7 +157,12 @@ class Conversion:
             if self.dry_run:
                 resumed = self._refuse(target, planned.parts, identity(planned.folders, planned.carried))
                 device = self.settings.device
-                summary = summarize_pipeline(planned, origin, target.place, device=device, resumed=resumed)
+                losses = {
+                    name: each.alone(planned.plans[name], self.settings) for name, each in planned.measures.items()
+                }
+                summary = summarize_pipeline(
+                    planned, origin, target.place, device=device, resumed=resumed, losses=losses
+                )
                 return as_share(summary, planned.parts, self.share)
             done = carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
             return replace(done, share=self.share)

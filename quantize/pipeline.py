@@ -27,6 +27,8 @@ from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
 from qz.quantize.planning.unreadable import KEPT, kept_unread
 from qz.quantize.settings import Settings
+from qz.quantize.streaming.loss import Loss
+from qz.quantize.streaming.measure import Measure
 from qz.quantize.streaming.output_parts import Part, model_part
 
 
@@ -48,6 +50,12 @@ class PipelinePlan:
     """Methods of the components that were chosen from, for a size."""
     notes: tuple[str, ...] = ()
     """What the user should know of what was asked for."""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    """What measures the loss of those in ``plans``, if that was asked for."""
+
+    def losses(self) -> dict[str, Loss]:
+        """What was measured, by component."""
+        return {name: measure.loss() for name, measure in self.measures.items()}
 
     @property
     def folders(self) -> dict[str, Folder]:
@@ -75,7 +83,8 @@ class PipelinePlan:
         for component in (choice.component for choice in self.choices):
             plan = self.plans.get(component.name) or self.casts.get(component.name)
             if plan is not None:
-                parts.append(model_part(plan, companions.companions(component.folder), component.name))
+                carried, measure = companions.companions(component.folder), self.measures.get(component.name)
+                parts.append(model_part(plan, carried, component.name, measure))
             elif component.unread is not None:
                 parts.append(Part(component.name, None, companions.whole(component.folder)))
             elif component.checkpoint is not None:

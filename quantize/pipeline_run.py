@@ -20,6 +20,7 @@ from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
+from qz.quantize.streaming.loss import Loss
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, write_parts
 from qz.quantize.summary import Source, fused_weights, made_from, summarize
@@ -34,7 +35,7 @@ def carry_out_pipeline(
 ) -> PipelineSummary:
     """Write the whole pipeline under one commit; see ``qz.quantize.convert.carry_out``."""
     begun = time.monotonic()
-    arithmetic = arithmetic_for(plan.plans.values(), settings)
+    arithmetic = arithmetic_for(plan.plans.values(), settings, measured=bool(plan.measures))
     sources = [each for each in (plan.pipeline.folder, plan.pipeline.file_folder) if each is not None]
     planned = replace(
         summarize_pipeline(plan, source, target.place, device=arithmetic.name), bytes_of=arithmetic.bytes_of
@@ -58,6 +59,7 @@ def carry_out_pipeline(
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
         nonfinite=written.nonfinite,
+        losses=plan.losses(),
     )
     notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
     return replace(
@@ -75,8 +77,11 @@ def summarize_pipeline(
     seconds: float = 0.0,
     resumed: bool = False,
     nonfinite: Mapping[str, Mapping[str, NotFinite]] | None = None,
+    losses: Mapping[str, Loss] | None = None,
 ) -> PipelineSummary:
-    """Sum the plan up; ``written`` are the files of a finished run, none for a dry run. ``nonfinite``: by component."""
+    """Sum the plan up; ``written`` are the files of a finished run, none for a dry run. By component: ``nonfinite``,
+    ``losses``.
+    """
     parts = {part.name: part for part in plan.parts}
     components = []
     whole = plan.pipeline.file_folder is None  # otherwise the folder is not the source, but that of the configs
@@ -93,7 +98,16 @@ def summarize_pipeline(
                 architecture=part.plan.architecture.class_name,
             )
             odd = (nonfinite or {}).get(choice.name)
-            made = summarize(part.plan, origin, "", device=device, written=files, carried=part.carried, nonfinite=odd)
+            made = summarize(
+                part.plan,
+                origin,
+                "",
+                device=device,
+                written=files,
+                carried=part.carried,
+                nonfinite=odd,
+                loss=(losses or {}).get(choice.name),
+            )
         components.append(
             ComponentSummary(
                 name=choice.name,

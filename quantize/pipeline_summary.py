@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.output.recorded.record import WrittenFile
+from qz.quantize.streaming.loss import Loss, joined
 from qz.quantize.summary import Source, Summary, kept_layers_json, nonfinite_json, report_json
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ComponentSummary:
             "double_quant": model.double_quant if model is not None else False,
             **(model.refinement if model is not None else {}),
             "dtype": self.written.dtype if self.written is not None else None,
+            "loss": model.loss.as_json() if model is not None and model.loss is not None else None,
             "parameters": {
                 "total": model.parameters if model is not None else self.parameters,
                 "quantized": model.quantized_parameters if model is not None else 0,
@@ -130,6 +132,12 @@ class PipelineSummary:
     @property
     def models(self) -> tuple[Summary, ...]:
         return tuple(component.model for component in self.components if component.model is not None)
+
+    @property
+    def loss(self) -> Loss | None:
+        """Of all components together, if that was measured."""
+        found = {c.name: c.model.loss for c in self.components if c.model is not None and c.model.loss is not None}
+        return joined(found) if found else None
 
     @property
     def act(self) -> str:
@@ -208,6 +216,7 @@ class PipelineSummary:
             "nonfinite": nonfinite_json(
                 {f"{c.name}/{name}": n for c in self.components if c.written for name, n in c.written.nonfinite.items()}
             ),
+            "loss": self.loss.as_json() if self.loss is not None else None,
             "components": [component.as_json() for component in self.components],
             "bytes": {**report["bytes"], "all_files": self.bytes_all},
             **({"combinations": [each.as_json() for each in self.combinations]} if self.combinations else {}),

@@ -139,6 +139,7 @@ class Component(TypedDict):
     rounding: NotRequired[str]
     importance: NotRequired[Importance | None]
     dtype: str | None
+    loss: NotRequired[Loss | None]
     parameters: Parameters
     skipped: list[str]
     kept_layers: NotRequired[KeptLayers]
@@ -219,6 +220,7 @@ class ModelReport(Report):
 class PipelineReport(Report):
     """``qz quantize`` and ``qz dequantize`` of a pipeline."""
 
+    loss: Loss | None
     components: list[Component]
     combinations: NotRequired[list[Combination]]
 

@@ -100,7 +100,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
     "--component of a model": ("quantize model --component transformer=nf4", "--component"),
     "--experts of a pipeline": ("quantize pipeline --experts", "--experts"),
     "--experts of a model without": ("quantize model --experts", "--experts"),
-    "--report of a pipeline": ("quantize pipeline --report", "--report"),
     "--weights-only of a pipeline": ("quantize pipeline --weights-only", "--weights-only"),
     "--skip in what is not quantized": ("quantize pipeline --skip vae/decoder", "--skip"),
     "--skip of nothing": ("quantize model --skip no_such_module", "--skip"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import pipelines
 from qz.cli.output import Column
 from qz.cli.reports.markup import chart, columns, facts, page, section, table
 from readers import model_folder, some_text
@@ -102,6 +103,21 @@ def test_a_run_and_a_comparison_write_pages_that_need_nothing_else(
     cells = Reader(written).text["td"]
     assert {f"{told['bytes']['source']:,}", f"{told['bytes']['output']:,}", *told["skipped"]} <= set(cells)
     assert "model.layers.1" in Reader((tmp_path / "compared.html").read_text()).text["td"]
+
+
+def test_the_page_of_a_pipeline_has_every_layer_and_no_place_of_a_component(forked_qz: Qz, tmp_path: Path) -> None:
+    pipelines.flux(tmp_path / "flux")
+    run = forked_qz("quantize", "flux", "-o", "out", "--report", "--page", "page.html", "--json", "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    text = Reader((tmp_path / "page.html").read_text()).text
+    assert {
+        layer["name"]
+        for part in json.loads(run.stdout)["components"]
+        if part["loss"]
+        for layer in part["loss"]["layers"]
+    } <= set(text["td"])
+    assert "on the Hub only" not in text["td"]
+    assert text["th"].count("output") == 1
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(

@@ -170,6 +170,22 @@ def test_the_report_has_a_row_for_each_component_and_totals_that_add_up(
     }
 
 
+def test_a_report_measures_each_component_as_a_run_of_its_own_does(sources: dict[str, Path], tmp_path: Path) -> None:
+    made = run(quantize, sources["flux"], output=tmp_path / "out", report=True)
+    planned = run(quantize, sources["flux"], output=tmp_path / "planned", report=True, dry_run=True)
+    assert made["loss"] == planned["loss"]
+    names = set()
+    for row in made["components"]:
+        assert (row["loss"] is not None) == row["converted"]
+        if row["converted"]:
+            alone = run(
+                quantize, sources["flux"], output=tmp_path / "x", subfolder=row["name"], report=True, dry_run=True
+            )
+            assert row["loss"] == alone["loss"]
+            names |= {f"{row['name']}.{layer['name']}" for layer in alone["loss"]["layers"]}
+    assert {layer["name"] for layer in made["loss"]["layers"]} == names
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_footprint_is_the_sum_of_what_the_libraries_say(
     name: str, sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]]

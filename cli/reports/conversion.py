@@ -9,7 +9,7 @@ from qz import UsageError
 from qz.cli.output import Column, markdown, plain, say, show, table, warn, write_step_summary
 from qz.cli.reports.model import kept_sections, model_sections
 from qz.cli.reports.new_file import require_new, store
-from qz.cli.reports.next_step import after_output, after_part, after_push, tell
+from qz.cli.reports.next_step import after_output, after_part, after_push, command, tell
 from qz.cli.reports.pipeline import pipeline_sections
 from qz.cli.reports.push import pushed_text
 
@@ -62,6 +62,11 @@ def present(
         from qz.cli.reports.page import conversion_page
 
         store(page, conversion_page(summary), "--page")
+        if summary.pushed is not None and summary.output and page.parent == Path(summary.output):
+            again = command(
+                "qz", "push", summary.output, summary.pushed.to.repo_id, *in_folder(summary.pushed.to.folder)
+            )
+            warn(f"{page} tells of the whole run, so it was written after the push. `{again}` adds it")
     for warning in summary.warnings:
         warn(warning)
     sections = pipeline_sections(summary) if isinstance(summary, PipelineSummary) else model_sections(summary)
@@ -74,6 +79,10 @@ def present(
         tell(*next_steps(summary, push), quiet=quiet or as_json)
     elif not quiet and not as_json:
         say(*table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]).split("\n"))
+
+
+def in_folder(folder: str) -> tuple[str, ...]:
+    return ("--subfolder", folder) if folder else ()
 
 
 def next_steps(summary: Summary | PipelineSummary | UpToDate, push: str | None) -> list[list[str]]:

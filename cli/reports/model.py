@@ -66,8 +66,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         rows.append(("not quantized", f"{shown(summary.skipped, 4)} ({why})"))
     rows += left_out(summary)
     if summary.loss:
-        _, _, error, ratio, largest = lost(summary.loss.total)
-        rows.append(("loss", f"relative error {error}, SNR {ratio}, largest error {largest}"))
+        rows.append(("loss", told_of_loss(summary.loss)))
     rows += part_of(summary)
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
@@ -150,6 +149,12 @@ def kept_layers(kept: KeptLayers) -> str:
     by = f"scores of {kept.scores['file']}" if kept.scores is not None else "names and places, without data"
     expected = f"; expected loss {kept.loss:.4g} (by absmax scales)" if kept.loss is not None else ""
     return f"{counted(len(kept.kept), 'linear')}, by {by}{expected}"
+
+
+def told_of_loss(loss: Loss) -> str:
+    """All layers together."""
+    _, _, error, ratio, largest = lost(loss.total)
+    return f"relative error {error}, SNR {ratio}, largest error {largest}"
 
 
 def worst_layers(loss: Loss) -> list[tuple[str, ...]]:

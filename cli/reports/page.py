@@ -97,7 +97,8 @@ def layers(summary: Summary) -> list[Markup]:
         )
         parts.append(section("What the layers lost", tag("p", told)))
     if summary.skipped:
-        caption = f"{counted(len(summary.skipped), 'linear layer')} left in {summary.dtype}"
+        kept = "it is" if len(summary.skipped) == 1 else "they are"
+        caption = f"{counted(len(summary.skipped), 'linear layer')} left as {kept}"
         parts.append(section("What is not quantized", table(caption, KEPT, in_order(summary.skipped.items()))))
     return parts
 

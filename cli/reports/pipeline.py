@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz.cli.output import Column, Section, percent, quantity, size, took
-from qz.cli.reports.model import fused_loras, left_out, part_of, place_of
+from qz.cli.reports.model import LAYERS, fused_loras, left_out, part_of, place_of, told_of_loss, worst_layers
 
 if TYPE_CHECKING:
     from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
@@ -31,6 +31,8 @@ def pipeline_sections(summary: PipelineSummary) -> list[Section]:
     """A row for each component with weights, then the whole."""
     components = [row(component) for component in summary.components if component.bytes]
     sections = [Section(components, COLUMNS), Section(report(summary))]
+    if summary.loss is not None:
+        sections.append(Section(worst_layers(summary.loss), LAYERS))
     if summary.dry_run and summary.combinations:
         sections.append(Section(combinations(summary), COMBINATIONS))
     return sections
@@ -87,7 +89,10 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
     others = [component.name for component in summary.components if not component.bytes]
     if others:
         rows.append(("unchanged", ", ".join(others)))
-    rows += [*left_out(summary), *part_of(summary)]
+    rows += left_out(summary)
+    if summary.loss is not None:
+        rows.append(("loss", told_of_loss(summary.loss)))
+    rows += part_of(summary)
     if not summary.dry_run:
         rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
     return rows

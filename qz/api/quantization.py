@@ -158,10 +158,14 @@ def quantize(
             share=share,
         )
 
+        from qz.quantize.streaming.measure import WhileQuantizing
+
         def plan_asked(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             from qz.quantize.pipeline import plan_pipeline
 
             plan = plan_pipeline(pipeline, settings)
+            if measure_loss:
+                plan = replace(plan, measures={name: WhileQuantizing() for name in plan.plans})
             methods = {choice.method for choice in plan.choices}
             asked.require(four_bit=any(isinstance(each, FourBit) for each in methods))
             if method is None or method in methods or target_size is not None:  # a size chooses methods
@@ -172,7 +176,6 @@ def quantize(
         if pipeline:
             return published(conversion.pipeline(plan_asked), conversion, publishing)
         from qz.quantize.convert import plan_quantization
-        from qz.quantize.streaming.measure import WhileQuantizing
 
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
         component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
