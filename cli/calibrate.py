@@ -11,8 +11,6 @@ from qz.cli.reports.next_step import command, tell
 from qz.counted import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qz.quantize.calibration.run import Calibration
 
 
@@ -76,19 +74,25 @@ def calibrate(
         warn(warning)
     found = timed(found)
     show(found.as_json(), as_json=as_json, text=facts(report(found)))
-    asked = {"subfolder": subfolder, "revision": revision, "variant": variant, "allow-pickle": allow_pickle}
+    asked: dict[str, str | bool | None] = {
+        "subfolder": subfolder,
+        "revision": revision,
+        "variant": variant,
+        "allow-pickle": allow_pickle,
+    }
     tell(next_command(found, asked), quiet=quiet or as_json)
 
 
-def next_command(found: Calibration, asked: Mapping[str, str | bool | None]) -> list[str]:
+def next_command(found: Calibration, asked: dict[str, str | bool | None]) -> list[str]:
     """The command that uses what was recorded, of the same source; ``asked``: how that was named."""
+    scored, scores = next(iter(found.component_scores.items()), (None, found.scores))
     words = ["qz", "quantize", found.source]
-    for option, value in asked.items():
+    for option, value in (asked | {"subfolder": asked["subfolder"] or scored}).items():  # a loss is that of one model
         words += [f"--{option}"] if value is True else [f"--{option}", value] if isinstance(value, str) else []
-    method = found.scores.method if found.scores is not None else "nf4"
+    method = scores.method if scores is not None else "nf4"
     words += [f"--{method}", "--scores" if method == "int8" else "--importance", found.output]
     words += ["--rounding", "gptq"] if found.hessian_files and method != "int8" else []
-    words += ["--max-loss", f"{found.scores.total / 2:.2g}"] if found.scores is not None else []
+    words += ["--max-loss", f"{scores.total / 2:.2g}"] if scores is not None else []
     return ["# Use it:", command(*words)]
 
 

@@ -95,7 +95,7 @@ class ScoreFile(TypedDict):
     file: str
     sha256: str
     method: str
-    loss: Literal["kl", "cosine"]
+    loss: Literal["kl", "cosine", "output"]
     total: float
     tokens: int
 
@@ -348,7 +348,7 @@ class LinearScore(TypedDict):
 
 class Scores(TypedDict):
     method: str
-    loss: Literal["kl", "cosine"]
+    loss: Literal["kl", "cosine", "output"]
     total: float
     tokens: int
     linears: list[LinearScore]
@@ -373,6 +373,7 @@ class CalibrateReport(TypedDict):
     hessian_files: list[str]
     hessian_bytes: int
     scores: Scores | None
+    component_scores: dict[str, Scores]
     device: str
     dtype: str
     resumed: bool

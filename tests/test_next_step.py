@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,12 +118,17 @@ def test_a_calibration_says_how_it_is_used(sources: Path, tmp_path: Path, forked
 
 
 def test_the_command_that_uses_a_calibration_names_the_same_source() -> None:
-    asked = {"subfolder": "text_encoder", "revision": None, "variant": "fp16", "allow-pickle": True}
+    asked: Any = {"subfolder": "text_encoder", "revision": None, "variant": "fp16", "allow-pickle": True}
     scores = Scores({}, "int8", "kl", 1.0, 64)
-    found: Any = SimpleNamespace(source="big/flux", output="x.safetensors", hessian_files=("h",), scores=scores)
+    given: dict[str, Any] = {"source": "big/flux", "output": "x.safetensors", "hessian_files": ("h",)}
+    found: Any = SimpleNamespace(**given, scores=scores, component_scores={})
     assert next_command(found, asked)[1] == (
         "qz quantize big/flux --subfolder text_encoder --variant fp16 --allow-pickle --int8 --scores x.safetensors "
         "--max-loss 0.5"
+    )
+    drawn: Any = SimpleNamespace(**given, scores=None, component_scores={"transformer": replace(scores, method="nf4")})
+    assert next_command(drawn, {"subfolder": None, "revision": None})[1] == (
+        "qz quantize big/flux --subfolder transformer --nf4 --importance x.safetensors --rounding gptq --max-loss 0.5"
     )
 
 
