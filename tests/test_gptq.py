@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def made(packed: Any, scales: Any, shape: tuple[int, int]) -> torch.Tensor:
     out = np.empty(shape[0] * shape[1], np.float32)
     kernels.dequantize_4bit(packed, scales, "nf4", 64, "F32", out)
     return torch.from_numpy(out).view(shape)
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1e9])
+def test_a_hessian_that_is_none_is_refused(bad: float) -> None:
+    hessian, packed, scales = np.eye(64, dtype=np.float32), np.empty(64, np.uint8), np.ones(2, np.float32)
+    hessian[0, 1] = hessian[1, 0] = bad
+    with pytest.raises(MalformedInput, match="not positive definite"):
+        kernels.gptq_4bit(np.ones((2, 64), np.float32), "F32", "nf4", scales, hessian, packed)
 
 
 @pytest.mark.parametrize("shape", [(40, 192), (33, 97), (5, 300)], ids=str)

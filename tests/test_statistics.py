@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from qz import MissingInput
+from qz import MalformedInput, MissingInput
 from qz.formats.malformed import Malformed
 from qz.quantize.calibration.statistics import (
     HessianPlace,
@@ -100,3 +100,13 @@ def test_a_hessian_that_is_not_that_of_the_sums_is_refused(tmp_path: Path) -> No
         write_statistics(path, sums, {}, {"q.weight": place}, {place.file: digest})
         with pytest.raises(Malformed, match=r"diagonal|not F32 \[8, 8\]"):
             read_statistics(path).hessian("q.weight")
+    (tmp_path / place.file).write_bytes((tmp_path / place.file).read_bytes()[:-1] + b"?")
+    with pytest.raises(Malformed, match="its hash differs"):
+        read_statistics(path).hessian("q.weight")
+
+
+def test_sums_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    """As of a model that runs to infinity."""
+    with pytest.raises(MalformedInput, match="become NaN or infinite"):
+        write_statistics(tmp_path / "stats", {"q.weight": InputSums(np.array([1, np.inf], np.float32), 3)}, {})
+    assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ denoisers such an object by the component's name, under ``components``.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from qz import MalformedInput
 from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
@@ -73,9 +75,13 @@ class Statistics:
     hessians: Mapping[str, HessianPlace] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     folder: Folder | None = field(default=None, compare=False)
+    hessian_hashes: Mapping[str, str] = field(default_factory=dict)
+    """File → its SHA-256, compared when it is first read."""
     scores: Scores | None = None
     component_scores: Mapping[str, Scores] = field(default_factory=dict)
     """Of a pipeline's denoisers, each by the weights' names in it."""
+    _compared: set[str] = field(default_factory=set, compare=False)
+    _comparing: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -88,6 +94,7 @@ class Statistics:
         if place is None or self.folder is None:
             return None
         where = f"{self.folder.location}/{place.file}"
+        self._compare(place.file, where)
         header = _header(self.folder, place.file)
         info = header.tensors.get(place.tensor)
         inputs = self.sums[name].sum2.size
@@ -100,6 +107,13 @@ class Statistics:
         ):
             raise _malformed(f"{where}: the diagonal of {quoted(place.tensor)} is not what {self.location} says it is")
         return values
+
+    def _compare(self, file: str, where: str) -> None:
+        """Raise Malformed for a file of Hessians that is not the one that was written with the statistics."""
+        with self._comparing:
+            if file not in self._compared and sha256_of(Path(where)) != self.hessian_hashes[file]:
+                raise _malformed(f"{where} is not the file that {self.location} was written with: its hash differs")
+            self._compared.add(file)
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -129,7 +143,7 @@ def read_statistics(path: Path) -> Statistics:
         raise _malformed(f"{path} needs {missing[0]} beside it, which is missing")
     scores = _scores(folder, path, header)
     own = scores.pop("", None)
-    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder, own, scores)
+    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder, files, own, scores)
 
 
 def write_statistics(
@@ -143,10 +157,16 @@ def write_statistics(
 ) -> None:
     """Write the file at ``path``, replacing one that is there, at once. ``hessian_files``: name → SHA-256.
 
-    ``metadata`` says how the statistics were made; nothing private belongs there.
+    ``metadata`` says how the statistics were made; nothing private belongs there. Raises MalformedInput for sums that
+    are not finite.
     """
     tensors: dict[str, NDArray[Any]] = {}
     for name, each in sums.items():
+        if not np.isfinite(each.sum2).all():
+            raise MalformedInput(
+                f"The inputs of {quoted(name)} become NaN or infinite when the model runs: its weights, or the range "
+                "of the numbers, do not allow it. It can be quantized with --scales search, which needs no calibration."
+            )
         tensors[name + SUM2] = np.ascontiguousarray(each.sum2, np.float32)
         tensors[name + COUNTS] = np.array(each.tokens, np.int64)
     told = {"format": FORMAT, "version": VERSION, **metadata}

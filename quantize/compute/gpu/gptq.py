@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch  # noqa: TID253 (this module is imported lazily)
 
+from qz import MalformedInput
 from qz.quantize.compute import scale_search
 from qz.quantize.compute.gpu.torch_search import table_tensors
 
@@ -22,7 +23,8 @@ def codes(values: torch.Tensor, quant_type: str, scales: torch.Tensor, hessian: 
     """uint8 (out, in), one code a byte, for ``values`` (out, in) of the dtype that they are loaded in.
 
     ``scales``: float32 of every 64 values of the flattened weight, of any sign. ``hessian``: float32 (in, in), the sum
-    of the outer products of inputs with themselves. All of one device.
+    of the outer products of inputs with themselves. All of one device. Raises MalformedInput for
+    one that cannot be such a sum.
     """
     rows, columns = values.shape
     bounds, levels, in_order = table_tensors(quant_type, values.device)
@@ -58,7 +60,12 @@ def _factor(hessian: torch.Tensor) -> torch.Tensor:
     damped = hessian.to(exact)
     mean = damped.diagonal().mean()
     damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(failed) or not bool(torch.isfinite(lower).all()):
+        raise MalformedInput(
+            "A Hessian for --rounding gptq is not positive definite, which a sum of outer products is. Make it again "
+            "with `qz calibrate --hessians`."
+        )
     del damped
     upper = lower.flip(0, 1)
     identity = torch.eye(len(upper), dtype=exact, device=upper.device)
