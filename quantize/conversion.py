@@ -120,7 +120,8 @@ class Conversion:
         measuring = measure(checkpoint) if measure is not None else None
         if measuring is not None:
             measuring.check(planned)
-        origin = self._origin(checkpoint.library, planned.architecture.class_name)
+        made = planned.architecture
+        origin = replace(self._origin(checkpoint.library, made.class_name), module=made.class_module)
         carried = companions_of(self.source, checkpoint, self.settings)
         if self.dry_run:
             part = model_part(planned, carried, measure=measuring)
@@ -172,7 +173,7 @@ class Conversion:
     def _origin(self, library: str, architecture: str) -> Source:
         commit = self.source.folder.identity().get("commit")
         pipeline = self._pipeline_around()
-        return Source(self.source.location, commit, self.source.subfolder, library, architecture, pipeline)
+        return Source(self.source.location, commit, self.source.subfolder, library, architecture, pipeline=pipeline)
 
     def _pipeline_around(self) -> str | None:
         """The class of the pipeline that the source is a component of."""

@@ -38,6 +38,8 @@ class Source:
     subfolder: str | None
     library: str
     architecture: str
+    module: str | None = None
+    """Where the class is, if the library does not export it."""
     pipeline: str | None = None
     """The class of the pipeline that it is a component of, where that is known."""
 
@@ -186,6 +188,7 @@ def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
             "subfolder": source.subfolder,
             "library": source.library,
             "architecture": source.architecture,
+            **({"module": source.module} if source.module else {}),
             **({"pipeline": source.pipeline} if source.pipeline else {}),
         },
         "output": summary.output or None,

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 
 import qz
 import zoo
-from converted import dequantized, quantized
+from converted import dequantized, plan_of, quantized
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
@@ -311,6 +311,7 @@ def test_a_text_encoder_that_only_a_pipeline_of_diffusers_has_is_a_model_of_tran
     summary = quantized(source, tmp_path / "output", "nf4")
     assert differing_tensors(tmp_path / "reference", tmp_path / "output") == []
     assert summary.footprint_after == theirs.get_memory_footprint()
+    assert plan_of(source, "nf4").architecture.class_module == MultilingualCLIP.__module__
     assert type(qz.load(tmp_path / "output", device="cpu")) is MultilingualCLIP
 
 

@@ -619,6 +619,18 @@ def test_a_card_names_the_other_half_of_a_pipeline_as_the_sources_does() -> None
             ["from diffusers import WanPipeline, WanTransformer3DModel", "pipeline = WanPipeline.from_pretrained("],
         ),
         (
+            CardFacts(
+                "transformers",
+                "ChatGLMModel",
+                "int8",
+                "big/kolors",
+                COMMIT,
+                subfolder="text_encoder",
+                module="diffusers.pipelines.kolors.text_encoder",
+            ),
+            ["from diffusers.pipelines.kolors.text_encoder import ChatGLMModel", "text_encoder = ChatGLMModel.from_"],
+        ),
+        (
             CardFacts("transformers", "LlamaForCausalLM", "none", "local", tokenizer=True),
             ['LlamaForCausalLM.from_pretrained("me/x", subfolder=', "AutoTokenizer.from_pretrained"],
         ),

@@ -67,6 +67,8 @@ class CardFacts:
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """From the head of the source's card; see ``INHERITED``."""
     tokenizer: bool = False
+    module: str | None = None
+    """Where the class is, if the library does not export it."""
     pipeline_class: str | None = None
     """Of the pipeline that it is a component of."""
     pipeline: bool = False
@@ -118,6 +120,7 @@ def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], files: Collect
         commit=_text(source.get("revision")),
         origin=_text(_mapping(about.get("origin")).get("location")),
         subfolder=_text(source.get("subfolder")),
+        module=_text(source.get("module")),
         pipeline_class=_text(source.get("pipeline")),
         double_quant=bool(about.get("double_quant", quantization.get("bnb_4bit_use_double_quant"))),
         scales=str(about.get("scales") or "absmax"),

@@ -68,8 +68,11 @@ def loading(facts: CardFacts, place: Place) -> list[str]:
     name, variable = class_of(facts), component_of(facts, place) or "model"
     if facts.library == "diffusers":
         made = f"{name}.from_pretrained({place.arguments()}, {_dtype_argument(facts, place)})"
-        return ["import torch", f"from diffusers import {name}", "", f"{variable} = {made}"]
-    lines = [f"from transformers import {'AutoTokenizer, ' if facts.tokenizer else ''}{name}", ""]
+        return ["import torch", f"from {facts.module or 'diffusers'} import {name}", "", f"{variable} = {made}"]
+    lines = [f"from {facts.module} import {name}"] if facts.module else []
+    known = [*(["AutoTokenizer"] if facts.tokenizer else []), *([] if facts.module else [name])]
+    lines += [f"from transformers import {', '.join(known)}"] if known else []
+    lines.append("")
     lines.append(f'{variable} = {name}.from_pretrained({place.arguments()}, device_map="auto")')
     if facts.tokenizer:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({place.arguments()})")
@@ -87,9 +90,10 @@ def snippet(facts: CardFacts, place: OnHub) -> str:
     both = facts.library == "diffusers"
     # By its own class: ``DiffusionPipeline`` passes over what is optional in a class, as Wan's transformers are.
     around = facts.pipeline_class if _is_name(facts.pipeline_class or "") else "DiffusionPipeline"
+    module = facts.module or facts.library
     imports = [f"from diffusers import {around}, {name}"]
-    if not both:
-        imports = [f"from diffusers import {around}", f"from transformers import {name}"]
+    if module != "diffusers":
+        imports = [f"from diffusers import {around}", f"from {module} import {name}"]
     return "\n".join(
         [
             "import torch",

@@ -137,6 +137,7 @@ def encoded(architecture: Architecture) -> dict[str, Any] | None:
         "unmatched_skips": architecture.unmatched_skips,
         "tied": dict(architecture.tied),
         "conv1d": architecture.conv1d,
+        "class_module": architecture.class_module,
     }
 
 
@@ -163,4 +164,5 @@ def decoded(kept: dict[str, Any]) -> Architecture:
         unmatched_skips=tuple(kept["unmatched_skips"]),
         tied=kept["tied"],
         conv1d=tuple(kept["conv1d"]),
+        class_module=kept["class_module"],
     )

@@ -131,6 +131,8 @@ class Architecture:
     """Names of weights that are the same as others → those others, which are saved."""
     conv1d: tuple[str, ...] = ()
     """Weights of ``Conv1D`` modules, which hold (in, out)."""
+    class_module: str | None = None
+    """Where the class is, if its library does not export it."""
 
 
 @dataclass(frozen=True, slots=True)

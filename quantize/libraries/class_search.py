@@ -30,6 +30,11 @@ def classes_in_diffusers(name: Any, module: str | None) -> Iterator[type]:
             yield found
 
 
+def module_of(model_class: type, library: Any) -> str | None:
+    """The module of a class that ``library`` does not export; None for one that it does."""
+    return None if getattr(library, model_class.__name__, None) is model_class else model_class.__module__
+
+
 def _modules(name: str, named: str | None) -> Iterator[Any]:
     """Where the class may be; imported one by one."""
     import diffusers

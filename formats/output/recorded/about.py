@@ -117,6 +117,7 @@ ABOUT: Mapping[str, Any] = {
         "subfolder": _text,
         "library": lambda value: isinstance(value, str) and value in LIBRARIES,
         "architecture": _class_name,
+        "module": _like(r"[A-Za-z_][\w.]{0,199}"),
         "pipeline": _class_name,
     },
     "origin": {"location": _repository, "revision": _commit},

@@ -31,6 +31,7 @@ from qz.quantize.libraries.architecture import (
     skip_list,
     unmatched,
 )
+from qz.quantize.libraries.class_search import module_of
 from qz.quantize.libraries.diffusers.classes import model_class_of
 from qz.quantize.libraries.diffusers.internals import float32_modules, rename_old_keys
 from qz.quantize.libraries.diffusers.selection import matches, select
@@ -38,6 +39,7 @@ from qz.quantize.libraries.diffusers.selection import matches, select
 
 def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> Architecture:
     """See ``qz.quantize.libraries.architecture.examine``."""
+    import diffusers
 
     model_class = model_class_of(checkpoint)
     class_name = model_class.__name__
@@ -93,6 +95,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
     packed = sum(request.method.footprint(w.count) - sizes[w.name] for w in quantized.values() if request.method)
     return Architecture(
         class_name=class_name,
+        class_module=module_of(type(model), diffusers),
         saved=tuple(saved),
         kept_linears=selection.kept,
         dropped=tuple(sorted(source for name, source in sources.items() if name not in state)),

@@ -31,6 +31,7 @@ from qz.quantize.libraries.architecture import (
     expand,
     unmatched,
 )
+from qz.quantize.libraries.class_search import module_of
 from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of, model_class_of
 from qz.quantize.libraries.transformers.experts import find_experts, quantize_experts
 from qz.quantize.libraries.transformers.footprint import footprint, kept_as_stored
@@ -66,6 +67,8 @@ def examine(
     equal: Callable[[str, str], bool] | None = None,
 ) -> Architecture:
     """See ``qz.quantize.libraries.architecture.examine``."""
+    import transformers
+
     where = checkpoint.folder.location
     model_class = model_class_of(checkpoint)
     model, missing, mismatched = _load(checkpoint, model_class, tensors, request)
@@ -131,6 +134,7 @@ def examine(
         uncast = kept_as_stored(loaded, saved, request)
     return Architecture(
         class_name=class_name,
+        class_module=module_of(type(model), transformers),
         saved=saved,
         kept_linears=selection.kept,
         dropped=tuple(sorted(set(tensors) - used)),
