@@ -28,6 +28,7 @@ from qz import (
     UsageError,
     api,
 )
+from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
 from qz.formats.hub.transport import patience, session
@@ -266,6 +267,11 @@ def test_a_single_file_out_is_refused_where_no_tool_reads_it(sd3: tuple[Path, Pa
             run(quantize, file, **asked, **method)
     with pytest.raises(Unsupported, match="only some are quantized"):
         run(quantize, file, **asked, skip=["transformer_blocks.0.attn.to_q"])
+    run(quantize, file, **(asked | {"output": tmp_path / "nf4"}))
+    with pytest.raises(Unsupported, match=r"original-nf4\.safetensors is already quantized with bitsandbytes"):
+        run(quantize, tmp_path / "nf4" / "original-nf4.safetensors", **asked)
+    with pytest.raises(Unsupported, match=r"original\.safetensors is not quantized: there is nothing to dequantize"):
+        run(dequantize, file, output=tmp_path / "made", config=str(folder))
     whole = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"]
     run(quantize, file, **asked, skip=whole)
     assert load_file(tmp_path / "made" / "original-nf4.safetensors")[QKV].dtype == torch.bfloat16

@@ -171,7 +171,8 @@ def nothing_quantized(checkpoint: Checkpoint, problems: tuple[Problem, ...]) -> 
             f"{where}/config.json says that the model is quantized, but none of its weights is. Remove "
             "`quantization_config` from it if the weights are right, or download the checkpoint again."
         )
-    return Unsupported(f"{where} is not quantized: there is nothing to dequantize. `qz quantize {where}` quantizes it.")
+    place = where if checkpoint.original is None else f"{where}/{checkpoint.files[0]}"
+    return Unsupported(f"{place} is not quantized: there is nothing to dequantize. `qz quantize {place}` quantizes it.")
 
 
 def packed(weight: QuantizedWeight) -> Packed:

@@ -73,8 +73,8 @@ class OriginalFile:
                 )
             if _SCALE.fullmatch(name):
                 raise Unsupported(
-                    f"{self.location} has scales of 8-bit floats ({quoted(name)}), which diffusers' converter does not "
-                    "take along, and without which the weights would be others. Use the bfloat16 or plain fp8 file."
+                    f"{self.location} has scales ({quoted(name)}) of weights in a form that qz does not know, without "
+                    "which they would be others. Use the bfloat16, fp8 or GGUF file."
                 )
         return left
 
@@ -103,6 +103,12 @@ def read_original(folder: Folder, file: str) -> OriginalFile:
         return OriginalFile(folder, file, checkpoint.tensors, {}, checkpoint.encoded_as)
     stored, metadata, problems = survey_file(folder, file)
     require_none(folder.location, problems, but=("original-layout",))
+    packed = next((name for name in stored if ".quant_state.bitsandbytes__" in name), None)
+    if packed is not None:
+        raise Unsupported(
+            f"{folder.location}/{file} is already quantized with bitsandbytes ({quoted(packed)}), which qz reads in "
+            "diffusers' layout only. Start from the original file, or from a quantized folder in that layout."
+        )
     if not any(map(_SCALE.fullmatch, stored)):
         return OriginalFile(folder, file, stored, metadata)
     alone = Checkpoint(folder, {}, "diffusers", None, None, (file,), {file: folder.sizes()[file]}, stored)
