@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import run
 from full_checkpoints import sd15, sd15_file
+from hub_server import connected
 from qz import MalformedInput, Unsupported
 from qz.api import inspect
 from qz.cli.dequantize import dequantize
@@ -112,6 +113,25 @@ def test_quantizing_a_denoiser_in_gguf_is_quantizing_what_it_stands_for(tmp_path
     assert (found.source.library, found.quantization and found.quantization.method) == ("diffusers", "gguf")
     with pytest.raises(Unsupported, match=r"holds a diffusion model in GGUF.*--file tiny-Q4_0\.gguf, .*--config"):
         run(quantize, folder, variant="Q4_0", output=tmp_path / "none")
+
+
+def test_one_of_the_files_of_a_repository_is_read_with_the_config_of_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = "SD3Transformer2DModel"
+    denoiser(name).save_config(tmp_path / "config")
+    write_gguf(tmp_path / "tiny-Q8_0.gguf", original(name), "Q8_0")
+    asked: dict[str, Any] = {"dtype": "bfloat16"}
+    with connected(monkeypatch, tmp_path / "home", xet=False) as hub:
+        files = {"tiny-Q8_0.gguf": tmp_path / "tiny-Q8_0.gguf", "deep/tiny-Q4_0.gguf": b"GGUF"}
+        hub.add("me/files", files)
+        hub.add("me/model", {"transformer/config.json": tmp_path / "config" / "config.json"})
+        file = "tiny-Q8_0.gguf"
+        run(quantize, "me/files", file=file, config="me/model", output=tmp_path / "made", **asked)
+        with pytest.raises(MalformedInput, match=r"deep/tiny-Q4_0\.gguf is not a valid GGUF file"):
+            run(quantize, "me/files", file="deep/tiny-Q4_0.gguf", config="me/model", output=tmp_path / "none", **asked)
+    run(quantize, tmp_path / file, config=str(tmp_path / "config"), output=tmp_path / "wanted", **asked)
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
 
 
 def test_a_whole_pipeline_in_gguf_becomes_its_folder(tmp_path: Path) -> None:

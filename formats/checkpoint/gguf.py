@@ -53,12 +53,12 @@ def gguf_files(folder: Folder) -> list[str]:
 
 def is_denoiser(folder: Folder, file: str) -> bool:
     """Whether a file in GGUF is a diffusion model's, as of ComfyUI and diffusers: without a vocabulary or llama.cpp's
-    names. What is malformed is none."""
+    names. What is malformed may be one: it is told of when it is read."""
     names = gguf_names(_reading(folder, file), folder.sizes().get(file, 0), f"{folder.location}/{file}")
     try:
         return not any(name.startswith("tokenizer.") or _LLAMA_CPP.match(name) for name in names)
     except Malformed:
-        return False
+        return True
 
 
 def survey_gguf(
