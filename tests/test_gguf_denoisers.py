@@ -123,7 +123,7 @@ def test_one_of_the_files_of_a_repository_is_read_with_the_config_of_another(
     write_gguf(tmp_path / "tiny-Q8_0.gguf", original(name), "Q8_0")
     asked: dict[str, Any] = {"dtype": "bfloat16"}
     with connected(monkeypatch, tmp_path / "home", xet=False) as hub:
-        files = {"tiny-Q8_0.gguf": tmp_path / "tiny-Q8_0.gguf", "deep/tiny-Q4_0.gguf": b"GGUF"}
+        files: dict[str, Path | bytes] = {"tiny-Q8_0.gguf": tmp_path / "tiny-Q8_0.gguf", "deep/tiny-Q4_0.gguf": b"GGUF"}
         hub.add("me/files", files)
         hub.add("me/model", {"transformer/config.json": tmp_path / "config" / "config.json"})
         file = "tiny-Q8_0.gguf"
