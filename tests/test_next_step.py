@@ -15,6 +15,7 @@ import original_names
 import pipelines
 import readers
 from conftest import Qz
+from forked import Server
 from hub_server import connected
 from mixtures import mixture
 from qz.cli.calibrate import next_command
@@ -25,13 +26,14 @@ from qz.quantize.planning.sensitivity import Scores
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(forks: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sources")
     readers.model_folder("llama-untied", place / "llama")
     readers.some_text(place / "prose.txt")
     mixture("qwen3_moe", place / "moe")
     pipelines.flux(place / "flux")
     original_names.sd3_model().save_pretrained(place / "sd3")
+    forks.warm("quantize", "flux", "--dry-run", "--quiet", cwd=place)
     return place
 
 
