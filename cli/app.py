@@ -203,8 +203,11 @@ def explain(error: Exception) -> tuple[int, str]:
     text = one_line(str(error)) or type(error).__name__
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
-        hint = f"\nRun `{context.command_path} --help` for what there is." if context else ""
-        return error.exit_code, " ".join(error.format_message().replace("Value error, ", "").split()) + hint
+        hint = f"Run `{context.command_path} --help` for what there is." if context else ""
+        if context and context.parent is None and "No such option" in error.format_message():
+            hint = f"Options of a command stand behind it: `qz inspect SOURCE --json`. {hint}"
+        told = " ".join(error.format_message().replace("Value error, ", "").split())
+        return error.exit_code, f"{told}\n{hint}".rstrip()
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return 75, f"Out of memory: {text}. Close other programs, or use --threads 1 or --device cpu."
     if isinstance(error, PermissionError):
