@@ -20,6 +20,7 @@ class Origin(TypedDict):
 
 
 class ConvertedOrigin(Origin):
+    module: NotRequired[str]
     pipeline: NotRequired[str]
 
 
