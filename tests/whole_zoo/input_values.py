@@ -53,6 +53,7 @@ def by_name(name: str, sizes: dict[str, Any], parameter: Any = None, *, known: b
         (r"past_values_padding", lambda: torch.zeros(1, past_length(sizes))),
         (r"past_observed_\w+", lambda: torch.ones(1, past_length(sizes))),
         (r"past_time_features", lambda: random_values(1, past_length(sizes), int(sizes.get("num_time_features") or 0))),
+        (r"image_attention_mask", lambda: torch.ones(1, LENGTH, 2, dtype=torch.long)),
         (r"\w*mask|\w*padding", lambda: torch.ones(1, LENGTH, dtype=torch.long)),
         (r"past_values", lambda: random_values(1, past_length(sizes))),
         (r"freq", lambda: torch.zeros(1, 1, dtype=torch.long)),

@@ -84,11 +84,13 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"is_decoder": True},
+    "step3p7": {"text_config.sliding_window": 8},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "time_series_transformer": {"prediction_length": 8},
     "vitmatte": {"backbone_config.patch_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
 }
 """What a class's default config lacks, or what does not follow from it, by model type and path in the config."""
 
