@@ -171,8 +171,8 @@ def _prior_of(folder: Folder, class_name: str) -> tuple[str, ...]:
     if (found := _PRIOR.search(card.replace("\r\n", "\n"))) is None:
         return ()
     note = (
-        f"diffusers' combined pipeline loads {found[1]}, too, which README.md names as the prior: qz push writes that "
-        "into the card; to load the output from this machine, copy README.md into it"
+        f"diffusers' combined pipeline loads {found[1]}, too, which README.md names as the prior: copy README.md into "
+        "the output; the card that qz push writes says it, too, where the source is on the Hub"
     )
     return (note,)
 
