@@ -74,13 +74,15 @@ def calibrate(
         warn(warning)
     found = timed(found)
     show(found.as_json(), as_json=as_json, text=facts(report(found)))
+    if quiet or as_json:
+        return
     asked: dict[str, str | bool | None] = {
         "subfolder": subfolder,
         "revision": revision,
         "variant": variant,
         "allow-pickle": allow_pickle,
     }
-    tell(next_command(found, asked), quiet=quiet or as_json)
+    tell(next_command(found, asked))
 
 
 def next_command(found: Calibration, asked: dict[str, str | bool | None]) -> list[str]:

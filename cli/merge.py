@@ -44,7 +44,8 @@ def merge(
     text = "\n\n".join([facts(report(done)), *pushed_text(done.pushed)])
     place = str(done.output) if done.here or done.pushed is None else done.pushed.url
     show(done.as_json(), as_json=as_json, text=text, done=f"{place} is complete. There is nothing to run again.")
-    tell(*(after_output(done.output) if done.pushed is None else after_push(done.pushed)), quiet=quiet or as_json)
+    if not quiet and not as_json:
+        tell(*(after_output(done.output) if done.pushed is None else after_push(done.pushed)))
 
 
 def report(done: Merged) -> list[tuple[str, str]]:

@@ -46,8 +46,8 @@ def push(
     for note in result.notes:
         say(f"Note: {note}.", quiet=quiet)
     show(result.as_json(), as_json=as_json, text=facts(report(result)), done=outcome(result))
-    if not result.dry_run:
-        tell(*after_push(result), quiet=quiet or as_json)
+    if not result.dry_run and not quiet and not as_json:
+        tell(*after_push(result))
 
 
 def outcome(result: PushResult) -> str:

@@ -20,6 +20,7 @@ from hub_server import connected
 from mixtures import mixture
 from qz.cli.calibrate import next_command
 from qz.cli.push import push
+from qz.cli.reports.next_step import after_output
 from qz.formats.publish.card_facts import facts_here
 from qz.formats.publish.snippet import Here, loading
 from qz.quantize.planning.sensitivity import Scores
@@ -170,3 +171,10 @@ def test_with_a_gpu_diffusers_own_call_is_told(sources: Path, tmp_path: Path, fo
     assert forked_qz("quantize", sources / "flux", "-o", tmp_path / "out").returncode == 0
     lines = loading(facts_here(tmp_path / "out"), Here("./out", gpu=True))
     assert lines[-1] == 'pipeline = DiffusionPipeline.from_pretrained("./out", dtype=torch.bfloat16)'
+
+
+def test_an_output_that_is_gone_or_damaged_by_then_fails_no_run(tmp_path: Path) -> None:
+    assert after_output(tmp_path / "gone") == []
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "qz.json").write_text("damaged")
+    assert after_output(tmp_path) == []

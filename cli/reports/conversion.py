@@ -56,7 +56,8 @@ def present(
         if page is not None:
             warn(f"{page} was not written: nothing was done that it could tell of")
         present_existing(summary, as_json=as_json)
-        tell(*next_steps(summary, push), quiet=quiet or as_json)
+        if not quiet and not as_json:
+            tell(*next_steps(summary, push))
         return
     if page is not None:
         from qz.cli.reports.page import conversion_page
@@ -76,7 +77,8 @@ def present(
     if not summary.dry_run:
         shown = [section.markdown() for section in sections]
         write_step_summary("\n\n".join([f"### qz {summary.act}: {summary.method}", *shown]))
-        tell(*next_steps(summary, push), quiet=quiet or as_json)
+        if not quiet and not as_json:
+            tell(*next_steps(summary, push))
     elif not quiet and not as_json:
         say(*table(FILES, [(shard.name, f"{shard.bytes:,}") for shard in summary.shards]).split("\n"))
 

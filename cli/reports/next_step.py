@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qz import QzError
 from qz.cli.output import say
 
 if TYPE_CHECKING:
@@ -18,23 +19,28 @@ ACCOUNT = "YOUR_NAME"
 """Stands for the user's own account on the Hub."""
 
 
-def tell(*steps: Sequence[str], quiet: bool = False) -> None:
+def tell(*steps: Sequence[str]) -> None:
     """Each of ``steps`` as a paragraph: a comment, which Python and shells skip, and lines that are never folded."""
     for step in steps:
-        say("", *step, quiet=quiet)
+        say("", *step)
 
 
 def after_output(output: Path) -> list[list[str]]:
-    """How to load what lies in a folder, and how to publish it."""
+    """How to load what lies in a folder, and how to publish it; nothing if it is gone again, which fails no run."""
     from qz.formats.publish.card_facts import facts_here
     from qz.formats.publish.snippet import Here, loading
     from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
 
     place = named(output)
     if not any(output.rglob("config.json")):  # a single file in its original names
-        (file,) = output.glob("*.safetensors")
-        return [["# Whether ComfyUI loads it:", command("qz", "inspect", named(file), "--for", "comfyui")]]
-    load = loading(facts_here(output), Here(place, gpu=may_have_a_gpu()))
+        files = output.glob("*.safetensors")
+        ask = (command("qz", "inspect", named(file), "--for", "comfyui") for file in files)
+        return [["# Whether ComfyUI loads it:", line] for line in ask]
+    try:
+        facts = facts_here(output)
+    except (QzError, OSError):
+        return []
+    load = loading(facts, Here(place, gpu=may_have_a_gpu()))
     repository = re.sub(r"[^\w.-]+", "-", output.resolve().name, flags=re.ASCII).strip("-.") or "model"
     publish = command("qz", "push", place, f"{ACCOUNT}/{repository}")
     return [["# Load it, in Python:", *filled(load)], ["# Publish it:", publish]]
