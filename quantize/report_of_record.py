@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,13 @@ def report_of_record(record: Record, output: Path, notes: tuple[str, ...] = ()) 
         "dry_run": False,
         "shards": [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in shards],
     }
+
+
+def kind_of(device: str) -> str:
+    """``cuda`` of ``cuda:1``."""
+    return device.partition(":")[0]
+
+
+def kind_of_bytes(about: Mapping[str, Any]) -> str:
+    """The kind of device whose bytes an output has, by its record."""
+    return kind_of(str(about.get("bytes_of") or about.get("device", "")))

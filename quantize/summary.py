@@ -18,6 +18,7 @@ from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import fused_parts, packed_parts
+from qz.quantize.report_of_record import kind_of
 from qz.quantize.streaming.loss import Loss
 from qz.quantize.streaming.not_finite import NotFinite
 
@@ -141,10 +142,6 @@ class Summary:
             "loss": self.loss.as_json() if self.loss else None,
             **kept_layers_json(self),
         }
-
-
-def kind_of(device: str) -> str:
-    return device.partition(":")[0]
 
 
 def kept_layers_json(summary: Summary) -> dict[str, Any]:

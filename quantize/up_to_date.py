@@ -18,7 +18,7 @@ from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import local_path, open_source
 from qz.quantize.methods import Method
-from qz.quantize.report_of_record import report_of_record
+from qz.quantize.report_of_record import kind_of, kind_of_bytes, report_of_record
 from qz.quantize.settings import Settings
 from qz.quantize.single_files.configs import config_digest
 from qz.quantize.source_identity import changed_file
@@ -109,8 +109,10 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
         raise OutputRefused(f"{output} exists, but cannot be checked: {error} {instead}") from error
     identity = record.about.get("identity")
     recorded = identity.get("files") if isinstance(identity, dict) else None
-    then = {"settings": record.about.get("settings")}
-    now = {"settings": settings_fingerprint(settings)}
+    then: dict[str, Any] = {"settings": record.about.get("settings")}
+    now: dict[str, Any] = {"settings": settings_fingerprint(settings)}
+    if settings.device != "auto":  # which takes what there is, and is content with what there was
+        then["device"], now["device"] = kind_of_bytes(record.about), kind_of(settings.device)
     if not (isinstance(folder, LocalFolder) and isinstance(recorded, dict)):
         then["source"], now["source"] = identity, folder.identity()
     if then != as_text(now):

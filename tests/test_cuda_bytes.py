@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from converted import plan_of
-from qz import api
+from qz import OutputRefused, api
+from qz.formats.shards import DEFAULT_SHARD_BYTES
 from qz.quantize.compute import cuda_tables, kernels, tables
 from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
 from qz.quantize.compute.devices import as_cuda
@@ -108,7 +109,7 @@ def test_what_has_the_bytes_of_cuda_is_verified_on_a_cpu(with_zeros: Path, tmp_p
     """Exactly, and nothing is explained away; the record says whose bytes they are, and what computed them."""
     plan, output = plan_of(with_zeros, "nf4"), tmp_path / "out"
     origin = Source(str(with_zeros), None, None, "transformers", plan.architecture.class_name)
-    settings = Settings(FourBit("nf4"))
+    settings = Settings(FourBit("nf4"), max_shard_bytes=DEFAULT_SHARD_BYTES)
     summary = carry_out(plan, origin, Target(output), settings, arithmetic=Cpu(bytes_of="cuda"))
     assert (summary.as_json()["device"], summary.as_json()["bytes_of"]) == ("cpu", "cuda")
     assert api.verify(output, with_zeros, device="auto").intact
@@ -120,6 +121,9 @@ def test_what_has_the_bytes_of_cuda_is_verified_on_a_cpu(with_zeros: Path, tmp_p
     raw = [load_file(folder / "model.safetensors")[name].view(-1) for folder in (output, tmp_path / "on-cpu")]
     assert (raw[0][:32].tolist(), raw[1][:32].tolist()) == ([0x00] * 32, [0x77] * 32)
     assert torch.equal(raw[0][32:], raw[1][32:])
+    assert api.quantize(with_zeros, output, method=FourBit("nf4"), if_exists="skip").as_json()["up_to_date"]
+    with pytest.raises(OutputRefused, match="device: cuda → cpu"):
+        api.quantize(with_zeros, output, method=FourBit("nf4"), if_exists="skip", device="cpu")
     change(output, name, 8)
     found = api.verify(output, with_zeros, device="cpu")
     assert (found.intact, found.explained) == (False, False)

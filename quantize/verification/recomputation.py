@@ -17,9 +17,9 @@ from qz.formats.folder import Folder, LocalFolder, Range, place_of
 from qz.formats.output.recorded.record import PIECE, Record
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.quantizing_device import arithmetic_of_record
+from qz.quantize.report_of_record import kind_of_bytes
 from qz.quantize.streaming.output_parts import Part, model_part
 from qz.quantize.streaming.run import Run
-from qz.quantize.summary import kind_of
 from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference
 from qz.quantize.verification.journal import Journal
 
@@ -76,7 +76,7 @@ def recompute(
     begun, about = time.monotonic(), record.about
     progress(Progress("Planning"))
     parts, notes = _planned(source, about, settings)
-    recorded = kind_of(str(about.get("bytes_of") or about.get("device", "")))
+    recorded = kind_of_bytes(about)
     arithmetic = arithmetic_of_record([part.plan for part in parts if part.plan is not None], settings, recorded)
     other_device = recorded != arithmetic.bytes_of
     chosen = _Sample(parts, sample, seed) if sample is not None else None
