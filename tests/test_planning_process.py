@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,12 @@ def test_the_process_that_streams_imports_no_library_and_writes_the_same(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     work = tmp_path / "work"
     work.mkdir()
-    done, imported, _, there = as_command(work, "quantize", str(source), "-o", "there")
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (1 << 30 if hard == resource.RLIM_INFINITY else hard, hard))
+    try:
+        done, imported, _, there = as_command(work, "quantize", str(source), "-o", "there")
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
     assert done.returncode == 0, done.stderr
     assert imported == "[]"
     assert there > 0

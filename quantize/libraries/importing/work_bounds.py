@@ -30,6 +30,8 @@ SECONDS, SECONDS_PER_TENSOR = 60.0, 0.02
 """Of CPU time of the thread that builds."""
 RESIDENT, SHARED, DATA = 1, 2, 5
 """Places in ``/proc/self/statm``; the last is what ``RLIMIT_DATA`` counts."""
+NO_MEMORY = ("allocate memory", "can't start new thread")
+"""What torch and Python say of it."""
 STEP, AGAIN = 0.02, 0.5
 """Seconds between two looks, and until what was raised in vain is raised again."""
 
@@ -64,7 +66,7 @@ def work_bounded(shapes: Mapping[str, tuple[int, ...]], where: str) -> Iterator[
     except _TooMuch:
         raise _malformed(watch, len(shapes), where) from None
     except (MemoryError, RuntimeError) as error:
-        if _hard and (isinstance(error, MemoryError) or "allocate memory" in str(error)):
+        if _hard and (isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY)):
             raise _malformed(watch, len(shapes), where) from None
         raise
 

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import sys
+import threading
 from contextlib import suppress
 from typing import IO, Any
 
@@ -16,6 +17,9 @@ from qz.quantize.libraries.examine import ask_library
 from qz.quantize.libraries.importing import lean_imports, work_bounds
 from qz.quantize.libraries.process.frames import READY, receive, send
 from qz.trace import trace_lines
+
+STACK = 8 << 20
+"""Bytes for a thread, as most systems have it."""
 
 
 def main(level: str, *kept: str) -> None:
@@ -27,6 +31,7 @@ def main(level: str, *kept: str) -> None:
     lean_imports.allow()
     lean_imports.keep(kept)
     work_bounds.set_hard(work_bounds.IN_ALL if lean_imports.is_allowed() else None)
+    threading.stack_size(STACK)  # that of a machine for simulations would be beyond the bound at once
     send(answers, READY)
     while (question := receive(questions)) is not None:
         send(answers, json.dumps(_answered(question, questions, answers)).encode())
