@@ -104,6 +104,13 @@ def test_a_dry_run_sees_an_interrupted_run_that_differs(server: Server, place: P
     assert not json.loads(fresh.stdout)["resumed"]
 
 
+def test_an_output_behind_a_folder_that_is_not_there_is_told_where_it_is(server: Server, place: Path) -> None:
+    ended = server.run("quantize", "m", "-o", "nowhere/../made", cwd=place)
+    assert ended.code == 0, ended.stderr
+    assert "nowhere" not in ended.stdout + ended.stderr
+    assert (place / "made/config.json").is_file()
+
+
 def test_a_model_is_quantized_from_inside_its_folder(server: Server, place: Path) -> None:
     ended = server.run("quantize", ".", "--nf4", "--json", cwd=place / "m")
     assert ended.code == 0, ended.stderr

@@ -84,6 +84,11 @@ class AdapterModule:
                 f"{', '.join(sorted(missing))}. Download the LoRA again."
             )
         for part, tensor in self.parts.items():
+            if 0 in tensor.shape:
+                raise MalformedInput(
+                    f"{self.adapter.where}: {quoted(tensor.name)} is {list(tensor.shape)}, without a value. Download "
+                    "the LoRA again."
+                )
             if tensor.dtype not in _FLOATS and part != "alpha":
                 raise Unsupported(
                     f"{self.adapter.where}: {quoted(tensor.name)} is stored as {tensor.dtype}. A LoRA is fused from "

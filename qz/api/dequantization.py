@@ -63,6 +63,7 @@ def dequantize(
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.pipeline import pipeline_class
     from qz.formats.folder import is_pipeline
+    from qz.formats.output.storage.beside import reachable
     from qz.formats.output.storage.disk import Disk
     from qz.formats.source import local_path, opened, opened_loras
     from qz.quantize.conversion import Conversion
@@ -96,7 +97,7 @@ def dequantize(
         conversion = Conversion(
             source=found,
             settings=settings,
-            output=Path(output) if output is not None else None,
+            output=reachable(Path(output)) if output is not None else None,
             if_exists=if_exists,
             resume=resume,
             disk=Disk(durable=fsync),

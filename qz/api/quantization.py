@@ -98,6 +98,7 @@ def quantize(
         ask_meanwhile()
     from qz.formats.checkpoint.pipeline import pipeline_class
     from qz.formats.folder import is_pipeline
+    from qz.formats.output.storage.beside import reachable
     from qz.formats.output.storage.disk import Disk
     from qz.formats.source import default_output, local_path, opened, opened_loras
     from qz.quantize.conversion import Conversion
@@ -147,7 +148,7 @@ def quantize(
         conversion = Conversion(
             source=found,
             settings=settings,
-            output=Path(output) if output is not None else default_output(location, subfolder, name),
+            output=reachable(Path(output)) if output is not None else default_output(location, subfolder, name),
             if_exists=if_exists,
             resume=resume,
             disk=Disk(durable=fsync),

@@ -26,6 +26,11 @@ def in_real_folder(output: Path) -> Path:
     return Path(os.path.realpath(output.parent)) / output.name
 
 
+def reachable(output: Path) -> Path:
+    """The path without ``..`` behind a folder that is not there, through which nothing that is made could be opened."""
+    return output if os.path.lexists(output.parent) else Path(os.path.normpath(output))
+
+
 def require_room(output: Path, needed: int, free: int) -> None:
     """Raise IOFailed if the bytes that the output needs are more than there are free."""
     if needed > free:
