@@ -74,7 +74,7 @@ def app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
         cls=LeanGroup,
         epilog="Exit codes: 0 done, 1 a bug, 2 usage, 65 bad input, 66 input not found, 69 Hub unreachable, "
         "73 output refused, 74 I/O, 75 try again, 77 permission denied, 78 unsupported.",
-        context_settings={"help_option_names": ["--help", "-h"], **({"terminal_width": width} if narrow else {})},
+        context_settings={"help_option_names": ["--help", "-h"], **({"terminal_width": width - 2} if narrow else {})},
         pretty_exceptions_enable=False,
         rich_markup_mode=None if narrow else "rich",
     )

@@ -35,8 +35,12 @@ Qz = Callable[..., subprocess.CompletedProcess[str]]
 ANSWERED = """
 import sys
 from qz.cli.app import run
+from qz.quantize.libraries.process import asking
+asked, really = [], asking.ask
+asking.ask = lambda *question: asked.append(question) or really(*question)
 assert run(sys.argv[1:]) == 0
-print("asked" if "torch" in sys.modules else "remembered")
+assert "torch" not in sys.modules
+print("asked" if asked else "remembered")
 """
 DOUBLE = FourBit("fp4", double_quant=True)
 GRID = [
@@ -86,11 +90,11 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> Answered:
     return answered
 
 
-def answered_alone(source: Path, *options: str, cwd: Path | None = None) -> str:
-    """The same of a process of its own, which has not even imported torch where it remembers."""
+def answered_alone(source: Path, *options: str, package_in: Path | None = None) -> str:
+    """The same of a process of its own, which does not import torch: another one asks the library."""
     done = subprocess.run(
         [sys.executable, "-c", ANSWERED, "quantize", str(source), "--dry-run", "--quiet", *options],
-        cwd=cwd,
+        env=importing_from(package_in),
         capture_output=True,
         text=True,
         timeout=HANG,
@@ -98,6 +102,10 @@ def answered_alone(source: Path, *options: str, cwd: Path | None = None) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
+
+
+def importing_from(place: Path | None) -> dict[str, str]:
+    return {**os.environ, **({"PYTHONPATH": str(place)} if place is not None else {})}
 
 
 @pytest.mark.parametrize(("name", "method"), GRID, ids=str)
@@ -157,13 +165,13 @@ assert "torch" not in sys.modules
 def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) -> None:
     root = Path(package.__file__).resolve().parent
     shutil.copytree(root, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
-    assert answered_alone(source, cwd=tmp_path) == "asked"
+    assert answered_alone(source, package_in=tmp_path) == "asked"
     [question] = (each.name for each in cache.iterdir())
 
-    def recalled(cwd: Path | None = None) -> str:
+    def recalled(package_in: Path | None = None) -> str:
         done = subprocess.run(
             [sys.executable, "-c", RECALLED, question],
-            cwd=cwd,
+            env=importing_from(package_in),
             capture_output=True,
             text=True,
             timeout=HANG,
@@ -176,7 +184,7 @@ def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) 
     before = module.stat().st_mtime_ns
     os.utime(module, ns=(1, 1))
     assert recalled(tmp_path) == "asked"
-    assert answered_alone(source, cwd=tmp_path) == "asked"
+    assert answered_alone(source, package_in=tmp_path) == "asked"
     assert recalled(tmp_path) == "remembered"
     os.utime(module, ns=(before, before))
     assert recalled(tmp_path) == "asked"

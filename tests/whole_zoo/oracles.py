@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from reference import config_of, diffusers_model, raw, transformers_model
+from reference import config_of, diffusers_model, raw, tensors_of, transformers_model
 
 
 class Transformers:
@@ -32,15 +32,17 @@ class Transformers:
 
 
 class Diffusers:
-    """By the class, in bfloat16."""
+    """By the class, in bfloat16, or in float32 where all of the source is."""
 
     def __init__(self, model_class: Any, source: Path) -> None:
         self._class = model_class
+        dtypes = {tensor.dtype for tensor in tensors_of(source).values() if tensor.is_floating_point()}
+        self._dtype = torch.float32 if dtypes == {torch.float32} else torch.bfloat16
 
     def quantized(self, source: Path, method: str, skips: list[str] | None = None) -> Any:
         kept = self._class._keep_in_fp32_modules or []  # the library adds them to the list by itself
         named = [skip for skip in skips if skip not in kept] if skips is not None else None
-        return diffusers_model(self._class, source, method, torch.bfloat16, skips=named)
+        return diffusers_model(self._class, source, method, self._dtype, skips=named)
 
     def save(self, model: Any, folder: Path, *, own_names: bool = False) -> None:
         model.save_pretrained(folder)
@@ -48,7 +50,7 @@ class Diffusers:
     def loaded(self, folder: Path) -> tuple[Any, dict[str, list[str]]]:
         if "quantization_config" not in config_of(folder):
             return self._class.from_pretrained(folder), {}
-        return diffusers_model(self._class, folder, None, torch.bfloat16), {}
+        return diffusers_model(self._class, folder, None, self._dtype), {}
 
 
 def without_limits_of_cpus() -> None:

@@ -65,6 +65,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32},
     "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lw_detr": {"projector_scale_factors": [1.0], "num_feature_levels": 1},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "diffusion_gemma": {
         "text_config.num_experts": 4,
