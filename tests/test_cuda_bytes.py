@@ -133,9 +133,10 @@ def test_the_cores_take_what_they_are_known_to_write_like_any_gpu(tiny_llama: Pa
     plan = plan_of(tiny_llama, "nf4")
     assert quantizing_tasks([plan]) == {("nf4", "BF16")}
     assert as_cuda({("nf4", "BF16")}, (12, 0)) == Cpu(bytes_of="cuda")
-    for task in (("nf4", "F16"), ("fp4", "BF16"), ("int8", "F16"), ("int8", "F32")):
+    for task in (("nf4", "F16"), ("fp4", "F16"), ("int8", "F16"), ("int8", "F32")):
         assert as_cuda({("nf4", "BF16"), task}, (12, 0)) is None
         assert as_cuda({("nf4", "BF16"), task}, (9, 0)) == Cpu(bytes_of="cuda")
+    assert as_cuda({("fp4", "BF16")}, (9, 0)) is None
     assert as_cuda({("nf4", "F32")}, (9, 0)) is None
     assert quantizing_tasks([plan_of(tiny_llama, "nf4-double")]) == set(), "its sums are those of the GPU"
     assert quantizing_tasks([replace(plan, method=None)]) == set()
