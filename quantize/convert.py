@@ -15,12 +15,12 @@ from qz.formats.folder import Folder, LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.recorded.record import read_record
 from qz.progress import OnProgress, ignore
-from qz.quantize.calibration.refine import refinement
-from qz.quantize.calibration.score_file import score_file
 from qz.quantize.command import command
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.consumers.planned import loads_in
+from qz.quantize.importance.refine import refinement
+from qz.quantize.importance.score_file import score_file
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.libraries.plain import plain_checkpoint

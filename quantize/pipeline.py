@@ -12,8 +12,8 @@ from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
 from qz.quantize.adapters.placement import Placement, placements
-from qz.quantize.calibration.score_file import refuse_unscored
 from qz.quantize.convert import plan_quantization
+from qz.quantize.importance.score_file import refuse_unscored
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint

@@ -43,9 +43,9 @@ from qz.formats.output.shares import PART_FILE, Share, ShareReceipt, read_share
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 from qz.quantize.adapters.changes import Changes
-from qz.quantize.calibration.importance import read_importance
-from qz.quantize.calibration.statistics import InputSums, write_statistics
 from qz.quantize.convert import plan_quantization
+from qz.quantize.importance.matching import read_importance
+from qz.quantize.importance.statistics import InputSums, write_statistics
 from qz.quantize.libraries.importing import work_bounds
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import Nf4

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
-from qz.quantize.calibration import text
-from qz.quantize.calibration.statistics import read_statistics
+from qz.quantize.calibration.running import text
+from qz.quantize.importance.statistics import read_statistics
 from readers import model_folder, some_text, with_tokenizer
 
 Qz = Callable[..., subprocess.CompletedProcess[str]]
@@ -285,7 +285,7 @@ def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    from qz.quantize.calibration.weights import Weights
+    from qz.quantize.calibration.running.weights import Weights
 
     folder, held = model_folder("llama-untied", tmp_path / "model"), []
     release = Weights.release

@@ -19,7 +19,7 @@ import pipelines
 from conftest import Qz
 from qz import MalformedInput, MissingInput, TryAgain, Unsupported, UsageError, api
 from qz.quantize.calibration.pipelines import memory
-from qz.quantize.calibration.statistics import read_statistics
+from qz.quantize.importance.statistics import read_statistics
 
 PROMPTS = ("a red cat on the moon", "two foxes in the snow")
 DRAWN: dict[str, Any] = {"steps": 2, "resolution": 32, "device": "cpu"}
@@ -148,7 +148,7 @@ def test_a_model_that_reads_a_block_before_it_calls_it_is_loaded_whole(
 
 
 def test_one_block_of_one_model_is_in_memory_at_a_time(flux: Path, root: Path, tmp_path: Path) -> None:
-    from qz.quantize.calibration.weights import Weights
+    from qz.quantize.calibration.running.weights import Weights
 
     held, release = [], Weights.release
 

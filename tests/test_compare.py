@@ -13,7 +13,7 @@ import torch
 
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
 from qz.cli.reports.new_file import store
-from qz.quantize.calibration import text
+from qz.quantize.calibration.running import text
 from readers import model_folder, some_text, with_tokenizer
 from reference import dequantized_by_bitsandbytes, tensors_of
 

@@ -33,7 +33,7 @@ ALWAYS = {
     "what is stated": "sign_key",
     "how it is written": "max_shard_bytes if_exists overwrite resume part fsync device threads push dry_run picture",
     "written besides": "page",
-    "what is shown": "tensors pattern consumers sample",
+    "what is shown": "tensors pattern consumers sample measure_loss",
     "where it is pushed to": "branch create_pr replace message public subfolder",
 }
 """Arguments that change something in every run of every command that has them and that is not in ``NEEDS``, or that ask
@@ -117,8 +117,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
     "--hessians without a text": ("calibrate model -o out.safetensors --hessians", "--hessians"),
     "--tokens of a pipeline to calibrate": ("calibrate pipeline -o out.safetensors --tokens 9", "--tokens"),
     "--generate of a pipeline to calibrate": ("calibrate pipeline -o out.safetensors --generate", "--generate"),
-    "--scores of a pipeline to calibrate": ("calibrate pipeline -o out.safetensors --scores", "--scores"),
-    "--no-resume of a pipeline to calibrate": ("calibrate pipeline -o out.safetensors --no-resume", "--no-resume"),
     "--steps of a model that reads text": ("calibrate model -o out.safetensors --steps 3", "--steps"),
     "--steps of such a model to compare": ("compare model quantized --steps 3", "--steps"),
     "--resolution of a model that reads text": (

@@ -16,8 +16,8 @@ import torch
 from converted import plan_of, quantized
 from qz import MalformedInput, MissingInput, UsageError
 from qz.formats.gguf_header import read_gguf_header
-from qz.quantize.calibration.imatrix import is_imatrix, read_imatrix
-from qz.quantize.calibration.statistics import InputSums, write_statistics
+from qz.quantize.importance.imatrix import is_imatrix, read_imatrix
+from qz.quantize.importance.statistics import InputSums, write_statistics
 from qz.quantize.libraries.architecture import Saved, Weight
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.planning.plan import Step
@@ -228,7 +228,7 @@ def test_long_lists_of_metadata_are_passed_over(kind: int, element: bytes) -> No
 
 
 def test_a_pipeline_has_no_single_imatrix(tmp_path: Path) -> None:
-    from qz.quantize.calibration.importance import read_importance
+    from qz.quantize.importance.matching import read_importance
 
     path = write_gguf(tmp_path / "i.gguf", {"blk.0.ffn_down.weight": (np.ones(8, np.float32), 3)})
     with pytest.raises(UsageError, match="--subfolder"):

@@ -23,8 +23,8 @@ from qz.formats.folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 from qz.formats.publish.card import write_card
 from qz.formats.publish.card_facts import facts_of
-from qz.quantize.calibration.statistics import InputSums, write_statistics
 from qz.quantize.compute.cpu import cpu_arithmetic
+from qz.quantize.importance.statistics import InputSums, write_statistics
 from reference import config_of, dequantized_by_bitsandbytes, differing_tensors, raw, tensors_of
 from zoo import build
 
@@ -129,7 +129,7 @@ def test_the_bytes_depend_neither_on_threads_nor_on_chunks(
 def test_importance_lowers_the_error_that_counts(sources: dict[str, Path], name: str, tmp_path: Path) -> None:
     source = sources[name]
     known = statistics(source, tmp_path / "s.safetensors")
-    from qz.quantize.calibration.statistics import read_statistics
+    from qz.quantize.importance.statistics import read_statistics
 
     sums = read_statistics(known).sums
     for method in ("nf4", "fp4-double"):
@@ -188,8 +188,8 @@ def test_a_file_that_does_not_belong_to_the_model_is_refused(sources: dict[str, 
 
 def test_a_weight_cut_from_a_fused_one_has_its_inputs() -> None:
     """Statistics may be named after what the checkpoint stores: q, k and v of one tensor see the same inputs."""
-    from qz.quantize.calibration.importance import match
-    from qz.quantize.calibration.statistics import Statistics
+    from qz.quantize.importance.matching import match
+    from qz.quantize.importance.statistics import Statistics
     from qz.quantize.libraries.architecture import Saved, Weight
     from qz.quantize.planning.plan import Step
 

@@ -12,7 +12,7 @@ from commands import run
 from converted import plan_of
 from qz import MalformedInput
 from qz.cli.quantize import quantize
-from qz.quantize.calibration.statistics import InputSums, write_statistics
+from qz.quantize.importance.statistics import InputSums, write_statistics
 from reference import differing_tensors
 
 

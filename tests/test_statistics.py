@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from qz import MalformedInput, MissingInput
 from qz.formats.malformed import Malformed
-from qz.quantize.calibration.statistics import (
+from qz.quantize.importance.statistics import (
     HessianPlace,
     InputSums,
     read_statistics,

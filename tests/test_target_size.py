@@ -20,9 +20,9 @@ import reference
 from qz import MalformedInput, UsageError, api
 from qz.formats.folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
-from qz.quantize.calibration import text
-from qz.quantize.calibration.blocks import parts_of
-from qz.quantize.calibration.statistics import read_statistics, write_statistics
+from qz.quantize.calibration.running import text
+from qz.quantize.calibration.running.blocks import parts_of
+from qz.quantize.importance.statistics import read_statistics, write_statistics
 from qz.quantize.planning.fused_groups import FUSED
 from qz.quantize.planning.sensitivity import Scores
 from readers import model_folder, some_text

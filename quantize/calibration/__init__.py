@@ -1,1 +1,1 @@
-"""What a model's inputs say about its weights: statistics of a calibration, read, written and imported."""
+"""What running a model tells of its weights: statistics of their inputs, scores, and what quantizing changed."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from qz import MalformedInput, Unsupported
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.block_errors import BlockErrors
-from qz.quantize.calibration.blocks import BlockPass
-from qz.quantize.calibration.weights import Weights
+from qz.quantize.calibration.running.blocks import BlockPass
+from qz.quantize.calibration.running.weights import Weights
 from qz.quantize.libraries.transformers.runnable import Runnable, running
 
 ROWS = 64

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qz import MalformedInput, Unsupported
-from qz.quantize.calibration.blocks import blocks_of
+from qz.quantize.calibration.running.blocks import blocks_of
 
 
 @dataclass(slots=True)

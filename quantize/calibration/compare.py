@@ -19,10 +19,10 @@ from qz import Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration import text as texts
 from qz.quantize.calibration.answers import Divergence, answer
 from qz.quantize.calibration.block_errors import BlockErrors
-from qz.quantize.calibration.weights import Weights
+from qz.quantize.calibration.running import text as texts
+from qz.quantize.calibration.running.weights import Weights
 from qz.quantize.compute.run_device import run_device
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine

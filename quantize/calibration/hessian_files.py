@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused
-from qz.quantize.calibration.statistics import HESSIAN, HessianPlace, write_hessians
+from qz.quantize.importance.statistics import HESSIAN, HessianPlace, write_hessians
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qz.quantize.calibration.unfinished import Unfinished
+    from qz.quantize.calibration.running.unfinished import Unfinished
 
 
 def refuse_existing(output: Path) -> None:

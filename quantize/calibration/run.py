@@ -15,8 +15,8 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.hessian_files import HessianFiles, refuse_existing
-from qz.quantize.calibration.importance import GPTQ_TOKENS
-from qz.quantize.calibration.statistics import write_statistics
+from qz.quantize.importance.matching import GPTQ_TOKENS
+from qz.quantize.importance.statistics import write_statistics
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.libraries.plain import plain_checkpoint
@@ -27,7 +27,7 @@ from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 if TYPE_CHECKING:
     import torch
 
-    from qz.quantize.calibration.unfinished import Unfinished
+    from qz.quantize.calibration.running.unfinished import Unfinished
     from qz.quantize.libraries.transformers.runnable import Runnable
 
 TOKENS = 1024
@@ -174,8 +174,8 @@ class _Run:
         self.passed: set[str] = set()
 
     def run(self, class_name: str, dtype: str, tokenizer_folder: Folder) -> Calibration:
-        from qz.quantize.calibration import text
-        from qz.quantize.calibration.unfinished import unfinished
+        from qz.quantize.calibration.running import text
+        from qz.quantize.calibration.running.unfinished import unfinished
         from qz.quantize.compute.run_device import run_device
         from qz.quantize.libraries.transformers.runnable import runnable
 
@@ -190,13 +190,13 @@ class _Run:
     def _go_on(self, kept: Unfinished, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
         """From where an earlier run was interrupted, or from the beginning."""
 
-        from qz.quantize.calibration import text
-        from qz.quantize.calibration.blocks import BlockPass, blocks_of
-        from qz.quantize.calibration.generated import sample
-        from qz.quantize.calibration.recorder import Recorder
-        from qz.quantize.calibration.resume import BlockStore
-        from qz.quantize.calibration.unfinished import Sums
-        from qz.quantize.calibration.weights import Weights
+        from qz.quantize.calibration.running import text
+        from qz.quantize.calibration.running.blocks import BlockPass, blocks_of
+        from qz.quantize.calibration.running.generated import sample
+        from qz.quantize.calibration.running.recorder import Recorder
+        from qz.quantize.calibration.running.resume import BlockStore
+        from qz.quantize.calibration.running.unfinished import Sums
+        from qz.quantize.calibration.running.weights import Weights
         from qz.quantize.libraries.transformers.runnable import runnable, running
 
         request, device, run_dtype = self.request, model.device, model.dtype
@@ -297,7 +297,7 @@ class _Run:
         import torch
 
         from qz.quantize.calibration import scores
-        from qz.quantize.calibration.text import first_tokens
+        from qz.quantize.calibration.running.text import first_tokens
         from qz.quantize.compute.devices import arithmetic_on
         from qz.quantize.libraries.transformers.runnable import runnable
 

@@ -21,9 +21,9 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.answers import Divergence, add, answered, arguments, keep
 from qz.quantize.calibration.block_errors import RelativeError, states_of
-from qz.quantize.calibration.blocks import BlockPass, parts_of
 from qz.quantize.calibration.rounded import rounded
-from qz.quantize.calibration.weights import Weights
+from qz.quantize.calibration.running.blocks import BlockPass, parts_of
+from qz.quantize.calibration.running.weights import Weights
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from converted import quantized
-from qz.quantize.calibration.statistics import InputSums, write_statistics
 from qz.quantize.compute import kernels, scale_search
 from qz.quantize.compute.devices import arithmetic_on
 from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
+from qz.quantize.importance.statistics import InputSums, write_statistics
 from reference import dequantized_by_bitsandbytes, differing_tensors, tensors_of
 from test_kernels import Array, QuantType, each_dtype, each_quant_type, random_values
 from test_scale_search import COLUMNS, importance, rare_values, searched

@@ -14,7 +14,6 @@ from typing import Any
 from qz import Unsupported
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.blocks import blocks_of
 from qz.quantize.calibration.hessian_files import HessianFiles, refuse_existing
 from qz.quantize.calibration.pipelines.components import Models, opened_models, plain_dtype
 from qz.quantize.calibration.pipelines.denoising import Drawing, Drawn, draw
@@ -22,13 +21,14 @@ from qz.quantize.calibration.pipelines.prompts import prompts_of
 from qz.quantize.calibration.pipelines.replay import replay
 from qz.quantize.calibration.pipelines.resume import CallStore, of_component
 from qz.quantize.calibration.pipelines.scores import score_denoisers
-from qz.quantize.calibration.recorder import Recorder
-from qz.quantize.calibration.resume import BlockStore
 from qz.quantize.calibration.run import Calibration, CalibrationRequest, token_warnings
-from qz.quantize.calibration.statistics import HessianPlace, InputSums, write_statistics
-from qz.quantize.calibration.unfinished import Unfinished, unfinished
+from qz.quantize.calibration.running.blocks import blocks_of
+from qz.quantize.calibration.running.recorder import Recorder
+from qz.quantize.calibration.running.resume import BlockStore
+from qz.quantize.calibration.running.unfinished import Unfinished, unfinished
 from qz.quantize.compute.devices import arithmetic_on
 from qz.quantize.compute.run_device import run_device
+from qz.quantize.importance.statistics import HessianPlace, InputSums, write_statistics
 from qz.quantize.libraries.examine import library_versions
 from qz.quantize.planning.sensitivity import Scores
 from qz.quantize.planning.unquantized import refuse_quantized

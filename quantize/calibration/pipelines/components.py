@@ -16,8 +16,8 @@ from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import read_json
-from qz.quantize.calibration.text import MAX_TOKENIZER_BYTES
-from qz.quantize.calibration.weights import Weights
+from qz.quantize.calibration.running.text import MAX_TOKENIZER_BYTES
+from qz.quantize.calibration.running.weights import Weights
 from qz.quantize.libraries.diffusers.runnable import runnable as of_diffusers
 from qz.quantize.libraries.importing.boundary import library_errors
 from qz.quantize.libraries.importing.isolation import isolated

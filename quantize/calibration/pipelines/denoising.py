@@ -19,9 +19,9 @@ import torch
 
 from qz import MalformedInput, Unsupported, UsageError
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.blocks import BlockPass
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import Models
+from qz.quantize.calibration.running.blocks import BlockPass
 from qz.quantize.libraries.transformers.runnable import running
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qz import UsageError
-from qz.quantize.calibration.text import read_text_file
+from qz.quantize.calibration.running.text import read_text_file
 
 MOST_CALLS = 1024
 """Prompts times steps: each is a forward of its own that waits in memory."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.blocks import BlockPass, Entering, Replay
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import Models
 from qz.quantize.calibration.pipelines.denoising import Call
+from qz.quantize.calibration.running.blocks import BlockPass, Entering, Replay
 from qz.quantize.libraries.transformers.runnable import running
 
 

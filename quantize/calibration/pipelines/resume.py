@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz.quantize.calibration.pipelines.components import Models
-from qz.quantize.calibration.recorder import Recorder
-from qz.quantize.calibration.resume import copied
-from qz.quantize.calibration.unfinished import Unfinished
+from qz.quantize.calibration.running.recorder import Recorder
+from qz.quantize.calibration.running.resume import copied
+from qz.quantize.calibration.running.unfinished import Unfinished
 
 Sum = tuple[NDArray[np.float64], int]
 """Of one weight's inputs: squares, and how many tokens those are of."""

@@ -12,11 +12,11 @@ import torch
 
 from qz.progress import OnProgress
 from qz.quantize.calibration.block_errors import RelativeError
-from qz.quantize.calibration.blocks import parts_of
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import Models, weights_of
 from qz.quantize.calibration.pipelines.denoising import Drawn
 from qz.quantize.calibration.pipelines.states import states_of
+from qz.quantize.calibration.running.blocks import parts_of
 from qz.quantize.calibration.scores import quantized_names, score
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.methods import Method

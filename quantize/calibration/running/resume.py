@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qz.quantize.calibration.unfinished import Sums, Unfinished, is_library_output
+from qz.quantize.calibration.running.unfinished import Sums, Unfinished, is_library_output
 
 
 class BlockStore:

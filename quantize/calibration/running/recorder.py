@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from qz import Unsupported
-from qz.quantize.calibration.blocks import Finished
-from qz.quantize.calibration.statistics import MAX_HESSIAN_INPUTS, Floats, InputSums
+from qz.quantize.calibration.running.blocks import Finished
+from qz.quantize.importance.statistics import MAX_HESSIAN_INPUTS, Floats, InputSums
 
 
 class Recorder:

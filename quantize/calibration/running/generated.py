@@ -10,8 +10,8 @@ import torch
 from qz import TryAgain, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.progress import OnProgress, Progress
-from qz.quantize.calibration.text import first_tokens
-from qz.quantize.calibration.weights import Weights
+from qz.quantize.calibration.running.text import first_tokens
+from qz.quantize.calibration.running.weights import Weights
 from qz.quantize.libraries.transformers.runnable import Runnable, running
 
 AT_ONCE = 32

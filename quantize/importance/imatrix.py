@@ -21,7 +21,7 @@ from qz.formats.file_hash import sha256_of
 from qz.formats.folder import LocalFolder
 from qz.formats.gguf_header import FLOAT32, MAGIC, GgufHeader, GgufTensor, read_gguf_header
 from qz.formats.malformed import Malformed, quoted
-from qz.quantize.calibration.statistics import Floats, InputSums, Statistics, check_sums
+from qz.quantize.importance.statistics import Floats, InputSums, Statistics, check_sums
 
 if TYPE_CHECKING:
     from qz.quantize.planning.plan import Step

@@ -12,7 +12,7 @@ import numpy as np
 from qz import UsageError
 from qz.counted import counted
 from qz.formats.malformed import Malformed, quoted
-from qz.quantize.calibration.statistics import Floats, InputSums, Statistics, read_statistics
+from qz.quantize.importance.statistics import Floats, InputSums, Statistics, read_statistics
 
 if TYPE_CHECKING:
     from qz.quantize.planning.plan import Step
@@ -92,7 +92,7 @@ def read_importance(path: Path, steps: Iterable[Step], *, pipeline: bool = False
 
     Raises MissingInput and Malformed, and UsageError for an imatrix and a whole pipeline.
     """
-    from qz.quantize.calibration.imatrix import is_imatrix, read_imatrix
+    from qz.quantize.importance.imatrix import is_imatrix, read_imatrix
 
     if not is_imatrix(path):
         return read_statistics(path)

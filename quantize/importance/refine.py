@@ -16,28 +16,28 @@ FP4_NOTE = (
 def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline: bool = False) -> Refinement | None:
     """What ``settings`` say of the weights that ``plan`` quantizes; None where nothing is refined.
 
-    ``component``, ``pipeline``: see ``qz.quantize.calibration.importance.match``. Raises MissingInput and
+    ``component``, ``pipeline``: see ``qz.quantize.importance.matching.match``. Raises MissingInput and
     MalformedInput for a file of importance that cannot be used.
     """
     if settings.scales == "absmax" or not isinstance(plan.method, FourBit):
         return None
     if settings.importance is None:
         return Refinement(notes=(FP4_NOTE,) if plan.method.name == "fp4" else ())
-    from qz.quantize.calibration import importance
     from qz.quantize.compute.scale_search import tiled_weights
+    from qz.quantize.importance import matching
 
     quantized = [step for step in plan.steps if step.act == "quantize"]
-    statistics = importance.read_importance(settings.importance, quantized, pipeline=pipeline)
-    matched = importance.match(statistics, quantized, component, pipeline=pipeline)
-    columns = {name: importance.column_weights(sums) for name, sums in matched.sums.items()}
-    hessians, notes = {}, importance.warnings(statistics, matched)
+    statistics = matching.read_importance(settings.importance, quantized, pipeline=pipeline)
+    matched = matching.match(statistics, quantized, component, pipeline=pipeline)
+    columns = {name: matching.column_weights(sums) for name, sums in matched.sums.items()}
+    hessians, notes = {}, matching.warnings(statistics, matched)
     if settings.rounding == "gptq":
-        hessians = importance.hessians(statistics, matched)
-        notes = (*notes, *importance.gptq_warnings(statistics, matched, hessians))
+        hessians = matching.hessians(statistics, matched)
+        notes = (*notes, *matching.gptq_warnings(statistics, matched, hessians))
     return Refinement(
         settings.rounding,
         {name: tiled_weights(weights) for name, weights in columns.items() if weights is not None},
-        importance.described(statistics, matched),
+        matching.described(statistics, matched),
         notes,
         hessians,
         statistics.hessian,

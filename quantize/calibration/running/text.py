@@ -37,7 +37,7 @@ def text_of(path: Path | None) -> str:
 
 
 def default_text() -> str:
-    return files("qz.quantize.calibration").joinpath("default_text.txt").read_text(encoding="utf-8")
+    return files("qz.quantize.calibration.running").joinpath("default_text.txt").read_text(encoding="utf-8")
 
 
 def read_text_file(path: Path) -> str:

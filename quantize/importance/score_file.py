@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qz import UsageError
-from qz.quantize.calibration.imatrix import is_imatrix
-from qz.quantize.calibration.statistics import read_statistics
+from qz.quantize.importance.imatrix import is_imatrix
+from qz.quantize.importance.statistics import read_statistics
 from qz.quantize.planning.kept_layers import ScoreFile
 from qz.quantize.settings import Settings
 

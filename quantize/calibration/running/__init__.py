@@ -1,0 +1,1 @@
+"""A model that is run block by block, from its checkpoint and from where an interrupted run was."""
