@@ -27,7 +27,7 @@ def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, a
     whole = values.size // 64 * 64
     bad = _quantize(values[:whole], dtype, quant_type, tables, packed, absmax)
     if whole < values.size:
-        bad |= _quantize_tail(
+        bad |= quantize_tail(
             tables.widen(values[whole:], dtype), quant_type, packed[whole // 2 :], absmax[whole // 64 :]
         )
     return nonfinite(values, dtype) if bad else (0, -1)
@@ -69,7 +69,7 @@ def _quantize(whole: _Array, dtype: str, quant_type: str, rules: ModuleType, pac
     return bool(function(*addresses, whole.size // 64, tables.infinity_bits(dtype)))
 
 
-def _quantize_tail(values: _Array, quant_type: str, packed: _Array, absmax: _Array) -> bool:
+def quantize_tail(values: _Array, quant_type: str, packed: _Array, absmax: _Array) -> bool:
     """The last, short block, as float32: divided by its clamped absmax, which is also what is stored."""
     with np.errstate(invalid="ignore"):
         top = np.maximum(np.abs(values).max(), np.float32(1e-38))

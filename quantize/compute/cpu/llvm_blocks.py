@@ -92,30 +92,6 @@ def quantize_32(values: Any, nf4: Any, packed: Any, absmax: Any) -> tuple[int, i
     return count, first
 
 
-@compiled(
-    types.void(
-        array(types.float32),
-        array(types.float32),
-        array(types.uint8),
-        array(types.uint8, output=True),
-        array(types.float32, output=True),
-    )
-)
-def quantize_tail(values: Any, bounds: Any, order: Any, packed: Any, absmax: Any) -> None:
-    """The last, short block, as float32: divided by its clamped absmax, which is also what is stored."""
-    top = np.float32(1e-38)
-    for i in range(values.size):
-        top = max(top, abs(values[i]))
-    absmax[0] = top
-    packed[:] = 0
-    for i in range(values.size + values.size % 2):
-        x = values[i] / top if i < values.size else np.float32(0)
-        above = 0
-        for k in range(15):
-            above += x > bounds[k]
-        packed[i // 2] |= order[above] << np.uint8(4 * (1 - i % 2))
-
-
 def _look_up(builder: Any, codes: Any, table: list[float], lanes: int) -> Any:
     """``table[code]`` in each lane: a binary tree of choices, one level for each of a code's four bits."""
     values = [same(ir.FloatType(), value, lanes) for value in table]

@@ -299,8 +299,7 @@ def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, a
     count, first = llvm_blocks.quantize_32(values[:whole], quant_type == "nf4", packed, absmax)
     if whole < values.size:
         tail = values[whole:]
-        bounds, order = tables.bounds(quant_type), tables.order(quant_type)
-        llvm_blocks.quantize_tail(tail, bounds, order, packed[whole // 2 :], absmax[whole // 64 :])
+        block_kernels.quantize_tail(tail, quant_type, packed[whole // 2 :], absmax[whole // 64 :])
         bad = np.flatnonzero(~np.isfinite(tail))
         count += bad.size
         if bad.size and first < 0:
