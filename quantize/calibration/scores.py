@@ -23,6 +23,7 @@ from qz.quantize.calibration.answers import Divergence, add, answered, arguments
 from qz.quantize.calibration.block_errors import RelativeError, states_of
 from qz.quantize.calibration.rounded import rounded
 from qz.quantize.calibration.running.blocks import BlockPass, parts_of
+from qz.quantize.calibration.running.nested import changed
 from qz.quantize.calibration.running.weights import Weights
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.architecture import LoadRequest
@@ -284,10 +285,4 @@ def _path(weight: str) -> str:
 
 def copies(value: Any) -> Any:
     """Tensors of their own, as models and blocks may write into what they are given."""
-    if torch.is_tensor(value):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(copies(each) for each in value)
-    if isinstance(value, dict):
-        return {key: copies(each) for key, each in value.items()}
-    return value
+    return changed(value, torch.Tensor.clone)

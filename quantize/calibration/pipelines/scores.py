@@ -17,6 +17,7 @@ from qz.quantize.calibration.pipelines.components import Models, weights_of
 from qz.quantize.calibration.pipelines.denoising import Drawn
 from qz.quantize.calibration.pipelines.states import states_of
 from qz.quantize.calibration.running.blocks import parts_of
+from qz.quantize.calibration.running.nested import changed
 from qz.quantize.calibration.scores import quantized_names, score
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.methods import Method
@@ -64,7 +65,7 @@ def score_denoisers(
         if not names:
             continue
         memory.require(memory.at_once([model], parts_of(model)), models.device, f"{name} of {models.where}")
-        inputs = [in_float32(dict(call.arguments)) for call in spread(calls, CALLS)]
+        inputs = [changed(dict(call.arguments), in_float32) for call in spread(calls, CALLS)]
         some = spread(range(len(inputs)), SOME)
         found[name] = score(weights, inputs, some, OutputJudge(), states_of, names, method, arithmetic, progress)
     return found
@@ -76,12 +77,5 @@ def spread(values: Sequence[Any], most: int) -> list[Any]:
     return [values[(2 * number + 1) * len(values) // (2 * count)] for number in range(count)]
 
 
-def in_float32(value: Any) -> Any:
-    """With tensors of floats in float32."""
-    if torch.is_tensor(value):
-        return value.float() if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(in_float32(each) for each in value)
-    if isinstance(value, dict):
-        return {name: in_float32(each) for name, each in value.items()}
-    return value
+def in_float32(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qz.quantize.calibration.running.unfinished import Sums, Unfinished, is_library_output
+from qz.quantize.calibration.running.nested import changed
+from qz.quantize.calibration.running.unfinished import Sums, Unfinished
 
 
 class BlockStore:
@@ -59,10 +60,4 @@ class BlockStore:
 
 def copied(value: Any) -> Any:
     """On the CPU: later blocks may write into what they are given."""
-    if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True)
-    if type(value) in (tuple, list):
-        return type(value)(copied(each) for each in value)
-    if is_library_output(value):
-        return type(value)(**{name: copied(each) for name, each in value.items()})
-    return value
+    return changed(value, lambda tensor: tensor.detach().to("cpu", copy=True))

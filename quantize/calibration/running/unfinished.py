@@ -29,6 +29,7 @@ from qz.formats.malformed import quoted
 from qz.formats.output.resuming.seal import is_sealed, seal, user_key
 from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.regular_file import read_regular
+from qz.quantize.calibration.running.nested import is_library_output, is_of_a_library
 
 JOURNAL, LOCK = "journal.json", "lock"
 BLOCK = re.compile(r"block-\d{5,}\.safetensors")
@@ -276,18 +277,9 @@ def _built(told: Any, tensors: Mapping[str, torch.Tensor], device: torch.device)
         return value
     if kind == "output":
         module, name, fields = value
-        found = getattr(import_module(module), name) if _is_of_a_library(module) else None
+        found = getattr(import_module(module), name) if is_of_a_library(module) else None
         if not (isinstance(found, type) and issubclass(found, OrderedDict)):
             raise ValueError(f"{module}.{name} is no output of a model")
         return found(**{field: _built(one, tensors, device) for field, one in fields.items()})
     each = [_built(one, tensors, device) for one in value]
     return tuple(each) if kind == "tuple" else each
-
-
-def is_library_output(value: Any) -> bool:
-    """Whether it is one of the mappings that models of the libraries return, by the names of their fields."""
-    return isinstance(value, OrderedDict) and _is_of_a_library(type(value).__module__)
-
-
-def _is_of_a_library(module: str) -> bool:
-    return module.partition(".")[0] in ("transformers", "diffusers")
