@@ -61,6 +61,12 @@ class _Scorer:
     """Path → the weights in it that are quantized."""
     outside: tuple[str, ...]
     """Those in no block."""
+    units: Mapping[str, tuple[str, ...]] = field(init=False)
+    """What is quantized alone, by its path: blocks, and linears in no block."""
+    inputs: Sequence[int] = field(init=False)
+    """Of each batch."""
+    alone: Sequence[str | None] = field(init=False)
+    """The unit that each batch has quantized; None for the original and the quantized model."""
     errors: dict[str, RelativeError] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
@@ -69,24 +75,18 @@ class _Scorer:
     """Of the part that is running, and of those outside: weight → its module, as it is, and quantized."""
     paused: bool = False
 
-    @property
-    def units(self) -> dict[str, tuple[str, ...]]:
-        """What is quantized alone, by its path: blocks, and linears in no block."""
-        return {**self.blocks, **{_path(name): (name,) for name in self.outside}}
-
-    @property
-    def inputs(self) -> list[int]:
-        """Of each batch."""
-        return [*range(self.count), *(list(self.some) * len(self.units)), *range(self.count)]
-
-    def alone(self, batch: int) -> str | None:
-        """The unit that a batch has quantized; None for the original and the quantized model."""
-        number = batch - self.count
-        return list(self.units)[number // len(self.some)] if 0 <= number < len(self.units) * len(self.some) else None
+    def __post_init__(self) -> None:
+        self.units = {**self.blocks, **{_path(name): (name,) for name in self.outside}}
+        self.inputs = [*range(self.count), *(list(self.some) * len(self.units)), *range(self.count)]
+        whole: list[str | None] = [None] * self.count
+        self.alone = [*whole, *(path for path in self.units for _ in self.some), *whole]
 
     def is_quantized(self, batch: int) -> bool:
         """Whether a batch is of the quantized model."""
-        return batch >= self.count + len(self.units) * len(self.some)
+        return batch >= len(self.inputs) - self.count
+
+    def has_quantized(self, unit: str, batch: int) -> bool:
+        return self.is_quantized(batch) or self.alone[batch] == unit
 
     def watch(self, batch: Callable[[], int]) -> None:
         """Begin to listen to the model. ``batch``: the number of the one whose forward asks."""
@@ -104,12 +104,12 @@ class _Scorer:
             handle.remove()
 
     def entering(self, part: str, block: Any, batch: int) -> None:
-        names = self.blocks.get(part, ())
-        for name in names:
+        quantized = self.has_quantized(part, batch)
+        for name in self.blocks.get(part, ()):
             if name not in self.both:
                 linear = block.get_submodule(_path(name).removeprefix(f"{part}."))
                 self._know(name, linear)
-            self._set(name, quantized=self.is_quantized(batch) or self.alone(batch) == part)
+            self._set(name, quantized=quantized)
 
     def leaving(self, part: str, block: Any) -> None:
         """Score the linears of a block."""
@@ -147,7 +147,7 @@ class _Scorer:
         def hook(linear: Any, _: Any) -> None:
             if name not in self.both:
                 self._know(name, linear)
-            self._set(name, quantized=self.is_quantized(self.batch()) or self.alone(self.batch()) == path)
+            self._set(name, quantized=self.has_quantized(path, self.batch()))
 
         return hook
 
@@ -257,7 +257,7 @@ def score(
         elif scorer.is_quantized(number):
             whole.append(judge.lost(which, answer))
         else:
-            alone[str(scorer.alone(number))].append(judge.lost(which, answer))
+            alone[str(scorer.alone[number])].append(judge.lost(which, answer))
 
     steps = BlockPass(model.model, weights, tell, model.head, scorer.entering, scorer.leaving)
     with running(type(model.model).__name__, where):
