@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -145,6 +146,38 @@ def test_a_model_that_reads_a_block_before_it_calls_it_is_loaded_whole(
     one, two = read_statistics(known).sums, read_statistics(stats).sums
     for name, sums in one.items():
         np.testing.assert_allclose(two[name].sum2, sums.sum2, rtol=1e-4, atol=1e-6)
+
+
+def test_a_denoiser_that_cannot_be_scored_beside_one_that_can_is_named(root: Path, tmp_path: Path) -> None:
+    """Wan 2.2: one transformer draws the first steps, and another the last."""
+    nets = [
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=32, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2,
+            rope_max_seq_len=64,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    words = pipelines.t5_tokenizer()
+    whole = diffusers.WanPipeline(words, pipelines.t5(words, 32), vae, scheduler, *nets, boundary_ratio=0.875)
+    whole.save_pretrained(tmp_path / "wan")
+    forward = diffusers.WanTransformer3DModel.forward
+
+    @functools.wraps(forward)
+    def reads_first(self: Any, hidden_states: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if timestep.max() >= 875:
+            hidden_states = hidden_states + 0 * self.blocks[0].attn1.to_q.weight.sum()
+        return forward(self, hidden_states, timestep, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers.WanTransformer3DModel, "forward", reads_first)
+        text, stats = root / "prompts.txt", tmp_path / "stats.safetensors"
+        found = api.calibrate(tmp_path / "wan", stats, text=text, scores=True, **DRAWN)
+    assert list(found.component_scores) == ["transformer_2"]
+    assert [warning for warning in found.warnings if "has no scores" in warning] == [
+        "transformer cannot be run block by block: all of its weights were in memory, and it has no scores"
+    ]
 
 
 def test_one_block_of_one_model_is_in_memory_at_a_time(flux: Path, root: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ that the Hessians of a block are whole when it is given up, as for a model that 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -76,6 +76,7 @@ def calibrate(
             sums |= {f"{name}/{weight}": each for weight, each in recorder.input_sums().items()}
             places |= files.places({f"{name}/{one}": f"{name}/{first}" for one, first in recorder.first.items()})
         scores = _scores(models, drawn, only, request, progress)
+        unscored = [name for name in chosen if request.scores and models.is_denoiser(name) and name in drawn.whole]
         refuse_existing(request.output)
         told = {
             "architecture": models.class_name,
@@ -104,7 +105,7 @@ def calibrate(
             str(dtype).removeprefix("torch."),
             models.bytes_read,
             time.monotonic() - begun,
-            (*whole_warnings(drawn.whole), *token_warnings(tokens, unseen, hessians=request.hessians)),
+            (*whole_warnings(drawn.whole, unscored), *token_warnings(tokens, unseen, hessians=request.hessians)),
             component_scores=scores,
             resumed=kept.count > 0,
             steps=drawing.steps,
@@ -218,5 +219,9 @@ def _record(models: Models, name: str, drawn: Drawn, files: HessianFiles, progre
     return recorder
 
 
-def whole_warnings(whole: frozenset[str]) -> tuple[str, ...]:
-    return tuple(f"{name} cannot be run block by block: all of its weights were in memory" for name in sorted(whole))
+def whole_warnings(whole: frozenset[str], unscored: Collection[str] = ()) -> tuple[str, ...]:
+    """``unscored``: those among them that ``--scores`` leave out."""
+    told = {name: ", and it has no scores" if name in unscored else "" for name in sorted(whole)}
+    return tuple(
+        f"{name} cannot be run block by block: all of its weights were in memory{more}" for name, more in told.items()
+    )
