@@ -46,7 +46,10 @@ def _default(file: OriginalFile) -> str:
         try:
             named = single_file.default_source(file.specs)
         except (LookupError, ValueError, AttributeError) as error:
-            raise Unsupported(f"{file.location} is not a file that diffusers knows ({describe(error)}).") from error
+            raise Unsupported(
+                f"{file.location} is not a file that diffusers knows ({describe(error)}). Name the folder or "
+                "repository of its config with --config."
+            ) from error
     if named is None:
         layout = original_layout(file.tensors)
         tool = f" names its tensors as {layout['tool']} does, but" if layout is not None else ""

@@ -20,6 +20,7 @@ import torch
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.malformed import quoted_names
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.block_errors import BlockErrors, RelativeError
 from qz.quantize.calibration.compare import Comparison, OutputError, TimestepError
@@ -47,7 +48,10 @@ def with_component(pipeline: Pipeline, name: str, checkpoint: Checkpoint) -> Pip
     MissingInput for no model."""
     found = next((each for each in pipeline.components if each.name == name), None)
     if found is None or found.checkpoint is None:
-        raise MissingInput(f"{pipeline.folder.location} has no component {name} with weights.")
+        names = [each.name for each in pipeline.components if each.checkpoint is not None]
+        raise MissingInput(
+            f"{pipeline.folder.location} has no component {name} with weights. It has {quoted_names(names, 8)}."
+        )
     if checkpoint.architecture != found.checkpoint.architecture:
         raise MalformedInput(
             f"{checkpoint.folder.location} is a {checkpoint.architecture}, and {name} of {pipeline.folder.location} "
@@ -143,7 +147,9 @@ def _measures(original: Pipeline, other: Pipeline, only: str | None) -> dict[str
         measure.check(plan)
         found[each.name] = measure, plan
     if not found:
-        raise Unsupported(f"No component of {other.folder.location} is quantized: there is nothing to compare.")
+        raise Unsupported(
+            f"No component of {other.folder.location} is quantized: there is nothing to compare. Name one that is."
+        )
     return found
 
 

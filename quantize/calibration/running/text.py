@@ -57,14 +57,19 @@ def read_text_file(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise UsageError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from error
 
 
 def open_tokenizer(folder: Folder) -> Any:
     """The tokenizer in a folder. Raises MissingInput where there is none, Unsupported where it cannot be loaded."""
     names = [name for name in folder.sizes() if TOKENIZER_FILE.fullmatch(name)]
     if not set(names) - {"config.json"}:
-        raise MissingInput(f"{folder.location} has no tokenizer, which calibration reads text with.")
+        raise MissingInput(
+            f"{folder.location} has no tokenizer to read a text with. Put the files of its tokenizer there, such as "
+            "tokenizer.json, from where the weights are."
+        )
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
         for name in names:
             Path(place, name).write_bytes(read_file(folder, name, MAX_TOKENIZER_BYTES))
@@ -74,7 +79,9 @@ def open_tokenizer(folder: Folder) -> Any:
 
                 return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise Unsupported(f"The tokenizer in {folder.location} cannot be loaded: {describe(error)}.") from error
+            raise Unsupported(
+                f"The tokenizer in {folder.location} cannot be loaded: {describe(error)}. Download its files again."
+            ) from error
 
 
 def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[int]]:
