@@ -190,12 +190,11 @@ class _Run:
     def _go_on(self, kept: Unfinished, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
         """From where an earlier run was interrupted, or from the beginning."""
 
+        from qz.quantize.calibration.recording import Recording
         from qz.quantize.calibration.running import text
         from qz.quantize.calibration.running.blocks import BlockPass, blocks_of
         from qz.quantize.calibration.running.generated import sample
         from qz.quantize.calibration.running.recorder import Recorder
-        from qz.quantize.calibration.running.resume import BlockStore
-        from qz.quantize.calibration.running.unfinished import Sums
         from qz.quantize.calibration.running.weights import Weights
         from qz.quantize.libraries.transformers.runnable import runnable, running
 
@@ -211,36 +210,26 @@ class _Run:
             rows = text.sequences(tokenizer, words, model.longest, request.wanted)
         kept.begin(rows)
         tokens = sum(map(len, rows))
-        recorder = Recorder(model.linears, model.head, hessians=request.hessians)
-        recorder.restore(kept.values, kept.sums.tokens, kept.sums.first)
-        files, store = HessianFiles(request.output, kept), BlockStore(kept)
         weights = Weights(self.checkpoint, model)
         blocks = blocks_of(model.model)
-        hooks = store.watch(blocks)
+        files = HessianFiles(request.output, kept)
+        recorder = Recorder(model.linears, model.head, hessians=request.hessians)
+        recording = Recording(recorder, files, blocks, device)
         if kept.count:
             self.progress(Progress("Calibrating", kept=(kept.count, len(blocks)), unit="block"))
 
         def visited(part: str) -> None:
             self.passed.add(part)
-            if request.hessians:
-                files.write(recorder.take_hessians())
-            if part in blocks:
-                inside = {name: each for name, each in recorder.sums.items() if name.startswith(f"{part}.")}
-                sums = Sums(dict(recorder.tokens), dict(recorder.first), **files.as_json())
-                store.finished(part, inside, sums)
+            recording.visited(part)
             self.progress(Progress("Calibrating", len(self.passed), len(steps.parts), unit="block"))
 
-        def replay(part: str) -> list[list[Any]] | None:
-            return store.replay(part, device) if part in blocks else None
-
-        steps = BlockPass(model.model, weights, visited, entering=store.entering, replay=replay)
+        steps = BlockPass(model.model, weights, visited, entering=recording.entering, replay=recording.known)
         try:
             with running(class_name, self.checkpoint.folder.location):
                 weights.load_rest(steps.parts, model.head)
                 steps.run([model.arguments(ids) for ids in text.batches(rows)])
-            if request.hessians:
-                files.write(recorder.take_hessians())
-            sums = recorder.input_sums()
+            recording.write_hessians()
+            sums = recording.input_sums()
             told = {
                 "architecture": class_name,
                 "tokens": str(tokens),
@@ -248,12 +237,10 @@ class _Run:
             }
             scores = self._scores(request.scores, class_name, rows, device) if request.scores is not None else None
             refuse_existing(request.output)
-            write_statistics(request.output, sums, told, files.places(recorder.first), files.hashes, scores)
+            write_statistics(request.output, sums, told, recording.places(), files.hashes, scores)
             kept.remove()
         finally:
-            recorder.close()
-            for hook in hooks:
-                hook.remove()
+            recording.close()
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
         return Calibration(
             self.source,

@@ -7,8 +7,8 @@ that the Hessians of a block are whole when it is given up, as for a model that 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Collection
+from dataclasses import asdict
 from typing import Any
 
 from qz import Unsupported
@@ -19,12 +19,12 @@ from qz.quantize.calibration.pipelines.components import Models, opened_models, 
 from qz.quantize.calibration.pipelines.denoising import Drawing, Drawn, draw
 from qz.quantize.calibration.pipelines.prompts import prompts_of
 from qz.quantize.calibration.pipelines.replay import replay
-from qz.quantize.calibration.pipelines.resume import CallStore, of_component
+from qz.quantize.calibration.pipelines.resume import CallStore
 from qz.quantize.calibration.pipelines.scores import score_denoisers
+from qz.quantize.calibration.recording import Recording
 from qz.quantize.calibration.run import Calibration, CalibrationRequest, token_warnings
 from qz.quantize.calibration.running.blocks import blocks_of
 from qz.quantize.calibration.running.recorder import Recorder
-from qz.quantize.calibration.running.resume import BlockStore
 from qz.quantize.calibration.running.unfinished import Unfinished, unfinished
 from qz.quantize.compute.devices import arithmetic_on
 from qz.quantize.compute.run_device import run_device
@@ -72,9 +72,9 @@ def calibrate(
         files = HessianFiles(request.output, kept)
         places: dict[str, HessianPlace] = {}
         for name in chosen if request.hessians else ():
-            recorder = _record(models, name, drawn, files, progress)
-            sums |= {f"{name}/{weight}": each for weight, each in recorder.input_sums().items()}
-            places |= files.places({f"{name}/{one}": f"{name}/{first}" for one, first in recorder.first.items()})
+            recording = _record(models, name, drawn, files, progress)
+            sums |= recording.input_sums()
+            places |= recording.places()
         scores = _scores(models, drawn, only, request, progress)
         unscored = [name for name in chosen if request.scores and models.is_denoiser(name) and name in drawn.whole]
         refuse_existing(request.output)
@@ -177,28 +177,11 @@ def _scores(
     return found
 
 
-def _record(models: Models, name: str, drawn: Drawn, files: HessianFiles, progress: OnProgress) -> Recorder:
+def _record(models: Models, name: str, drawn: Drawn, files: HessianFiles, progress: OnProgress) -> Recording:
     """What the linears of a component are given, with Hessians."""
-    kept, model = files.kept, models.model(name)
-    recorder, store = Recorder(models.weights[name].runnable.linears, None, hessians=True), BlockStore(kept, f"{name}/")
-    recorder.restore(*(of_component(name, each) for each in (kept.values, kept.sums.tokens, kept.sums.first)))
-    blocks = {} if name in drawn.whole else blocks_of(model)
-    hooks = store.watch(blocks)
-
-    def named(by_weight: Mapping[str, Any]) -> dict[str, Any]:
-        return {f"{name}/{weight}": each for weight, each in by_weight.items()}
-
-    def visited(part: str) -> None:
-        files.write(named(recorder.take_hessians()))
-        if part in blocks:
-            inside = {weight: each for weight, each in recorder.sums.items() if weight.startswith(f"{part}.")}
-            tokens, first = kept.sums.tokens | named(recorder.tokens), kept.sums.first | named(recorder.first)
-            sums = replace(kept.sums, tokens=tokens, first=first, **files.as_json())
-            store.finished(part, named(inside), sums)
-
-    def known(part: str) -> list[list[Any]] | None:
-        return store.replay(part, models.device) if part in blocks else None
-
+    recorder = Recorder(models.weights[name].runnable.linears, None, hessians=True)
+    blocks = {} if name in drawn.whole else blocks_of(models.model(name))
+    recording = Recording(recorder, files, blocks, models.device, f"{name}/")
     try:
         replay(
             models,
@@ -207,16 +190,14 @@ def _record(models: Models, name: str, drawn: Drawn, files: HessianFiles, progre
             f"Calibrating {name}",
             progress,
             whole=name in drawn.whole,
-            visited=visited,
-            entering=store.entering,
-            known=known,
+            visited=recording.visited,
+            entering=recording.entering,
+            known=recording.known,
         )
-        files.write(named(recorder.take_hessians()))
+        recording.write_hessians()
     finally:
-        recorder.close()
-        for hook in hooks:
-            hook.remove()
-    return recorder
+        recording.close()
+    return recording
 
 
 def whole_warnings(whole: frozenset[str], unscored: Collection[str] = ()) -> tuple[str, ...]:

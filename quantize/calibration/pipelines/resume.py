@@ -6,7 +6,7 @@ The pipeline runs again from the beginning, and models that come to such a call 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz.quantize.calibration.pipelines.components import Models
+from qz.quantize.calibration.recording import of_model
 from qz.quantize.calibration.running.recorder import Recorder
 from qz.quantize.calibration.running.resume import copied
 from qz.quantize.calibration.running.unfinished import Unfinished
@@ -68,7 +69,7 @@ class CallStore:
         """By call, what it returned for each prompt that has made it."""
         self._known: dict[str, list[list[Any]]] = {}
         for name, recorder in self.recorders.items():
-            recorder.restore(of_component(name, kept.values), of_component(name, kept.sums.tokens), {})
+            recorder.restore(of_model(f"{name}/", kept.values), of_model(f"{name}/", kept.sums.tokens), {})
 
     def known_or(self, component: str, forward: Callable[..., Any], drawing: threading.local) -> Callable[..., Any]:
         """The forward of a model, or what is known that it returns to the prompt that ``drawing`` is at."""
@@ -130,9 +131,3 @@ class CallStore:
             and recorder is not None
         ):
             recorder.close_call(number)
-
-
-def of_component(component: str, by_weight: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of one component, by the names that weights have in it."""
-    begin = f"{component}/"
-    return {name.removeprefix(begin): each for name, each in by_weight.items() if name.startswith(begin)}
