@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qz import TryAgain
+from qz.quantize.compute.cores import CONTROL_GROUP
 
 
 def at_once(modules: Iterable[Any], parts: Mapping[str, Any]) -> int:
@@ -38,7 +39,7 @@ def _free(device: torch.device) -> int | None:
     if device.type != "cpu":
         ask = getattr(torch.get_device_module(device.type), "mem_get_info", None)
         return int(ask(device)[0]) if ask is not None else None
-    known = (_available(Path("/proc/meminfo")), left_in(Path("/sys/fs/cgroup")))
+    known = (_available(Path("/proc/meminfo")), left_in(CONTROL_GROUP))
     return min((each for each in known if each is not None), default=None)
 
 
