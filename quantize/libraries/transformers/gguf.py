@@ -51,9 +51,15 @@ _EXPERT_SIZES = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
-MOST_ROWS = 1 << 22
+_MOST_ROWS = 1 << 22
 """Of a tensor, or experts: where each one goes is found by numbers of them, whatever the file holds."""
-EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
+_EXPERTS = re.compile(r"\.ffn_\w+_exps\.")
+
+Process = Callable[[Any, str], tuple[Any, str | None]]
+"""What a loader makes of the values of a tensor of a name, None if nothing, and their name in the model, None if none.
+"""
+Place = Callable[[Any, str], tuple[str, Any]]
+"""The parameter that a loader puts a tensor of all experts into, and what it has there of the values of a small one."""
 
 
 def plain_gguf(checkpoint: Checkpoint, header: bytes, vocabulary: int | None) -> Checkpoint:
@@ -98,14 +104,20 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes, vocabulary: int | None) ->
         [(parameter, made)] = kept["tensors"].items()
         return parameter, made
 
+    return as_model(checkpoint, config, model, process, place)
+
+
+def as_model(checkpoint: Checkpoint, config: dict[str, Any], model: Any, process: Process, place: Place) -> Checkpoint:
+    """The checkpoint with a loader's config, and its tensors as the loader arranges them for the model."""
+    where = checkpoint.folder.location
     tensors: dict[str, StoredTensor | Decoded] = {}
     left_out: list[str] = []
     for name, tensor in checkpoint.tensors.items():
-        require_rows(tensor.shape, name, where)
-        if EXPERTS.search(name):
-            tensors |= experts_as(place, model, name, tensor, where)
+        _require_rows(tensor.shape, name, where)
+        if _EXPERTS.search(name):
+            tensors |= _experts_as(place, model, name, tensor, where)
             continue
-        arranged, new_name = arranged_as(process, name, tensor)
+        arranged, new_name = _arranged_as(process, name, tensor)
         if new_name is None:
             left_out.append(name)
         else:
@@ -120,9 +132,9 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes, vocabulary: int | None) ->
     )
 
 
-def require_rows(shape: tuple[int, ...], name: str, where: str) -> None:
+def _require_rows(shape: tuple[int, ...], name: str, where: str) -> None:
     """Raise Unsupported for a tensor of more rows than any model has."""
-    if max(shape[:-1], default=0) > MOST_ROWS:
+    if max(shape[:-1], default=0) > _MOST_ROWS:
         raise Unsupported(f"{where}: {quoted(name)} is {list(shape)}. No model has so many rows.")
 
 
@@ -140,12 +152,7 @@ def meta_model(config: Mapping[str, Any]) -> Any:
         return model_class._from_config(model_class.config_class.from_dict(dict(config)))
 
 
-Process = Callable[[Any, str], tuple[Any, str | None]]
-"""What a loader makes of the values of a tensor of a name, None if nothing, and their name in the model, None if none.
-"""
-
-
-def arranged_as(
+def _arranged_as(
     process: Process, name: str, tensor: StoredTensor | Decoded
 ) -> tuple[StoredTensor | Decoded, str | None]:
     """The tensor under its name in the model, None if it has none there, with what the loader does to its values."""
@@ -165,11 +172,7 @@ def arranged_as(
     return _blocks(tensor, new_name, tuple(same.shape), arrange=arrange), new_name
 
 
-Place = Callable[[Any, str], tuple[str, Any]]
-"""The parameter that a loader puts a tensor of all experts into, and what it has there of the values of a small one."""
-
-
-def experts_as(
+def _experts_as(
     place: Place, model: Any, name: str, tensor: StoredTensor | Decoded, where: str
 ) -> dict[str, StoredTensor | Decoded]:
     """The matrices of the experts in a tensor that holds all of a layer, under the names that the library saves.

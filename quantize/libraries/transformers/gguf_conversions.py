@@ -7,24 +7,19 @@ from is found as in ``gguf``.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 
 from qz import Unsupported
-from qz.formats.checkpoint.survey import GGUF, Checkpoint
-from qz.formats.decoded import Decoded, StoredTensor
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.transformers.gguf import (
-    EXPERTS,
-    arranged_as,
-    experts_as,
+    as_model,
     header_file,
     meta_model,
     plain_config,
-    require_rows,
 )
 from qz.quantize.libraries.transformers.internals import WeightConverter, WeightRenaming, rename_source_key
 
@@ -58,36 +53,17 @@ def plain_by_conversions(checkpoint: Checkpoint, header: bytes, vocabulary: int 
             "Use the model's original checkpoint."
         ) from error
     model = meta_model(config)
-    known = model.state_dict().keys()
-    conversions = _Conversions(mapping, architecture, where)
-    tensors: dict[str, StoredTensor | Decoded] = {}
-    left_out: list[str] = []
-    for name, tensor in checkpoint.tensors.items():
-        require_rows(tensor.shape, name, where)
-        if EXPERTS.search(name):
-            tensors |= experts_as(conversions.place, model, name, tensor, where)
-            continue
-        arranged, new_name = arranged_as(conversions.process, name, tensor)
-        if new_name is None or new_name not in known:
-            left_out.append(name)
-        else:
-            tensors[new_name] = arranged
-    return replace(
-        checkpoint,
-        config=config,
-        architecture=config["architectures"][0],
-        tensors=tensors,
-        encoded_as=GGUF,
-        left_out=tuple(left_out),
-    )
+    conversions = _Conversions(mapping, architecture, frozenset(model.state_dict()), where)
+    return as_model(checkpoint, config, model, conversions.process, conversions.place)
 
 
 class _Conversions:
     """What the library does to each tensor on its own."""
 
-    def __init__(self, mapping: Any, architecture: str, where: str) -> None:
+    def __init__(self, mapping: Any, architecture: str, known: frozenset[str], where: str) -> None:
+        """``known``: the names in the model."""
         entries = deepcopy(mapping)
-        self.where, self.architecture = where, architecture
+        self.where, self.architecture, self.known = where, architecture, known
         self.renamings = [each for each in entries if isinstance(each, WeightRenaming)]
         self.converters = [each for each in entries if isinstance(each, WeightConverter)]
         self.by_pattern = {pattern: each for each in self.converters for pattern in each.source_patterns}
@@ -95,9 +71,10 @@ class _Conversions:
     def process(self, values: Any, name: str) -> tuple[Any, str | None]:
         """As ``gguf.Process``. Raises Unsupported for a tensor that is merged with others."""
         new_name, pattern = rename_source_key(name, self.renamings, self.converters)
+        own_name = str(new_name) if new_name in self.known else None
         converter = self.by_pattern.get(pattern)
         if converter is None:
-            return None, str(new_name)
+            return None, own_name
         if len(converter.source_patterns) > 1 or len(converter.target_patterns) > 1:
             raise Unsupported(
                 f"{self.where}: transformers merges or splits {name} while it reads a GGUF file of "
@@ -112,7 +89,7 @@ class _Conversions:
                 f"{self.where}: transformers cannot arrange {name} ({type(error).__name__}). Use the model's original "
                 "checkpoint."
             ) from error
-        return made.numpy(), str(new_name)
+        return made.numpy(), own_name
 
     def place(self, small: Any, name: str) -> tuple[str, Any]:
         """As ``gguf.Place``; what else becomes a part of the parameter is zeros."""
