@@ -71,6 +71,7 @@ def inverted(
     Raises Unsupported where diffusers' converter does not make exactly ``tensors`` of them.
     """
     originals = original_specs(class_name, tensors, where)
+    harmless, _ = without_code(config)
     refusal = (
         f"{where}: diffusers' converter for {class_name} cannot be inverted for this model: {{}}. Write diffusers' "
         "layout."
@@ -79,7 +80,7 @@ def inverted(
         from qz.quantize.libraries.diffusers import single_file
 
         try:
-            made = single_file.convert(class_name, config, originals)
+            made = single_file.convert(class_name, harmless, originals)
         except CONVERTER_ERRORS as error:
             raise Unsupported(refusal.format(describe(error))) from error
     unlike = sorted(made.keys() ^ tensors.keys()) or [
@@ -112,10 +113,9 @@ def original_tensors(
     class_name: str, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], where: str
 ) -> dict[str, StoredTensor | Decoded]:
     """Stored tensors in diffusers' names as the original ones, where they lie."""
-    harmless, _ = without_code(config)
     specs = {name: TensorSpec(torch_name(tensor.dtype, name), tensor.shape) for name, tensor in tensors.items()}
     found: dict[str, StoredTensor | Decoded] = {}
-    for name, (spec, parts) in inverted(class_name, harmless, specs, where).items():
+    for name, (spec, parts) in inverted(class_name, config, specs, where).items():
         dtype = tensors[parts[0].name].dtype
         width = BITS[dtype] // 8
         places = [part_of(tensors[part.name], part.start, part.count, width) for part in parts]
