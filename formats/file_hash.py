@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import IOFailed, MissingInput, PermissionRefused
+from qz.formats.folder import PIECE
 from qz.formats.regular_file import NotRegular, open_regular
 
 if TYPE_CHECKING:
@@ -14,17 +15,15 @@ if TYPE_CHECKING:
 
     from qz.formats.folder import Folder
 
-_PIECE = 4 << 20
-
 
 def sha256_in(folder: Folder, file: str, size: int, progress: Callable[[int], None] | None = None) -> str:
     """Of ``size`` bytes of a file in ``folder``, in hexadecimal. ``progress`` is given the bytes of each piece read.
 
     Raises what ``Folder.read_into`` raises.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_PIECE, size)))
-    for start in range(0, size, _PIECE):
-        piece = buffer[: min(_PIECE, size - start)]
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, size)))
+    for start in range(0, size, PIECE):
+        piece = buffer[: min(PIECE, size - start)]
         folder.read_into(file, start, piece)
         digest.update(piece)
         if progress is not None:

@@ -26,6 +26,8 @@ R = TypeVar("R")
 PIPELINE_INDEX = "model_index.json"
 THREADS = 8
 """That read from one folder far away."""
+PIECE = 4 << 20
+"""Bytes read or written at once: small enough for a cache, large enough for the cost of the calls to vanish."""
 
 
 class Range(NamedTuple):

@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
 from qz.counted import counted
+from qz.formats.folder import PIECE
 from qz.formats.output.exchange import Exchange, recover, refuse_foreign_partial
-from qz.formats.output.recorded.record import PIECE, RECORD, WrittenFile, encode_record, require_safe_name
+from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.output.refusals import refuse_output
 from qz.formats.output.resuming.earlier_run import has_file, take_over
 from qz.formats.output.resuming.journal import Journal, as_fingerprint

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, open_checkpoint, survey_file
-from qz.formats.folder import Folder, LocalFolder, Range, place_of
-from qz.formats.output.recorded.record import PIECE, Record
+from qz.formats.folder import PIECE, Folder, LocalFolder, Range, place_of
+from qz.formats.output.recorded.record import Record
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.quantizing_device import arithmetic_of_record
 from qz.quantize.report_of_record import kind_of_bytes

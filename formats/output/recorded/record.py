@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from qz.formats.folder import Folder
 
 RECORD = "qz.json"
-PIECE = 4 << 20
-"""Bytes read or written at once: small enough for a cache, large enough for the cost of the calls to vanish."""
 NO_UTF8 = re.compile("[\ud800-\udfff]")
 COMPARED = ("identity", "settings")
 """What later runs compare with their own, so it is kept as it is; all else is there to be shown."""
@@ -155,16 +153,11 @@ def _verify_folder(
             found.append(Problem("error", "size-differs", file.name, why))
         else:
             whole.append(file)
-    folder.announce([piece for file in whole for piece in _pieces(file)])
+    folder.announce([Range(PurePosixPath(file.name).name, 0, file.bytes) for file in whole if file.bytes])
     found += (_verify(folder, file, progress) for file in whole)
     if folder is not root:
         folder.close()
     return found
-
-
-def _pieces(file: WrittenFile) -> list[Range]:
-    name = PurePosixPath(file.name).name
-    return [Range(name, start, min(start + PIECE, file.bytes)) for start in range(0, file.bytes, PIECE)]
 
 
 def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.output.recorded.record import PIECE
+from qz.formats.folder import PIECE
 from qz.formats.output.shards.shard_layout import TEMPORARY
 from qz.formats.safetensors import read_header
 
