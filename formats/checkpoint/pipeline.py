@@ -11,7 +11,7 @@ from qz.formats.checkpoint.problems import as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, read_file, survey
 from qz.formats.checkpoint.weights import PICKLE
-from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline
+from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline, read_text
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed, quoted
 
@@ -167,7 +167,7 @@ def _prior_of(folder: Folder, class_name: str) -> tuple[str, ...]:
     size = folder.sizes().get("README.md", MAX_BYTES)
     if size >= MAX_BYTES or not _OF_TWO_REPOSITORIES.match(class_name):
         return ()
-    card = read_file(folder, "README.md", MAX_BYTES).decode("utf-8", "replace")
+    card = read_text(folder, "README.md", MAX_BYTES)
     if (found := _PRIOR.search(card.replace("\r\n", "\n"))) is None:
         return ()
     note = (
