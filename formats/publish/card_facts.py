@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qz.formats.folder import LocalFolder, place_of, read_file
-from qz.formats.json_files import MAX_BYTES
+from qz.formats.folder import LocalFolder
 from qz.formats.malformed import UNSAFE_TEXT
 from qz.formats.output.recorded.about import LIBRARIES, REPO_ID
 from qz.formats.output.recorded.record import read_record
-from qz.formats.publish.checkpoint_files import PAGE, config_among
+from qz.formats.publish.checkpoint_files import PAGE, config_here
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "prior")
 """What a converted model has in common with the one that it was made of. ``prior``: the repository from which diffusers
@@ -97,8 +96,7 @@ def facts_here(folder: Path) -> CardFacts:
     local = LocalFolder(folder)
     record = read_record(local)
     names = frozenset(file.name for file in record.files) if record is not None else frozenset[str]()
-    config = config_among(names, lambda name: read_file(*place_of(local, name), MAX_BYTES))
-    return facts_of(record.about if record is not None else {}, config, names)
+    return facts_of(record.about if record is not None else {}, config_here(local, names), names)
 
 
 def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], files: Collection[str] = ()) -> CardFacts:

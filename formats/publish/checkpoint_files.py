@@ -19,7 +19,7 @@ from qz.formats.publish.verified_file import VerifiedFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from qz.formats.folder import LocalFolder
+    from qz.formats.folder import Folder, LocalFolder
 
 README = "README.md"
 PAGE = "report.html"
@@ -145,13 +145,15 @@ def _named(folder: LocalFolder, prefix: str) -> set[str]:
 
 
 def _config(folder: LocalFolder, names: Iterable[str]) -> Mapping[str, Any]:
-    def read(name: str) -> bytes:
-        return read_file(*place_of(folder, name), MAX_BYTES)
-
-    found = config_among(names, read, f"{folder.location}/")
+    found = config_here(folder, names)
     if not found:
         raise MissingInput(f"{folder.location} holds no config.json, so it is no model folder.")
     return found
+
+
+def config_here(folder: Folder, names: Iterable[str]) -> Mapping[str, Any]:
+    """``config_among`` the files of a folder."""
+    return config_among(names, lambda name: read_file(*place_of(folder, name), MAX_BYTES), f"{folder.location}/")
 
 
 def config_among(names: Iterable[str], read: Callable[[str], bytes], where: str = "") -> Mapping[str, Any]:
