@@ -143,9 +143,12 @@ class _Cursor:
     def malformed(self, why: str) -> Malformed:
         return Malformed("gguf-malformed", f"{self.where} is not a valid GGUF file: {why}. Download it again.")
 
-    def take(self, length: int) -> bytes:
+    def require(self, length: int) -> None:
         if self.position + length > self.size:
             raise self.malformed(f"it ends at byte {self.size}, inside its header")
+
+    def take(self, length: int) -> bytes:
+        self.require(length)
         if self.position + length > self.start + len(self.buffer):
             self.start = self.position
             self.buffer = bytes(self.read(self.start, min(self.size - self.start, max(length, 1 << 20))))
@@ -157,8 +160,7 @@ class _Cursor:
         return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
 
     def skip(self, length: int) -> None:
-        if self.position + length > self.size:
-            raise self.malformed(f"it ends at byte {self.size}, inside its header")
+        self.require(length)
         if self.position > MAX_HEADER:
             raise self.malformed("its metadata is longer than that of any model")
         self.position += length
