@@ -503,6 +503,15 @@ def test_what_the_library_does_not_read_is_refused(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(Unsupported, match=r"in ggml's type 40"):
         quantize(file, tmp_path / "output", device="cpu")
+    writer = gguf.GGUFWriter(file, "wavtokenizer-dec")
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("conv1d.weight", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(Unsupported, match=r"transformers does not read GGUF files of wavtokenizer-dec"):
+        quantize(file, tmp_path / "output", device="cpu")
     write_llama(file, "Q8_0", experts=2)
     with pytest.raises(Unsupported, match=r"no place for blk\.0\.ffn_gate_exps\.weight in the LlamaForCausalLM"):
         quantize(file, tmp_path / "output", device="cpu")

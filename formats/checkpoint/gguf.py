@@ -31,8 +31,9 @@ TYPES = {
 tensor alone."""
 _KINDS = {name: number for number, name in PLAIN.items()}
 _WIDTHS = {"F32": 4, "F16": 2, "F64": 8, "BF16": 2}
-_LLAMA_CPP = re.compile(r"token_embd\.|(?:\w+\.)?blk\.\d+\.")
-"""What some name of a language model's file in GGUF begins with, and none of a diffusion model's."""
+_LLAMA_CPP = re.compile(r"tokenizer\.|token_embd\.|(?:\w+\.)?blk\.\d+\.")
+"""What some name of a language model's file in GGUF begins with, of its metadata or tensors, and none of a diffusion
+model's."""
 _SHAPE = "comfy.gguf.orig_shape."
 """Before the name of a tensor: the shape it had before its values were put into rows of whole blocks."""
 _PART = re.compile(r"-\d{5}-of-(?P<count>\d{5})\.gguf\Z", re.IGNORECASE)
@@ -56,7 +57,7 @@ def is_denoiser(folder: Folder, file: str) -> bool:
     names. What is malformed may be one: it is told of when it is read."""
     names = gguf_names(_reading(folder, file), folder.sizes().get(file, 0), f"{folder.location}/{file}")
     try:
-        return not any(name.startswith("tokenizer.") or _LLAMA_CPP.match(name) for name in names)
+        return not any(map(_LLAMA_CPP.match, names))
     except Malformed:
         return True
 
@@ -94,10 +95,11 @@ def survey_gguf(
         text = f"{folder.location}/{files[0]} is not a valid GGUF file: it has no tensors. Download it again."
         problems.add_error(Malformed("gguf-malformed", text), files[0], missing="weights-missing")
         return None, problems.worst_first()
+    names = (*headers[0].metadata, *headers[0].lengths, *tensors)
     return Checkpoint(
         folder=folder,
         config=_config(headers[0]),
-        library="transformers" if any(map(_LLAMA_CPP.match, tensors)) else "diffusers",
+        library="transformers" if any(map(_LLAMA_CPP.match, names)) else "diffusers",
         architecture=None,
         variant=None,
         files=tuple(files),
