@@ -13,8 +13,8 @@ from qz.formats.publish.escaping import python_string, torch_dtype
 if TYPE_CHECKING:
     from qz.formats.publish.card_facts import CardFacts
 
-ENCODERS = re.compile(r"(text|image)_encoder")
-COMPONENTS = re.compile(r"(transformer|unet|vae|prior|decoder|controlnet|(text|image)_encoder)(_\d)?")
+_ENCODERS = re.compile(r"(text|image)_encoder")
+_COMPONENTS = re.compile(r"(transformer|unet|vae|prior|decoder|controlnet|(text|image)_encoder)(_\d)?")
 """What folders of pipelines are called; any other folder of a repository says nothing of what is in it."""
 
 
@@ -65,7 +65,7 @@ def loading(facts: CardFacts, place: Place) -> list[str]:
         return _by_qz(facts, place, "diffusers loads quantized models on a GPU only")
     if facts.pipeline:
         return _pipeline(facts, place)
-    name, variable = class_of(facts), component_of(facts, place) or "model"
+    name, variable = _class_of(facts), _component_of(facts, place) or "model"
     if facts.library == "diffusers":
         made = f"{name}.from_pretrained({place.arguments()}, {_dtype_argument(facts, place)})"
         return ["import torch", f"from {facts.module or 'diffusers'} import {name}", "", f"{variable} = {made}"]
@@ -81,13 +81,13 @@ def loading(facts: CardFacts, place: Place) -> list[str]:
 
 def snippet(facts: CardFacts, place: OnHub) -> str:
     """The same for a card, where a component is loaded inside its pipeline."""
-    variable = component_of(facts, place)
+    variable = _component_of(facts, place)
     if facts.pipeline and not facts.experts:
         return "\n".join([*loading(facts, place), "pipeline.enable_model_cpu_offload()"])
     if facts.experts or variable is None:
         return "\n".join(loading(facts, place))
-    name, dtype = class_of(facts), _dtype(facts)
-    both = facts.library == "diffusers"
+    name, dtype = _class_of(facts), _dtype(facts)
+    key = "torch_dtype" if facts.library == "diffusers" else "dtype"
     # By its own class: ``DiffusionPipeline`` passes over what is optional in a class, as Wan's transformers are.
     around = facts.pipeline_class if _is_name(facts.pipeline_class or "") else "DiffusionPipeline"
     module = facts.module or facts.library
@@ -99,7 +99,7 @@ def snippet(facts: CardFacts, place: OnHub) -> str:
             "import torch",
             *imports,
             "",
-            f"{variable} = {name}.from_pretrained({place.arguments()}, {'torch_' if both else ''}dtype={dtype})",
+            f"{variable} = {name}.from_pretrained({place.arguments()}, {key}={dtype})",
             f"pipeline = {around}.from_pretrained(",
             f"    {python_string(facts.base_model or 'owner/pipeline')}, {variable}={variable}, torch_dtype={dtype}",
             ")",
@@ -109,7 +109,7 @@ def snippet(facts: CardFacts, place: OnHub) -> str:
 
 
 def _by_qz(facts: CardFacts, place: Place, why: str) -> list[str]:
-    variable = "pipeline" if facts.pipeline else component_of(facts, place) or "model"
+    variable = "pipeline" if facts.pipeline else _component_of(facts, place) or "model"
     if isinstance(place, Here):
         return [f"import qz  # {why}", "", f"{variable} = qz.load({place.arguments()})"]
     imports = [f"import qz  # {why}", "from huggingface_hub import snapshot_download"]
@@ -126,17 +126,17 @@ def _pipeline(facts: CardFacts, place: Place) -> list[str]:
     return [*imports, "", f"pipeline = DiffusionPipeline.from_pretrained({where}, {_dtype_argument(facts, place)})"]
 
 
-def class_of(facts: CardFacts) -> str:
+def _class_of(facts: CardFacts) -> str:
     return facts.architecture if _is_name(facts.architecture) else "AutoModel"
 
 
-def component_of(facts: CardFacts, place: Place) -> str | None:
+def _component_of(facts: CardFacts, place: Place) -> str | None:
     """What its pipeline calls it, if it belongs into one."""
     folder = place.folder.rsplit("/", 1)[-1] if isinstance(place, OnHub) else ""
-    named = (facts.subfolder or "").rsplit("/", 1)[-1] or (folder if COMPONENTS.fullmatch(folder) else "")
+    named = (facts.subfolder or "").rsplit("/", 1)[-1] or (folder if _COMPONENTS.fullmatch(folder) else "")
     if facts.library != "diffusers":
-        return named if ENCODERS.match(named) and _is_name(named) else None
-    name = class_of(facts)
+        return named if _ENCODERS.match(named) and _is_name(named) else None
+    name = _class_of(facts)
     usual = "unet" if name.startswith("UNet") else "vae" if name.startswith("Autoencoder") else "transformer"
     return named if _is_name(named) else usual
 
