@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qz.cli.options import arguments, machine, methods, outputs, reports, selection
 from qz.cli.output import facts, show, size, took, warn
 from qz.cli.progress import Display, timed
+from qz.cli.reports import run_on
 from qz.cli.reports.next_step import command, tell
 from qz.counted import counted
 
@@ -103,12 +104,10 @@ def report(found: Calibration) -> list[tuple[str, str]]:
     text = {"default": "qz's own", "generated": "the model's own"}.get(found.text, found.text)
     rows = [("model", f"{found.architecture}, {counted(found.linears, 'linear layer')}")]
     if found.steps is None:
-        rows.append(("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"))
+        rows.append(("text", f"{text}: {run_on.read(found)}"))
     else:
         rows.append(("components", ", ".join(found.components)))
-        at = f" at {found.resolution} × {found.resolution}" if found.resolution is not None else ""
-        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each{at}, seed {found.seed}"
-        rows.append(("drawn", f"{text}: {of}, up to {found.tokens:,} tokens"))
+        rows.append(("drawn", f"{text}: {run_on.drawn(found)}, up to {found.tokens:,} tokens"))
         rows.append(("memory", f"{size(found.weights_at_once or 0)} of weights at a time"))
     rows.append(("statistics", found.output))
     if found.hessian_files:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from qz.cli.options import arguments, machine, reports, selection
 from qz.cli.output import Column, facts, show, table, took, warn
 from qz.cli.progress import Display, timed
-from qz.cli.reports.model import LAYERS, lost, worst_layers
+from qz.cli.reports import run_on
+from qz.cli.reports.model import LAYERS, told_of_loss, worst_layers
 from qz.cli.reports.new_file import require_new, store
 from qz.cli.reports.picture import Chart, charts
-from qz.counted import counted
 
 if TYPE_CHECKING:
     from qz.quantize.calibration.compare import Comparison, OutputError
@@ -114,11 +114,9 @@ def report(found: Comparison) -> list[tuple[str, str]]:
     text = "qz's own" if found.text == "default" else found.text
     rows = [("model", found.architecture)]
     if found.steps is None:
-        rows.append(("text", f"{text}: {found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"))
+        rows.append(("text", f"{text}: {run_on.read(found)}"))
     else:
-        at = f" at {found.resolution} × {found.resolution}" if found.resolution is not None else ""
-        of = f"{counted(found.sequences, 'prompt')}, {counted(found.steps, 'step')} each{at}, seed {found.seed}"
-        rows.append(("drawn", f"{text}: {of}"))
+        rows.append(("drawn", f"{text}: {run_on.drawn(found)}"))
     for name, changed in (("denoiser's output", found.denoiser), ("last latents", found.latents)):
         if changed is not None:
             rows.append((name, f"relative squared error {noisy(changed)}, 1 − cosine {changed.cosine_loss:.4g}"))
@@ -136,6 +134,5 @@ def report(found: Comparison) -> list[tuple[str, str]]:
         last = math.sqrt(list(found.blocks.values())[-1])
         most = math.sqrt(found.blocks[worst])
         rows.append(("blocks", f"relative error {last:.4f} after the last, at most {most:.4f} (after {worst})"))
-    _, _, error, ratio, largest = lost(found.loss.total)
-    rows.append(("weights", f"relative error {error}, SNR {ratio}, largest error {largest}"))
+    rows.append(("weights", told_of_loss(found.loss)))
     return [*rows, ("took", took(found.seconds, f"{found.device} in {found.dtype}", 0))]
