@@ -140,6 +140,12 @@ def summarize_pipeline(
         notes=(
             *plan.pipeline.notes,
             *plan.notes,
+            *(
+                text
+                for choice in plan.choices
+                if choice.component.checkpoint is not None and parts[choice.name].plan is None
+                for text in choice.component.checkpoint.choices
+            ),
             *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
             *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),
         ),

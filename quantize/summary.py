@@ -250,6 +250,7 @@ def summarize(
         skipped=dict(architecture.kept_linears),
         dropped=architecture.dropped,
         notes=(
+            *plan.checkpoint.choices,
             *architecture.notes,
             *_encoded(plan),
             *_left_out(plan),

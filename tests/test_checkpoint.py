@@ -353,6 +353,7 @@ def test_what_the_libraries_save_is_opened_whole(
     assert checkpoint is not None
     assert [problem.kind for problem in problems] == (["variant-only"] if variant else [])
     assert (checkpoint.library, checkpoint.architecture, checkpoint.variant) == (library, architecture, variant)
+    assert [f"{text}." for text in checkpoint.choices] == [problem.message for problem in problems]
     assert (checkpoint.index is not None) == bool(shards) == (len(checkpoint.files) > 1)
     assert list(checkpoint.files) == sorted(path.name for path in folder.glob("*.safetensors"))
     assert checkpoint.sizes == {file: (folder / file).stat().st_size for file in checkpoint.files}
@@ -362,6 +363,13 @@ def test_what_the_libraries_save_is_opened_whole(
     )
     assert holds_what_safetensors_reads(checkpoint, folder)
     assert open_checkpoint(LocalFolder(folder), variant).tensors == checkpoint.tensors
+
+
+def test_which_of_two_layouts_is_taken_is_said(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "llama-None-sharded", tmp_path / "both")
+    shutil.copy(saved / "llama-None" / "model.safetensors", folder)
+    [choice] = open_checkpoint(LocalFolder(folder)).choices
+    assert "has both model.safetensors and model.safetensors.index.json; model.safetensors is taken" in choice
 
 
 def test_config_and_index_are_written_as_the_libraries_write_them(saved: Path) -> None:
@@ -392,6 +400,7 @@ def test_plain_weights_are_taken_before_a_variant(tmp_path: Path) -> None:
     write(model(tmp_path / "m") / "model.fp16.safetensors", "b.weight")
     assert list(open_checkpoint(LocalFolder(tmp_path / "m")).tensors) == ["a.weight"]
     assert list(open_checkpoint(LocalFolder(tmp_path / "m"), "fp16").tensors) == ["b.weight"]
+    assert not open_checkpoint(LocalFolder(tmp_path / "m")).choices
 
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {

@@ -383,6 +383,14 @@ def test_a_variant_gets_the_plain_names_that_loaders_look_for(changed: Path, tmp
     differing = {path for path in one if one[path] != other[path]} - {"qz.json"}
     assert not {path for path in differing if not path.endswith(".index.json")}
     T5EncoderModel.from_pretrained(tmp_path / "variant" / "text_encoder_2")
+    assert [text for text in report["warnings"] if "variant" in text] == [
+        f"{changed}/vae has no weights of the variant 'fp16'; the plain ones are taken"
+    ]
+    unasked = run(quantize, changed, dry_run=True, components="transformer")
+    assert {text.rpartition("/")[2] for text in unasked["warnings"] if "variant" in text} == {
+        f"{part} has no plain weights; those of the variant fp16 are taken"
+        for part in ("transformer", "text_encoder", "text_encoder_2")
+    }
 
 
 class Stopped(Exception):

@@ -220,6 +220,9 @@ def component_in(
     if errors or checkpoint is None:
         unread = Unread(frozenset(problem.kind for problem in errors), as_error(folder.location, errors))
         return Component(name, library, class_name, folder, first=first, unread=unread)
+    if variant is not None and not has_variant:
+        other = f"{folder.location} has no weights of the variant {quoted(variant)}; the plain ones are taken"
+        checkpoint = replace(checkpoint, choices=(*checkpoint.choices, other))
     return Component(name, library, class_name, folder, as_component(checkpoint, library, class_name), first)
 
 

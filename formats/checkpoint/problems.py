@@ -230,6 +230,8 @@ WARNINGS: dict[str, str] = {
     ),
     "custom-code": ("{location} brings code of its own{named}. qz never runs it: the class must come with {library}."),
 }
+CHOICES = ("variant-only", "two-layouts")
+"""The warnings that say which of several things were taken."""
 _PLACES = {kind: place for place, kind in enumerate((*ERRORS, "", *WARNINGS))}
 
 
@@ -281,6 +283,10 @@ class Problems:
     def _keep(self, kind: str, where: str, message: str) -> None:
         severity: Severity = "warning" if kind in WARNINGS else "error"
         self._found.setdefault(kind, []).append(Problem(severity, kind, where, message))
+
+    def choices(self) -> tuple[str, ...]:
+        """The messages of those kinds."""
+        return tuple(problem.message.removesuffix(".") for kind in CHOICES for problem in self._found.get(kind, ()))
 
     def worst_first(self) -> tuple[Problem, ...]:
         """All of them, by their kind's place in the tables above."""

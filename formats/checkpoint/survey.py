@@ -57,7 +57,8 @@ class Checkpoint:
     that config.json names, or model_index.json if this is a component of a pipeline; then ``class_module`` is where
     that has the class from: a library, or a module of diffusers' pipelines. ``unused`` are weight files beside the
     others that no loader reads. Where another tool quantized the weights, ``encoded_as`` says how once ``tensors`` are
-    those of the plain checkpoint (see ``qz.formats.sources``), and ``left_out`` what was no weight of it.
+    those of the plain checkpoint (see ``qz.formats.sources``), and ``left_out`` what was no weight of it. ``choices``
+    say which of several things in the folder were taken where nobody asked for one.
     """
 
     folder: Folder
@@ -74,6 +75,7 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     encoded_as: str | None = None
     left_out: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     original: dict[str, StoredTensor | Decoded] | None = None
     """Of a single file in other names than the library's, its tensors by those names."""
 
@@ -183,6 +185,7 @@ class _Survey:
             header_metadata={file: each.metadata for file, each in headers.items() if isinstance(each, Header)},
             unused=unused,
             left_out=tuple(name for each in headers.values() if not isinstance(each, Header) for name in each.left_out),
+            choices=self.problems.choices(),
         )
 
     def config(self) -> dict[str, Any] | None:

@@ -300,7 +300,7 @@ class _Run:
         )
 
     def _warnings(self, tokens: int, unseen: tuple[str, ...]) -> tuple[str, ...]:
-        request, found = self.request, []
+        request, found = self.request, list(self.checkpoint.choices)
         if tokens < request.wanted:
             found.append(f"the text has {tokens:,} tokens for this model, fewer than the {request.wanted:,} asked for")
         return (*found, *token_warnings(tokens, unseen, hessians=request.hessians))
