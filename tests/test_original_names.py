@@ -277,6 +277,18 @@ def test_a_conversion_is_that_of_the_library_and_its_way_back_gives_the_file(nam
         assert raw(torch.cat(pieces).reshape(spec.shape)) == raw(values[key])
 
 
+def test_an_order_that_no_file_tells_is_told_of(tmp_path: Path) -> None:
+    name = "MiniMaxH3Transformer3DModel"
+    model = denoiser(name)
+    model.save_config(tmp_path / "config")
+    _, layout, dropped = READ_ONLY[name]
+    specs = joined_specs(layout, specs_of(model), "")
+    specs |= {key: TensorSpec("bfloat16", shape) for key, shape in dropped.items()}
+    save_file(random(specs), tmp_path / "original.safetensors")
+    report = run(quantize, tmp_path / "original.safetensors", config=str(tmp_path / "config"), dry_run=True)
+    assert [text for text in report["warnings"] if "taken to lie one after the other" in text]
+
+
 @pytest.mark.parametrize(
     ("name", "theirs"), [("SD3Transformer2DModel", sd3_names), ("LTXVideoTransformer3DModel", ltx_names)]
 )

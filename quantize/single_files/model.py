@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from qz.formats.folder import Folder
     from qz.quantize.single_files.tensors import OriginalFile
 
+ORDER = (
+    "q, k and v of {} are taken to lie one after the other, as in published single files; a file that was merged from "
+    "shards in which they alternate by heads looks the same, and becomes a model that computes nonsense"
+)
+"""What diffusers' converter leaves to its caller; by default it does the same."""
+
 
 def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
     """The checkpoint of the diffusers class that ``file`` holds the weights of, with its config from ``configs``.
@@ -30,7 +36,9 @@ def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
     require_plausible(harmless, {name: tensor.shape for name, tensor in file.tensors.items()}, configs.location)
     with lean_imports.lean_imports(), isolated():
         from qz.quantize.libraries.diffusers import single_file
+        from qz.quantize.libraries.diffusers.internals import assumes_an_order
 
+        choices = (ORDER.format(file.location),) if assumes_an_order(class_name) else ()
         try:
             made = single_file.convert(class_name, harmless, file.specs)
         except CONVERTER_ERRORS as error:
@@ -59,5 +67,6 @@ def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
         header_metadata={file.name: dict(file.metadata)},
         encoded_as=file.encoded_as,
         left_out=file.left_out,
+        choices=choices,
         original=dict(file.tensors),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -89,14 +90,23 @@ def lora_converters() -> tuple[Any, Any, Any]:
 
 def single_file_classes() -> dict[str, Any]:
     """Name of a class → what makes its state dict of a config and of the state dict of a file in other names."""
+    return {name: _converter(function) for name, function in _converters().items()}
+
+
+def assumes_an_order(class_name: str) -> bool:
+    """Whether the converter of a class asks its caller in which order fused rows lie, which no file tells."""
+    converter = _converters().get(class_name)
+    return converter is not None and "qkv_layout" in signature(converter).parameters
+
+
+def _converters() -> dict[str, Any]:
     try:
         from diffusers.loaders import single_file_model
 
         known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
-        functions = {name: entry["checkpoint_mapping_fn"] for name, entry in known.items()}
+        return {name: entry["checkpoint_mapping_fn"] for name, entry in known.items()}
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise _unknown(error) from error
-    return {name: _converter(function) for name, function in functions.items()}
 
 
 def _converter(function: Any) -> Any:
