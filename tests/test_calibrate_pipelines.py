@@ -269,6 +269,12 @@ def test_scores_of_its_denoiser_choose_what_a_pipeline_keeps(flux: Path, scored:
     assert most in told[0]["kept"]
     assert told[0]["expected_loss"] < 0.5 * scores.total
     assert told[2]["scores"] is None
+    both: dict[str, Any] = {"dry_run": True, "device": "cpu"}
+    both["component_methods"] = {"transformer": api.Nf4(), "text_encoder_2": api.Nf4()}
+    sizes: Any = api.quantize(flux, **both)
+    room = (sizes.footprint_before + sizes.footprint_after) // 2
+    warnings = api.quantize(flux, scores=scored, target_size=room, **both).as_json()["warnings"]
+    assert [text.split(":")[0] for text in warnings if "no scores of this component" in text] == ["text_encoder_2"]
     alone: dict[str, Any] = {"subfolder": "transformer", "max_loss": 0.5 * scores.total, "device": "cpu"}
     done: Any = api.quantize(flux, tmp_path / "kept", scores=scored, **alone)
     assert most in done.kept_layers.kept

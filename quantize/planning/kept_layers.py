@@ -98,6 +98,10 @@ class _Ranking:
         self.scores = file.scores if file is not None else None
         self.told = file.told if file is not None else None
         self.notes: list[str] = []
+        if file is None and settings.scores is not None:  # those of other components of the pipeline
+            self.notes.append(
+                f"{settings.scores} has no scores of this component: its linears are chosen by their names and places"
+            )
         by_name = without_data(weights) if self.scores is None else self._known(weights, self.scores)
         self.candidates = ranked([(each, self._more(each)) for each in weights], by_name, split=settings.split_groups)
         self.base = plan.architecture.footprint.after
