@@ -54,8 +54,8 @@ def _default(file: OriginalFile) -> str:
         layout = original_layout(file.tensors)
         tool = f" names its tensors as {layout['tool']} does, but" if layout is not None else ""
         raise Unsupported(
-            f"{file.location}{tool} is no single file in which diffusers can tell the model. Name the folder or "
-            "repository of its config with --config."
+            f"{file.location}{tool} is no single file in which diffusers can tell the model. If it is one of the files "
+            "of a model's folder, name the folder; if not, the folder or repository of its config with --config."
         )
     return named
 
@@ -65,7 +65,10 @@ def denoiser_config(folder: Folder) -> dict[str, Any]:
     folder = _denoiser(folder)
     config = read_config(folder)
     if not isinstance(config.get("_class_name"), str):
-        raise UsageError(f"{folder.location}/config.json names no class of diffusers. Name another with --config.")
+        raise UsageError(
+            f"{folder.location}/config.json names no class of diffusers, and only its models are read from single "
+            "files. Name the folder of a transformers model as the source; for another model, its config with --config."
+        )
     return config
 
 
