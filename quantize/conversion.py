@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from qz.quantize.streaming.measure import Measure
     from qz.quantize.streaming.output_parts import Part
 
+UNMEASURED = "the loss was not measured when this output was made; `qz compare` measures it without making it again"
+
 S = TypeVar("S", "Summary", "PipelineSummary")
 Report = Summary | UpToDate
 """What came of converting a model."""
@@ -65,6 +67,8 @@ class Conversion:
     """Where the output goes instead of staying here."""
     share: Share | None = None
     """Which part of the output is made, if not all of it."""
+    measured: bool = False
+    """Whether the loss is asked for."""
 
     def model(
         self,
@@ -196,7 +200,8 @@ class Conversion:
         if self.if_exists == "skip":
             record = up_to_date(output, self.source.folder, self.settings)
             if record is not None:
-                return UpToDate(record, output, self.source.location)
+                unknown = self.measured and record.about.get("loss") is None
+                return UpToDate(record, output, self.source.location, notes=(UNMEASURED,) if unknown else ())
         check_output(output, self.if_exists == "overwrite", [self.source.root], self.disk)
         return None
 

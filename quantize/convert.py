@@ -181,6 +181,7 @@ def carry_out(
             **about(summary.as_json(), {"": folder}, part.carried, source.location, settings),
             "loads_in": loads_in(plan),
         },
+        measured=lambda: {"loss": measure.loss().recorded()} if measure else {},
         progress=progress,
     )
     done = summarize(

@@ -20,7 +20,7 @@ from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
-from qz.quantize.streaming.loss import Loss
+from qz.quantize.streaming.loss import Loss, joined
 from qz.quantize.streaming.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, write_parts
 from qz.quantize.summary import Source, fused_weights, made_from, summarize
@@ -48,6 +48,7 @@ def carry_out_pipeline(
         settings.threads or arithmetic.threads,
         fingerprint=fingerprint(identity(plan.folders, plan.carried), settings, arithmetic),
         about=about(planned.as_json(), plan.folders, plan.carried, source.location, settings),
+        measured=lambda: recorded_losses(planned, plan.losses()),
         progress=progress,
     )
     done = summarize_pipeline(
@@ -65,6 +66,15 @@ def carry_out_pipeline(
     return replace(
         done, notes=notes, bytes_of=arithmetic.bytes_of, pushed=written.pushed, bytes_read=written.bytes_read
     )
+
+
+def recorded_losses(planned: PipelineSummary, losses: Mapping[str, Loss]) -> dict[str, Any]:
+    """What the record says once the loss is known: that of each component, and of all together."""
+    if not losses:
+        return {}
+    told = {name: loss.recorded() for name, loss in losses.items()}
+    components = [{**each, "loss": told.get(each["name"])} for each in planned.as_json()["components"]]
+    return {"loss": joined(losses).recorded(), "components": components}
 
 
 def summarize_pipeline(

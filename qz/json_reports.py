@@ -90,6 +90,7 @@ class LayerLoss(TotalLoss):
 class Loss(TypedDict):
     total: TotalLoss
     layers: list[LayerLoss]
+    layers_left_out: NotRequired[int]
 
 
 class ScoreFile(TypedDict):

@@ -16,6 +16,7 @@ import torch
 from conftest import Qz
 from converted import carried_out, method_of, quantized
 from hooks import every_disk
+from json_contract import checked
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Folder, LocalFolder
@@ -242,6 +243,42 @@ def test_the_commands_report_the_same_loss(qz: Qz, tiny_llama: Path) -> None:
     assert "relative error" in dry.stdout
     assert reported["layers"][0]["name"] in dry.stdout
     assert json.loads(qz("dequantize", "packed", "--dry-run", "--json").stdout)["loss"] is None
+
+
+def test_a_record_has_the_loss_that_was_measured_and_is_else_the_same(qz: Qz, tiny_llama: Path, tmp_path: Path) -> None:
+    made = {
+        name: qz("quantize", tiny_llama, "-o", name, "--threads", threads, *more, "--json")
+        for name, threads, more in (("plain", "2", []), ("one", "1", ["--report"]), ("two", "2", ["--report"]))
+    }
+    assert all(done.returncode == 0 for done in made.values()), made
+    records = {name: (tmp_path / name / "qz.json").read_bytes() for name in made}
+    assert records["one"] == records["two"]
+    measured, plain = json.loads(records["two"]), json.loads(records["plain"])
+    found, told = measured["about"].pop("loss"), checked("quantize", made["two"].stdout)["loss"]
+    assert plain["about"].pop("loss") is None
+    assert plain == measured
+    assert [layer["name"] for layer in found["layers"]] == [layer["name"] for layer in told["layers"]]
+    for one, other in zip([found["total"], *found["layers"]], [told["total"], *told["layers"]], strict=True):
+        for key in ("parameters", "relative_error", "snr_db", "max_error"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5)
+
+    again = qz("quantize", tiny_llama, "-o", "two", "--report", "--if-exists", "skip", "--json")
+    assert checked("quantize", again.stdout)["loss"] == found
+    assert "not measured" not in again.stderr
+    again = qz("quantize", tiny_llama, "-o", "plain", "--report", "--if-exists", "skip")
+    assert "loss was not measured" in again.stderr
+
+
+def test_a_record_lists_the_worst_of_many_layers_and_says_how_many_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qz.quantize.streaming.loss.RECORDED", 2)
+    tally = Tally()
+    for number in range(4):
+        tally.add(f"{number}.weight", np.ones(4, np.float32), "F32", np.full(4, 1 + number / 7, np.float32), "F32")
+    told = tally.loss().recorded()
+    assert [layer["name"] for layer in told["layers"]] == ["3", "2"]
+    assert (told["layers"][0]["relative_error"], told["layers_left_out"]) == (0.428571, 2)
 
 
 def test_dequantized_values_are_never_better_than_they_are(tiny_llama: Path, tmp_path: Path) -> None:

@@ -184,6 +184,12 @@ def test_a_report_measures_each_component_as_a_run_of_its_own_does(sources: dict
             assert row["loss"] == alone["loss"]
             names |= {f"{row['name']}.{layer['name']}" for layer in alone["loss"]["layers"]}
     assert {layer["name"] for layer in made["loss"]["layers"]} == names
+    recorded = json.loads((tmp_path / "out/qz.json").read_text())["about"]
+    for told, row in zip([recorded, *recorded["components"]], [made, *made["components"]], strict=True):
+        one, other = ((each["loss"] or {"layers": []})["layers"] for each in (told, row))
+        assert [each["name"] for each in one] == [each["name"] for each in other]
+        errors = [[each["relative_error"] for each in side] for side in (one, other)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -666,6 +666,14 @@ def test_the_loss_of_each_layer_is_told_where_it_was_measured() -> None:
     card = write_card(facts_of({**ABOUT, "loss": {"total": {}, "layers": layers}}, CONFIG), "me/new")
     assert "| `layer.1` | 0.0931 |" in card
     assert "layer.0" not in card
+    assert "By module, largest first" in card
+
+    layers = [{"name": f"layer.{number}", "relative_error": 0.5 - number / 100} for number in range(40)]
+    loss = {"total": {"relative_error": 0.25}, "layers": layers, "layers_left_out": 960}
+    card = write_card(facts_of({**ABOUT, "loss": loss}, CONFIG), "me/new")
+    assert "Of all together: 0.2500. By module, the 30 largest of 1,000:" in card
+    assert "`layer.29`" in card
+    assert "`layer.30`" not in card
 
 
 def test_names_from_a_checkpoint_cannot_become_markup() -> None:

@@ -301,6 +301,10 @@ class Staging:
             self._keep(written, is_verified)
         return written
 
+    def record(self, found: Mapping[str, Any]) -> None:
+        """Add to what the record says of the making: JSON values, known only now."""
+        self._about.update(found)
+
     def adopt(self, folder: Directory, file: WrittenFile) -> None:
         """Move a finished file here from a folder on the same file system.
 

@@ -18,7 +18,7 @@ from qz.formats.publish.escaping import code, fenced, markdown, shell
 from qz.formats.publish.snippet import OnHub, snippet
 
 LISTED = 30
-"""Skipped modules that are named, at most."""
+"""Modules that are named, at most: those that were skipped, and those that lost most."""
 
 
 def write_card(facts: CardFacts, repo_id: str, folder: str = "", existing: str | None = None) -> str:
@@ -90,11 +90,7 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
             _table(rows, "program", "", "to know", align="---"),
         ]
     if facts.losses:
-        parts += [
-            "## Loss",
-            "Relative error of the quantized weights (Frobenius norm), largest first.",
-            _table([(code(name), f"{loss:.4f}") for name, loss in facts.losses[:LISTED]], "module", "error"),
-        ]
+        parts += ["## Loss", _told_of_loss(facts), _losses(facts)]
     if facts.command or facts.versions:
         parts.append("## How it was made")
         parts.append(fenced("sh", shell(facts.command)) if facts.command else "")
@@ -171,6 +167,17 @@ def _skips(facts: CardFacts) -> str:
     names = ", ".join(code(name) for name in facts.skipped[:LISTED])
     more = f" and {len(facts.skipped) - LISTED} more" if len(facts.skipped) > LISTED else ""
     return f"Linear layers left as they are: {names}{more}."
+
+
+def _told_of_loss(facts: CardFacts) -> str:
+    total = f"Of all together: {facts.loss:.4f}. " if facts.loss is not None else ""
+    count = len(facts.losses) + facts.losses_left_out
+    listed = f"the {LISTED} largest of {count:,}" if count > LISTED else "largest first"
+    return f"Relative error of the quantized weights (Frobenius norm). {total}By module, {listed}:"
+
+
+def _losses(facts: CardFacts) -> str:
+    return _table([(code(name), f"{loss:.4f}") for name, loss in facts.losses[:LISTED]], "module", "error")
 
 
 def _page(facts: CardFacts, folder: str) -> str:

@@ -60,6 +60,10 @@ class CardFacts:
     skipped: tuple[str, ...] = ()
     losses: tuple[tuple[str, float], ...] = ()
     """Relative error of the weights, by module."""
+    loss: float | None = None
+    """Of all of them together."""
+    losses_left_out: int = 0
+    """Modules of which the record does not tell."""
     command: tuple[str, ...] = ()
     """The words of the command that makes it again."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -132,6 +136,8 @@ def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], files: Collect
         footprint=_pair(about.get("memory_footprint"), "before", "after"),
         skipped=tuple(str(name) for name in about.get("skipped") or ()),
         losses=_losses(about.get("loss")),
+        loss=_error(_mapping(_mapping(about.get("loss")).get("total"))),
+        losses_left_out=_mapping(about.get("loss")).get("layers_left_out") or 0,
         command=tuple(about.get("command") or ()),
         versions={"qz": str(about["qz"])} | {str(k): str(v) for k, v in _mapping(about.get("versions")).items()}
         if "qz" in about
@@ -206,11 +212,12 @@ def _pair(value: Any, first: str, second: str) -> tuple[int, int] | None:
 def _losses(value: Any) -> tuple[tuple[str, float], ...]:
     """Worst first, as the record has them."""
     layers = [_mapping(layer) for layer in _mapping(value).get("layers") or ()]
-    return tuple(
-        (str(layer.get("name")), float(layer["relative_error"]))
-        for layer in layers
-        if isinstance(layer.get("relative_error"), int | float)
-    )
+    return tuple((str(layer.get("name")), error) for layer in layers if (error := _error(layer)) is not None)
+
+
+def _error(told: Mapping[str, Any]) -> float | None:
+    error = told.get("relative_error")
+    return float(error) if isinstance(error, int | float) else None
 
 
 def _components(value: Any) -> tuple[Component, ...]:

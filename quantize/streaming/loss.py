@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from qz.quantize.compute import kernels
 
+RECORDED = 5_000
+"""Layers in a record at most, the worst, so that it stays a small file."""
 UNRELATED = 0.9
 """Relative error from which on two models have nothing in common: that of unrelated weights is about 1.4."""
 
@@ -69,6 +71,16 @@ class Loss:
         del total["name"]
         return {"total": total, "layers": [layer.as_json() for layer in self.layers]}
 
+    def recorded(self) -> dict[str, Any]:
+        """The same for a record: in six digits, as sums of several threads differ in the last ones from run to run."""
+        told = replace(self, layers=self.layers[:RECORDED]).as_json()
+        left_out = len(self.layers) - len(told["layers"])
+        return {
+            "total": _rounded(told["total"]),
+            "layers": list(map(_rounded, told["layers"])),
+            **({"layers_left_out": left_out} if left_out else {}),
+        }
+
 
 class Tally:
     """Collects the errors of a run's chunks, from any thread."""
@@ -121,6 +133,10 @@ def _badness(layer: LayerLoss) -> tuple[bool, float, str]:
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
+
+
+def _rounded(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in told.items()}
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,12 +123,14 @@ def write_parts(
     *,
     fingerprint: Mapping[str, Any],
     about: Mapping[str, Any],
+    measured: Callable[[], Mapping[str, Any]] = dict,
     progress: OnProgress = ignore,
 ) -> Written:
     """Write all parts under one commit: afterwards the output is complete and checked, or absent.
 
-    ``sources`` must not overlap the output. ``fingerprint`` and ``about``: see ``Staging``. Raises what reading,
-    computing and writing raise; finished shards stay for the next run with the same fingerprint.
+    ``sources`` must not overlap the output. ``fingerprint`` and ``about``: see ``Staging``. ``measured`` tells, when
+    all is computed, what else belongs into the record. Raises what reading, computing and writing raise; finished
+    shards stay for the next run with the same fingerprint.
     """
     local = [each for each in sources if isinstance(each, LocalFolder)]
     for place in (place for each in local for place in each.places()):
@@ -179,6 +181,7 @@ def write_parts(
                 section.write_file(name, data)
             if part.name:  # what it holds to read ahead is of no more use
                 _close(_folders(part), parts[number + 1 :])
+        staging.record(measured())
         found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
         if target.share is not None:
             staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found, publication))

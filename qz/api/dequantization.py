@@ -106,6 +106,7 @@ def dequantize(
             on_progress=on_progress,
             publication=publication,
             share=share,
+            measured=against is not None,
         )
         from qz.quantize.pipeline import plan_way_back
 

@@ -157,6 +157,7 @@ def quantize(
             on_progress=on_progress,
             publication=publication,
             share=share,
+            measured=measure_loss,
         )
 
         from qz.quantize.streaming.measure import WhileQuantizing

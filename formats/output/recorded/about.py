@@ -104,6 +104,7 @@ _class_name = _like(r"([A-Za-z_]\w{0,199})?")
 _commit = _like(r"[0-9a-f]{40,64}")
 _SIZES = {"source": _count, "output": _count}
 _FOOTPRINT = {"before": _count, "after": _count}
+_LAYER = {"name": _text, "relative_error": _number}
 _PARAMETERS = {"total": _count, "quantized": _count}
 
 ABOUT: Mapping[str, Any] = {
@@ -147,7 +148,7 @@ ABOUT: Mapping[str, Any] = {
     "left_out": _texts,
     "warnings": _texts,
     "skipped": _texts,
-    "loss": {"layers": [{"name": _text, "relative_error": _number}]},
+    "loss": {"total": {"relative_error": _number}, "layers": [_LAYER], "layers_left_out": _count},
     "loads_in": [{"name": _text, "package": _text, "loads": _boolean, "why": _text}],
     "identity": {"files": {}},
     "settings": {
