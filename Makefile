@@ -58,6 +58,7 @@ picture: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PATH="$(abspath $(BIN)):$$PATH" jactionlint -c .github/jactionlint.yaml .github/workflows/*.yml action.yml
 
 types: $(READY)
 	$(BIN)/mypy

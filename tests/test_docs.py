@@ -489,6 +489,27 @@ def test_the_actions_inputs_and_outputs_are_documented() -> None:
         assert spec["description"].endswith(".")
 
 
+def test_the_workflows_and_those_on_the_pages_are_what_github_runs(tmp_path: Path) -> None:
+    """By jactionlint, safety included; on the pages an action may be named by a tag, and a job lacks a time limit."""
+    pages = [block for page in PAGES for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)]
+    workflows = [block for block in pages if "jobs:" in block]
+    assert len(workflows) >= 3
+    for number, workflow in enumerate(workflows):
+        (tmp_path / f"{number}.yml").write_text(workflow)
+    bare: tuple[str | Path, ...] = ("--ignore", "unpinned-uses", "--ignore", "missing-timeout")
+    own: tuple[str | Path, ...] = (*sorted((ROOT / ".github/workflows").iterdir()), ROOT / "action.yml")
+
+    def lint(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [Path(sys.executable).with_name("jactionlint"), "-c", ROOT / ".github/jactionlint.yaml", *arguments]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+    for arguments in (own, (*bare, *sorted(tmp_path.iterdir()))):
+        done = lint(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "wrong.yml").write_text(workflows[0].replace("runs-on", "run-on"))
+    assert "run-on" in lint(*bare, tmp_path / "wrong.yml").stdout
+
+
 def test_the_documented_workflow_uses_the_action_as_it_is() -> None:
     page = (ROOT / "docs/how-to/ci.md").read_text()
     found = re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

@@ -117,7 +117,7 @@ def test_the_workflow_on_the_page_makes_the_commit_of_one_run(hub: HubServer, so
                 shutil.copytree(place / expanded(told["path"], number), artifacts / expanded(told["name"], number))
             elif action == "actions/download-artifact":
                 shutil.copytree(artifacts, place / told["path"])
-            elif step["run"] != "pip install qz-cli":
+            elif not step["run"].startswith("pip install "):
                 words = shlex.split(expanded(step["run"], number))
                 settings = ["--max-shard-size", "200KB", "--device", "cpu"] if words[1] == "quantize" else []
                 done = runner.run(*words[1:], *settings, cwd=place)

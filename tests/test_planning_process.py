@@ -159,6 +159,23 @@ def test_experts_whose_weights_the_library_merges_are_no_way_around_the_bound(so
     assert max(here, there) <= MOST_MB
 
 
+def test_a_program_that_is_traced_goes_on() -> None:
+    """As under a debugger or coverage: Python 3.11 hangs in a traced function where an exception is taken back that
+    was not raised."""
+    traced = """
+import sys
+from qz.quantize.libraries.importing.work_bounds import work_bounded
+def trace(*_):
+    return trace
+sys.settrace(trace)
+with work_bounded({"weight": (2, 2)}, "model"):
+    pass
+print((lambda: "goes on")())
+"""
+    done = subprocess.run([sys.executable, "-c", traced], capture_output=True, text=True, timeout=HANG, check=False)
+    assert done.stdout == "goes on\n", done.stderr
+
+
 def test_a_program_that_uses_the_package_is_protected_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_bounds, "_hard", False)
     monkeypatch.setattr(sys, "executable", "")  # as where no other process can be started

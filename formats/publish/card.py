@@ -108,7 +108,7 @@ def _introduction(facts: CardFacts) -> str:
     at = f" (commit {code(facts.commit[:12])})" if facts.commit else ""
     done = "converted back to" if facts.method == "none" else "quantized to"
     what = markdown(facts.dtype or "floats") if facts.method == "none" else in_words(facts)
-    return f"This is {of}{at}, {done} {what} with [qz](https://github.com/qz-dev/qz)."
+    return f"This is {of}{at}, {done} {what} with [qz](https://pypi.org/project/qz-cli/)."
 
 
 def in_words(facts: CardFacts) -> str:
