@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from whole_zoo.input_values import LENGTH, SIDE, by_name, is_count, past_length, random_values
+from whole_zoo.known_inputs import known_inputs
 
 
 def guesses(model: Any, parameters: Mapping[str, inspect.Parameter], sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -19,6 +20,8 @@ def guesses(model: Any, parameters: Mapping[str, inspect.Parameter], sizes: dict
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
+    if (given := known_inputs(model, sizes)) is not None:
+        yield given
     if hasattr(model, "main_input_name"):
         yield from _of_transformers(model, parameters, required, sizes)
     else:

@@ -12,7 +12,7 @@ import linecache
 import re
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -55,7 +55,19 @@ class Inputs:
         assert self.values is not None
         torch.manual_seed(0)
         with torch.no_grad():
-            return _first(model.eval()(**_cast(self.values, model.dtype)))
+            return next(_floats(model.eval()(**_cast(self.values, model.dtype))))
+
+    def all_of(self, model: Any) -> list[torch.Tensor]:
+        """Every tensor of floats of such a pass, the hidden states too where the class gives them."""
+        assert self.values is not None
+        parameters = inspect.signature(model.forward).parameters
+        taken = "output_hidden_states" in parameters or any(
+            each.kind is each.VAR_KEYWORD for each in parameters.values()
+        )
+        more = {"output_hidden_states": True} if taken else {}
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return [*_floats(model.eval()(**_cast(self.values, model.dtype), **more))]
 
 
 def inputs_that_run(model: Any) -> Inputs:
@@ -227,17 +239,20 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return [_cast(each, dtype) for each in value] if isinstance(value, list) else value
 
 
-def _first(output: Any) -> torch.Tensor:
-    waiting = [output]
+def _floats(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of floats in an output, the outer ones first. Raises ValueError if there are none."""
+    waiting, found = [output], False
     while waiting:
         value = waiting.pop(0)
         if torch.is_tensor(value):
             if value.is_floating_point():
-                return value
+                found = True
+                yield value
         elif hasattr(value, "values"):
             waiting += list(value.values())
         elif isinstance(value, list | tuple):
             waiting += list(value)
         elif hasattr(value, "__dict__"):
             waiting += list(vars(value).values())
-    raise ValueError("no tensor of floats in the output")
+    if not found:
+        raise ValueError("no tensor of floats in the output")

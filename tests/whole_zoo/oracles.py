@@ -55,8 +55,9 @@ class Diffusers:
 
 def without_limits_of_cpus() -> None:
     """Let the libraries' quantized models run on any CPU: bitsandbytes' packed AVX-512 kernel takes some shapes only,
-    its int8 linears take three axes at most, diffusers asks for a GPU before it loads, and without AVX-512 convolutions
-    in bfloat16 take fifty times as long as in float32. Nothing else is taken out.
+    its int8 linears take three axes at most, diffusers asks for a GPU before it loads, without AVX-512 convolutions in
+    bfloat16 take fifty times as long as in float32, and torch's grid_sample gives another output every time in bfloat16
+    where its grid is not contiguous. Nothing else is taken out.
     """
     import bitsandbytes
     from bitsandbytes.nn import modules
@@ -69,22 +70,30 @@ def without_limits_of_cpus() -> None:
         return of_axes(self, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
     bitsandbytes.nn.Linear8bitLt.forward = forward
-    for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+    for name in (
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "grid_sample",
+    ):
         setattr(torch.nn.functional, name, _in_float32(getattr(torch.nn.functional, name)))
     for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
         quantizer.validate_environment = lambda *_, **__: None
         quantizer.update_device_map = lambda _, device_map: device_map or {"": "cpu"}
 
 
-def _in_float32(convolve: Any) -> Any:
-    def convolve_in_float32(x: Any, weight: Any, *others: Any, **options: Any) -> Any:
+def _in_float32(operation: Any) -> Any:
+    def computed_in_float32(x: Any, weight: Any, *others: Any, **options: Any) -> Any:
         if x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
-            return convolve(x, weight, *others, **options)
+            return operation(x, weight, *others, **options)
         given = [each.float() if torch.is_tensor(each) else each for each in others]
         named = {name: each.float() if torch.is_tensor(each) else each for name, each in options.items()}
-        return convolve(x.float(), weight.float(), *given, **named).bfloat16()
+        return operation(x.float(), weight.float(), *given, **named).bfloat16()
 
-    return convolve_in_float32
+    return computed_in_float32
 
 
 class Library(Protocol):

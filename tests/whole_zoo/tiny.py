@@ -47,11 +47,26 @@ _WIDTHS = re.compile(
     r".*(?:hidden_sizes|embed_dims?|widths|dims|channels|conv_dim|tdnn_dim|decoder_hidden_size|channel_list|filters)|"
     r"embed_dim_per_stage"
 )
+_EFFICIENTNET: dict[str, Any] = {
+    "in_channels": [32, 16],
+    "out_channels": [16, 64],
+    "kernel_sizes": [3, 3],
+    "strides": [1, 2],
+    "expand_ratios": [1, 6],
+    "num_block_repeats": [1, 1],
+    "depthwise_padding": [],
+    "width_coefficient": 1.0,
+    "hidden_dim": 1280,
+}
+"""Two stages, in widths that follow from one another."""
 NUMBERS: dict[str, dict[str, Any]] = {
+    "align_vision_model": _EFFICIENTNET,
     "autoformer": {"prediction_length": 8},
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "bros": {"dim_bbox_projection": 16, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
+    "clvp_encoder": {"num_attention_heads": 2},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -60,9 +75,18 @@ NUMBERS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "depth_pro": {"intermediate_hook_ids": [0, 0]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [2, 2, 4]},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "efficientloftr": {
+        "out_features": [64, 64, 64, 64],
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "efficientnet": _EFFICIENTNET,
     "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lw_detr": {"projector_scale_factors": [1.0], "num_feature_levels": 1},
@@ -85,6 +109,10 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"is_decoder": True},
+    "sam2_hiera_det_model": {"hidden_size": 16, "embed_dim_per_stage": [16, 32, 64, 128]},
+    "sam2_vision_model": {"backbone_channel_list": [128, 64, 32, 16]},
+    "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
     "step3p7": {"text_config.sliding_window": 8},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "time_series_transformer": {"prediction_length": 8},
