@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
 from qz.quantize.calibration.running import text
+from qz.quantize.calibration.running.unfinished import Unfinished
 from qz.quantize.importance.statistics import read_statistics
 from readers import model_folder, some_text, with_tokenizer
 
@@ -335,13 +338,15 @@ def test_a_journal_that_another_wrote_counts_for_nothing_and_no_file_of_others_i
         assert not place.exists()
 
 
-@pytest.mark.parametrize("kind", ["a file of others", "a folder", "a link", "a FIFO"])
+@pytest.mark.parametrize("kind", ["a file", "a file of others", "a folder", "a link", "a FIFO"])
 def test_what_others_put_where_an_unfinished_calibration_is_kept_is_left_alone(kind: str, tmp_path: Path) -> None:
     folder, words = model_folder("llama-untied", tmp_path / "model"), some_text(tmp_path / "words.txt")
     place = tmp_path / "stats.unfinished"
     if kind == "a link":
         (tmp_path / "elsewhere").mkdir()
         place.symlink_to("elsewhere")
+    elif kind == "a file":
+        place.touch()
     else:
         place.mkdir()
         name = "mine" if kind == "a file of others" else "journal.json"
@@ -355,6 +360,16 @@ def test_what_others_put_where_an_unfinished_calibration_is_kept_is_left_alone(k
     with pytest.raises(OutputRefused, match="Move it away"):
         api.calibrate(folder, tmp_path / "stats", text=words, tokens=90, device="cpu")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_where_there_are_no_locks_a_calibration_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OutputRefused, match="has no locks"):
+        Unfinished(tmp_path / "stats", resume=True)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "/dev/zero"])

@@ -31,6 +31,7 @@ from safetensors import safe_open
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
 from qz.formats.folder import LocalFolder
 from qz.formats.output import staging
+from qz.formats.output.preflight import check_room
 from qz.formats.output.recorded.record import read_record, verify_record
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.resuming.journal import Journal
@@ -969,6 +970,38 @@ def test_a_second_run_is_told_at_once_to_try_again(tmp_path: Path) -> None:
     """Had it waited for the lock, which this thread holds, it would wait for ever."""
     with Staging(tmp_path / "out", FINGERPRINT, needed=0), pytest.raises(TryAgain, match="Another qz is writing out"):
         make(tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO])
+def test_a_lock_that_the_file_system_refuses_leaves_nothing_and_says_where_to_write(tmp_path: Path, code: int) -> None:
+    def refuse(operation: str, path: str) -> None:
+        if operation == "lock":
+            raise OSError(code, os.strerror(code), path)
+
+    kind, advice = (
+        (IOFailed, "run the same command again") if code == errno.EIO else (OutputRefused, "on another file system")
+    )
+    for begin in (
+        lambda: Staging(tmp_path / "new/out", FINGERPRINT, needed=0, disk=Disk(hook=refuse)),
+        lambda: check_room(tmp_path / "new/out", 0, Disk(hook=refuse)),
+    ):
+        with pytest.raises(kind, match=advice):
+            begin()
+        assert os.listdir(tmp_path) == []
+
+
+def test_whatever_fails_while_a_run_begins_leaves_nothing(tmp_path: Path) -> None:
+    """A lock, a look, the journal's first line, the staged folder; in a folder that is new, and in one that is there."""
+    for output in (tmp_path / "new/out", tmp_path / "out"):
+        counter = At(-1, die)
+        begun = Staging(output, FINGERPRINT, needed=0, disk=Disk(hook=counter))
+        total = counter.count
+        begun.__exit__(None, None, None)
+        for number in range(total):
+            at = At(number, FailWith(errno.EIO))
+            with pytest.raises(IOFailed):
+                Staging(output, FINGERPRINT, needed=0, disk=Disk(hook=at))
+            assert os.listdir(tmp_path) == [], at.where
 
 
 def test_a_dead_run_holds_no_lock(tmp_path: Path, reference: dict[str, bytes]) -> None:

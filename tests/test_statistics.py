@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 from qz import MalformedInput, MissingInput
 from qz.formats.malformed import Malformed
+from qz.formats.output.storage.whole_file import remove_remains, write_whole
 from qz.quantize.importance.statistics import (
     HessianPlace,
     InputSums,
@@ -50,6 +52,26 @@ def test_statistics_are_read_back_with_the_hessians_that_linears_share(tmp_path:
     assert list(read_statistics(path).sums) == ["q.weight"]
     assert read_statistics(path).sha256 != read.sha256
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_is_not_written_whole_leaves_what_was_there(tmp_path: Path) -> None:
+    mine = {"stats": b"old", "stats.partial": b"of others", "stats.0123abcd.partial": b"of a process that was killed"}
+    for name, content in mine.items():
+        (tmp_path / name).write_bytes(content)
+
+    def pieces() -> Iterator[memoryview]:
+        yield memoryview(b"new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "stats", pieces())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == mine
+    remove_remains(tmp_path / "stats")
+    write_whole(tmp_path / "stats", [memoryview(b"new")])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "stats": b"new",
+        "stats.partial": b"of others",
+    }
 
 
 @pytest.mark.parametrize(

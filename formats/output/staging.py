@@ -113,7 +113,11 @@ class Staging:
         self._partial: Directory | None = None
         self._descriptors: Descriptors | None = None
         self._new_parents = self._disk.make_folder(self.output.parent)
-        self._parent = Directory.at(self._disk, self.output.parent)
+        try:
+            self._parent = Directory.at(self._disk, self.output.parent)
+        except BaseException:
+            self._remove_new_parents()
+            raise
         locked = False
         try:
             if self._parent.kind(self._name + JOURNAL) is None:

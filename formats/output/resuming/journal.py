@@ -54,20 +54,23 @@ class Journal:
     def __init__(self, folder: Directory, name: str, key: bytes | None) -> None:
         """Take the lock. ``key``: of the seals; without one, all lines count.
 
-        Raises TryAgain at once if another process holds it, and OutputRefused if what lies there is no journal.
+        Raises TryAgain at once if another process holds it, and OutputRefused if what lies there is no journal, or the
+        file system has no locks. A journal that was made for nothing is removed.
         """
         self.path = folder.path / name
         self._folder, self._name, self._disk, self._key = folder, name, folder.disk, key
         self._adding = threading.Lock()
         while True:
-            self._descriptor = folder.open_or_create(name)
+            self._descriptor, is_new = folder.open_or_create(name)
             try:
                 if not self._lock():
                     raise held_by_another(self.path)
                 if folder.is_same(name, self._descriptor):  # else its owner finished and removed it meanwhile
                     self._read()
                     return
-            except BaseException:
+            except BaseException as error:
+                if is_new and not isinstance(error, TryAgain):
+                    folder.discard(name, self._descriptor)
                 self._disk.close(self._descriptor, self.path)
                 raise
             self._disk.close(self._descriptor, self.path)

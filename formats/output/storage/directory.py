@@ -6,11 +6,11 @@ import errno
 import os
 import secrets
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from qz import OutputRefused
+from qz import OutputRefused, QzError
 from qz.formats.output.storage.disk import NOT_SUPPORTED, Disk
 
 if TYPE_CHECKING:
@@ -114,8 +114,14 @@ class Directory:
         """A regular file that has this one name, for reading and writing."""
         return self._opened(name, 0)
 
-    def open_or_create(self, name: str) -> int:
-        return self._opened(name, os.O_CREAT)
+    def open_or_create(self, name: str) -> tuple[int, bool]:
+        """``open``, made if there is nothing; and whether it was."""
+        try:
+            return self.create(name), True
+        except OutputRefused as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+        return self._opened(name, os.O_CREAT), False
 
     def open_existing(self, name: str) -> int | None:
         """``open``, or None if there is nothing."""
@@ -230,6 +236,12 @@ class Directory:
                 new = f"{name[:20]}-{secrets.token_hex(8)}"
                 with self.disk.operation("rename", above.path / new):
                     os.rename(name, new, src_dir_fd=self.descriptor, dst_dir_fd=above.descriptor)
+
+    def discard(self, name: str, descriptor: int) -> None:
+        """Remove the open file, if it is still under this name, as far as that works: something else has failed."""
+        with suppress(QzError):
+            if self.is_same(name, descriptor):
+                self._unlink(name)
 
     def _unlink(self, name: str) -> None:
         with self.disk.operation("unlink", self.path / name), self._holding(name) as (folder, base):

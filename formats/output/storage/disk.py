@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -40,8 +40,9 @@ _SYNC_FILE_RANGE_WRITE = 2
 _asking = threading.Lock()
 _NOT_HERE = {errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY}
 _NOT_HERE |= {errno.EEXIST, errno.EISDIR}  # somebody else's, under a name that only qz uses
-_NOT_HERE |= {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a file system without locks
+_NOT_HERE |= {errno.ENOSYS, errno.EOPNOTSUPP}
 NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, *NOT_SUPPORTED}
 
 
 def failure(error: OSError, operation: str, path: Path, needed: int = 0) -> QzError:
@@ -55,6 +56,11 @@ def failure(error: OSError, operation: str, path: Path, needed: int = 0) -> QzEr
     if error.errno in {errno.EACCES, errno.EPERM}:
         return PermissionRefused(
             f"{why}: cannot {operation} {path}. Change its permissions, or write elsewhere with -o/--output."
+        )
+    if operation == "lock" and error.errno in _NO_LOCKS:
+        return OutputRefused(
+            f"{why}: the file system of {path.parent} has no locks, without which two runs could write the same output. "
+            "Write to a folder on another file system with -o/--output, and move the output when it is done."
         )
     if error.errno in _NOT_HERE:
         return OutputRefused(f"{why}: cannot {operation} {path}. Write elsewhere with -o/--output.")
@@ -82,6 +88,18 @@ def _statvfs_near(path: Path) -> os.statvfs_result | None:
         except OSError:
             continue
     return None
+
+
+def _unnamed(folder: Path) -> int | None:
+    """A new file in ``folder`` without a name, or None where the system or the file system has none."""
+    if not hasattr(os, "O_TMPFILE"):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED | {errno.EISDIR}:
+            raise
+        return None
 
 
 def _fallocated(descriptor: int, size: int) -> bool:
@@ -138,18 +156,16 @@ class Disk:
             raise failure(error, name, path, needed) from error
 
     def probe(self, path: Path) -> None:
-        """Raise what making a file at ``path`` would raise, and leave none."""
-        folder = path.parent
+        """Raise what making and locking a file at ``path`` would raise, and leave none."""
         with self.operation("open", path):
-            if hasattr(os, "O_TMPFILE"):
-                try:
-                    os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC))
-                    return
-                except OSError as error:
-                    if error.errno not in NOT_SUPPORTED | {errno.EISDIR}:
-                        raise
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
-            os.unlink(path)
+            descriptor = _unnamed(path.parent)
+            if descriptor is None:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                os.unlink(path)
+        try:
+            self.try_lock(descriptor, path)
+        finally:
+            os.close(descriptor)
 
     def free_bytes(self, descriptor: int, path: Path) -> int:
         with self.operation("statvfs", path):
@@ -173,7 +189,10 @@ class Disk:
             os.close(descriptor)
 
     def try_lock(self, descriptor: int, path: Path) -> bool:
-        """Take the lock that the kernel releases when this process ends; False if another one holds it."""
+        """Take the lock that the kernel releases when this process ends; False if another one holds it.
+
+        OutputRefused where the file system has no locks.
+        """
         with self.operation("lock", path):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,7 +259,13 @@ class Disk:
         """Make a folder and those above it, unless they exist. Those that were made, the innermost first."""
         with self.operation("mkdir", path):
             missing = list(takewhile(lambda each: not os.path.lexists(each), (path, *path.parents)))
-            os.makedirs(path, exist_ok=True)
+            try:
+                os.makedirs(path, exist_ok=True)
+            except OSError:
+                for each in missing:
+                    with suppress(OSError):
+                        os.rmdir(each)
+                raise
             return missing
 
     def remove_empty(self, path: Path) -> None:

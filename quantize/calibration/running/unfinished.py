@@ -6,7 +6,6 @@ file for each part.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -27,13 +26,14 @@ from qz import IOFailed, OutputRefused, QzError, TryAgain
 from qz.formats.file_hash import sha256_of
 from qz.formats.malformed import quoted
 from qz.formats.output.resuming.seal import is_sealed, seal, user_key
-from qz.formats.output.storage.whole_file import write_whole
+from qz.formats.output.storage.disk import Disk
+from qz.formats.output.storage.whole_file import remove_remains, write_whole
 from qz.formats.regular_file import read_regular
 from qz.quantize.calibration.running.nested import is_library_output, is_of_a_library
 
 JOURNAL, LOCK = "journal.json", "lock"
 BLOCK = re.compile(r"block-\d{5,}\.safetensors")
-OWN = re.compile(rf"{LOCK}|(?:{re.escape(JOURNAL)}|{BLOCK.pattern})(?:\.partial)?")
+OWN = re.compile(rf"{LOCK}|(?:{re.escape(JOURNAL)}|{BLOCK.pattern})(?:\.[0-9a-f]{{8}}\.partial)?")
 MOST_JOURNAL_BYTES = 1 << 30
 """It has all tokens of the text, and the form of what every part returned."""
 
@@ -70,16 +70,19 @@ class Unfinished:
 
     def __init__(self, output: Path, *, resume: bool) -> None:
         """Raises TryAgain where another process makes the same output, OutputRefused where something of others lies in
-        the folder's place, or in it."""
-        self.folder = output.with_name(f"{output.name}.unfinished")
+        the folder's place, or in it, and where the file system has no locks."""
+        self._output, self.folder = output, output.with_name(f"{output.name}.unfinished")
         self._claims = re.compile(rf"{re.escape(output.stem)}\.hessians-\d{{5,}}\.safetensors")
-        _make_own(self.folder)
-        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        is_new = _make_own(self.folder)
+        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            if not Disk().try_lock(self._lock, self.folder / LOCK):
+                raise TryAgain(f"Another process makes {output}. Wait for it, or choose another file.")
+        except BaseException as error:
             os.close(self._lock)
-            raise TryAgain(f"Another process makes {output}. Wait for it, or choose another file.") from error
+            if is_new and not isinstance(error, TryAgain):
+                self.remove()
+            raise
         self._resume = resume
         self._journal = _Journal({}, [])
         self._numbers: dict[str, int] = {}
@@ -111,7 +114,7 @@ class Unfinished:
             self._journal, self.count = found, len(found.blocks)
             self._numbers = {block["part"]: number for number, block in enumerate(found.blocks)}
             for file in set(found.claimed) - found.sums.files.keys():
-                self.folder.with_name(file).unlink(missing_ok=True)
+                self._remove_claimed(file)
             for block in found.blocks:
                 self._read_values(block)
             return
@@ -169,6 +172,7 @@ class Unfinished:
     def remove(self) -> None:
         """The output is there."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        remove_remains(self._output)
 
     def give_up(self) -> None:
         """Nothing can come of it: leave nothing."""
@@ -208,10 +212,15 @@ class Unfinished:
 
     def _clear(self, journal: _Journal | None) -> None:
         for file in journal.claimed if journal is not None else ():
-            self.folder.with_name(file).unlink(missing_ok=True)
+            self._remove_claimed(file)
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 path.unlink()
+
+    def _remove_claimed(self, file: str) -> None:
+        path = self.folder.with_name(file)
+        path.unlink(missing_ok=True)
+        remove_remains(path)
 
     def _write_journal(self) -> None:
         value, key = asdict(self._journal), user_key()
@@ -234,10 +243,12 @@ def unfinished(output: Path, *, resume: bool) -> Iterator[Unfinished]:
         kept.close()
 
 
-def _make_own(folder: Path) -> None:
-    """Make the folder; raise OutputRefused unless what is there is one that an interrupted calibration left."""
-    folder.mkdir(exist_ok=True)
-    strange = "a link is not" if folder.is_symlink() else None
+def _make_own(folder: Path) -> bool:
+    """Whether the folder was made; raise OutputRefused unless what is there is one that an interrupted calibration left."""
+    with suppress(FileExistsError):
+        folder.mkdir()
+        return True
+    strange = "a link is not" if folder.is_symlink() else None if folder.is_dir() else "a file is not"
     for entry in os.scandir(folder) if strange is None else ():
         if not (OWN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)):
             strange = f"{quoted(entry.name)} in it is not"
@@ -247,6 +258,7 @@ def _make_own(folder: Path) -> None:
             f"{folder} is where an unfinished calibration is kept, and {strange} qz's. Move it away, or choose another "
             "file with -o/--output."
         )
+    return False
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
