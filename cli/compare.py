@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from qz import UsageError
 from qz.cli.options import arguments, machine, reports, selection
 from qz.cli.output import Column, facts, show, table, took, warn
 from qz.cli.progress import Display, timed
@@ -50,6 +52,8 @@ def compare(
     for path, option in ((picture, "--picture"), (page, "--page")):
         if path is not None:
             require_new(path, option)
+    if page is not None and picture is not None and os.path.abspath(page) == os.path.abspath(picture):
+        raise UsageError(f"{page} cannot be the page and the picture. Name two files.")
     lean_imports.forbid()  # the models run
     return_freed_memory()
     with Display(quiet=quiet) as display:

@@ -44,7 +44,7 @@ def dequantize(
 
     if push_only:  # what is uploaded and what is computed would leave holes of tens of megabytes for each other
         return_freed_memory()
-    require_place(page, output, dry_run=dry_run)
+    require_place(page, output)
     with Display(quiet=quiet) as display:
         summary = api.dequantize(
             source,

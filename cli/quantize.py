@@ -70,7 +70,7 @@ def quantize(
     how = methods.MethodOptions(double_quant, compute_dtype, threshold)
     how.require_method([name or "nf4", *own.values()])
     asked = name is not None or how != methods.MethodOptions()
-    require_place(page, output, dry_run=dry_run)
+    require_place(page, output)
     with Display(quiet=quiet) as display:
         summary = api.quantize(
             source,

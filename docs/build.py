@@ -116,13 +116,14 @@ class Untitled(GenerateJsonSchema):
 
 
 def schemas() -> dict[str, str]:
-    """A JSON Schema for each command's ``--json``, and for the line that ends one that fails, by file name."""
-    from qz.json_reports import OF_COMMANDS, ExitError
+    """A JSON Schema for each command's ``--json``, the line that ends one that fails, and the record, by file name."""
+    from qz.json_reports import OF_COMMANDS, ExitError, WrittenRecord
 
     made = {}
-    for name, report in {**OF_COMMANDS, "error": ExitError}.items():
+    for name, report in {**OF_COMMANDS, "error": ExitError, "record": WrittenRecord}.items():
         schema = {"$schema": DIALECT, **TypeAdapter(report).json_schema(schema_generator=Untitled)}
-        made[f"{name}.json"] = json.dumps({**schema, "title": f"qz {name} --json"}, indent=2) + "\n"
+        title = "qz.json" if report is WrittenRecord else f"qz {name} --json"
+        made[f"{name}.json"] = json.dumps({**schema, "title": title}, indent=2) + "\n"
     return made
 
 

@@ -539,6 +539,21 @@ class ExitError(TypedDict):
     message: str
 
 
+class RecordedFile(TypedDict):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class WrittenRecord(TypedDict):
+    """``qz.json``, the record in an output. ``sha256`` is missing in those of an earlier qz."""
+
+    version: Literal[1]
+    about: dict[str, Any]
+    files: list[RecordedFile]
+    sha256: NotRequired[str]
+
+
 Conversion = ModelReport | PipelineReport | UpToDateReport
 
 OF_COMMANDS: dict[str, Any] = {

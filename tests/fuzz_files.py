@@ -333,6 +333,7 @@ class Records(Target):
             "dtype": "float16",
         }
         self.value = json.loads(encode_record([], about))
+        del self.value["sha256"]  # as of an earlier qz: else every mutant would be refused for its hash
         files = [{"name": name, "bytes": 5, "sha256": "0" * 64} for name in ("config.json", "a/b.json")]
         self.value["files"] = files
 

@@ -24,6 +24,7 @@ from qz.cli.reports.markup import page, section
 from qz.formats.attestation.attest import _require_no_other_signature
 from qz.formats.attestation.signing import require_signed
 from qz.formats.folder import LocalFolder
+from qz.formats.output.recorded.record import encode_record, read_record
 from qz.formats.publish.checkpoint_files import IN_MEMORY, own_files
 from test_scales import statistics
 
@@ -302,7 +303,9 @@ def test_a_push_takes_both_along_and_a_download_is_verified(
         copy = Path(snapshot_download("me/model-nf4", local_dir=tmp_path / "copy"))
         assert theirs(copy, keys[1]).returncode == 0
         assert api.verify(copy, public_key=keys[1]).intact
-        (made / "qz.json").write_text((made / "qz.json").read_text() + "\n")
+        record = read_record(LocalFolder(made))
+        assert record is not None
+        (made / "qz.json").write_bytes(encode_record(record.files, {**record.about, "warnings": ["Another."]}))
         with pytest.raises(MalformedInput, match=r"statement\.json is of other files"):
             api.push(made, "me/model-nf4")
     api.quantize(tiny_llama, made, if_exists="overwrite", **ON_CPU)

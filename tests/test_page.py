@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 import pipelines
+from qz import IOFailed
 from qz.cli.output import Column
 from qz.cli.reports.markup import chart, columns, facts, page, section, table
+from qz.cli.reports.new_file import store
 from readers import model_folder, some_text
 
 Qz = Callable[..., subprocess.CompletedProcess[str]]
@@ -125,13 +128,30 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     shutil.copytree(tiny_llama, tmp_path / "model")
     (tmp_path / "there.html").write_text("mine")
-    for arguments, code, why in (
-        (["--page", "there.html"], 73, "there.html exists"),
-        (["--page", "nowhere/page.html"], 73, "nowhere is not a folder"),
-        (["--page", "page.html", "--dry-run"], 2, "--dry-run does nothing"),
+    for place, code, why in (
+        ("there.html", 73, "there.html exists"),
+        ("nowhere/page.html", 73, "nowhere is not a folder"),
+        ("x/../out", 2, "cannot be the page and the output"),
     ):
-        done = forked_qz("quantize", "model", "-o", "out", *arguments)
-        assert done.returncode == code
-        assert why in done.stderr
-        assert not (tmp_path / "out").exists()
+        for dry in ([], ["--dry-run"]):
+            done = forked_qz("quantize", "model", "-o", "out", "--page", place, *dry)
+            assert done.returncode == code
+            assert why in done.stderr
+            assert not (tmp_path / "out").exists()
     assert (tmp_path / "there.html").read_text() == "mine"
+    done = forked_qz("quantize", "model", "-o", "out", "--page", "out/page.html", "--dry-run")
+    assert (done.returncode, (tmp_path / "out").exists()) == (0, False)
+    assert "the run would write out/page.html" in done.stderr
+    done = forked_qz("compare", "model", "model", "--page", "one.html", "--picture", "./one.html")
+    assert done.returncode == 2
+
+
+def test_a_page_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(IOFailed, match="cannot be written"):
+            store(tmp_path / "page.html", "x" * 5000, "--page")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

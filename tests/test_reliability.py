@@ -1166,7 +1166,7 @@ def test_interrupts_at_any_moment_of_a_real_process_imports_and_all(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=hear,  # noqa: PLW1509  no other threads
+            preexec_fn=hear,
         )
         time.sleep(moments.uniform(0.2, 5))
         process.send_signal(number)

@@ -30,9 +30,10 @@ from safetensors import safe_open
 
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
 from qz.formats.folder import LocalFolder
+from qz.formats.malformed import Malformed
 from qz.formats.output import staging
 from qz.formats.output.preflight import check_room
-from qz.formats.output.recorded.record import read_record, verify_record
+from qz.formats.output.recorded.record import read_record, record_of, verify_record
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.resuming.journal import Journal
 from qz.formats.output.resuming.seal import user_key
@@ -210,8 +211,10 @@ def test_an_output_holds_the_files_and_one_record(reference: dict[str, bytes]) -
 
 def test_the_record_is_literally_this(reference: dict[str, bytes]) -> None:
     record = json.loads(reference["qz.json"])
-    assert list(record) == ["version", "about", "files"]
+    assert list(record) == ["version", "about", "files", "sha256"]
     assert record["version"] == 1
+    with_zeros = reference["qz.json"].replace(record["sha256"].encode(), b"0" * 64)
+    assert record["sha256"] == hashlib.sha256(with_zeros).hexdigest()
     assert record["files"] == [
         {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in sorted(reference.items())
@@ -476,7 +479,7 @@ PIPELINE = ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_mode
         (("thesis.tex",), "thesis.tex"),
         (("config.json", ".git/HEAD"), ".git/"),
         (("config.json", "src/a.js", "photos/b.jpg"), "photos/"),
-        (("qz.json", "src/a.js"), "qz.json"),
+        (("qz.json", "src/a.js"), "src/"),
         ((*MODEL, "notes.txt"), "notes.txt"),
         ((*MODEL, "runs/1/events"), "runs/"),
         ((*MODEL, "src/config.json"), "src/"),
@@ -520,6 +523,7 @@ def test_overwrite_beside_files_that_qz_did_not_write_is_refused(tmp_path: Path,
         PIPELINE,
         ("config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "1_Pooling/config.json"),
         (*MODEL, "additional_chat_templates/tool.jinja"),
+        (*MODEL, "qz.json"),  # damaged
     ],
 )
 def test_overwrite_replaces_what_is_nothing_but_a_checkpoint(
@@ -991,7 +995,7 @@ def test_a_lock_that_the_file_system_refuses_leaves_nothing_and_says_where_to_wr
 
 
 def test_whatever_fails_while_a_run_begins_leaves_nothing(tmp_path: Path) -> None:
-    """A lock, a look, the journal's first line, the staged folder; in a folder that is new, and in one that is there."""
+    """A lock, a look, the journal's first line, the staged folder; with new parents, and without."""
     for output in (tmp_path / "new/out", tmp_path / "out"):
         counter = At(-1, die)
         begun = Staging(output, FINGERPRINT, needed=0, disk=Disk(hook=counter))
@@ -1513,6 +1517,30 @@ def test_every_way_an_output_can_differ_from_its_record_is_found(finished: Path)
 def test_a_damaged_record_is_a_problem_not_a_crash(finished: Path, record: str, kind: str) -> None:
     (finished / "qz.json").write_text(record)
     assert [problem.kind for problem in verify_record(LocalFolder(finished))] == [kind]
+
+
+def test_a_record_that_was_changed_anywhere_is_damaged(reference: dict[str, bytes]) -> None:
+    """Each bit of its end, where its own hash is, and one of every other byte; a space; and parts of it left out."""
+    data, bits = reference["qz.json"], random.Random(0)
+    record_of(data, "qz.json")
+    flips = [(at, bit) for at in range(len(data)) for bit in (range(8) if at > len(data) - 90 else [bits.randrange(8)])]
+    changed = [data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :] for at, bit in flips]
+    value = json.loads(data)
+    changed += [data + b" ", data[:-1], data[1:], json.dumps(value).encode()]
+    changed += [json.dumps(value | {"sha256": own}, indent=2).encode() for own in ("", None, "0" * 64, [])]
+    for each in changed:
+        with pytest.raises(Malformed):
+            record_of(each, "qz.json")
+
+
+def test_a_record_of_an_earlier_qz_has_no_hash_which_is_told(finished: Path) -> None:
+    record = json.loads((finished / "qz.json").read_text())
+    del record["sha256"]
+    (finished / "qz.json").write_text(json.dumps(record))
+    told = [(problem.severity, problem.kind) for problem in verify_record(LocalFolder(finished))]
+    assert told == [("warning", "record-unhashed")]
+    (finished / "qz.json").write_text(json.dumps(record | {"sha257": "0" * 64}))
+    assert [problem.severity for problem in verify_record(LocalFolder(finished))] == ["error"]
 
 
 def test_a_checkpoint_of_others_has_nothing_to_be_compared_with(tmp_path: Path) -> None:

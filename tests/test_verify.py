@@ -17,6 +17,7 @@ from hub_server import connected
 from mixtures import mixture
 from pipelines import flux
 from qz import MalformedInput, UsageError, api
+from qz.formats.output.recorded.record import WrittenFile, encode_record
 from qz.formats.safetensors import read_header
 from qz.progress import Progress
 from qz.quantize.methods import FourBit, Int8, Method
@@ -120,6 +121,16 @@ def test_one_bit_is_found_and_named(tiny_llama: Path, copy: Path, forked_qz: Qz)
     assert "SHA-256" in result.stdout
 
 
+def about_of(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "qz.json").read_text())["about"])
+
+
+def tell(output: Path, **about: object) -> None:
+    """The record says so from now on, as if qz had written that."""
+    files = [WrittenFile(**file) for file in json.loads((output / "qz.json").read_text())["files"]]
+    (output / "qz.json").write_bytes(encode_record(files, about_of(output) | about))
+
+
 def test_another_source_is_not_it(tiny_llama: Path, made: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
     change(other, "lm_head.weight", 1)
@@ -128,9 +139,8 @@ def test_another_source_is_not_it(tiny_llama: Path, made: Path, tmp_path: Path) 
 
 def test_what_is_elsewhere_or_missing_is_named(tiny_llama: Path, copy: Path) -> None:
     index = copy / "model.safetensors.index.json"
-    record = json.loads((copy / "qz.json").read_text())
-    record["about"]["settings"]["max_shard_bytes"] = 50_000
-    (copy / "qz.json").write_text(json.dumps(record))
+    settings = about_of(copy)["settings"]
+    tell(copy, settings={**settings, "max_shard_bytes": 50_000})
     found = api.verify(copy, tiny_llama, **ON_CPU)
     assert not found.intact
     assert found.recomputed is not None
@@ -287,15 +297,12 @@ def test_what_is_kept_of_it_may_be_damaged_and_need_not_be_kept(
 def test_what_nobody_recorded_cannot_be_recomputed(tiny_llama: Path, copy: Path) -> None:
     with pytest.raises(UsageError, match="--against"):
         api.verify(copy, sample=0.5)
-    record = json.loads((copy / "qz.json").read_text())
-    settings = record["about"]["settings"]
+    settings = about_of(copy)["settings"]
     for damage in ({"method": {"name": "nf5"}}, {"skips": 3}, {"dtype": None}):
-        record["about"]["settings"] = {**settings, **damage}
-        (copy / "qz.json").write_text(json.dumps(record))
+        tell(copy, settings={**settings, **damage})
         with pytest.raises(MalformedInput):
             api.verify(copy, tiny_llama, **ON_CPU)
-    record["about"]["settings"] = {**settings, "from_the_future": True}
-    (copy / "qz.json").write_text(json.dumps(record))
+    tell(copy, settings={**settings, "from_the_future": True})
     with pytest.raises(Exception, match="from_the_future"):
         api.verify(copy, tiny_llama, **ON_CPU)
     (copy / "qz.json").unlink()
@@ -334,9 +341,7 @@ def test_they_are_told_where_the_output_is_of_another_device_only(tiny_llama: Pa
     api.quantize(tiny_llama, output, method=Int8(), device="cpu")
     change(output, "model.layers.1.mlp.up_proj.weight", 8)
     assert not api.verify(output, tiny_llama, **ON_CPU).explained
-    record = json.loads((output / "qz.json").read_text())
-    record["about"]["device"] = "cuda:0"
-    (output / "qz.json").write_text(json.dumps(record))
+    tell(output, device="cuda:0")
     found = api.verify(output, tiny_llama, **ON_CPU)
     assert (found.intact, found.explained) == (False, True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 FILES = (Column("file", foldable=True), Column("bytes", right=True))
 
 
-def require_place(page: Path | None, output: Path | None, *, dry_run: bool) -> None:
+def require_place(page: Path | None, output: Path | None) -> None:
     """Raise for a --page that could not be written when all else is done. It may lie in the output, which comes."""
     if page is None:
         return
-    if dry_run:
-        raise UsageError("--page tells of what was done, and --dry-run does nothing. Leave one of them out.")
-    if output is None or page.parent != output:
+    made = os.path.abspath(output) if output is not None else None
+    if made == os.path.abspath(page):
+        raise UsageError(f"{page} cannot be the page and the output. Name another file with --page.")
+    if made != os.path.dirname(os.path.abspath(page)):
         require_new(page, "--page")
 
 
@@ -59,7 +61,9 @@ def present(
         if not quiet and not as_json:
             tell(*next_steps(summary, push))
         return
-    if page is not None:
+    if page is not None and summary.dry_run:
+        say(f"Note: the run would write {page}; a dry run writes nothing.", quiet=quiet)
+    elif page is not None:
         from qz.cli.reports.page import conversion_page
 
         store(page, conversion_page(summary), "--page")

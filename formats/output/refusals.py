@@ -49,7 +49,7 @@ def _require_checkpoint(folder: Directory) -> None:
     files: list[str] = []
     foreign: list[str] = []
     for name in _walk(folder, recorded):
-        belongs = name in recorded if recorded else not name.endswith("/") and is_checkpoint_file(name)
+        belongs = name in recorded if recorded else not name.endswith("/") and _is_own_or_a_librarys(name)
         (files if belongs else foreign).append(name)
         if len(foreign) > MOST_NAMED:
             break
@@ -65,6 +65,11 @@ def _require_checkpoint(folder: Directory) -> None:
             f"{output} is not a checkpoint (it holds no weights): --overwrite does not remove it. "
             "Choose another folder with -o/--output."
         )
+
+
+def _is_own_or_a_librarys(name: str) -> bool:
+    """By its name: also a record that cannot be read any more."""
+    return name == RECORD or is_checkpoint_file(name)
 
 
 def _recorded(output: Path) -> frozenset[str]:

@@ -18,7 +18,15 @@ from qz import MalformedInput, OutputRefused, QzError, TryAgain, UsageError
 from qz.formats.folder import LocalFolder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed
-from qz.formats.output.recorded.record import Record, WrittenFile, as_text, read_record, require_safe_name
+from qz.formats.output.recorded.record import (
+    RECORD,
+    Record,
+    WrittenFile,
+    as_text,
+    hash_of,
+    read_record,
+    require_safe_name,
+)
 from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.resuming.journal import as_fingerprint, look_into
 from qz.formats.output.section import Section
@@ -179,8 +187,11 @@ def read_share(place: Path) -> FinishedShare:
         if record is None or PART_FILE not in folder.sizes():
             raise MalformedInput(f"{place} is not a part that qz made. Move it away, and run its --part again.")
         where = f"{place}/{PART_FILE}"
-        value = read_json(read_file(folder, PART_FILE, MAX_BYTES), where)
+        data = read_file(folder, PART_FILE, MAX_BYTES)
+        value = read_json(data, where)
         try:
+            if hash_of(data) not in {file.sha256 for file in record.files if file.name == PART_FILE}:
+                raise ValueError(f"its SHA-256 is not the one in {RECORD}")
             return FinishedShare(ShareReceipt.of(value), record)
         except (ValueError, TypeError, LookupError, AttributeError, QzError) as error:
             raise Malformed("record-malformed", f"{where} is damaged ({error}). Run this --part again.") from None

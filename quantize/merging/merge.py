@@ -223,7 +223,7 @@ def _finish_exchange(output: Path, disk: Disk) -> None:
 
 def _merged_before(output: Path, place: Path) -> Merged:
     """The output, if it is complete although there are no parts (any more)."""
-    record = _record_in(output)
+    record = _record_in(output, allow_damaged=False)
     if record is None:
         raise MissingInput(
             f"{place} does not exist, so there is nothing to merge. Make the parts first: qz quantize SOURCE -o "
@@ -241,8 +241,8 @@ def _require_whole(output: Path, record: Record) -> None:
             raise MalformedInput(f"{output} is damaged: {file.name} is missing or has another size. Make it again.")
 
 
-def _record_in(place: Path) -> Record | None:
-    """The record of a checkpoint; None if there is none that can be read."""
+def _record_in(place: Path, *, allow_damaged: bool = True) -> Record | None:
+    """The record of a checkpoint; None if there is none, or none that can be read, where that is allowed."""
     try:
         folder = LocalFolder(place)
     except QzError:
@@ -250,6 +250,8 @@ def _record_in(place: Path) -> Record | None:
     try:
         return read_record(folder)
     except QzError:
+        if not allow_damaged:
+            raise
         return None
     finally:
         folder.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, UsageError
 from qz.formats.malformed import quoted
-from qz.formats.output.recorded.record import RECORD, Record, read_record
+from qz.formats.output.recorded.record import RECORD, Record, read_record, unhashed
 from qz.formats.source import OpenedSource, local_path, notes_of, opened
 from qz.progress import OnProgress, ignore
 from qz.quantize.inspection.verification import verify as compare_hashes
@@ -83,7 +83,7 @@ def verify_against(
         commit,
         None,
         found,
-        (),
+        unhashed(record),
         sample,
         recorded_device=str(record.about.get("bytes_of") or record.about.get("device", "")),
         notes=notes,

@@ -1,7 +1,8 @@
 """``qz.json``, the one file qz adds to a checkpoint: every other file's size and SHA-256, to check them again later.
 
-Loaders take files by name and never look at this one. It holds names, sizes, hashes, and what the caller says about the
-making of the checkpoint: no path, host or user of the machine that made it, and the same bytes for the same checkpoint.
+Loaders take files by name and never look at this one. It holds names, sizes, hashes, its own, too, and what the caller
+says about the making of the checkpoint: no path, host or user of the machine that made it, and the same bytes for the
+same checkpoint.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ MOST_PARTS, LONGEST_PART = 16, 255
 """Folders and the file in the name of a file, and bytes of each."""
 _SHA256 = re.compile("([0-9a-f]{64})?")
 """In hexadecimal; empty in a journal, for a file that is no good after all."""
+OWN_HASH, _ZEROS = "sha256", b"0" * 64
+"""The record's last key: the SHA-256 of the record itself, with zeros in the place of these digits."""
+_WITHOUT_HASH = {"version", "about", "files"}
+"""The keys of a record of an earlier qz, which has no such hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +50,31 @@ class WrittenFile:
 
 
 class Record(NamedTuple):
-    """What a checkpoint was when it was finished. ``about``: how it was made, as JSON values."""
+    """What a checkpoint was when it was finished. ``about``: how it was made, as JSON values.
+
+    ``is_hashed``: a change of the record itself would have been seen.
+    """
 
     files: tuple[WrittenFile, ...]
     about: Mapping[str, Any]
+    is_hashed: bool = True
 
 
 def encode_record(files: Iterable[WrittenFile], about: Mapping[str, Any]) -> bytes:
     """The record's JSON, whatever the order of ``files``."""
     listed = [asdict(file) for file in sorted(files, key=lambda file: file.name)]
     told = {key: as_text(value, NO_UTF8 if key in COMPARED else UNSAFE_TEXT) for key, value in about.items()}
-    return (json.dumps({"version": 1, "about": told, "files": listed}, indent=2) + "\n").encode()
+    value = {"version": 1, "about": told, "files": listed, OWN_HASH: _ZEROS.decode()}
+    data = (json.dumps(value, indent=2) + "\n").encode()
+    before, _, after = data.rpartition(_ZEROS)
+    return before + hash_of(data).encode() + after
+
+
+def hash_of(data: bytes) -> str:
+    """Its SHA-256, in hexadecimal."""
+    import hashlib  # here, as it loads OpenSSL, and most commands read no record
+
+    return hashlib.sha256(data).hexdigest()
 
 
 def as_text(value: Any, unsafe: re.Pattern[str] = NO_UTF8) -> Any:
@@ -76,15 +95,33 @@ def read_record(folder: Folder) -> Record | None:
     where = f"{folder.location}/{RECORD}"
     if (size := folder.sizes()[RECORD]) > MAX_BYTES:
         raise Malformed("record-malformed", f"{where} is {size:,} bytes long, which is too large for such a file.")
-    value = read_json(read_file(folder, RECORD, MAX_BYTES), where)
+    return record_of(read_file(folder, RECORD, MAX_BYTES), where)
+
+
+def record_of(data: bytes, where: str) -> Record:
+    """The record in these bytes; Malformed, naming ``where``, if they are none, or not as they were written."""
+    value = read_json(data, where)
     about, listed = value.get("about"), value.get("files")
     if value.get("version") != 1 or not isinstance(about, dict) or not isinstance(listed, list):
         raise Malformed("record-malformed", f"{where} is not a record of version 1. A newer qz may read it.")
     try:
         check_about(about)
-        return Record(tuple(as_written(entry) for entry in listed), about)
+        return Record(tuple(as_written(entry) for entry in listed), about, _is_hashed(data, value))
     except (ValueError, TypeError, LookupError) as error:
         raise Malformed("record-malformed", f"{where} is damaged ({error}). Make the checkpoint again.") from None
+
+
+def _is_hashed(data: bytes, value: Mapping[str, Any]) -> bool:
+    """Whether the record has a hash of itself; ValueError if that is not the one of ``data``."""
+    if OWN_HASH not in value:
+        if unknown := value.keys() - _WITHOUT_HASH:
+            raise ValueError(f"it has {quoted(min(unknown))} and no {OWN_HASH}")
+        return False
+    own = str(value[OWN_HASH])
+    before, _, after = data.rpartition(own.encode())
+    if not own or hash_of(before + _ZEROS + after) != own:
+        raise ValueError(f"it is not as qz wrote it: its own {OWN_HASH} differs")
+    return True
 
 
 def damaged_record(folder: Folder) -> tuple[Problem, ...]:
@@ -100,7 +137,7 @@ def verify_record(folder: Folder, progress: Callable[[int], None] | None = None)
     """Read every recorded file again and compare. ``progress`` is given the bytes of each piece read.
 
     Problems are returned, not raised: no or a damaged record, files that are missing, of another size or SHA-256, and,
-    as a warning, weights that are not recorded.
+    as warnings, weights that are not recorded and a record without a hash of itself.
     """
     try:
         record = read_record(folder)
@@ -115,7 +152,15 @@ def verify_record(folder: Folder, progress: Callable[[int], None] | None = None)
         for name in sorted(folder.sizes())
         if name.endswith(".safetensors") and name not in recorded
     )
-    return (*verify_files(folder, record.files, progress), *unrecorded)
+    return (*verify_files(folder, record.files, progress), *unrecorded, *unhashed(record))
+
+
+def unhashed(record: Record) -> tuple[Problem, ...]:
+    """A warning for a record of an earlier qz."""
+    if record.is_hashed:
+        return ()
+    why = f"{RECORD} has no SHA-256 of itself, as an earlier qz wrote it: whether it is as it was written is not known."
+    return (Problem("warning", "record-unhashed", RECORD, why),)
 
 
 def verify_files(

@@ -59,7 +59,7 @@ def failure(error: OSError, operation: str, path: Path, needed: int = 0) -> QzEr
         )
     if operation == "lock" and error.errno in _NO_LOCKS:
         return OutputRefused(
-            f"{why}: the file system of {path.parent} has no locks, without which two runs could write the same output. "
+            f"{why}: the file system of {path.parent} has no locks, without which two runs could write one output. "
             "Write to a folder on another file system with -o/--output, and move the output when it is done."
         )
     if error.errno in _NOT_HERE:

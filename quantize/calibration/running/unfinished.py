@@ -244,7 +244,7 @@ def unfinished(output: Path, *, resume: bool) -> Iterator[Unfinished]:
 
 
 def _make_own(folder: Path) -> bool:
-    """Whether the folder was made; raise OutputRefused unless what is there is one that an interrupted calibration left."""
+    """Whether the folder was made. OutputRefused unless what is there is one that an interrupted calibration left."""
     with suppress(FileExistsError):
         folder.mkdir()
         return True
