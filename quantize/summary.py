@@ -124,7 +124,7 @@ class Summary:
                 f"{counted(len(self.dropped), 'tensor')} not used by "
                 f"{self.source.architecture} {'was' if len(self.dropped) == 1 else 'were'} left out: {shown}"
             )
-        found += told_of_nonfinite(self.nonfinite, self.dtype)
+        found += told_of_nonfinite(self.nonfinite, self.dtype, fused=bool(self.loras))
         if self.loss is not None and self.loss.unrelated:
             found.append(
                 f"the relative error is {self.loss.total.relative_error:.2f}: the two models have nothing in common. "
@@ -156,13 +156,13 @@ def nonfinite_json(nonfinite: Mapping[str, NotFinite]) -> list[dict[str, Any]]:
     ]
 
 
-def told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str) -> Iterator[str]:
+def told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str, *, fused: bool) -> Iterator[str]:
     """A line for what overflowed on the way, and one for what was not finite to begin with."""
     overflowed = {name: count.overflowed for name, count in sorted(nonfinite.items()) if count.overflowed}
     if overflowed:
         yield (
             f"values too large for the output's dtype became infinite: {_counts(overflowed)}. "
-            f"Choose a --dtype with a wider range than {dtype}"
+            f"Choose a --dtype with a wider range than {dtype}{', or a smaller scale of the LoRA' if fused else ''}"
         )
     stored = {name: count.stored for name, count in sorted(nonfinite.items()) if count.stored}
     if stored:

@@ -142,6 +142,42 @@ def test_the_scale_on_the_line_multiplies_the_adapters_own_and_loras_add_up(
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_values_that_a_lora_makes_infinite_are_laid_at_its_door(
+    llama: Path, adapter: Path, method: str, tmp_path: Path
+) -> None:
+    loras = [f"{adapter}:{scale}" for scale in (1, 2e6)]
+    with pytest.raises(MalformedInput, match=r"adapter_model\.safetensors' with scale 2e\+06 is fused"):
+        run(quantize, llama, output=tmp_path / "made", method=method, dtype="float16", lora=loras)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_were_infinite_before_are_not(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MalformedInput, match="Repair the weights"):
+        run(quantize, base, output=tmp_path / "made", lora=[str(adapter)])
+
+
+def test_kept_values_that_a_lora_makes_infinite_are_told_apart(
+    llama: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        dequantize,
+        quantized_base(llama),
+        output=tmp_path / "made",
+        dtype="float16",
+        lora=[f"{adapter}:2e6"],
+        as_json=True,
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert report["nonfinite"]
+    assert {each["stored"] for each in report["nonfinite"]} == {0}
+    assert any("a smaller scale of the LoRA" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_an_adapter_trained_on_a_quantized_base_is_merged_onto_what_that_stands_for(
     llama: Path, adapter: Path, method: str, tmp_path: Path
 ) -> None:

@@ -1527,7 +1527,8 @@ def test_a_record_that_was_changed_anywhere_is_damaged(reference: dict[str, byte
     changed = [data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :] for at, bit in flips]
     value = json.loads(data)
     changed += [data + b" ", data[:-1], data[1:], json.dumps(value).encode()]
-    changed += [json.dumps(value | {"sha256": own}, indent=2).encode() for own in ("", None, "0" * 64, [])]
+    wrong: tuple[object, ...] = ("", None, "0" * 64, [])
+    changed += [json.dumps(value | {"sha256": own}, indent=2).encode() for own in wrong]
     for each in changed:
         with pytest.raises(Malformed):
             record_of(each, "qz.json")

@@ -58,7 +58,8 @@ class Merged:
         """Those of the plan, and of what the parts found."""
         counts = {name: NotFinite(**count) for name, count in (self.nonfinite or {}).items()}
         dtype = self.record.about.get("dtype") or "the output's"
-        return (*self.record.about.get("warnings", ()), *told_of_nonfinite(counts, dtype))
+        fused = bool(self.record.about.get("loras"))
+        return (*self.record.about.get("warnings", ()), *told_of_nonfinite(counts, dtype, fused=fused))
 
     @property
     def bytes(self) -> int:

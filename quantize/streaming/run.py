@@ -27,7 +27,7 @@ from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Packed, Stacked, packed_parts, stored_parts, unfused
 from qz.quantize.streaming.discard import DiscardOutput
 from qz.quantize.streaming.encoder import Encoder
-from qz.quantize.streaming.not_finite import NotFinite
+from qz.quantize.streaming.not_finite import NotFinite, adapters_of, count_without_adapters
 from qz.quantize.streaming.observer import Observer, Values
 from qz.quantize.streaming.open_shards import Job, OpenShards
 from qz.quantize.streaming.readers import Reader, assemble, reader
@@ -229,6 +229,15 @@ class Run:
                 known = self.kept_nonfinite.get(name, NotFinite(0, 0))
                 self.kept_nonfinite[name] = NotFinite(known.stored + stored, known.overflowed + count - stored)
 
+    def _tell_stored_from_made(self, step: Step) -> None:
+        """Of a weight whose values were not seen as they are stored: only now, as few have such values."""
+        name = step.outputs[0].name
+        if (known := self.kept_nonfinite.get(name)) is not None:
+            count = known.stored + known.overflowed
+            stored = min(count, count_without_adapters(self.folder, step))
+            with self.lock:
+                self.kept_nonfinite[name] = NotFinite(stored, count - stored)
+
     def _whole(self, work: Work) -> int:
         """A weight that is not cut: it is merged, split or transposed, or torch casts it. Large ones take turns."""
         target = SAFETENSORS_NAMES[work.step.weight.dtype]
@@ -272,10 +281,12 @@ class Run:
     def _complete(self, work: Work) -> None:
         if work.nonfinite:
             if not self.allow_nonfinite:
-                raise nonfinite_weight(work, self.plan)
+                raise nonfinite_weight(work, self.plan, self.folder)
             self.nonfinite.add(work.step.weight.name)
         if work.step.weight.quantized:
             self.encoder.complete(work)
+        elif work.reader is None or adapters_of(work.step):
+            self._tell_stored_from_made(work.step)
         with self.lock:
             self.weights_done += 1
         self._do(self.shards.booked(work.step))

@@ -9,9 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
+from qz.formats.malformed import quoted
+from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.streaming.deferred import Deferred
+from qz.quantize.streaming.not_finite import adapters_of, count_without_adapters
 
 if TYPE_CHECKING:
+    from qz.formats.folder import Folder
     from qz.quantize.planning.plan import Plan, Step
     from qz.quantize.streaming.readers import Reader
 
@@ -42,15 +46,24 @@ class Chunk:
     whole: bool = False
 
 
-def nonfinite_weight(work: Work, plan: Plan) -> MalformedInput:
-    """The error for a weight that cannot be quantized."""
+def nonfinite_weight(work: Work, plan: Plan, folder: Folder) -> MalformedInput:
+    """The error for a weight that cannot be quantized. It is read once more where LoRAs may have made it so."""
     weight = work.step.weight
     position = [int(i) for i in np.unravel_index(work.first, weight.shape)]
     beyond = " (or beyond float16's range)" if plan.method is not None and plan.method.bits == 8 else ""
     values = "value" if work.nonfinite == 1 else "values"
     name = f"{plan.checkpoint.folder.location}: {weight.sources[0]}"
+    what = f"{work.nonfinite} NaN or infinite {values}{beyond}, first at {position}"
+    adapters = adapters_of(work.step)
+    limit = "F16" if beyond else SAFETENSORS_NAMES[weight.dtype]
+    if adapters and not count_without_adapters(folder, work.step, limit):
+        fused = " and ".join(f"{quoted(adapter.where)} with scale {adapter.scale:g}" for adapter in adapters)
+        return MalformedInput(
+            f"{name} has {what}, once the LoRA {fused} is fused into it; without, all its values are finite. "
+            "Check the LoRA, or choose a smaller scale (--lora LORA:SCALE)."
+        )
     return MalformedInput(
-        f"{name} contains {work.nonfinite} NaN or infinite {values}{beyond}, first at {position}, "
+        f"{name} contains {what}, "
         "which would corrupt its quantization block. Repair the weights, or use --keep-nonfinite to leave such tensors "
         "unquantized."
     )
