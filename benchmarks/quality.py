@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from benchmarks import emoji, real_models
@@ -61,6 +62,7 @@ METHODS = {
     "importance": Method((), "statistics"),
     "importance, double": Method(("--double-quant",), "statistics"),
     "importance, 1,024 tokens": Method((), "small"),
+    "importance, imatrix": Method((), "imatrix"),
     "importance, two prompts": Method((), "two"),
     "importance, qz's prompts": Method((), "prompts"),
     "gptq": Method(GPTQ, "statistics"),
@@ -82,6 +84,7 @@ TARGETS = {
         "search": 0.86,
         "importance": 0.50,
         "importance, 1,024 tokens": 0.50,
+        "importance, imatrix": 0.50,
         "gptq": 0.40,
         "gptq, its own text": 0.40,
         "6 % kept, scores": 0.70,
@@ -111,6 +114,10 @@ class Figure:
     """The loss that qz expected on its own text, where it chose layers."""
 
 
+Calibration = tuple[str | Path | int, ...] | Callable[[Path], None]
+"""Words of ``qz calibrate``, or what writes a file that it does not."""
+
+
 class Subject(Protocol):
     """A model, what it is calibrated on, and what it is tried on."""
 
@@ -121,8 +128,8 @@ class Subject(Protocol):
     keeps_layers: bool
     """Whether layers at 16 bit are tried, too."""
 
-    def calibrations(self, work: Path, tokens: int, /) -> dict[str, tuple[str | Path | int, ...]]:
-        """By the name of what is known of the inputs: words of ``qz calibrate``."""
+    def calibrations(self, work: Path, tokens: int, /) -> dict[str, Calibration]:
+        """By the name of what is known of the inputs."""
 
     def load(self, folder: Path) -> Any: ...
     def losses(self, reference: Any, model: Any) -> dict[str, torch.Tensor]: ...
@@ -134,7 +141,7 @@ class Reader:
     part: tuple[str, ...] = ()
     keeps_layers = False
 
-    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
+    def calibrations(self, work: Path, tokens: int) -> dict[str, Calibration]:
         text = work / "documentation.txt"
         text.write_text(real_models.documentation(), encoding="utf-8")
         return {
@@ -188,8 +195,9 @@ class SmolLM2(Reader):
     name = "smollm2"
     keeps_layers = True
 
-    def calibrations(self, work: Path, tokens: int) -> dict[str, tuple[str | Path | int, ...]]:
-        more = {
+    def calibrations(self, work: Path, tokens: int) -> dict[str, Calibration]:
+        more: dict[str, Calibration] = {
+            "imatrix": lambda path: self.write_imatrix(path, tokens),
             "scores": ("--text", work / "documentation.txt", "--tokens", 2 * SMALL, "--scores"),
             "generated": ("--generate", "--tokens", tokens, "--hessians"),
         }
@@ -207,10 +215,41 @@ class SmolLM2(Reader):
             chosen: torch.Tensor = whole[:: max(1, len(whole) // count)][:count].to(self.device)
             return chosen
 
+        self.rows = rows
         self.texts = {
             "prose": rows(real_models.prose(), options.sequences),
             "tech": rows(real_models.jargon(), options.sequences),
         }
+
+    def write_imatrix(self, path: Path, tokens: int) -> None:
+        """As llama-imatrix does, from sums that hooks take while transformers runs the model."""
+        import gguf
+
+        model, sums = self.load(self.source).float(), dict[str, torch.Tensor]()
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+        for module_path, module in model.model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                sums[name := f"{names.get_name(f'model.{module_path}')}.weight"] = torch.zeros(())
+
+                def add(_: Any, given: tuple[torch.Tensor], name: str = name) -> None:
+                    sums[name] = sums[name] + given[0].double().cpu().square().flatten(0, -2).sum(0)
+
+                module.register_forward_pre_hook(add)
+        rows = self.rows(real_models.documentation(), tokens // self.length)
+        for row in rows:
+            model(row.unsqueeze(0))
+        writer = gguf.GGUFWriter(path, "")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", ["documentation.txt"])
+        writer.add_uint32("imatrix.chunk_count", len(rows))
+        writer.add_uint32("imatrix.chunk_size", self.length)
+        for name, each in sums.items():
+            writer.add_tensor(f"{name}.in_sum2", each.float().unsqueeze(0).numpy())
+            writer.add_tensor(f"{name}.counts", np.full((1, 1), rows.numel(), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
     def load(self, folder: Path) -> Any:
         from transformers import LlamaForCausalLM
@@ -247,7 +286,7 @@ class Emoji:
         self.calls: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.latents: torch.Tensor | None = None
 
-    def calibrations(self, work: Path, _: int) -> dict[str, tuple[str | Path | int, ...]]:
+    def calibrations(self, work: Path, _: int) -> dict[str, Calibration]:
         many, few = work / "names.txt", work / "two-names.txt"
         many.write_text("\n".join(self.seen[:32]), encoding="utf-8")
         few.write_text("\n".join(self.seen[:2]), encoding="utf-8")
@@ -296,7 +335,11 @@ def calibrate(subject: Subject, work: Path, options: argparse.Namespace, wanted:
     how = subject.calibrations(work, options.calibration)
     known = {name: work / f"{name}.safetensors" for name in how if name in wanted}
     for name, path in known.items():
-        qz("calibrate", subject.source, *subject.part, "-o", path, "--device", options.device, *how[name])
+        words = how[name]
+        if callable(words):
+            words(path)
+        else:
+            qz("calibrate", subject.source, *subject.part, "-o", path, "--device", options.device, *words)
     return known
 
 

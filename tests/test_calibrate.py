@@ -59,6 +59,19 @@ def rows_of(folder: Path, path: Path, length: int, tokens: int) -> list[list[int
     return text.sequences(AutoTokenizer.from_pretrained(folder), path.read_text(), length, tokens)
 
 
+def test_a_longer_text_is_taken_from_all_over(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = model_folder("llama-tied", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = some_text(tmp_path / "words.txt").read_text() * 8
+    every = text.sequences(tokenizer, words, 16, 1 << 20)
+    assert len(every) > 20
+    assert text.sequences(tokenizer, words, 16, 64) == [every[at * len(every) // 4] for at in range(4)]
+    assert sum(map(len, text.sequences(tokenizer, words, 16, 57))) == 57
+    assert text.sequences(tokenizer, words, 16, sum(map(len, every))) == every
+
+
 @pytest.mark.parametrize(
     "name", ["llama-tied", "llama-untied", "gpt2", "mixtral", "qwen3-moe", "bert", "t5-encoder", "clip"]
 )

@@ -15,7 +15,8 @@ from forward import output_of
 from qz import MalformedInput
 from qz.quantize.compute import kernels, scale_search
 from qz.quantize.compute.gpu.gptq import DAMPING
-from qz.quantize.importance.statistics import HessianPlace, InputSums, write_hessians, write_statistics
+from qz.quantize.importance.hessian_reader import HessianPlace
+from qz.quantize.importance.statistics import InputSums, write_hessians, write_statistics
 from reference import config_of, dequantized_by_bitsandbytes, tensors_of
 from zoo import build
 

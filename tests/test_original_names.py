@@ -21,7 +21,8 @@ from qz import Unsupported, UsageError
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
 from qz.formats.folder import LocalFolder
-from qz.quantize.importance.statistics import HessianPlace, InputSums, write_hessians, write_statistics
+from qz.quantize.importance.hessian_reader import HessianPlace
+from qz.quantize.importance.statistics import InputSums, write_hessians, write_statistics
 from qz.quantize.libraries.architecture import TensorSpec
 from qz.quantize.libraries.diffusers.single_file import convert
 from qz.quantize.single_files.names import LAYOUTS

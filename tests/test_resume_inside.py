@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from forked import INTERRUPT, Ended, Server
 from mixtures import mixture
 from pipelines import flux
-from qz.quantize.importance.statistics import HessianPlace, InputSums, write_hessians, write_statistics
+from qz.quantize.importance.hessian_reader import HessianPlace
+from qz.quantize.importance.statistics import InputSums, write_hessians, write_statistics
 from reference import tensors_of
 
 KEEP_EVERY = 6000

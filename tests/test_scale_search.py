@@ -162,6 +162,27 @@ def test_codes_for_given_scales_are_the_nearest(
     assert not near[6 * 64 : 8 * 64].any()
 
 
+@each_quant_type
+def test_values_next_to_the_bounds_of_codes_and_of_lookups_have_the_same_codes(
+    quant_type: QuantType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that cut the range into cells, sixteenths of it or 256 steps of the grid, and those that compare."""
+    steps = [bound * factor for bound in tables.bounds(quant_type) for factor in scale_search.FACTORS[quant_type]]
+    edges = np.array([*tables.bounds(quant_type), *steps, *(np.arange(-40, 41) / 16), 0.5 / 4096], np.float32)
+    near = [edges, *(edges + np.float32(by) for by in (2.0**-17, -(2.0**-17), 1 / 4096, -1 / 4096))]
+    values = np.concatenate([np.nextafter(each, np.float32(way)) for each in near for way in (-9, 0, 9)] + near)
+    values = np.resize(np.concatenate([values, -values]), 64 * 64)
+    made = {}
+    for backend in ("numba", "torch"):
+        use(backend, monkeypatch)
+        codes = np.empty(values.size // 2, np.uint8)
+        kernels.encode_4bit(values, "F32", quant_type, np.resize(np.array([1, -1], np.float32), 64), codes)
+        inside = np.clip(values, -1, 1).reshape(64, 64)
+        inside[:, 0] = 1  # the absmax
+        made[backend] = (codes, *searched(inside.reshape(-1), "F32", quant_type)[:2])
+    assert all(same(*pair) for pair in zip(made["numba"], made["torch"], strict=True))
+
+
 def test_the_same_scales_come_of_searching_in_pieces() -> None:
     """A chunk begins anywhere in a row; what is found for a block does not depend on it."""
     values, weights = random_values(COLUMNS * 64 * 12, "BF16"), importance()

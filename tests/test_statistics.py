@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from qz import MalformedInput, MissingInput
 from qz.formats.malformed import Malformed
 from qz.formats.output.storage.whole_file import remove_remains, write_whole
+from qz.quantize.importance.hessian_reader import HessianPlace
 from qz.quantize.importance.statistics import (
-    HessianPlace,
     InputSums,
     read_statistics,
     write_hessians,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused
-from qz.quantize.importance.statistics import HESSIAN, HessianPlace, write_hessians
+from qz.quantize.importance.hessian_reader import HessianPlace
+from qz.quantize.importance.statistics import HESSIAN, write_hessians
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,8 @@ from qz.quantize.calibration.running.recorder import Recorder
 from qz.quantize.calibration.running.resume import BlockStore
 
 if TYPE_CHECKING:
-    from qz.quantize.importance.statistics import HessianPlace, InputSums
+    from qz.quantize.importance.hessian_reader import HessianPlace
+    from qz.quantize.importance.statistics import InputSums
 
 
 class Recording:

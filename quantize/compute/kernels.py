@@ -223,8 +223,8 @@ def gptq_4bit(
     from qz.quantize.compute.gpu import gptq, torch_kernels, torch_search
 
     with _one_gptq:
-        given = torch_kernels.tensor(values, dtype), torch.from_numpy(scales), torch.from_numpy(hessian)
-        codes = gptq.codes(given[0], quant_type, *given[1:]).view(-1)
+        factor = _factors().of(hessian, torch.device("cpu"))
+        codes = gptq.codes(torch_kernels.tensor(values, dtype), quant_type, torch.from_numpy(scales), factor).view(-1)
     padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=torch_search.zero_code(quant_type))
     packed[:] = torch_search.packed_pairs(padded).numpy()
 
@@ -307,6 +307,13 @@ def dequantize_int8(weight: Array, scb: Array, dtype: str, out: Array) -> None:
 
 _one_thread = threading.Lock()
 _one_gptq = threading.Lock()
+
+
+@once
+def _factors() -> Any:
+    from qz.quantize.compute.gpu.gptq import Factors
+
+    return Factors()
 
 
 def quantize_absmax(absmax: Array) -> tuple[Array, Array, float]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,11 @@ from qz import MalformedInput
 from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
-from qz.formats.malformed import Malformed, quoted
+from qz.formats.malformed import quoted
 from qz.formats.output.storage.whole_file import write_whole
-from qz.formats.safetensors import Header, TensorInfo, encode_header, layout, read_header
+from qz.formats.safetensors import Header, TensorInfo, encode_header, layout
+from qz.quantize.importance.hessian_reader import HessianPlace, HessianReader
+from qz.quantize.importance.statistics_file import header_of, malformed, read_tensor
 from qz.quantize.planning.sensitivity import LossName, Scores
 
 FORMAT = "qz-importance"
@@ -56,14 +59,6 @@ class InputSums:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class HessianPlace:
-    """Where a weight's Hessian lies: a file beside the statistics, and a tensor in it."""
-
-    file: str
-    tensor: str
-
-
 @dataclass(frozen=True)
 class Statistics:
     """A file of statistics. ``sums`` by the weights' names; Hessians are read when they are asked for."""
@@ -74,14 +69,10 @@ class Statistics:
     sums: Mapping[str, InputSums]
     hessians: Mapping[str, HessianPlace] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    folder: Folder | None = field(default=None, compare=False)
-    hessian_hashes: Mapping[str, str] = field(default_factory=dict)
-    """File → its SHA-256, compared when it is first read."""
     scores: Scores | None = None
     component_scores: Mapping[str, Scores] = field(default_factory=dict)
     """Of a pipeline's denoisers, each by the weights' names in it."""
-    _compared: set[str] = field(default_factory=set, compare=False)
-    _comparing: threading.Lock = field(default_factory=threading.Lock, compare=False)
+    _reader: HessianReader | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -91,59 +82,61 @@ class Statistics:
     def hessian(self, name: str) -> Floats | None:
         """float32[in, in] of the weight ``name``, or None; Malformed if it does not fit its sums."""
         place = self.hessians.get(name)
-        if place is None or self.folder is None:
+        if place is None or self._reader is None:
             return None
-        where = f"{self.folder.location}/{place.file}"
-        self._compare(place.file, where)
-        header = _header(self.folder, place.file)
-        info = header.tensors.get(place.tensor)
-        inputs = self.sums[name].sum2.size
-        if info is None or info.dtype != "F32" or info.shape != (inputs, inputs):
-            found = f"{info.dtype} {list(info.shape)}" if info else "missing"
-            raise _malformed(f"{where}: {quoted(place.tensor)} is {found}, not F32 [{inputs}, {inputs}]")
-        values = _read(self.folder, place.file, header, info).view(np.float32).reshape(inputs, inputs)
-        if not np.allclose(
-            values.diagonal(), self.sums[name].sum2, rtol=1e-2, atol=1e-6 * float(values.max(initial=0))
-        ):
-            raise _malformed(f"{where}: the diagonal of {quoted(place.tensor)} is not what {self.location} says it is")
-        return values
-
-    def _compare(self, file: str, where: str) -> None:
-        """Raise Malformed for a file of Hessians that is not the one that was written with the statistics."""
-        with self._comparing:
-            if file not in self._compared and sha256_of(Path(where)) != self.hessian_hashes[file]:
-                raise _malformed(f"{where} is not the file that {self.location} was written with: its hash differs")
-            self._compared.add(file)
+        return self._reader.read(place, self.sums[name].sum2)
 
 
 def read_statistics(path: Path) -> Statistics:
-    """The statistics in the file at ``path``. Raises MissingInput, or Malformed that says what is wrong with it."""
+    """The statistics in the file at ``path``, read once for all who use them at a time.
+
+    Raises MissingInput, or Malformed that says what is wrong with it.
+    """
+    try:
+        state = path.stat()
+    except OSError:  # which reading it tells
+        return _read_statistics(path)
+    version = path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+    with _reading:
+        found = _in_use.get(version)
+        if found is None:
+            found = _in_use[version] = _read_statistics(path)
+        return found
+
+
+_in_use: weakref.WeakValueDictionary[tuple[object, ...], Statistics] = weakref.WeakValueDictionary()
+"""By the file and its state. A run of a pipeline asks for each component."""
+_reading = threading.Lock()
+
+
+def _read_statistics(path: Path) -> Statistics:
     folder = LocalFolder(path.parent)
     size = folder.sizes().get(path.name, 0)
-    header = _header(folder, path.name)
+    header = header_of(folder, path.name)
     if header.metadata.get("format") != FORMAT:
-        raise _malformed(f"{path} is not a file of input statistics (its format is not {FORMAT})")
+        raise malformed(f"{path} is not a file of input statistics (its format is not {FORMAT})")
     if header.metadata.get("version") != VERSION:
         version = quoted(header.metadata.get("version", ""))
-        raise _malformed(f"{path} has version {version} of its format, and this qz reads {VERSION}")
+        raise malformed(f"{path} has version {version} of its format, and this qz reads {VERSION}")
     if size > MAX_FILE_BYTES:
-        raise _malformed(f"{path} is {size:,} bytes long, which is too large for such a file")
+        raise malformed(f"{path} is {size:,} bytes long, which is too large for such a file")
     sums: dict[str, InputSums] = {}
     for info in header.tensors.values():
         name, suffix = info.name.rpartition(".")[::2]
         if f".{suffix}" == SUM2:
             sums[name] = _sums(folder, path, header, info, header.tensors.get(name + COUNTS))
         elif f".{suffix}" not in (COUNTS, SCORE) or name + SUM2 not in header.tensors:
-            raise _malformed(f"{path} contains {quoted(info.name)}, which is no statistic")
+            raise malformed(f"{path} contains {quoted(info.name)}, which is no statistic")
     if not sums:
-        raise _malformed(f"{path} contains no statistics")
+        raise malformed(f"{path} contains no statistics")
     hessians, files = _places(header.metadata, path, sums)
     missing = sorted(set(files) - folder.sizes().keys())
     if missing:
-        raise _malformed(f"{path} needs {missing[0]} beside it, which is missing")
+        raise malformed(f"{path} needs {missing[0]} beside it, which is missing")
     scores = _scores(folder, path, header)
     own = scores.pop("", None)
-    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, folder, files, own, scores)
+    reader = HessianReader(str(path), folder, files)
+    return Statistics(str(path), sha256_of(path), sums, hessians, header.metadata, own, scores, reader)
 
 
 def write_statistics(
@@ -200,34 +193,13 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[st
     return write_whole(path, pieces)
 
 
-def _header(folder: Folder, file: str) -> Header:
-    where = f"{folder.location}/{file}"
-
-    def read(offset: int, length: int) -> bytearray:
-        data = bytearray(length)
-        folder.read_into(file, offset, memoryview(data))
-        return data
-
-    size = folder.sizes().get(file)
-    if size is None:
-        folder.read_into(file, 0, memoryview(bytearray(1)))  # says why it is not among the files
-        size = 0
-    return read_header(read, size, where)
-
-
-def _read(folder: Folder, file: str, header: Header, info: TensorInfo) -> NDArray[np.uint8]:
-    raw = np.empty(info.nbytes, np.uint8)
-    folder.read_into(file, header.data_start + info.start, memoryview(raw))
-    return raw
-
-
 def _sums(folder: Folder, path: Path, header: Header, info: TensorInfo, counts: TensorInfo | None) -> InputSums:
     if info.dtype != "F32" or len(info.shape) != 1 or not 0 < info.shape[0] <= MAX_INPUTS:
-        raise _malformed(f"{path}: {quoted(info.name)} is {info.dtype} {list(info.shape)}, not F32 [inputs]")
+        raise malformed(f"{path}: {quoted(info.name)} is {info.dtype} {list(info.shape)}, not F32 [inputs]")
     if counts is None or counts.dtype != "I64" or counts.shape not in ((), (1,)):
-        raise _malformed(f"{path}: {quoted(info.name)} comes without the I64 number of its tokens ({COUNTS})")
-    values = _read(folder, path.name, header, info).view(np.float32)
-    tokens = int(_read(folder, path.name, header, counts).view(np.int64)[0])
+        raise malformed(f"{path}: {quoted(info.name)} comes without the I64 number of its tokens ({COUNTS})")
+    values = read_tensor(folder, path.name, header, info).view(np.float32)
+    tokens = int(read_tensor(folder, path.name, header, counts).view(np.int64)[0])
     check_sums(values, tokens, f"{path}: {quoted(info.name)}")
     return InputSums(values, tokens)
 
@@ -237,7 +209,7 @@ def _scores(folder: Folder, path: Path, header: Header) -> dict[str, Scores]:
     infos = {name.removesuffix(SCORE): info for name, info in header.tensors.items() if name.endswith(SCORE)}
     if "scores" not in header.metadata:
         if infos:
-            raise _malformed(f"{path} has scores, and does not say of what")
+            raise malformed(f"{path} has scores, and does not say of what")
         return {}
     told = read_json(header.metadata["scores"].encode(), f"{path}: scores")
     components = told.get("components")
@@ -245,13 +217,13 @@ def _scores(folder: Folder, path: Path, header: Header) -> dict[str, Scores]:
     found: dict[str, dict[str, float]] = {component: {} for component in parts}
     for name, info in infos.items():
         if info.dtype != "F32" or info.shape not in ((), (1,)):
-            raise _malformed(f"{path}: the score of {quoted(name)} is {info.dtype} {list(info.shape)}, not F32 []")
-        score = float(_read(folder, path.name, header, info).view(np.float32)[0])
+            raise malformed(f"{path}: the score of {quoted(name)} is {info.dtype} {list(info.shape)}, not F32 []")
+        score = float(read_tensor(folder, path.name, header, info).view(np.float32)[0])
         if not 0 <= score < float("inf"):
-            raise _malformed(f"{path}: the score of {quoted(name)} is {score}")
+            raise malformed(f"{path}: the score of {quoted(name)} is {score}")
         component, _, weight = name.partition("/") if parts is components else ("", "", name)
         if component not in found:
-            raise _malformed(f"{path} does not say of what the score of {quoted(name)} is")
+            raise malformed(f"{path} does not say of what the score of {quoted(name)} is")
         found[component][weight] = score
     return {component: _told_scores(of, parts[component], path) for component, of in found.items()}
 
@@ -261,16 +233,16 @@ def _told_scores(of: Mapping[str, float], told: Any, path: Path) -> Scores:
     method, loss, total, tokens = (values.get(key) for key in ("method", "loss", "total", "tokens"))
     known = method in ("nf4", "fp4", "int8") and loss in get_args(LossName) and type(tokens) is int
     if not known or not isinstance(total, int | float) or not 0 <= total < float("inf"):
-        raise _malformed(f"{path} does not say of what its scores are")
+        raise malformed(f"{path} does not say of what its scores are")
     return Scores(of, str(method), cast("LossName", loss), float(total), int(str(tokens)))
 
 
 def check_sums(values: NDArray[np.floating[Any]], tokens: float, where: str) -> None:
     """Raise Malformed unless these are sums of squares over a number of tokens."""
     if not np.isfinite(values).all() or (values < 0).any():
-        raise _malformed(f"{where} contains values that are no sums of squares (negative, NaN or infinite)")
+        raise malformed(f"{where} contains values that are no sums of squares (negative, NaN or infinite)")
     if not 0 <= tokens < MAX_TOKENS:  # nor NaN
-        raise _malformed(f"{where} was summed over {tokens} tokens")
+        raise malformed(f"{where} was summed over {tokens} tokens")
 
 
 def _places(
@@ -281,15 +253,11 @@ def _places(
     told = read_json(metadata["hessians"].encode(), f"{path}: hessians")
     files, places = told.get("files"), told.get("of")
     if not isinstance(files, dict) or not isinstance(places, dict):
-        raise _malformed(f"{path}: its list of Hessians has no files")
+        raise malformed(f"{path}: its list of Hessians has no files")
     found = {}
     for name, place in places.items():
         fits = isinstance(place, list) and len(place) == 2 and all(isinstance(part, str) for part in place)
         if not fits or place[0] not in files or name not in sums or sums[name].sum2.size > MAX_HESSIAN_INPUTS:
-            raise _malformed(f"{path}: the Hessian of {quoted(name)} is listed without its file, or without its sums")
+            raise malformed(f"{path}: the Hessian of {quoted(name)} is listed without its file, or without its sums")
         found[name] = HessianPlace(*place)
     return found, files
-
-
-def _malformed(why: str) -> Malformed:
-    return Malformed("statistics-malformed", f"{why}. Make it again with `qz calibrate`.")

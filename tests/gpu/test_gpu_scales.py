@@ -12,6 +12,7 @@ import torch
 from converted import quantized
 from qz.quantize.compute import kernels, scale_search
 from qz.quantize.compute.devices import arithmetic_on
+from qz.quantize.compute.gpu import cuda_kernels
 from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
 from qz.quantize.importance.statistics import InputSums, write_statistics
 from reference import dequantized_by_bitsandbytes, differing_tensors, tensors_of
@@ -77,6 +78,24 @@ def test_gptq_cancels_as_much_error_as_on_the_cpu() -> None:
         errors.append(output_error(codes))
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
     assert errors[1] < 0.8 * output_error(packed)
+
+
+@each_dtype
+@each_quant_type
+def test_gptqs_own_kernel_finds_the_bits_of_eager_torch(
+    quant_type: QuantType, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2000, 333, generator=generator) * torch.rand(333, generator=generator)
+    hessian = (inputs.T @ inputs).numpy()
+    values = random_values(100 * 333, dtype, 1.0).reshape(100, 333)
+    packed, scales, _ = searched(values.reshape(-1), dtype, quant_type)
+    mine, eager = np.empty_like(packed), np.empty_like(packed)
+    assert cuda_kernels.kernel("gptq", torch.device("cuda", 0)) is not None
+    arithmetic_on("cuda").gptq_4bit(values, dtype, quant_type, scales, hessian, mine)
+    monkeypatch.setattr(cuda_kernels, "kernel", lambda *_: None)
+    arithmetic_on("cuda").gptq_4bit(values, dtype, quant_type, scales, hessian, eager)
+    assert np.array_equal(mine, eager)
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4", "nf4-double"])

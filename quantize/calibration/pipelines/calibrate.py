@@ -28,7 +28,8 @@ from qz.quantize.calibration.running.recorder import Recorder
 from qz.quantize.calibration.running.unfinished import Unfinished, unfinished
 from qz.quantize.compute.devices import arithmetic_on
 from qz.quantize.compute.run_device import run_device
-from qz.quantize.importance.statistics import HessianPlace, InputSums, write_statistics
+from qz.quantize.importance.hessian_reader import HessianPlace
+from qz.quantize.importance.statistics import InputSums, write_statistics
 from qz.quantize.libraries.examine import library_versions
 from qz.quantize.planning.sensitivity import Scores
 from qz.quantize.planning.unquantized import refuse_quantized

@@ -85,7 +85,10 @@ def open_tokenizer(folder: Folder) -> Any:
 
 
 def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[int]]:
-    """Up to ``tokens`` token ids in sequences of ``length``, each as the tokenizer begins and ends one."""
+    """Up to ``tokens`` token ids in sequences of ``length``, each as the tokenizer begins and ends one.
+
+    Of a longer text they are from all over it: its beginning alone is of one kind, which GPTQ then fits.
+    """
     length = min(length, int(getattr(tokenizer, "model_max_length", length) or length), tokens)
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
@@ -93,6 +96,9 @@ def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[
     else:
         ids = tokenizer(text)["input_ids"]
         rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    count = -(-tokens // max(map(len, rows), default=1))
+    if count < len(rows):
+        rows = [rows[at * len(rows) // count] for at in range(count)]
     return first_tokens(rows, tokens)
 
 

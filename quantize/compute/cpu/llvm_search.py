@@ -5,6 +5,7 @@ Additions are made in a fixed order, and none is fused with a multiplication: ev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from qz.quantize.compute import scale_search, tables
+from qz.quantize.compute.cpu import llvm_lookup
 from qz.quantize.compute.cpu.jit import array, compiled, inlined, intrinsic
 from qz.quantize.compute.cpu.llvm_blocks import _pointer
-from qz.quantize.compute.cpu.llvm_vectors import I16, I32, broadcast, load, same, store, store_codes
+from qz.quantize.compute.cpu.llvm_vectors import I16, I32, broadcast, load, same, store, store_codes, store_pairs
 
 _FLOAT = ir.FloatType()
 
@@ -42,6 +44,12 @@ def _levels(builder: Any, above: list[Any], quant_type: str) -> Any:
     return chosen
 
 
+def _nearest_levels(context: Any, builder: Any, values: Any, quant_type: str) -> Any:
+    if llvm_lookup.usable(context):
+        return llvm_lookup.levels(builder, values, quant_type)
+    return _levels(builder, _above(builder, values, quant_type), quant_type)
+
+
 def _fit_of(quant_type: str, weighted: bool) -> Any:
     @intrinsic
     def fit(_: Any, y: Any, inverse: Any, weights: Any, start: Any) -> Any:  # noqa: ARG001
@@ -52,7 +60,7 @@ def _fit_of(quant_type: str, weighted: bool) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
             values = load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
             scaled = builder.fmul(values, broadcast(builder, arguments[1]))
-            q = _levels(builder, _above(builder, scaled, quant_type), quant_type)
+            q = _nearest_levels(context, builder, scaled, quant_type)
             wq = q
             if weighted:
                 at = _pointer(context, builder, signature.args[2], arguments[2], arguments[3])
@@ -64,6 +72,21 @@ def _fit_of(quant_type: str, weighted: bool) -> Any:
         return pair(y, types.float32, weights, types.int64), generate
 
     return fit
+
+
+def _coarse_levels(context: Any, builder: Any, whole: Any) -> Callable[[list[int], list[int]], Any]:
+    """From bounds and levels to the levels of ``whole``, int16 of 64 lanes."""
+    if llvm_lookup.usable(context):
+        index = llvm_lookup.coarse_index(builder, whole)
+        return lambda bounds, levels: llvm_lookup.coarse_levels(builder, whole, index, bounds, levels)
+
+    def compared(bounds: list[int], levels: list[int]) -> Any:
+        q = same(I16, levels[0])
+        for bound, level in zip(bounds, levels[1:], strict=True):
+            q = builder.select(builder.icmp_signed(">", whole, same(I16, bound)), same(I16, level), q)
+        return q
+
+    return compared
 
 
 def _coarse_of(quant_type: str) -> Any:
@@ -78,10 +101,9 @@ def _coarse_of(quant_type: str) -> Any:
             moved = builder.bitcast(builder.fadd(steps, same(_FLOAT, 12582912.0)), ir.VectorType(I32, 64))
             whole = builder.trunc(moved, ir.VectorType(I16, 64))
             products: tuple[list[Any], list[Any]] = ([], [])
+            nearest = _coarse_levels(context, builder, whole)
             for bounds, levels in scale_search.coarse_candidates(quant_type):
-                q = same(I16, int(levels[0]))
-                for bound, level in zip(bounds.tolist(), levels[1:].tolist(), strict=True):
-                    q = builder.select(builder.icmp_signed(">", whole, same(I16, bound)), same(I16, level), q)
+                q = nearest(bounds.tolist(), levels.tolist())
                 for each, factor in zip(products, (whole, q), strict=True):
                     each.append(_products(builder, factor, q))
             a, b = (builder.sitofp(_sums(builder, each), ir.VectorType(_FLOAT, 8)) for each in products)
@@ -132,11 +154,16 @@ def _nearest_of(quant_type: str) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
             loaded = load(builder, _pointer(context, builder, signature.args[0], *arguments[:2]), _FLOAT)
-            above = _above(builder, builder.fmul(loaded, broadcast(builder, arguments[2])), quant_type)
-            target = _pointer(context, builder, signature.args[3], arguments[3], zero)
-            store(builder, _levels(builder, above, quant_type), target)
-            target = _pointer(context, builder, signature.args[4], arguments[4], zero)
-            store_codes(builder, above, codes, I32, target)
+            scaled = builder.fmul(loaded, broadcast(builder, arguments[2]))
+            levels_at, packed_at = (_pointer(context, builder, signature.args[i], arguments[i], zero) for i in (3, 4))
+            if llvm_lookup.usable(context) and codes == sorted(codes):
+                positions = llvm_lookup.positions(builder, scaled, quant_type)
+                store(builder, llvm_lookup.levels_at(builder, positions, quant_type), levels_at)
+                store_pairs(builder, positions, packed_at)
+                return context.get_dummy_value()
+            above = _above(builder, scaled, quant_type)
+            store(builder, _levels(builder, above, quant_type), levels_at)
+            store_codes(builder, above, codes, I32, packed_at)
             return context.get_dummy_value()
 
         return types.void(values, types.int64, types.float32, levels, packed), generate
@@ -153,7 +180,7 @@ def _levels_of(quant_type: str) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
             values = load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
             target = _pointer(context, builder, signature.args[1], arguments[1], zero)
-            store(builder, _levels(builder, _above(builder, values, quant_type), quant_type), target)
+            store(builder, _nearest_levels(context, builder, values, quant_type), target)
             return context.get_dummy_value()
 
         return types.void(y, levels), generate

@@ -50,10 +50,16 @@ def largest_magnitude(builder: Any, loaded: Any) -> Any:
 
 
 def store_codes(builder: Any, above: list[Any], codes: list[int], lane: Any, pointer: Any) -> None:
-    """Each lane takes the code after the last bound it is above; pairs become bytes, the first in the high half."""
+    """Each lane takes the code after the last bound it is above; see ``store_pairs``."""
     chosen = same(lane, codes[0])
     for is_above, code in zip(above, codes[1:], strict=True):
         chosen = builder.select(is_above, same(lane, code), chosen)
+    store_pairs(builder, chosen, pointer)
+
+
+def store_pairs(builder: Any, chosen: Any, pointer: Any) -> None:
+    """Pairs of 64 codes become bytes, the first in the high half."""
+    lane = chosen.type.element
     # Little endian: the first lane of a pair is its lower half.
     double = ir.IntType(2 * lane.width)
     pairs = builder.bitcast(chosen, vector(double, 32))

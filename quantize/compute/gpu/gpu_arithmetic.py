@@ -62,6 +62,7 @@ class Accelerator:
         self.notes: tuple[str, ...] = _notes(self.devices[0].type)
         self._piece_bytes = chunk_bytes
         self._whole = threading.Lock()
+        self._factors = gptq.Factors()
         self._buffers: list[weakref.ref[NDArray[np.uint8]]] = []
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         with lean_imports():  # each operation looks for the compiler when it is called for the first time
@@ -121,19 +122,20 @@ class Accelerator:
         absmax: NDArray[np.float32],
     ) -> NonFinite:
         """``quantize_4bit``, then better scales and codes; see ``qz.quantize.compute.scale_search``."""
-        columns = 1 if weights is None else weights.size - BLOCK_SIZE
-        first = torch.arange(column, column + BLOCK_SIZE * absmax.size, BLOCK_SIZE) % columns
-        tiled = None if weights is None else tensor(weights, "F32")
+        given = tensor(values, dtype)
+        inputs, tiled = [(given, 1)], None
+        if weights is not None:
+            tiled, blocks = tensor(weights, "F32"), BLOCK_SIZE * absmax.size
+            first = torch.arange(column, column + blocks, BLOCK_SIZE) % (weights.size - BLOCK_SIZE)
+            inputs.append((first, BLOCK_SIZE))
 
-        def compute(part: torch.Tensor, columns: torch.Tensor) -> Computed:
+        def compute(part: torch.Tensor, *first: torch.Tensor) -> Computed:
             codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
             codes = codes.view(-1)
-            of_blocks = None if tiled is None else BlockWeights(tiled.to(part.device), columns)
+            of_blocks = None if tiled is None else BlockWeights(tiled.to(part.device), *first)
             improve(part, of_blocks, quant_type, codes, scales)
             return part, (codes, scales)
 
-        given = tensor(values, dtype)
-        inputs = [(given, 1), (first, BLOCK_SIZE)]
         outs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), BLOCK_SIZE)]
         return count(given) if self._in_pieces(2 * BLOCK_SIZE, inputs, compute, outs) else NonFinite(0, -1)
 
@@ -159,11 +161,12 @@ class Accelerator:
     ) -> None:
         """One weight at a time, on the first device; see ``qz.quantize.compute.gpu.gptq``."""
         device = self.devices[0]
-        given = tensor(values, dtype), tensor(scales, "F32"), tensor(hessian, "F32")
+        given = tensor(values, dtype), tensor(scales, "F32")
         try:
             with self._whole, self._device_errors():
-                weight, its_scales, its_hessian = (each.to(device) for each in given)
-                codes = gptq.codes(weight, quant_type, its_scales, its_hessian).view(-1)
+                factor = self._factors.of(hessian, device)
+                weight, its_scales = (each.to(device) for each in given)
+                codes = gptq.codes(weight, quant_type, its_scales, factor).view(-1)
                 padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=zero_code(quant_type))
                 packed[:] = packed_pairs(padded).cpu().numpy()
         except torch.OutOfMemoryError:

@@ -7,10 +7,14 @@ Every operation is elementwise in float32 or a sum in a fixed order, so each dev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch  # noqa: TID253 (this module is imported lazily)
 
 from qz.quantize.compute import scale_search, tables
+from qz.quantize.compute.gpu import cuda_kernels
+from qz.quantize.compute.once import once
 
 _BLOCKS = {"cpu": 1 << 10}
 """Blocks at a time, by the kind of device: what stays in the cache, or bounds the temporaries."""
@@ -37,6 +41,9 @@ def improve(
     ``values``: 1-D of the float dtype that they are loaded in; a short last block counts as filled up with zeros.
     ``packed``: uint8[ceil(n / 2)]. ``scales``: float32[ceil(n / 64)].
     """
+    if (function := cuda_kernels.kernel("search", values.device)) is not None:
+        _launch(function, values, weights, quant_type, packed, scales)
+        return
     step = _BLOCKS.get(values.device.type, 1 << 18)
     for start in range(0, scales.numel(), step):
         part = slice(start, start + step)
@@ -48,6 +55,35 @@ def improve(
         )
         codes.copy_(chosen)
         scales[part] = torch.where(better, found.scales, scales[part])
+
+
+def _launch(
+    function: Any,
+    values: torch.Tensor,
+    weights: BlockWeights | None,
+    quant_type: str,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+) -> None:
+    """``improve`` in one pass of ``cuda_source.SEARCH``."""
+    device = values.device
+    cuts, inverses, limits = _candidate_tensors(quant_type, device)
+    of_weights = (inverses, scales) if weights is None else (weights.tiled, weights.first)
+    candidates = len(cuts) if weights is None else len(inverses)
+    cuda_kernels.launch(
+        function, device, scales.numel(), values, values.numel(), cuda_kernels.KINDS[values.dtype],
+        *table_tensors(quant_type, device), cuts, inverses, candidates, *of_weights, int(weights is not None), limits,
+        packed, scales, scales.numel(),
+    )  # fmt: skip
+
+
+@once
+def _candidate_tensors(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Without importance int32 (candidates, 31), bounds and levels of each; with it float32 inverses; the limits."""
+    cuts = np.stack([np.concatenate(each) for each in scale_search.coarse_candidates(quant_type)]).astype(np.int32)
+    limits = [scale_search.LEAST_ABSMAX, scale_search.MOST_ABSMAX, scale_search.LEAST_GAIN, scale_search.GRID]
+    inverses = torch.tensor(scale_search.inverse_candidates(quant_type), dtype=torch.float32)
+    return torch.from_numpy(cuts).to(device), inverses.to(device), torch.tensor(limits).to(device)
 
 
 def encode(values: torch.Tensor, quant_type: str, scales: torch.Tensor, packed: torch.Tensor) -> None:
@@ -122,6 +158,7 @@ def packed_pairs(codes: torch.Tensor) -> torch.Tensor:
     return (pairs[:, 0] << 4) | pairs[:, 1]
 
 
+@once
 def table_tensors(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bounds, levels in ascending order, and the codes of these levels."""
     order = tables.order(quant_type)
