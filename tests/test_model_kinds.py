@@ -228,13 +228,37 @@ def test_where_the_library_has_no_class_of_that_name_the_model_type_gives_one(
 
 
 def test_a_class_that_cannot_be_told_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    source = saved(llama(), tmp_path / "source")
-    change(source, architectures=...)
+    source = saved(llama(tie_word_embeddings=True), tmp_path / "source")  # the file has no head: two classes fit
+    change(source, architectures=None)
     with pytest.raises(Unsupported, match=r'e.g. "architectures": \["LlamaForCausalLM"\]'):
         quantized(source, tmp_path / "output", "nf4")
     change(source, architectures=["LlamaForRegression"])
     with pytest.raises(Unsupported, match="has no class LlamaForRegression"):
         quantized(source, tmp_path / "output", "nf4")
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        (["LlamaModel", "LlamaForCausalLM"], "`architectures` in config.json also names LlamaModel"),
+        (["LlamaForSequenceClassification", "CLIPModel", "LlamaForCausalLM"], "also names LlamaForSequenceCl"),
+        (["LlamaXForCausalLM", "LlamaForCausalLM"], None),
+        ([], "the only class of its model type that fits"),
+        (..., "the only class of its model type that fits"),
+    ],
+)
+def test_of_several_classes_or_none_the_one_that_the_weights_are_of_is_taken(
+    named: Any, told: str | None, tmp_path: Path
+) -> None:
+    source = saved(llama(), tmp_path / "source")
+    quantized(source, tmp_path / "wanted", "nf4")
+    change(source, architectures=named)
+    summary = quantized(source, tmp_path / "output", "nf4")
+    assert differing_tensors(tmp_path / "wanted", tmp_path / "output") == []
+    assert config_of(tmp_path / "wanted") == config_of(tmp_path / "output")
+    taken = [warning for warning in summary.warnings if warning.startswith("taken as a LlamaForCausalLM, ")]
+    assert len(taken) == (told is not None)
+    assert told is None or told in taken[0]
 
 
 def test_a_missing_output_layer_is_no_model_without_a_head(tmp_path: Path) -> None:

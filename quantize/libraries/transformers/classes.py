@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,26 @@ def model_class_of(checkpoint: Checkpoint) -> ModelClass:
         note = f"transformers has no class {named}; {model_class.__name__} is its class for the model type {model_type}"
         return ModelClass(model_class, _config_class(model_class, model_type), (note,))
     raise _refusal(checkpoint, named, known)
+
+
+def classes_to_choose_from(checkpoint: Checkpoint) -> list[ModelClass]:
+    """The classes to choose from where config.json does not name one: several that it names, or all of the model type.
+
+    Empty where it names one, and for a component, whose class the pipeline names.
+    """
+    model_type = checkpoint.config.get("model_type")
+    listed = checkpoint.config.get("architectures")
+    known = auto_class_names(model_type)
+    if checkpoint.class_module is not None or (listed and (not isinstance(listed, list) or len(listed) < 2)):
+        return []
+    names = [name for name in listed if isinstance(name, str)] if listed else known
+    names = [name for name in names if name in known] or names
+    found: list[ModelClass] = []
+    for name in dict.fromkeys(names):
+        with suppress(Unsupported):  # a class that needs another package
+            if (model_class := _class_named(name)) is not None:
+                found.append(ModelClass(model_class, _config_class(model_class, model_type)))
+    return found
 
 
 def _refusal(checkpoint: Checkpoint, named: str | None, known: list[str]) -> Unsupported:

@@ -16,7 +16,7 @@ import torch
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.transformers.classes import model_class_of
 from qz.quantize.libraries.transformers.internals import model_on_meta, revert_weight_conversion
-from qz.quantize.libraries.transformers.on_transformers import config_in_folder
+from qz.quantize.libraries.transformers.meta_loading import config_in_folder
 
 BASE_LAYER = ".base_layer"
 """What PEFT puts into the name of a module for each adapter around it."""

@@ -6,21 +6,14 @@ Imported only when a transformers checkpoint is planned.
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from qz import IOFailed, MalformedInput
-from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
-from qz.formats.hub.bars import bars_as_found
-from qz.formats.json_files import read_json
+from qz import MalformedInput
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.architecture import (
-    OF_QUANTIZATION,
     Architecture,
     Footprint,
     LoadRequest,
@@ -32,28 +25,26 @@ from qz.quantize.libraries.architecture import (
     unmatched,
 )
 from qz.quantize.libraries.class_search import module_of
-from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of, model_class_of
+from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of
 from qz.quantize.libraries.transformers.experts import find_experts, quantize_experts
+from qz.quantize.libraries.transformers.fitting import chosen_class
 from qz.quantize.libraries.transformers.footprint import footprint, kept_as_stored
 from qz.quantize.libraries.transformers.internals import (
     Conv1D,
-    cheap_converters,
     holds_experts,
     ignored_on_save,
     kept_in_float32,
-    no_init_weights,
     remove_tied_weights_from_state_dict,
     saving_documents_only,
-    shares_generation_config,
     should_convert_module,
     tied_weights,
 )
+from qz.quantize.libraries.transformers.meta_loading import load, no_room, temporary_folder
 from qz.quantize.libraries.transformers.meta_stacks import MetaStacks
 from qz.quantize.libraries.transformers.origins import Model, find_origins, find_transposed, packed_elsewhere, tie
 from qz.quantize.libraries.transformers.saved_names import saved_tensors
 from qz.quantize.libraries.transformers.selection import select
 
-GENERATION_CONFIG = "generation_config.json"
 EXPERTS_NOTE = (
     "the experts are quantized: plain from_pretrained of transformers cannot load this, qz.load can; "
     "`qz inspect --for` says who else"
@@ -70,12 +61,12 @@ def examine(
     import transformers
 
     where = checkpoint.folder.location
-    model_class = model_class_of(checkpoint)
-    model, missing, mismatched = _load(checkpoint, model_class, tensors, request)
+    model_class = chosen_class(checkpoint, tensors, request)
+    model, missing, mismatched = load(checkpoint, model_class, tensors, request)
     class_notes = model_class.notes
     body_class = body_class_of(checkpoint, model, missing)
     if body_class is not None:
-        found = _load(checkpoint, replace(model_class, model=body_class), tensors, request)
+        found = load(checkpoint, replace(model_class, model=body_class), tensors, request)
         if not found[1]:
             model, missing, mismatched = found
             head = model_class.model.__name__
@@ -130,7 +121,7 @@ def examine(
         # is loaded otherwise than the model was that it is made from.
         written = replace(checkpoint, config=json.loads(documents["config.json"]))
         as_written = ModelClass(type(model), type(model.config))
-        loaded, _, _ = _load(written, as_written, tensors, replace(request, dtype="auto"))
+        loaded, _, _ = load(written, as_written, tensors, replace(request, dtype="auto"))
         uncast = kept_as_stored(loaded, saved, request)
     return Architecture(
         class_name=class_name,
@@ -167,87 +158,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load(
-    checkpoint: Checkpoint, model_class: ModelClass, tensors: Mapping[str, TensorSpec], request: LoadRequest
-) -> tuple[Model, set[str], dict[str, str]]:
-    """The model on meta, with the names that its loader missed, and those it found in another shape, with that."""
-    from transformers import GenerationConfig
-    from transformers.utils import logging
-
-    state = {
-        name: torch.empty(given.shape, dtype=getattr(torch, given.dtype), device="meta")
-        for name, given in tensors.items()
-    }
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    bars = logging.is_progress_bar_enabled()
-    try:
-        # Without initial values for weights that have none: torch would import sympy for them.
-        with bars_as_found(), _temporary_folder() as folder, no_init_weights(), MetaStacks(), cheap_converters():
-            logging.disable_progress_bar()
-            generation = None
-            if GENERATION_CONFIG in checkpoint.folder.sizes() and model_class.model.can_generate():
-                data = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
-                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is none
-                _store(folder / GENERATION_CONFIG, data)
-                generation = GenerationConfig.from_pretrained(folder)
-            shared = generation if shares_generation_config(model_class.model) else None
-            model, info = model_class.model.from_pretrained(
-                None,
-                config=config_in_folder(checkpoint, model_class.config),
-                state_dict=state,
-                device_map="meta",
-                dtype=request.dtype,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **({} if shared is None else {"generation_config": shared}),
-            )
-            if generation is not None and shared is None:
-                model.generation_config = generation
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            with bars_as_found():  # it enables all of huggingface_hub's, too
-                logging.enable_progress_bar()
-    mismatched = {
-        key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
-    }
-    return model, set(info["missing_keys"]) - mismatched.keys(), mismatched
-
-
-def config_in_folder(checkpoint: Checkpoint, config_class: Any) -> Any:
-    """The checkpoint's config as an object of the library, which reads it from a folder."""
-    with _temporary_folder() as folder:
-        config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
-        _store(folder / "config.json", json.dumps(config).encode())
-        return config_class.from_pretrained(folder)
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """The library takes configs from a folder only."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="qz-")
-    except OSError as error:
-        raise _no_room(error) from error
-    with folder as path:
-        yield Path(path)
-
-
-def _store(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise _no_room(error) from error
-
-
-def _no_room(error: OSError) -> IOFailed:
-    return IOFailed(
-        f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. "
-        "Free some space there, or name another folder with TMPDIR."
-    )
-
-
 def _documents(
     model: Model, quantized: Mapping[str, Weight], request: LoadRequest, skips: list[str] | None
 ) -> dict[str, bytes]:
@@ -264,14 +174,14 @@ def _documents(
     if request.method is not None:
         model.config.quantization_config = BitsAndBytesConfig(**request.method.config(), llm_int8_skip_modules=skips)
     documents = {}
-    with _temporary_folder() as folder:
+    with temporary_folder() as folder:
         try:
             with saving_documents_only():
                 model.save_pretrained(folder)
         except (ValueError, TypeError, AssertionError) as error:
             raise MalformedInput(f"transformers refuses to save this configuration: {error}") from error
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
         for path in sorted(folder.iterdir()):
             documents[path.name] = document(path.read_text(encoding="utf-8"))
     return documents

@@ -19,7 +19,7 @@ from qz.quantize.libraries.importing.untrusted_config import without_code
 from qz.quantize.libraries.importing.work_bounds import work_bounded
 from qz.quantize.libraries.transformers.classes import model_class_of
 from qz.quantize.libraries.transformers.internals import Conv1D, no_init_weights, tied_weights
-from qz.quantize.libraries.transformers.on_transformers import config_in_folder
+from qz.quantize.libraries.transformers.meta_loading import config_in_folder
 from qz.quantize.libraries.transformers.origins import Model, Origin, find_origins, find_transposed
 
 LONGEST = 512

@@ -1,0 +1,52 @@
+"""The class that a checkpoint's weights are of, where config.json does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from qz import QzError
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
+from qz.quantize.libraries.transformers.classes import ModelClass, classes_to_choose_from, model_class_of
+from qz.quantize.libraries.transformers.meta_loading import load
+from qz.quantize.libraries.transformers.meta_stacks import MetaStacks
+from qz.quantize.libraries.transformers.origins import find_origins
+
+
+def chosen_class(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> ModelClass:
+    """The class that config.json names; of several, the first of those that miss least and leave out least.
+
+    Where it names none, the only class of the model type that neither misses a tensor nor leaves one out, which is the
+    one that the fitting Auto class would load. Raises Unsupported if there is no such class, or more than one.
+    """
+    candidates = classes_to_choose_from(checkpoint)
+    if not candidates:
+        return model_class_of(checkpoint)
+    misfits = [_misfits(checkpoint, candidate, tensors, request) for candidate in candidates]
+    best = candidates[misfits.index(min(misfits))]
+    name = best.model.__name__
+    if checkpoint.config.get("architectures"):
+        others = ", ".join(each.model.__name__ for each in candidates if each is not best)
+        note = f"taken as a {name}, whose weights these are: `architectures` in config.json also names {others}"
+        return replace(best, notes=(note,)) if others else best
+    if misfits.count((0, 0)) != 1:
+        return model_class_of(checkpoint)
+    note = f"taken as a {name}, the only class of its model type that fits: config.json names none in `architectures`"
+    return replace(best, notes=(note,))
+
+
+def _misfits(
+    checkpoint: Checkpoint, candidate: ModelClass, tensors: Mapping[str, TensorSpec], request: LoadRequest
+) -> tuple[int, int]:
+    """How many tensors the class misses or has in another shape, and how many of the checkpoint's it does not use."""
+    try:
+        model, missing, mismatched = load(checkpoint, candidate, tensors, request)
+    except (QzError, MemoryError, OSError):
+        raise
+    except Exception:  # noqa: BLE001 - a class may raise anything for a config that is not meant for it
+        return len(tensors) + 1, len(tensors)
+    with MetaStacks():
+        origins = find_origins(model, tensors)
+    used = {source for origin in origins.values() for source in origin.sources}
+    return len(missing) + len(mismatched), len(tensors.keys() - used)
