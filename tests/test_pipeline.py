@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2
 from transformers import T5EncoderModel
 
 import pipelines
+import qz.api
 import reference
 from commands import contents, run
 from hooks import every_disk
@@ -296,8 +298,26 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 def test_a_component_that_is_not_there_is_named(changed: Path, tmp_path: Path) -> None:
     shutil.rmtree(changed / "tokenizer_2")
-    with pytest.raises(MissingInput, match=r"names tokenizer_2, but there is no such folder"):
+    with pytest.raises(MissingInput, match=r"names tokenizer_2, but there is no such folder.* \[null, null\] there"):
         run(quantize, changed, output=tmp_path / "out")
+    rewrite(changed / "model_index.json", tokenizer_2=[None, None])
+    run(quantize, changed, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer_2").exists()
+
+
+@pytest.mark.parametrize(("name", "made"), [("LongCatAudioDiTPipeline", "scheduler"), ("LLaDA2Pipeline", "tokenizer")])
+def test_a_component_that_its_class_makes_itself_needs_no_folder(
+    name: str, made: str, changed: Path, tmp_path: Path
+) -> None:
+    _, optional = getattr(diffusers, name)._get_signature_keys(getattr(diffusers, name))
+    assert made in optional  # what diffusers neither saves nor loads
+    shutil.rmtree(changed / made)
+    rewrite(changed / "model_index.json", _class_name=name)
+    run(quantize, changed, output=tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert made in index
+    assert not (tmp_path / "out" / made).exists()
+    assert qz.api.inspect(str(tmp_path / "out")).errors == ()
 
 
 def test_all_damaged_components_are_named_at_once(changed: Path, tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ _OF_TWO_REPOSITORIES = re.compile(r"Kandinsky(?:V22)?(?:Img2Img|Inpaint|Controln
 _PRIOR = re.compile(r"\A---\n(?:(?!---).*\n)*?prior:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)")
 
 
+_MADE_BY_ITS_CLASS = {"LLaDA2Pipeline": {"tokenizer"}, "LongCatAudioDiTPipeline": {"scheduler"}}
+"""By pipeline, what its class makes by itself: optional arguments, which it names in the index, but does not save."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unread:
     """Why a component's weights could not be read: ``kinds`` of problems, and the error that they are."""
@@ -138,14 +142,15 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
                 "copies. Quantize its components one by one with --subfolder."
             )
         raise Malformed("index-malformed", f"{where} has no _class_name, so no pipeline. Download it again.")
-    entries = {name: (value[0], value[1]) for name, value in index.items() if is_component(name, value)}
+    entries = named_components(index, folder)
     unsafe = [name for name in entries if not _NAME.fullmatch(name)]
     if unsafe:
         raise Malformed("unsafe-name", f"{where} names a component {quoted(unsafe[0])}. Do not use this pipeline.")
     missing = sorted(entries.keys() - set(folder.subfolders()))
     if missing:
         raise MissingInput(
-            f"{where} names {', '.join(missing)}, but there is no such folder. Download the whole pipeline."
+            f"{where} names {', '.join(missing)}, but there is no such folder. Download the whole pipeline; one that "
+            "may be left out, such as a safety checker, is [null, null] there."
         )
     components: list[Component] = []
     try:
@@ -193,6 +198,13 @@ def with_followers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> di
             found[follower] = name
             follower = f"{name}_{int(follower.rpartition('_')[2]) + 1}"
     return found
+
+
+def named_components(index: Mapping[str, Any], folder: Folder) -> dict[str, tuple[str, str]]:
+    """Name → library and class of what the index names, without what has no folder as the pipeline's class makes it."""
+    spared = _MADE_BY_ITS_CLASS.get(str(index.get("_class_name")), set()) - set(folder.subfolders())
+    components = {name: value for name, value in index.items() if is_component(name, value)}
+    return {name: (value[0], value[1]) for name, value in components.items() if name not in spared}
 
 
 def is_component(name: str, value: Any) -> bool:

@@ -14,7 +14,7 @@ from qz.formats.checkpoint.pipeline import (
     Unread,
     as_component,
     has_weights,
-    is_component,
+    named_components,
     with_followers,
 )
 from qz.formats.checkpoint.problems import Problem, Problems, as_error, kind_of, worst_first
@@ -273,11 +273,9 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
         class_name = None
     entries: dict[str, tuple[str, str]] = {}
     unsafe: list[str] = []
-    for name, value in index.items():
-        if not is_component(name, value):
-            continue
+    for name, entry in named_components(index, folder).items():
         if name.isidentifier() and name.isascii():
-            entries[name] = (value[0], value[1])
+            entries[name] = entry
         else:
             unsafe.append(name)
     for name in unsafe:
