@@ -16,13 +16,14 @@ from PIL import Image
 
 from whole_zoo.input_values import random_values
 from whole_zoo.inputs import MENDS, WIDTHS, failing_lines, with_width
+from whole_zoo.pipeline_needs import arguments_needed
 
 SECONDS, OF_ONE = 15, 8
 """CPU time for finding a call, and for one attempt."""
 SIDES = (64, 32, 128)
 _GIVEN = re.compile(
     r"prompt|source_prompt|height|width|num_inference_steps|output_type|max_sequence_length|num_frames|processing_resolution|"
-    r"_auto_resize|max_area|audio_(?:length|end)_in_s|text_encoder_out_layers"
+    r"_auto_resize|use_resolution_binning|max_area|audio_(?:length|end)_in_s|text_encoder_out_layers"
 )
 """Given wherever a pipeline takes them: they keep a call small."""
 _NEVER = re.compile(r"(?:negative_)?ip_adapter\w*|callback\w*|\w*generator|\w*latents|\w+_kwargs|self|return_dict")
@@ -43,7 +44,7 @@ def call_that_runs(pipeline: Any) -> tuple[dict[str, Any] | None, str]:
     parameters = _parameters(pipeline)
     end = time.process_time() + SECONDS
     reasons: list[str] = []
-    for arguments in _attempts(parameters):
+    for arguments in _attempts(parameters, arguments_needed(type(pipeline).__name__)):
         side = int(arguments.pop("side"))
         for _ in range(MENDS):
             try:
@@ -65,7 +66,7 @@ def _told(reasons: list[str]) -> str:
     return next((text for text in reasons if any(pattern.search(text) for pattern in WIDTHS)), reasons[0])
 
 
-def _attempts(parameters: Mapping[str, inspect.Parameter]) -> Iterator[dict[str, Any]]:
+def _attempts(parameters: Mapping[str, inspect.Parameter], needed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     required = [
         name
         for name, parameter in parameters.items()
@@ -77,6 +78,9 @@ def _attempts(parameters: Mapping[str, inspect.Parameter]) -> Iterator[dict[str,
         for more in ([], pictures) if pictures else ([],):
             values = {name: _value(name, side) for name in [*names, *more]}
             given = {name: value for name, value in values.items() if value is not None}
+            given |= {
+                name: value(side) if callable(value) else value for name, value in needed.items() if name in parameters
+            }
             yield {"side": side, **given}
             if "output_type" in given:
                 yield {"side": side, **given, "output_type": "pt"}
@@ -94,7 +98,7 @@ def _value(name: str, side: int) -> Any:
         (r"max_sequence_length", 16),
         (r"num_frames|video_length", 5),
         (r"processing_resolution|control_mode", 0),
-        (r"_auto_resize", False),
+        (r"_auto_resize|use_resolution_binning", False),
         (r"max_area", side * side),
         (r"text_encoder_out_layers", (0, 1, 1)),
         (r"audio_(?:length|end)_in_s", 0.1),

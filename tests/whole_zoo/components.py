@@ -11,10 +11,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+import torch
+
 from pipelines import TEXT, clip_tokenizer
 from whole_zoo import diffusers_cases, transformers_cases
 from whole_zoo.case import NotBuilt, seed
 from whole_zoo.inputs import WIDTHS
+from whole_zoo.pipeline_needs import parts_needed
 
 VOCABULARY = 200
 
@@ -26,20 +29,55 @@ Sizes = Mapping[str, Mapping[str, int]]
 def build_components(pipeline_class: Any, folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Every argument of the constructor that has no default. Raises NotBuilt for a type that the zoo cannot make."""
     found = {}
+    needed = parts_needed(pipeline_class.__name__)
     for name, parameter in inspect.signature(pipeline_class.__init__).parameters.items():
         if name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        if _MAIN.fullmatch(name) or (parameter.default is parameter.empty and name not in _LEFT_OUT):
+        if name in needed and not isinstance(needed[name], dict):
+            found[name] = needed[name]
+        elif (
+            name in needed or _MAIN.fullmatch(name) or (parameter.default is parameter.empty and name not in _LEFT_OUT)
+        ):
             found[name] = _component(name, parameter.annotation, folder, "XL" in pipeline_class.__name__)
         elif parameter.default is parameter.empty:
             found[name] = None
-    for name, more in sizes.items():
+    for name, more in [*((name, more) for name, more in needed.items() if isinstance(more, dict)), *sizes.items()]:
         seed(pipeline_class.__name__)
-        kind = type(found[name])
-        arguments = {**found[name].config, **more}
-        known = inspect.signature(kind.__init__).parameters
-        found[name] = _model(kind(**{key: value for key, value in arguments.items() if key in known}))
+        found[name] = _remade(found[name], more)
+    _fit_pictures(found)
     return found
+
+
+def _remade(part: Any, more: Mapping[str, Any]) -> Any:
+    """A component of other arguments, or of another class, which ``class`` names."""
+    import diffusers
+    import transformers
+
+    if hasattr(transformers, more.get("class", "")):
+        kind = getattr(transformers, more["class"])
+        return _model(next(transformers_cases.small_models(kind.config_class, kind.__name__, kind)))
+    kind = getattr(diffusers, more["class"]) if "class" in more else type(part)
+    if issubclass(kind, transformers.PreTrainedModel):
+        return _model(kind(type(part.config).from_dict({**part.config.to_dict(), **more})))
+    first = dict(part.config) if kind is type(part) else diffusers_cases.ARGUMENTS.get(kind.__name__, {})
+    known = inspect.signature(kind.__init__).parameters
+    made = kind(**{key: value for key, value in {**first, **more}.items() if key in known})
+    return _model(made) if isinstance(made, torch.nn.Module) else made
+
+
+def _fit_pictures(components: dict[str, Any]) -> None:
+    """Let processors of pictures give the size that the encoder of pictures takes."""
+    configs = [getattr(part, "config", None) for part in components.values() if isinstance(part, torch.nn.Module)]
+    found = [
+        getattr(each, "image_size", None) for one in configs for each in (one, getattr(one, "vision_config", None))
+    ]
+    sides = [side for side in found if isinstance(side, int)]
+    for part in components.values():
+        if sides and hasattr(part, "image_mean") and hasattr(part, "size") and "size" in part.to_dict():
+            side = {"height": sides[0], "width": sides[0]}
+            part.size = {"shortest_edge": sides[0]} if "shortest_edge" in dict(part.size) else side
+            if getattr(part, "crop_size", None) is not None:
+                part.crop_size = side
 
 
 def sizes_called_for(pipeline: Any, message: str) -> Iterator[dict[str, dict[str, int]]]:

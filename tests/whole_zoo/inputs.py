@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from whole_zoo.diffusers_inputs import NO_FORWARD
 from whole_zoo.guesses import guesses
 from whole_zoo.input_values import by_name, is_count, random_values
 
@@ -72,6 +73,8 @@ class Inputs:
 
 def inputs_that_run(model: Any) -> Inputs:
     """The first arguments that the model takes and that give an output."""
+    if (why := NO_FORWARD.get(type(model).__name__)) is not None:
+        return Inputs(None, f"cannot be called by itself: {why}")
     end = time.process_time() + SECONDS
     reasons: dict[str, None] = {}
     sizes = _sizes(model)
@@ -236,7 +239,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
         return {key: _cast(each, dtype) for key, each in value.items()}
-    return [_cast(each, dtype) for each in value] if isinstance(value, list) else value
+    return type(value)(_cast(each, dtype) for each in value) if isinstance(value, list | tuple) else value
 
 
 def _floats(output: Any) -> Iterator[torch.Tensor]:

@@ -34,7 +34,7 @@ RUNS = {
     "equal": "equal to the library's quantized model",
     "near": "equal to it, and near the original, with layers kept on purpose",
     "library": "not compared: the library's quantized model fails on this CPU",
-    "none": "not compared: no input found",
+    "none": "not compared: no call, for the reasons below",
 }
 TITLES = {"transformers": "Models of transformers", "diffusers": "Models of diffusers",
           "diffusers pipeline": "Pipelines of diffusers"}  # fmt: skip
@@ -58,9 +58,8 @@ def _section(title: str, rows: list[dict[str, Any]]) -> str:
     counts = Counter(_result(row) for row in rows)
     text = f"\n## {title}\n\n| result | rows, one for each class and method |\n|---|---|\n"
     text += "".join(f"| {result} | {counts[result]:,} |\n" for result in ORDER if counts[result])
-    runs = Counter(
-        _ran(row) for row in rows if row["method"] and _result(row) not in ("refused", "nothing to quantize")
-    )
+    tried = [row for row in rows if row["method"] and _result(row) not in ("refused", "nothing to quantize")]
+    runs = Counter(_ran(row) for row in tried)
     text += "\n| one run of what is not refused | rows |\n|---|---|\n"
     text += "".join(f"| {RUNS[how]} | {runs[how]:,} |\n" for how in RUNS if runs[how])
     classes: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -81,7 +80,19 @@ def _section(title: str, rows: list[dict[str, Any]]) -> str:
         text += "\n### Others\n\n| class | method | result | why |\n|---|---|---|---|\n"
     for (name, kind, result, why), methods in sorted(told.items()):
         text += f"| {name}{kind} | {', '.join(methods)} | {result} | {why} |\n"
-    return text
+    return text + _not_called([row for row in tried if _ran(row) == "none"])
+
+
+def _not_called(rows: list[dict[str, Any]]) -> str:
+    told: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        told[row["architecture"], _kind(row), _shown(row["ran"])].append(row["method"])
+    if not told:
+        return ""
+    text = "\n### Not called\n\n| class | method | why |\n|---|---|---|\n"
+    return text + "".join(
+        f"| {name}{kind} | {', '.join(methods)} | {why} |\n" for (name, kind, why), methods in sorted(told.items())
+    )
 
 
 def _names(title: str, classes: Iterable[tuple[str, str]]) -> str:
@@ -110,5 +121,9 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _why(row: dict[str, Any]) -> str:
-    text = " ".join([row["why"], *row["faults"]]).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").strip()
+    return _shown(" ".join([row["why"], *row["faults"]]))
+
+
+def _shown(text: str) -> str:
+    text = text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").strip()
     return text if len(text) <= 200 else text[:197] + "…"

@@ -1,0 +1,168 @@
+"""What pipelines of diffusers need that their signatures do not tell: components whose sizes fit each other, and
+arguments of a call that only the pipeline's code knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+
+from whole_zoo.input_values import random_values as values
+
+Parts = Mapping[str, Any]
+"""Of components: arguments of the constructor, ``class`` for another class than the one annotated; or, for what is no
+component, the value itself."""
+
+
+def parts_needed(pipeline: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pattern, parts, _ in _NEEDS:
+        if re.fullmatch(pattern, pipeline):
+            for name, part in parts.items():
+                both = isinstance(part, dict) and isinstance(found.get(name), dict)
+                found[name] = {**found[name], **part} if both else part
+    return found
+
+
+def arguments_needed(pipeline: str) -> dict[str, Any]:
+    """Values by the names of arguments; None for one that is not to be given. A function makes its value of the side of
+    a picture, in pixels."""
+    return {
+        name: value for pattern, _, call in _NEEDS if re.fullmatch(pattern, pipeline) for name, value in call.items()
+    }
+
+
+def _picture(side: int) -> Image.Image:
+    return Image.fromarray(numpy.full((side, side, 3), 128, dtype=numpy.uint8))
+
+
+def _frames(side: int) -> list[Image.Image]:
+    return [_picture(side)] * 5
+
+
+def _latent(side: int) -> torch.Tensor:
+    return values(1, 4, side, side)
+
+
+_NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
+    ("AceStep.*", {
+        "condition_encoder": {"text_hidden_dim": 64},
+        "transformer": {"in_channels": 136, "audio_acoustic_hidden_dim": 8},
+    }, {"audio_duration": 0.01}),
+    ("Allegro.*", {"transformer": {"attention_head_dim": 24, "cross_attention_dim": 48}}, {}),
+    ("Amused.*", {
+        "transformer": {"encoder_hidden_size": 64, "cond_embed_dim": 64}, "vqvae": {"num_vq_embeddings": 32},
+    }, {}),
+    ("AnimateDiff.*ControlNet.*", {}, {"conditioning_frames": _frames}),
+    ("AnimateDiffSparse.*", {
+        "controlnet": {"block_out_channels": [64, 128], "conditioning_embedding_out_channels": [16, 32]}
+    }, {"conditioning_frames": lambda side: [_picture(side)], "controlnet_frame_indices": [0]}),
+    ("AnyFlowFAR.*", {}, {"chunk_partition": [1, 1]}),
+    ("AudioLDM2.*", {
+        "projection_model": {"text_encoder_dim": 64, "text_encoder_1_dim": 64, "langauge_model_dim": 64},
+        "unet": {"cross_attention_dim": [[None, 64, 64], [None, 64, 64]]},
+    }, {"max_new_tokens": 8}),
+    ("(AudioLDM2?|MusicLDM)Pipeline", {"vae": {"in_channels": 1, "out_channels": 1}}, {}),
+    ("AudioLDMPipeline", {"unet": {
+        "class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 64,
+        "class_embeddings_concat": True, "cross_attention_dim": [64, 128],
+    }}, {}),
+    ("AuraFlow.*", {"transformer": {"pos_embed_max_size": 1024}}, {}),
+    ("BlipDiffusion.*", {}, {
+        "prompt": ["a cat"], "source_subject_category": ["cat"], "target_subject_category": ["dog"],
+    }),
+    ("BriaFibo(Edit)?Pipeline", {"transformer": {"joint_attention_dim": 128}}, {"negative_prompt": "a dog"}),
+    ("BriaFiboEdit.*", {}, {"prompt": '{"edit_instruction": "a cat"}'}),
+    ("Chroma.*", {"transformer": {"in_channels": 16, "out_channels": 16}}, {}),
+    ("CogVideoX.*|ConsisID.*", {}, {"max_sequence_length": 226}),
+    ("CogVideoX(FunControl|ImageToVideo).*|ConsisID.*", {"transformer": {"in_channels": 32}}, {}),
+    ("CogView4.*", {}, {"negative_prompt": "a dog"}),
+    ("CogView4Control.*", {"transformer": {"in_channels": 8, "out_channels": 4}}, {}),
+    ("DiTPipeline", {"transformer": {"in_channels": 4, "out_channels": 8, "sample_size": 8}}, {}),
+    ("EasyAnimateInpaint.*", {}, {
+        "video": lambda side: values(1, 3, 5, side, side), "mask_video": lambda side: values(1, 1, 5, side, side),
+    }),
+    ("FluxControl(Img2Img|Inpaint)?Pipeline", {"transformer": {"in_channels": 32, "out_channels": 16}}, {}),
+    ("FluxFill.*", {"transformer": {"in_channels": 36, "out_channels": 16}}, {}),
+    ("FluxPriorRedux.*", {"image_embedder": {"redux_dim": 64, "txt_in_features": 64}}, {}),
+    ("HeliosPipeline", {"scheduler": {"stages": 1}}, {}),
+    ("HeliosPyramid.*", {"scheduler": {"gamma": 0.25}}, {}),
+    ("(HunyuanDiT|PixArtSigma|StableDiffusion3)PAG.*", {"pag_applied_layers": "blocks.0"}, {}),
+    ("HunyuanDiT.*", {"vae": {
+        "block_out_channels": [32] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }}, {}),
+    ("HunyuanDiTControlNet.*", {
+        "transformer": {"num_layers": 4},
+        "controlnet": {
+            "attention_head_dim": 32, "hidden_size": 64, "cross_attention_dim": 64, "cross_attention_dim_t5": 64,
+            "pooled_projection_dim": 64, "text_len": 77, "text_len_t5": 256, "sample_size": 32,
+        },
+    }, {}),
+    ("HunyuanImageRefiner.*", {
+        "transformer": {"in_channels": 16, "out_channels": 8, "patch_size": [1, 1, 1], "rope_axes_dim": [4, 6, 6]}
+    }, {}),
+    ("HunyuanSkyreels.*", {"transformer": {"in_channels": 32, "out_channels": 16}}, {}),
+    ("HunyuanVideo15.*", {"transformer": {"in_channels": 9, "out_channels": 4, "image_embed_dim": 64}}, {}),
+    ("HunyuanVideoFramepack.*", {"transformer": {"image_proj_dim": 64}}, {}),
+    ("HunyuanVideoImageToVideo.*", {
+        "transformer": {"in_channels": 33, "out_channels": 16, "image_condition_type": "latent_concat"},
+        "text_encoder": {"pad_token_id": 0},
+    }, {}),
+    ("I2VGenXL.*", {}, {"clip_skip": None}),
+    ("IFPipeline", {"unet": {"out_channels": 8}}, {}),
+    ("Ideogram4.*", {}, {"guidance_schedule": [1.0, 1.0], "max_sequence_length": 32}),
+    ("Kandinsky5I2V.*", {"transformer": {"in_visual_dim": 16, "out_visual_dim": 16}}, {}),
+    ("Kandinsky6TI2VA.*", {}, {"sample_audio": False}),
+    ("Kandinsky(V22|3|V22Controlnet)Img2Img(Combined)?Pipeline|KandinskyV22ControlnetImg2Img.*", {}, {"image": _latent}),
+    ("Kandinsky(Combined|Img2Img|Img2ImgCombined|Inpaint|InpaintCombined)?Pipeline", {
+        "text_encoder": {"transformerDimensions": 64, "numDims": 64},
+        "unet": {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 64},
+    }, {}),
+    ("KandinskyV22(Img2Img|Inpaint)?(Combined)?Pipeline", {
+        "unet": {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 64},
+    }, {}),
+    ("KandinskyV22Controlnet.*", {
+        "unet": {
+            "addition_embed_type": "image_hint", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 64,
+            "in_channels": 8,
+        },
+    }, {"hint": lambda side: values(1, 3, 8 * side, 8 * side)}),
+    ("Kandinsky(V22)?(Controlnet)?(Img2Img|Inpaint)?Pipeline", {"unet": {"out_channels": 8}}, {
+        "image_embeds": lambda _: values(1, 64), "negative_image_embeds": lambda _: values(1, 64),
+    }),
+    ("Kandinsky(V22)?(Img2Img|Inpaint)?CombinedPipeline", {"unet": {"out_channels": 8}}, {}),
+    ("Krea2.*", {"text_encoder_select_layers": (1,)}, {}),
+    ("LDMSuperResolution.*", {"unet": {"in_channels": 6, "out_channels": 3}}, {}),
+    ("LTX2.*", {"connectors": {"text_proj_in_factor": 3}}, {}),
+    ("LTX2DFR.*", {"transformer": {"use_keyframes_abs_pos_embedding": True}}, {}),
+    ("LatentConsistencyModel.*", {"scheduler": {"class": "LCMScheduler"}, "unet": {"time_cond_proj_dim": 32}}, {}),
+    ("MotifVideo.*", {"scheduler": {"class": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}}, {}),
+    ("MusicLDM.*", {"text_encoder": {"class": "ClapModel"}}, {}),
+    ("PNDM.*", {}, {"num_inference_steps": 4}),
+    ("SanaSprint.*", {"scheduler": {"class": "SCMScheduler"}}, {}),
+    ("SanaWM.*", {}, {"action": "w-1"}),
+    ("ShapE.*", {"prior": {"encoder_hid_proj_type": None, "added_emb_type": None}}, {}),
+    ("StableAudioPipeline", {"transformer": {"sample_size": 4000}}, {}),
+    ("StableDiffusion3ControlNet.*", {"controlnet": {"pos_embed_max_size": 64, "patch_size": 2}}, {}),
+    ("StableDiffusion3Inpaint.*", {
+        "transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16},
+    }, {}),
+    ("StableDiffusionGLIGEN.*", {"unet": {"attention_type": "gated"}}, {}),
+    ("StableDiffusionLDM3D.*", {"vae": {"out_channels": 6}}, {"output_type": "np"}),
+    ("StableDiffusionParadigms.*", {"scheduler": {"class": "DDIMParallelScheduler"}}, {}),
+    ("StableDiffusionPix2PixZero.*", {}, {
+        "source_embeds": lambda _: values(1, 32, 64), "target_embeds": lambda _: values(1, 32, 64),
+    }),
+    ("StableDiffusionSAG.*", {"scheduler": {"class": "DDIMScheduler"}}, {}),
+    ("StableDiffusionDiffEdit.*", {}, {"image_latents": _latent}),
+    ("TextToVideoZero.*", {}, {"num_inference_steps": 4, "t0": 1, "t1": 2, "video_length": 2}),
+    ("VisualCloze.*", {}, {
+        "task_prompt": "a task", "content_prompt": "a cat",
+        "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
+    }),
+)  # fmt: skip
