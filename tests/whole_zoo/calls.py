@@ -22,7 +22,7 @@ SECONDS, OF_ONE = 15, 8
 """CPU time for finding a call, and for one attempt."""
 SIDES = (64, 32, 128)
 _GIVEN = re.compile(
-    r"prompt|source_prompt|height|width|num_inference_steps|output_type|max_sequence_length|num_frames|processing_resolution|"
+    r"prompt|source_prompt|height|width|(?:\w+_)?num_inference_steps|output_type|max_sequence_length|num_frames|processing_resolution|"
     r"_auto_resize|use_resolution_binning|max_area|audio_(?:length|end)_in_s|text_encoder_out_layers"
 )
 """Given wherever a pipeline takes them: they keep a call small."""

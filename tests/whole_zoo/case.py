@@ -125,7 +125,7 @@ def model_rows(small_models: Callable[[], Iterator[Any]]) -> Callable[[Case, Pat
         try:
             model, _ = library.loaded(source)
             inputs = inputs_that_run(model)
-            if inputs.values is None and _OF_DTYPES.search(inputs.why):  # loaded, a part of it is in float32
+            if inputs.values is None and OF_DTYPES.search(inputs.why):  # loaded, a part of it is in float32
                 small.float().save_pretrained(source)
                 model, _ = library.loaded(source)
                 inputs = inputs_that_run(model)
@@ -161,7 +161,7 @@ def first_that_runs(models: Iterator[Any]) -> Any:
     for model in models:
         fill(model.bfloat16().eval())
         inputs = inputs_that_run(model)
-        if inputs.values is None and _OF_DTYPES.search(inputs.why):
+        if inputs.values is None and OF_DTYPES.search(inputs.why):
             inputs = inputs_that_run(model.float())
         if inputs.values is not None:
             return model
@@ -171,7 +171,8 @@ def first_that_runs(models: Iterator[Any]) -> Any:
     return first
 
 
-_OF_DTYPES = re.compile(r"dtype|[Bb][Ff]loat16|scalar type")
+OF_DTYPES = re.compile(r"dtype|[Bb][Ff]loat16|scalar type")
+"""What libraries say of numbers that are too narrow for them."""
 
 
 def _explain(row: Row) -> None:

@@ -41,10 +41,12 @@ def build_components(pipeline_class: Any, folder: Path, sizes: Sizes) -> dict[st
             found[name] = _component(name, parameter.annotation, folder, "XL" in pipeline_class.__name__)
         elif parameter.default is parameter.empty:
             found[name] = None
-    for name, more in [*((name, more) for name, more in needed.items() if isinstance(more, dict)), *sizes.items()]:
+    mended = [(name, more) for name, more in needed.items() if isinstance(more, dict) and name in found]
+    for name, more in [*mended, *sizes.items()]:
         seed(pipeline_class.__name__)
         found[name] = _remade(found[name], more)
     _fit_pictures(found)
+    _fit_tokens(found)
     return found
 
 
@@ -72,12 +74,28 @@ def _fit_pictures(components: dict[str, Any]) -> None:
         getattr(each, "image_size", None) for one in configs for each in (one, getattr(one, "vision_config", None))
     ]
     sides = [side for side in found if isinstance(side, int)]
-    for part in components.values():
+    for processor in components.values():
+        part = getattr(processor, "image_processor", processor)
         if sides and hasattr(part, "image_mean") and hasattr(part, "size") and "size" in part.to_dict():
             side = {"height": sides[0], "width": sides[0]}
             part.size = {"shortest_edge": sides[0]} if "shortest_edge" in dict(part.size) else side
             if getattr(part, "crop_size", None) is not None:
                 part.crop_size = side
+
+
+def _fit_tokens(components: dict[str, Any]) -> None:
+    """Let models know pictures by the tokens that stand for them in the text."""
+    tokenizers = [part.tokenizer for part in components.values() if hasattr(part, "tokenizer")]
+    configs = [part.config for part in components.values() if isinstance(part, torch.nn.Module)]
+    for tokenizer in tokenizers[:1]:
+        for config in configs:
+            for name, token in _OF_PICTURES.items():
+                if getattr(config, name, None) is not None:
+                    setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+
+
+_OF_PICTURES = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+                "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
 
 
 def sizes_called_for(pipeline: Any, message: str) -> Iterator[dict[str, dict[str, int]]]:
@@ -233,15 +251,22 @@ def _processor(kind: Any, folder: Path) -> Any:
         part_class = getattr(transformers, classes.get(part) or "", None)
         if part_class is None or type(part_class).__name__ == "DummyObject":
             raise NotBuilt(f"a processor whose {part} needs a package that is not installed")
-        parts[part] = _tokenizer(part_class, folder) if part == "tokenizer" else part_class()
-    return kind(**parts)
+        parts[part] = _tokenizer(part_class, folder, 4096) if part == "tokenizer" else part_class()
+    return kind(**parts, chat_template=_CHAT)
+
+
+_CHAT = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text if part.type == 'text' else "
+    "'<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}{% endif %}{% endfor %}"
+)
 
 
 def _model(model: Any) -> Any:
     return model.bfloat16().eval()
 
 
-def _tokenizer(kind: Any, folder: Path) -> Any:
+def _tokenizer(kind: Any, folder: Path, longest: int = 32) -> Any:
     """A tokenizer of a class, trained on a few sentences: byte pairs, or pieces with their scores."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -250,7 +275,7 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
         return clip_tokenizer(folder)
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<pad>", "</s>", "<s>", "<unk>", "<|endoftext|>"]
+    special = ["<pad>", "</s>", "<s>", "<unk>", "<|endoftext|>", *_OF_PICTURES.values()]
     pairs.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special))
     pieces = Tokenizer(models.Unigram())
     pieces.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -267,9 +292,10 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
         tries = [tries[1], tries[0]]
     for arguments in tries:
         try:
-            tokenizer = kind(**arguments, model_max_length=32)
+            tokenizer = kind(**arguments, model_max_length=longest)
+            tokenizer.add_special_tokens({"additional_special_tokens": [*_OF_PICTURES.values()]})
             tokenizer.pad_token = tokenizer.pad_token or "</s>"
-            tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+            tokenizer.chat_template = _CHAT
             tokenizer("a cat", padding="max_length", max_length=8, truncation=True)
             return tokenizer
         except Exception as error:

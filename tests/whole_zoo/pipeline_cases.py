@@ -15,7 +15,7 @@ import torch
 from qz import QzError, api
 from reference import bitsandbytes_arguments, config_of, differing_tensors
 from whole_zoo.calls import call, call_that_runs
-from whole_zoo.case import Case, NotBuilt, Row, fill, mark, one_line, seed
+from whole_zoo.case import OF_DTYPES, Case, NotBuilt, Row, fill, mark, one_line, seed
 from whole_zoo.components import Sizes, build_components, sizes_called_for
 
 METHODS = ("nf4", "int8")
@@ -48,7 +48,11 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
             raise NotBuilt("needs a package that is not installed")
         if not hasattr(pipeline_class, "__call__"):  # noqa: B004 - the class itself is callable
             raise NotBuilt("has no call of its own: it stands for others")
-        pipeline, arguments, reason = _pipeline_that_answers(pipeline_class, source)
+        dtype = torch.bfloat16
+        pipeline, arguments, reason = _pipeline_that_answers(pipeline_class, source, dtype)
+        if arguments is None and OF_DTYPES.search(reason):
+            dtype = torch.float32
+            pipeline, arguments, reason = _pipeline_that_answers(pipeline_class, source, dtype)
     except Exception as error:  # a class may raise anything for components that do not fit each other
         told = str(error) if isinstance(error, NotBuilt) else f"{type(error).__name__}: {error}"
         yield case.row(result="not built", why=told)
@@ -56,7 +60,7 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
     for method in METHODS:
         row = case.row(method)
         try:
-            _compare(row, pipeline_class, pipeline.components, source, folder / method, arguments)
+            _compare(row, pipeline_class, pipeline.components, source, folder / method, arguments, dtype)
         except Exception as error:
             row.faults.append(one_line(f"{type(error).__name__}: {error}")[:300])
         row.ran = row.ran or reason[:160]
@@ -64,7 +68,9 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
         yield row
 
 
-def _pipeline_that_answers(pipeline_class: Any, folder: Path) -> tuple[Any, dict[str, Any] | None, str]:
+def _pipeline_that_answers(
+    pipeline_class: Any, folder: Path, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any] | None, str]:
     """A pipeline in the folder, and what it can be called with, or why it gives no answer. Where the sizes of its
     components do not fit each other, others are tried."""
     waiting: list[dict[str, dict[str, int]]] = [{}]
@@ -74,7 +80,7 @@ def _pipeline_that_answers(pipeline_class: Any, folder: Path) -> tuple[Any, dict
         sizes = waiting.pop()
         tried.append(sizes)
         try:
-            pipeline = _saved(pipeline_class, folder, sizes)
+            pipeline = _saved(pipeline_class, folder, sizes, dtype)
         except Exception:
             if not sizes:
                 raise
@@ -88,39 +94,39 @@ def _pipeline_that_answers(pipeline_class: Any, folder: Path) -> tuple[Any, dict
             both = {name: {**sizes.get(name, {}), **more.get(name, {})} for name in (*sizes, *more)}
             if both not in tried:
                 waiting.append(both)
-    return _saved(pipeline_class, folder, {}), None, reason
+    return _saved(pipeline_class, folder, {}, dtype), None, reason
 
 
-def _saved(pipeline_class: Any, folder: Path, sizes: Sizes) -> Any:
+def _saved(pipeline_class: Any, folder: Path, sizes: Sizes, dtype: torch.dtype) -> Any:
     """The pipeline of small components, saved in the folder and loaded from it."""
     shutil.rmtree(folder, ignore_errors=True)
     components = build_components(pipeline_class, folder.parent, sizes)
     models = [part for part in components.values() if isinstance(part, torch.nn.Module)]
     for model in models:
-        fill(model)
+        fill(model.to(dtype))
     if sum(each.numel() for model in models for each in model.parameters()) > MOST_PARAMETERS:
         raise NotBuilt(f"more than {MOST_PARAMETERS:,} parameters")
     pipeline_class(**components).save_pretrained(folder)
-    return _loaded(pipeline_class, folder, components)
+    return _loaded(pipeline_class, folder, components, dtype)
 
 
-def _loaded(pipeline_class: Any, folder: Path, components: dict[str, Any], **parts: Any) -> Any:
+def _loaded(pipeline_class: Any, folder: Path, components: dict[str, Any], dtype: torch.dtype, **parts: Any) -> Any:
     """The pipeline in a folder, by the library; ``parts`` are loaded by the caller.
 
     Where it has given up a pipeline, whose own models it then does not find, each component by its class.
     """
     import diffusers
 
-    dtype = {"torch_dtype": torch.bfloat16}
+    told = {"torch_dtype": dtype}
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     named = [name for library, name in filter(_is_pair, index.values()) if library == "diffusers"]
     if all(hasattr(diffusers, name) for name in named):
         absent = {name: None for name, value in index.items() if value == [None, None]}  # some want to be told
-        return pipeline_class.from_pretrained(folder, **dtype, **absent, **parts)
+        return pipeline_class.from_pretrained(folder, **told, **absent, **parts)
     for name, part in components.items():
         if name not in parts:
             found = part is not None and hasattr(type(part), "from_pretrained")
-            more = dtype if isinstance(part, torch.nn.Module) else {}
+            more = told if isinstance(part, torch.nn.Module) else {}
             parts[name] = type(part).from_pretrained(folder / name, **more) if found else part
     return pipeline_class(**parts)
 
@@ -136,6 +142,7 @@ def _compare(
     source: Path,
     folder: Path,
     arguments: dict[str, Any] | None,
+    dtype: torch.dtype,
 ) -> None:
     models = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
     output, back = folder / "output", folder / "back"
@@ -157,23 +164,25 @@ def _compare(
     parts = {}
     for name in chosen:
         skips = config_of(output / name)["quantization_config"]["llm_int8_skip_modules"]
-        parts[name] = _quantized_by_library(type(models[name]), source / name, row.method, skips)
+        parts[name] = _quantized_by_library(type(models[name]), source / name, row.method, skips, dtype)
         parts[name].save_pretrained(folder / "reference" / name)
         row.faults += [f"{name}: other bytes: {each}" for each in
                        differing_tensors(folder / "reference" / name, output / name)[:2]]  # fmt: skip
     row.why = f"quantized: {', '.join(chosen)}"
     mark(source.parent, row.method, "while the library loads what qz wrote")
-    loaded = _loaded(pipeline_class, output, components)
+    loaded = _loaded(pipeline_class, output, components, dtype)
     mark(source.parent, row.method, "while the library's pipeline runs")
     if arguments is not None:
-        theirs = _loaded(pipeline_class, source, components, **parts)
+        theirs = _loaded(pipeline_class, source, components, dtype, **parts)
         row.ran = _called(row, theirs, loaded, arguments)
     mark(source.parent, row.method, "in qz dequantize")
     api.dequantize(output, back, fsync=False, device="cpu")
-    _loaded(pipeline_class, back, components)
+    _loaded(pipeline_class, back, components, dtype)
 
 
-def _quantized_by_library(model_class: Any, source: Path, method: str, skips: list[str] | None) -> Any:
+def _quantized_by_library(
+    model_class: Any, source: Path, method: str, skips: list[str] | None, dtype: torch.dtype
+) -> Any:
     import diffusers
     import transformers
 
@@ -181,9 +190,9 @@ def _quantized_by_library(model_class: Any, source: Path, method: str, skips: li
         kept = model_class._keep_in_fp32_modules or []
         listed = [skip for skip in skips if skip not in kept] if skips is not None else None
         config = diffusers.BitsAndBytesConfig(**bitsandbytes_arguments(method), llm_int8_skip_modules=listed)
-        return model_class.from_pretrained(source, quantization_config=config, torch_dtype=torch.bfloat16)
+        return model_class.from_pretrained(source, quantization_config=config, torch_dtype=dtype)
     config = transformers.BitsAndBytesConfig(**bitsandbytes_arguments(method), llm_int8_skip_modules=skips)
-    return model_class.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+    return model_class.from_pretrained(source, quantization_config=config, dtype=dtype, device_map="cpu")
 
 
 def _called(row: Row, theirs: Any, loaded: Any, arguments: dict[str, Any]) -> str:

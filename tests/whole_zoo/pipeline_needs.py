@@ -48,6 +48,10 @@ def _latent(side: int) -> torch.Tensor:
     return values(1, 4, side, side)
 
 
+_OF_EIGHT = {"block_out_channels": [32] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+             "up_block_types": ["UpDecoderBlock2D"] * 4}  # fmt: skip
+"""A latent for eight by eight pixels, as in the published pipelines."""
+
 _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("AceStep.*", {
         "condition_encoder": {"text_hidden_dim": 64},
@@ -92,10 +96,7 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("HeliosPipeline", {"scheduler": {"stages": 1}}, {}),
     ("HeliosPyramid.*", {"scheduler": {"gamma": 0.25}}, {}),
     ("(HunyuanDiT|PixArtSigma|StableDiffusion3)PAG.*", {"pag_applied_layers": "blocks.0"}, {}),
-    ("HunyuanDiT.*", {"vae": {
-        "block_out_channels": [32] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }}, {}),
+    ("HunyuanDiT.*|OmniGen.*|TextToVideoSD.*", {"vae": _OF_EIGHT}, {}),
     ("HunyuanDiTControlNet.*", {
         "transformer": {"num_layers": 4},
         "controlnet": {
@@ -118,10 +119,12 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("Ideogram4.*", {}, {"guidance_schedule": [1.0, 1.0], "max_sequence_length": 32}),
     ("Kandinsky5I2V.*", {"transformer": {"in_visual_dim": 16, "out_visual_dim": 16}}, {}),
     ("Kandinsky6TI2VA.*", {}, {"sample_audio": False}),
-    ("Kandinsky(V22|3|V22Controlnet)Img2Img(Combined)?Pipeline|KandinskyV22ControlnetImg2Img.*", {}, {"image": _latent}),
+    ("Kandinsky(V22|V22Controlnet)Img2Img(Combined)?.*", {}, {"image": _latent}),
     ("Kandinsky(Combined|Img2Img|Img2ImgCombined|Inpaint|InpaintCombined)?Pipeline", {
         "text_encoder": {"transformerDimensions": 64, "numDims": 64},
-        "unet": {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 64},
+        "unet": {
+            "addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 64,
+        },
     }, {}),
     ("KandinskyV22(Img2Img|Inpaint)?(Combined)?Pipeline", {
         "unet": {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 64},
@@ -140,19 +143,64 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("LDMSuperResolution.*", {"unet": {"in_channels": 6, "out_channels": 3}}, {}),
     ("LTX2.*", {"connectors": {"text_proj_in_factor": 3}}, {}),
     ("LTX2DFR.*", {"transformer": {"use_keyframes_abs_pos_embedding": True}}, {}),
-    ("LatentConsistencyModel.*", {"scheduler": {"class": "LCMScheduler"}, "unet": {"time_cond_proj_dim": 32}}, {}),
+    ("LatentConsistencyModel.*", {
+        "scheduler": {"class": "LCMScheduler"}, "unet": {"time_cond_proj_dim": 32},
+    }, {}),
     ("MotifVideo.*", {"scheduler": {"class": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}}, {}),
-    ("MusicLDM.*", {"text_encoder": {"class": "ClapModel"}}, {}),
+    ("MotifVideoImage2Video.*", {"transformer": {"image_embed_dim": 64}}, {}),
     ("PNDM.*", {}, {"num_inference_steps": 4}),
-    ("SanaSprint.*", {"scheduler": {"class": "SCMScheduler"}}, {}),
-    ("SanaWM.*", {}, {"action": "w-1"}),
-    ("ShapE.*", {"prior": {"encoder_hid_proj_type": None, "added_emb_type": None}}, {}),
-    ("StableAudioPipeline", {"transformer": {"sample_size": 4000}}, {}),
-    ("StableDiffusion3ControlNet.*", {"controlnet": {"pos_embed_max_size": 64, "patch_size": 2}}, {}),
+    ("QwenImage(?!21).*", {"transformer": {"in_channels": 64, "out_channels": 16}}, {}),
+    ("QwenImageControlNet.*", {"controlnet": {"in_channels": 64, "out_channels": 16}}, {}),
+    ("QwenImageControlNetInpaint.*", {"controlnet": {"extra_condition_channels": 4}}, {}),
+    ("SanaControlNet.*", {"controlnet": {
+        "in_channels": 32, "out_channels": 32, "attention_head_dim": 32, "cross_attention_head_dim": 32,
+        "cross_attention_dim": 64, "caption_channels": 64,
+    }}, {}),
+    ("SanaSprint.*", {"scheduler": {"class": "SCMScheduler"}, "transformer": {"guidance_embeds": True}}, {}),
+    ("SanaWM.*", {}, {"action": "w-1", "intrinsics": [64.0, 64.0, 32.0, 32.0]}),
+    ("ShapE.*", {
+        "prior": {"encoder_hid_proj_type": None, "added_emb_type": None, "additional_embeddings": 2},
+    }, {}),
+    ("ShapEImg2Img.*", {"prior": {"additional_embeddings": 17}}, {}),
+    ("StableAudioPipeline", {
+        "transformer": {
+            "sample_size": 4000, "in_channels": 4, "out_channels": 4, "cross_attention_input_dim": 8,
+            "global_states_input_dim": 16,
+        },
+    }, {}),
+    ("StableCascade(Combined|Decoder).*", {
+        "prior_prior": {
+            "clip_text_in_channels": 64, "clip_text_pooled_in_channels": 64, "clip_image_in_channels": 64,
+        },
+        "decoder": {
+            "effnet_in_channels": 4, "clip_text_in_channels": None, "clip_text_pooled_in_channels": 64,
+            "clip_image_in_channels": None,
+        },
+    }, {"image_embeddings": lambda _: values(1, 4, 8, 8)}),
+    ("StableDiffusion(XL)?Adapter.*", {
+        "adapter": {"channels": [64, 128], "num_res_blocks": 1, "downscale_factor": 1},
+    }, {}),
+    ("StableDiffusionDepth2Img.*", {
+        "depth_estimator": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}, "unet": {"in_channels": 5},
+    }, {}),
+    ("StableDiffusionLatentUpscale.*", {
+        "unet": {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 192},
+    }, {}),
+    ("StableDiffusion3ControlNet.*", {
+        "transformer": {"pooled_projection_dim": 128},
+        "controlnet": {"pos_embed_max_size": 64, "patch_size": 2, "pooled_projection_dim": 128},
+    }, {}),
+    ("StableUnCLIP.*", {
+        "image_normalizer": {"embedding_dim": 64},
+        "unet": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 128},
+    }, {}),
+    ("StableUnCLIPImg2Img.*", {}, {"image": _picture}),
+    ("StableVideoDiffusion.*", {"image_encoder": {"image_size": 224}}, {}),
     ("StableDiffusion3Inpaint.*", {
         "transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16},
     }, {}),
     ("StableDiffusionGLIGEN.*", {"unet": {"attention_type": "gated"}}, {}),
+    ("StableDiffusionGLIGENTextImage.*", {"unet": {"attention_type": "gated-text-image"}}, {}),
     ("StableDiffusionLDM3D.*", {"vae": {"out_channels": 6}}, {"output_type": "np"}),
     ("StableDiffusionParadigms.*", {"scheduler": {"class": "DDIMParallelScheduler"}}, {}),
     ("StableDiffusionPix2PixZero.*", {}, {
@@ -160,7 +208,28 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     }),
     ("StableDiffusionSAG.*", {"scheduler": {"class": "DDIMScheduler"}}, {}),
     ("StableDiffusionDiffEdit.*", {}, {"image_latents": _latent}),
-    ("TextToVideoZero.*", {}, {"num_inference_steps": 4, "t0": 1, "t1": 2, "video_length": 2}),
+    ("SkyReelsV2DiffusionForcingVideoToVideo.*", {}, {"overlap_history": 1}),
+    ("StableAudio3.*", {
+        "duration_embedder": {"output_dim": 64}, "transformer": {"io_channels": 32, "local_add_cond_dim": 33},
+    }, {
+        "duration": 0.01, "audio": lambda _: values(1, 2, 4096), "mask_start_seconds": 0.0, "mask_end_seconds": 0.005,
+    }),
+    ("UnCLIP.*", {
+        "text_proj": {"clip_embeddings_dim": 64, "time_embed_dim": 256, "cross_attention_dim": 64},
+        "decoder": {"class_embed_type": "identity", "in_channels": 3, "out_channels": 6},
+        "super_res_first": {"in_channels": 6, "out_channels": 3},
+        "super_res_last": {"in_channels": 6, "out_channels": 3},
+    }, {}),
+    ("VQDiffusion.*", {
+        "learned_classifier_free_sampling_embeddings": {"length": 77, "hidden_size": 64},
+        "transformer": {
+            "in_channels": None, "num_vector_embeds": 33, "sample_size": 8, "num_embeds_ada_norm": 100,
+            "norm_type": "ada_norm",
+        },
+        "vqvae": {"num_vq_embeddings": 32}, "scheduler": {"num_vec_classes": 33},
+    }, {}),
+    ("TextToVideoSD.*", {}, {"num_frames": 2}),
+    ("TextToVideoZero.*", {"scheduler": {"class": "DDIMScheduler"}}, {"num_inference_steps": 4, "t0": 1, "t1": 2, "video_length": 2}),
     ("VisualCloze.*", {}, {
         "task_prompt": "a task", "content_prompt": "a cat",
         "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
