@@ -15,7 +15,7 @@ from whole_zoo.input_values import random_values as values
 Inputs = Callable[[], dict[str, Any]]
 
 
-def known_inputs(name: str) -> dict[str, Any] | None:
+def inputs_of_class(name: str) -> dict[str, Any] | None:
     """Arguments of the forward of a class; None where they are not written here."""
     return _KNOWN[name]() if name in _KNOWN else None
 

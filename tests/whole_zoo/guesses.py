@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from whole_zoo.diffusers_inputs import known_inputs
+from whole_zoo.diffusers_inputs import inputs_of_class
 from whole_zoo.input_values import LENGTH, SIDE, by_name, is_count, past_length, random_values
 from whole_zoo.known_inputs import known_inputs
 
@@ -26,7 +26,7 @@ def guesses(model: Any, parameters: Mapping[str, inspect.Parameter], sizes: dict
     if hasattr(model, "main_input_name"):
         yield from _of_transformers(model, parameters, required, sizes)
     else:
-        known = known_inputs(type(model).__name__)
+        known = inputs_of_class(type(model).__name__)
         yield from _of_diffusers(parameters, required, sizes) if known is None else [known]
 
 

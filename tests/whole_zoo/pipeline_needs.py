@@ -229,7 +229,9 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "vqvae": {"num_vq_embeddings": 32}, "scheduler": {"num_vec_classes": 33},
     }, {}),
     ("TextToVideoSD.*", {}, {"num_frames": 2}),
-    ("TextToVideoZero.*", {"scheduler": {"class": "DDIMScheduler"}}, {"num_inference_steps": 4, "t0": 1, "t1": 2, "video_length": 2}),
+    ("TextToVideoZero.*", {"scheduler": {"class": "DDIMScheduler"}}, {
+        "num_inference_steps": 4, "t0": 1, "t1": 2, "video_length": 2,
+    }),
     ("VisualCloze.*", {}, {
         "task_prompt": "a task", "content_prompt": "a cat",
         "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
