@@ -81,6 +81,10 @@ def _fit_pictures(components: dict[str, Any]) -> None:
             part.size = {"shortest_edge": sides[0]} if "shortest_edge" in dict(part.size) else side
             if getattr(part, "crop_size", None) is not None:
                 part.crop_size = side
+        for vision in (getattr(config, "vision_config", None) for config in configs):
+            if vision is not None and hasattr(part, "merge_size") and hasattr(vision, "spatial_merge_size"):
+                part.patch_size, part.merge_size = vision.patch_size, vision.spatial_merge_size
+                part.temporal_patch_size = vision.temporal_patch_size
 
 
 def _fit_tokens(components: dict[str, Any]) -> None:

@@ -53,10 +53,7 @@ _OF_EIGHT = {"block_out_channels": [32] * 4, "down_block_types": ["DownEncoderBl
 """A latent for eight by eight pixels, as in the published pipelines."""
 
 _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
-    ("AceStep.*", {
-        "condition_encoder": {"text_hidden_dim": 64},
-        "transformer": {"in_channels": 136, "audio_acoustic_hidden_dim": 8},
-    }, {"audio_duration": 0.01}),
+    ("AceStep.*", {"condition_encoder": {"text_hidden_dim": 64}}, {}),
     ("Allegro.*", {"transformer": {"attention_head_dim": 24, "cross_attention_dim": 48}}, {}),
     ("Amused.*", {
         "transformer": {"encoder_hidden_size": 64, "cond_embed_dim": 64}, "vqvae": {"num_vq_embeddings": 32},
@@ -141,8 +138,8 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("Kandinsky(V22)?(Img2Img|Inpaint)?CombinedPipeline", {"unet": {"out_channels": 8}}, {}),
     ("Krea2.*", {"text_encoder_select_layers": (1,)}, {}),
     ("LDMSuperResolution.*", {"unet": {"in_channels": 6, "out_channels": 3}}, {}),
-    ("LTX2.*", {"connectors": {"text_proj_in_factor": 3}}, {}),
-    ("LTX2DFR.*", {"transformer": {"use_keyframes_abs_pos_embedding": True}}, {}),
+    ("LTX2.*", {"connectors": {"text_proj_in_factor": 3}, "audio_vae": {"base_channels": 128}}, {}),
+    ("LTX2DFR.*", {"transformer": {"use_keyframes_abs_pos_embedding": True}}, {"num_frames": 17}),
     ("LatentConsistencyModel.*", {
         "scheduler": {"class": "LCMScheduler"}, "unet": {"time_cond_proj_dim": 32},
     }, {}),

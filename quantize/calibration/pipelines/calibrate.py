@@ -63,7 +63,7 @@ def calibrate(
         if component.checkpoint is not None and only in (None, component.name):
             refuse_quantized(component.checkpoint)
     device, dtype = run_device(request.device, dtype_in(pipeline))
-    with opened_models(pipeline, dtype, device) as models, unfinished(request.output, resume=request.resume) as kept:
+    with opened_models(pipeline, dtype, device, only) as models, unfinished(request.output, resume=request.resume) as kept:
         kept.open(_fingerprint(pipeline, only, models, drawing, request, str(dtype)))
         if kept.count:
             progress(Progress("Drawing", kept=(kept.count, 0), unit="step"))
@@ -106,7 +106,11 @@ def calibrate(
             str(dtype).removeprefix("torch."),
             models.bytes_read,
             time.monotonic() - begun,
-            (*whole_warnings(drawn.whole, unscored), *token_warnings(tokens, unseen, hessians=request.hessians)),
+            (
+                *models.warnings,
+                *whole_warnings(drawn.whole, unscored),
+                *token_warnings(tokens, unseen, hessians=request.hessians),
+            ),
             component_scores=scores,
             resumed=kept.count > 0,
             steps=drawing.steps,

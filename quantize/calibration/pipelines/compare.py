@@ -77,7 +77,7 @@ def compare(
     where, dtype = run_device(device, dtype_in(original))
     measures = _measures(original, other, only)
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
-        with opened_models(original, dtype, where) as models:
+        with opened_models(original, dtype, where, only) as models:
             drawn = draw(models, drawing, "Drawing with the original", progress)
             denoisers = _denoisers(models, drawn, only)
             blocks = {name: BlockErrors(Path(place, name), states_of, _some(drawn.calls[name])) for name in denoisers}
@@ -85,7 +85,7 @@ def compare(
                 name: _outputs(models, name, drawn, blocks[name], "Running the original", progress)
                 for name in denoisers
             }
-        with opened_models(other, dtype, where) as models:
+        with opened_models(other, dtype, where, only) as models:
             changed = draw(models, drawing, "Drawing with the other", progress)
             other_outputs = {
                 name: _outputs(models, name, drawn, blocks[name], "Running the other", progress, compare=True)
@@ -107,7 +107,7 @@ def compare(
         *(None,) * 6,
         joined(losses),
         time.monotonic() - begun,
-        whole_warnings(drawn.whole | changed.whole),
+        (*models.warnings, *whole_warnings(drawn.whole | changed.whole)),
         blocks={f"{name}.{path}": error for name in denoisers for path, error in blocks[name].means().items()},
         steps=drawing.steps,
         resolution=drawn.resolution,

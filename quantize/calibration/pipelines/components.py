@@ -32,12 +32,14 @@ SETTINGS = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 
 @dataclass(frozen=True)
 class Models:
-    """A pipeline that can be run: ``weights`` has, by component, the model that reads them, too."""
+    """A pipeline that can be run: ``weights`` has, by component, the model that reads them, too. ``left_out`` are the
+    components that it draws without."""
 
     where: str
     pipeline: Any
     weights: Mapping[str, Weights]
     device: torch.device
+    left_out: tuple[str, ...] = ()
 
     @property
     def class_name(self) -> str:
@@ -49,6 +51,13 @@ class Models:
     def is_denoiser(self, component: str) -> bool:
         """Whether it is a model of diffusers: those are called to denoise, or to help with it."""
         return self.weights[component].checkpoint.library == "diffusers"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(
+            f"{name} has no part in this: no class for it can be run here, and {self.class_name} draws without it"
+            for name in self.left_out
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -69,10 +78,13 @@ class Models:
 
 
 @contextmanager
-def opened_models(pipeline: Pipeline, dtype: torch.dtype, device: torch.device) -> Iterator[Models]:
+def opened_models(
+    pipeline: Pipeline, dtype: torch.dtype, device: torch.device, only: str | None = None
+) -> Iterator[Models]:
     """The pipeline of diffusers' own class, its models without weights. What is quantized is dequantized when read.
 
-    Raises Unsupported where a library cannot build it.
+    Raises Unsupported where a library cannot build it, or a component of it that the class needs, that is quantized,
+    or that ``only`` names.
     """
     import diffusers
 
@@ -83,20 +95,26 @@ def opened_models(pipeline: Pipeline, dtype: torch.dtype, device: torch.device) 
         raise Unsupported(
             f"diffusers {diffusers.__version__} has no class {pipeline.class_name}, which {where} asks for."
         )
-    weights = {
-        each.name: weights_of(plain_checkpoint(each.checkpoint), dtype, device)
-        for each in pipeline.components
-        if each.checkpoint is not None
-    }
+    weights: dict[str, Weights] = {}
+    unknown: list[str] = []
+    for each in pipeline.components:
+        if each.checkpoint is not None:
+            try:
+                weights[each.name] = weights_of(plain_checkpoint(each.checkpoint), dtype, device)
+            except Unsupported:
+                optional = each.name in pipeline_class._optional_components
+                if not optional or each.name == only or each.quantization is not None:
+                    raise
+                unknown.append(each.name)
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
-        left_out = _copy_settings(pipeline, Path(place))
+        absent = [*_copy_settings(pipeline, Path(place)), *unknown]
         models = {name: each.runnable.model for name, each in weights.items()}
         with library_errors("diffusers", pipeline.class_name, where), isolated(), _quiet():
-            made = pipeline_class.from_pretrained(place, local_files_only=True, **models, **dict.fromkeys(left_out))
+            made = pipeline_class.from_pretrained(place, local_files_only=True, **models, **dict.fromkeys(absent))
         made.set_progress_bar_config(disable=True)
         for model in models.values():
             _computes_on(model, device)
-        yield Models(where, made, weights, device)
+        yield Models(where, made, weights, device, tuple(unknown))
 
 
 def plain_dtype(component: Component) -> str:
