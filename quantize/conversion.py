@@ -15,6 +15,7 @@ from qz.formats.output.storage.beside import JOURNAL, sibling
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
+from qz.quantize.libraries.importing.lean_imports import gc_paused
 from qz.quantize.methods import FourBit
 from qz.quantize.settings import IfExists, Settings
 from qz.quantize.source_identity import identity
@@ -81,7 +82,9 @@ class Conversion:
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        return self._model(open_checkpoint(self.source.folder, self.settings.variant), plan, measure)
+        with gc_paused():  # what the headers tell stays
+            checkpoint = open_checkpoint(self.source.folder, self.settings.variant)
+        return self._model(checkpoint, plan, measure)
 
     def file(
         self,
@@ -144,7 +147,9 @@ class Conversion:
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        return self._pipeline(open_pipeline(self.source.folder, self.settings.variant), plan)
+        with gc_paused():
+            pipeline = open_pipeline(self.source.folder, self.settings.variant)
+        return self._pipeline(pipeline, plan)
 
     def _pipeline(
         self, pipeline: Pipeline, plan: Callable[[Pipeline, Settings], PipelinePlan]

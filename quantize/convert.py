@@ -23,6 +23,7 @@ from qz.quantize.importance.refine import refinement
 from qz.quantize.importance.score_file import score_file
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine, library_versions
+from qz.quantize.libraries.importing.lean_imports import gc_paused
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.planning.dequantization import dequantized_checkpoint
 from qz.quantize.planning.fusing import fuse
@@ -94,8 +95,9 @@ def plan_conversion(
         return equal_sources(checkpoint, sources, one, other)
 
     def planned(request: LoadRequest) -> Plan:
-        architecture = examine(checkpoint, request, given, equal)
-        plan = make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes, sources)
+        with gc_paused():  # a plan stays, and large ones are a million objects
+            architecture = examine(checkpoint, request, given, equal)
+            plan = make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes, sources)
         return plan if pipeline else fuse(plan, settings.loras, component, pipeline_class)
 
     plan = planned(request)

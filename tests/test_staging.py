@@ -1469,6 +1469,17 @@ def test_a_file_system_without_reservation_is_fine(
     assert contents(tmp_path / "out") == reference
 
 
+def test_in_memory_no_page_is_taken_before_it_is_written(tmp_path: Path) -> None:
+    """To reserve 40 GB there took as long as to write them, in one thread, before the first weight was read."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    path = tmp_path / "shard"
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    disk.Disk().reserve(descriptor, path, 1 << 20)
+    os.close(descriptor)
+    assert path.stat().st_size == 1 << 20
+    assert (path.stat().st_blocks == 0) == (kind.strip() == "tmpfs")
+
+
 # Checking a finished output again
 
 

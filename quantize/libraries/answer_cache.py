@@ -73,10 +73,10 @@ def recall(question: str) -> Architecture | None:
         return None
 
 
-def keep(question: str, architecture: Architecture) -> None:
-    """Keep an answer that can be kept, if there is room; in the process that got it from the library."""
-    folder, told = _folder(), encoded(architecture)
-    if folder is None or told is None:
+def keep(question: str, told: dict[str, Any]) -> None:
+    """Keep an ``encoded`` answer, if there is room; in the process that got it from the library."""
+    folder = _folder()
+    if folder is None:
         return
     with suppress(OSError):
         body = json.dumps({"code": _code(), "architecture": told}).encode()
@@ -110,21 +110,38 @@ def _state(path: str) -> list[int]:
 
 
 def encoded(architecture: Architecture) -> dict[str, Any] | None:
-    """JSON values; None where a weight is made by the library's functions. Outputs of one weight go on sharing it."""
+    """JSON values; None where a weight is made by the library's functions. Outputs of one weight go on sharing it.
+
+    Hundreds of thousands of tensors have few dtypes and shapes, and most are a weight under its own name: what they have
+    in common is written once.
+    """
     weights = {id(saved.weight): saved.weight for saved in architecture.saved}
     if any(weight.conversion is not None for weight in weights.values()):
         return None
     number = {key: number for number, key in enumerate(weights)}
+    kinds, forms = _Table(), _Table()
+    rows = [
+        (
+            number[id(saved.weight)],
+            forms.place((saved.dtype, saved.shape, saved.nbytes, saved.part, saved.variable)),
+            saved.storage,
+            *(() if saved.name == saved.weight.name else (saved.name,)),
+        )
+        for saved in architecture.saved
+    ]
     return {
         "class_name": architecture.class_name,
         "weights": [
-            (w.name, w.sources, w.dtype, w.shape, w.quantized, w.transposed, w.parameter, w.index)
-            for w in weights.values()
+            (
+                weight.name,
+                kinds.place((weight.dtype, weight.shape, weight.quantized, weight.transposed)),
+                *(() if _is_plain(weight) else (weight.sources, weight.parameter, weight.index)),
+            )
+            for weight in weights.values()
         ],
-        "saved": [
-            (s.name, s.dtype, s.shape, number[id(s.weight)], s.nbytes, s.part, s.variable, s.storage)
-            for s in architecture.saved
-        ],
+        "weight_kinds": list(kinds.places),
+        "saved": rows,
+        "saved_forms": list(forms.places),
         "kept_linears": dict(architecture.kept_linears),
         "dropped": architecture.dropped,
         "parameters": architecture.parameters,
@@ -141,17 +158,39 @@ def encoded(architecture: Architecture) -> dict[str, Any] | None:
     }
 
 
+def _is_plain(weight: Weight) -> bool:
+    return weight.sources == (weight.name,) and not weight.parameter and weight.index is None
+
+
+class _Table:
+    """Values by the place at which they were first seen."""
+
+    def __init__(self) -> None:
+        self.places: dict[Any, int] = {}
+
+    def place(self, value: Any) -> int:
+        return self.places.setdefault(value, len(self.places))
+
+
 def decoded(kept: dict[str, Any]) -> Architecture:
-    weights = [
-        Weight(name, tuple(sources), dtype, tuple(shape), quantized, transposed, parameter=parameter, index=index)
-        for name, sources, dtype, shape, quantized, transposed, parameter, index in kept["weights"]
-    ]
+    kinds = [(dtype, tuple(shape), *more) for dtype, shape, *more in kept["weight_kinds"]]
+    weights = []
+    for name, kind, *own in kept["weights"]:
+        sources, parameter, index = own or ((name,), "", None)
+        dtype, shape, quantized, transposed = kinds[kind]
+        weights.append(
+            Weight(name, tuple(sources), dtype, shape, quantized, transposed, parameter=parameter, index=index)
+        )
+    forms = [(dtype, tuple(shape), *more) for dtype, shape, *more in kept["saved_forms"]]
+    saved = []
+    for number, form, storage, *names in kept["saved"]:
+        weight = weights[number]
+        dtype, shape, nbytes, part, variable = forms[form]
+        name = names[0] if names else weight.name
+        saved.append(Saved(name, dtype, shape, weight, nbytes, part, variable, storage))
     return Architecture(
         class_name=kept["class_name"],
-        saved=tuple(
-            Saved(name, dtype, tuple(shape), weights[number], nbytes, part, variable, storage)
-            for name, dtype, shape, number, nbytes, part, variable, storage in kept["saved"]
-        ),
+        saved=tuple(saved),
         kept_linears=kept["kept_linears"],
         dropped=tuple(kept["dropped"]),
         parameters=kept["parameters"],

@@ -49,14 +49,7 @@ def examine(
     Raises Unsupported when the installed library lacks the class or cannot handle the model, MalformedInput when
     tensors are missing or misshapen.
     """
-    tensors = (
-        given
-        if given is not None
-        else {
-            name: TensorSpec(torch_name(tensor.dtype, name), tensor.shape)
-            for name, tensor in checkpoint.tensors.items()
-        }
-    )
+    tensors = given if given is not None else _specs(checkpoint)
     question = answer_cache.question(checkpoint, tensors, request, library_versions())
     if (known := answer_cache.recall(question)) is not None:
         return known
@@ -66,6 +59,18 @@ def examine(
             if told is not None:
                 return told
         return _ask_here(checkpoint, tensors, request, question, equal)
+
+
+def _specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """What there is, as the library is shown it. Experts by the thousand are alike, and share what is said of them."""
+    known: dict[tuple[str, tuple[int, ...]], TensorSpec] = {}
+    specs: dict[str, TensorSpec] = {}
+    for name, tensor in checkpoint.tensors.items():
+        kind = tensor.dtype, tensor.shape
+        if kind not in known:
+            known[kind] = TensorSpec(torch_name(tensor.dtype, name), tensor.shape)
+        specs[name] = known[kind]
+    return specs
 
 
 def _ask_here(
@@ -83,8 +88,8 @@ def _ask_here(
         return equal is not None and equal(one, other)
 
     architecture = ask_library(checkpoint, tensors, request, compare if equal else None)
-    if not compared:
-        answer_cache.keep(question, architecture)
+    if not compared and (told := answer_cache.encoded(architecture)) is not None:
+        answer_cache.keep(question, told)
     return architecture
 
 

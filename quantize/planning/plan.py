@@ -76,8 +76,9 @@ class Plan:
     @property
     def quantized(self) -> tuple[Weight, ...]:
         """The weights that are quantized: in the output, or in a source that is dequantized."""
-        act = "quantize" if self.method is not None else "dequantize"
-        return tuple(step.weight for step in self.steps if step.act == act)
+        if self.method is not None:
+            return tuple(step.weight for step in self.steps if step.weight.quantized)
+        return tuple(step.weight for step in self.steps if step.act == "dequantize")
 
 
 def make_plan(

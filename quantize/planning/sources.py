@@ -160,6 +160,8 @@ def packed_parts(source: Source) -> tuple[Packed, ...]:
 
 def is_quantized(source: Source) -> bool:
     """Whether what is read is stored in another form than its values."""
+    if isinstance(source, StoredTensor):
+        return False
     return bool(packed_parts(source)) or any(isinstance(base, Decoded) and base.computed for base in unfused(source))
 
 

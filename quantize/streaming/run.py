@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Container, Iterable, Iterator
+from itertools import groupby, islice
+from operator import attrgetter
 
 import numpy as np
 
@@ -88,8 +91,11 @@ class Run:
         self.bytes_done = 0
         self.weights_done = 0
 
-    def convert(self, threads: int) -> None:
-        """Write every unfinished shard, then check that the source did not change while it was read."""
+    def convert(self, threads: int, lanes: int = 1) -> None:
+        """Write every unfinished shard, then check that the source did not change while it was read.
+
+        ``lanes``: how many places of the source are read in turn, to fill as many shards.
+        """
         self.folder.announce(
             [
                 Range(part.file, part.offset, part.offset + part.nbytes)
@@ -98,7 +104,7 @@ class Run:
             ]
         )
         full = self.shards.open(self.steps)
-        chunks = self._chunks()
+        chunks = self._chunks(lanes)
         self.alone = threads <= 1
         try:
             self._do(full)
@@ -160,8 +166,19 @@ class Run:
         if self.observer is not None:
             self.observer.give_up()
 
-    def _chunks(self) -> Iterator[Chunk]:
-        for step in self.steps:
+    def _chunks(self, lanes: int) -> Iterator[Chunk]:
+        shards = (tuple(steps) for _, steps in groupby(self.steps, key=attrgetter("shard")))
+        filled = deque(self._chunks_of(steps) for steps in islice(shards, lanes))
+        while filled:
+            lane = filled.popleft()
+            if (chunk := next(lane, None)) is not None:
+                yield chunk
+                filled.append(lane)
+            elif (steps := next(shards, None)) is not None:
+                filled.append(self._chunks_of(steps))
+
+    def _chunks_of(self, steps: Iterable[Step]) -> Iterator[Chunk]:
+        for step in steps:
             weight, source = step.weight, step.sources[0]
             if (
                 weight.conversion is not None

@@ -104,8 +104,9 @@ def _read_for(plan: Plan) -> tuple[dict[int, int], dict[int, int]]:
     read: dict[int, int] = {}
     first: dict[int, int] = {}
     for number, step in enumerate(plan.steps):
-        for home in {plan.shard_of[saved.name] for saved in step.outputs}:
-            read[home] = read.get(home, 0) + sum(source.nbytes for source in step.sources)
+        nbytes = sum(source.nbytes for source in step.sources)
+        for home in [step.shard] if step.shard >= 0 else {plan.shard_of[saved.name] for saved in step.outputs}:
+            read[home] = read.get(home, 0) + nbytes
             first.setdefault(home, number)
     return read, first
 

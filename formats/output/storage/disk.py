@@ -115,6 +115,18 @@ def _fallocated(descriptor: int, size: int) -> bool:
     return True
 
 
+def _is_in_memory(descriptor: int) -> bool:
+    """Whether a file lies in memory, where to reserve space is to take it page by page, as slowly as it is written."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            mount, _, kind = line.partition(" - ")
+            if mount.split(" ", 3)[2] == number:
+                return kind.startswith(("tmpfs ", "ramfs "))
+    return False
+
+
 def _ask_to_store(descriptor: int, start: int, stop: int) -> None:
     """Called with ``_asking`` held, which it releases. A descriptor that is closed meanwhile is of no consequence."""
     try:
@@ -203,7 +215,7 @@ class Disk:
     def reserve(self, descriptor: int, path: Path, size: int) -> None:
         """Make the file ``size`` bytes long and, where the file system can, sure of its space on disk."""
         with self.operation("reserve", path, size):
-            if not (size and _fallocated(descriptor, size)):
+            if not size or _is_in_memory(descriptor) or not _fallocated(descriptor, size):
                 os.ftruncate(descriptor, size)
 
     def write(self, descriptor: int, path: Path, data: memoryview, offset: int) -> None:

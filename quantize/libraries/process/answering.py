@@ -59,10 +59,12 @@ def _answered(data: bytes, questions: IO[bytes], answers: IO[bytes]) -> dict[str
             "message": str(error),
             "trace": "\n".join(trace_lines(error)),
         }
-    if not compared:
-        answer_cache.keep(question, architecture)
     encoded = answer_cache.encoded(architecture)
-    return {} if encoded is None else {"architecture": encoded}
+    if encoded is None:
+        return {}
+    if not compared:
+        answer_cache.keep(question, encoded)
+    return {"architecture": encoded}
 
 
 if __name__ == "__main__":

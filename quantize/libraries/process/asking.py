@@ -115,6 +115,8 @@ class _Process:
         own["PYTHONPATH"] = os.pathsep.join(_import_paths())  # a program may have chosen its libraries itself
         # diffusers makes each weight on the CPU before it is on meta: what glibc keeps of those, as holes in which the
         # next does not fit, counts as memory taken, and grows with the model.
+        # transformers hands each tensor to one of four threads, to read it: on meta there is nothing to read.
+        own["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         own["MALLOC_MMAP_THRESHOLD_"] = str(BYTES_PER_TENSOR)
         try:
             process = subprocess.Popen(  # noqa: S603  this Python and this package

@@ -209,15 +209,23 @@ def saving_documents_only() -> Iterator[None]:
 
 @contextmanager
 def cheap_converters() -> Iterator[None]:
-    """Inside, copies of a converter share its patterns, which never change: loading copies one for each source."""
+    """Inside, copies of a converter share its patterns, which never change: loading copies one for each source, and
+    uses that for the first source of each target. So a copy in which nothing was collected yet will do once more."""
+    copies: dict[int, tuple[Any, Any]] = {}
 
     def copied(converter: Any, memo: dict[int, Any]) -> Any:
         with _known_layout():
+            at_once = not memo  # by itself, as loading does; not as one of a model's list, of which each is another's
+            known, made = copies.get(id(converter), (None, None))
+            if at_once and known is converter and not (made.collected_tensors or made.layer_targets):
+                return made
             made = copy.copy(converter)
             made.operations = [copy.copy(operation) for operation in converter.operations]
             for name in ("collected_tensors", "layer_targets"):
                 held = getattr(converter, name)  # empty, but for a converter that has begun to collect
                 setattr(made, name, copy.deepcopy(held, memo) if held else copy.copy(held))
+            if at_once:
+                copies[id(converter)] = converter, made
         return made
 
     if "__deepcopy__" in vars(WeightConverter):  # of another thread, or of a later version

@@ -18,7 +18,7 @@ from qz.formats.json_files import read_json
 from qz.quantize.libraries.architecture import OF_QUANTIZATION, LoadRequest, TensorSpec
 from qz.quantize.libraries.transformers.classes import ModelClass
 from qz.quantize.libraries.transformers.internals import cheap_converters, no_init_weights, shares_generation_config
-from qz.quantize.libraries.transformers.meta_stacks import MetaStacks
+from qz.quantize.libraries.transformers.meta_stacks import meta_stacks
 from qz.quantize.libraries.transformers.origins import Model
 
 GENERATION_CONFIG = "generation_config.json"
@@ -40,7 +40,7 @@ def load(
     bars = logging.is_progress_bar_enabled()
     try:
         # Without initial values for weights that have none: torch would import sympy for them.
-        with bars_as_found(), temporary_folder() as folder, no_init_weights(), MetaStacks(), cheap_converters():
+        with bars_as_found(), temporary_folder() as folder, no_init_weights(), meta_stacks(), cheap_converters():
             logging.disable_progress_bar()
             generation = None
             if GENERATION_CONFIG in checkpoint.folder.sizes() and model_class.model.can_generate():

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 
-class MetaStacks(TorchFunctionMode):
+@contextmanager
+def meta_stacks() -> Iterator[None]:
     """Inside, ``torch.stack`` of plain tensors on meta that have one shape and dtype looks at no more than that."""
+    stack = torch.stack
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        alike = _stacked(*args, **(kwargs or {})) if func is torch.stack else None
-        return func(*args, **(kwargs or {})) if alike is None else alike
+    def stacked(tensors: Any, *args: Any, **more: Any) -> torch.Tensor:
+        alike = _at_once(tensors, *args, **more)
+        return stack(tensors, *args, **more) if alike is None else alike
+
+    torch.stack = stacked
+    try:
+        yield
+    finally:
+        torch.stack = stack
 
 
-def _stacked(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int = 0, **more: Any) -> torch.Tensor | None:
+def _at_once(tensors: Any, dim: int = 0, **more: Any) -> torch.Tensor | None:
     """None for tensors that are not alike."""
     first = tensors[0] if tensors else None
     if first is None or more or not all(_is_alike(each, first) for each in tensors):

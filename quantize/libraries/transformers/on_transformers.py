@@ -40,7 +40,7 @@ from qz.quantize.libraries.transformers.internals import (
     tied_weights,
 )
 from qz.quantize.libraries.transformers.meta_loading import load, no_room, temporary_folder
-from qz.quantize.libraries.transformers.meta_stacks import MetaStacks
+from qz.quantize.libraries.transformers.meta_stacks import meta_stacks
 from qz.quantize.libraries.transformers.origins import Model, find_origins, find_transposed, packed_elsewhere, tie
 from qz.quantize.libraries.transformers.saved_names import saved_tensors
 from qz.quantize.libraries.transformers.selection import select
@@ -72,7 +72,7 @@ def examine(
             head = model_class.model.__name__
             class_notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
     class_name = type(model).__name__
-    with MetaStacks():
+    with meta_stacks():
         origins = find_origins(model, tensors)
     transposed_weights = find_transposed(model, origins, tensors)
     others = [text for name, text in mismatched.items() if name not in transposed_weights]

@@ -88,12 +88,12 @@ def find_origins(model: Model, tensors: Mapping[str, TensorSpec]) -> dict[str, O
             origins.setdefault(name, Origin((source,)))
         else:
             groups[name].append((pattern, source))
+    alike: dict[TensorSpec, torch.Tensor] = {}
     for first, members in groups.items():
         conversion = _Forward(model, by_pattern[members[0][0]], first, tuple(members))
-        meta = {
-            source: torch.empty(tensors[source].shape, dtype=getattr(torch, tensors[source].dtype), device="meta")
-            for _, source in members
-        }
+        for spec in {tensors[source] for _, source in members} - alike.keys():
+            alike[spec] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
+        meta = {source: alike[tensors[source]] for _, source in members}
         origin = Origin(tuple(source for _, source in members), conversion)
         origins.update(dict.fromkeys(conversion(meta), origin))
     return origins

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +51,11 @@ def saved_tensors(
         notes = (f"saved under the model's own parameter names: {reason}",)
         names = _own_names(_Reloaded.of(model, entries, method))
         reverted = {names[name]: entries[name][3] for name in sorted(entries, key=dot_natural_key)}
-    merged = _merged(model, {name: entries[name][3] for name in entries if name not in names}, origins)
+    merged: dict[str, _Backward] | None = None
+    storages = _shared_storages(reverted.values())
     saved = []
-    for name, tensor in reverted.items():
+    for (name, tensor), storage in zip(reverted.items(), storages, strict=True):
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        storage = storage_of(tensor)
         state_name = by_identity.get(id(tensor))
         owner, part, variable, _ = entries[state_name] if state_name is not None else (name, "", False, None)
         if part:
@@ -70,9 +70,19 @@ def saved_tensors(
         elif name in tensors and tensors[name].shape == shape:
             weight = Weight(name, (name,), dtype, shape)
         else:
+            if merged is None:
+                merged = _merged(model, {name: entries[name][3] for name in entries if name not in names}, origins)
             weight = Weight(name, merged[name].sources, dtype, shape, conversion=merged[name])
         saved.append(Saved(name, SAFETENSORS_NAMES[dtype], shape, weight, tensor.nbytes, part, variable, storage))
     return tuple(saved), notes
+
+
+def _shared_storages(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """For each tensor the number of the storage that it shares with others, from 1 on; 0 for one of its own."""
+    storages = [storage_of(tensor) for tensor in tensors]
+    counts = Counter(storages)
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(each, len(numbers) + 1) if counts[each] > 1 else 0 for each in storages]
 
 
 @dataclass(frozen=True, slots=True)
