@@ -307,10 +307,12 @@ def test_llama4_is_refused_because_transformers_cannot_load_what_it_saves() -> N
 @pytest.mark.parametrize("method", ["nf4", "nf4-double", "int8"])
 def test_the_bytes_do_not_depend_on_threads_or_chunks(tmp_path: Path, method: str, monkeypatch: Any) -> None:
     build("whisper").save_pretrained(tmp_path / "source")
-    quantized(tmp_path / "source", tmp_path / "one", method, threads=1)
+    many: dict[str, Any] = {"max_shard_bytes": 20_000}  # of which eight threads fill several at a time
+    quantized(tmp_path / "source", tmp_path / "one", method, threads=1, **many)
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 4
     for threads in (2, 4, 8):
         out = tmp_path / f"threads-{threads}"
-        quantized(tmp_path / "source", out, method, threads=threads)
+        quantized(tmp_path / "source", out, method, threads=threads, **many)
         assert differing_files(tmp_path / "one", out) == []
 
 
