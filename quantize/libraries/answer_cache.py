@@ -112,8 +112,8 @@ def _state(path: str) -> list[int]:
 def encoded(architecture: Architecture) -> dict[str, Any] | None:
     """JSON values; None where a weight is made by the library's functions. Outputs of one weight go on sharing it.
 
-    Hundreds of thousands of tensors have few dtypes and shapes, and most are a weight under its own name: what they have
-    in common is written once.
+    Hundreds of thousands of tensors have few dtypes and shapes, and most are a weight under its own name: what they
+    have in common is written once.
     """
     weights = {id(saved.weight): saved.weight for saved in architecture.saved}
     if any(weight.conversion is not None for weight in weights.values()):

@@ -63,7 +63,10 @@ def calibrate(
         if component.checkpoint is not None and only in (None, component.name):
             refuse_quantized(component.checkpoint)
     device, dtype = run_device(request.device, dtype_in(pipeline))
-    with opened_models(pipeline, dtype, device, only) as models, unfinished(request.output, resume=request.resume) as kept:
+    with (
+        opened_models(pipeline, dtype, device, only) as models,
+        unfinished(request.output, resume=request.resume) as kept,
+    ):
         kept.open(_fingerprint(pipeline, only, models, drawing, request, str(dtype)))
         if kept.count:
             progress(Progress("Drawing", kept=(kept.count, 0), unit="step"))

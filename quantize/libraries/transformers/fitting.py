@@ -10,7 +10,7 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.transformers.classes import ModelClass, classes_to_choose_from, model_class_of
 from qz.quantize.libraries.transformers.meta_loading import load
-from qz.quantize.libraries.transformers.meta_stacks import MetaStacks
+from qz.quantize.libraries.transformers.meta_stacks import meta_stacks
 from qz.quantize.libraries.transformers.origins import find_origins
 
 
@@ -46,7 +46,7 @@ def _misfits(
         raise
     except Exception:  # noqa: BLE001 - a class may raise anything for a config that is not meant for it
         return len(tensors) + 1, len(tensors)
-    with MetaStacks():
+    with meta_stacks():
         origins = find_origins(model, tensors)
     used = {source for origin in origins.values() for source in origin.sources}
     return len(missing) + len(mismatched), len(tensors.keys() - used)
