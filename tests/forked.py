@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import itertools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -23,7 +25,7 @@ import traceback
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NoReturn, Self
 
 from pace import HANG
 from qz.formats.output.storage.disk import KEEP_EVERY
@@ -77,7 +79,9 @@ class Running:
     def __init__(self, connection: socket.socket) -> None:
         self._file: IO[str] = connection.makefile("r")
         self.socket = connection
-        self.pid = int(json.loads(self._file.readline())["pid"])
+        begun = json.loads(self._file.readline())
+        self.pid: int = begun["pid"]
+        self._files = [Path(name) for name in begun["files"]]
         self.begun = time.monotonic()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -88,7 +92,10 @@ class Running:
     def wait(self) -> Ended:
         with self.socket, self._file:
             found = json.loads(self._file.readline())
-        return Ended(**{**found, "operations": tuple(found["operations"])})
+        stdout, stderr, operations = (file.read_bytes().decode(errors="replace") for file in self._files)
+        for file in self._files:
+            file.unlink()
+        return Ended(found["code"], stdout, stderr, found["seconds"], tuple(operations.splitlines()))
 
 
 class Server:
@@ -171,9 +178,27 @@ class Server:
 # The server's side
 
 
-def serve(address: str) -> None:
-    import gc
+@dataclass
+class Child:
+    """A run that the server has forked. What it writes goes to files, so that nobody need read while it runs."""
 
+    asked_by: socket.socket
+    files: list[IO[bytes]]
+    begun: float
+
+    def tell(self, **what: Any) -> None:
+        """Send a line to whoever asked for the run, who may be gone."""
+        with contextlib.suppress(BrokenPipeError):
+            self.asked_by.sendall(json.dumps(what).encode() + b"\n")
+
+    def close(self) -> None:
+        self.asked_by.close()
+        for file in self.files:
+            file.close()
+
+
+def serve(address: str) -> None:
+    """Fork for each wish, and wait for connections and ended children at once: one fork a run, as each costs 20 ms."""
     from qz.quantize.libraries.importing import work_bounds
 
     work_bounds.set_hard()  # runs plan in their own processes, with what was imported here
@@ -183,21 +208,63 @@ def serve(address: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    ended, waker = socket.socketpair()
+    for end in (ended, waker):
+        end.setblocking(False)
+    children: dict[int, Child] = {}
+    watch_children(waker)
     print("ready", flush=True)
-    while True:
+    for run in itertools.count():
+        while listener not in select.select([listener, ended], [], [])[0]:
+            ended.recv(4096)
+            reap(children)
         connection, _ = listener.accept()
-        with connection, connection.makefile("rw") as file:
-            wish = json.loads(file.readline())
-            if "warm" in wish:
-                file.write(f"{in_the_server(wish['warm'], wish['cwd'])}\n")
-            elif os.fork() == 0:
-                try:
-                    listener.close()
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    supervise(wish, file)
-                finally:
-                    os._exit(0)
+        wish = json.loads(connection.makefile("r").readline())
+        if "warm" in wish:
+            code = in_the_server(wish["warm"], wish["cwd"])
+            watch_children(waker)
+            with connection:
+                connection.sendall(f"{code}\n".encode())
+            continue
+        names = [f"{address}.{run}.{kind}" for kind in ("stdout", "stderr", "operations")]
+        child = Child(connection, [open(name, "wb") for name in names], time.monotonic())  # noqa: SIM115 - see close
+        number = os.fork()
+        if number == 0:
+            become(
+                child, wish, [child.asked_by, *(each.asked_by for each in children.values()), listener, ended, waker]
+            )
+        children[number] = child
+        child.tell(pid=number, files=names)
+
+
+def reap(children: dict[int, Child]) -> None:
+    for number in list(children):
+        found, status = os.waitpid(number, os.WNOHANG)
+        if found:
+            child = children.pop(number)
+            child.tell(code=os.waitstatus_to_exitcode(status), seconds=time.monotonic() - child.begun)
+            child.close()
+
+
+def watch_children(waker: socket.socket) -> None:
+    """From now on each child that ends sends a byte to ``waker``."""
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+
+
+def become(child: Child, wish: dict[str, Any], of_the_server: list[socket.socket]) -> NoReturn:
+    """In the child: let go of the server's sockets, do the wish, and end."""
+    code = 70
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for each in of_the_server:
+            each.close()
+        code = perform(wish, *(file.fileno() for file in child.files))
+    except BaseException:
+        os.write(child.files[1].fileno(), traceback.format_exc().encode())
+    finally:
+        os._exit(code)
 
 
 def in_the_server(arguments: list[str], folder: str) -> int:
@@ -236,31 +303,6 @@ def warm() -> None:
             command = ["quantize", "source", *method, "-o", "out", "--overwrite", "--threads", "1"]
             assert in_the_server(command, folder) == 0
             assert in_the_server(["dequantize", "out", "-o", "back", "--overwrite", "--threads", "1"], folder) == 0
-
-
-def supervise(wish: dict[str, Any], file: IO[str]) -> None:
-    """Fork a process that does the wish, and tell how it ended."""
-    streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed with this process
-    begun = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            code = perform(wish, *(stream.fileno() for stream in streams))
-        except BaseException:
-            os.write(streams[1].fileno(), traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-    file.write(json.dumps({"pid": child}) + "\n")
-    file.flush()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seconds = time.monotonic() - begun
-    for stream in streams:
-        stream.seek(0)
-    stdout, stderr, operations = (stream.read().decode(errors="replace") for stream in streams)
-    ended = {"code": code, "stdout": stdout, "stderr": stderr, "seconds": seconds}
-    file.write(json.dumps({**ended, "operations": operations.splitlines()}) + "\n")
-    file.flush()
 
 
 def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> int:

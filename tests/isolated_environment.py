@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
-KEPT = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "TMPDIR", "USER", "LOGNAME"} | {
+KEPT = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", "USER", "LOGNAME"} | {
     "HTTPS_PROXY",  # test_real_weights asks pip for published models
     "https_proxy",
     "SSL_CERT_FILE",
@@ -29,6 +30,7 @@ def enter() -> None:
         if not name.startswith(KEPT_FAMILIES):
             del os.environ[name]
     os.environ |= SET
+    sys.dont_write_bytecode = False  # or each of hundreds of processes compiles all modules of qz
     if "QZ_TEST_HOME" not in os.environ:
         os.environ["QZ_TEST_HOME"] = tempfile.mkdtemp(prefix="qz-home-")
         atexit.register(shutil.rmtree, os.environ["QZ_TEST_HOME"], ignore_errors=True)
