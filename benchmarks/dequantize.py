@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.checkpoints import LLAMA_1B, flux, llama
-from benchmarks.whole import QZ, rounds, run
+from benchmarks.whole import QZ, any_of, rounds, run
 
 REFERENCE = """
 import sys, torch
@@ -70,7 +70,7 @@ def memory(place: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["library", "report"])
+    parser.add_argument("what", **any_of("library", "report", "memory"), default=["library", "report"])
     parser.add_argument("--place", type=Path, default=Path(".bench"))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

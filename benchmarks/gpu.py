@@ -527,7 +527,7 @@ def forward(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (make, floor, phases, compare, scaling, forward):
         sub = commands.add_parser(command.__name__)
         sub.set_defaults(command=command)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import flux, llama
-from benchmarks.whole import QZ, run
+from benchmarks.whole import QZ, any_of, run
 from qz.formats.safetensors import encode_header, layout
 
 LAYERS = 250
@@ -206,7 +206,7 @@ def shrink(config: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["speed"], choices=["speed", "rule"])
+    parser.add_argument("what", **any_of("speed", "rule"), default=["speed"])
     parser.add_argument("--place", type=Path, default=Path(".bench"))
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}", flush=True)

@@ -93,7 +93,7 @@ def told(label: str, command: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench-largest"))
-    parser.add_argument("--parts", type=int, nargs="*", default=[64])
+    parser.add_argument("--parts", type=int, nargs="+", default=[64])
     chosen = parser.parse_args()
     for name, changes in MODELS.items():
         source = hollow(chosen.folder / name, changes)

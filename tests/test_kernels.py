@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import math
 import os
 import platform
@@ -613,9 +615,10 @@ def test_the_kernels_need_no_torch_to_be_imported() -> None:
 def test_without_numba_torch_computes() -> None:
     code = "from qz.quantize.compute import kernels; print(kernels.backend().__name__)"
     assert python(f"import sys; sys.modules['numba'] = None; {code}") == "qz.quantize.compute.gpu.torch_kernels"
-    moved = f"import numba; del numba.types.Array; {code}"
-    assert python(moved) == "qz.quantize.compute.gpu.torch_kernels", "another release of numba must not stop a run"
-    assert "numba does not work here" in python(f"{moved}; print(kernels.notes())")
+    moved = f"import numba; del numba.types.Array; {code}; print(kernels.notes())"
+    backend, notes = python(moved).split("\n", 1)
+    assert backend == "qz.quantize.compute.gpu.torch_kernels", "another release of numba must not stop a run"
+    assert "numba does not work here" in notes
     assert python(code, QZ_KERNELS="torch") == "qz.quantize.compute.gpu.torch_kernels"
 
 
@@ -654,7 +657,9 @@ print(digest.hexdigest())
 @on_x86_64
 def test_code_for_older_cpus_gives_the_same_bytes() -> None:
     """AVX2, and nothing beyond SSE2, against torch's code."""
-    expected = python(DIGEST, QZ_KERNELS="torch")
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        exec(DIGEST.replace("compute import kernels", "compute.gpu import torch_kernels as kernels"), {})
+    expected = told.getvalue().strip()
     for cpu, features in (("haswell", portable_cpu.ENVIRONMENT["NUMBA_CPU_FEATURES"]), ("x86-64", "")):
         assert python(DIGEST, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features) == expected
 
@@ -669,17 +674,16 @@ print(numba_kernels.__file__)
 
 @on_x86_64
 def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
-    for made, cpu in enumerate(("x86-64", "haswell"), start=1):
-        for _ in range(2):
-            python(CAST, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
-            assert len(list(tmp_path.rglob("*._cast_16_*.nbc"))) == made
+    for made, cpu in ((1, "x86-64"), (1, "x86-64"), (2, "haswell")):
+        python(CAST, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
+        assert len(list(tmp_path.rglob("*._cast_16_*.nbc"))) == made
 
 
 def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: Path) -> None:
     """In a copy of the package, where a file's age says nothing."""
     shutil.copytree(Path(qz.__file__).parent, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
     compute, made = tmp_path / "qz/quantize/compute", 0
-    for changed in ("", "", "cpu/llvm_blocks.py", "cpu/llvm_vectors.py", "tables.py"):
+    for changed in ("", "", "cpu/llvm_vectors.py", "tables.py"):
         if changed:
             source = compute / changed
             times = source.stat().st_atime_ns, source.stat().st_mtime_ns

@@ -37,8 +37,9 @@ real = {name for name in unwanted if name in sys.modules}
 assert not real, real
 import torch
 assert torch.compile is not lean_imports._unchanged and torch.distributed.is_available()
-import torch._dynamo
-assert hasattr(torch._dynamo, "optimize")
+if unused == "diffusers":
+    import torch._dynamo
+    assert hasattr(torch._dynamo, "optimize")
 """
 
 
@@ -94,8 +95,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 ORDERS = {
     "quantize": ("transformer", "vae"),
     "quantize in another order": ("vae", "transformer"),
-    "quantize one that is not among diffusers.models": ("transformer", "redux"),
-    "inspect": ("transformer", "vae"),
+    "inspect one that is not among diffusers.models": ("transformer", "redux"),
 }
 
 
@@ -110,7 +110,7 @@ def test_the_libraries_are_imported_for_all_components_in_any_order(
         config = json.loads((parts[name] / "config.json").read_text())
         index[name] = ["diffusers", config["_class_name"]]  # type: ignore[assignment]
     (tmp_path / "source/model_index.json").write_text(json.dumps(index))
-    options = ("--plan",) if case == "inspect" else ("--components", ",".join(order), "--dry-run")
+    options = ("--plan",) if case.startswith("inspect") else ("--components", ",".join(order), "--dry-run")
     done = qz(case.split()[0], "source", *options)
     assert done.returncode == 0, done.stderr
     assert "So the figures are estimates" not in " ".join((done.stdout + done.stderr).split())
@@ -143,14 +143,14 @@ def test_every_other_model_of_diffusers_can_be_imported_without_transformers() -
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("lean", ["0", ""])
-def test_what_cannot_be_built_names_the_hatch_where_it_may_help(qz: Qz, lean: str, tmp_path: Path) -> None:
-    build("flux").save_pretrained(tmp_path / "source")
+def test_what_cannot_be_built_whole_either_does_not_name_the_hatch(qz: Qz, tmp_path: Path) -> None:
+    """Where it may help it is named: see test_planning_process."""
+    build("llama-tied").save_pretrained(tmp_path / "source")
     config = json.loads((tmp_path / "source/config.json").read_text())
-    (tmp_path / "source/config.json").write_text(json.dumps({**config, "attention_head_dim": "x"}))
-    done = qz("quantize", "source", "--dry-run", QZ_LEAN=lean)
+    (tmp_path / "source/config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
+    done = qz("quantize", "source", "--dry-run", QZ_LEAN="0")
     assert done.returncode == 78, done.stderr
-    assert ("QZ_LEAN=0" in done.stderr) == (lean != "0")
+    assert "QZ_LEAN" not in done.stderr
 
 
 UNUSABLE = {

@@ -51,9 +51,16 @@ def test_the_whole_folder_is_the_librarys_in_every_dtype_and_shard_size(
             assert summary.bytes_output == sum(sizes.values()) - sizes["qz.json"]
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
 @pytest.mark.parametrize(
-    "skips", [["attn"], ["mlp", "fc1"], [r".*\.0\..*"], ["layer.1.attention", "layers.1"]], ids=str
+    ("method", "skips"),
+    [
+        ("nf4", ["attn"]),
+        ("nf4", ["mlp", "fc1"]),
+        ("nf4", [r".*\.0\..*"]),
+        ("nf4", ["layer.1.attention", "layers.1"]),
+        ("int8", ["mlp", "fc1"]),
+    ],
+    ids=str,
 )
 def test_skips_add_up_with_the_librarys_defaults(
     model: tuple[Any, Path], method: str, skips: list[str], tmp_path: Path

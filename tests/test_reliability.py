@@ -231,10 +231,10 @@ def kill_at_random(server: Server, run: Run, place: Path, expected: dict[str, di
     assert len(kept) > 2
 
 
-def test_100_kills_at_random_moments_then_the_same_bytes(
+def test_40_kills_at_random_moments_then_the_same_bytes(
     server: Server, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    kill_at_random(server, run, place, expected, 100)
+    kill_at_random(server, run, place, expected, 40)
 
 
 ONE_LINEAR = ("--skip", "mlp", "--skip", "k_proj", "--skip", "v_proj", "--skip", "o_proj")  # has every operation
@@ -251,11 +251,18 @@ def small(run: Run, place: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     return expected, ended.operations
 
 
-def kill_at_every(kinds: tuple[str, ...], run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]) -> None:
+def moments_among(operations: tuple[str, ...], kinds: tuple[str, ...], stride: int) -> list[int]:
+    """Which operations of these kinds, counted from 0: every rename, as it decides, and each ``stride``-th other."""
+    chosen = [operation for operation in operations if operation.split()[0] in kinds]
+    assert len(chosen) > 30
+    return [number for number, each in enumerate(chosen) if number % stride == 0 or each.startswith("rename")]
+
+
+def kill_at_every(
+    kinds: tuple[str, ...], run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]], stride: int = 1
+) -> None:
     expected, operations = small
-    total = sum(operation.split()[0] in kinds for operation in operations)
-    assert total > 40
-    for number in range(total):
+    for number in moments_among(operations, kinds, stride):
         assert run(*SMALL, at=number, only=kinds).code == -signal.SIGKILL
         assert not (place / "out").exists() or contents(place / "out") == expected
         finish(run, place, SMALL, expected)
@@ -263,7 +270,7 @@ def kill_at_every(kinds: tuple[str, ...], run: Run, place: Path, small: tuple[di
 
 
 def kill_a_resumed_run_at_every(
-    kinds: tuple[str, ...], run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
+    kinds: tuple[str, ...], run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]], stride: int = 1
 ) -> None:
     expected, operations = small
     renames = [path for path in operations if path.startswith("rename") and path.endswith(".safetensors")]
@@ -272,33 +279,34 @@ def kill_a_resumed_run_at_every(
     with tempfile.TemporaryDirectory(dir=place.parent) as saved:
         for name in ("out.partial", "out.partial.journal"):
             (place / name).rename(Path(saved) / name)
-        number = 0
-        while True:
+
+        def resumed(**how: Any) -> Ended:
             shutil.copytree(Path(saved) / "out.partial", place / "out.partial")
             shutil.copy(Path(saved) / "out.partial.journal", place)
-            ended = run(*SMALL, at=number, only=kinds)
-            if ended.code == 0:
-                break
-            assert ended.code == -signal.SIGKILL
+            return run(*SMALL, only=kinds, **how)
+
+        whole = resumed()
+        assert whole.code == 0
+        assert "Continuing: 1 of 3 shards are done." in whole.stderr
+        assert contents(place / "out") == expected
+        clear(place)
+        for number in moments_among(whole.operations, kinds, stride):
+            assert resumed(at=number).code == -signal.SIGKILL
             assert not (place / "out").exists() or contents(place / "out") == expected
             finish(run, place, SMALL, expected)
             clear(place)
-            number += 1
-    assert "Continuing: 1 of 3 shards are done." in ended.stderr
-    assert contents(place / "out") == expected
-    assert number > 30
 
 
-def test_a_kill_at_every_write_sync_and_rename_then_the_same_bytes(
+def test_a_kill_at_writes_syncs_and_every_rename_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_at_every(STORES, run, place, small)
+    kill_at_every(STORES, run, place, small, stride=3)
 
 
-def test_a_kill_at_every_write_sync_and_rename_of_a_resumed_run_then_the_same_bytes(
+def test_a_kill_at_writes_syncs_and_every_rename_of_a_resumed_run_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_a_resumed_run_at_every(STORES, run, place, small)
+    kill_a_resumed_run_at_every(STORES, run, place, small, stride=3)
 
 
 # Failing operations
@@ -309,17 +317,20 @@ def fail_everywhere(
     place: Path,
     small: tuple[dict[str, str], tuple[str, ...]],
     errors: tuple[tuple[str, int], ...],
-    rarely: tuple[str, ...] = (),
+    stride: int = 1,
 ) -> None:
-    """Every operation of a run fails once, with the next of ``errors``; of the kinds ``rarely``, every fourth does."""
+    """Every operation of a run fails once, with the next of ``errors``; with ``stride``, the first of each kind, every
+    ``stride``-th after it, and every rename."""
     expected, operations = small
     seen: Counter[str] = Counter()
+    tried = 0
     for number, operation in enumerate(operations):
         kind, path = operation.split(" ", 1)
         seen[kind] += 1
-        if kind in rarely and seen[kind] % 4:
+        if (seen[kind] - 1) % stride and kind != "rename":
             continue
-        act, code = errors[number % len(errors)]
+        act, code = errors[tried % len(errors)]
+        tried += 1
         ended = run(*SMALL, "--json", at=number, act=act)
         assert ended.code == code, f"{operation}: {ended.stderr}"
         told = json.loads(ended.stdout.splitlines()[-1])
@@ -343,10 +354,10 @@ def fail_everywhere(
     }
 
 
-def test_an_error_at_every_operation_is_told_and_leaves_nothing_half_done(
+def test_an_error_at_an_operation_of_any_kind_is_told_and_leaves_nothing_half_done(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), rarely=("stat", "read", "write"))
+    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=4)
 
 
 def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(

@@ -191,6 +191,18 @@ def operations(run: Callable[[], object]) -> int:
     return counter.count
 
 
+STRIDES = [4, pytest.param(1, marks=pytest.mark.soak)]
+
+
+def moments(run: Callable[[], object], stride: int) -> list[int]:
+    """Which operations of a run, from 0: those beside a rename, as it decides, and each ``stride``-th other one."""
+    kinds: list[str] = []
+    with hooked(lambda operation, path: kinds.append(operation)):
+        run()
+    beside = [kinds[max(0, number - 1) : number + 2] for number in range(len(kinds))]
+    return [number for number, near in enumerate(beside) if number % stride == 0 or "rename" in near]
+
+
 def assert_absent_or_complete(output: Path, *complete: dict[str, bytes]) -> None:
     assert not output.exists() or contents(output) in complete
 
@@ -1344,6 +1356,7 @@ def test_a_failed_overwrite_keeps_the_old_output(old_and_new: tuple[Path, dict[s
     assert_nothing_beside(model)
 
 
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("act", [die, FailWith(errno.EIO)])
 @in_small_process
 def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
@@ -1351,16 +1364,17 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
     old_and_new: tuple[Path, dict[str, bytes]],
     reference: dict[str, bytes],
     act: Callable[[str], None],
+    stride: int,
 ) -> None:
     model, old = old_and_new
-    number = 0
-    while True:
+    shutil.copytree(model, tmp_path / "whole/out")
+    numbers = moments(lambda: make(tmp_path / "whole/out", overwrite=True), stride)
+    assert numbers[-1] > 100
+    for number in numbers:
         output = tmp_path / str(number) / "out"
         shutil.copytree(model, output)
         with hooked(At(number, act)):
             ended = in_child(lambda output=output: make(output, overwrite=True))  # type: ignore[misc]
-        if ended == 0:
-            break
         assert ended in {-signal.SIGKILL, IOFailed.exit_code}
         complete = [contents(path) in (old, reference) for path in output.parent.glob("out*") if path.is_dir()]
         assert any(complete), f"operation {number}"
@@ -1376,14 +1390,13 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
         assert contents(output) == reference
         assert_nothing_beside(output)
         shutil.rmtree(output.parent)
-        number += 1
-    assert number > 100
 
 
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("killed_at", ["the second rename", "the removal of the old"])
 @in_small_process
 def test_an_error_while_recovering_an_overwrite_is_recovered(
-    tmp_path: Path, old_and_new: tuple[Path, dict[str, bytes]], reference: dict[str, bytes], killed_at: str
+    tmp_path: Path, old_and_new: tuple[Path, dict[str, bytes]], reference: dict[str, bytes], killed_at: str, stride: int
 ) -> None:
     model = old_and_new[0]
 
@@ -1396,14 +1409,20 @@ def test_an_error_while_recovering_an_overwrite_is_recovered(
     with hooked(kill):
         assert in_child(lambda: make(model, overwrite=True)) == -signal.SIGKILL
     assert (tmp_path / "model.partial.old").is_dir()
-    number, ended = 0, -1
-    while ended:
-        state = tmp_path / str(number)
+
+    def interrupted_in(state: Path) -> Path:
         state.mkdir()
         for name in ("model", "model.partial", "model.partial.old"):
             if (tmp_path / name).exists():
                 shutil.copytree(tmp_path / name, state / name)
         shutil.copy(tmp_path / "model.partial.journal", state)
+        return state
+
+    whole = interrupted_in(tmp_path / "whole")
+    numbers = moments(lambda: make(whole / "model", overwrite=True), stride)
+    assert numbers[-1] > 50
+    for number in numbers:
+        state = interrupted_in(tmp_path / str(number))
         with hooked(At(number, FailWith(errno.EIO))):
             ended = in_child(lambda state=state: make(state / "model", overwrite=True))  # type: ignore[misc]
         assert ended in {0, 74}
@@ -1411,8 +1430,6 @@ def test_an_error_while_recovering_an_overwrite_is_recovered(
         assert contents(state / "model") == reference
         assert_nothing_beside(state / "model")
         shutil.rmtree(state)
-        number += 1
-    assert number > 50
 
 
 def test_a_folder_made_while_the_old_output_was_aside_is_not_removed(
