@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 import isolated_environment
 import portable_cpu
-from forked import Server
+from forked import Runner, Server
 from pace import HANG
 from qz.quantize.libraries.importing import gpu_driver, work_bounds
 
@@ -28,11 +29,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
 Qz = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that starts xdist's workers makes what they share: a cache, and a server that forks."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        cache = tempfile.TemporaryDirectory(prefix="qz-cache-")
+        server = Server(QZ_CACHE=cache.name)
+        os.environ |= {"QZ_TEST_CACHE": cache.name, "QZ_TEST_FORKS": server.address}
+        config.add_cleanup(cache.cleanup)
+        config.add_cleanup(server.end)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_memory_of_other_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the libraries said is remembered as it is for users, but only from test to test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QZ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("QZ_CACHE", os.environ.get("QZ_TEST_CACHE") or str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -57,14 +68,17 @@ def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Server]:
-    """A process that has imported everything, and forks for each run. Made for the first test that asks for it."""
+def forks() -> Iterator[Runner]:
+    """A process that has imported everything, and forks for each run: shared, or made for the first test that asks."""
+    if "QZ_TEST_FORKS" in os.environ:
+        yield Runner(os.environ["QZ_TEST_FORKS"])
+        return
     with Server() as server:
         yield server
 
 
 @pytest.fixture
-def forked_qz(tmp_path: Path, forks: Server) -> Qz:
+def forked_qz(tmp_path: Path, forks: Runner) -> Qz:
     """As ``qz``, in milliseconds: for what does not depend on how the command starts or on its environment."""
 
     def run(*arguments: str | Path, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import itertools
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -27,6 +29,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
+import qz
 from pace import HANG
 from qz.formats.output.storage.disk import KEEP_EVERY
 
@@ -98,34 +101,29 @@ class Running:
         return Ended(found["code"], stdout, stderr, found["seconds"], tuple(operations.splitlines()))
 
 
-class Server:
-    """A context manager: the process that forks. ``environment`` is added to the caller's."""
+class Runner:
+    """Runs commands by the server at ``address``, all of them with ``environment`` added to the server's."""
 
-    def __init__(self, **environment: str) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self.address = str(Path(self._folder.name) / "socket")
-        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, self.address],
-            env={**os.environ, **alone, **environment},
-            cwd=self._folder.name,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, address: str, **environment: str) -> None:
+        self.address, self._environment = address, environment
 
-    def __enter__(self) -> Self:
-        assert self._process.stdout is not None
-        ready = self._process.stdout.readline()
-        assert ready == "ready\n", "the fork server did not start"
-        return self
+    def within(self, **environment: str) -> Runner:
+        """One whose runs have these variables, too. huggingface_hub reads those of its own again."""
+        return Runner(self.address, **{**self._environment, **environment})
 
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._folder.cleanup()
+    def _connected(self) -> socket.socket:
+        """To a server that may still be starting."""
+        end = time.monotonic() + HANG
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(self.address)
+            except (FileNotFoundError, ConnectionRefusedError):
+                connection.close()
+                assert time.monotonic() < end, "the fork server did not start"
+                time.sleep(0.05)
+            else:
+                return connection
 
     def start(
         self,
@@ -146,8 +144,7 @@ class Server:
         With ``terminal``, a path such as ``/dev/pts/7``, the run has that one instead of pipes. ``keep_every``: as
         ``Disk`` has it.
         """
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self.address)
+        connection = self._connected()
         wish = {
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd),
@@ -155,7 +152,7 @@ class Server:
             "act": act,
             "only": only,
             "before": before,
-            "environment": environment or {},
+            "environment": {**self._environment, **(environment or {})},
             "terminal": terminal,
             "keep_every": keep_every,
         }
@@ -164,8 +161,7 @@ class Server:
 
     def warm(self, *arguments: str | Path, cwd: Path) -> None:
         """Run the command in the server itself, once: later runs find imported what it imported."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(self.address)
+        with self._connected() as connection:
             wish = {"warm": [str(argument) for argument in arguments], "cwd": str(cwd)}
             connection.sendall(json.dumps(wish).encode() + b"\n")
             assert connection.makefile("r").readline() == "0\n"
@@ -173,6 +169,42 @@ class Server:
     def run(self, *arguments: str | Path, **how: Any) -> Ended:
         """Start, and wait for the end."""
         return self.start(*arguments, **how).wait()
+
+
+class Server(Runner):
+    """A context manager: the process that forks. ``environment`` is added to the caller's."""
+
+    def __init__(self, **environment: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        super().__init__(str(Path(self._folder.name) / "socket"))
+        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, self.address],
+            env={**os.environ, **alone, **environment},
+            cwd=self._folder.name,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self) -> None:
+        assert self._process.stdout is not None
+        ready = self._process.stdout.readline()
+        assert ready == "ready\n", "the fork server did not start"
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._folder.cleanup()
 
 
 # The server's side
@@ -290,9 +322,13 @@ def warm() -> None:
 
     import torch
     import tqdm
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from diffusers import FluxPipeline  # noqa: F401 - what a third of the runs would import, a second each
+    from transformers import CLIPTextModel, LlamaConfig, LlamaForCausalLM, T5EncoderModel  # noqa: F401 - the same
 
     tqdm.tqdm.monitor_interval = 0  # its thread
+    for module in pkgutil.walk_packages(qz.__path__, "qz."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     with tempfile.TemporaryDirectory() as folder:
@@ -306,11 +342,15 @@ def warm() -> None:
 
 
 def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> int:
+    import huggingface_hub.constants
+
     from qz.cli.app import run
     from qz.formats.output.storage.disk import Disk
 
     os.chdir(wish["cwd"])
     os.environ.update(wish["environment"])
+    if any(name.startswith("HF_") for name in wish["environment"]):
+        importlib.reload(huggingface_hub.constants)
     if wish["terminal"]:
         os.setsid()
         stdin = stdout = stderr = os.open(wish["terminal"], os.O_RDWR)  # its controlling terminal from now on

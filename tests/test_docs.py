@@ -26,7 +26,7 @@ import full_checkpoints
 import original_names
 import pipelines
 import readers
-from forked import Server
+from forked import Runner
 from hub_server import OWNER, HubServer
 from pace import HANG
 from qz import QzError, api
@@ -210,16 +210,15 @@ connection.connect({address!r})
 wish = dict(arguments=sys.argv[1:], cwd=os.getcwd(), at=-1, act="", only=[], before="", environment=dict(os.environ))
 connection.sendall(json.dumps(dict(wish, terminal="")).encode() + b"\\n")
 answers = connection.makefile("r")
-answers.readline()
-ended = json.loads(answers.readline())
-sys.stdout.write(ended["stdout"])
-sys.stderr.write(ended["stderr"])
+begun, ended = json.loads(answers.readline()), json.loads(answers.readline())
+for file, stream in zip(begun["files"], (sys.stdout, sys.stderr)):
+    stream.write(open(file, errors="replace").read())
 sys.exit(ended["code"])
 """
 
 
 @pytest.fixture(scope="session")
-def quick(forks: Server, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quick(forks: Runner, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the front of PATH, whose ``qz`` runs the command in a fork of a process that is warm."""
     forks.warm("quantize", "my-pipeline", "--dry-run", "--quiet", cwd=flux)
     folder = tmp_path_factory.mktemp("quick")

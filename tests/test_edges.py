@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import INTERRUPT, Ended, Server
+from forked import INTERRUPT, Ended, Runner
 from qz.formats.output.preflight import check_room
 from qz.formats.output.storage.disk import Disk
 
@@ -20,7 +20,7 @@ LONG = "x" * 300
 
 
 @pytest.fixture(scope="module")
-def server(forks: Server) -> Server:
+def server(forks: Runner) -> Runner:
     return forks
 
 
@@ -62,7 +62,7 @@ REFUSED_OUTPUTS = {
 
 
 @pytest.mark.parametrize("case", REFUSED_OUTPUTS)
-def test_a_dry_run_refuses_what_the_run_refuses(server: Server, place: Path, case: str) -> None:
+def test_a_dry_run_refuses_what_the_run_refuses(server: Runner, place: Path, case: str) -> None:
     options, code = REFUSED_OUTPUTS[case]
     if options[-1].startswith("/proc") and sys.platform != "linux":
         pytest.skip("no such place here")
@@ -84,7 +84,7 @@ def test_a_dry_run_sees_that_the_disk_is_too_small(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_sees_an_interrupted_run_that_differs(server: Server, place: Path) -> None:
+def test_a_dry_run_sees_an_interrupted_run_that_differs(server: Runner, place: Path) -> None:
     ended = server.run(
         "quantize", "m", "-o", "out", "--max-shard-size", "50KB", "--threads", "1", cwd=place, at=1,
         act=INTERRUPT, only=("rename",),
@@ -104,14 +104,14 @@ def test_a_dry_run_sees_an_interrupted_run_that_differs(server: Server, place: P
     assert not json.loads(fresh.stdout)["resumed"]
 
 
-def test_an_output_behind_a_folder_that_is_not_there_is_told_where_it_is(server: Server, place: Path) -> None:
+def test_an_output_behind_a_folder_that_is_not_there_is_told_where_it_is(server: Runner, place: Path) -> None:
     ended = server.run("quantize", "m", "-o", "nowhere/../made", cwd=place)
     assert ended.code == 0, ended.stderr
     assert "nowhere" not in ended.stdout + ended.stderr
     assert (place / "made/config.json").is_file()
 
 
-def test_a_model_is_quantized_from_inside_its_folder(server: Server, place: Path) -> None:
+def test_a_model_is_quantized_from_inside_its_folder(server: Runner, place: Path) -> None:
     ended = server.run("quantize", ".", "--nf4", "--json", cwd=place / "m")
     assert ended.code == 0, ended.stderr
     assert json.loads(ended.stdout)["output"] == str(place / "m-nf4")
@@ -123,13 +123,13 @@ def test_a_model_is_quantized_from_inside_its_folder(server: Server, place: Path
 
 @pytest.mark.parametrize("source", ["~nobody/x", "~no such user", LONG, f"a/{LONG}", f"./{LONG}", "", " ", "a/b/c"])
 @pytest.mark.parametrize("command", ["quantize", "inspect"])
-def test_a_source_that_cannot_be_is_missing(server: Server, tmp_path: Path, command: str, source: str) -> None:
+def test_a_source_that_cannot_be_is_missing(server: Runner, tmp_path: Path, command: str, source: str) -> None:
     ended = server.run(command, source, cwd=tmp_path)
     assert ended.code == 66, ended.stderr
     assert "does not exist" in told(ended)
 
 
-def test_a_repository_that_is_not_there_might_have_been_a_folder(server: Server, tmp_path: Path) -> None:
+def test_a_repository_that_is_not_there_might_have_been_a_folder(server: Runner, tmp_path: Path) -> None:
     ended = server.run("quantize", "modles/llama", cwd=tmp_path)
     assert ended.code in (66, 69)
     assert "There is no local folder modles/llama either" in told(ended)
@@ -161,7 +161,7 @@ NOTHING_INSIDE = {
     ],
 )
 def test_what_has_nothing_to_convert_inside_is_told(
-    server: Server, tmp_path: Path, words: list[str], code: int, why: str
+    server: Runner, tmp_path: Path, words: list[str], code: int, why: str
 ) -> None:
     for folder, files in NOTHING_INSIDE.items():
         for name, data in files.items():
@@ -173,7 +173,7 @@ def test_what_has_nothing_to_convert_inside_is_told(
     assert not (tmp_path / "new").exists()
 
 
-def test_short_names_mean_what_everybody_means_by_them(server: Server, place: Path) -> None:
+def test_short_names_mean_what_everybody_means_by_them(server: Runner, place: Path) -> None:
     for short, full in {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.items():
         ended = server.run("quantize", "m", "--dtype", short, "-o", "out", "--dry-run", "--json", cwd=place)
         assert json.loads(ended.stdout)["dtype"] == full
@@ -187,7 +187,7 @@ def test_short_names_mean_what_everybody_means_by_them(server: Server, place: Pa
     assert (ended.code, "exclude each other" in told(ended)) == (2, True)
 
 
-def test_help_and_version_are_commands_too(server: Server, tmp_path: Path) -> None:
+def test_help_and_version_are_commands_too(server: Runner, tmp_path: Path) -> None:
     assert server.run("version", cwd=tmp_path).stdout == server.run("--version", cwd=tmp_path).stdout
     assert server.run("help", cwd=tmp_path).stdout == server.run("--help", cwd=tmp_path).stdout
     shown = server.run("help", "quantize", cwd=tmp_path)
@@ -195,7 +195,7 @@ def test_help_and_version_are_commands_too(server: Server, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("size", ["9" * 400, f"1.{'9' * 400}GB", "٥GB", "5", "999"])
-def test_a_size_that_nobody_means_is_refused(server: Server, place: Path, size: str) -> None:
+def test_a_size_that_nobody_means_is_refused(server: Runner, place: Path, size: str) -> None:
     ended = server.run("quantize", "m", "--max-shard-size", size, "-o", "new", cwd=place)
     assert (ended.code, "5GB" in told(ended)) == (2, True)
     assert set(os.listdir(place)) == {"m", "full"}
@@ -205,30 +205,30 @@ def test_a_size_that_nobody_means_is_refused(server: Server, place: Path, size: 
     ("pattern", "meant"),
     [("q_porj", "q_proj"), ("model.layers.0.self_attn.q_porj", "self_attn.q_proj"), ("nothing_like_it", "Names there")],
 )
-def test_a_skip_that_matches_nothing_names_what_is_near(server: Server, place: Path, pattern: str, meant: str) -> None:
+def test_a_skip_that_matches_nothing_names_what_is_near(server: Runner, place: Path, pattern: str, meant: str) -> None:
     ended = server.run("quantize", "m", "--skip", "lm_head", "--skip", pattern, "-o", "new", cwd=place)
     assert ended.code == 2, ended.stderr
     assert f"--skip {pattern} matches no module" in told(ended)
     assert meant in told(ended)
 
 
-def test_a_skip_that_matches_a_module_of_any_kind_is_fine(server: Server, place: Path) -> None:
+def test_a_skip_that_matches_a_module_of_any_kind_is_fine(server: Runner, place: Path) -> None:
     for skip in ("q_proj", "model.layers.1", "embed_tokens", r".*mlp\.(up|down)_proj"):
         assert server.run("quantize", "m", "--skip", skip, "--dry-run", cwd=place).code == 0, skip
 
 
-def test_a_filter_that_matches_nothing_is_an_error(server: Server, place: Path) -> None:
+def test_a_filter_that_matches_nothing_is_an_error(server: Runner, place: Path) -> None:
     ended = server.run("inspect", "m", "--filter", "*q_porj*", cwd=place)
     assert (ended.code, ended.stdout) == (2, "")
     assert "q_proj" in told(ended)
     assert server.run("inspect", "m", "--filter", "*q_proj*", cwd=place).code == 0
 
 
-def make(server: Server, place: Path, *options: str) -> Ended:
+def make(server: Runner, place: Path, *options: str) -> Ended:
     return server.run("quantize", "m", "-o", "out", "--if-exists", "skip", "--json", *options, cwd=place)
 
 
-def test_files_that_are_not_read_do_not_matter_to_an_output(server: Server, place: Path) -> None:
+def test_files_that_are_not_read_do_not_matter_to_an_output(server: Runner, place: Path) -> None:
     assert make(server, place).code == 0
     (place / "m/runs").mkdir()
     (place / "m/runs/log.txt").write_text("x")
@@ -250,7 +250,7 @@ def test_files_that_are_not_read_do_not_matter_to_an_output(server: Server, plac
         ("rm m/generation_config.json", "generation_config.json is no longer there"),
     ],
 )
-def test_a_change_of_what_is_read_is_told_in_words(server: Server, place: Path, change: str, words: str) -> None:
+def test_a_change_of_what_is_read_is_told_in_words(server: Runner, place: Path, change: str, words: str) -> None:
     assert make(server, place).code == 0
     time.sleep(0.02)
     subprocess.run(["sh", "-c", change], cwd=place, check=True)
@@ -260,7 +260,7 @@ def test_a_change_of_what_is_read_is_told_in_words(server: Server, place: Path, 
     assert "{" not in told(ended)
 
 
-def test_other_settings_are_told_in_words(server: Server, place: Path) -> None:
+def test_other_settings_are_told_in_words(server: Runner, place: Path) -> None:
     assert make(server, place).code == 0
     ended = make(server, place, "--int8")
     assert "different settings (method: nf4 → int8" in told(ended)
@@ -277,7 +277,7 @@ def test_other_settings_are_told_in_words(server: Server, place: Path) -> None:
     ],
 )
 def test_an_interrupted_run_goes_on_if_what_it_reads_is_the_same(
-    server: Server, place: Path, change: str, code: int, words: str
+    server: Runner, place: Path, change: str, code: int, words: str
 ) -> None:
     command = ("quantize", "m", "-o", "out", "--max-shard-size", "50KB", "--threads", "1")
     assert server.run(*command, cwd=place, at=1, act=INTERRUPT, only=("rename",)).code == 130

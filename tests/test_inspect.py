@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import pty
 import re
 import shutil
@@ -19,6 +21,7 @@ import pytest
 import torch
 
 import pipelines
+import qz
 import zoo
 from conftest import Qz
 from converted import quantized
@@ -441,12 +444,20 @@ def unprivileged() -> Iterator[None]:
         os.seteuid(user)
 
 
+@pytest.fixture(scope="module")
+def all_modules() -> None:
+    """Imported: others may not read where they lie."""
+    for module in pkgutil.walk_packages(qz.__path__, "qz."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+@pytest.mark.usefixtures("all_modules")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_malformed_checkpoint_is_reported_safely(name: str, place: Path, inspect: Inspect) -> None:
     base, changes, kinds = FOLDERS[name]
     build(place / "checkpoint", base, changes)
     for arguments in ((), ("--json", "--tensors")):
-        inspect(place / "checkpoint", *arguments)  # imports what is needed: others may not read where it lies
         with stopwatch() as watch, unprivileged():
             code, out, err = inspect(place / "checkpoint", *arguments)
         assert watch.loops < 50

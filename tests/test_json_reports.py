@@ -13,7 +13,7 @@ from pydantic import ValidationError
 import pipelines
 import readers
 from conftest import Qz
-from forked import Server
+from forked import Runner
 from hub_server import connected
 from json_contract import checked
 from qz.cli.push import push
@@ -21,7 +21,7 @@ from qz.json_reports import OF_COMMANDS
 
 
 @pytest.fixture(scope="module")
-def place(forks: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(forks: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a language model, a text, and a pipeline."""
     place = tmp_path_factory.mktemp("place")
     readers.model_folder("llama-untied", place / "llama")

@@ -47,6 +47,11 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipelines.sdxl(tmp_path_factory.mktemp("lora") / "sdxl")
 
 
+@pytest.fixture(scope="module")
+def unet_plan(sdxl: Path) -> Plan:
+    return plan_of(sdxl / "unet", "nf4")
+
+
 def layers(model: torch.nn.Module, within: str = "") -> Shapes:
     """Paths of a model's linears and convolutions → shapes of the two factors of a LoRA for each."""
     return {
@@ -301,18 +306,22 @@ def weight_with(plan: Plan, name: str, base: torch.Tensor) -> torch.Tensor:
     return rows.reshape(base.shape)
 
 
-@pytest.mark.parametrize("prefix", ["lycoris", "lora_unet"])
-@pytest.mark.parametrize("case", lycoris_values.CASES)
+@pytest.mark.parametrize(
+    ("prefix", "case"),
+    [
+        *(("lycoris", case) for case in lycoris_values.CASES),
+        *(("lora_unet", case) for case in ("lora", "loha", "lokr")),
+    ],
+)
 def test_every_kind_of_lycoris_gives_the_weight_that_it_computes(
-    sdxl: Path, tmp_path: Path, case: str, prefix: str
+    unet_plan: Plan, tmp_path: Path, case: str, prefix: str
 ) -> None:
     known = load_file(lycoris_values.FILE)
     parts = {name.split("|")[1]: tensor for name, tensor in known.items() if name.startswith(f"{case}|lycoris_")}
     save_file({name.replace("lycoris", prefix, 1): part for name, part in parts.items()}, tmp_path / "x.safetensors")
-    plan = plan_of(sdxl / "unet", "nf4")
     for what, scale in (("whole", 1.0), ("half", 0.5)):
         adapter = open_adapter(LocalFolder(tmp_path), "x.safetensors", "x.safetensors", scale)
-        changed = fuse(plan, [adapter], "unet", "StableDiffusionXLPipeline")
+        changed = fuse(unet_plan, [adapter], "unet", "StableDiffusionXLPipeline")
         for path, shape in lycoris_values.LAYERS.items():
             ours = weight_with(changed, f"{path}.weight", lycoris_values.layer(shape))
             torch.testing.assert_close(ours, known[f"{case}|{path}|{what}"], rtol=1e-5, atol=2e-6)

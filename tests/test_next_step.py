@@ -15,7 +15,7 @@ import original_names
 import pipelines
 import readers
 from conftest import Qz
-from forked import Server
+from forked import Runner
 from hub_server import connected
 from mixtures import mixture
 from qz.cli.calibrate import next_command
@@ -27,7 +27,7 @@ from qz.quantize.planning.sensitivity import Scores
 
 
 @pytest.fixture(scope="module")
-def sources(forks: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(forks: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sources")
     readers.model_folder("llama-untied", place / "llama")
     readers.some_text(place / "prose.txt")

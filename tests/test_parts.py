@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from commands import contents
-from forked import KILL, Server
+from forked import KILL, Runner
 from pipelines import flux
 from qz import MalformedInput, MissingInput, OutputRefused, TryAgain, UsageError, api
 from qz.formats.output.shares import Share
@@ -385,7 +385,7 @@ def place(source: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_part_that_is_killed_goes_on(forks: Server, place: Path, whole: dict[str, bytes]) -> None:
+def test_a_part_that_is_killed_goes_on(forks: Runner, place: Path, whole: dict[str, bytes]) -> None:
     output = place / "out"
     for number in (1, 2):
         for at in range(3, 400, 29 if number == 1 else 61):
@@ -398,7 +398,7 @@ def test_a_part_that_is_killed_goes_on(forks: Server, place: Path, whole: dict[s
     assert beside(output) == []
 
 
-def test_a_part_at_the_same_time_as_itself_and_others(forks: Server, place: Path, whole: dict[str, bytes]) -> None:
+def test_a_part_at_the_same_time_as_itself_and_others(forks: Runner, place: Path, whole: dict[str, bytes]) -> None:
     running = [forks.start(*parted(number, 3), cwd=place) for number in (1, 2, 3, 1, 2)]
     codes = [each.wait() for each in running]
     assert {each.code for each in codes} <= {0, 75}, [each.stderr for each in codes]
@@ -412,7 +412,7 @@ def test_a_part_at_the_same_time_as_itself_and_others(forks: Server, place: Path
     assert beside(place / "out") == []
 
 
-def test_a_merge_waits_for_a_part_that_is_being_made(forks: Server, place: Path) -> None:
+def test_a_merge_waits_for_a_part_that_is_being_made(forks: Runner, place: Path) -> None:
     api.quantize(place / "source", place / "out", part="1/2", **SETTINGS)
     held = forks.start(*parted(2, 2), cwd=place, at=0, only=("reserve",), act="os.kill(os.getpid(), signal.SIGSTOP)")
     while Path(f"/proc/{held.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
@@ -426,7 +426,7 @@ def test_a_merge_waits_for_a_part_that_is_being_made(forks: Server, place: Path)
 
 
 def test_a_merge_that_is_killed_at_any_moment_goes_on(
-    forks: Server, place: Path, source: Path, whole: dict[str, bytes]
+    forks: Runner, place: Path, source: Path, whole: dict[str, bytes]
 ) -> None:
     in_parts(api.quantize, source, place / "made", 3)
     kinds = ("write", "rename", "unlink", "rmdir", "mkdir")
@@ -448,7 +448,7 @@ def test_a_merge_that_is_killed_at_any_moment_goes_on(
 
 
 def test_a_part_started_again_during_an_interrupted_merge_leaves_it_alone(
-    forks: Server, place: Path, source: Path, whole: dict[str, bytes]
+    forks: Runner, place: Path, source: Path, whole: dict[str, bytes]
 ) -> None:
     in_parts(api.quantize, source, place / "out", 2)
     killed = forks.run("merge", "out", cwd=place, at=3, act=KILL, only=("rename",))

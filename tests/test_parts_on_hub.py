@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 from commands import contents
-from forked import Server
+from forked import Runner
 from hub_server import HubServer, connected
 from pushes import hurry
 from qz import MissingInput, OutputRefused, UsageError, api
@@ -91,7 +92,9 @@ def test_parts_that_share_nothing_make_the_commit_of_one_run(
     assert list((tmp_path / "merge").iterdir()) == [], "neither receipts nor an output are left"
 
 
-def test_the_workflow_on_the_page_makes_the_commit_of_one_run(hub: HubServer, source: Path, tmp_path: Path) -> None:
+def test_the_workflow_on_the_page_makes_the_commit_of_one_run(
+    hub: HubServer, source: Path, tmp_path: Path, forks: Runner
+) -> None:
     """As GitHub runs it: a job for each value of the matrix, in folders of their own, and artifacts between them."""
     workflow = next(
         yaml.safe_load(block)
@@ -123,10 +126,11 @@ def test_the_workflow_on_the_page_makes_the_commit_of_one_run(hub: HubServer, so
                 done = runner.run(*words[1:], *settings, cwd=place)
                 assert done.code == 0, done.stderr
 
-    with Server(HF_HUB_OFFLINE="0") as runner:
-        for number in numbers:
-            job(part["steps"], tmp_path / f"job-{number}", number)
-        job(merge["steps"], tmp_path / "merge")
+    settings = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+    runner = forks.within(**{**settings, "HF_HUB_OFFLINE": "0"})
+    for number in numbers:
+        job(part["steps"], tmp_path / f"job-{number}", number)
+    job(merge["steps"], tmp_path / "merge")
 
     api.quantize(source, tmp_path / "one", **SETTINGS)
     there, whole = files_of(hub, environment["REPOSITORY"]), contents(tmp_path / "one")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import pipelines
-from forked import Running, Server
+from forked import Runner, Running
 from hub_server import OWNER, HubServer
 
 CHANGES = ("write", "fsync", "rename", "truncate", "unlink", "rmdir", "mkdir", "open", "reserve")
@@ -30,11 +30,10 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def server(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(hub: HubServer, forks: Runner, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     home = str(tmp_path_factory.mktemp("home"))
     settings = {"HF_HUB_OFFLINE": "0", "GITHUB_STEP_SUMMARY": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    with Server(HF_ENDPOINT=hub.url, HF_HOME=home, HF_TOKEN=OWNER, **settings) as server:
-        yield server
+    return forks.within(HF_ENDPOINT=hub.url, HF_HOME=home, HF_TOKEN=OWNER, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(server: Server, flux: Path) -> dict[str, bytes]:
+def expected(server: Runner, flux: Path) -> dict[str, bytes]:
     """What the same run leaves in a folder."""
     ended = server.run("quantize", "flux", *OPTIONS, "-o", "kept", cwd=flux.parent)
     assert ended.code == 0, ended.stderr
@@ -69,7 +68,7 @@ def begin_anew(hub: HubServer, place: Path) -> dict[str, str]:
     return {"HF_XET_CACHE": str(place / "xet")}
 
 
-def require_complete(hub: HubServer, server: Server, place: Path, expected: dict[str, bytes]) -> None:
+def require_complete(hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes]) -> None:
     """The run after the kill does what was left to do, and no more than one commit is made."""
     ended = server.run(*COMMAND, cwd=place, environment={"HF_XET_CACHE": str(place / "xet")})
     assert ended.code == 0, ended.stderr
@@ -79,7 +78,7 @@ def require_complete(hub: HubServer, server: Server, place: Path, expected: dict
     assert {path.name for path in place.iterdir()} <= {"flux", "xet"}
 
 
-def kill_at_changes(hub: HubServer, server: Server, place: Path, expected: dict[str, bytes], every: int) -> None:
+def kill_at_changes(hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes], every: int) -> None:
     undisturbed = server.run(*COMMAND, cwd=place, only=CHANGES, environment=begin_anew(hub, place))
     assert undisturbed.code == 0, undisturbed.stderr
     for at in range(every // 2, len(undisturbed.operations), every):
@@ -90,14 +89,14 @@ def kill_at_changes(hub: HubServer, server: Server, place: Path, expected: dict[
 
 
 def test_a_kill_at_some_changes_of_the_disk(
-    hub: HubServer, server: Server, place: Path, expected: dict[str, bytes]
+    hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes]
 ) -> None:
     kill_at_changes(hub, server, place, expected, every=97)
 
 
 @pytest.mark.soak
 def test_a_kill_at_every_change_of_the_disk(
-    hub: HubServer, server: Server, place: Path, expected: dict[str, bytes]
+    hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes]
 ) -> None:
     kill_at_changes(hub, server, place, expected, every=1)
 
@@ -107,7 +106,7 @@ def test_a_kill_at_every_change_of_the_disk(
     [("preupload", 1), ("xorb_put", 3), ("shard", 1), ("shard", 4), ("commit", 1), ("create", 1)],
 )
 def test_a_kill_while_the_hub_is_asked(
-    hub: HubServer, server: Server, place: Path, expected: dict[str, bytes], kind: str, nth: int
+    hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes], kind: str, nth: int
 ) -> None:
     environment = begin_anew(hub, place)
     running: list[Running] = []
@@ -118,7 +117,7 @@ def test_a_kill_while_the_hub_is_asked(
 
 
 def test_a_commit_whose_answer_never_came_is_not_made_twice(
-    hub: HubServer, server: Server, place: Path, expected: dict[str, bytes]
+    hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes]
 ) -> None:
     environment = begin_anew(hub, place)
     running: list[Running] = []

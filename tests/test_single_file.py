@@ -18,6 +18,7 @@ from commands import run
 from conftest import Qz
 from hub_server import HubServer, connected
 from original_names import ltx_model, ltx_names, sd3_model, sd3_names, single_file
+from pushes import hurry
 from qz import (
     HubUnreachable,
     MalformedInput,
@@ -31,8 +32,6 @@ from qz import (
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
-from qz.formats.hub.transport import patience, session
-from qz.formats.hub.transport.patience import Retries
 from reference import differing_tensors
 
 MODELS: dict[str, tuple[Any, Callable[[], Any], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]] = {
@@ -125,7 +124,10 @@ def test_a_file_of_a_repository_is_read_with_the_config_of_another(
     assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
 
 
-def test_without_a_config_the_one_that_diffusers_takes_is_named(sd3: tuple[Path, Path], tmp_path: Path) -> None:
+def test_without_a_config_the_one_that_diffusers_takes_is_named(
+    sd3: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch)
     _, video = made(ltx_model, ltx_names, tmp_path)
     with pytest.raises(HubUnreachable, match=r"diffusers/LTX-Video.* with --config"):
         run(quantize, video, output=tmp_path / "made")
@@ -189,8 +191,7 @@ def test_a_config_from_the_cache_is_told_of_and_does_not_say_who_may_see_it(
 ) -> None:
     from huggingface_hub import snapshot_download
 
-    for module in (session, patience):
-        monkeypatch.setattr(module, "Retries", lambda: Retries(attempts=2, first_wait=0.01))
+    hurry(monkeypatch)
     folder, file = sd3
     hub.add("me/sd3", {"transformer/config.json": folder / "config.json"}, gated="auto")
     snapshot_download("me/sd3")
