@@ -15,6 +15,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 import pipelines
 from conftest import Qz
@@ -66,6 +67,32 @@ def stable_cascade(folder: Path) -> Path:
     scheduler = diffusers.DDPMWuerstchenScheduler()
     pipeline = diffusers.StableCascadePriorPipeline(words, encoder, prior, scheduler, resolution_multiple=8)
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """Stable Diffusion with the checker that most of its repositories have, whose class only diffusers knows."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    torch.manual_seed(0)
+    tokenizer = pipelines.clip_tokenizer(folder.with_name("clip-files"))
+    part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen = {**part, "image_size": 32, "patch_size": 16}
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=32, attention_head_dim=2, sample_size=8,
+    )  # fmt: skip
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=pipelines.vae(4, 2),
+        text_encoder=pipelines.clip(tokenizer, 32, projected=False),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=StableDiffusionSafetyChecker(CLIPConfig(text_config=part, vision_config=seen)),
+        feature_extractor=CLIPImageProcessor(),
+    )
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -463,6 +490,19 @@ def test_what_cannot_be_drawn_is_refused_by_name(flux: Path, four_bit: Path, roo
         with pytest.raises(Unsupported, match=said):
             api.calibrate(other, output, **given)
     assert not list(tmp_path.glob("stats*"))
+
+
+def test_a_pipeline_draws_without_the_optional_component_that_cannot_be_run(root: Path, tmp_path: Path) -> None:
+    pipeline = stable_diffusion(tmp_path / "sd")
+    given: dict[str, Any] = {"text": root / "prompts.txt", **DRAWN}
+    api.quantize(pipeline, tmp_path / "nf4", device="cpu")
+    found = api.compare(pipeline, tmp_path / "nf4", **given)
+    assert any("safety_checker has no part in this" in warning for warning in found.warnings)
+    assert found.denoiser is not None
+    stats = tmp_path / "stats.safetensors"
+    calibrated = api.calibrate(pipeline, stats, **given)
+    assert calibrated.components == ("text_encoder", "unet")
+    assert any("safety_checker has no part in this" in warning for warning in calibrated.warnings)
 
 
 def test_a_resolution_that_a_pipeline_cannot_be_asked_for_is_refused_and_not_ignored(

@@ -113,12 +113,16 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     }, {}),
     ("I2VGenXL.*", {}, {"clip_skip": None}),
     ("IFPipeline", {"unet": {"out_channels": 8}}, {}),
-    ("Ideogram4.*", {}, {"guidance_schedule": [1.0, 1.0], "max_sequence_length": 32}),
+    ("Ideogram4.*", {"text_encoder": {"class": "Qwen3VLModel"}}, {
+        "guidance_schedule": [1.0, 1.0], "max_sequence_length": 32,
+    }),
+    ("Kandinsky5I2I.*", {}, {"max_sequence_length": 512}),
     ("Kandinsky5I2V.*", {"transformer": {"in_visual_dim": 16, "out_visual_dim": 16}}, {}),
     ("Kandinsky6TI2VA.*", {}, {"sample_audio": False}),
     ("Kandinsky(V22|V22Controlnet)Img2Img(Combined)?.*", {}, {"image": _latent}),
     ("Kandinsky(Combined|Img2Img|Img2ImgCombined|Inpaint|InpaintCombined)?Pipeline", {
         "text_encoder": {"transformerDimensions": 64, "numDims": 64},
+        "movq": {"latent_channels": 4},
         "unet": {
             "addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 64,
         },
@@ -129,7 +133,7 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("KandinskyV22Controlnet.*", {
         "unet": {
             "addition_embed_type": "image_hint", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 64,
-            "in_channels": 8,
+            "in_channels": 7,
         },
     }, {"hint": lambda side: values(1, 3, 8 * side, 8 * side)}),
     ("Kandinsky(V22)?(Controlnet)?(Img2Img|Inpaint)?Pipeline", {"unet": {"out_channels": 8}}, {
@@ -145,6 +149,7 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     }, {}),
     ("MotifVideo.*", {"scheduler": {"class": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}}, {}),
     ("MotifVideoImage2Video.*", {"transformer": {"image_embed_dim": 64}}, {}),
+    ("NucleusMoE.*", {}, {"return_index": 1}),
     ("PNDM.*", {}, {"num_inference_steps": 4}),
     ("QwenImage(?!21).*", {"transformer": {"in_channels": 64, "out_channels": 16}}, {}),
     ("QwenImageControlNet.*", {"controlnet": {"in_channels": 64, "out_channels": 16}}, {}),
@@ -156,7 +161,9 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("SanaSprint.*", {"scheduler": {"class": "SCMScheduler"}, "transformer": {"guidance_embeds": True}}, {}),
     ("SanaWM.*", {}, {"action": "w-1", "intrinsics": [64.0, 64.0, 32.0, 32.0]}),
     ("ShapE.*", {
-        "prior": {"encoder_hid_proj_type": None, "added_emb_type": None, "additional_embeddings": 2},
+        "prior": {
+            "encoder_hid_proj_type": None, "added_emb_type": None, "additional_embeddings": 2, "clip_embed_dim": 128,
+        },
     }, {}),
     ("ShapEImg2Img.*", {"prior": {"additional_embeddings": 17}}, {}),
     ("StableAudioPipeline", {
@@ -217,6 +224,7 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "super_res_first": {"in_channels": 6, "out_channels": 3},
         "super_res_last": {"in_channels": 6, "out_channels": 3},
     }, {}),
+    ("UnCLIPImageVariation.*", {}, {"image": _picture, "image_embeddings": None}),
     ("VQDiffusion.*", {
         "learned_classifier_free_sampling_embeddings": {"length": 77, "hidden_size": 64},
         "transformer": {
@@ -233,4 +241,9 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "task_prompt": "a task", "content_prompt": "a cat",
         "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
     }),
+    ("Wuerstchen.*", {
+        "prior": {"c_cond": 64}, "prior_prior": {"c_cond": 64}, "decoder": {"c_cond": 64, "clip_embd": 64},
+    }, {"image_embeddings": lambda _: values(1, 4, 8, 8)}),
+    ("ZImageControlNet.*", {"transformer": {"in_channels": 4}, "controlnet": {"dim": 64, "control_in_dim": 4}}, {}),
+    ("ZImageControlNetInpaint.*", {"controlnet": {"control_in_dim": 9}}, {}),
 )  # fmt: skip
