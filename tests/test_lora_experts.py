@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from commands import run
+from conftest import Qz
 from mixtures import mixture
 from qz import MalformedInput, Unsupported
 from qz.cli.dequantize import dequantize
@@ -104,6 +105,14 @@ def test_a_whole_tensor_of_experts_is_not_put_into_one_of_them(tmp_path: Path) -
     assert torch.equal(tensors_of(tmp_path / "made")[name], torch.ones(4, 64, dtype=torch.bfloat16))
     with pytest.raises(Unsupported, match=r"down_proj_bias' as a whole, which --experts writes expert by expert"):
         run(quantize, base, experts=True, lora=[str(adapter)], dry_run=True)
+
+
+def test_a_command_of_its_own_finds_the_experts_whether_the_model_is_remembered_or_not(qz: Qz, tmp_path: Path) -> None:
+    base = mixture("qwen3_moe", tmp_path / "base")
+    adapter = on_all_experts(base, tmp_path / "adapter")
+    for _ in range(2):
+        done = qz("quantize", base, "--lora", adapter, "--dry-run", "--quiet", QZ_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
 
 
 def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:

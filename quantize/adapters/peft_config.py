@@ -99,7 +99,7 @@ def _checked(config: Mapping[str, Any], where: str) -> PeftConfig:
         )
     number = config.get("lora_alpha" if kind == "LORA" else "alpha", 8)
     rank = config.get("r", 8)
-    if not _is_number(number) or not _is_number(rank) or rank < 1:
+    if not _is_number(number) or not _is_number(rank) or rank < 1 or not number:
         raise _wrong(where, f"r {rank!r} and alpha {number!r}")
     return PeftConfig(
         where,
@@ -108,8 +108,8 @@ def _checked(config: Mapping[str, Any], where: str) -> PeftConfig:
         number,
         _pattern(config, "rank_pattern", where),
         _pattern(config, "alpha_pattern", where),
-        rslora=config.get("use_rslora") is True,
-        dora=config.get("use_dora") is True,
+        rslora=_flag(config, "use_rslora", where),
+        dora=_flag(config, "use_dora", where),
         parameters=_names(config, "target_parameters", where),
     )
 
@@ -120,6 +120,13 @@ def _is_number(value: Any) -> bool:
 
 def _wrong(where: str, what: str) -> MalformedInput:
     return MalformedInput(f"{where}: {what} cannot be. Download the adapter again.")
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    found = config.get(key)
+    if found is not None and not isinstance(found, bool):
+        raise _wrong(where, f"{key} {found!r}")
+    return bool(found)
 
 
 def _names(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from qz.quantize.adapters.changes import Expert, Piece, delta_shape, read_alpha
 from qz.quantize.adapters.modules import AdapterModule, modules_of
 from qz.quantize.adapters.peft_config import PeftConfig, head_config, peft_config
 from qz.quantize.libraries.importing import lean_imports
-from qz.quantize.libraries.importing.boundary import describe
+from qz.quantize.libraries.importing.boundary import describe, library_errors
 from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.optional_packages import needed_by
 from qz.quantize.libraries.importing.untrusted_config import without_code
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ def _experts(
     """The modules that change all experts of a layer at once, by their paths."""
     if not config.parameters or checkpoint.library != "transformers":
         return {}
-    with lean_imports.lean_imports(), isolated():
+    lean_imports.keep(needed_by(checkpoint))  # whatever was remembered of the model, and not asked of the library
+    built, where = str(checkpoint.architecture), checkpoint.folder.location
+    with lean_imports.lean_imports(), library_errors("transformers", built, where), isolated():
         from qz.quantize.libraries.transformers.expert_rows import expert_parameters
 
         plain = replace(checkpoint, config=without_code(checkpoint.config)[0])
