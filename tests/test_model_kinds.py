@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import CONFIG_MAPPING
 import qz
 import zoo
 from converted import dequantized, plan_of, quantized
-from qz import MalformedInput, Unsupported
+from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
@@ -259,6 +261,35 @@ def test_of_several_classes_or_none_the_one_that_the_weights_are_of_is_taken(
     taken = [warning for warning in summary.warnings if warning.startswith("taken as a LlamaForCausalLM, ")]
     assert len(taken) == (told is not None)
     assert told is None or told in taken[0]
+
+
+def test_a_config_of_timm_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    told = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "label_names": ["x"] * 10, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    save_file({"head.weight": torch.zeros(10, 192)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs, _ = transformers.PreTrainedConfig.get_config_dict(tmp_path)
+    with closing(LocalFolder(tmp_path)) as folder:
+        assert open_checkpoint(folder).config["model_type"] == theirs["model_type"] == "timm_wrapper"
+    with pytest.raises(QzError, match="requires the timm library" if find_spec("timm") is None else "TimmWrapper"):
+        quantized(tmp_path, tmp_path / "output", "nf4")
+
+
+@pytest.mark.parametrize(
+    ("key", "left"),
+    [
+        ("quantization_config", {}),
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("compression_config", {"format": "pack-quantized"}),
+    ],
+)
+def test_a_config_that_outlived_its_quantization_is_told_as_such(key: str, left: Any, tmp_path: Path) -> None:
+    source = saved(llama(), tmp_path / "source")
+    change(source, **{key: left})
+    with pytest.raises(Unsupported, match=f"but none of its weights is. .* remove `{key}` from it and run this again"):
+        quantized(source, tmp_path / "output", "nf4")
+    change(source, **{key: ...})
+    quantized(source, tmp_path / "output", "nf4")
 
 
 def test_a_missing_output_layer_is_no_model_without_a_head(tmp_path: Path) -> None:

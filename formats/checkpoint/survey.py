@@ -22,6 +22,7 @@ from qz.formats.checkpoint.weights import (
     architecture_of,
     find_weights,
     is_shard_name,
+    is_weights,
     library_of,
     unused_files,
 )
@@ -197,6 +198,8 @@ class _Survey:
         except QzError as error:
             self.problems.add_error(error, "config.json", missing="config-missing")
             return None
+        if "model_type" not in config and "pretrained_cfg" in config:  # of timm; as transformers reads it
+            config = config | {"model_type": "timm_wrapper"}
         if library_of(config) is None:
             self.problems.add("library-unknown", "config.json")
         return config
@@ -221,14 +224,14 @@ class _Survey:
         return True
 
     def models_inside(self) -> list[str]:
-        """Folders of this one that have what it lacks."""
-        wanted = {"config.json", PIPELINE_INDEX}
-        found = []
+        """Folders of this one that have what it lacks: those with weights, if any has some."""
+        found: dict[str, bool] = {}
         for name in self.folder.subfolders()[:MOST_LOOKED_INTO]:
             with suppress(QzError):  # it cannot be read
-                if not wanted.isdisjoint(self.folder.subfolder(name).sizes()):
-                    found.append(name)
-        return found
+                sizes = self.folder.subfolder(name).sizes()
+                if not {"config.json", PIPELINE_INDEX}.isdisjoint(sizes):
+                    found[name] = PIPELINE_INDEX in sizes or any(map(is_weights, sizes))
+        return [name for name, whole in found.items() if whole] or list(found)
 
     def modular_components(self) -> str:
         try:

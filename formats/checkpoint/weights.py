@@ -179,6 +179,11 @@ def library_of(config: Mapping[str, Any]) -> Library | None:
     return None
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of that name holds weights, in whatever format."""
+    return name.endswith((".safetensors", ".gguf")) or PICKLE.search(name) is not None
+
+
 def architecture_of(config: Mapping[str, Any], library: Library) -> str | None:
     """The class that the config names."""
     named = config.get("_class_name") if library == "diffusers" else config.get("architectures")

@@ -19,6 +19,12 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     where = checkpoint.folder.location
     if isinstance(config, dict):
         method = str(config.get("quant_method", "an unknown method"))
+        if all(map(_is_plain, checkpoint.tensors.values())):
+            key = "quantization_config" if checkpoint.config.get("compression_config") is None else "compression_config"
+            raise Unsupported(
+                f"{where}/config.json says that the model is quantized with {method}, but none of its weights is. If "
+                f"they are the plain weights, remove `{key}` from it and run this again."
+            )
         bits = " (4 bit)" if config.get("load_in_4bit") else " (8 bit)" if config.get("load_in_8bit") else ""
         hint = (
             f"Run `qz dequantize {where}` first, or start from the original weights."
@@ -37,6 +43,11 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
                 f"{where} is already quantized with bitsandbytes ({tensor.name}), though config.json does not say so. "
                 f"Run `qz inspect {where}`."
             )
+
+
+def _is_plain(tensor: StoredTensor | Decoded) -> bool:
+    """Whether no library would have stored the codes of a quantized weight so: a vector, or numbers too wide."""
+    return len(tensor.shape) < 2 or (tensor.dtype in ("F64", "F32", "F16", "BF16", "I64") and encoding(tensor) is None)
 
 
 def is_bitsandbytes(checkpoint: Checkpoint) -> bool:

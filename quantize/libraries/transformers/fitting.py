@@ -42,7 +42,7 @@ def _misfits(
     """How many tensors the class misses or has in another shape, and how many of the checkpoint's it does not use."""
     try:
         model, missing, mismatched = load(checkpoint, candidate, tensors, request)
-    except (QzError, MemoryError, OSError):
+    except (QzError, MemoryError, OSError, ImportError):
         raise
     except Exception:  # noqa: BLE001 - a class may raise anything for a config that is not meant for it
         return len(tensors) + 1, len(tensors)
