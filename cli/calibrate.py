@@ -89,13 +89,16 @@ def calibrate(
 def next_command(found: Calibration, asked: dict[str, str | bool | None]) -> list[str]:
     """The command that uses what was recorded, of the same source; ``asked``: how that was named."""
     scored, scores = next(iter(found.component_scores.items()), (None, found.scores))
+    total = scores.total if scores is not None else 0.0
+    if found.component_scores and found.component_scores.keys() == set(found.components):
+        scored, total = None, sum(each.total for each in found.component_scores.values())  # a loss of the whole
     words = ["qz", "quantize", found.source]
-    for option, value in (asked | {"subfolder": asked["subfolder"] or scored}).items():  # a loss is that of one model
+    for option, value in (asked | {"subfolder": asked["subfolder"] or scored}).items():
         words += [f"--{option}"] if value is True else [f"--{option}", value] if isinstance(value, str) else []
     method = scores.method if scores is not None else "nf4"
     words += [f"--{method}", "--scores" if method == "int8" else "--importance", found.output]
     words += ["--rounding", "gptq"] if found.hessian_files and method != "int8" else []
-    words += ["--max-loss", f"{scores.total / 2:.2g}"] if scores is not None else []
+    words += ["--max-loss", f"{total / 2:.2g}"] if scores is not None else []
     return ["# Use it:", command(*words)]
 
 

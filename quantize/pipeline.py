@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -13,15 +14,17 @@ from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
 from qz.quantize.adapters.placement import Placement, placements
 from qz.quantize.convert import plan_quantization
-from qz.quantize.importance.score_file import refuse_unscored
+from qz.quantize.importance.score_file import refuse_unscored, score_file
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
-from qz.quantize.pipeline_size import fit, refuse_settings, unquantized
+from qz.quantize.pipeline_loss import losing_at_most
+from qz.quantize.pipeline_size import fit, unquantized
 from qz.quantize.planning.component_sizes import Combination
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.fusing import fused
+from qz.quantize.planning.kept_layers import KeptLayers, Point
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
@@ -48,6 +51,8 @@ class PipelinePlan:
     """LoRAs that are fused into any of them."""
     combinations: tuple[Combination, ...] = ()
     """Methods of the components that were chosen from, for a size."""
+    kept_layers: KeptLayers | None = None
+    """Of all components together, for a loss."""
     notes: tuple[str, ...] = ()
     """What the user should know of what was asked for."""
     measures: Mapping[str, Measure] = field(default_factory=dict)
@@ -144,16 +149,30 @@ def _plan_chosen(pipeline: Pipeline, settings: Settings, method: Method) -> Pipe
 
 
 def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings) -> PipelinePlan:
-    """The plan for ``settings.target_size``."""
-    refuse_settings(settings)
+    """The plan for ``settings.target_size`` or ``max_loss``."""
     refuse_unscored(settings, (choice.name for choice in choices if choice.method is not None))
+
+    def losing(choice: Choice, most: float) -> Plan:
+        return _plan(choice, _own_settings(choice, replace(settings, max_loss=most, target_size=None)))
+
+    if settings.max_loss is not None:
+        made = losing_at_most(pipeline, choices, settings, losing)
+        _require_matches(made.plans, settings.skips)
+        return replace(compose(pipeline, made.choices, made.plans, settings), kept_layers=made.kept)
 
     def planned(choice: Choice, size: int | None) -> Plan:
         chooses = {"target_size": size} if size else {"target_size": None, "scores": None, "split_groups": False}
         own = replace(settings, **chooses)
         return _plan(choice, _own_settings(choice, own))
 
-    found = fit(pipeline, choices, settings, planned)
+    def curve_of(choice: Choice) -> Sequence[Point] | None:
+        file = score_file(settings, choice.name, pipeline=True)
+        if file is None or choice.method is None or file.scores.method != choice.method.name:
+            return None
+        plan = losing(choice, sys.float_info.max)
+        return plan.kept_layers.curve if plan.kept_layers is not None else None
+
+    found = fit(pipeline, choices, settings, planned, curve_of)
     _require_matches(found.plans, settings.skips)
     return replace(compose(pipeline, found.choices, found.plans, settings), combinations=found.combinations)
 

@@ -162,6 +162,7 @@ def summarize_pipeline(
         left_out_of_root=of_root,
         loras=_fused_loras(plan),
         combinations=plan.combinations,
+        kept_layers=plan.kept_layers,
     )
 
 

@@ -13,8 +13,9 @@ from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import Int8, Method
 from qz.quantize.planning.component_sizes import Combination, Option, combinations, largest_within
 from qz.quantize.planning.components import Choice, kind_of
-from qz.quantize.planning.kept_layers import readable
+from qz.quantize.planning.kept_layers import Point, readable
 from qz.quantize.planning.plan import Plan
+from qz.quantize.planning.shared_loss import shared_room
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.settings import Settings
 
@@ -22,6 +23,8 @@ _COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|S
 
 Planned = Callable[[Choice, int | None], Plan]
 """The plan of a component with the method of its choice, and the size that it may have."""
+CurveOf = Callable[[Choice], Sequence[Point] | None]
+"""What each linear more at 16 bit takes and saves of a component's loss; None where no scores say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +36,9 @@ class Fitted:
     combinations: tuple[Combination, ...]
 
 
-def refuse_settings(settings: Settings) -> None:
-    """Raise UsageError for what is about one model."""
-    if settings.max_loss is not None:
-        raise UsageError("--max-loss is about one model, and this is a pipeline. Name a component with --subfolder.")
-
-
-def fit(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned) -> Fitted:
+def fit(
+    pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned, curve_of: CurveOf
+) -> Fitted:
     """Choose methods for the components that ``choices`` quantize and that have none of their own in ``settings``.
 
     Raises UsageError for a size that is too small, or needs no quantization; what ``planned`` raises for a component
@@ -75,7 +74,7 @@ def fit(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, plann
             "unquantized."
         )
     made = [_chosen(choice, chosen.get(choice.name), settings) for choice in made]
-    return Fitted(tuple(made), _filled(made, plans, target - best.size, planned), found)
+    return Fitted(tuple(made), _filled(made, plans, target - best.size, planned, curve_of), found)
 
 
 def unquantized(component: Component, dtype: str = "auto") -> Footprint:
@@ -127,11 +126,21 @@ def _chosen(choice: Choice, option: Option | None, settings: Settings) -> Choice
 
 
 def _filled(
-    choices: Sequence[Choice], plans: Mapping[tuple[str, str], Plan], left: int, planned: Planned
+    choices: Sequence[Choice],
+    plans: Mapping[tuple[str, str], Plan],
+    left: int,
+    planned: Planned,
+    curve_of: CurveOf,
 ) -> dict[str, Plan]:
-    """Plans of the quantized components, which share the ``left`` bytes: the denoiser first, then the largest."""
+    """Plans of the quantized components, which share the ``left`` bytes: where scores tell of all, the linears that are
+    worth most, of whichever; else the denoiser first, then the largest."""
+    quantized = [choice for choice in choices if choice.method is not None]
+    curves = {choice.name: points for choice in quantized if (points := curve_of(choice)) is not None}
+    if len(curves) == len(quantized):
+        sizes = shared_room(curves, left)
+        return {choice.name: planned(choice, sizes[choice.name]) for choice in quantized}
     order = sorted(
-        (choice for choice in choices if choice.method is not None),
+        quantized,
         key=lambda choice: (kind_of(choice.component) != "denoiser", -choice.component.parameters),
     )
     found = {}
@@ -140,4 +149,4 @@ def _filled(
         least = plans[choice.name, choice.method.name].architecture.footprint.after
         found[choice.name] = planned(choice, least + left)
         left -= found[choice.name].architecture.footprint.after - least
-    return {choice.name: found[choice.name] for choice in choices if choice.name in found}
+    return {choice.name: found[choice.name] for choice in quantized}

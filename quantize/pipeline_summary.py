@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
     from qz.quantize.planning.component_sizes import Combination
+    from qz.quantize.planning.kept_layers import KeptLayers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,8 @@ class PipelineSummary:
     """Those that were fused, as the record tells of them; ``weights`` counts those of all components."""
     combinations: tuple[Combination, ...] = ()
     """Methods of the components that were chosen from, for a size."""
+    kept_layers: KeptLayers | None = None
+    """Of all components together, for a loss."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -219,5 +222,6 @@ class PipelineSummary:
             "loss": self.loss.as_json() if self.loss is not None else None,
             "components": [component.as_json() for component in self.components],
             "bytes": {**report["bytes"], "all_files": self.bytes_all},
+            **kept_layers_json(self),
             **({"combinations": [each.as_json() for each in self.combinations]} if self.combinations else {}),
         }

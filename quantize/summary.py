@@ -144,7 +144,7 @@ class Summary:
         }
 
 
-def kept_layers_json(summary: Summary) -> dict[str, Any]:
+def kept_layers_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
     """Told only where a size or a loss was asked for."""
     return {} if summary.kept_layers is None else {"kept_layers": summary.kept_layers.as_json()}
 

@@ -225,6 +225,7 @@ class PipelineReport(Report):
     loss: Loss | None
     components: list[Component]
     combinations: NotRequired[list[Combination]]
+    kept_layers: NotRequired[KeptLayers]
 
 
 class Recorded(TypedDict):

@@ -313,6 +313,77 @@ def test_scores_of_its_denoiser_choose_what_a_pipeline_keeps(flux: Path, scored:
         api.quantize(flux, scores=scored, target_size=target, components=("text_encoder_2",), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def all_scored(flux: Path, root: Path) -> Path:
+    """Scores of the denoiser and the text encoders."""
+    given: dict[str, Any] = {"text": root / "prompts.txt", **DRAWN}
+    found = api.calibrate(flux, root / "all.safetensors", scores=True, **given)
+    weights = sum(file.stat().st_size for file in flux.rglob("*.safetensors"))
+    assert found.bytes_read > 2 * weights, "what is read again for scores counts"
+    return root / "all.safetensors"
+
+
+def test_a_text_encoders_score_is_what_the_denoiser_makes_of_its_prompts(flux: Path, all_scored: Path) -> None:
+    scored = read_statistics(all_scored).component_scores
+    assert set(scored) == {"transformer", "text_encoder", "text_encoder_2"}
+    scores = scored["text_encoder_2"]
+    assert (scores.loss, scores.method) == ("output", "nf4")
+    assert sum(scores.of.values()) == pytest.approx(scores.total, rel=1e-4)
+    pipeline, calls = whole(flux), []
+    model = pipeline.transformer
+    keep = lambda _, __, given, found: calls.append((dict(given), found[0].double()))  # noqa: E731
+    hook = model.register_forward_hook(keep, with_kwargs=True)
+    draw(pipeline, 0)
+    hook.remove()
+    for name in scores.of:
+        weight = pipeline.text_encoder_2.get_parameter(name).data
+        codes, state = quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4")
+        weight.copy_(dequantize_4bit(codes, state).view_as(weight))
+    lost = []
+    with torch.no_grad():
+        states = [pipeline.encode_prompt(prompt, prompt)[0] for prompt in PROMPTS]
+        for number, (given, found) in enumerate(calls):
+            changed = model(**{**given, "encoder_hidden_states": states[number // 2]})[0].double()
+            lost.append(float((changed - found).square().sum() / found.square().sum()))
+    assert scores.total == pytest.approx(sum(lost) / len(lost), rel=5e-2)
+    assert scores.total > 0
+
+
+def test_a_loss_is_shared_among_the_components_of_a_pipeline(
+    flux: Path, scored: Path, all_scored: Path, tmp_path: Path, qz: Qz
+) -> None:
+    of = read_statistics(all_scored).component_scores
+    methods: dict[str, Any] = {"transformer": api.Nf4(), "text_encoder_2": api.Nf4()}
+    how: dict[str, Any] = {"scores": all_scored, "component_methods": methods, "device": "cpu"}
+    loose: Any = api.quantize(flux, dry_run=True, max_loss=10.0, **how)
+    points = loose.kept_layers.curve
+    assert loose.kept_layers.kept == ()
+    assert points[0].loss == pytest.approx(of["transformer"].total + of["text_encoder_2"].total)
+    assert (points[0].size, points[-1].size) == (loose.footprint_after, loose.footprint_before)
+    assert points[-1].loss == pytest.approx(0, abs=1e-9)
+    assert [point.loss for point in points] == sorted((point.loss for point in points), reverse=True)
+    most = 0.4 * points[0].loss
+    done: Any = api.quantize(flux, tmp_path / "out", max_loss=most, **how)
+    kept = done.kept_layers
+    assert kept.loss <= most
+    chosen = next(point for point in points if point.loss <= most)
+    assert (len(kept.kept), kept.loss) == (chosen.kept, chosen.loss)
+    assert done.footprint_after >= chosen.size, "a library's list of names may match more"
+    assert {path.partition("/")[0] for path in kept.kept} <= {"transformer", "text_encoder_2"}
+    assert set(kept.kept) <= set(done.skipped)
+    rows = {row["name"]: row for row in done.as_json()["components"]}
+    assert sum(rows[name]["kept_layers"]["expected_loss"] for name in methods) == pytest.approx(kept.loss)
+    with pytest.raises(UsageError, match=r"none of text_encoder_2\. Make it with .* --component text_encoder_2=none"):
+        api.quantize(flux, dry_run=True, max_loss=most, **{**how, "scores": scored})
+    with pytest.raises(UsageError, match="Use it unquantized, or allow more"):
+        api.quantize(flux, dry_run=True, max_loss=0.0, **{**how, "component_methods": {}})
+    with pytest.raises(UsageError, match="Allow one of them more"):
+        api.quantize(flux, dry_run=True, max_loss=most, target_size=done.footprint_after - 1, **how)
+    told = qz("quantize", flux, "--max-loss", most, "--scores", all_scored, "--dry-run", "--device", "cpu")
+    assert told.returncode == 0, told.stderr
+    assert "expected loss" in told.stdout
+
+
 class Killed(BaseException):
     """As a signal would end it: nothing of qz sees it."""
 

@@ -129,9 +129,14 @@ def test_the_command_that_uses_a_calibration_names_the_same_source() -> None:
         "qz quantize big/flux --subfolder text_encoder --variant fp16 --allow-pickle --int8 --scores x.safetensors "
         "--max-loss 0.5"
     )
-    drawn: Any = SimpleNamespace(**given, scores=None, component_scores={"transformer": replace(scores, method="nf4")})
+    given |= {"scores": None, "components": ("text_encoder", "transformer")}
+    drawn: Any = SimpleNamespace(**given, component_scores={"transformer": replace(scores, method="nf4")})
     assert next_command(drawn, {"subfolder": None, "revision": None})[1] == (
         "qz quantize big/flux --subfolder transformer --nf4 --importance x.safetensors --rounding gptq --max-loss 0.5"
+    )
+    drawn.component_scores["text_encoder"] = replace(scores, method="nf4", total=2.0)
+    assert next_command(drawn, {"subfolder": None, "revision": None})[1] == (
+        "qz quantize big/flux --nf4 --importance x.safetensors --rounding gptq --max-loss 1.5"
     )
 
 

@@ -335,5 +335,5 @@ def test_a_pipelines_size_chooses_each_components_method(share: float, tmp_path:
             api.quantize(folder, target_size=plain.footprint_after - 1)
         with pytest.raises(UsageError, match="fits as it is"):
             api.quantize(folder, target_size=plain.footprint_before)
-        with pytest.raises(UsageError, match="about one model"):
+        with pytest.raises(UsageError, match="needs to know what each linear loses"):
             api.quantize(folder, max_loss=0.1)

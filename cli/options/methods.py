@@ -89,8 +89,9 @@ MaxLossOpt = Annotated[
     PANEL.option(
         "--max-loss",
         metavar="NUMBER",
-        help="The most that may be lost, in the unit of the scores (KL divergence, or 1 − cosine): as many linears "
-        "stay unquantized as that needs. Needs scores.",
+        help="The most that may be lost, in the unit of the scores (KL divergence, or 1 − cosine; of a pipeline the "
+        "squared relative error of its denoisers' output): as many linears stay unquantized as that needs. Needs "
+        "scores.",
     ),
 ]
 ScoresFileOpt = Annotated[

@@ -116,12 +116,14 @@ def refined(how: Mapping[str, Any]) -> str:
 
 
 def kept_sections(summary: Summary | PipelineSummary) -> list[Section]:
-    """In a dry run, what each size would lose: a table with a picture in it, of each model whose layers were chosen."""
-    models: Sequence[Summary] = getattr(summary, "models", None) or [summary]
+    """In a dry run, what each size would lose: a table with a picture in it, of each model whose layers were chosen, or
+    of the pipeline where its were chosen together."""
+    own: Sequence[Summary | PipelineSummary] = getattr(summary, "models", None) or [summary]
+    models = [summary] if summary.kept_layers is not None else own
     return [Section(curve_rows(each), CURVE) for each in models if each.kept_layers is not None and each.dry_run]
 
 
-def curve_rows(summary: Summary) -> list[tuple[str, ...]]:
+def curve_rows(summary: Summary | PipelineSummary) -> list[tuple[str, ...]]:
     """Points from nothing kept to everything, and the chosen one; bars show the loss, or sizes where none is known."""
     from qz.quantize.planning.kept_layers import Point
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz.cli.output import Column, Section, percent, quantity, size, took
-from qz.cli.reports.model import LAYERS, fused_loras, left_out, part_of, place_of, told_of_loss, worst_layers
+from qz.cli.reports.model import (
+    LAYERS,
+    fused_loras,
+    kept_layers,
+    left_out,
+    part_of,
+    place_of,
+    told_of_loss,
+    worst_layers,
+)
 
 if TYPE_CHECKING:
     from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
@@ -86,6 +95,8 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
     ]
+    if summary.kept_layers is not None:
+        rows.append(("kept", kept_layers(summary.kept_layers)))
     others = [component.name for component in summary.components if not component.bytes]
     if others:
         rows.append(("unchanged", ", ".join(others)))

@@ -235,7 +235,9 @@ class _Run:
                 "tokens": str(tokens),
                 "text": request.text_name if request.text is None else "own",
             }
-            scores = self._scores(request.scores, class_name, rows, device) if request.scores is not None else None
+            scores, read_again = None, 0
+            if request.scores is not None:
+                scores, read_again = self._scores(request.scores, class_name, rows, device)
             refuse_existing(request.output)
             write_statistics(request.output, sums, told, recording.places(), files.hashes, scores)
             kept.remove()
@@ -255,7 +257,7 @@ class _Run:
             files.nbytes,
             str(device),
             str(run_dtype).removeprefix("torch."),
-            weights.bytes_read,
+            weights.bytes_read + read_again,
             time.monotonic() - self.begun,
             self._warnings(tokens, unseen),
             scores=scores,
@@ -278,26 +280,29 @@ class _Run:
             "versions": {"qz": __version__, **library_versions()},
         }
 
-    def _scores(self, method: Method, class_name: str, rows: list[list[int]], device: torch.device) -> Scores:
+    def _scores(
+        self, method: Method, class_name: str, rows: list[list[int]], device: torch.device
+    ) -> tuple[Scores, int]:
         """Of the weights that ``method`` quantizes, on some of the text, in float32: bfloat16's own errors are larger
-        than many a score."""
+        than many a score. And how many bytes were read for that."""
         import torch
 
         from qz.quantize.calibration import scores
         from qz.quantize.calibration.running.text import first_tokens
+        from qz.quantize.calibration.running.weights import Weights
         from qz.quantize.compute.devices import arithmetic_on
         from qz.quantize.libraries.transformers.runnable import runnable
 
-        model = runnable(self.checkpoint, class_name, torch.float32, device)
-        return scores.score_text(
-            self.checkpoint,
-            model,
+        weights = Weights(self.checkpoint, runnable(self.checkpoint, class_name, torch.float32, device))
+        found = scores.score_text(
+            weights,
             first_tokens(rows, scores.TOKENS),
-            scores.quantized_names(self.checkpoint, model, method),
+            scores.quantized_names(self.checkpoint, weights.runnable, method),
             method,
             arithmetic_on(self.request.device),
             self.progress,
         )
+        return found, weights.bytes_read
 
     def _warnings(self, tokens: int, unseen: tuple[str, ...]) -> tuple[str, ...]:
         request, found = self.request, list(self.checkpoint.choices)

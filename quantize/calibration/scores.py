@@ -190,8 +190,7 @@ class TextJudge:
 
 
 def score_text(
-    checkpoint: Checkpoint,
-    model: Runnable,
+    weights: Weights,
     rows: Sequence[list[int]],
     names: Sequence[str],
     method: Method,
@@ -201,9 +200,9 @@ def score_text(
     """Scores of the weights ``names`` of a model that reads ``rows`` of token ids. Raises what reading and running
     raise."""
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
-        judge = TextJudge(model, rows, Path(place), checkpoint.folder.location)
+        model = weights.runnable
+        judge = TextJudge(model, rows, Path(place), weights.checkpoint.folder.location)
         inputs = [arguments(model, row) for row in rows]
-        weights = Weights(checkpoint, model)
         return score(weights, inputs, (0,), judge, states_of, names, method, arithmetic, progress)
 
 
@@ -232,7 +231,7 @@ def score(
     ``states``: what is compared of a block's output, [tokens, features]. Raises what reading and running raise.
     """
     model, where = weights.runnable, weights.checkpoint.folder.location
-    transposed = {name for name in names if _is_conv1d(model, name)}
+    transposed = {name for name in names if is_conv1d(model, name)}
 
     def quantized(name: str, weight: torch.Tensor) -> torch.Tensor:
         return rounded(weight, method, arithmetic, transposed=name in transposed)
@@ -275,7 +274,7 @@ def _mean(found: Sequence[float]) -> float:
     return sum(found) / len(found)
 
 
-def _is_conv1d(model: Runnable, weight: str) -> bool:
+def is_conv1d(model: Runnable, weight: str) -> bool:
     return not isinstance(model.linears[_path(weight)], torch.nn.Linear)
 
 

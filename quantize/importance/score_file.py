@@ -31,6 +31,15 @@ def score_file(settings: Settings, component: str = "", *, pipeline: bool = Fals
     return ScoreFile(found, {"file": file.name, "sha256": statistics.sha256, **found.about()})
 
 
+def unscored(settings: Settings, components: Iterable[str]) -> list[str]:
+    """Those of a pipeline's ``components`` that the file which is named, if there is one, has no scores of."""
+    return [
+        name
+        for name in components
+        if (settings.scores or settings.importance) is not None and score_file(settings, name, pipeline=True) is None
+    ]
+
+
 def refuse_unscored(settings: Settings, components: Iterable[str]) -> None:
     """Raise UsageError where ``--scores`` name a file that scores none of a pipeline's ``components``."""
     if settings.scores is None:

@@ -60,8 +60,8 @@ def calibrate(
     A pipeline draws: ``text`` has a prompt on each line, by default there are 16 of qz's own; each is denoised in
     ``steps`` (default: 4) at ``resolution`` (default: 256, or what the pipeline is made for if that is less), from
     noise of ``seed``. All models that take part are recorded, or the component ``subfolder`` of a pipeline; ``scores``
-    are of its denoisers. It takes no ``tokens`` and ``generate``. An interrupted run goes on after the last step, or
-    block, that it finished.
+    are of its denoisers and text encoders. It takes no ``tokens`` and ``generate``. An interrupted run goes on after
+    the last step, or block, that it finished.
 
     Raises ``qz.QzError``; then there is no output.
     """

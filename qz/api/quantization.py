@@ -81,7 +81,8 @@ def quantize(
     LoRAs to fuse into the weights first, each as REPO|FOLDER|FILE[:SCALE]; then the model may be one that bitsandbytes
     quantized, whose dequantized weights they are fused into.
     ``target_size`` (bytes in memory) and ``max_loss`` keep the most sensitive linears unquantized, those that the file
-    ``scores`` of ``calibrate`` names; of a pipeline ``target_size`` chooses each component's method as well.
+    ``scores`` of ``calibrate`` names; of a pipeline ``target_size`` chooses each component's method as well,
+    and both choose among the linears of all its components.
     ``measure_loss`` adds the loss of every layer to the summary. ``push`` publishes the output in that repository; with
     ``push_only``, shard by shard, so that no output is kept here. ``part`` ``"3/7"`` makes one of seven parts, which
     ``merge`` puts together; ``"auto"`` the one that the environment of an array job names. The other arguments are the

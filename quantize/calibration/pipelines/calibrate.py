@@ -21,6 +21,7 @@ from qz.quantize.calibration.pipelines.prompts import prompts_of
 from qz.quantize.calibration.pipelines.replay import replay
 from qz.quantize.calibration.pipelines.resume import CallStore
 from qz.quantize.calibration.pipelines.scores import score_denoisers
+from qz.quantize.calibration.pipelines.text_scores import score_text_encoders
 from qz.quantize.calibration.recording import Recording
 from qz.quantize.calibration.run import Calibration, CalibrationRequest, token_warnings
 from qz.quantize.calibration.running.blocks import blocks_of
@@ -79,8 +80,8 @@ def calibrate(
             recording = _record(models, name, drawn, files, progress)
             sums |= recording.input_sums()
             places |= recording.places()
-        scores = _scores(models, drawn, only, request, progress)
-        unscored = [name for name in chosen if request.scores and models.is_denoiser(name) and name in drawn.whole]
+        scores = _scores(models, drawing, drawn, only, request, progress)
+        unscored = [name for name in chosen if request.scores and name in drawn.whole]
         refuse_existing(request.output)
         told = {
             "architecture": models.class_name,
@@ -171,16 +172,24 @@ def _draw(
 
 
 def _scores(
-    models: Models, drawn: Drawn, only: str | None, request: CalibrationRequest, progress: OnProgress
+    models: Models,
+    drawing: Drawing,
+    drawn: Drawn,
+    only: str | None,
+    request: CalibrationRequest,
+    progress: OnProgress,
 ) -> dict[str, Scores]:
-    """Of the denoisers, if they are asked for. Raises Unsupported where there is none that can be scored."""
-    if request.scores is None:
+    """Of the denoisers and text encoders, if they are asked for. Raises Unsupported where none can be scored."""
+    method = request.scores
+    if method is None:
         return {}
-    found = score_denoisers(models, drawn, only, request.scores, arithmetic_on(request.device), progress)
+    arithmetic = arithmetic_on(request.device)
+    found = score_denoisers(models, drawn, only, method, arithmetic, progress)
+    found |= score_text_encoders(models, drawing, drawn, only, method, arithmetic, progress)
     if not found:
         raise Unsupported(
-            f"{models.where}: {models.class_name} has no denoiser that is run block by block and quantized, so that "
-            "there is nothing to score. Leave out --scores."
+            f"{models.where}: {models.class_name} has nothing that is run block by block and quantized, so that there "
+            "is nothing to score. Leave out --scores."
         )
     return found
 

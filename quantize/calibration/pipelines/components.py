@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Models:
     weights: Mapping[str, Weights]
     device: torch.device
     left_out: tuple[str, ...] = ()
+    read_again: list[Weights] = field(default_factory=list)
+    """Models of their own in float32, for scores."""
 
     @property
     def class_name(self) -> str:
@@ -61,7 +63,13 @@ class Models:
 
     @property
     def bytes_read(self) -> int:
-        return sum(each.bytes_read for each in self.weights.values())
+        return sum(each.bytes_read for each in (*self.weights.values(), *self.read_again))
+
+    def again(self, component: str) -> Weights:
+        """A component in float32: bfloat16's own errors are larger than many a score."""
+        found = weights_of(self.weights[component].checkpoint, torch.float32, self.device)
+        self.read_again.append(found)
+        return found
 
     def load(self, path: str, module: Any) -> None:
         """Give the module at ``path``, which begins with its component, its weights."""

@@ -21,7 +21,7 @@ from qz import MalformedInput, Unsupported, UsageError
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import Models
-from qz.quantize.calibration.running.blocks import BlockPass
+from qz.quantize.calibration.running.blocks import BlockPass, Finished
 from qz.quantize.libraries.transformers.runnable import running
 
 if TYPE_CHECKING:
@@ -104,17 +104,51 @@ def _draw(models: Models, module: _Pipeline, whole: frozenset[str], task: str, p
             raise MalformedInput(f"{models.where} draws NaN: its weights, or the numbers' range, do not allow it.")
         drawn.latents[number] = latents
 
-    steps = BlockPass(module, models, tell)
-    steps.parts = {path: part for path, part in steps.parts.items() if path.partition(".")[0] not in whole}
+    steps = _steps(models, module, whole, tell)
     drawn = module.drawn
     drawn.whole, drawn.at_once = whole, memory.at_once([module], steps.parts)
     memory.require(drawn.at_once, models.device, f"{models.class_name} in {models.where}")
     with running(models.class_name, models.where, "calibrated: it cannot draw from a prompt alone"):
-        for name, weights in models.weights.items():
-            own = {path: part for path, part in steps.parts.items() if path.startswith(f"{name}.")}
-            weights.load_rest(own)
+        _load_rest(models, steps)
         steps.run(({"number": number} for number in range(len(module.drawing.prompts))), used)
     return drawn
+
+
+def until_denoising(
+    models: Models, drawing: Drawing, whole: frozenset[str], task: str, progress: OnProgress
+) -> Mapping[str, list[Call]]:
+    """The calls by component when each prompt is drawn up to the first call of a denoiser, which is among them."""
+    module = _Pipeline(models, drawing, None)
+
+    def finish(*_: Any) -> None:
+        raise Finished
+
+    denoisers = [models.model(name) for name in models.weights if models.is_denoiser(name)]
+    handles = [each.register_forward_pre_hook(finish) for each in denoisers]
+    try:
+        steps = _steps(models, module, whole, lambda _: progress(Progress(task, unit="block")))
+        with running(models.class_name, models.where, "calibrated: it cannot draw from a prompt alone"):
+            _load_rest(models, steps)
+            steps.run({"number": number} for number in range(len(drawing.prompts)))
+        return module.drawn.calls
+    finally:
+        for handle in handles:
+            handle.remove()
+        module.close()
+        models.release_all()
+
+
+def _steps(models: Models, module: _Pipeline, whole: frozenset[str], tell: Callable[[str], None]) -> BlockPass:
+    """Through all that is run block by block."""
+    steps = BlockPass(module, models, tell)
+    steps.parts = {path: part for path, part in steps.parts.items() if path.partition(".")[0] not in whole}
+    return steps
+
+
+def _load_rest(models: Models, steps: BlockPass) -> None:
+    """What belongs to no block."""
+    for name, weights in models.weights.items():
+        weights.load_rest({path: part for path, part in steps.parts.items() if path.startswith(f"{name}.")})
 
 
 class _Pipeline(torch.nn.Module):

@@ -13,7 +13,7 @@ import torch
 from qz.progress import OnProgress
 from qz.quantize.calibration.block_errors import RelativeError
 from qz.quantize.calibration.pipelines import memory
-from qz.quantize.calibration.pipelines.components import Models, weights_of
+from qz.quantize.calibration.pipelines.components import Models
 from qz.quantize.calibration.pipelines.denoising import Drawn
 from qz.quantize.calibration.pipelines.states import states_of
 from qz.quantize.calibration.running.blocks import parts_of
@@ -50,16 +50,13 @@ class OutputJudge:
 def score_denoisers(
     models: Models, drawn: Drawn, only: str | None, method: Method, arithmetic: Arithmetic, progress: OnProgress
 ) -> dict[str, Scores]:
-    """By component, in float32: bfloat16's own errors are larger than many a score.
-
-    One that cannot be run block by block, or of which nothing is quantized, is left out. Raises what reading and
-    running raise.
-    """
+    """By component. One that cannot be run block by block, or of which nothing is quantized, is left out. Raises what
+    reading and running raise."""
     found = {}
     for name, calls in drawn.calls.items():
         if only not in (None, name) or not models.is_denoiser(name) or name in drawn.whole:
             continue
-        weights = weights_of(models.weights[name].checkpoint, torch.float32, models.device)
+        weights = models.again(name)
         model = weights.runnable.model
         names = quantized_names(weights.checkpoint, weights.runnable, method)
         if not names:
