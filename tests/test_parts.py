@@ -303,6 +303,22 @@ def test_parts_that_were_brought_together_are_compared(source: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_under_the_number_of_another_is_not_that_one(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As after a download into the wrong folder: what is missing must not be taken for there."""
+    for part in ("1/3", "2/3"):
+        api.quantize(source, tmp_path / "out", part=part, **SETTINGS)
+    shutil.copytree(tmp_path / "out.parts/1-of-3", tmp_path / "out.parts/3-of-3")
+    before = contents(tmp_path)
+    with pytest.raises(MalformedInput, match=r"3-of-3/part.json is damaged \(it is that of part 1/3\)"):
+        api.merge(tmp_path / "out")
+    assert contents(tmp_path) == before
+    api.quantize(source, tmp_path / "out", part="3/3", **SETTINGS)
+    api.merge(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
 def test_a_damaged_part_is_named_and_can_be_made_again(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     output = tmp_path / "out"
     in_parts(api.quantize, source, output, 3)

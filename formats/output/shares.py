@@ -192,7 +192,10 @@ def read_share(place: Path) -> FinishedShare:
         try:
             if hash_of(data) not in {file.sha256 for file in record.files if file.name == PART_FILE}:
                 raise ValueError(f"its SHA-256 is not the one in {RECORD}")
-            return FinishedShare(ShareReceipt.of(value), record)
+            receipt = ShareReceipt.of(value)
+            if receipt.share.folder != place.name:
+                raise ValueError(f"it is that of part {receipt.share}")
+            return FinishedShare(receipt, record)
         except (ValueError, TypeError, LookupError, AttributeError, QzError) as error:
             raise Malformed("record-malformed", f"{where} is damaged ({error}). Run this --part again.") from None
     finally:
