@@ -18,6 +18,9 @@ HEADROOM = 1.2
 """What runs beside the weights: activations, a cache, the driver. A rule of thumb, and shown as one."""
 SCALES = {"as the libraries write it": None, "searched: same size, smaller error": "search"}
 JOBS = Jobs()
+STACKED = 260
+"""Pixels of the least width of a field: on a telephone one stands below the other."""
+LINE: dict[str, Any] = {"max_lines": 1, "min_width": STACKED}
 
 INTRO = """# qz
 Quantize a model or a pipeline of the Hub to 4 or 8 bit with bitsandbytes, and publish it under your account. Weights
@@ -166,7 +169,9 @@ def as_table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
     """HTML with a caption and headings that screen readers tell; what is in the cells is text."""
     head = "".join(f"<th scope='col'>{html.escape(each)}</th>" for each in heads)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(each))}</td>" for each in row) + "</tr>" for row in rows)
-    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    made = f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    # On a narrow page the table is moved alone, by keyboard, too.
+    return f'<div role="region" aria-label="{caption}" tabindex="0" style="overflow-x: auto">{made}</div>'
 
 
 def size(count: int) -> str:
@@ -182,14 +187,16 @@ def page() -> gr.Blocks:
         gr.Markdown(INTRO)
         gr.LoginButton()
         with gr.Row():
-            source = gr.Textbox(label="Repository", placeholder="black-forest-labs/FLUX.1-dev", scale=2)
-            subfolder = gr.Textbox(label="Component (optional)", placeholder="transformer")
+            source = gr.Textbox(label="Repository", placeholder="black-forest-labs/FLUX.1-dev", scale=2, **LINE)
+            subfolder = gr.Textbox(label="Component (optional)", placeholder="transformer", **LINE)
         with gr.Row():
-            method = gr.Radio(list(METHODS), value="nf4", label="Method")
-            scales = gr.Radio(list(SCALES), value=next(iter(SCALES)), label="Scales of 4-bit blocks")
+            method = gr.Radio(list(METHODS), value="nf4", label="Method", min_width=STACKED)
+            scales = gr.Radio(list(SCALES), value=next(iter(SCALES)), label="Scales of 4-bit blocks", min_width=STACKED)
         with gr.Row():
-            target = gr.Textbox(label="Publish as (optional)", placeholder="you/FLUX.1-dev-transformer-nf4", scale=2)
-            public = gr.Checkbox(label="Public", value=False)
+            target = gr.Textbox(
+                label="Publish as (optional)", placeholder="you/FLUX.1-dev-transformer-nf4", scale=2, **LINE
+            )
+            public = gr.Checkbox(label="Public", value=False, min_width=STACKED)
         with gr.Row():
             see = gr.Button("Look")
             go = gr.Button("Quantize and publish", variant="primary")

@@ -111,6 +111,14 @@ def test_a_look_shows_sizes_and_where_it_fits(page: Any) -> None:
     assert sizes.get_by_role("cell", name="transformer", exact=True).is_visible()
     assert "yes" in page.get_by_role("table", name=re.compile("graphics card")).inner_text()
     keep(page, "look")
+    page.set_viewport_size({"width": 390, "height": 844})  # a telephone's
+    keep(page, "look-390")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    last = sizes.get_by_role("columnheader", name="then, in memory")
+    last.scroll_into_view_if_needed()
+    box = last.bounding_box()
+    assert box["x"] + box["width"] <= 390, "no column is cut off"
+    keep(page, "look-390-moved")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/etc/passwd", "../secret/file", "~/models"])
