@@ -27,19 +27,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import stat
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
-from qz.counted import counted
 from qz.formats.folder import PIECE
 from qz.formats.output.exchange import Exchange, recover, refuse_foreign_partial
 from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.output.refusals import refuse_output
 from qz.formats.output.resuming.earlier_run import has_file, take_over
+from qz.formats.output.resuming.in_words import kept_in_words
 from qz.formats.output.resuming.journal import Journal, as_fingerprint
 from qz.formats.output.resuming.pending import IsVerified, Pending
 from qz.formats.output.resuming.seal import user_key
@@ -47,6 +45,7 @@ from qz.formats.output.shards.checksums import hash_file
 from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout
 from qz.formats.output.shards.shard_writer import ShardWriter
 from qz.formats.output.shards.stored_file import store_file
+from qz.formats.output.staged_files import rank, sizes_below, sweep
 from qz.formats.output.storage.beside import ASIDE, JOURNAL, PARTIAL, in_real_folder, require_name, require_room
 from qz.formats.output.storage.descriptors import Descriptors
 from qz.formats.output.storage.directory import Directory
@@ -148,7 +147,7 @@ class Staging:
         self.resumed, self.finished, self.begun, self.notes = bool(found), found.finished, found.begun, found.notes
         self._written = dict(found.finished)
         if found:
-            self._sweep(self._staged, keep=found.names)
+            sweep(self._staged, keep=found.names)
         else:
             self._remove_partial()
         self._require_space(needed - self._bytes_there())
@@ -196,14 +195,6 @@ class Staging:
 
     def _staged_status(self, name: str) -> os.stat_result | None:
         return self._partial.status(name) if self._partial is not None else None
-
-    def _sweep(self, folder: Directory, keep: Collection[str], prefix: str = "") -> None:
-        for entry in folder.names(prefix.rstrip("/")):
-            name = prefix + entry
-            if any(kept.startswith(f"{name}/") for kept in keep) and folder.kind(name) == "folder":
-                self._sweep(folder, keep, f"{name}/")
-            elif name not in keep:
-                folder.remove(name)
 
     def _require_space(self, needed: int) -> None:
         require_room(self.output, needed, self._disk.free_bytes(self._parent.descriptor, self._parent.path))
@@ -261,9 +252,9 @@ class Staging:
     def write_file(self, name: str, data: bytes) -> WrittenFile:
         """Add a small file, ``component/x.json`` allowed. Indexes and configs reach the disk last, in ``commit``."""
         self._require_new(name)
-        if _rank(name):
+        if rank(name):
             self._last[name] = data
-            return WrittenFile(name, len(data), _sha256(data))
+            return WrittenFile(name, len(data), hashlib.sha256(data).hexdigest())
         return self._store(name, [memoryview(data)])
 
     def copy_file(
@@ -281,7 +272,7 @@ class Staging:
         """
         if name in self.finished:
             return self.finished[name]
-        if _rank(name):
+        if rank(name):
             data = bytearray(size)
             read(0, memoryview(data))
             if progress is not None:
@@ -335,11 +326,11 @@ class Staging:
         self._pending.settle()
         for file in self.finished.values():
             self._verify(file)
-        for name in sorted(self._last, key=lambda name: (_rank(name), name)):
+        for name in sorted(self._last, key=lambda name: (rank(name), name)):
             self._store(name, [memoryview(self._last[name])])
         written = tuple(sorted(self._written.values(), key=lambda file: file.name))
         self._store(RECORD, [memoryview(encode_record(written, self._about))])  # makes the names of all files durable
-        if dict(self._walk(self._staged)) != {file.name: file.bytes for file in self._written.values()}:
+        if dict(sizes_below(self._staged, self._written)) != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._staged.path} was changed by someone else meanwhile. Run the same command again.")
         inspect(self._staged.path)
         self._publish()
@@ -352,17 +343,6 @@ class Staging:
                 f"{self._staged.path / file.name}, made by an earlier run, is damaged. Run the same command again: "
                 "it makes this file anew and keeps the others."
             )
-
-    def _walk(self, folder: Directory, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Every name, but for what is in a folder that the run did not make."""
-        for entry in folder.names(prefix.rstrip("/")):
-            name = prefix + entry
-            status = folder.status(name)
-            is_folder = status is not None and stat.S_ISDIR(status.st_mode)
-            if is_folder and any(file.startswith(f"{name}/") for file in self._written):
-                yield from self._walk(folder, f"{name}/")
-            else:
-                yield name, status.st_size if status is not None and not is_folder else -1
 
     def _publish(self) -> None:
         exchange = Exchange(self._parent, self._name, self._staged)
@@ -394,16 +374,7 @@ class Staging:
         with nullcontext() if interrupted else defer_signals():  # the signal after an interrupt is not to wait
             self._tidy_up()
         if isinstance(error, KeyboardInterrupt):
-            error.add_note(self._kept_in_words())
-
-    def _kept_in_words(self) -> str:
-        kept, begun = len(self._journal.finished), len(self._journal.pieces)
-        if not kept and not begun:
-            return "No shard was finished, so nothing is left behind: the same command starts over."
-        finished = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept" if kept else ""
-        part = f"most of what was done of {counted(begun, 'other shard' if kept else 'shard')}" if begun else ""
-        told = f"{finished}, and {part}" if kept and begun else finished or f"{part[0].upper()}{part[1:]} is kept"
-        return f"{told}: run the same command again to continue, or start over with --no-resume."
+            error.add_note(kept_in_words(len(self._journal.finished), len(self._journal.pieces)))
 
     def _tidy_up(self) -> None:
         with suppress(QzError):
@@ -412,7 +383,7 @@ class Staging:
             begun = {place for name in self._journal.pieces for place in (name, name + TEMPORARY)}
             if (keep := self._journal.finished.keys() | begun) and partial is not None:
                 if self._parent.is_same(self._name + PARTIAL, partial.descriptor):
-                    self._sweep(partial, keep)
+                    sweep(partial, keep)
             else:
                 self._remove_partial()
                 if self._parent.kind(self._name + ASIDE) is None:
@@ -426,15 +397,3 @@ class Staging:
         with suppress(QzError):
             for folder in self._new_parents:
                 self._disk.remove_empty(folder)
-
-
-def _rank(name: str) -> int:
-    """0 for what may be written at once; the later a loader would look for it, the later it is written."""
-    base = name.rpartition("/")[2]
-    if re.search(r"\.index(\.[^.]+)?\.json$", base):
-        return 1
-    return 0 if base not in {"config.json", "model_index.json"} else 2 if base == "config.json" else 3
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
