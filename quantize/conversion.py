@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from qz.quantize.pipeline import PipelinePlan
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.planning.plan import Plan
-    from qz.quantize.streaming.measure import Measure
+    from qz.quantize.streaming.measuring.measure import Measure
     from qz.quantize.streaming.output_parts import Part
 
 UNMEASURED = "the loss was not measured when this output was made; `qz compare` measures it without making it again"

@@ -37,7 +37,7 @@ from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.settings import Settings as Settings
 from qz.quantize.source_identity import identity, recorded_identity
 from qz.quantize.streaming.discard import DiscardOutput
-from qz.quantize.streaming.measure import Measure
+from qz.quantize.streaming.measuring.measure import Measure
 from qz.quantize.streaming.output_parts import Target as Target
 from qz.quantize.streaming.output_parts import model_part, write_parts
 from qz.quantize.streaming.run import Run

@@ -30,8 +30,8 @@ from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
 from qz.quantize.planning.unreadable import KEPT, kept_unread
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.loss import Loss
-from qz.quantize.streaming.measure import Measure
+from qz.quantize.streaming.measuring.loss import Loss
+from qz.quantize.streaming.measuring.measure import Measure
 from qz.quantize.streaming.output_parts import Part, model_part
 
 

@@ -20,8 +20,8 @@ from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
-from qz.quantize.streaming.loss import Loss, joined
-from qz.quantize.streaming.not_finite import NotFinite
+from qz.quantize.streaming.measuring.loss import Loss, joined
+from qz.quantize.streaming.measuring.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, write_parts
 from qz.quantize.summary import Source, fused_weights, made_from, summarize
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.output.recorded.record import WrittenFile
-from qz.quantize.streaming.loss import Loss, joined
+from qz.quantize.streaming.measuring.loss import Loss, joined
 from qz.quantize.summary import Source, Summary, kept_layers_json, nonfinite_json, report_json
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import fused_parts, packed_parts
 from qz.quantize.report_of_record import kind_of
-from qz.quantize.streaming.loss import Loss
-from qz.quantize.streaming.not_finite import NotFinite
+from qz.quantize.streaming.measuring.loss import Loss
+from qz.quantize.streaming.measuring.not_finite import NotFinite
 
 if TYPE_CHECKING:
     from qz.formats.output.shares import Share

@@ -138,8 +138,8 @@ def test_a_dry_run_is_exact_and_the_record_names_the_option(qwen: Path, tmp_path
 
 
 def test_the_card_says_how_to_load_it_and_where_by_which_rules(qwen: Path, tmp_path: Path) -> None:
-    from qz.formats.publish.card import write_card
-    from qz.formats.publish.card_facts import facts_of
+    from qz.formats.publish.model_card.card import write_card
+    from qz.formats.publish.model_card.card_facts import facts_of
 
     quantized(qwen, tmp_path / "nf4", "nf4", experts=True)
     about = json.loads((tmp_path / "nf4" / "qz.json").read_text())["about"]

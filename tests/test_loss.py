@@ -23,8 +23,8 @@ from qz.formats.folder import Folder, LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.planning.dequantization import plan_dequantization
-from qz.quantize.streaming.loss import Loss, Tally
-from qz.quantize.streaming.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
+from qz.quantize.streaming.measuring.loss import Loss, Tally
+from qz.quantize.streaming.measuring.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
 from qz.quantize.summary import Source, Summary
 from reference import METHODS, tensors_of
 from zoo import build
@@ -272,7 +272,7 @@ def test_a_record_has_the_loss_that_was_measured_and_is_else_the_same(qz: Qz, ti
 def test_a_record_lists_the_worst_of_many_layers_and_says_how_many_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qz.quantize.streaming.loss.RECORDED", 2)
+    monkeypatch.setattr("qz.quantize.streaming.measuring.loss.RECORDED", 2)
     tally = Tally()
     for number in range(4):
         tally.add(f"{number}.weight", np.ones(4, np.float32), "F32", np.full(4, 1 + number / 7, np.float32), "F32")

@@ -21,8 +21,8 @@ from mixtures import mixture
 from qz.cli.calibrate import next_command
 from qz.cli.push import push
 from qz.cli.reports.next_step import after_output
-from qz.formats.publish.card_facts import facts_here
-from qz.formats.publish.snippet import Here, loading
+from qz.formats.publish.model_card.card_facts import facts_here
+from qz.formats.publish.model_card.snippet import Here, loading
 from qz.quantize.planning.sensitivity import Scores
 
 

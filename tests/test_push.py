@@ -30,11 +30,11 @@ from qz import (
 from qz.cli.reports.markup import page, section
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish import upload
-from qz.formats.publish.card import write_card
-from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
 from qz.formats.publish.destination import PushResult
+from qz.formats.publish.model_card.card import write_card
+from qz.formats.publish.model_card.card_facts import CardFacts, facts_of, inherit
+from qz.formats.publish.model_card.snippet import OnHub, snippet
 from qz.formats.publish.push import push, require_possible
-from qz.formats.publish.snippet import OnHub, snippet
 from qz.progress import Progress
 
 

@@ -21,8 +21,8 @@ from qz import MalformedInput, MissingInput, OutputRefused, UsageError
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
-from qz.formats.publish.card import write_card
-from qz.formats.publish.card_facts import facts_of
+from qz.formats.publish.model_card.card import write_card
+from qz.formats.publish.model_card.card_facts import facts_of
 from qz.quantize.compute.cpu import cpu_arithmetic
 from qz.quantize.importance.statistics import InputSums, write_statistics
 from reference import config_of, dequantized_by_bitsandbytes, differing_tensors, raw, tensors_of

@@ -27,8 +27,8 @@ from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.record import RECORD, read_record
-from qz.formats.publish.card import write_card
-from qz.formats.publish.card_facts import Component, facts_of, inherit
+from qz.formats.publish.model_card.card import write_card
+from qz.formats.publish.model_card.card_facts import Component, facts_of, inherit
 
 EVIL = '<img src=x onerror=alert(1)> <script>x</script> [x](http://evil.example) `x` | "); import os #'
 PYTHON = 'bfloat16); __import__("os").system("id") #'

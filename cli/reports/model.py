@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.planning.kept_layers import KeptLayers
-    from qz.quantize.streaming.loss import LayerLoss, Loss
+    from qz.quantize.streaming.measuring.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
 
 CURVE = (

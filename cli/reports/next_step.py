@@ -27,8 +27,8 @@ def tell(*steps: Sequence[str]) -> None:
 
 def after_output(output: Path) -> list[list[str]]:
     """How to load what lies in a folder, and how to publish it; nothing if it is gone again, which fails no run."""
-    from qz.formats.publish.card_facts import facts_here
-    from qz.formats.publish.snippet import Here, loading
+    from qz.formats.publish.model_card.card_facts import facts_here
+    from qz.formats.publish.model_card.snippet import Here, loading
     from qz.quantize.libraries.importing.gpu_driver import may_have_a_gpu
 
     place = named(output)
@@ -48,7 +48,7 @@ def after_output(output: Path) -> list[list[str]]:
 
 def after_push(pushed: PushResult) -> list[list[str]]:
     """How to load what is on the Hub."""
-    from qz.formats.publish.snippet import OnHub, loading
+    from qz.formats.publish.model_card.snippet import OnHub, loading
 
     place = OnHub(pushed.to.repo_id, pushed.to.folder, pushed.revision)
     return [["# Load it, in Python:", *filled(loading(pushed.facts, place))]]

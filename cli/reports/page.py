@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qz.cli.reports.picture import Chart
     from qz.quantize.calibration.compare import Comparison
     from qz.quantize.pipeline_summary import PipelineSummary
-    from qz.quantize.streaming.loss import LayerLoss, Loss
+    from qz.quantize.streaming.measuring.loss import LayerLoss, Loss
     from qz.quantize.summary import Summary
 
 Value = TypeVar("Value")

@@ -12,7 +12,7 @@ from qz import TryAgain, UsageError
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
-    from qz.formats.publish.card_facts import CardFacts
+    from qz.formats.publish.model_card.card_facts import CardFacts
 
 
 class UploadsLost(TryAgain):

@@ -11,10 +11,10 @@ from qz.formats.folder import LocalFolder, read_text
 from qz.formats.hub.repository import HubFolder
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish.blobs import Blob
-from qz.formats.publish.card import in_words, write_card
-from qz.formats.publish.card_facts import CardFacts, facts_of, inherit
 from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, README, OwnFiles, own_files
 from qz.formats.publish.destination import Destination, PushedFile, PushResult
+from qz.formats.publish.model_card.card import in_words, write_card
+from qz.formats.publish.model_card.card_facts import CardFacts, facts_of, inherit
 from qz.formats.publish.remote import ObjectsLost, Remote, differing
 from qz.progress import OnProgress, Progress, ignore
 

@@ -31,10 +31,10 @@ from qz.quantize.libraries.transformers.runnable import runnable
 from qz.quantize.planning.dequantization import as_plain, plan_dequantization, quantized_weights
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.measure import AgainstOriginal
+from qz.quantize.streaming.measuring.measure import AgainstOriginal
 
 if TYPE_CHECKING:
-    from qz.quantize.streaming.loss import Loss
+    from qz.quantize.streaming.measuring.loss import Loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qz.quantize.streaming.observer import Values
+from qz.quantize.streaming.measuring.observer import Values
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from qz.quantize.streaming.deferred import deferred
 if TYPE_CHECKING:
     from qz.quantize.compute.arithmetic import Arithmetic
     from qz.quantize.planning.plan import Plan, Step
-    from qz.quantize.streaming.observer import Observer
+    from qz.quantize.streaming.measuring.observer import Observer
     from qz.quantize.streaming.open_shards import OpenShards
     from qz.quantize.streaming.work import Work
 

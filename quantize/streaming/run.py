@@ -30,8 +30,8 @@ from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Packed, Stacked, packed_parts, stored_parts, unfused
 from qz.quantize.streaming.discard import DiscardOutput
 from qz.quantize.streaming.encoder import Encoder
-from qz.quantize.streaming.not_finite import NotFinite, adapters_of, count_without_adapters
-from qz.quantize.streaming.observer import Observer, Values
+from qz.quantize.streaming.measuring.not_finite import NotFinite, adapters_of, count_without_adapters
+from qz.quantize.streaming.measuring.observer import Observer, Values
 from qz.quantize.streaming.open_shards import Job, OpenShards
 from qz.quantize.streaming.readers import Reader, assemble, reader
 from qz.quantize.streaming.work import Chunk, Work, nonfinite_weight

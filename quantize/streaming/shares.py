@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qz.formats.output.preflight import check_output
 from qz.formats.output.shares import FinishedShare, Share, ShareReceipt, finished_share, refuse_others
 from qz.formats.output.staging import RESUMABLE
-from qz.quantize.streaming.not_finite import NotFinite
+from qz.quantize.streaming.measuring.not_finite import NotFinite
 
 if TYPE_CHECKING:
     from qz.formats.publish.publication import Publication

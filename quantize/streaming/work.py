@@ -12,7 +12,7 @@ from qz import MalformedInput
 from qz.formats.malformed import quoted
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.streaming.deferred import Deferred
-from qz.quantize.streaming.not_finite import adapters_of, count_without_adapters
+from qz.quantize.streaming.measuring.not_finite import adapters_of, count_without_adapters
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder

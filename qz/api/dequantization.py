@@ -113,7 +113,7 @@ def dequantize(
         if pipeline:
             return published(conversion.pipeline(plan_way_back), conversion, publishing)
         from qz.quantize.planning.dequantization import plan_dequantization
-        from qz.quantize.streaming.measure import AgainstOriginal, original_checkpoint
+        from qz.quantize.streaming.measuring.measure import AgainstOriginal, original_checkpoint
 
         with nullcontext() if against is None else opened(str(against), allow_pickle=allow_pickle) as original:
             measure = None

@@ -161,7 +161,7 @@ def quantize(
             measured=measure_loss,
         )
 
-        from qz.quantize.streaming.measure import WhileQuantizing
+        from qz.quantize.streaming.measuring.measure import WhileQuantizing
 
         def plan_asked(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             from qz.quantize.pipeline import plan_pipeline

@@ -33,11 +33,11 @@ from qz.quantize.compute.run_device import run_device
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.planning.unquantized import refuse_quantized
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.loss import joined
-from qz.quantize.streaming.measure import AgainstOriginal
+from qz.quantize.streaming.measuring.loss import joined
+from qz.quantize.streaming.measuring.measure import AgainstOriginal
 
 if TYPE_CHECKING:
-    from qz.quantize.streaming.loss import Loss
+    from qz.quantize.streaming.measuring.loss import Loss
 
 BLOCK_PROMPTS = 2
 """Of so many prompts what each block returns waits in a file."""

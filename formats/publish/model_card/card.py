@@ -13,9 +13,9 @@ import yaml
 from huggingface_hub import CardData, ModelCard
 
 from qz import MalformedInput
-from qz.formats.publish.card_facts import BITS, HUB, CardFacts
-from qz.formats.publish.escaping import code, fenced, markdown, shell
-from qz.formats.publish.snippet import OnHub, snippet
+from qz.formats.publish.model_card.card_facts import BITS, HUB, CardFacts
+from qz.formats.publish.model_card.escaping import code, fenced, markdown, shell
+from qz.formats.publish.model_card.snippet import OnHub, snippet
 
 LISTED = 30
 """Modules that are named, at most: those that were skipped, and those that lost most."""

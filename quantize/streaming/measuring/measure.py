@@ -22,8 +22,8 @@ from qz.quantize.methods import BLOCK_SIZE, FourBit, Method
 from qz.quantize.planning.plan import Plan, Step, make_plan
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.loss import Loss, Tally
-from qz.quantize.streaming.observer import Values
+from qz.quantize.streaming.measuring.loss import Loss, Tally
+from qz.quantize.streaming.measuring.observer import Values
 from qz.quantize.streaming.readers import Reader, assemble, reader
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qz.formats.publish.escaping import python_string, torch_dtype
+from qz.formats.publish.model_card.escaping import python_string, torch_dtype
 
 if TYPE_CHECKING:
-    from qz.formats.publish.card_facts import CardFacts
+    from qz.formats.publish.model_card.card_facts import CardFacts
 
 _ENCODERS = re.compile(r"(text|image)_encoder")
 _COMPONENTS = re.compile(r"(transformer|unet|vae|prior|decoder|controlnet|(text|image)_encoder)(_\d)?")
