@@ -185,8 +185,10 @@ def _made(name: str, kind: Any, folder: Path, is_xl: bool) -> Any:
         if kind is None or kind.__name__ == "Model":
             kind = transformers.Qwen3Model
         return _model(next(transformers_cases.small_models(kind.config_class, kind.__name__, kind)))
+    if kind is transformers.AutoProcessor:
+        kind = transformers.PixtralProcessor
     if issubclass(kind, transformers.PreTrainedTokenizerBase) or kind is transformers.AutoTokenizer:
-        any_kind = kind is transformers.AutoTokenizer or kind.__name__.startswith("PreTrainedTokenizer")
+        any_kind = kind is transformers.AutoTokenizer or kind.__name__.startswith(("PreTrained", "PythonBackend"))
         return _tokenizer(transformers.Qwen2Tokenizer if any_kind else kind, folder / name)
     if issubclass(kind, transformers.ProcessorMixin):
         return _processor(kind, folder / name)

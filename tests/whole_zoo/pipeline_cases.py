@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from reference import bitsandbytes_arguments, config_of, differing_tensors
 from whole_zoo.calls import call, call_that_runs
 from whole_zoo.case import OF_DTYPES, Case, NotBuilt, Row, fill, mark, one_line, seed
 from whole_zoo.components import Sizes, build_components, sizes_called_for
+from whole_zoo.pipeline_needs import IMPOSSIBLE
 
 METHODS = ("nf4", "int8")
 MOST_PARAMETERS = 60_000_000
@@ -46,6 +48,9 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
     try:
         if type(pipeline_class).__name__ == "DummyObject":
             raise NotBuilt("needs a package that is not installed")
+        for pattern, why in IMPOSSIBLE.items():
+            if re.fullmatch(pattern, case.architecture):
+                raise NotBuilt(why)
         if not hasattr(pipeline_class, "__call__"):  # noqa: B004 - the class itself is callable
             raise NotBuilt("has no call of its own: it stands for others")
         dtype = torch.bfloat16
