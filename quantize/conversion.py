@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qz.formats.malformed import Malformed
 from qz.formats.output.preflight import check_interrupted, check_output, check_room
+from qz.formats.output.shares import refuse_linked
 from qz.formats.output.storage.beside import JOURNAL, sibling
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import OpenedSource, default_output, download
@@ -219,6 +220,8 @@ class Conversion:
         from qz.quantize.convert import fingerprint
         from qz.quantize.quantizing_device import arithmetic_for
 
+        if target.share is not None:
+            refuse_linked(target.output, target.disk)
         check_room(target.staged, staged_bytes(parts, target), target.disk)
         if target.publication is not None:
             check_output(target.staged, target.share is not None, (), target.disk)

@@ -293,6 +293,15 @@ def test_a_part_of_another_run_is_refused_at_once(source: Path, tmp_path: Path, 
     assert contents(tmp_path) == before
 
 
+def test_no_part_is_written_through_a_link(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "out.parts").symlink_to("others")
+    for dry_run in (False, True):
+        with pytest.raises(OutputRefused, match="is a symbolic link"):
+            api.quantize(source, tmp_path / "out", part="1/2", dry_run=dry_run, **SETTINGS)
+    assert not list((tmp_path / "others").iterdir())
+
+
 def test_parts_that_were_brought_together_are_compared(source: Path, tmp_path: Path) -> None:
     """As after downloading them from machines that share no folder."""
     api.quantize(source, tmp_path / "out", part="1/2", **SETTINGS)

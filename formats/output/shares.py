@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -250,6 +251,14 @@ def _is_held(disk: Disk, folder: Directory, name: str) -> bool:
         return not disk.try_lock(descriptor, folder.path / name)
     finally:
         disk.close(descriptor, folder.path / name)
+
+
+def refuse_linked(output: Path, disk: Disk) -> None:
+    """Raise OutputRefused for a link where the folder of the parts would be: a merge does not follow it either."""
+    place = sibling(output, PARTS)
+    found = disk.status(place)
+    if found is not None and stat.S_ISLNK(found.st_mode):
+        raise OutputRefused(f"{place} is a symbolic link, not a folder of parts. Move it away, or choose -o/--output.")
 
 
 def refuse_others(output: Path, share: Share, fingerprint: Mapping[str, Any], disk: Disk) -> None:

@@ -15,7 +15,7 @@ from qz.formats.output.recorded.record import WrittenFile
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.section import Section
 from qz.formats.output.shards.shard_layout import ShardLayout
-from qz.formats.output.shares import PART_FILE, SectionOfShare, Share
+from qz.formats.output.shares import PART_FILE, SectionOfShare, Share, refuse_linked
 from qz.formats.output.staging import RESUMABLE, Staging
 from qz.formats.output.storage.beside import sibling
 from qz.formats.output.storage.disk import Disk
@@ -147,6 +147,8 @@ def write_parts(
         refuse_overlap(place, target.output, target.disk)
         if target.share is not None:
             refuse_overlap(place, target.folder.parent, target.disk)
+    if target.share is not None:
+        refuse_linked(target.output, target.disk)
     fingerprint = asked_for(target, fingerprint)
     if (made := shares.made_before(target, fingerprint)) is not None:
         return Written(tuple(made.files.values()), True, shares.not_finite(made.receipt))
