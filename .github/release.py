@@ -1,6 +1,7 @@
 """The notes of a release: what CHANGELOG.md says of the version of the code. Run by ``make dist``.
 
-Refuses a tag that is not that version, and a version that the changelog still calls unreleased or does not know.
+Refuses a tag that is not that version, a citation of another one, and a version that the changelog still calls
+unreleased or does not know.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def notes(root: Path, tag: str) -> str:
     number = version(root)
     if tag and tag != f"v{number}":
         sys.exit(f"The tag is {tag} and the code is {number}: set __version__ in qz/__init__.py, or tag v{number}.")
+    if f"\nversion: {number}\n" not in (root / "CITATION.cff").read_text(encoding="utf-8"):
+        sys.exit(f"CITATION.cff has another version: write 'version: {number}' there.")
     sections = re.split(r"^## (.+)$", (root / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     for heading, text in zip(sections[1::2], sections[2::2], strict=True):
         if heading.split()[0] == number:

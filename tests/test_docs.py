@@ -105,6 +105,8 @@ def test_the_notes_of_a_release_are_the_changelogs(tmp_path: Path) -> None:
     (tmp_path / "qz").mkdir()
     script = shutil.copy(ROOT / ".github" / "release.py", tmp_path / ".github")
     (tmp_path / "qz" / "__init__.py").write_text('__version__ = "1.2.0"\n')
+    citation = tmp_path / "CITATION.cff"
+    citation.write_text("type: software\nversion: 1.2.0\n")
 
     def release(changelog: str, *tag: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "CHANGELOG.md").write_text(changelog)
@@ -117,6 +119,9 @@ def test_the_notes_of_a_release_are_the_changelogs(tmp_path: Path) -> None:
     unreleased = release(dated.replace("2026-11-26", "unreleased"), "v1.2.0")
     assert unreleased.returncode != 0
     assert "YYYY-MM-DD" in unreleased.stderr
+    citation.write_text("type: software\nversion: 1.1.0\n")
+    assert "CITATION.cff has another version" in release(dated, "v1.2.0").stderr
+    citation.write_text("type: software\nversion: 1.2.0\n")
     assert "says nothing of 1.2.0" in release(dated.replace("1.2.0", "1.3.0")).stderr
     notes = subprocess.run(
         [sys.executable, ROOT / ".github" / "release.py"], capture_output=True, text=True, check=False
