@@ -274,6 +274,28 @@ def test_a_config_of_timm_is_read_as_the_library_reads_it(tmp_path: Path) -> Non
         quantized(tmp_path, tmp_path / "output", "nf4")
 
 
+def test_weights_of_another_head_than_config_json_names_are_taken_for_what_they_are(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**LANGUAGE, num_labels=3, pad_token_id=0)
+    source = saved(transformers.LlamaForSequenceClassification(config), tmp_path / "source")
+    change(source, architectures=["LlamaForCausalLM"])
+    same_as_the_library(transformers.AutoModelForSequenceClassification, source, tmp_path / "output", "nf4")
+    summary = quantized(source, tmp_path / "again", "nf4")
+    assert any(text.startswith("taken as a LlamaForSequenceClassification, whose") for text in summary.warnings)
+
+
+def test_where_no_class_is_named_the_refusal_begins_with_the_one_that_fits_best(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    source = saved(
+        transformers.BertForPreTraining(transformers.BertConfig(**sizes, vocab_size=100)), tmp_path / "source"
+    )
+    weights = load_file(source / "model.safetensors")
+    weights["bert.embeddings.position_ids"] = torch.arange(512).unsqueeze(0)  # as old versions stored
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    change(source, architectures=...)
+    with pytest.raises(Unsupported, match=r'e.g. "architectures": \["BertForPreTraining"\]'):
+        quantized(source, tmp_path / "output", "nf4")
+
+
 @pytest.mark.parametrize(
     ("key", "left"),
     [

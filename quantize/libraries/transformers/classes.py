@@ -53,14 +53,17 @@ def model_class_of(checkpoint: Checkpoint) -> ModelClass:
     raise _refusal(checkpoint, named, known)
 
 
-def classes_to_choose_from(checkpoint: Checkpoint) -> list[ModelClass]:
+def classes_to_choose_from(checkpoint: Checkpoint, wrong: ModelClass | None = None) -> list[ModelClass]:
     """The classes to choose from where config.json does not name one: several that it names, or all of the model type.
 
-    Empty where it names one, and for a component, whose class the pipeline names.
+    Empty where it names one, and for a component, whose class the pipeline names. If the one that it names is
+    ``wrong``, those of the model type that have a head.
     """
     model_type = checkpoint.config.get("model_type")
     listed = checkpoint.config.get("architectures")
     known = auto_class_names(model_type)
+    if wrong is not None:
+        listed, known = None, [name for name in known if "For" in name or "LMHead" in name]
     if checkpoint.class_module is not None or (listed and (not isinstance(listed, list) or len(listed) < 2)):
         return []
     names = [name for name in listed if isinstance(name, str)] if listed else known
@@ -78,15 +81,20 @@ def _refusal(checkpoint: Checkpoint, named: str | None, known: list[str]) -> Uns
 
     where = f"{checkpoint.folder.location}/config.json"
     if named is None:
-        examples = known[:4] or ["BertModel"]
-        return Unsupported(
-            f"{where} names no class in `architectures`. Add the class that the weights belong to, e.g. "
-            f'"architectures": ["{examples[0]}"]'
-            + (f" (for this model type also {', '.join(examples[1:])})." if examples[1:] else ".")
-        )
+        return no_class_named(checkpoint, known)
     return Unsupported(
         f"transformers {transformers.__version__} has no class {named}, which {where} asks for. Code "
         f"inside a repository is never run. Try a newer version: pip install -U '{requirement('transformers')}'."
+    )
+
+
+def no_class_named(checkpoint: Checkpoint, known: list[str]) -> Unsupported:
+    """The error for a config.json without a class; ``known`` are those of its model type, the likeliest first."""
+    examples = known[:4] or ["BertModel"]
+    return Unsupported(
+        f"{checkpoint.folder.location}/config.json names no class in `architectures`. Add the class that the weights "
+        f'belong to, e.g. "architectures": ["{examples[0]}"]'
+        + (f" (for this model type also {', '.join(examples[1:])})." if examples[1:] else ".")
     )
 
 

@@ -8,7 +8,12 @@ from dataclasses import replace
 from qz import QzError
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
-from qz.quantize.libraries.transformers.classes import ModelClass, classes_to_choose_from, model_class_of
+from qz.quantize.libraries.transformers.classes import (
+    ModelClass,
+    classes_to_choose_from,
+    model_class_of,
+    no_class_named,
+)
 from qz.quantize.libraries.transformers.meta_loading import load
 from qz.quantize.libraries.transformers.meta_stacks import meta_stacks
 from qz.quantize.libraries.transformers.origins import find_origins
@@ -31,9 +36,25 @@ def chosen_class(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], requ
         note = f"taken as a {name}, whose weights these are: `architectures` in config.json also names {others}"
         return replace(best, notes=(note,)) if others else best
     if misfits.count((0, 0)) != 1:
-        return model_class_of(checkpoint)
+        ranked = sorted(zip(misfits, [each.model.__name__ for each in candidates], strict=True))
+        raise no_class_named(checkpoint, [name for _, name in ranked])
     note = f"taken as a {name}, the only class of its model type that fits: config.json names none in `architectures`"
     return replace(best, notes=(note,))
+
+
+def other_class(
+    checkpoint: Checkpoint, named: ModelClass, tensors: Mapping[str, TensorSpec], request: LoadRequest
+) -> ModelClass | None:
+    """The only class with a head, of those of the model type, that the weights fit, if they lack some of ``named``."""
+    candidates = [each for each in classes_to_choose_from(checkpoint, named) if each.model is not named.model]
+    fitting = [each for each in candidates if _misfits(checkpoint, each, tensors, request) == (0, 0)]
+    if len(fitting) != 1:
+        return None
+    wrong = named.model.__name__
+    note = (
+        f"taken as a {fitting[0].model.__name__}, whose weights these are: config.json names {wrong}, which has others"
+    )
+    return replace(fitting[0], notes=(note,))
 
 
 def _misfits(

@@ -27,7 +27,7 @@ from qz.quantize.libraries.architecture import (
 from qz.quantize.libraries.class_search import module_of
 from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of
 from qz.quantize.libraries.transformers.experts import find_experts, quantize_experts
-from qz.quantize.libraries.transformers.fitting import chosen_class
+from qz.quantize.libraries.transformers.fitting import chosen_class, other_class
 from qz.quantize.libraries.transformers.footprint import footprint, kept_as_stored
 from qz.quantize.libraries.transformers.internals import (
     Conv1D,
@@ -63,6 +63,9 @@ def examine(
     where = checkpoint.folder.location
     model_class = chosen_class(checkpoint, tensors, request)
     model, missing, mismatched = load(checkpoint, model_class, tensors, request)
+    if missing and (other := other_class(checkpoint, model_class, tensors, request)) is not None:
+        model_class = other
+        model, missing, mismatched = load(checkpoint, model_class, tensors, request)
     class_notes = model_class.notes
     body_class = body_class_of(checkpoint, model, missing)
     if body_class is not None:
