@@ -373,6 +373,11 @@ def test_a_loss_is_shared_among_the_components_of_a_pipeline(
     assert set(kept.kept) <= set(done.skipped)
     rows = {row["name"]: row for row in done.as_json()["components"]}
     assert sum(rows[name]["kept_layers"]["expected_loss"] for name in methods) == pytest.approx(kept.loss)
+    room: Any = api.quantize(flux, dry_run=True, target_size=done.footprint_after, **how)
+    assert room.footprint_after <= done.footprint_after
+    rows = {row["name"]: row["kept_layers"] for row in room.as_json()["components"] if row["name"] in methods}
+    assert sum(row["expected_loss"] for row in rows.values()) < points[0].loss
+    assert any(row["kept"] for row in rows.values())
     with pytest.raises(UsageError, match=r"none of text_encoder_2\. Make it with .* --component text_encoder_2=none"):
         api.quantize(flux, dry_run=True, max_loss=most, **{**how, "scores": scored})
     with pytest.raises(UsageError, match="Use it unquantized, or allow more"):

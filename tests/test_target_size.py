@@ -24,7 +24,9 @@ from qz.quantize.calibration.running import text
 from qz.quantize.calibration.running.blocks import parts_of
 from qz.quantize.importance.statistics import read_statistics, write_statistics
 from qz.quantize.planning.fused_groups import FUSED
+from qz.quantize.planning.kept_layers import Point
 from qz.quantize.planning.sensitivity import Scores
+from qz.quantize.planning.shared_loss import Curve, shared_room, walk
 from readers import model_folder, some_text
 from zoo import build
 
@@ -300,6 +302,20 @@ def test_a_denoiser_keeps_linears_by_names_that_match_no_other(tmp_path: Path) -
         }
         assert kept >= set(done.kept_layers.kept) > set()
         assert kept == set(done.skipped)
+
+
+def test_what_is_worth_most_for_its_bytes_is_kept_first_whichever_component_it_is_of() -> None:
+    one = (Point(0, 100, 1.0), Point(1, 110, 0.4), Point(2, 200, 0.0))
+    other = (Point(0, 50, 2.0), Point(3, 60, 1.9), Point(4, 80, 1.9))
+    assert shared_room({"one": one, "other": other}, 0) == {"one": 100, "other": 50}
+    assert shared_room({"one": one, "other": other}, 20) == {"one": 110, "other": 60}
+    assert shared_room({"one": one, "other": other}, 95) == {"one": 110, "other": 60}, "90 bytes are too much"
+    assert shared_room({"one": one, "other": other}, 1000) == {"one": 200, "other": 60}, "worth nothing"
+    curves = [Curve(one), Curve(other)]
+    points, chosen = walk(curves, 7, 2.4)
+    assert (chosen, [curve.at for curve in curves]) == (Point(1, 167, 2.4), [1, 0])
+    assert [point.kept for point in points] == [0, 1, 4, 5, 6]
+    assert walk([Curve(one)], 0, -1.0)[1] == one[-1]
 
 
 def footprint(pipeline: Path, row: dict[str, Any]) -> int:
