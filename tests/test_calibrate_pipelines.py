@@ -201,7 +201,7 @@ def test_a_denoiser_that_cannot_be_scored_beside_one_that_can_is_named(root: Pat
         patch.setattr(diffusers.WanTransformer3DModel, "forward", reads_first)
         text, stats = root / "prompts.txt", tmp_path / "stats.safetensors"
         found = api.calibrate(tmp_path / "wan", stats, text=text, scores=True, **DRAWN)
-    assert list(found.component_scores) == ["transformer_2"]
+    assert list(found.component_scores) == ["transformer_2", "text_encoder"]
     assert [warning for warning in found.warnings if "has no scores" in warning] == [
         "transformer cannot be run block by block: all of its weights were in memory, and it has no scores"
     ]
