@@ -35,7 +35,7 @@ from qz.formats.checkpoint.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.formats.gguf_header import read_gguf_header
-from qz.formats.output.recorded.record import encode_record, read_record
+from qz.formats.output.recorded.record import WrittenFile, encode_record, hash_of, read_record
 from qz.formats.output.recorded.statement import TYPE
 from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.resuming.journal import Journal
@@ -411,11 +411,12 @@ class Parts(Target):
         found = {"": {"a.weight": {"stored": 1, "overflowed": 2}}}
         receipt = ShareReceipt(Share(1, 2), {"source": {"files": {}}}, {"model.safetensors": 1}, ("",), found)
         self.value = json.loads(receipt.encode())
-        (folder / "qz.json").write_bytes(encode_record([], {}))
 
     def feed(self, mutator: Mutator) -> bytes:
         data = mutator.data(self.value)
         (self.folder / PART_FILE).write_bytes(data)
+        listed = WrittenFile(PART_FILE, len(data), hash_of(data))  # else every mutant would be refused for its hash
+        (self.folder / "qz.json").write_bytes(encode_record([listed], {}))
         with told(data):
             not_finite(read_share(self.folder).receipt)
         return data
