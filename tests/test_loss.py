@@ -256,6 +256,7 @@ def test_a_record_has_the_loss_that_was_measured_and_is_else_the_same(qz: Qz, ti
     measured, plain = json.loads(records["two"]), json.loads(records["plain"])
     found, told = measured["about"].pop("loss"), checked("quantize", made["two"].stdout)["loss"]
     assert plain["about"].pop("loss") is None
+    assert plain.pop("sha256") != measured.pop("sha256"), "of the record itself"
     assert plain == measured
     assert [layer["name"] for layer in found["layers"]] == [layer["name"] for layer in told["layers"]]
     for one, other in zip([found["total"], *found["layers"]], [told["total"], *told["layers"]], strict=True):
