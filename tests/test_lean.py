@@ -158,9 +158,9 @@ UNUSABLE = {
     "missing": "import tempfile; tempfile.tempdir = '/proc/nowhere'",
     "full": (
         "import pathlib\n"
-        "from qz.quantize.libraries.transformers import on_transformers\n"
-        "whole = on_transformers._store\n"
-        "on_transformers._store = lambda path, data: whole(pathlib.Path('/dev/full'), data)"
+        "from qz.quantize.libraries.transformers import meta_loading\n"
+        "whole = meta_loading.store\n"
+        "meta_loading.store = lambda path, data: whole(pathlib.Path('/dev/full'), data)"
     ),
 }
 
