@@ -676,6 +676,14 @@ def test_the_loss_of_each_layer_is_told_where_it_was_measured() -> None:
     assert "`layer.30`" not in card
 
 
+def test_sentences_of_a_card_are_whole_and_what_is_cut_says_so() -> None:
+    why = "one GPU, or pipeline parallelism. " * 6 + "And the last word"
+    told = {"name": "vLLM", "package": "v 1", "loads": True, "why": why}
+    card = write_card(facts_of({**ABOUT, "loads_in": [told], "skipped": ["layer." * 40]}, CONFIG), "me/new")
+    assert f"| yes | {why} |" in card
+    assert f"`{('layer.' * 40)[:119]}…`" in card
+
+
 def test_names_from_a_checkpoint_cannot_become_markup() -> None:
     about = {
         **ABOUT,

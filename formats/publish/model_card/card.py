@@ -14,7 +14,7 @@ from huggingface_hub import CardData, ModelCard
 
 from qz import MalformedInput
 from qz.formats.publish.model_card.card_facts import BITS, HUB, CardFacts
-from qz.formats.publish.model_card.escaping import code, fenced, markdown, shell
+from qz.formats.publish.model_card.escaping import LONGEST_TEXT, code, fenced, markdown, shell
 from qz.formats.publish.model_card.snippet import OnHub, snippet
 
 LISTED = 30
@@ -83,7 +83,10 @@ def _section(facts: CardFacts, repo_id: str, folder: str) -> str:
         fenced("python", snippet(facts, OnHub(repo_id, folder))),
     ]
     if facts.loads_in:
-        rows = [(markdown(name), "yes" if loads else "no", markdown(why)) for name, loads, why in facts.loads_in]
+        rows = [
+            (markdown(name), "yes" if loads else "no", markdown(why, LONGEST_TEXT))
+            for name, loads, why in facts.loads_in
+        ]
         parts += [
             "## Loads in",
             "By rules from the code of these programs (`qz inspect --for`); they were not run on this checkpoint.",

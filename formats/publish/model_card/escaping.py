@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from qz.formats.malformed import UNSAFE_TEXT
 from qz.formats.output.recorded.about import DTYPES
 
-LONGEST = 120
-"""Characters of a name that are shown."""
+LONGEST, LONGEST_TEXT = 120, 1_000
+"""Characters that are shown of a name, and of sentences."""
 
 
-def markdown(text: object) -> str:
+def markdown(text: object, longest: int = LONGEST) -> str:
     """Running text or a cell of a table: no markup, link, HTML, or border of a cell."""
-    shown = re.sub(r"([\\`*_{}\[\]()#+!|~$@:])", r"\\\1", _one_line(str(text)).replace("&", "&amp;"))
+    shown = re.sub(r"([\\`*_{}\[\]()#+!|~$@:])", r"\\\1", _one_line(str(text), longest).replace("&", "&amp;"))
     return shown.replace("<", "&lt;").replace(">", "&gt;").replace("www.", "www\\.")
 
 
@@ -48,5 +48,6 @@ def fenced(language: str, text: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _one_line(text: str) -> str:
-    return UNSAFE_TEXT.sub(" ", text)[:LONGEST]
+def _one_line(text: str, longest: int = LONGEST) -> str:
+    shown = UNSAFE_TEXT.sub(" ", text)
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
