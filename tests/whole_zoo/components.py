@@ -41,7 +41,7 @@ def build_components(pipeline_class: Any, folder: Path, sizes: Sizes) -> dict[st
             found[name] = _component(name, parameter.annotation, folder, "XL" in pipeline_class.__name__)
         elif parameter.default is parameter.empty:
             found[name] = None
-    mended = [(name, more) for name, more in needed.items() if isinstance(more, dict) and name in found]
+    mended = [(name, more) for name, more in needed.items() if isinstance(more, dict) and more and name in found]
     for name, more in [*mended, *sizes.items()]:
         seed(pipeline_class.__name__)
         found[name] = _remade(found[name], more)

@@ -14,8 +14,8 @@ from PIL import Image
 from whole_zoo.input_values import random_values as values
 
 Parts = Mapping[str, Any]
-"""Of components: arguments of the constructor, ``class`` for another class than the one annotated; or, for what is no
-component, the value itself."""
+"""Of components: arguments of the constructor, ``class`` for another class than the one annotated, none for one that is
+made though it has a default; or, for what is no component, the value itself."""
 
 
 def parts_needed(pipeline: str) -> dict[str, Any]:
@@ -90,7 +90,9 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("CogVideoX(FunControl|ImageToVideo).*|ConsisID.*", {"transformer": {"in_channels": 32}}, {}),
     ("CogView4.*", {}, {"negative_prompt": "a dog"}),
     ("CogView4Control.*", {"transformer": {"in_channels": 8, "out_channels": 4}}, {}),
-    ("Cosmos3Omni.*", {"enable_safety_checker": False}, {}),
+    ("Cosmos3Omni.*", {
+        "enable_safety_checker": False, "transformer": {"latent_channel": 16, "patch_latent_dim": 64},
+    }, {}),
     ("DiTPipeline", {"transformer": {"in_channels": 4, "out_channels": 8, "sample_size": 8}}, {}),
     ("EasyAnimateInpaint.*", {}, {
         "video": lambda side: values(1, 3, 5, side, side), "mask_video": lambda side: values(1, 1, 5, side, side),
@@ -195,10 +197,13 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "adapter": {"channels": [64, 128], "num_res_blocks": 1, "downscale_factor": 1},
     }, {}),
     ("StableDiffusion(XL)?ControlNetXS.*", {
+        "unet": {"layers_per_block": 2, "use_linear_projection": True},
         "controlnet": {
             "block_out_channels": [16, 32], "base_block_out_channels": [64, 128], "cross_attention_dim": 64,
+            "conditioning_embedding_out_channels": [8],
         },
     }, {}),
+    ("StableDiffusionXLControlNetXS.*", {"controlnet": {"cross_attention_dim": 128}}, {}),
     ("StableDiffusionDepth2Img.*", {
         "depth_estimator": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}, "unet": {"in_channels": 5},
     }, {}),
@@ -257,6 +262,10 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "task_prompt": "a task", "content_prompt": "a cat",
         "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
     }),
+    ("(Wan|SkyReelsV2)ImageToVideo.*|ChronoEdit.*", {
+        "transformer": {"in_channels": 36, "image_dim": 64, "added_kv_proj_dim": 64},
+        "image_encoder": {}, "image_processor": {},
+    }, {}),
     ("Wuerstchen.*", {
         "prior": {"c_cond": 64}, "prior_prior": {"c_cond": 64}, "decoder": {"c_cond": 64, "clip_embd": 64},
     }, {"image_embeddings": lambda _: values(1, 4, 6, 6)}),
