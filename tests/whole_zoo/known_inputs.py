@@ -28,6 +28,13 @@ def _ones() -> torch.Tensor:
     return torch.ones(1, LENGTH, dtype=torch.long)
 
 
+def _painted(sizes: dict[str, Any]) -> dict[str, Any]:
+    """A picture and the one that shows the task, which the model puts above each other."""
+    height, width = sizes["image_size"]
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return dict.fromkeys(names, random_values(1, 3, height // 2, width))
+
+
 def _kosmos(sizes: dict[str, Any]) -> dict[str, Any]:
     """A text that has a place for each of the image's latent queries."""
     queries = int(sizes["latent_query_num"])
@@ -94,6 +101,7 @@ _INPUTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "input_features": random_values(1, sizes["num_mel_bins"], 2 * sizes["n_window"]),
         "input_features_mask": torch.ones(1, 2 * sizes["n_window"], dtype=torch.long),
     },
+    "seggpt": _painted,
     "speecht5": lambda sizes: {
         "input_values": random_values(1, LENGTH, sizes["hidden_size"]),
         "decoder_input_values": random_values(1, LENGTH, sizes["hidden_size"]),
