@@ -22,7 +22,8 @@ BYTES, BYTES_PER_TENSOR, BYTES_PER_VALUE = 128 << 20, 64 << 10, 40
 """Of memory: in any case, for each stored tensor, and for each value of the largest, of which tables are made."""
 LEAST_BYTES, IN_ALL = 64 << 20, 368 << 20
 """Of memory in a process that is for this only: it is not to grow beyond so much in all for a small checkpoint, though
-the least is its in any case. With all that a library can import, 300 MB are taken before it begins.
+the least is its in any case. With all that a library can import, 300 MB are taken before it begins; where more is taken
+than is allowed in all, as by a torch for CUDA, only the bound of any process holds.
 """
 OF_OTHERS = 768 << 20
 """What other threads may take meanwhile, in a process that does more than this: a GPU's context, buffers of reading."""
@@ -75,8 +76,8 @@ def allowance(shapes: Iterable[tuple[int, ...]]) -> tuple[int, float]:
     """Bytes of memory and seconds of CPU time."""
     counts = [math.prod(shape) for shape in shapes]
     always = BYTES if _hard else BYTES + OF_OTHERS
-    if _in_all is not None:
-        always = max(LEAST_BYTES, min(always, _in_all - _memory()[RESIDENT]))
+    if _in_all is not None and (room := _in_all - _memory()[RESIDENT]) > 0:
+        always = max(LEAST_BYTES, min(always, room))
     return (
         always + BYTES_PER_TENSOR * len(counts) + BYTES_PER_VALUE * max(counts, default=0),
         SECONDS + SECONDS_PER_TENSOR * len(counts),
