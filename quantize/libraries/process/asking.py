@@ -112,11 +112,13 @@ class _Process:
         # -P: the working directory, which may be a download, is no place to import from.
         words = [sys.executable, "-P", *(["-W", "ignore"] if quiet else []), "-m", MODULE, str(level)]
         own = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        # A class is built on meta. A GPU that is looked for takes seconds, and memory beyond the bound.
+        own |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
         own["PYTHONPATH"] = os.pathsep.join(_import_paths())  # a program may have chosen its libraries itself
-        # diffusers makes each weight on the CPU before it is on meta: what glibc keeps of those, as holes in which the
-        # next does not fit, counts as memory taken, and grows with the model.
         # transformers hands each tensor to one of four threads, to read it: on meta there is nothing to read.
         own["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+        # diffusers makes each weight on the CPU before it is on meta: what glibc keeps of those, as holes in which the
+        # next does not fit, counts as memory taken, and grows with the model.
         own["MALLOC_MMAP_THRESHOLD_"] = str(BYTES_PER_TENSOR)
         try:
             process = subprocess.Popen(  # noqa: S603  this Python and this package
