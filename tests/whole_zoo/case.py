@@ -171,6 +171,8 @@ def first_that_runs(models: Iterator[Any]) -> Any:
     return first
 
 
+OTHER_CLASS = re.compile("whose weights these are: config.json names")
+"""What qz says of weights that are not of the class that config.json names."""
 OF_DTYPES = re.compile(r"dtype|[Bb][Ff]loat16|scalar type")
 """What libraries say of numbers that are too narrow for them."""
 
@@ -194,6 +196,10 @@ def _compare(row: Row, model: Any, inputs: Inputs, source: Path, folder: Path) -
         if "nothing of" not in row.why and _library_can(library, source, reference, row.method):
             row.faults.append("refused, though what the library writes loads back")
         return
+    if (taken := next((text for text in summary.warnings if OTHER_CLASS.search(text)), None)) is not None:
+        if library.loaded(source)[1]:
+            row.result, row.why = "known difference", f"{taken}; the library makes up what its class lacks"
+            return
     kept = any(_CANNOT.search(reason) for reason in summary.skipped.values())
     own_names = any("the model's own parameter names" in warning for warning in summary.warnings)
     row.result = "kept on purpose" if kept else "the model's names" if own_names else "identical"

@@ -251,7 +251,7 @@ def _floats(output: Any) -> Iterator[torch.Tensor]:
             if value.is_floating_point():
                 found = True
                 yield value
-        elif hasattr(value, "values"):
+        elif isinstance(value, Mapping):
             waiting += list(value.values())
         elif isinstance(value, list | tuple):
             waiting += list(value)
