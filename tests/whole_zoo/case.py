@@ -196,10 +196,10 @@ def _compare(row: Row, model: Any, inputs: Inputs, source: Path, folder: Path) -
         if "nothing of" not in row.why and _library_can(library, source, reference, row.method):
             row.faults.append("refused, though what the library writes loads back")
         return
-    if (taken := next((text for text in summary.warnings if OTHER_CLASS.search(text)), None)) is not None:
-        if library.loaded(source)[1]:
-            row.result, row.why = "known difference", f"{taken}; the library makes up what its class lacks"
-            return
+    taken = next((text for text in summary.warnings if OTHER_CLASS.search(text)), None)
+    if taken is not None and library.loaded(source)[1]:
+        row.result, row.why = "known difference", f"{taken}; the library makes up what its class lacks"
+        return
     kept = any(_CANNOT.search(reason) for reason in summary.skipped.values())
     own_names = any("the model's own parameter names" in warning for warning in summary.warnings)
     row.result = "kept on purpose" if kept else "the model's names" if own_names else "identical"
