@@ -57,7 +57,7 @@ def nonfinite_weight(work: Work, plan: Plan, folder: Folder) -> MalformedInput:
     adapters = adapters_of(work.step)
     limit = "F16" if beyond else SAFETENSORS_NAMES[weight.dtype]
     if adapters and not count_without_adapters(folder, work.step, limit):
-        fused = " and ".join(f"{quoted(adapter.where)} with scale {adapter.scale:g}" for adapter in adapters)
+        fused = " and ".join(f"{quoted(adapter.where, 200)} with scale {adapter.scale:g}" for adapter in adapters)
         return MalformedInput(
             f"{name} has {what}, once the LoRA {fused} is fused into it; without, all its values are finite. "
             "Check the LoRA, or choose a smaller scale (--lora LORA:SCALE)."
