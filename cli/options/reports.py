@@ -28,7 +28,13 @@ PageOpt = Annotated[
 DryRunOpt = Annotated[
     bool, PANEL.flag("--dry-run", help="Show what would be done, with exact sizes, and do none of it.")
 ]
-JsonOpt = Annotated[bool, PANEL.flag("--json", help="One JSON object on stdout, and nothing else there.")]
+JsonOpt = Annotated[
+    bool,
+    PANEL.flag(
+        "--json",
+        help="One JSON object on stdout, and nothing else there; if the command fails, its error as the last line.",
+    ),
+]
 QuietOpt = Annotated[bool, PANEL.flag("--quiet", "-q", help="No progress and no notes; warnings remain.")]
 ReportOpt = Annotated[bool, PANEL.flag("--report", help="Measure the loss per layer while quantizing, and show it.")]
 AgainstOpt = Annotated[
