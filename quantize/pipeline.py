@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from qz.quantize.pipeline_size import fit, unquantized
 from qz.quantize.planning.component_sizes import Combination
 from qz.quantize.planning.components import Choice, choose
 from qz.quantize.planning.fusing import fused
-from qz.quantize.planning.kept_layers import KeptLayers, Point
+from qz.quantize.planning.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
@@ -152,10 +151,11 @@ def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings)
     """The plan for ``settings.target_size`` or ``max_loss``."""
     refuse_unscored(settings, (choice.name for choice in choices if choice.method is not None))
 
-    def losing(choice: Choice, most: float) -> Plan:
-        return _plan(choice, _own_settings(choice, replace(settings, max_loss=most, target_size=None)))
-
     if settings.max_loss is not None:
+
+        def losing(choice: Choice, most: float) -> Plan:
+            return _plan(choice, _own_settings(choice, replace(settings, max_loss=most, target_size=None)))
+
         made = losing_at_most(pipeline, choices, settings, losing)
         _require_matches(made.plans, settings.skips)
         return replace(compose(pipeline, made.choices, made.plans, settings), kept_layers=made.kept)
@@ -165,14 +165,14 @@ def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings)
         own = replace(settings, **chooses)
         return _plan(choice, _own_settings(choice, own))
 
-    def curve_of(choice: Choice) -> Sequence[Point] | None:
-        file = score_file(settings, choice.name, pipeline=True)
-        if file is None or choice.method is None or file.scores.method != choice.method.name:
+    def scored(choice: Choice, plan: Plan) -> Sequence[Point] | None:
+        own = _own_settings(choice, settings)
+        file = score_file(own, choice.name, pipeline=True)
+        if file is None or plan.method is None or file.scores.method != plan.method.name:
             return None
-        plan = losing(choice, sys.float_info.max)
-        return plan.kept_layers.curve if plan.kept_layers is not None else None
+        return curve_of(plan, own, file)
 
-    found = fit(pipeline, choices, settings, planned, curve_of)
+    found = fit(pipeline, choices, settings, planned, scored)
     _require_matches(found.plans, settings.skips)
     return replace(compose(pipeline, found.choices, found.plans, settings), combinations=found.combinations)
 

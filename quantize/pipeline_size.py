@@ -23,7 +23,7 @@ _COMPANION = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|S
 
 Planned = Callable[[Choice, int | None], Plan]
 """The plan of a component with the method of its choice, and the size that it may have."""
-CurveOf = Callable[[Choice], Sequence[Point] | None]
+Scored = Callable[[Choice, Plan], Sequence[Point] | None]
 """What each linear more at 16 bit takes and saves of a component's loss; None where no scores say so."""
 
 
@@ -36,9 +36,7 @@ class Fitted:
     combinations: tuple[Combination, ...]
 
 
-def fit(
-    pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned, curve_of: CurveOf
-) -> Fitted:
+def fit(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned, scored: Scored) -> Fitted:
     """Choose methods for the components that ``choices`` quantize and that have none of their own in ``settings``.
 
     Raises UsageError for a size that is too small, or needs no quantization; what ``planned`` raises for a component
@@ -74,7 +72,7 @@ def fit(
             "unquantized."
         )
     made = [_chosen(choice, chosen.get(choice.name), settings) for choice in made]
-    return Fitted(tuple(made), _filled(made, plans, target - best.size, planned, curve_of), found)
+    return Fitted(tuple(made), _filled(made, plans, target - best.size, planned, scored), found)
 
 
 def unquantized(component: Component, dtype: str = "auto") -> Footprint:
@@ -130,12 +128,13 @@ def _filled(
     plans: Mapping[tuple[str, str], Plan],
     left: int,
     planned: Planned,
-    curve_of: CurveOf,
+    scored: Scored,
 ) -> dict[str, Plan]:
     """Plans of the quantized components, which share the ``left`` bytes: where scores tell of all, the linears that are
     worth most, of whichever; else the denoiser first, then the largest."""
     quantized = [choice for choice in choices if choice.method is not None]
-    curves = {choice.name: points for choice in quantized if (points := curve_of(choice)) is not None}
+    least = {each.name: plans[each.name, each.method.name] for each in choices if each.method is not None}
+    curves = {each.name: points for each in quantized if (points := scored(each, least[each.name])) is not None}
     if len(curves) == len(quantized):
         sizes = shared_room(curves, left)
         return {choice.name: planned(choice, sizes[choice.name]) for choice in quantized}
@@ -145,8 +144,7 @@ def _filled(
     )
     found = {}
     for choice in order:
-        assert choice.method is not None  # those were taken
-        least = plans[choice.name, choice.method.name].architecture.footprint.after
-        found[choice.name] = planned(choice, least + left)
-        left -= found[choice.name].architecture.footprint.after - least
+        size = least[choice.name].architecture.footprint.after
+        found[choice.name] = planned(choice, size + left)
+        left -= found[choice.name].architecture.footprint.after - size
     return {choice.name: found[choice.name] for choice in quantized}

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pipelines
 from conftest import Qz
 from qz import MalformedInput, MissingInput, TryAgain, Unsupported, UsageError, api
 from qz.quantize.calibration.pipelines import memory
-from qz.quantize.importance.statistics import read_statistics
+from qz.quantize.importance.statistics import read_statistics, write_statistics
 
 PROMPTS = ("a red cat on the moon", "two foxes in the snow")
 DRAWN: dict[str, Any] = {"steps": 2, "resolution": 32, "device": "cpu"}
@@ -384,6 +385,17 @@ def test_a_loss_is_shared_among_the_components_of_a_pipeline(
         api.quantize(flux, dry_run=True, max_loss=0.0, **{**how, "component_methods": {}})
     with pytest.raises(UsageError, match="Allow one of them more"):
         api.quantize(flux, dry_run=True, max_loss=most, target_size=done.footprint_after - 1, **how)
+    mixed: dict[str, Any] = {
+        "component_methods": {**methods, "transformer": api.Int8()},
+        "dry_run": True,
+        "device": "cpu",
+    }
+    plain: Any = api.quantize(flux, **mixed)
+    size = (plain.footprint_after + plain.footprint_before) // 2
+    of_int8 = {name: replace(each, method="int8") for name, each in of.items()}
+    write_statistics(tmp_path / "int8", read_statistics(all_scored).sums, {}, component_scores=of_int8)
+    by_names: Any = api.quantize(flux, target_size=size, importance=tmp_path / "int8", **mixed)
+    assert plain.footprint_after < by_names.footprint_after <= size, "importance says nothing of int8"
     told = qz("quantize", flux, "--max-loss", most, "--scores", all_scored, "--dry-run", "--device", "cpu")
     assert told.returncode == 0, told.stderr
     assert "expected loss" in told.stdout

@@ -84,6 +84,11 @@ def with_kept_layers(plan: Plan, settings: Settings, planned: Planned, scores: S
     return replace(plan, kept_layers=ranking.report(()))
 
 
+def curve_of(plan: Plan, settings: Settings, scores: ScoreFile) -> Sequence[Point]:
+    """From nothing kept to everything, of a plan that keeps nothing for its sensitivity."""
+    return _Ranking(plan, settings, scores).curve
+
+
 def readable(nbytes: int) -> str:
     """A size, rounded up, as people and ``--target-size`` read it."""
     unit, power = next(((unit, power) for unit, power in (("GB", 9), ("MB", 6)) if nbytes >= 10**power), ("kB", 3))
