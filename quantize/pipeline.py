@@ -21,7 +21,7 @@ from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_loss import losing_at_most
 from qz.quantize.pipeline_size import fit, unquantized
 from qz.quantize.planning.component_sizes import Combination
-from qz.quantize.planning.components import Choice, choose
+from qz.quantize.planning.components import Choice, choose, plan_each
 from qz.quantize.planning.fusing import fused
 from qz.quantize.planning.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
@@ -126,25 +126,9 @@ def _plan_chosen(pipeline: Pipeline, settings: Settings, method: Method) -> Pipe
     _require_skips(pipeline, settings.skips)
     if settings.chooses_layers:
         return _fitted(pipeline, choices, settings)
-    plans: dict[str, Plan] = {}
-    made: list[Choice] = []
-    refused: list[Unsupported] = []
-    for choice in choices:
-        if choice.method is None:
-            made.append(choice)
-            continue
-        try:
-            plans[choice.name] = _plan(choice, _own_settings(choice, settings))
-            made.append(choice)
-        except Unsupported as error:
-            if choice.asked_for:
-                raise
-            refused.append(error)
-            made.append(replace(choice, method=None, reason=f"{KEPT}: {error}"))
-    if not plans and refused:
-        raise refused[0]
+    made, plans = plan_each(choices, lambda choice: _plan(choice, _own_settings(choice, settings)))
     _require_matches(plans, settings.skips)
-    return compose(pipeline, tuple(made), plans, settings)
+    return compose(pipeline, made, plans, settings)
 
 
 def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings) -> PipelinePlan:

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qz import Unsupported, UsageError
+from qz import UsageError
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.quantize.importance.score_file import unscored
 from qz.quantize.pipeline_size import unquantized
-from qz.quantize.planning.components import Choice
+from qz.quantize.planning.components import Choice, plan_each
 from qz.quantize.planning.kept_layers import KeptLayers, readable
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.shared_loss import Curve, loss_at, walk
-from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.settings import Settings
 
 Planned = Callable[[Choice, float], Plan]
@@ -39,47 +38,27 @@ def losing_at_most(pipeline: Pipeline, choices: Sequence[Choice], settings: Sett
     quantize or needs more than ``settings.target_size``; what ``planned`` raises for a component that was asked for."""
     most, where = settings.max_loss, pipeline.folder.location
     assert most is not None  # the caller looked
-    made, plans = list(choices), dict[str, Plan]()
-    curves: dict[str, Curve] = {}
-    refused: list[Unsupported] = []
     if without := unscored(settings, [choice.name for choice in choices if choice.method is not None]):
         raise UsageError(
             f"--max-loss needs scores of all that is quantized, and {settings.scores or settings.importance} has none "
             f"of {', '.join(without)}. Make it with `qz calibrate PIPELINE --scores`, or leave these as they are with "
             f"--component {without[0]}=none."
         )
-    for number, choice in enumerate(choices):
-        if choice.method is None:
-            continue
-        try:
-            plan = planned(choice, sys.float_info.max)
-        except Unsupported as error:
-            if choice.asked_for:
-                raise
-            refused.append(error)
-            made[number] = replace(choice, method=None, reason=f"{KEPT}: {error}")
-            continue
-        plans[choice.name] = plan
-        if plan.kept_layers is not None:
-            curves[choice.name] = Curve(plan.kept_layers.curve)
-    if not plans and refused:
-        raise refused[0]
-    others = [choice for choice in made if choice.component.checkpoint is not None and choice.name not in curves]
+    made, plans = plan_each(choices, lambda choice: planned(choice, sys.float_info.max))
+    curves = {name: Curve(_kept(plan).curve) for name, plan in plans.items()}
     fixed = sum(
-        plans[choice.name].architecture.footprint.after
-        if choice.name in plans
-        else unquantized(choice.component, settings.dtype).after
-        for choice in others
+        unquantized(choice.component, settings.dtype).after
+        for choice in made
+        if choice.component.checkpoint is not None and choice.name not in plans
     )
     points, chosen = walk(list(curves.values()), fixed, most)
     if all(curve.at + 1 == len(curve.points) for curve in curves.values()):
         raise UsageError(
             f"--max-loss {most}: all that {where} has would have to stay as it is. Use it unquantized, or allow more."
         )
-    for number, choice in enumerate(made):
-        curve, name = curves.get(choice.name), choice.name
-        if curve is None:
-            continue
+    final = {choice.name: choice for choice in made}
+    for name, curve in curves.items():
+        choice = final[name]
         if curve.at + 1 < len(curve.points):
             plans[name] = planned(choice, loss_at(curve.point))
         elif name in settings.component_methods:
@@ -89,7 +68,7 @@ def losing_at_most(pipeline: Pipeline, choices: Sequence[Choice], settings: Sett
             )
         else:
             del plans[name]
-            made[number] = replace(choice, method=None, reason="stays as it is: it would lose too much")
+            final[name] = replace(choice, method=None, reason="stays as it is: it would lose too much")
     size = fixed + sum(  # more than was chosen, where a library's list of names matches more linears
         plans[name].architecture.footprint.after if name in plans else curve.point.size
         for name, curve in curves.items()
@@ -99,7 +78,7 @@ def losing_at_most(pipeline: Pipeline, choices: Sequence[Choice], settings: Sett
             f"--max-loss {most} with --target-size {readable(settings.target_size)}: {where} takes "
             f"{readable(size)} to lose no more. Allow one of them more."
         )
-    told = {name: plan.kept_layers for name, plan in plans.items() if plan.kept_layers is not None}
+    told = {name: _kept(plan) for name, plan in plans.items()}
     kept = KeptLayers(
         settings.target_size,
         most,
@@ -109,4 +88,9 @@ def losing_at_most(pipeline: Pipeline, choices: Sequence[Choice], settings: Sett
         chosen.loss,
         tuple(points),
     )
-    return Losing(tuple(made), plans, kept)
+    return Losing(tuple(final.values()), plans, kept)
+
+
+def _kept(plan: Plan) -> KeptLayers:
+    assert plan.kept_layers is not None  # it was planned for a loss
+    return plan.kept_layers

@@ -33,11 +33,9 @@ def score_file(settings: Settings, component: str = "", *, pipeline: bool = Fals
 
 def unscored(settings: Settings, components: Iterable[str]) -> list[str]:
     """Those of a pipeline's ``components`` that the file which is named, if there is one, has no scores of."""
-    return [
-        name
-        for name in components
-        if (settings.scores or settings.importance) is not None and score_file(settings, name, pipeline=True) is None
-    ]
+    if settings.scores is None and settings.importance is None:
+        return []
+    return [name for name in components if score_file(settings, name, pipeline=True) is None]
 
 
 def refuse_unscored(settings: Settings, components: Iterable[str]) -> None:

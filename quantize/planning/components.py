@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.quantize.methods import Method
 from qz.quantize.planning.nearest import nearest
+from qz.quantize.planning.unreadable import KEPT
+
+if TYPE_CHECKING:
+    from qz.quantize.planning.plan import Plan
 
 LARGE = 0.1
 """Share of the pipeline's weights from which a text encoder is worth it: a T5, not a CLIP."""
@@ -99,6 +103,30 @@ def choose(
     if any(choice.method is not None for choice in choices):
         return tuple(choices)
     return _despite_convolutions(pipeline, method, choices)
+
+
+def plan_each(
+    choices: Sequence[Choice], planned: Callable[[Choice], Plan]
+) -> tuple[tuple[Choice, ...], dict[str, Plan]]:
+    """The plans of those that have a method, by name. One that was not asked for by name, and that ``planned`` refuses
+    as Unsupported, is kept, and its reason says why. Raises that where none is left, and what else ``planned`` raises.
+    """
+    made: list[Choice] = []
+    plans: dict[str, Plan] = {}
+    refused: list[Unsupported] = []
+    for choice in choices:
+        try:
+            if choice.method is not None:
+                plans[choice.name] = planned(choice)
+            made.append(choice)
+        except Unsupported as error:
+            if choice.asked_for:
+                raise
+            refused.append(error)
+            made.append(replace(choice, method=None, reason=f"{KEPT}: {error}"))
+    if not plans and refused:
+        raise refused[0]
+    return tuple(made), plans
 
 
 def _reason(component: Component, share: float) -> tuple[bool, str]:
