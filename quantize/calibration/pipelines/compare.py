@@ -78,6 +78,7 @@ def compare(
     measures = _measures(original, other, only)
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
         with opened_models(original, dtype, where, only) as models:
+            warnings = models.warnings
             drawn = draw(models, drawing, "Drawing with the original", progress)
             denoisers = _denoisers(models, drawn, only)
             blocks = {name: BlockErrors(Path(place, name), states_of, _some(drawn.calls[name])) for name in denoisers}
@@ -107,7 +108,7 @@ def compare(
         *(None,) * 6,
         joined(losses),
         time.monotonic() - begun,
-        (*models.warnings, *whole_warnings(drawn.whole | changed.whole)),
+        (*dict.fromkeys((*warnings, *models.warnings)), *whole_warnings(drawn.whole | changed.whole)),
         blocks={f"{name}.{path}": error for name in denoisers for path, error in blocks[name].means().items()},
         steps=drawing.steps,
         resolution=drawn.resolution,
