@@ -21,7 +21,12 @@ from transformers import CLIPConfig, CLIPImageProcessor
 import pipelines
 from conftest import Qz
 from qz import MalformedInput, MissingInput, TryAgain, Unsupported, UsageError, api
+from qz.formats.checkpoint.pipeline import open_pipeline
+from qz.formats.folder import LocalFolder
 from qz.quantize.calibration.pipelines import memory
+from qz.quantize.calibration.pipelines.components import opened_models
+from qz.quantize.calibration.pipelines.denoising import Call, Drawn
+from qz.quantize.calibration.pipelines.text_scores import exchanges
 from qz.quantize.importance.statistics import read_statistics, write_statistics
 
 PROMPTS = ("a red cat on the moon", "two foxes in the snow")
@@ -348,6 +353,19 @@ def test_a_text_encoders_score_is_what_the_denoiser_makes_of_its_prompts(flux: P
             lost.append(float((changed - found).square().sum() / found.square().sum()))
     assert scores.total == pytest.approx(sum(lost) / len(lost), rel=5e-2)
     assert scores.total > 0
+
+
+def test_what_a_denoiser_is_given_in_another_shape_is_no_loss_of_zero(flux: Path) -> None:
+    """As where a text encoder writes the prompt itself."""
+    given = {"encoder_hidden_states": torch.ones(1, 3), "pooled_projections": torch.ones(4)}
+    before = Drawn(calls={"transformer": [Call(0, given, 1.0), Call(0, given, 0.5)]})
+    after = {**given, "pooled_projections": torch.zeros(4)}
+    with opened_models(open_pipeline(LocalFolder(flux)), torch.float32, torch.device("cpu")) as models:
+        found = exchanges(models, before, "text_encoder", {"transformer": [Call(0, after, 1.0)]})
+        assert [each.after for each in found[0]] == [after["pooled_projections"]]
+        for other in ({**after, "encoder_hidden_states": torch.ones(1, 2)}, {"pooled_projections": torch.zeros(4)}):
+            with pytest.raises(Unsupported, match="transformer is given tensors of other shapes when text_encoder is"):
+                exchanges(models, before, "text_encoder", {"transformer": [Call(0, other, 1.0)]})
 
 
 def test_a_loss_is_shared_among_the_components_of_a_pipeline(

@@ -42,7 +42,8 @@ def score_text_encoders(
     progress: OnProgress,
 ) -> dict[str, Scores]:
     """By component. One that cannot be run block by block, or of which nothing is quantized, is left out, and all are
-    where no denoiser was called. Raises what reading and running raise."""
+    where no denoiser was called. Raises what reading and running raise, and Unsupported where a denoiser is called
+    otherwise for one of them, so that what it loses cannot be told."""
     names: dict[str, list[str]] = {}
     for name in drawn.calls:
         if only in (None, name) and not models.is_denoiser(name) and name not in drawn.whole:
@@ -56,7 +57,7 @@ def score_text_encoders(
     for name, own in names.items():
         with _rounding(models.weights[name].runnable, own, method, arithmetic):
             changed_calls = until_denoising(models, drawing, drawn.whole, f"Reading prompts with {name}", progress)
-        replaced[name] = _replaced(models, drawn, changed_calls)
+        replaced[name] = exchanges(models, drawn, name, changed_calls)
     lost = _lost(models, drawn, replaced, progress)
     return {
         name: _shared(models, drawn, name, own, lost[name], method, arithmetic, progress) for name, own in names.items()
@@ -87,26 +88,32 @@ def _rounding(model: Runnable, names: Sequence[str], method: Method, arithmetic:
 
 
 @dataclass(frozen=True, slots=True)
-class _Exchange:
+class Exchange:
     """A tensor that a denoiser was given, and what takes its place."""
 
     before: torch.Tensor
     after: torch.Tensor
 
 
-def _replaced(models: Models, drawn: Drawn, others: Mapping[str, Sequence[Call]]) -> dict[int, list[_Exchange]]:
-    """By prompt what its first call of a denoiser has otherwise in ``others``."""
-    found: dict[int, list[_Exchange]] = {}
+def exchanges(
+    models: Models, drawn: Drawn, encoder: str, others: Mapping[str, Sequence[Call]]
+) -> dict[int, list[Exchange]]:
+    """By prompt what its first call of a denoiser has otherwise in ``others``, where the ``encoder`` is quantized."""
+    found: dict[int, list[Exchange]] = {}
     for name, calls in others.items():
         for other in calls if models.is_denoiser(name) else ():
             first = next((call for call in drawn.calls.get(name, ()) if call.prompt == other.prompt), None)
-            if first is not None and other.prompt not in found:
-                pairs = zip(_tensors(first.arguments), _tensors(other.arguments), strict=False)
-                found[other.prompt] = [
-                    _Exchange(*pair)
-                    for pair in pairs
-                    if pair[0].shape == pair[1].shape and pair[0].is_floating_point() and not torch.equal(*pair)
-                ]
+            before, after = (_tensors(call.arguments) if call is not None else [] for call in (first, other))
+            if [each.shape for each in before] != [each.shape for each in after]:
+                raise Unsupported(
+                    f"{models.where}: {name} is given tensors of other shapes when {encoder} is quantized, so that "
+                    "what is lost cannot be told. Name another component with --subfolder, or leave out --scores."
+                )
+            found[other.prompt] = [
+                Exchange(*pair)
+                for pair in zip(before, after, strict=True)
+                if pair[0].is_floating_point() and not torch.equal(*pair)
+            ]
     return found
 
 
@@ -122,7 +129,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return found
 
 
-Replaced = Mapping[str, Mapping[int, Sequence[_Exchange]]]
+Replaced = Mapping[str, Mapping[int, Sequence[Exchange]]]
 """By text encoder and prompt."""
 
 
@@ -169,9 +176,9 @@ def _lost_of(
     return found
 
 
-def _with(call: Call, exchanges: Sequence[_Exchange]) -> Call:
+def _with(call: Call, instead: Sequence[Exchange]) -> Call:
     def exchanged(value: torch.Tensor) -> torch.Tensor:
-        for each in exchanges:
+        for each in instead:
             if (
                 value.shape == each.before.shape
                 and value.dtype == each.before.dtype
