@@ -72,6 +72,18 @@ def test_every_kind_of_block_has_the_codes_of_cudas_kernel(dtype: str, quant_typ
         assert absmax[number] == largest
 
 
+def test_a_product_is_zero_below_the_number_that_rounds_to_the_smallest_normal_one() -> None:
+    """To 24 bits, as an H100 does: half a last place below it (a tie) and nearer are not zero, 0.53 of one are."""
+    tops, below = np.array([0x3FF8, 0x3F97, 0x3F81, 0x3F84], np.uint16), np.array([0xF8, 0x97, 0x81, 0x84], np.uint16)
+    values, largest = (tables.widen(bits, "BF16") for bits in (below, tops))
+    assert cuda_tables.product(values, cuda_tables.reciprocals(largest)).tolist() == [TINY, TINY, TINY, 0]
+    blocks = np.zeros((4, 64), np.uint16)
+    blocks[:, 0], blocks[:, 1] = tops, below | 0x8000
+    packed, absmax = np.empty(128, np.uint8), np.empty(4, np.float32)
+    kernels.quantize_4bit_as_cuda(blocks.reshape(-1), "BF16", "fp4", packed, absmax)
+    assert (packed[::32] & 15).tolist() == [8, 8, 8, 0], "what is below zero has a sign"
+
+
 def test_no_nf4_code_of_bfloat16_depends_on_the_last_place_of_a_reciprocal(monkeypatch: pytest.MonkeyPatch) -> None:
     """So they are the same on every GPU, whichever way its reciprocals are off; that of a power of two is exact."""
     uncached = cuda_tables.cut_points.__wrapped__  # type: ignore[attr-defined]
@@ -133,10 +145,9 @@ def test_the_cores_take_what_they_are_known_to_write_like_any_gpu(tiny_llama: Pa
     plan = plan_of(tiny_llama, "nf4")
     assert quantizing_tasks([plan]) == {("nf4", "BF16")}
     assert as_cuda({("nf4", "BF16")}, (12, 0)) == Cpu(bytes_of="cuda")
-    for task in (("nf4", "F16"), ("fp4", "F16"), ("int8", "F16"), ("int8", "F32")):
+    for task in (("nf4", "F16"), ("fp4", "BF16"), ("fp4", "F16"), ("int8", "F16"), ("int8", "F32")):
         assert as_cuda({("nf4", "BF16"), task}, (12, 0)) is None
         assert as_cuda({("nf4", "BF16"), task}, (9, 0)) == Cpu(bytes_of="cuda")
-    assert as_cuda({("fp4", "BF16")}, (9, 0)) is None
     assert as_cuda({("nf4", "F32")}, (9, 0)) is None
     assert quantizing_tasks([plan_of(tiny_llama, "nf4-double")]) == set(), "its sums are those of the GPU"
     assert quantizing_tasks([replace(plan, method=None)]) == set()

@@ -21,8 +21,6 @@ from qz.quantize.compute.once import once
 
 MEASURED: Final = ((9, 0),)
 """Compute capabilities whose reciprocals are ``reciprocal_steps``."""
-COMPARED: Final = (("nf4", "F16"), ("fp4", "F16"))
-"""4-bit kinds whose every code was found equal there. FP4 of bfloat16 was not compared since its rule was corrected."""
 _TINY: Final = np.float32(2.0**-126)
 """The smallest normal float32."""
 _FP4_BOUNDS: Final = np.array(
@@ -48,7 +46,7 @@ def is_known(method: str, dtype: str, capability: tuple[int, int] | None) -> boo
     """Whether the bytes of a method for values of a dtype are known, on a GPU of this compute capability."""
     if (method, dtype) == ("nf4", "BF16"):
         return True
-    return capability in MEASURED and (method == "int8" or (method, dtype) in COMPARED)
+    return capability in MEASURED and (method == "int8" or dtype != "F32")
 
 
 @once
@@ -120,7 +118,8 @@ def product(values: npt.NDArray[np.float32], inverse: npt.NDArray[np.float32]) -
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         exact = values.astype(np.float64) * inverse
         rounded = exact.astype(np.float32)
-    flushed: npt.NDArray[Any] = np.where(np.abs(exact) < _TINY * (1 - 2.0**-25), np.float32(0), rounded)
+    least = float(_TINY) * (1 - 2.0**-25)  # not a float32, which would be _TINY
+    flushed: npt.NDArray[Any] = np.where(np.abs(exact) < least, np.float32(0), rounded)
     return flushed
 
 
