@@ -260,7 +260,7 @@ import torch; lap("import torch")
 lean_imports.allow()
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.methods import FourBit, Int8
-from qz.quantize.summary import Source
+from qz.quantize.reports.summary import Source
 from qz.quantize.streaming.run import Run
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder

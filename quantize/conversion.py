@@ -18,6 +18,7 @@ from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.libraries.importing.lean_imports import gc_paused
 from qz.quantize.methods import FourBit
+from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import IfExists, Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming import shares
@@ -29,7 +30,6 @@ from qz.quantize.streaming.output_parts import (
     staged_bytes,
     weights_of,
 )
-from qz.quantize.summary import Source, Summary
 from qz.quantize.up_to_date import UpToDate, up_to_date
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.publication import Publication
     from qz.quantize.pipeline import PipelinePlan
-    from qz.quantize.pipeline_summary import PipelineSummary
     from qz.quantize.planning.plan import Plan
+    from qz.quantize.reports.pipeline_summary import PipelineSummary
     from qz.quantize.streaming.measuring.measure import Measure
     from qz.quantize.streaming.output_parts import Part
 
@@ -117,7 +117,7 @@ class Conversion:
         measure: Callable[[Checkpoint], Measure] | None,
     ) -> Report:
         from qz.quantize.convert import carry_out
-        from qz.quantize.summary import summarize
+        from qz.quantize.reports.summary import summarize
 
         self._download([checkpoint])
         self.on_progress(Progress("Planning"))

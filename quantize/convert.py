@@ -25,15 +25,16 @@ from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.libraries.importing.lean_imports import gc_paused
 from qz.quantize.libraries.plain import plain_checkpoint
+from qz.quantize.planning.budget.kept_layers import with_kept_layers
 from qz.quantize.planning.dequantization import dequantized_checkpoint
 from qz.quantize.planning.fusing import fuse
-from qz.quantize.planning.kept_layers import with_kept_layers
 from qz.quantize.planning.nearest import linears, refuse_unmatched
 from qz.quantize.planning.original_layout import in_original_names
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Source as TensorSource
 from qz.quantize.planning.unquantized import equal_sources, is_bitsandbytes, refuse_quantized
 from qz.quantize.quantizing_device import arithmetic_for
+from qz.quantize.reports.summary import Source, Summary, summarize
 from qz.quantize.settings import Settings as Settings
 from qz.quantize.source_identity import identity, recorded_identity
 from qz.quantize.streaming.discard import DiscardOutput
@@ -41,7 +42,6 @@ from qz.quantize.streaming.measuring.measure import Measure
 from qz.quantize.streaming.output_parts import Target as Target
 from qz.quantize.streaming.output_parts import model_part, write_parts
 from qz.quantize.streaming.run import Run
-from qz.quantize.summary import Source, Summary, summarize
 from qz.quantize.up_to_date import settings_fingerprint
 
 TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date", "nonfinite")

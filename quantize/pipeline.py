@@ -20,10 +20,10 @@ from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_loss import losing_at_most
 from qz.quantize.pipeline_size import fit, unquantized
-from qz.quantize.planning.component_sizes import Combination
+from qz.quantize.planning.budget.component_sizes import Combination
+from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.components import Choice, choose, plan_each
 from qz.quantize.planning.fusing import fused
-from qz.quantize.planning.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors

@@ -14,10 +14,10 @@ from qz import UsageError
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.quantize.importance.score_file import unscored
 from qz.quantize.pipeline_size import unquantized
+from qz.quantize.planning.budget.kept_layers import KeptLayers, readable
+from qz.quantize.planning.budget.shared_loss import Curve, loss_at, walk
 from qz.quantize.planning.components import Choice, plan_each
-from qz.quantize.planning.kept_layers import KeptLayers, readable
 from qz.quantize.planning.plan import Plan
-from qz.quantize.planning.shared_loss import Curve, loss_at, walk
 from qz.quantize.settings import Settings
 
 Planned = Callable[[Choice, float], Plan]

@@ -15,15 +15,15 @@ from qz.progress import OnProgress, ignore
 from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint
 from qz.quantize.pipeline import PipelinePlan
-from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
+from qz.quantize.reports.pipeline_summary import ComponentSummary, PipelineSummary
+from qz.quantize.reports.summary import Source, fused_weights, made_from, summarize
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming.measuring.loss import Loss, joined
 from qz.quantize.streaming.measuring.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, write_parts
-from qz.quantize.summary import Source, fused_weights, made_from, summarize
 
 
 def carry_out_pipeline(

@@ -11,11 +11,11 @@ from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine
 from qz.quantize.methods import Int8, Method
-from qz.quantize.planning.component_sizes import Combination, Option, combinations, largest_within
+from qz.quantize.planning.budget.component_sizes import Combination, Option, combinations, largest_within
+from qz.quantize.planning.budget.kept_layers import Point, readable
+from qz.quantize.planning.budget.shared_loss import shared_room
 from qz.quantize.planning.components import Choice, kind_of
-from qz.quantize.planning.kept_layers import Point, readable
 from qz.quantize.planning.plan import Plan
-from qz.quantize.planning.shared_loss import shared_room
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.settings import Settings
 

@@ -18,7 +18,7 @@ from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import local_path, open_source
 from qz.quantize.methods import Method
-from qz.quantize.report_of_record import kind_of, kind_of_bytes, report_of_record
+from qz.quantize.reports.of_record import kind_of, kind_of_bytes, report_of_record
 from qz.quantize.settings import Settings
 from qz.quantize.single_files.configs import config_digest
 from qz.quantize.source_identity import changed_file

@@ -14,8 +14,8 @@ from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.planning.plan import Plan
+from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.streaming.measuring.measure import Measure
-from qz.quantize.summary import Source, Summary
 
 
 def method_of(name: str) -> Method:

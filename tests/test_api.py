@@ -21,8 +21,8 @@ from hub_server.client import connected
 from qz import MissingInput, OutputRefused, QzError, UsageError, api
 from qz.api import Fp4, Int8, Nf4, Progress
 from qz.cli import dequantize, inspect, push, quantize
+from qz.quantize.reports.summary import Summary
 from qz.quantize.settings import Settings
-from qz.quantize.summary import Summary
 from qz.quantize.up_to_date import UpToDate, settings_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent

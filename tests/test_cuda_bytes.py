@@ -21,7 +21,7 @@ from qz.quantize.convert import Settings, Target, carry_out
 from qz.quantize.libraries.importing import gpu_driver
 from qz.quantize.methods import FourBit
 from qz.quantize.quantizing_device import quantizing_tasks
-from qz.quantize.summary import Source
+from qz.quantize.reports.summary import Source
 from test_verify import change
 
 TINY = np.float32(2.0**-126)

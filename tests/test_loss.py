@@ -23,9 +23,9 @@ from qz.formats.folder import Folder, LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.planning.dequantization import plan_dequantization
+from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.streaming.measuring.loss import Loss, Tally
 from qz.quantize.streaming.measuring.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
-from qz.quantize.summary import Source, Summary
 from reference import METHODS, tensors_of
 from zoo import build
 

@@ -23,7 +23,7 @@ from qz.cli.push import push
 from qz.cli.reports.next_step import after_output
 from qz.formats.publish.model_card.card_facts import facts_here
 from qz.formats.publish.model_card.snippet import Here, loading
-from qz.quantize.planning.sensitivity import Scores
+from qz.quantize.planning.budget.sensitivity import Scores
 
 
 @pytest.fixture(scope="module")

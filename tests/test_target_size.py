@@ -23,10 +23,10 @@ from qz.formats.output.recorded.record import read_record
 from qz.quantize.calibration.running import text
 from qz.quantize.calibration.running.blocks import parts_of
 from qz.quantize.importance.statistics import read_statistics, write_statistics
-from qz.quantize.planning.fused_groups import FUSED
-from qz.quantize.planning.kept_layers import Point
-from qz.quantize.planning.sensitivity import Scores
-from qz.quantize.planning.shared_loss import Curve, shared_room, walk
+from qz.quantize.planning.budget.fused_groups import FUSED
+from qz.quantize.planning.budget.kept_layers import Point
+from qz.quantize.planning.budget.sensitivity import Scores
+from qz.quantize.planning.budget.shared_loss import Curve, shared_room, walk
 from readers import model_folder, some_text
 from zoo import build
 

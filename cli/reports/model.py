@@ -11,10 +11,10 @@ from qz.counted import counted, shown
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from qz.quantize.pipeline_summary import PipelineSummary
-    from qz.quantize.planning.kept_layers import KeptLayers
+    from qz.quantize.planning.budget.kept_layers import KeptLayers
+    from qz.quantize.reports.pipeline_summary import PipelineSummary
+    from qz.quantize.reports.summary import Summary
     from qz.quantize.streaming.measuring.loss import LayerLoss, Loss
-    from qz.quantize.summary import Summary
 
 CURVE = (
     Column("in memory", right=True),
@@ -125,7 +125,7 @@ def kept_sections(summary: Summary | PipelineSummary) -> list[Section]:
 
 def curve_rows(summary: Summary | PipelineSummary) -> list[tuple[str, ...]]:
     """Points from nothing kept to everything, and the chosen one; bars show the loss, or sizes where none is known."""
-    from qz.quantize.planning.kept_layers import Point
+    from qz.quantize.planning.budget.kept_layers import Point
 
     kept = summary.kept_layers
     assert kept is not None  # the caller looked

@@ -17,9 +17,9 @@ from qz.counted import counted
 if TYPE_CHECKING:
     from qz.cli.reports.picture import Chart
     from qz.quantize.calibration.compare import Comparison
-    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.reports.pipeline_summary import PipelineSummary
+    from qz.quantize.reports.summary import Summary
     from qz.quantize.streaming.measuring.loss import LayerLoss, Loss
-    from qz.quantize.summary import Summary
 
 Value = TypeVar("Value")
 KEPT = (Column("module"), Column("why it is not quantized"))
@@ -27,7 +27,7 @@ KEPT = (Column("module"), Column("why it is not quantized"))
 
 def conversion_page(summary: Summary | PipelineSummary) -> str:
     """Of a model, or of a pipeline and each of its models."""
-    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.reports.pipeline_summary import PipelineSummary
 
     name = PurePath(summary.output or summary.source.location).name
     title = f"{name}: {summary.act}d, {summary.method}"

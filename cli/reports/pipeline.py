@@ -17,7 +17,7 @@ from qz.cli.reports.model import (
 )
 
 if TYPE_CHECKING:
-    from qz.quantize.pipeline_summary import ComponentSummary, PipelineSummary
+    from qz.quantize.reports.pipeline_summary import ComponentSummary, PipelineSummary
 
 COLUMNS = (
     Column("component"),

@@ -21,7 +21,7 @@ from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine, library_versions
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import Method
-from qz.quantize.planning.sensitivity import Scores
+from qz.quantize.planning.budget.sensitivity import Scores
 from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 
 if TYPE_CHECKING:

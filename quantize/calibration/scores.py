@@ -30,7 +30,7 @@ from qz.quantize.libraries.architecture import LoadRequest
 from qz.quantize.libraries.examine import examine
 from qz.quantize.libraries.transformers.runnable import Runnable, running
 from qz.quantize.methods import Method
-from qz.quantize.planning.sensitivity import LossName, Scores
+from qz.quantize.planning.budget.sensitivity import LossName, Scores
 from qz.quantize.planning.unquantized import equal_tensors
 
 TOKENS = 2048

@@ -8,7 +8,7 @@ from qz.counted import shown
 from qz.quantize.consumers.contents import EXPERT, Contents
 from qz.quantize.consumers.verdict import Finding
 from qz.quantize.libraries.skip_names import named
-from qz.quantize.planning.fused_groups import SGLANG, VLLM, Groups
+from qz.quantize.planning.budget.fused_groups import SGLANG, VLLM, Groups
 
 
 def split_groups(

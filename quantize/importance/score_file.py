@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from qz import UsageError
 from qz.quantize.importance.imatrix import is_imatrix
 from qz.quantize.importance.statistics import read_statistics
-from qz.quantize.planning.kept_layers import ScoreFile
+from qz.quantize.planning.budget.kept_layers import ScoreFile
 from qz.quantize.settings import Settings
 
 

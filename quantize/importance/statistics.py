@@ -37,7 +37,7 @@ from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout
 from qz.quantize.importance.hessian_reader import HessianPlace, HessianReader
 from qz.quantize.importance.statistics_file import header_of, malformed, read_tensor
-from qz.quantize.planning.sensitivity import LossName, Scores
+from qz.quantize.planning.budget.sensitivity import LossName, Scores
 
 FORMAT = "qz-importance"
 VERSION = "1"

@@ -26,11 +26,11 @@ from qz.progress import OnProgress, ignore
 from qz.quantize.compute.cores import usable_cores
 from qz.quantize.merging.checks import require_alike, require_all, require_equal
 from qz.quantize.merging.verification import Verification
-from qz.quantize.report_of_record import report_of_record
+from qz.quantize.reports.of_record import report_of_record
+from qz.quantize.reports.summary import told_of_nonfinite
 from qz.quantize.streaming.measuring.not_finite import NotFinite
 from qz.quantize.streaming.readable import require_readable
 from qz.quantize.streaming.shares import not_finite
-from qz.quantize.summary import told_of_nonfinite
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination, PushResult

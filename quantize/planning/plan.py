@@ -13,8 +13,8 @@ from qz.formats.output.shards.shard_layout import ShardLayout
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
+from qz.quantize.planning.budget.kept_layers import KeptLayers
 from qz.quantize.planning.computable import require_computable
-from qz.quantize.planning.kept_layers import KeptLayers
 from qz.quantize.planning.refinement import Refinement
 from qz.quantize.planning.sources import Source, is_quantized, part_of
 

@@ -17,7 +17,7 @@ from qz.formats.folder import PIECE, Folder, LocalFolder, Range, place_of
 from qz.formats.output.recorded.record import Record
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.quantizing_device import arithmetic_of_record
-from qz.quantize.report_of_record import kind_of_bytes
+from qz.quantize.reports.of_record import kind_of_bytes
 from qz.quantize.streaming.output_parts import Part, model_part
 from qz.quantize.streaming.run import Run
 from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference

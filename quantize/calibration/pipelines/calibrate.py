@@ -32,7 +32,7 @@ from qz.quantize.compute.run_device import run_device
 from qz.quantize.importance.hessian_reader import HessianPlace
 from qz.quantize.importance.statistics import InputSums, write_statistics
 from qz.quantize.libraries.examine import library_versions
-from qz.quantize.planning.sensitivity import Scores
+from qz.quantize.planning.budget.sensitivity import Scores
 from qz.quantize.planning.unquantized import refuse_quantized
 
 STEPS = 4

@@ -21,7 +21,7 @@ from qz.quantize.calibration.running.nested import changed
 from qz.quantize.calibration.scores import quantized_names, score
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.methods import Method
-from qz.quantize.planning.sensitivity import LossName, Scores
+from qz.quantize.planning.budget.sensitivity import LossName, Scores
 
 CALLS, SOME = 16, 4
 """So many are looked at, and each block is tried alone on so many of these."""

@@ -29,7 +29,7 @@ from qz.quantize.calibration.scores import is_conv1d, quantized_names, score
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.libraries.transformers.runnable import Runnable, running
 from qz.quantize.methods import Method
-from qz.quantize.planning.sensitivity import Scores
+from qz.quantize.planning.budget.sensitivity import Scores
 
 
 def score_text_encoders(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qz.quantize.libraries.architecture import Weight
-from qz.quantize.planning.fused_groups import FUSED
+from qz.quantize.planning.budget.fused_groups import FUSED
 
 VALUES = ("v_proj", "value", "v_lin", "to_v", "add_v_proj", "v")
 KEYS = ("k_proj", "key", "k_lin", "to_k", "add_k_proj", "k")

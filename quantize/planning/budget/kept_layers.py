@@ -12,7 +12,7 @@ from qz.counted import counted
 from qz.formats.safetensors import BITS
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Architecture, Weight
 from qz.quantize.methods import Int8
-from qz.quantize.planning.sensitivity import Candidate, Scores, ranked, without_data
+from qz.quantize.planning.budget.sensitivity import Candidate, Scores, ranked, without_data
 from qz.quantize.settings import Settings
 
 if TYPE_CHECKING:

@@ -14,18 +14,18 @@ from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
 from qz.formats.output.recorded.record import WrittenFile
 from qz.quantize.consumers.planned import warnings as consumer_warnings
-from qz.quantize.planning.kept_layers import KeptLayers
+from qz.quantize.planning.budget.kept_layers import KeptLayers
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
 from qz.quantize.planning.sources import fused_parts, packed_parts
-from qz.quantize.report_of_record import kind_of
+from qz.quantize.reports.of_record import kind_of
 from qz.quantize.streaming.measuring.loss import Loss
 from qz.quantize.streaming.measuring.not_finite import NotFinite
 
 if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
-    from qz.quantize.pipeline_summary import PipelineSummary
+    from qz.quantize.reports.pipeline_summary import PipelineSummary
 
 LOW_COVERAGE = 0.5
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.output.recorded.record import WrittenFile
+from qz.quantize.reports.summary import Source, Summary, kept_layers_json, nonfinite_json, report_json
 from qz.quantize.streaming.measuring.loss import Loss, joined
-from qz.quantize.summary import Source, Summary, kept_layers_json, nonfinite_json, report_json
 
 if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
-    from qz.quantize.planning.component_sizes import Combination
-    from qz.quantize.planning.kept_layers import KeptLayers
+    from qz.quantize.planning.budget.component_sizes import Combination
+    from qz.quantize.planning.budget.kept_layers import KeptLayers
 
 
 @dataclass(frozen=True, slots=True)

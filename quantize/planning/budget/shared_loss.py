@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qz.quantize.planning.kept_layers import Point
+from qz.quantize.planning.budget.kept_layers import Point
 
 
 @dataclass(slots=True, eq=False)
