@@ -83,9 +83,11 @@ class Display:
             done = f"{kept} of {counted(of, what)}" if of else counted(kept, what)
             self.tell(f"Continuing: {done} {'is' if (of or kept) == 1 else 'are'} done{rest}.")
         if self.bar is not None:
-            count = f"{step.done}/{step.total} {step.unit}s" if step.total else ""
-            total = step.all_bytes or None
-            self.bar.update(self.task, completed=step.bytes, total=total, count=count)
+            count = f"{step.done}/{step.total} {step.unit}s" if step.total else counted(step.done, step.unit)
+            in_bytes = bool(step.bytes or step.all_bytes or not step.done)
+            how_far, total = (step.bytes, step.all_bytes) if in_bytes else (step.done, step.total)
+            count = count if step.done or step.total else ""
+            self.bar.update(self.task, completed=how_far, total=total or None, count=count, in_bytes=in_bytes)
             return
         with self.lock:
             self.line(step)
@@ -105,7 +107,7 @@ class Display:
                 raise
         else:
             self.bar.remove_task(self.task)
-        self.task = self.bar.add_task(doing, total=None, count="")
+        self.task = self.bar.add_task(doing, total=None, count="", in_bytes=True)
 
     def tell(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -130,9 +132,9 @@ class Display:
         """How far a run is, as a line."""
         now = time.monotonic()
         if not step.all_bytes and not step.total:  # how much there is to do is not known yet
-            say(f"{step.doing} …")
+            say(f"{step.doing}: {counted(step.done, step.unit)} …" if step.done else f"{step.doing} …")
             return
-        parts = [f"{step.doing}: {size(step.bytes)} of {size(step.all_bytes)}"]
+        parts = [f"{size(step.bytes)} of {size(step.all_bytes)}"] if step.all_bytes else []
         parts.append(f"{step.unit} {step.done} of {step.total}")
         elapsed, moved = now - self.started, step.bytes - (self.first_bytes or 0)
         if elapsed > 1 and moved > 0:
@@ -141,7 +143,7 @@ class Display:
                 parts.append(f"{duration(left * elapsed / moved)} left")
         if step.file is not None:
             parts.append(f"{plain(step.file)} {'sent' if step.doing == 'Uploading' else 'written'}")
-        say(", ".join(parts))
+        say(f"{step.doing}: {', '.join(parts)}")
 
 
 def bar() -> RichProgress:
@@ -156,14 +158,31 @@ def bar() -> RichProgress:
         TransferSpeedColumn,
     )
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class Amount(DownloadColumn):
+        """What is counted in bytes, or else in blocks, steps …"""
+
+        def render(self, task: Any) -> Text:
+            return super().render(task) if task.fields["in_bytes"] else Text(task.fields["count"], "progress.download")
+
+    class Speed(TransferSpeedColumn):
+        def render(self, task: Any) -> Text:
+            return super().render(task) if task.fields["in_bytes"] else Text()
+
+    class Count(TextColumn):
+        """What bytes are not the only count of."""
+
+        def render(self, task: Any) -> Text:
+            return super().render(task) if task.fields["in_bytes"] else Text()
 
     columns: list[Any] = [BarColumn(bar_width=None), TaskProgressColumn()]
     width = shutil.get_terminal_size().columns
     if width >= 60:
-        columns = [TextColumn("{task.description}", markup=False), *columns, DownloadColumn()]
+        columns = [TextColumn("{task.description}", markup=False), *columns, Amount()]
     if width >= 80:
-        columns.append(TransferSpeedColumn())
+        columns.append(Speed())
     if width >= 100:
-        columns.append(TextColumn("{task.fields[count]}", markup=False))
+        columns.append(Count("{task.fields[count]}", markup=False))
     columns.append(TimeRemainingColumn(compact=True))
     return RichProgress(*columns, console=Console(stderr=True, highlight=False), transient=True, expand=True)

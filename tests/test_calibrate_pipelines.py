@@ -231,6 +231,20 @@ def test_one_block_of_one_model_is_in_memory_at_a_time(flux: Path, root: Path, t
     assert {"transformer_blocks.0"} in held
 
 
+def test_weights_that_a_gpu_has_room_for_are_read_once_for_all_steps(flux: Path, root: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"text": root / "prompts.txt", **DRAWN}
+    read_again = api.calibrate(flux, tmp_path / "again", **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.Room, "_has_room", lambda _: True)
+        once = api.calibrate(flux, tmp_path / "once", **given)
+    assert (tmp_path / "once").read_bytes() == (tmp_path / "again").read_bytes()
+    denoiser = sum(file.stat().st_size for file in (flux / "transformer").glob("*.safetensors"))
+    assert once.bytes_read < read_again.bytes_read - denoiser / 2
+    assert once.weights_at_once is not None
+    assert read_again.weights_at_once is not None
+    assert once.weights_at_once > read_again.weights_at_once
+
+
 def test_the_seed_decides_what_is_drawn(flux: Path, root: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 5), ("same", 5), ("other", 6)):
         found = api.calibrate(flux, tmp_path / name, text=root / "prompts.txt", seed=seed, **DRAWN)

@@ -255,6 +255,8 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
         "with Display() as d:\n"
         "    for i in range(50):\n"
         "        d(Progress('Quantizing', i, 50, i * 10**9, 50 * 10**9))\n"
+        "    d(Progress('Drawing', 49, unit='block'))\n"
+        "    d(Progress('Calibrating', 49, 57, unit='block'))\n"
     )
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
@@ -269,6 +271,8 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
     os.close(leader)
     assert "━" in shown.getvalue().decode()
     assert shown.getvalue().rstrip().endswith(b"\x1b[2K")
+    if columns >= 60:
+        assert b"49/57 blocks" in shown.getvalue(), "what is not counted in bytes is not shown in them"
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 1001, 2500])

@@ -16,6 +16,7 @@ from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import read_json
+from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.running.text import MAX_TOKENIZER_BYTES
 from qz.quantize.calibration.running.weights import Weights
 from qz.quantize.libraries.diffusers.runnable import runnable as of_diffusers
@@ -39,6 +40,7 @@ class Models:
     pipeline: Any
     weights: Mapping[str, Weights]
     device: torch.device
+    room: memory.Room
     left_out: tuple[str, ...] = ()
     read_again: list[Weights] = field(default_factory=list)
     """Models of their own in float32, for scores."""
@@ -73,14 +75,18 @@ class Models:
 
     def load(self, path: str, module: Any) -> None:
         """Give the module at ``path``, which begins with its component, its weights."""
-        component, _, inside = path.partition(".")
-        self.weights[component].load(inside, module)
+        if path not in self.room.kept:
+            component, _, inside = path.partition(".")
+            self.weights[component].load(inside, module)
 
     def release(self, path: str, module: Any) -> None:
-        component, _, inside = path.partition(".")
-        self.weights[component].release(inside, module)
+        """Give the memory of its weights back, if the next step may not find them there."""
+        if not self.room.keeps(path, module):
+            component, _, inside = path.partition(".")
+            self.weights[component].release(inside, module)
 
     def release_all(self) -> None:
+        self.room.kept.clear()
         for each in self.weights.values():
             each.release("", each.runnable.model)
 
@@ -122,7 +128,7 @@ def opened_models(
         made.set_progress_bar_config(disable=True)
         for model in models.values():
             _computes_on(model, device)
-        yield Models(where, made, weights, device, tuple(unknown))
+        yield Models(where, made, weights, device, memory.Room(device), tuple(unknown))
 
 
 def plain_dtype(component: Component) -> str:

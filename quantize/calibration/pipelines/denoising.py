@@ -2,7 +2,7 @@
 
 Each prompt is drawn by a copy of the pipeline with a scheduler of its own, in a thread of ``BlockPass``: text encoders
 and denoiser wait wherever a block begins whose weights are not there, so that all prompts go through it together. The
-weights of the denoiser are read once for each step.
+weights of the denoiser are read once for each step, those for which a GPU has room once.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def _draw(models: Models, module: _Pipeline, whole: frozenset[str], task: str, p
     with running(models.class_name, models.where, "calibrated: it cannot draw from a prompt alone"):
         _load_rest(models, steps)
         steps.run(({"number": number} for number in range(len(module.drawing.prompts))), used)
+    drawn.at_once = min(drawn.at_once + sum(models.room.kept.values()), memory.weights_in(module))
     return drawn
 
 

@@ -13,10 +13,35 @@ from qz import TryAgain
 from qz.quantize.compute.cores import CONTROL_GROUP
 
 
+class Room:
+    """Room on a GPU for weights that the next step needs again, beside twice what all else took so far and a tenth of
+    its memory. There is none on a CPU, which has the files in its page cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kept: dict[str, int] = {}
+        """Bytes of the parts, by path, whose weights stay."""
+        self._beside = 0
+
+    def keeps(self, path: str, module: Any) -> bool:
+        """Whether the weights of a part, which are there, stay."""
+        if path not in self.kept and self._has_room():
+            self.kept[path] = weights_in(module)
+        return path in self.kept
+
+    def _has_room(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        self._beside = max(self._beside, torch.cuda.max_memory_allocated(self.device) - sum(self.kept.values()))
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free + reserved - allocated >= 2 * self._beside + total / 10
+
+
 def at_once(modules: Iterable[Any], parts: Mapping[str, Any]) -> int:
     """Bytes of the parameters that are in memory together: the largest of the parts, and all that is in none."""
-    sizes = [_bytes(part) for part in parts.values()]
-    return sum(map(_bytes, modules)) - sum(sizes) + max(sizes, default=0)
+    sizes = [weights_in(part) for part in parts.values()]
+    return sum(map(weights_in, modules)) - sum(sizes) + max(sizes, default=0)
 
 
 def require(nbytes: int, device: torch.device, what: str) -> None:
@@ -29,9 +54,10 @@ def require(nbytes: int, device: torch.device, what: str) -> None:
         )
 
 
-def _bytes(module: Any) -> int:
+def weights_in(module: Any) -> int:
+    """Bytes of a module's parameters."""
     each = {id(parameter): parameter for parameter in module.parameters()}
-    return sum(parameter.numel() * parameter.element_size() for parameter in each.values())
+    return sum(parameter.nbytes for parameter in each.values())
 
 
 def _free(device: torch.device) -> int | None:

@@ -35,8 +35,8 @@ CHUNK_BYTES = 32 << 20
 """Source bytes of a chunk: enough for full speed over PCIe, and a power of two, to which torch rounds pinned memory."""
 LEAST_BYTES = 1 << 20
 """The smallest piece of a chunk that is tried when the device runs out of memory."""
-LANES = 2
-"""Chunks on one GPU at a time: one copied in while one is computed and copied out. Bounds the memory used there."""
+LANES = 3
+"""Chunks on one GPU at a time: one copied in, one computed, one copied out. Bounds the memory used there."""
 THREADS = 8
 """Threads that read and write for one GPU; each holds about 1.3 chunks of page-locked memory."""
 
