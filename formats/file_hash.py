@@ -21,10 +21,15 @@ def sha256_in(folder: Folder, file: str, size: int, progress: Callable[[int], No
 
     Raises what ``Folder.read_into`` raises.
     """
+    return sha256_by(lambda offset, buffer: folder.read_into(file, offset, buffer), size, progress)
+
+
+def sha256_by(read: Callable[[int, memoryview], None], size: int, progress: Callable[[int], None] | None = None) -> str:
+    """Of ``size`` bytes that ``read`` fills buffers with, from an offset on. Raises what that raises."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, size)))
     for start in range(0, size, PIECE):
         piece = buffer[: min(PIECE, size - start)]
-        folder.read_into(file, start, piece)
+        read(start, piece)
         digest.update(piece)
         if progress is not None:
             progress(len(piece))

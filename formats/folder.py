@@ -21,6 +21,8 @@ from qz.formats.malformed import Malformed, quoted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from qz.formats.promised import Promised
+
 T = TypeVar("T")
 R = TypeVar("R")
 PIPELINE_INDEX = "model_index.json"
@@ -49,6 +51,8 @@ class Folder(Protocol):
     """The file in it that the user named, if it was a file."""
     only: str | None
     """The one file that counts, if a file was named and not the folder."""
+    promised: Promised | None
+    """What its files have to be, if a record says so: whatever is read is compared with that."""
 
     def sizes(self) -> Mapping[str, int]:
         """Every regular file's name and size in bytes."""
@@ -150,6 +154,7 @@ class LocalFolder:
     allow_pickle = False
     named_file: str | None = None
     only: str | None = None
+    promised: Promised | None = None
 
     def __init__(self, path: Path, *, shared_links: bool = False, _roots: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
@@ -234,6 +239,11 @@ class LocalFolder:
         return self._inside(link) or (self._shared_links and (is_shared_file(link) or is_shared_component(link)))
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        if self.promised is not None:
+            self.promised.require_before(file, self.sizes().get(file), self.location, self._read_into)
+        self._read_into(file, offset, buffer)
+
+    def _read_into(self, file: str, offset: int, buffer: memoryview) -> None:
         where = os.path.join(self.location, file)
         with self._descriptor(file, where) as descriptor:
             view = buffer.cast("B")
@@ -244,7 +254,7 @@ class LocalFolder:
                 except OSError as error:
                     raise _failure(error, where, "read") from None
                 if count == 0:
-                    self.is_verified(file)
+                    self._require_unchanged(file)
                     raise Malformed(
                         "truncated",
                         f"{where} ends at byte {offset + done}, before byte {offset + len(view)}: it is "
@@ -299,8 +309,14 @@ class LocalFolder:
 
     def announce(self, ranges: Sequence[Range]) -> None:
         """The kernel reads ahead by itself."""
+        if self.promised is not None:
+            self.promised.begin(dict.fromkeys(each.file for each in ranges), self._read_into)
 
     def is_verified(self, file: str) -> bool:
+        self._require_unchanged(file)
+        return self.promised is None or self.promised.is_right(file, self.location, self._read_into)
+
+    def _require_unchanged(self, file: str) -> None:
         where = os.path.join(self.location, file)
         try:
             found = os.stat(os.path.join(self._real, file))
@@ -310,11 +326,15 @@ class LocalFolder:
             raise _failure(error, where, "looked up") from None
         if _mark(found) != self._marks.get(file, _mark(found)):
             raise _changed(where)
-        return True
 
     def check(self) -> None:
-        for file in sorted(self._read):
-            self.is_verified(file)
+        files = sorted(self._read)
+        if self.promised is not None:
+            self.promised.begin(files, self._read_into)
+            for file in files:
+                self.promised.require(file, self.location, self._read_into)
+        for file in files:
+            self._require_unchanged(file)
 
     def identity(self) -> dict[str, Any]:
         return {"folder": self._real, "files": {name: list(self.stamp(name)) for name in self.opened()}}
@@ -346,6 +366,7 @@ class LocalFolder:
         )
         inner.path, inner.location = self.path / name, os.path.join(self.location, name)
         inner.allow_pickle = self.allow_pickle
+        inner.promised = self.promised.inside(name) if self.promised is not None else None
         return inner
 
     def _is_shared(self, path: str) -> bool:
@@ -353,8 +374,11 @@ class LocalFolder:
 
     def give_up(self) -> None:
         """Reads of a disk end by themselves."""
+        if self.promised is not None:
+            self.promised.stop()
 
     def close(self) -> None:
+        self.give_up()
         with self._lock:
             _close_all(self._open)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qz import HubUnreachable, MissingInput, PermissionRefused
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import quoted
+from qz.formats.output.recorded.promises import hold_to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -135,10 +136,12 @@ def opened(
     cached: bool = True,
     allow_pickle: bool = False,
     file: str | None = None,
+    held: bool = True,
 ) -> Iterator[OpenedSource]:
     """The source, closed afterwards, with ``cached`` as in ``open_source``, and ``allow_pickle`` as of a ``Folder``.
 
-    ``file``: the path of one file in it that is the source; a local one may be the ``location`` itself.
+    ``file``: the path of one file in it that is the source; a local one may be the ``location`` itself. ``held``: what
+    is read of an output of qz has to be what its record says, or MalformedInput is raised.
 
     Raises MissingInput, and what the Hub answers.
     """
@@ -153,6 +156,8 @@ def opened(
     root.allow_pickle = allow_pickle
     folder = root
     try:
+        if held:
+            hold_to_record(root, "/".join(filter(None, ((subfolder or "").strip("/"), file))) if file else None)
         *inside, name = (file or "").strip("/").split("/")
         folder = enter(root, "/".join(filter(None, (subfolder, *inside))) or None)
         if name:

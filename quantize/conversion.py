@@ -278,6 +278,7 @@ class Conversion:
 
 def open_file(source: OpenedSource, settings: Settings) -> tuple[Checkpoint | Pipeline, tuple[str, ...]]:
     """The model or pipeline that the one file of a source holds, and what is to be told of where its config is."""
+    from qz.formats.output.recorded.promises import hold_to_record
     from qz.formats.source import notes_of, open_source
     from qz.quantize.single_files.open import open_single_file
 
@@ -286,6 +287,7 @@ def open_file(source: OpenedSource, settings: Settings) -> tuple[Checkpoint | Pi
 
     def open_config(named: str) -> Folder:
         configs.append(open_source(named))
+        hold_to_record(configs[-1])
         return configs[-1]
 
     return open_single_file(source.folder, source.file, settings.config, open_config), notes_of(*configs)

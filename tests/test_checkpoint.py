@@ -27,6 +27,7 @@ from qz.formats.folder import MAX_OPEN, LocalFolder, Range
 from qz.formats.json_files import dump_json, read_json
 from qz.formats.output.preflight import check_output
 from qz.formats.output.storage.disk import Disk
+from qz.formats.promised import Promised
 from qz.formats.safetensors import encode_header, layout
 from qz.formats.source import open_source
 
@@ -607,6 +608,7 @@ class Remote:
     allow_pickle = False
     named_file: str | None = None
     only: str | None = None
+    promised: Promised | None = None
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.files = files

@@ -79,7 +79,10 @@ def _sha256(source: LocalFolder, name: str, size: int, progress: Callable[[int],
         raise UsageError(
             f"{source.location} is not the recorded source: {quoted(name)} is missing or has another size."
         )
-    return sha256_in(folder, base, size, progress)
+    found = sha256_in(folder, base, size, progress)
+    if folder.promised is not None:
+        folder.promised.require_hash(base, found, folder.location)
+    return found
 
 
 def _adapter(lora: Mapping[str, Any]) -> Descriptor:

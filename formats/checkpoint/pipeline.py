@@ -111,6 +111,12 @@ class Pipeline:
         if errors:
             raise _joined(self.folder, errors)
 
+    def check(self) -> None:
+        """After the last read: raise MalformedInput if something changed meanwhile, or is not what it has to be."""
+        for folder in (self.folder, self.file_folder, *(component.folder for component in self.components)):
+            if folder is not None:
+                folder.check()
+
     def close(self) -> None:
         for component in self.components:
             component.folder.close()

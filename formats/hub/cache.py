@@ -20,6 +20,8 @@ from qz.formats.hub.transport.remote_file import RemoteFile, differs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from qz.formats.promised import Promised
+
 CHUNK = 1 << 20
 
 
@@ -43,6 +45,14 @@ class CachedFiles:
         self._found: dict[str, LocalFolder | None] = {}
         self._lock = threading.RLock()
         self._coming: dict[str, threading.Lock] = {}
+        self._promised: Promised | None = None
+
+    def hold_to(self, promised: Promised) -> None:
+        """Compare what is read with what a record promises."""
+        with self._lock:
+            self._promised = promised
+            for folder in self.folders():
+                folder.promised = promised
 
     def folders(self) -> list[LocalFolder]:
         """Those that were read from."""
@@ -61,7 +71,7 @@ class CachedFiles:
                 self._found[file.name] = None
                 path = try_to_load_from_cache(self._repo_id, file.path, revision=self._commit)
                 if isinstance(path, str):
-                    folder = next(iter(self.folders()), None) or LocalFolder(Path(path).parent)
+                    folder = next(iter(self.folders()), None) or self._snapshot(Path(path).parent)
                     if folder.sizes().get(file.name) == file.size:
                         self._found[file.name] = folder
             return self._found[file.name]
@@ -78,10 +88,15 @@ class CachedFiles:
             folder = self.find(file)
             if folder is None:
                 path = self._download(file)
-                folder = LocalFolder(path.parent)
+                folder = self._snapshot(path.parent)
                 with self._lock:
                     self._found[file.name] = folder
             return folder
+
+    def _snapshot(self, path: Path) -> LocalFolder:
+        folder = LocalFolder(path)
+        folder.promised = self._promised
+        return folder
 
     def _download(self, file: RemoteFile) -> Path:
         doing = f"Downloading {self._repo_id}@{self._commit[:12]}/{file.path}"

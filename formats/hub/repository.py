@@ -13,6 +13,7 @@ import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from qz.formats.folder import Range
     from qz.formats.hub.read_ahead import Pace
     from qz.formats.hub.transport.patience import Retries
+    from qz.formats.promised import Promised
 
 HEAD = 1 << 16
 """Bytes fetched at the first look into a weight file: most headers fit."""
@@ -170,6 +172,17 @@ class HubFolder:
         self._seen: dict[str, list[Seen]] = {}
         self._ahead: ReadAhead | None = None
         self._lock = threading.RLock()
+        self._promised: Promised | None = None
+
+    @property
+    def promised(self) -> Promised | None:
+        return self._promised
+
+    @promised.setter
+    def promised(self, promised: Promised | None) -> None:
+        self._promised = promised
+        if promised is not None:
+            self._cache.hold_to(promised)
 
     @property
     def bytes_received(self) -> int:
@@ -204,6 +217,7 @@ class HubFolder:
         inner.revision, inner.private, inner.gated = self.revision, self.private, self.gated
         inner.license, inner.note, inner.allow_pickle = self.license, self.note, self.allow_pickle
         inner.narrow = self.narrow
+        inner.promised = self.promised.inside(name) if self.promised is not None else None
         try:
             inner.sizes()
         except MissingInput:
@@ -223,6 +237,8 @@ class HubFolder:
                 "truncated. Ask the repository's owner.",
             )
         local = self._cache.find(remote)
+        if local is None and self._promised is not None:
+            self._require_promised(remote, self._promised)
         if local is not None:
             local.read_into(file, offset, view)
         elif self._ahead is not None and file in self._ahead:
@@ -238,8 +254,11 @@ class HubFolder:
     def announce(self, ranges: Sequence[Range]) -> None:
         wanted: dict[str, list[tuple[int, int]]] = {}
         for range_ in ranges:
-            if self._cache.find(self._file(range_.file)) is None:
+            local = self._cache.find(self._file(range_.file))
+            if local is None:
                 wanted.setdefault(range_.file, []).append((range_.start, range_.stop))
+            else:
+                local.announce([range_])
         if self._ahead is not None:
             self._ahead.finish()
             self._ahead.close()
@@ -385,6 +404,14 @@ class HubFolder:
         seen = Seen(start, start + len(view), hashlib.sha256(view).digest())
         with self._lock:
             self._seen.setdefault(remote.name, []).append(seen)
+
+    def _require_promised(self, remote: RemoteFile, promised: Promised) -> None:
+        """By the hash that the Hub lists, with which what comes is compared; of a file outside of LFS, by itself."""
+        read = partial(self._read_whole, remote)
+        promised.require_before(remote.name, remote.size, self.location, read, remote.sha256)
+
+    def _read_whole(self, remote: RemoteFile, _: str, offset: int, buffer: memoryview) -> None:
+        buffer[:] = memoryview(self._whole(remote))[offset : offset + len(buffer)]
 
     def _require_digest(self, remote: RemoteFile, view: memoryview) -> None:
         hasher = remote.hasher()

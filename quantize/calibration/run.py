@@ -151,8 +151,8 @@ def calibrate(
     architecture = examine(
         checkpoint, LoadRequest(None), equal=lambda one, other: equal_tensors(checkpoint, one, other)
     )
-    run = _Run(checkpoint, source, request, progress)
-    return run.run(architecture.class_name, architecture.dtype, tokenizer_folder)
+    run = _Run(checkpoint, tokenizer_folder, source, request, progress)
+    return run.run(architecture.class_name, architecture.dtype)
 
 
 def token_warnings(tokens: int, unseen: tuple[str, ...], *, hessians: bool) -> tuple[str, ...]:
@@ -168,12 +168,20 @@ def token_warnings(tokens: int, unseen: tuple[str, ...], *, hessians: bool) -> t
 
 
 class _Run:
-    def __init__(self, checkpoint: Checkpoint, source: str, request: CalibrationRequest, progress: OnProgress) -> None:
-        self.checkpoint, self.source, self.request, self.progress = checkpoint, source, request, progress
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer_folder: Folder,
+        source: str,
+        request: CalibrationRequest,
+        progress: OnProgress,
+    ) -> None:
+        self.checkpoint, self.tokenizer_folder = checkpoint, tokenizer_folder
+        self.source, self.request, self.progress = source, request, progress
         self.begun = time.monotonic()
         self.passed: set[str] = set()
 
-    def run(self, class_name: str, dtype: str, tokenizer_folder: Folder) -> Calibration:
+    def run(self, class_name: str, dtype: str) -> Calibration:
         from qz.quantize.calibration.running import text
         from qz.quantize.calibration.running.unfinished import unfinished
         from qz.quantize.compute.run_device import run_device
@@ -181,7 +189,7 @@ class _Run:
 
         request = self.request
         words = text.text_of(request.text)
-        tokenizer = text.open_tokenizer(tokenizer_folder)
+        tokenizer = text.open_tokenizer(self.tokenizer_folder)
         device, run_dtype = run_device(request.device, dtype)
         model = runnable(self.checkpoint, class_name, run_dtype, device)
         with unfinished(request.output, resume=request.resume) as kept:
@@ -230,6 +238,8 @@ class _Run:
                 steps.run([model.arguments(ids) for ids in text.batches(rows)])
             recording.write_hessians()
             sums = recording.input_sums()
+            for folder in (self.checkpoint.folder, self.tokenizer_folder):
+                folder.check()
             told = {
                 "architecture": class_name,
                 "tokens": str(tokens),

@@ -15,6 +15,7 @@ from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, open_checkpoint, survey_file
 from qz.formats.folder import PIECE, Folder, LocalFolder, Range, place_of
 from qz.formats.output.recorded.record import Record
+from qz.formats.promised import Promised
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.quantizing_device import arithmetic_of_record
 from qz.quantize.reports.of_record import kind_of_bytes
@@ -342,6 +343,7 @@ class _ByRanges:
     """A folder of which only little is read: nothing is fetched ahead, so no file is fetched as a whole."""
 
     only: str | None = None
+    promised: Promised | None = None
 
     def __init__(self, folder: Folder) -> None:
         self._folder, self.location, self.allow_pickle = folder, folder.location, folder.allow_pickle

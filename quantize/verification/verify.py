@@ -109,7 +109,9 @@ def _source(
     path = local_path(location)
     if file is None and (path is None or path.is_dir()):
         file = settings.file
-    return opened(location, told.get("subfolder"), revision, allow_pickle=settings.allow_pickle, file=file)
+    # What is wrong in it shows in the comparison, of which a sample reads little.
+    allow_pickle = settings.allow_pickle
+    return opened(location, told.get("subfolder"), revision, allow_pickle=allow_pickle, file=file, held=False)
 
 
 def _require_alike(about: Mapping[str, Any], source: OpenedSource, settings: Settings) -> None:

@@ -67,7 +67,7 @@ def inspect(
 
     if path is None or plan:
         on_progress(Progress("Reading headers"))
-    with opened(location, subfolder, revision, allow_pickle=allow_pickle) as opened_source:
+    with opened(location, subfolder, revision, allow_pickle=allow_pickle, held=False) as opened_source:
         folder = opened_source.folder
         if any(size > LARGE_INDEX for name, size in folder.sizes().items() if name.endswith(".index.json")):
             on_progress(Progress("Reading headers"))

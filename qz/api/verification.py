@@ -53,7 +53,7 @@ def verify(
     asked.require(against=against is not None, files=against is None)
     if against is not None:
         replace(asked, source=str(against)).require(hub=local_path(str(against)) is None)
-    with opened(str(output)) as found:
+    with opened(str(output), held=False) as found:
         if against is None:
             stated = Path(statement) if statement is not None else None
             done = verify_record(found, on_progress) if stated is None else verify_stated(found, stated, on_progress)

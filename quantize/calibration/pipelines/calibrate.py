@@ -82,6 +82,7 @@ def calibrate(
             places |= recording.places()
         scores = _scores(models, drawing, drawn, only, request, progress)
         unscored = [name for name in chosen if request.scores and name in drawn.whole]
+        pipeline.check()
         refuse_existing(request.output)
         told = {
             "architecture": models.class_name,

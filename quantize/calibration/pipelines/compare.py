@@ -74,6 +74,8 @@ def compare(
     """Compare a pipeline with what bitsandbytes made of it, or of its component ``only``. Raises what reading and
     running raise."""
     begun = time.monotonic()
+    for pipeline in (original, other):
+        pipeline.require_read()
     where, dtype = run_device(device, dtype_in(original))
     measures = _measures(original, other, only)
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
@@ -96,6 +98,8 @@ def compare(
     losses: dict[str, Loss] = {}
     for name, (measure, plan) in measures.items():
         losses[name] = measure.alone(plan, Settings(None, device=device))
+    for pipeline in (original, other):
+        pipeline.check()
     pairs = {name: list(zip(drawn.calls[name], outputs[name], other_outputs[name], strict=True)) for name in denoisers}
     return Comparison(
         *names,

@@ -7,6 +7,7 @@ from typing import Any
 
 from qz import MissingInput
 from qz.formats.folder import Range
+from qz.formats.promised import Promised
 
 
 class Documents:
@@ -15,6 +16,7 @@ class Documents:
     allow_pickle = False
     named_file: str | None = None
     only: str | None = None
+    promised: Promised | None = None
 
     def __init__(self, location: str) -> None:
         self.location = location
