@@ -293,8 +293,8 @@ def timed_sync(*a):
     begun = time.perf_counter(); sync(*a); spent["fsync"] = spent.get("fsync", 0) + time.perf_counter() - begun
 Disk.sync = timed_sync
 convert = Run.convert
-def timed_convert(self, threads):
-    begun = time.perf_counter(); convert(self, threads); times["of it convert"] = round(time.perf_counter() - begun, 3)
+def timed_convert(*a):
+    begun = time.perf_counter(); convert(*a); times["of it convert"] = round(time.perf_counter() - begun, 3)
     times["of it until the last write"] = round(max(e for n, b, e in calls if n == "write") - begun, 3)
     times["shards completed"] = [[round(b - begun, 2), round(e - begun, 2)] for n, b, e in calls if n == "finish"]
 Run.convert = timed_convert

@@ -24,6 +24,7 @@ from qz.cli.coercion import LeanCommand, LeanGroup
 from qz.cli.options.general import DebugOpt, VersionOpt
 from qz.cli.output import say, warn
 from qz.cli.streams import closed_pipe, spell_out
+from qz.out_of_memory import is_out_of_memory
 from qz.redaction import redact
 from qz.trace import trace_lines
 
@@ -208,7 +209,7 @@ def explain(error: Exception) -> tuple[int, str]:
             hint = f"Options of a command stand behind it: `qz inspect SOURCE --json`. {hint}"
         told = " ".join(error.format_message().replace("Value error, ", "").split())
         return error.exit_code, f"{told}\n{hint}".rstrip()
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+    if is_out_of_memory(error):
         return 75, f"Out of memory: {text}. Close other programs, or use --threads 1 or --device cpu."
     if isinstance(error, PermissionError):
         return 77, f"{describe(error)}. Check the permissions of that path."

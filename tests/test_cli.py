@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 import qz as package
@@ -432,6 +433,28 @@ def test_a_run_with_few_file_descriptors_starts(qz: Qz) -> None:
         assert qz("--version").returncode == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`"),
+            False,
+        ),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_worth_another_try(error: Exception, is_memory: bool) -> None:
+    code, message = explain(error)
+    assert (code == 75) is is_memory
+    assert message.startswith("Out of memory") is is_memory
 
 
 def test_a_step_whose_length_is_not_known_yet_is_only_named(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qz import QzError, TryAgain, Unsupported, UsageError
+from qz.out_of_memory import is_out_of_memory
 from qz.quantize.compute import cuda_tables
 from qz.quantize.compute.cores import usable_cores
 from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from qz.quantize.compute.arithmetic import Arithmetic
     from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
 
-TAKEN = ("out of memory", "busy or unavailable")
-"""What CUDA says where other processes leave too little memory: for a tensor, or for its own context."""
+TAKEN = "busy or unavailable"
+"""What CUDA says where other processes leave too little memory for its own context."""
 ENOUGH_CORES = 8
 """With so many, what a GPU does in a fraction of a second is done before torch is imported and the GPU is awake."""
 NVIDIA_DRIVER = "https://www.nvidia.com/drivers"
@@ -109,7 +110,7 @@ def _accelerator(device: str) -> Accelerator:
         return Accelerator(devices, device)
     except (RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError) or any(each in first_line for each in TAKEN):
+        if is_out_of_memory(error) or TAKEN in first_line:
             raise TryAgain(
                 f"{device} has no memory left for this ({first_line}). Free GPU memory (close other processes) and run "
                 "the same command again, or use --device cpu."

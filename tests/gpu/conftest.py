@@ -1,4 +1,7 @@
-"""Tests that need a CUDA device; elsewhere they are skipped. benchmarks/README.md keeps what they showed on one."""
+"""Tests that need a CUDA device; elsewhere they are skipped. benchmarks/README.md keeps what they showed on one.
+
+One of them takes all of its memory for some seconds: side by side (``-n``) others may fail meanwhile.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 
 from qz import TryAgain, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
+from qz.out_of_memory import is_out_of_memory
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.running.text import first_tokens
 from qz.quantize.calibration.running.weights import Weights
@@ -44,7 +45,9 @@ def sample(
             while (left := tokens - sum(map(len, rows))) > 0:
                 length = min(model.longest, max(left, 2))
                 rows += _some(model, first, _ends(config), length, left, progress)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise TryAgain(
             f"{where} does not fit into memory as a whole, which --generate needs. Name a text with --text FILE."
         ) from error

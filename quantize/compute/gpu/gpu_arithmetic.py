@@ -19,6 +19,7 @@ import torch  # noqa: TID253 (this module is imported lazily)
 from numpy.typing import NDArray
 
 from qz import TryAgain
+from qz.out_of_memory import is_out_of_memory
 from qz.quantize.compute.cores import usable_cores
 from qz.quantize.compute.gpu import gptq
 from qz.quantize.compute.gpu.lanes import Computed, Lane, lane
@@ -169,7 +170,9 @@ class Accelerator:
                 codes = gptq.codes(weight, quant_type, its_scales, factor).view(-1)
                 padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=zero_code(quant_type))
                 packed[:] = packed_pairs(padded).cpu().numpy()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise self._out_of_memory() from None
 
     def quantize_int8(
@@ -292,11 +295,6 @@ class Accelerator:
             "of weights. Free GPU memory (close other processes) and run the same command again to continue, or start "
             "over on the CPU with --device cpu --no-resume."
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """MPS raises no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _empty_cache(kind: str) -> None:

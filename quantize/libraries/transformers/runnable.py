@@ -12,6 +12,7 @@ import torch
 
 from qz import QzError, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
+from qz.out_of_memory import is_out_of_memory
 from qz.quantize.libraries.architecture import TensorSpec, torch_name
 from qz.quantize.libraries.importing.boundary import describe, library_errors
 from qz.quantize.libraries.importing.isolation import isolated
@@ -141,9 +142,9 @@ def running(class_name: str, where: str, how: str = "run block by block") -> Ite
     try:
         with isolated():
             yield
-    except (QzError, MemoryError, OSError, torch.OutOfMemoryError):
+    except (QzError, OSError):
         raise
     except Exception as error:
-        if "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise
         raise Unsupported(f"{where}: {class_name} cannot be {how}: {describe(error)}.") from error
