@@ -135,7 +135,8 @@ class Display:
             say(f"{step.doing}: {counted(step.done, step.unit)} …" if step.done else f"{step.doing} …")
             return
         parts = [f"{size(step.bytes)} of {size(step.all_bytes)}"] if step.all_bytes else []
-        parts.append(f"{step.unit} {step.done} of {step.total}")
+        if step.total:
+            parts.append(f"{step.unit} {step.done} of {step.total}")
         elapsed, moved = now - self.started, step.bytes - (self.first_bytes or 0)
         if elapsed > 1 and moved > 0:
             parts.append(f"{size(moved / elapsed)}/s")

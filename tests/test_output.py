@@ -189,6 +189,13 @@ def test_progress_in_a_log_is_one_line_per_shard(capsys: pytest.CaptureFixture[s
     assert "model-00001-of-00002.safetensors written" in err
 
 
+def test_progress_tells_only_of_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A calibration counts blocks; a check of files from elsewhere, bytes."""
+    for step in (Progress("Calibrating", 4, 31, unit="block"), Progress("Verifying", bytes=10**6, all_bytes=10**7)):
+        Display().write(step)
+    assert capsys.readouterr().err == "Calibrating: block 4 of 31\nVerifying: 1.00 MB of 10.0 MB\n"
+
+
 def test_the_last_line_of_a_log_is_the_total(capsys: pytest.CaptureFixture[str]) -> None:
     with Display() as display:
         display(Progress("Quantizing", 1, 10, 10**6, 10**7, file="model-00001-of-00002.safetensors"))

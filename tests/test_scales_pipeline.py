@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import pipelines
 from commands import run
+from conftest import Qz
 from converted import plan_of
 from qz import MalformedInput
 from qz.cli.quantize import quantize
@@ -46,7 +48,7 @@ def test_each_component_is_searched_with_the_statistics_that_are_named_after_it(
         assert differing_tensors(tmp_path / part, tmp_path / "out" / part) == []
 
 
-def test_a_component_of_another_method_keeps_that(flux: Path, tmp_path: Path) -> None:
+def test_a_component_of_another_method_keeps_that(flux: Path, tmp_path: Path, forked_qz: Qz) -> None:
     report = run(
         quantize,
         flux,
@@ -58,3 +60,5 @@ def test_a_component_of_another_method_keeps_that(flux: Path, tmp_path: Path) ->
     told = {each["name"]: each for each in report["components"]}
     assert (told["transformer"]["scales"], told["text_encoder"]["scales"]) == ("search", "absmax")
     assert told["text_encoder"]["method"] == "int8"
+    command = ["quantize", str(flux), "-o", str(tmp_path / "new"), "--scales", "search", "--dry-run"]
+    assert re.search(r"^scales +searched$", forked_qz(*command).stdout, re.MULTILINE)

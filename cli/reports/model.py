@@ -53,7 +53,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         ("model", f"{source.architecture} ({source.library})"),
         ("output", place_of(summary)),
         ("method", f"{method} → {summary.dtype}" if back else f"{method}, {summary.dtype} elsewhere"),
-        *([("scales", refined(summary.refinement))] if summary.refinement.get("scales") == "search" else []),
+        *refined(summary.refinement),
         *fused_loras(summary),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them {'were ' if back else ''}quantized"),
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
@@ -106,13 +106,15 @@ def left_out(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
     return [("left out", shown(map(plain, summary.left_out), 4))] if summary.left_out else []
 
 
-def refined(how: Mapping[str, Any]) -> str:
-    """How scales and codes were chosen, where not as the libraries do."""
+def refined(how: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The row of how scales and codes were chosen; none where that is as the libraries do."""
+    if how.get("scales") != "search":
+        return []
     importance = how["importance"]
     text = "searched"
     if importance is not None:
         text += f" with {importance['file']} ({quantity(importance['tokens'])} tokens)"
-    return text + (", rounded by GPTQ" if how["rounding"] == "gptq" else "")
+    return [("scales", text + (", rounded by GPTQ" if how["rounding"] == "gptq" else ""))]
 
 
 def kept_sections(summary: Summary | PipelineSummary) -> list[Section]:

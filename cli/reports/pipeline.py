@@ -12,6 +12,7 @@ from qz.cli.reports.model import (
     left_out,
     part_of,
     place_of,
+    refined,
     told_of_loss,
     worst_layers,
 )
@@ -91,6 +92,7 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
         ("pipeline", str(summary.source.architecture)),
         ("output", place_of(summary)),
         *fused_loras(summary),
+        *refined(summary.refinement),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them quantized"),
         ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
