@@ -11,6 +11,8 @@ from qz.cli.reports.next_step import after_output, after_push, tell
 from qz.cli.reports.push import pushed_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qz.quantize.merging.merge import Merged
 
 
@@ -41,16 +43,16 @@ def merge(
         )
     for warning in done.warnings if not done.up_to_date else ():
         warn(warning)
-    text = "\n\n".join([facts(report(done)), *pushed_text(done.pushed)])
-    place = str(done.output) if done.here or done.pushed is None else done.pushed.url
+    text = "\n\n".join([facts(report(done, output)), *pushed_text(done.pushed)])
+    place = str(output) if done.here or done.pushed is None else done.pushed.url
     show(done.as_json(), as_json=as_json, text=text, done=f"{place} is complete. There is nothing to run again.")
     if not quiet and not as_json:
-        tell(*(after_output(done.output) if done.pushed is None else after_push(done.pushed)))
+        tell(*(after_output(output) if done.pushed is None else after_push(done.pushed)))
 
 
-def report(done: Merged) -> list[tuple[str, str]]:
-    """The result as labels and values."""
-    rows = [("output", str(done.output) if done.here else "on the Hub only")]
+def report(done: Merged, output: Path) -> list[tuple[str, str]]:
+    """The result as labels and values, with the output as it was named."""
+    rows = [("output", str(output) if done.here else "on the Hub only")]
     if done.up_to_date:
         return [*rows, ("merged", "before this run, and complete: nothing was to be done")]
     return [

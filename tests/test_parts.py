@@ -418,7 +418,9 @@ def test_a_part_that_is_killed_goes_on(forks: Runner, place: Path, whole: dict[s
                 break
         else:
             pytest.fail("it never came to its end")
-    assert forks.run("merge", "out", cwd=place).code == 0
+    merged = forks.run("merge", "out", cwd=place)
+    assert merged.code == 0
+    assert merged.stdout.split()[:2] == ["output", "out"], "as it was named"
     assert contents(output) == whole
     assert beside(output) == []
 

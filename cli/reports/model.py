@@ -56,7 +56,7 @@ def described(summary: Summary) -> list[tuple[str, str]]:
         *refined(summary.refinement),
         *fused_loras(summary),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them {'were ' if back else ''}quantized"),
-        ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
+        ("on disk", saved + bits(summary)),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
     ]
     if summary.kept_layers is not None:
@@ -80,6 +80,11 @@ def place_of(summary: Summary | PipelineSummary) -> str:
         return place
     left = "; the run would continue an interrupted one" if summary.resumed else ""
     return f"{place} (dry run: nothing written{left})"
+
+
+def bits(summary: Summary | PipelineSummary) -> str:
+    """Behind the size on disk; of a part that would be its bytes by the parameters of all."""
+    return f" ({summary.bits_per_weight:.2f} bits per weight)" if summary.share is None else " in this part"
 
 
 def part_of(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:

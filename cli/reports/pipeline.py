@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qz.cli.output import Column, Section, percent, quantity, size, took
 from qz.cli.reports.model import (
     LAYERS,
+    bits,
     fused_loras,
     kept_layers,
     left_out,
@@ -94,7 +95,7 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
         *fused_loras(summary),
         *refined(summary.refinement),
         ("parameters", f"{quantity(summary.parameters)}, {share} of them quantized"),
-        ("on disk", f"{saved} ({summary.bits_per_weight:.2f} bits per weight)"),
+        ("on disk", saved + bits(summary)),
         ("in memory", f"{size(summary.footprint_before)} → {size(summary.footprint_after)}"),
     ]
     if summary.kept_layers is not None:
