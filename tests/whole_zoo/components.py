@@ -18,6 +18,7 @@ from whole_zoo import diffusers_cases, transformers_cases
 from whole_zoo.case import NotBuilt, seed
 from whole_zoo.inputs import WIDTHS
 from whole_zoo.pipeline_needs import parts_needed
+from whole_zoo.tiny import put
 
 VOCABULARY = 200
 
@@ -35,6 +36,8 @@ def build_components(pipeline_class: Any, folder: Path, sizes: Sizes) -> dict[st
             continue
         if name in needed and not isinstance(needed[name], dict):
             found[name] = needed[name]
+        elif "class" in needed.get(name, {}):
+            found[name] = _remade(None, needed[name])
         elif (
             name in needed or _MAIN.fullmatch(name) or (parameter.default is parameter.empty and name not in _LEFT_OUT)
         ):
@@ -57,14 +60,25 @@ def _remade(part: Any, more: Mapping[str, Any]) -> Any:
 
     if hasattr(transformers, more.get("class", "")):
         kind = getattr(transformers, more["class"])
-        return _model(next(transformers_cases.small_models(kind.config_class, kind.__name__, kind)))
+        return _model(_with(next(transformers_cases.small_models(kind.config_class, kind.__name__, kind)), more))
     kind = getattr(diffusers, more["class"]) if "class" in more else type(part)
     if issubclass(kind, transformers.PreTrainedModel):
-        return _model(kind(type(part.config).from_dict({**part.config.to_dict(), **more})))
+        return _model(_with(part, more))
     first = dict(part.config) if kind is type(part) else diffusers_cases.ARGUMENTS.get(kind.__name__, {})
     known = inspect.signature(kind.__init__).parameters
     made = kind(**{key: value for key, value in {**first, **more}.items() if key in known})
     return _model(made) if isinstance(made, torch.nn.Module) else made
+
+
+def _with(model: Any, more: Mapping[str, Any]) -> Any:
+    """The model with other numbers in its config, by their paths."""
+    told = {path: value for path, value in more.items() if path != "class"}
+    if not told:
+        return model
+    config = model.config.to_dict()
+    for path, value in told.items():
+        put(config, path, value)
+    return type(model)(type(model.config).from_dict(config))
 
 
 def _fit_pictures(components: dict[str, Any]) -> None:
@@ -84,7 +98,8 @@ def _fit_pictures(components: dict[str, Any]) -> None:
         for vision in (getattr(config, "vision_config", None) for config in configs):
             if vision is not None and hasattr(part, "merge_size") and hasattr(vision, "spatial_merge_size"):
                 part.patch_size, part.merge_size = vision.patch_size, vision.spatial_merge_size
-                part.temporal_patch_size = vision.temporal_patch_size
+                if hasattr(vision, "temporal_patch_size"):
+                    part.temporal_patch_size = vision.temporal_patch_size
 
 
 def _fit_tokens(components: dict[str, Any]) -> None:
@@ -279,6 +294,8 @@ def _tokenizer(kind: Any, folder: Path, longest: int = 32) -> Any:
 
     if kind is transformers.CLIPTokenizer:
         return clip_tokenizer(folder)
+    if kind.__name__ == "ChatGLMTokenizer":
+        return kind(_sentence_pieces(folder))
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel()
     special = ["<pad>", "</s>", "<s>", "<unk>", "<|endoftext|>", *_OF_PICTURES.values()]
@@ -307,6 +324,17 @@ def _tokenizer(kind: Any, folder: Path, longest: int = 32) -> Any:
         except Exception as error:
             last = error
     raise NotBuilt(f"{type(last).__name__}: {last}")
+
+
+def _sentence_pieces(folder: Path) -> str:
+    """A file of pieces, trained on the same sentences."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT]), model_prefix=str(folder / "pieces"), vocab_size=60, hard_vocab_limit=False
+    )
+    return str(folder / "pieces.model")
 
 
 def _state(tokenizer: Any) -> dict[str, Any]:

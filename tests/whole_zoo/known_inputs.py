@@ -28,6 +28,11 @@ def _ones() -> torch.Tensor:
     return torch.ones(1, LENGTH, dtype=torch.long)
 
 
+def _film() -> torch.Tensor:
+    """Two pictures of the one size that a vision transformer of timm takes."""
+    return random_values(1, 2, 3, 336, 336)
+
+
 def _painted(sizes: dict[str, Any]) -> dict[str, Any]:
     """A picture and the one that shows the task, which the model puts above each other."""
     height, width = sizes["image_size"]
@@ -95,6 +100,17 @@ _INPUTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
     },
     "kosmos-2": _kosmos,
+    "pe_audio_video_encoder": lambda _: {"input_values": random_values(1, 1, 4000), "pixel_values_videos": _film()},
+    "pe_video": lambda _: {"input_ids": _ids(), "pixel_values_videos": _film()},
+    "pe_video_encoder": lambda _: {"pixel_values_videos": _film()},
+    "omdet-turbo": lambda _: {
+        "pixel_values": random_values(1, 3, 64, 64),
+        "classes_input_ids": _ids().expand(2, -1),
+        "classes_attention_mask": _ones().expand(2, -1),
+        "tasks_input_ids": _ids(),
+        "tasks_attention_mask": _ones(),
+        "classes_structure": torch.tensor([2]),
+    },
     "pi0": _pi0,
     "pp_ocrv5_mobile_rec": lambda _: {"pixel_values": random_values(1, 3, 96, 320)},
     "qwen3_asr_encoder": lambda sizes: {

@@ -18,7 +18,8 @@ from reference import bitsandbytes_arguments, config_of, differing_tensors
 from whole_zoo.calls import call, call_that_runs
 from whole_zoo.case import OF_DTYPES, Case, NotBuilt, Row, fill, mark, one_line, seed
 from whole_zoo.components import Sizes, build_components, sizes_called_for
-from whole_zoo.pipeline_needs import IMPOSSIBLE
+from whole_zoo.pipeline_needs import IMPOSSIBLE, no_call
+from whole_zoo.transformers_cases import needed
 
 METHODS = ("nf4", "int8")
 MOST_PARAMETERS = 60_000_000
@@ -47,7 +48,7 @@ def _rows(case: Case, folder: Path) -> Iterator[Row]:
     source = folder / "source"
     try:
         if type(pipeline_class).__name__ == "DummyObject":
-            raise NotBuilt("needs a package that is not installed")
+            raise NotBuilt(f"needs {needed(pipeline_class)}")
         for pattern, why in IMPOSSIBLE.items():
             if re.fullmatch(pattern, case.architecture):
                 raise NotBuilt(why)
@@ -90,6 +91,8 @@ def _pipeline_that_answers(
             if not sizes:
                 raise
             continue  # a component may not take such a size
+        if why := no_call(pipeline_class.__name__):
+            return pipeline, None, f"cannot be called: {why}"
         mark(folder.parent, "", "while the library calls the original")
         arguments, told = call_that_runs(pipeline)
         if arguments is not None:

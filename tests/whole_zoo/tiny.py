@@ -59,6 +59,51 @@ _EFFICIENTNET: dict[str, Any] = {
     "hidden_dim": 1280,
 }
 """Two stages, in widths that follow from one another."""
+_VIT: dict[str, Any] = {"embed_dim": 64, "depth": 1, "num_heads": 2}
+"""Of timm's vision transformers."""
+_OF_A_SAM: dict[str, Any] = {
+    "prompt_encoder_config.image_size": 32,
+    "prompt_encoder_config.image_embedding_size": 4,
+    "vision_config.num_pos_feats": 32,
+}
+"""A picture of 32 by 32 pixels in patches of eight."""
+_OF_A_LATER_SAM: dict[str, Any] = {
+    "vision_config.backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+    "prompt_encoder_config.image_size": 32,
+    "prompt_encoder_config.patch_size": 16,
+}
+"""A picture of 32 by 32 pixels at a quarter, an eighth and a sixteenth of its size."""
+_OF_DOTS3: dict[str, Any] = {
+    "per_layer_config": {
+        "1": {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "head_dim": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+        }
+    }
+}
+"""Its layer of sliding attention, which has sizes of its own."""
+_LONG_AND_SHORT = {
+    f"{way}_{ratio}": [kernel, 1, [each // 2 for each in kernel]]
+    for way, kernels in {
+        "vertical_long_to_small_conv": ([7, 1], [5, 1], [3, 1]),
+        "horizontal_small_to_long_conv": ([1, 7], [1, 5], [1, 3]),
+        "symmetric_conv_long": ([7, 7], [5, 5], [3, 3]),
+    }.items()
+    for ratio, kernel in zip(("longratio", "midratio", "shortratio"), kernels, strict=True)
+} | {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+"""Convolutions of PP-OCR's detectors: kernel, stride and padding."""
+_OF_A_DETECTOR: dict[str, Any] = {
+    "intraclass_block_config": _LONG_AND_SHORT,
+    "kernel_list": [3, 2, 2],
+    "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4"],
+    "backbone_config.out_indices": [1, 2, 3, 4],
+}
 NUMBERS: dict[str, dict[str, Any]] = {
     "align_vision_model": _EFFICIENTNET,
     "autoformer": {"prediction_length": 8},
@@ -76,6 +121,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "depth_pro": {"intermediate_hook_ids": [0, 0]},
+    "dots3_note": {f"text_config.{key}": value for key, value in _OF_DOTS3.items()},
+    "dots3_note_text": _OF_DOTS3,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [2, 2, 4]},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32},
@@ -85,7 +132,16 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "hidden_size": 64,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_stride": [2, 1, 2, 2],
+        "stage_block_stride": [[2], [1], [2], [2]],
+        "stage_in_channels": [1, 64, 64, 64],
+        "stage_block_in_channels": [[1], [64], [64], [64]],
+        "stage_block_out_channels": [[64], [64], [64], [64]],
+        "fine_fusion_dims": [64, 64, 64],
     },
+    "edgetam": _OF_A_LATER_SAM | {"vision_config.backbone_channel_list": [64, 48, 32, 24]},
+    "edgetam_video": _OF_A_LATER_SAM | {"vision_config.backbone_channel_list": [64, 48, 32, 24]},
     "efficientnet": _EFFICIENTNET,
     "informer": {"prediction_length": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -97,10 +153,33 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": 64,
     },
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6}},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "hiera": {"decoder_hidden_size": 32, "decoder_depth": 1, "decoder_num_heads": 2},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_core_large_patch14_336",
+        "vision_config.model_args": {"img_size": [28, 28], "global_pool": "", "ref_feat_shape": [2, 2]} | _VIT,
+    },
+    "omdet-turbo": {
+        "apply_layernorm_after_vision_backbone": False,
+        "encoder_in_channels": [16, 24, 32],
+        "vision_features_channels": [64, 64, 64],
+        "num_queries": 10,
+    },
+    "pp_ocrv5_server_det": _OF_A_DETECTOR
+    | {"backbone_config.stage_out_channels": [32, 128, 256, 512], "scale_factor_list": [1, 2, 4, 8]},
+    "pp_ocrv6_medium_det": _OF_A_DETECTOR
+    | {
+        "backbone_config.block_configs": [[[3, 24, 24, 1, True]]] + [[[3, 24, 24, 2, False]]] * 3,
+        "backbone_config.stem_channels": [3, 12, 24],
+        "backbone_config.stage_out_channels": [24, 24, 24, 24],
+        "scale_factor_list": [1, 2, 4, 8],
+    },
+    "qwen3_omni_moe": {
+        "talker_config.text_config.shared_expert_intermediate_size": 64,
+        "talker_config.spatial_merge_size": 2,
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -109,12 +188,19 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"is_decoder": True},
+    "sam": _OF_A_SAM,
+    "sam_hq": _OF_A_SAM,
+    "sam2": _OF_A_LATER_SAM,
+    "sam2_video": _OF_A_LATER_SAM,
     "sam2_hiera_det_model": {"hidden_size": 16, "embed_dim_per_stage": [16, 32, 64, 128]},
     "sam2_vision_model": {"backbone_channel_list": [128, 64, 32, 16]},
     "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "sapiens2": {"head_config": {"upsample_out_channels": [32, 16], "conv_out_channels": [16]}},
     "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
     "step3p7": {"text_config.sliding_window": 8},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "textnet": {"stem_out_channels": 8, "image_size": [64, 64]},
+    "timm_backbone": {"backbone": "test_convnext"},
     "time_series_transformer": {"prediction_length": 8},
     "vitmatte": {"backbone_config.patch_size": 16},
     "xmod": {"default_language": "en_XX"},
@@ -207,7 +293,7 @@ def _shrunk(config: dict[str, Any], rule: Rule, layers: int, image: int) -> dict
     outputs = config.get("out_indices")
     if isinstance(outputs, list) and len(outputs) > 1 and depths:
         layers = max(layers, len(outputs))
-    if config.get("model_type") == "timm_backbone":  # from another library, and never small
+    if config.get("model_type") == "timm_backbone" and config.get("backbone"):  # from another library, and never small
         return _backbone(len(outputs) if isinstance(outputs, list) else 1)
     if isinstance(config.get("architecture"), str) and "model_args" in config:  # a model of timm, by its name
         config = config | _of_timm(config["architecture"], config["model_args"])
@@ -318,7 +404,9 @@ def _sections(rope: dict[str, Any], half: int) -> dict[str, Any]:
 def _of_timm(architecture: str, arguments: dict[str, Any] | None) -> dict[str, Any]:
     """A small vision transformer of this architecture, or one of the models that timm has for tests."""
     if architecture.startswith("vit"):
-        return {"model_args": (arguments or {}) | {"embed_dim": 64, "depth": 1, "num_heads": 2}}
+        return {"model_args": (arguments or {}) | _VIT}
+    if (arguments or {}).get("features_only"):
+        return {"architecture": "test_convnext", "model_args": arguments}
     return {"architecture": "test_vit", "model_args": None}
 
 
@@ -391,13 +479,14 @@ def _keep_alike(whole: dict[str, Any], small: dict[str, Any], changed: dict[int,
 def _put_numbers(config: dict[str, Any], model_type: str) -> None:
     """What a default config lacks, of the type and of the types inside."""
     for path, value in NUMBERS.get(model_type, {}).items():
-        _put(config, path, value)
+        put(config, path, value)
     for value in list(config.values()):
         if isinstance(value, dict) and value.get("model_type") in NUMBERS:
             _put_numbers(value, value["model_type"])
 
 
-def _put(config: dict[str, Any], path: str, value: Any) -> None:
+def put(config: dict[str, Any], path: str, value: Any) -> None:
+    """Write a number down in a config, or in the config inside it that the path names."""
     *outer, last = path.split(".")
     for key in outer:
         config = config[key] if isinstance(config.get(key), dict) else config.setdefault(key, {})

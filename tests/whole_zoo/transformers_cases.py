@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def small_models(kind: Any, name: str, found: Any = None) -> Iterator[Any]:
     if model_class is None:
         raise NotBuilt(f"transformers {transformers.__version__} names the class, and does not have it")
     if type(model_class).__name__ == "DummyObject":
-        raise NotBuilt("needs a package that is not installed")
+        raise NotBuilt(f"needs {needed(model_class)}")
     reasons: list[Exception] = []
     built = False
     config_class = transformers.CONFIG_MAPPING[kind] if isinstance(kind, str) else kind
@@ -63,6 +64,12 @@ def small_models(kind: Any, name: str, found: Any = None) -> Iterator[Any]:
         yield model
     if not built:
         raise NotBuilt(f"no small config found: {told(reasons)}")
+
+
+def needed(dummy: Any) -> str:
+    """What stands in for a class whose packages are not installed names them."""
+    absent = [name for name in dummy._backends if find_spec(name) is None]
+    return f"{', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed"
 
 
 def told(reasons: list[Exception]) -> str:
