@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.json_files import dump_json
@@ -135,6 +136,12 @@ def ask_library(
 
 def library_versions() -> dict[str, str]:
     """Versions that decide the bytes of an output."""
+    return {name: _version(name) for name in ("torch", "bitsandbytes", "transformers", "diffusers")}
+
+
+@cache
+def _version(name: str) -> str:
+    """The whole description of a package is read for it: milliseconds."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "bitsandbytes", "transformers", "diffusers")}
+    return version(name)
