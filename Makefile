@@ -28,7 +28,7 @@ help:
 	@echo "make docs    the generated reference, every link checked, and the site in site/"
 	@echo "make dist    wheel, sdist and release notes in dist (TAG=v1.2.3 checks that this is the version)"
 	@echo "make fuzz    ten million malformed headers, against safetensors' own reader (COUNT=n for fewer), and other files"
-	@echo "make hostile the memory of commands that are given what is malformed or made to fill it"
+	@echo "make hostile the memory of commands that are given what is malformed or made to fill it (HOSTILE='--part 1/8' for some)"
 	@echo "make zoo     every model class of the libraries, built tiny, and docs/reference/models.md (goes on where it stopped)"
 	@echo "make consumers  what vLLM, SGLang, InvokeAI and unsloth read of an output, and docs/reference/consumers.md"
 	@echo "make soak    minutes of kills and failures against the writer"
@@ -106,7 +106,7 @@ fuzz: $(READY)
 	$(BIN)/python tests/fuzz_files.py --seconds 60
 
 hostile: $(READY)
-	$(BIN)/python tests/hostile_memory.py
+	$(BIN)/python tests/hostile_memory.py $(HOSTILE)
 
 zoo: $(READY)
 	$(PIP) install --quiet -e ".[zoo]" -c constraints.txt

@@ -21,7 +21,10 @@ BOMBS: dict[str, dict[str, Any]] = {
     },
     "the size of a picture": {"_class_name": "PixArtTransformer2DModel", "sample_size": 20_000, "patch_size": 1},
     "a product of small sizes": {"_class_name": "PixArtTransformer2DModel", "sample_size": 3_000, "patch_size": 1},
-    "keys by the ten thousand": {f"key_{number}": "x" * 80 for number in range(90_000)},
+    "keys by the ten thousand": {f"key_{number}": "x" * 80 for number in range(80_000)},
+    "keys by the hundred thousand": {f"key_{number}": "x" * 20 for number in range(149_000)},
+    "numbers by the hundred thousand": {"spare": [number + 0.5 for number in range(149_000)]},
+    "a text of eight megabytes": {"spare": "x" * 7_900_000},
     "counts within a part": {
         "architectures": ["ClapModel"],
         "model_type": "clap",

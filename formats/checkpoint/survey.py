@@ -28,7 +28,7 @@ from qz.formats.checkpoint.weights import (
 )
 from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.folder import PIPELINE_INDEX, Folder, read_file, several_at_once
-from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
 
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint", "read_file", "survey", "survey_file"]
 
-MAX_CONFIG_BYTES = MAX_BYTES
+MAX_CONFIG_BYTES = 8_000_000
+"""What a library makes of one takes several times as much: together with the libraries themselves, 400 MB."""
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
 MOST_LOOKED_INTO = 30
@@ -194,7 +195,8 @@ class _Survey:
         if "config.json" not in self.sizes and self.no_model():
             return None
         try:
-            config = read_json(read_file(self.folder, "config.json", MAX_CONFIG_BYTES), self.path("config.json"))
+            data = read_file(self.folder, "config.json", MAX_CONFIG_BYTES)
+            config = read_json(data, self.path("config.json"), limit=MAX_CONFIG_BYTES)
         except QzError as error:
             self.problems.add_error(error, "config.json", missing="config-missing")
             return None

@@ -59,6 +59,7 @@ CASES: dict[str, Case] = {
     "config: 100,000 lists deep": config('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}"),
     "config: 100,000 open lists": config('{"x": ' + "[" * 100_000),
     "config: 100,001 lists": config('{"model_type": "llama", "x": [' + "[]," * 100_000 + "[]]}"),
+    "config: 150,001 values": config('{"model_type": "llama", "x": [' + "1," * 150_000 + "1]}"),
     "config: 10 MB and more": config(b'{"model_type": "llama", "x": "' + b"x" * 10_000_000 + b'"}'),
     "config: not UTF-8": config(b'{"model_type": "ll\xe4ma"}'),
     "config: UTF-16": config('{"model_type": "llama"}'.encode("utf-16")),
