@@ -75,6 +75,8 @@ def inputs_that_run(model: Any) -> Inputs:
     """The first arguments that the model takes and that give an output."""
     if (why := NO_FORWARD.get(type(model).__name__)) is not None:
         return Inputs(None, f"cannot be called by itself: {why}")
+    if "inference_session" in inspect.signature(model.forward).parameters:
+        return Inputs(None, "cannot be called by itself: runs on a session that holds a film and what was found in it")
     if type(model).forward is torch.nn.Module.forward:
         return Inputs(None, "cannot be called by itself: has no forward of its own, only generate")
     end = time.process_time() + SECONDS
