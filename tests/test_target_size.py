@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import pipelines
 import reference
 from qz import MalformedInput, UsageError, api
+from qz.cli.reports.model import kept_sections
 from qz.formats.folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 from qz.quantize.calibration.running import text
@@ -346,6 +347,10 @@ def test_a_pipelines_size_chooses_each_components_method(share: float, tmp_path:
     errors = [each["expected_weight_error"] for each in report["combinations"]]
     assert errors == sorted(errors, reverse=True)
     assert done.footprint_after == sum(footprint(tmp_path / "out", row) for row in report["components"])
+    dry: Any = api.quantize(folder, tmp_path / "y", target_size=target, device="cpu", dry_run=True)
+    tables = [[column.title for column in section.columns] for section in kept_sections(dry)]
+    wanted = [f"{model.source.subfolder} in memory" for model in dry.models if model.kept_layers is not None]
+    assert tables == [[title, "kept", ""] for title in wanted], "no loss is known, and each says of what it is"
     if share == 0.05:
         with pytest.raises(UsageError, match=rf"at least .*\({plain.footprint_after:,} bytes\)"):
             api.quantize(folder, target_size=plain.footprint_after - 1)

@@ -16,12 +16,6 @@ if TYPE_CHECKING:
     from qz.quantize.reports.summary import Summary
     from qz.quantize.streaming.measuring.loss import LayerLoss, Loss
 
-CURVE = (
-    Column("in memory", right=True),
-    Column("kept", right=True),
-    Column("expected loss", right=True),
-    Column(""),
-)
 POINTS, BAR = 12, 30
 """Rows of that table, and characters of its longest bar."""
 WORST = 10
@@ -127,10 +121,10 @@ def kept_sections(summary: Summary | PipelineSummary) -> list[Section]:
     of the pipeline where its were chosen together."""
     own: Sequence[Summary | PipelineSummary] = getattr(summary, "models", None) or [summary]
     models = [summary] if summary.kept_layers is not None else own
-    return [Section(curve_rows(each), CURVE) for each in models if each.kept_layers is not None and each.dry_run]
+    return [curve(each, summary) for each in models if each.kept_layers is not None and each.dry_run]
 
 
-def curve_rows(summary: Summary | PipelineSummary) -> list[tuple[str, ...]]:
+def curve(summary: Summary | PipelineSummary, whole: Summary | PipelineSummary) -> Section:
     """Points from nothing kept to everything, and the chosen one; bars show the loss, or sizes where none is known."""
     from qz.quantize.planning.budget.kept_layers import Point
 
@@ -142,15 +136,18 @@ def curve_rows(summary: Summary | PipelineSummary) -> list[tuple[str, ...]]:
     points = sorted([chosen, *(point for point in some if point != chosen)], key=lambda point: point.size)
     values = [float(point.size if point.loss is None else point.loss) for point in points]
     most = max(values) or 1.0
-    return [
+    rows = [
         (
             ("→ " if point is chosen else "") + size(point.size),
             f"{point.kept:,}",
-            "–" if point.loss is None else f"{point.loss:.4f}",
+            *([] if point.loss is None else [f"{point.loss:.4f}"]),
             "█" * round(BAR * value / most),
         )
         for point, value in zip(points, values, strict=True)
     ]
+    of = "" if summary is whole else f"{summary.source.subfolder} "
+    loss = [] if chosen.loss is None else [Column("expected loss", right=True)]
+    return Section(rows, (Column(f"{of}in memory", right=True), Column("kept", right=True), *loss, Column("")))
 
 
 def kept_layers(kept: KeptLayers) -> str:
