@@ -250,7 +250,7 @@ def test_why_a_file_cannot_come_over_xet_is_said(connect: Connect, monkeypatch: 
     if why == "disabled":
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     if why == "old":
-        monkeypatch.setattr("importlib.metadata.version", lambda _: "1.6.3")
+        monkeypatch.setattr("importlib.metadata.version", {"hf_xet": "1.6.3"}.__getitem__)
     said = {"stored": "not stored in Xet", "disabled": "HF_HUB_DISABLE_XET", "old": "hf_xet 1.6.3 is too old"}[why]
     message = failure(lambda: read(opened(hub), HEAD), TryAgain)
     assert said in message

@@ -66,7 +66,7 @@ def test_nothing_is_written_into_a_folder_that_the_hub_names_as_its_storage(
 
 
 def test_an_old_hf_xet_is_not_used(hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qz.formats.hub.transport.xet.metadata.version", lambda _: "1.6.3")
+    monkeypatch.setattr("qz.formats.hub.transport.xet.metadata.version", {"hf_xet": "1.6.3"}.__getitem__)
     push(made, to())
     assert is_there(made, hub)
     assert not hub.requests["xet_token"]

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -101,7 +102,13 @@ def _folder() -> Path | None:
 def _code() -> dict[str, list[int]]:
     """Path → state of the files of ``CODE`` that are loaded. Raises OSError if one cannot be looked at."""
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in CODE]
-    return {path: _state(path) for module in modules if (path := getattr(module, "__file__", None))}
+    return {path: _loaded_state(path) for module in modules if (path := getattr(module, "__file__", None))}
+
+
+@cache
+def _loaded_state(path: str) -> list[int]:
+    """As first seen: a file that is changed later is not what this process loaded."""
+    return _state(path)
 
 
 def _state(path: str) -> list[int]:

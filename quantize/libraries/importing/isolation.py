@@ -12,8 +12,8 @@ import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -134,11 +134,18 @@ def _installed() -> tuple[str, ...]:
         module = sys.modules.get(name)
         found = module.__spec__ if module is not None else None if name in sys.modules else find_spec(name)
         for place in (found.submodule_search_locations or ()) if found is not None else ():
-            places += [place, *(str(inner) for inner in Path(place).iterdir() if inner.is_symlink())]
+            places += [place, *_linked(place)]
     for name, module in list(sys.modules.items()):
         if name.startswith("__editable__"):  # how setuptools installs what stays where it is written
             places += [os.path.dirname(place) for place in getattr(module, "MAPPING", {}).values()]
     return tuple({os.path.join(os.path.realpath(place), "") for place in places})
+
+
+@cache
+def _linked(package: str) -> tuple[str, ...]:
+    """Links in a package's folder, as they were when it was first looked at."""
+    with os.scandir(package) as entries:
+        return tuple(entry.path for entry in entries if entry.is_symlink())
 
 
 def _downloaded() -> tuple[str, ...]:
