@@ -22,7 +22,7 @@ from qz.quantize.pipeline_loss import losing_at_most
 from qz.quantize.pipeline_size import fit, unquantized
 from qz.quantize.planning.budget.component_sizes import Combination
 from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, curve_of
-from qz.quantize.planning.components import Choice, choose, plan_each
+from qz.quantize.planning.components import Choice, choose, plan_each, without_weights
 from qz.quantize.planning.fusing import fused
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
@@ -89,6 +89,8 @@ class PipelinePlan:
             if plan is not None:
                 carried, measure = companions.companions(component.folder), self.measures.get(component.name)
                 parts.append(model_part(plan, carried, component.name, measure))
+            elif component.is_of_onnx:
+                parts.append(Part(component.name, None, companions.of_onnx(component.folder)))
             elif component.unread is not None:
                 parts.append(Part(component.name, None, companions.whole(component.folder)))
             elif component.checkpoint is not None:
@@ -183,7 +185,7 @@ def _plan_quantized(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
         encoded = component.checkpoint.encoded_as if component.checkpoint is not None else None
         method = encoded or (component.quantization or {}).get("quant_method")
         reason = unread.get(component.name) or (
-            "has no weights"
+            without_weights(component)
             if component.checkpoint is None
             else f"quantized with {method}"
             if method

@@ -14,6 +14,7 @@ from qz.formats.output.recorded.record import WrittenFile
 from qz.progress import OnProgress, ignore
 from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint
+from qz.quantize.libraries.diffusers.classes import unknown_class
 from qz.quantize.pipeline import PipelinePlan
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
@@ -150,6 +151,7 @@ def summarize_pipeline(
         notes=(
             *plan.pipeline.notes,
             *plan.notes,
+            *unknown_class(plan.pipeline),
             *(
                 text
                 for choice in plan.choices

@@ -383,6 +383,37 @@ def test_the_class_in_the_pipelines_index_decides(named: list[str] | None, chang
     assert contents(output / "text_encoder_2") == contents(right / "text_encoder_2")
 
 
+@pytest.mark.parametrize("config", [True, False])
+def test_a_component_of_onnx_goes_along(config: bool, changed: Path, tmp_path: Path) -> None:
+    """Its class reads model.onnx, and weights that are too large for that lie beside it."""
+    rewrite(changed / "model_index.json", vae=["diffusers", "OnnxRuntimeModel"])
+    (changed / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    if not config:
+        (changed / "vae" / "config.json").unlink()
+    files = {name: name.encode() for name in ("model.onnx", "model.onnx_data", "weights.pb")}
+    for name, data in files.items():
+        (changed / "vae" / name).write_bytes(data)
+    run(quantize, changed, output=tmp_path / "out")
+    assert files.items() <= contents(tmp_path / "out" / "vae").items()
+
+
+def test_a_pipeline_of_onnx_is_refused_with_what_to_get_instead(changed: Path, tmp_path: Path) -> None:
+    names = [name for name in json.loads((changed / "model_index.json").read_text()) if (changed / name).is_dir()]
+    for name in (name for name in names if any((changed / name).glob("*.safetensors"))):
+        shutil.rmtree(changed / name)
+        (changed / name).mkdir()
+        (changed / name / "model.onnx").write_bytes(b"onnx")
+        rewrite(changed / "model_index.json", **{name: ["diffusers", "OnnxRuntimeModel"]})
+    with pytest.raises(Unsupported, match=r"pipeline of ONNX files.*safetensors"):
+        run(quantize, changed, output=tmp_path / "out")
+
+
+def test_a_pipeline_class_that_the_library_lacks_is_told(changed: Path, tmp_path: Path) -> None:
+    rewrite(changed / "model_index.json", _class_name="FluxOfTomorrowPipeline")
+    report = run(quantize, changed, output=tmp_path / "out")
+    assert any("has no pipeline class FluxOfTomorrowPipeline" in warning for warning in report["warnings"])
+
+
 def test_pickles_alone_are_refused(changed: Path, tmp_path: Path) -> None:
     (changed / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(MalformedInput, match="pickle"):

@@ -60,6 +60,11 @@ class Component:
         return _SEVERAL.search(self.class_name) is not None
 
     @property
+    def is_of_onnx(self) -> bool:
+        """Whether ONNX Runtime runs it, from a file of its own."""
+        return self.class_name == "OnnxRuntimeModel"
+
+    @property
     def parameters(self) -> int:
         """Values of all stored tensors; of 4-bit weights, their packed bytes."""
         if self.checkpoint is None:

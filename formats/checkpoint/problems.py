@@ -97,6 +97,10 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "io-failed": (IOFailed, ""),
     # What is missing, or is something else
     "config-missing": (MissingInput, "{location} has no config.json, so it is no model folder. Download that too."),
+    "settings-only": (
+        MissingInput,
+        "{location} holds no model, only {what} ({name}), which has no weights: there is nothing to quantize.",
+    ),
     "models-inside": (
         MissingInput,
         "{location} has no config.json, but there are models in it: {inside}. Name one with --subfolder.",

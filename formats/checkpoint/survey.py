@@ -44,6 +44,8 @@ MAX_CONFIG_BYTES = 8_000_000
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
 MOST_LOOKED_INTO = 30
+SETTINGS_ONLY = {"scheduler_config.json": "a scheduler", "tokenizer_config.json": "a tokenizer"}
+"""Files that tell of a folder without config.json what it is of, if it is no model's."""
 """Folders of one without a config.json."""
 
 GGUF = "gguf"
@@ -221,6 +223,8 @@ class _Survey:
             return isinstance(header, Header) and self.other_tools(weights[0], header.tensors)
         elif models := self.models_inside():
             self.problems.add("models-inside", "config.json", inside=shown(models))
+        elif found := next((name for name in SETTINGS_ONLY if name in self.sizes), None):
+            self.problems.add("settings-only", found, what=SETTINGS_ONLY[found], name=found)
         else:
             return False
         return True

@@ -189,6 +189,11 @@ def whole(folder: Folder) -> tuple[Companion, ...]:
     return (*found, *_matching(folder, (TERMS,)))
 
 
+def of_onnx(folder: Folder) -> tuple[Companion, ...]:
+    """All of a component that ONNX Runtime runs: ``model.onnx``, what its weights are in beside it, and settings."""
+    return (*settings(folder), *_matching(folder, (re.compile(r".*\.onnx"),)))
+
+
 def left_out(folder: Folder, used: Collection[str], prefix: str = "", *, hidden: bool = False) -> tuple[str, ...]:
     """Files of ``folder`` that are not in ``used``; of a folder with none that is, its name with a slash.
 

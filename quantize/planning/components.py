@@ -76,6 +76,11 @@ def choose(
     """
     if not any(component.checkpoint for component in pipeline.components):
         where = pipeline.folder.location
+        if any(component.is_of_onnx for component in pipeline.components):
+            raise Unsupported(
+                f"{where} is a pipeline of ONNX files, which bitsandbytes does not quantize. Get the one that it was "
+                "exported from, whose weights are .safetensors."
+            )
         raise MissingInput(f"{where} has no component with weights to quantize. Get a complete copy of the pipeline.")
     methods = dict(methods or {})
     _require_models(pipeline, (*(only or ()), *(name for name, own in methods.items() if own is not None)))
@@ -129,11 +134,16 @@ def plan_each(
     return tuple(made), plans
 
 
+def without_weights(component: Component) -> str:
+    """What is said of a component that has no weights which qz reads."""
+    return "weights of ONNX Runtime, which bitsandbytes does not quantize" if component.is_of_onnx else "has no weights"
+
+
 def _reason(component: Component, share: float) -> tuple[bool, str]:
     """Whether a component is worth quantizing, and why, or why not."""
     kind = kind_of(component)
     if kind == "no model":
-        return False, "has no weights"
+        return False, without_weights(component)
     if component.quantization is not None:
         return False, f"already quantized with {component.quantization.get('quant_method', 'another method')}"
     if kind == "VAE":

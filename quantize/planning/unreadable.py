@@ -33,6 +33,8 @@ def why_kept(component: Component) -> str | None:
     """Why a component that cannot be read need not stop its pipeline; None if it has to."""
     if component.unread is None:
         return None
+    if component.is_of_onnx:
+        return "weights of ONNX Runtime"
     if component.unread.kinds == {"library-unknown"}:
         return f"its config.json names no class of transformers or diffusers (model_index.json: {component.class_name})"
     names = component.folder.sizes()
@@ -60,7 +62,7 @@ def _needs_none(component: Component) -> str | None:
     try:
         examine(empty, LoadRequest(None))
     except Unsupported:
-        return f"it has no weights, and {component.class_name} is no class of {library}"
+        return f"it has no weights, and {component.class_name} is no model class of {library}"
     except QzError:
         return None
     return f"it has no weights, and {component.class_name} needs none"

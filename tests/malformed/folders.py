@@ -235,6 +235,7 @@ CASES: dict[str, Case] = {
         GONE | {"one": ("folder",), "one/config.json": {}},
         ("models-inside",),
     ),
+    "a scheduler": ("single", GONE | {"scheduler_config.json": {}}, ("settings-only",)),
     "TensorFlow only": ("single", {"model.safetensors": None, "tf_model.h5": b"\x89HDF"}, ("weights-missing",)),
     # The index
     "index: missing": ("sharded", {INDEX: None}, ("index-missing",)),

@@ -5,9 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from qz import Unsupported
+from qz.formats.checkpoint.pipeline import Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.class_search import classes_in_diffusers
 from qz.quantize.libraries.versions import requirement
+
+
+def unknown_class(pipeline: Pipeline) -> tuple[str, ...]:
+    """A note on a pipeline whose own class the library lacks; its components may be as they should."""
+    import diffusers
+
+    if pipeline.class_name in dir(diffusers):
+        return ()
+    text = (
+        f"diffusers {diffusers.__version__} has no pipeline class {pipeline.class_name}, which model_index.json names: "
+        "it loads the output only if a newer version has it, or with the code of the class as custom_pipeline"
+    )
+    return (text,)
 
 
 def model_class_of(checkpoint: Checkpoint) -> Any:
