@@ -25,7 +25,7 @@ from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.folder import LocalFolder
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import opened_models
-from qz.quantize.calibration.pipelines.denoising import Call, Drawn
+from qz.quantize.calibration.pipelines.denoising import Call, Drawn, in_order
 from qz.quantize.calibration.pipelines.text_scores import exchanges
 from qz.quantize.importance.statistics import read_statistics, write_statistics
 
@@ -478,6 +478,13 @@ def test_an_interrupted_run_goes_on_where_it_was_and_finds_the_same(
             assert one_hessian is not None
             assert other_hessian is not None
             np.testing.assert_allclose(one_hessian, other_hessian, rtol=1e-4, atol=1e-6 * float(one_hessian.max()))
+
+
+def test_a_run_that_goes_on_sums_its_calls_in_the_same_order() -> None:
+    """It makes the calls that it knows a prompt at a time, where the first run has all prompts make each of them."""
+    together = [Call(prompt, {"step": step}, None) for step in range(3) for prompt in range(2)]
+    one_by_one = [Call(prompt, {"step": step}, None) for prompt in range(2) for step in range(3)]
+    assert in_order(one_by_one) == in_order(together) == together
 
 
 def test_calibrate_quantize_and_compare_from_the_command_line(forked_qz: Qz, flux: Path, tmp_path: Path) -> None:

@@ -111,8 +111,20 @@ def _draw(models: Models, module: _Pipeline, whole: frozenset[str], task: str, p
     with running(models.class_name, models.where, "calibrated: it cannot draw from a prompt alone"):
         _load_rest(models, steps)
         steps.run(({"number": number} for number in range(len(module.drawing.prompts))), used)
+    drawn.calls = {name: in_order(each) for name, each in drawn.calls.items()}
     drawn.at_once = min(drawn.at_once + sum(models.room.kept.values()), memory.weights_in(module))
     return drawn
+
+
+def in_order(calls: list[Call]) -> list[Call]:
+    """The first call of every prompt, then the second, and so on. A run that goes on makes the calls that it knows one
+    prompt after another, and sums over inputs round by their order."""
+    made: Counter[int] = Counter()
+    numbered = []
+    for call in calls:
+        made[call.prompt] += 1
+        numbered.append((made[call.prompt], call.prompt, call))
+    return [call for *_, call in sorted(numbered, key=lambda each: each[:2])]
 
 
 def until_denoising(
