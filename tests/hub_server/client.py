@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hub_server.server import OWNER, HubServer
+from pace import HANG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +55,7 @@ def connected(monkeypatch: pytest.MonkeyPatch, home: Path, *, xet: bool = True, 
             "HF_XET_CACHE": str(home / "xet"),
             "HF_HUB_DISABLE_XET": not xet,
             "HF_HUB_OFFLINE": False,
+            "HF_HUB_ETAG_TIMEOUT": HANG,  # the libraries take a file for missing that is not answered for in time
             "HF_HUB_DISABLE_PROGRESS_BARS": True,
             "HF_HUB_DISABLE_TELEMETRY": True,
         }.items():
