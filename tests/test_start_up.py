@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from converted import quantized
-from qz.cli.app import app
+from qz.cli.app import COMMANDS, app
 from qz.cli.entry import HELP, WIDTH
 
 LIBRARIES = {"torch", "transformers", "diffusers", "bitsandbytes", "accelerate", "safetensors", "numba", "gguf"}
@@ -109,6 +109,35 @@ def test_a_look_into_a_folder_imports_no_library_and_no_room_of_other_commands(
     }
     found = imported("inspect", *map(str, looks[which]))
     assert found & (HEAVY | OF_OTHERS) == set()
+
+
+def test_a_source_that_does_not_exist_is_told_before_any_library_is_imported(tmp_path: Path) -> None:
+    asked = [
+        ["quantize", "nowhere"],
+        ["inspect", "nowhere"],
+        ["dequantize", "nowhere"],
+        ["push", "nowhere", "me/model", "--dry-run"],
+        ["merge", "nowhere"],
+        ["verify", "nowhere"],
+        ["attest", "nowhere"],
+        ["calibrate", "nowhere", "-o", "statistics"],
+        ["compare", "nowhere", "nowhere"],
+        ["compare", "here", "nowhere"],
+    ]
+    assert {command for command, *_ in asked} == set(COMMANDS)
+    (tmp_path / "here").mkdir()
+    script = f"import sys\nfrom qz.cli.app import run\nprint([run(each) for each in {asked}], *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_of_nobody"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    codes, _, modules = done.stdout.partition("]")
+    assert set(codes.strip("[").split(", ")) == {"66"}, done.stderr
+    assert set(modules.split()) & LIBRARIES == set()
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,6 @@ def compare(
     on_progress(Progress("Reading headers"))
     from qz.formats.checkpoint.survey import open_checkpoint
     from qz.formats.source import opened
-    from qz.quantize.calibration.compare import compare as run
 
     with opened(str(original), subfolder, allow_pickle=allow_pickle) as first:
         part = drawn_part(first, None)
@@ -130,6 +129,8 @@ def compare(
         else:
             with opened(str(other), subfolder, allow_pickle=allow_pickle) as second:
                 checkpoints = open_checkpoint(first.folder), open_checkpoint(second.folder)
+                from qz.quantize.calibration.compare import compare as run  # torch, once there is something to compare
+
                 names = str(original), str(other)
                 done = run(*checkpoints, names, tokenizer_of(first, subfolder), chosen, tokens, device, on_progress)
         return replace(done, warnings=(*done.warnings, *first.notes, *second.notes))
