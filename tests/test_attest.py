@@ -326,3 +326,15 @@ def test_a_page_is_pushed_whether_it_was_there_when_the_statement_was_made_or_no
         (made / "report.html").write_text(page("made", section("Other sizes")))
         with pytest.raises(MalformedInput, match=r"report\.html differs"):
             api.push(made, "me/stated")
+
+
+@pytest.mark.parametrize("device", ["a FIFO", "/dev/zero"])
+def test_a_key_that_is_no_file_is_neither_waited_for_nor_read_without_end(
+    made: Path, tmp_path: Path, device: str
+) -> None:
+    named = Path(device)
+    if device == "a FIFO":
+        named = tmp_path / "fifo"
+        os.mkfifo(named)
+    with pytest.raises(UsageError, match="is not a private key"):
+        api.attest(made, sign_key=named)

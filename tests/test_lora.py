@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from commands import run
 from conftest import Qz
 from hub_server import HubServer, connected
-from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError
+from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError, api
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
@@ -382,3 +382,9 @@ def test_the_scale_is_what_follows_the_last_colon() -> None:
     for text in ("a:0", "a:1e999"):
         with pytest.raises(UsageError, match="makes no sense"):
             parse_scale(text, exists=False)
+
+
+def test_a_link_to_itself_is_no_lora(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(QzError, match="loop"):
+        api.quantize(tiny_llama, tmp_path / "out", lora=(str(tmp_path / "loop"),))

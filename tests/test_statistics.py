@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from qz import MalformedInput, MissingInput
+from qz import MalformedInput, MissingInput, api
 from qz.formats.malformed import Malformed
 from qz.formats.output.storage.whole_file import remove_remains, write_whole
 from qz.quantize.importance.hessian_reader import HessianPlace
@@ -132,3 +133,40 @@ def test_sums_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(MalformedInput, match="become NaN or infinite"):
         write_statistics(tmp_path / "stats", {"q.weight": InputSums(np.array([1, np.inf], np.float32), 3)}, {})
     assert not list(tmp_path.iterdir())
+
+
+NO_STATISTICS = {
+    "a folder": "is a folder",
+    "a fifo": "is a FIFO or a device",
+    "nothing": "is empty",
+    "text": "is text",
+    "json": "is JSON",
+    "binary": "is no safetensors file",
+    "weights": "is not a file of input statistics",
+    "absent": "does not exist",
+    "a loop": "symbolic links",
+}
+
+
+@pytest.mark.parametrize(("kind", "told"), NO_STATISTICS.items())
+@pytest.mark.parametrize("option", ["importance", "scores"])
+def test_what_is_named_instead_of_statistics_is_told(
+    tiny_llama: Path, tmp_path: Path, option: str, kind: str, told: str
+) -> None:
+    named = tmp_path / kind
+    content = {"nothing": b"", "text": b"words " * 200, "json": b'{"a": 1}', "binary": b"\xff\xfe\0\x80" * 200}
+    if kind in content:
+        named.write_bytes(content[kind])
+    elif kind == "a folder":
+        named.mkdir()
+    elif kind == "a fifo":
+        os.mkfifo(named)
+    elif kind == "a loop":
+        named.symlink_to(named)
+    elif kind == "weights":
+        named.symlink_to(tiny_llama / "model.safetensors")
+    size = {} if option == "importance" else {"target_size": "1MB"}
+    with pytest.raises(MissingInput if kind == "absent" else MalformedInput, match=told) as raised:
+        api.quantize(tiny_llama, tmp_path / "out", **{option: named}, **size, dry_run=True)  # type: ignore[arg-type]
+    if kind not in ("a loop", "weights"):
+        assert "`qz calibrate`" in str(raised.value)

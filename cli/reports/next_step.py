@@ -41,7 +41,8 @@ def after_output(output: Path) -> list[list[str]]:
     except (QzError, OSError):
         return []
     load = loading(facts, Here(place, gpu=may_have_a_gpu()))
-    repository = re.sub(r"[^\w.-]+", "-", output.resolve().name, flags=re.ASCII).strip("-.") or "model"
+    name = os.path.basename(os.path.realpath(output))
+    repository = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
     publish = command("qz", "push", place, f"{ACCOUNT}/{repository}")
     return [["# Load it, in Python:", *filled(load)], ["# Publish it:", publish]]
 

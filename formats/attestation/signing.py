@@ -14,9 +14,13 @@ from qz import MissingInput, Unsupported, UsageError
 from qz.formats.json_files import MAX_BYTES
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.statement import SIGNATURE
+from qz.formats.regular_file import read_regular
 
 BESIDE = ("README.md", ".cache", SIGNATURE)
 """What is there on the Hub, or in a download of it, beside what is signed."""
+
+
+MOST_KEY_BYTES = 1 << 16
 
 
 def sign(folder: Path, private_key: Path, left_out: Iterable[str]) -> bytes:
@@ -59,6 +63,7 @@ def _signed(signature: Path) -> frozenset[str]:
 def _with_key(config: Any, use: str, **key: Path) -> Any:
     [(name, path)] = key.items()
     try:
+        read_regular(path, MOST_KEY_BYTES)  # the package would wait for a FIFO, and read a device without end
         return getattr(config, use)(**key)
     except FileNotFoundError:
         raise MissingInput(f"{path} does not exist. Name the key's file.") from None

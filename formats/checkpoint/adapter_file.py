@@ -96,9 +96,10 @@ def open_adapter(folder: Folder, file: str | None, location: str, scale: float) 
     """
     file = file or _only_file(folder, location)
     if not file.endswith(".safetensors"):
+        pickle = ", and reading a pickle may run code" if PICKLE.search(file) else ", as a LoRA has to be"
         raise Unsupported(
-            f"{folder.location}/{file} is not a .safetensors file, and reading a pickle may run code. Save the LoRA "
-            "with save_pretrained() of its library, or use a repository that has it as .safetensors."
+            f"{folder.location}/{file} is not a .safetensors file{pickle}. Save the LoRA with save_pretrained() of its "
+            "library, or use a repository that has it as .safetensors."
         )
     tensors, metadata, problems = survey_file(folder, file)
     require_none(folder.location, problems, but=NAMES_ALONE)

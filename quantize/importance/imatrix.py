@@ -7,6 +7,7 @@ means. Their tensors have llama.cpp's names (``blk.0.attn_q.weight``); which nam
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from qz.formats.file_hash import sha256_of
 from qz.formats.folder import LocalFolder
 from qz.formats.gguf_header import FLOAT32, MAGIC, GgufHeader, GgufTensor, read_gguf_header
 from qz.formats.malformed import Malformed, quoted
+from qz.quantize.importance.named_file import require_file_of_statistics
 from qz.quantize.importance.statistics import Floats, InputSums, Statistics, check_sums
 
 if TYPE_CHECKING:
@@ -42,25 +44,33 @@ class Entry:
 
 
 def is_imatrix(path: Path) -> bool:
-    """Whether the file is one of llama.cpp's, by its first bytes or its name."""
-    folder = LocalFolder(path.parent)
-    if folder.sizes().get(path.name, 0) < 4:
+    """Whether the file is one of llama.cpp's, by its first bytes or its name. Raises as
+    ``require_file_of_statistics``."""
+    require_file_of_statistics(path)
+    folder, name = _opened(path)
+    if folder.sizes().get(name, 0) < 4:
         return path.suffix == ".dat"
     first = bytearray(4)
-    folder.read_into(path.name, 0, memoryview(first))
+    folder.read_into(name, 0, memoryview(first))
     return bytes(first) == MAGIC or path.suffix == ".dat"
+
+
+def _opened(path: Path) -> tuple[LocalFolder, str]:
+    """The folder and the file in it; the user named it, so a link is followed."""
+    real = Path(os.path.realpath(path))
+    return LocalFolder(real.parent), real.name
 
 
 def read_imatrix(path: Path, steps: Iterable[Step]) -> Statistics:
     """The matrix's sums under the names of the weights that it speaks of. Raises MissingInput or Malformed."""
-    folder = LocalFolder(path.parent)
-    size = folder.sizes().get(path.name, 0)
+    folder, name = _opened(path)
+    size = folder.sizes().get(name, 0)
     if size > MAX_BYTES:
         raise _malformed(f"{path} is {size:,} bytes long, which is too large for such a file")
 
     def read(offset: int, length: int) -> bytearray:
         data = bytearray(length)
-        folder.read_into(path.name, offset, memoryview(data))
+        folder.read_into(name, offset, memoryview(data))
         return data
 
     entries = (

@@ -18,6 +18,7 @@ denoisers such an object by the component's name, under ``components``.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,7 @@ from qz.formats.malformed import quoted
 from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout
 from qz.quantize.importance.hessian_reader import HessianPlace, HessianReader
+from qz.quantize.importance.named_file import require_file_of_statistics
 from qz.quantize.importance.statistics_file import header_of, malformed, read_tensor
 from qz.quantize.planning.budget.sensitivity import LossName, Scores
 
@@ -110,7 +112,11 @@ _reading = threading.Lock()
 
 
 def _read_statistics(path: Path) -> Statistics:
-    folder = LocalFolder(path.parent)
+    require_file_of_statistics(path)
+    folder = LocalFolder(path.parent, shared_links=True)
+    if path.name not in folder.sizes():  # a link to another name: the user named it, so it is followed
+        path = Path(os.path.realpath(path))
+        folder = LocalFolder(path.parent)
     size = folder.sizes().get(path.name, 0)
     header = header_of(folder, path.name)
     if header.metadata.get("format") != FORMAT:

@@ -26,17 +26,23 @@ if TYPE_CHECKING:
     from qz.formats.source import OpenedSource
 
 
+WANTED = "--statement names a file in in-toto's form, such as the qz.statement.json that `qz attest` writes."
+
+
 def verify_stated(output: OpenedSource, statement: Path, progress: OnProgress = ignore) -> Verification:
     """Every file that a statement is about against the hash in it; the others are named, in warnings."""
     begun, done = time.monotonic(), 0
     try:
         data = read_regular(statement, MAX_BYTES)
-    except (TooLarge, NotRegular) as error:
-        raise Malformed("statement-malformed", f"{statement} is no statement: {error.strerror}.") from None
+    except (TooLarge, NotRegular, IsADirectoryError) as error:
+        raise Malformed("statement-malformed", f"{statement} is no statement: {error.strerror}. {WANTED}") from None
     except OSError as error:
         kind = MissingInput if isinstance(error, FileNotFoundError) else IOFailed
-        raise kind(f"{statement} cannot be read: {error.strerror}.") from None
-    files = read_statement(data, str(statement)).files(output.folder)
+        raise kind(f"{statement} cannot be read: {error.strerror}. {WANTED}") from None
+    try:
+        files = read_statement(data, str(statement)).files(output.folder)
+    except Malformed as error:
+        raise Malformed(error.kind, f"{error} {WANTED}") from None
 
     def count(nbytes: int) -> None:
         nonlocal done

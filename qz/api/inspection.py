@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
@@ -56,7 +58,7 @@ def inspect(
         asked.require(folder=False)
         from qz.formats.folder import LocalFolder
 
-        path = path.resolve()  # the user named it: a link is followed
+        path = Path(os.path.realpath(path))  # the user named it: a link is followed
         with closing(LocalFolder(path.parent)) as parent:
             parent.allow_pickle = allow_pickle
             return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)

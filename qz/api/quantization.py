@@ -131,6 +131,10 @@ def quantize(
         config=str(config) if config is not None else None,
         allow_pickle=allow_pickle,
     )
+    for named in filter(None, (settings.importance, settings.scores)):
+        from qz.quantize.importance.named_file import require_file_of_statistics
+
+        require_file_of_statistics(named)
     location = str(source)
     share = share_of(part, measured=measure_loss)
     asked.require(hub=local_path(location) is None, shards=layout != "single-file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.formats.folder import LocalFolder
@@ -37,7 +38,7 @@ def promised_in(folder: Folder) -> Promised | None:
 def _promised_around(root: Folder) -> Promised | None:
     if not isinstance(root, LocalFolder):
         return None
-    real = root.path.resolve()
+    real = Path(os.path.realpath(root.path))
     if not os.path.isfile(real.parent / RECORD):
         return None
     with closing(LocalFolder(real.parent)) as parent:
