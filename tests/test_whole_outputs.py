@@ -338,6 +338,25 @@ def test_a_peft_adapter_is_fused_into_its_model_as_the_advice_says(llama: Path, 
     assert run_advice(str(raised.value), llama, tmp_path / "out")["loras"][0]["weights"] == 1
 
 
+def test_a_model_saved_with_a_lora_attached_is_mended_as_the_advice_says(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = LlamaForCausalLM.from_pretrained(llama)
+    merged = peft.get_peft_model(LlamaForCausalLM.from_pretrained(llama), lora)
+    merged.get_base_model().save_pretrained("attached", state_dict=merged.get_base_model().state_dict())
+    with pytest.raises(Unsupported, match="saved while a LoRA was attached") as raised:
+        run(quantize, tmp_path / "attached", output=tmp_path / "out")
+    assert "`model.merge_and_unload().save_pretrained('MERGED')`" in str(raised.value)
+    merged.merge_and_unload().save_pretrained("MERGED")
+    run(quantize, tmp_path / "MERGED", output=tmp_path / "of-merged")
+    assert "`model.save_pretrained('LORA')` saves the LoRA alone" in str(raised.value)
+    model.add_adapter(lora)
+    model.save_pretrained("LORA")
+    assert run_advice(str(raised.value), llama, tmp_path / "of-lora")["loras"][0]["weights"] == 1
+
+
 def run_advice(message: str, base: Path, output: Path) -> Any:
     """What the command in a message does to the model ``base``."""
     (words,) = re.findall(r"`qz quantize BASE --lora (.*?)`", message)

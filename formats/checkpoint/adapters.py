@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 HOW_UNMERGED = {
     "diffusers": "after `pipe.fuse_lora()`, `pipe.unload_lora_weights()`; then `pipe.save_pretrained('MERGED')`.",
     "transformers": (
-        "`model.merge_and_unload().save_pretrained('MERGED')` of a PEFT model, or `model.delete_adapter(NAME)` of one "
-        "with `add_adapter()`, which drops the LoRA."
+        "`model.merge_and_unload().save_pretrained('MERGED')` of a PEFT model. Of one with `add_adapter()`, "
+        "`model.save_pretrained('LORA')` saves the LoRA alone, for `qz quantize BASE --lora LORA`."
     ),
 }
 

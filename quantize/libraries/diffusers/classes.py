@@ -19,7 +19,8 @@ def unknown_class(pipeline: Pipeline) -> tuple[str, ...]:
         return ()
     text = (
         f"diffusers {diffusers.__version__} has no pipeline class {pipeline.class_name}, which model_index.json names: "
-        "it loads the output only if a newer version has it, or with the code of the class as custom_pipeline"
+        "it loads the output only if a newer version has it, or with the code of the class: custom_pipeline=…, "
+        "trust_remote_code=True"
     )
     return (text,)
 
