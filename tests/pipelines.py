@@ -113,7 +113,7 @@ def saved(pipeline: Any, folder: Path, dtype: torch.dtype) -> Path:
 def flux(folder: Path, halvings: int = 0) -> Path:
     """FLUX.1-dev: a transformer of two kinds of blocks, a CLIP encoder and a T5.
 
-    ``halvings``, of the picture's sides in its latents: 3 in the real one, which take fewest tokens a picture.
+    ``halvings``, of the picture's sides in its latents: 3 in the real one; with more, a picture has fewer tokens.
     """
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = clip_tokenizer(folder.with_name("clip-files")), t5_tokenizer()

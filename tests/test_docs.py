@@ -190,7 +190,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_gguf(place / "imatrix.gguf", {name: (np.ones(inputs, np.float32), 512) for name, inputs in names})
     shutil.copytree(language_model, place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct")
     (place / "black-forest-labs").mkdir()
-    repo = pipelines.flux(place / "black-forest-labs" / "FLUX.1-dev", halvings=3)
+    repo = pipelines.flux(place / "black-forest-labs" / "FLUX.1-dev", halvings=5)
     shutil.copytree(repo, place / "my-pipeline")
     shutil.copytree(repo / "transformer", place / "my-model")
     command = [sys.executable, "-m", "qz", "quantize", "my-model", "--quiet"]
