@@ -116,7 +116,7 @@ class Promised:
     def _is_promised(self, file: str, location: str) -> bool:
         if file in self._files:
             return True
-        if file.endswith(WEIGHTS) and any(name.endswith(WEIGHTS) and "/" not in name for name in self._files):
+        if file.endswith(WEIGHTS) and self._files:
             raise Malformed(
                 "file-unrecorded",
                 f"{location}/{file} is not in {self._record}: it was not there when qz finished the output. Move it "

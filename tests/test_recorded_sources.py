@@ -114,6 +114,7 @@ def test_what_is_not_read_does_not_matter_and_a_folder_without_its_record_is_tak
     api.dequantize(copy, tmp_path / "out", dry_run=True, **ON_CPU)  # reads headers alone
     assert not api.inspect(copy).errors
     (copy / RECORD).unlink()
+    (tmp_path / RECORD).write_text("of another program")
     api.dequantize(copy, tmp_path / "out", **ON_CPU)
     intact = Path(shutil.copytree(place / "single", tmp_path / "intact"))
     (intact / "README.md").write_text("mine")

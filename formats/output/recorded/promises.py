@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz.formats.folder import LocalFolder
+from qz.formats.folder import PIPELINE_INDEX, LocalFolder
 from qz.formats.output.recorded.record import RECORD, read_record
 from qz.formats.promised import Promise, Promised
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def hold_to_record(root: Folder, file: str | None = None) -> None:
     """Have all that is read of ``root``, and of folders inside, compared with the record in it, if there is one.
 
-    A folder here that is part of an output is compared with the output's record. ``file``: the one file that will be
-    read. Raises Malformed for a record that is damaged.
+    A component here that is part of a pipeline is compared with the pipeline's record. ``file``: the one file that will
+    be read. Raises Malformed for a record that is damaged.
     """
     promised = promised_in(root) or _promised_around(root)
     if promised is not None and (file is None or file in promised):
@@ -39,8 +39,8 @@ def _promised_around(root: Folder) -> Promised | None:
     if not isinstance(root, LocalFolder):
         return None
     real = Path(os.path.realpath(root.path))
-    if not os.path.isfile(real.parent / RECORD):
-        return None
+    if not all(os.path.isfile(real.parent / name) for name in (RECORD, PIPELINE_INDEX)):
+        return None  # what has that name in any other folder is none of its folders' business
     with closing(LocalFolder(real.parent)) as parent:
         promised = promised_in(parent)
     inner = promised.inside(real.name) if promised is not None else None
