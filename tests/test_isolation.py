@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
+import readers
 from pace import HANG
-from qz import MalformedInput, QzError, Unsupported
+from qz import MalformedInput, QzError, Unsupported, api
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import LocalFolder
 from qz.quantize.convert import plan_quantization
-from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.isolation import isolated, trusted
 from qz.quantize.libraries.importing.untrusted_config import CODE, without_code
 from qz.quantize.methods import FourBit
 from qz.quantize.planning.plan import Plan
@@ -337,6 +338,32 @@ def test_threads_started_meanwhile_are_closed_too_others_go_on_and_afterwards_al
     assert said == ["HTTPError"]
     assert (connect(hub), in_a_thread(hub)) == ("HTTPError", "HTTPError")
     assert threading.Thread.start is start
+
+
+def test_qz_itself_may_read_from_the_hub_while_a_model_runs(hub: Hub) -> None:
+    with isolated():
+        with trusted():
+            assert (connect(hub), in_a_thread(hub)) == ("HTTPError", "HTTPError")
+            with isolated():
+                assert connect(hub) == "Unsupported"
+        assert (connect(hub), in_a_thread(hub)) == ("Unsupported", "Unsupported")
+    with trusted():
+        assert connect(hub) == "HTTPError"
+
+
+def test_the_weights_of_a_model_that_runs_may_come_from_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no connection is open any more, each block needs a new one."""
+    folder, read = readers.model_folder("llama-untied", tmp_path / "model"), LocalFolder.read_into
+
+    def read_into(place: LocalFolder, file: str, *arguments: Any) -> None:
+        assert not file.endswith(".safetensors") or connect(hub) == "HTTPError"
+        read(place, file, *arguments)
+
+    monkeypatch.setattr(LocalFolder, "read_into", read_into)
+    api.calibrate(folder, tmp_path / "statistics.safetensors", tokens=16, device="cpu")
+    assert hub.asked
 
 
 def swallow_a_refusal_and_fail(hub: Hub) -> None:

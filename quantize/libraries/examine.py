@@ -14,7 +14,7 @@ from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec, torch_name
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import library_errors
-from qz.quantize.libraries.importing.isolation import isolated
+from qz.quantize.libraries.importing.isolation import isolated, trusted
 from qz.quantize.libraries.importing.optional_packages import needed_by
 from qz.quantize.libraries.importing.untrusted_config import (
     note_removed,
@@ -86,7 +86,8 @@ def _ask_here(
     def compare(one: str, other: str) -> bool:
         nonlocal compared
         compared = True
-        return equal is not None and equal(one, other)
+        with trusted():
+            return equal is not None and equal(one, other)
 
     architecture = ask_library(checkpoint, tensors, request, compare if equal else None)
     if not compared and (told := answer_cache.encoded(architecture)) is not None:

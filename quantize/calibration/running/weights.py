@@ -11,6 +11,7 @@ from qz import MalformedInput
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.quantize.libraries.architecture import Weight
+from qz.quantize.libraries.importing.isolation import trusted
 from qz.quantize.libraries.transformers.runnable import Runnable
 from qz.quantize.planning.sources import Source
 from qz.quantize.streaming.readers import assemble
@@ -62,7 +63,8 @@ class Weights:
             transposed=name in runnable.transposed,
             conversion=origin.conversion,
         )
-        raw = assemble(self.checkpoint.folder, weight, [self.sources[each] for each in origin.sources])
+        with trusted():
+            raw = assemble(self.checkpoint.folder, weight, [self.sources[each] for each in origin.sources])
         value = torch.from_numpy(raw).view(dtype).reshape(shape).to(runnable.device)
         self.bytes_read += sum(self.sources[each].nbytes for each in origin.sources)
         if buffer:
