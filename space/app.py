@@ -192,11 +192,8 @@ def page() -> gr.Blocks:
         with gr.Row():
             method = gr.Radio(list(METHODS), value="nf4", label="Method", min_width=STACKED)
             scales = gr.Radio(list(SCALES), value=next(iter(SCALES)), label="Scales of 4-bit blocks", min_width=STACKED)
-        with gr.Row():
-            target = gr.Textbox(
-                label="Publish as (optional)", placeholder="you/FLUX.1-dev-transformer-nf4", scale=2, **LINE
-            )
-            public = gr.Checkbox(label="Public", value=False, min_width=STACKED)
+        target = gr.Textbox(label="Publish as (optional)", placeholder="you/FLUX.1-dev-transformer-nf4", **LINE)
+        public = gr.Checkbox(label="Public", value=False)
         with gr.Row():
             see = gr.Button("Look")
             go = gr.Button("Quantize and publish", variant="primary")
