@@ -132,7 +132,7 @@ def test_many_threads_read_many_files_with_few_descriptors(tmp_path: Path) -> No
     assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN
     folder.check()
     folder.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before, "fewer, if garbage of other tests held some"
 
 
 def test_500_shards_open_within_64_descriptors(tmp_path: Path) -> None:
