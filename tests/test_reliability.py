@@ -672,7 +672,10 @@ OTHER: dict[str, tuple[tuple[str, ...], str, str]] = {
     "another qz": ((), "import qz; qz.__version__ = '9.9'", " → 9.9"),
     "another torch": (
         (),
-        "import importlib.metadata as m; m.version = lambda n, old=m.version: '9.9' if n == 'torch' else old(n)",
+        (
+            "import qz.quantize.libraries.examine as e\n"
+            "e._version = lambda name, of=e._version: '9.9' if name == 'torch' else of(name)"
+        ),
         "torch: ",
     ),
     "another device": (

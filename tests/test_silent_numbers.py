@@ -37,6 +37,7 @@ def changed(source: Path, target: Path, change: Callable[[State], None]) -> Path
     state = load_file(target / "model.safetensors")
     change(state)
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "qz.json").unlink(missing_ok=True)  # or the file would be refused for not being what it records
     return target
 
 
