@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Two workers: tests start processes of their own. One thread each, or the libraries' thread pools fight. A worker that
-# has nothing left takes tests from the other.
+# Three workers on two cores: tests wait for disks and processes a seventh of the time. One thread each, or the libraries'
+# thread pools fight. A worker that has nothing left takes tests from the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-WORKERS ?= 2
+WORKERS ?= 3
 COUNT ?= 10000000
 CPU ?= native
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ def connected(monkeypatch: pytest.MonkeyPatch, home: Path, *, xet: bool = True, 
             monkeypatch.setattr(constants, name, value)
         for module in (_http, file_download):
             monkeypatch.setattr(module, "time", Hurried())
+        if transformers := sys.modules.get("transformers.utils.hub"):
+            monkeypatch.setattr(transformers, "_hf_api", None)  # made once, for the Hub of that moment
         close_session()
         yield hub
         close_session()
