@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def sha256_in(folder: Folder, file: str, size: int, progress: Callable[[int], No
 
     Raises what ``Folder.read_into`` raises.
     """
-    return sha256_by(lambda offset, buffer: folder.read_into(file, offset, buffer), size, progress)
+    return sha256_by(partial(folder.read_into, file), size, progress)
 
 
 def sha256_by(read: Callable[[int, memoryview], None], size: int, progress: Callable[[int], None] | None = None) -> str:

@@ -14,6 +14,11 @@ _COMPONENT = ("config.json", "scheduler_config.json", "tokenizer_config.json", "
 """A folder of a pipeline holds one of these."""
 
 
+def followed(path: Path) -> Path:
+    """Where a path that the user named leads, through all links; where they lead in a circle, the path itself."""
+    return Path(os.path.realpath(path))
+
+
 def cache_blobs(real: str) -> tuple[str, ...]:
     """Where links may lead if ``real`` lies in a snapshot of the Hub's cache (``models--…/snapshots/…``)."""
     parts = Path(real).parts

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qz import HubUnreachable, MissingInput, PermissionRefused
 from qz.formats.folder import LocalFolder
+from qz.formats.links import followed
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.promises import hold_to_record
 
@@ -148,7 +149,7 @@ def opened(
     root: Folder
     path = local_path(location)
     if path is not None and path.is_file() and file is None:
-        path = Path(os.path.realpath(path))  # the user named it: a link is followed, but no loop
+        path = followed(path)
         root = LocalFolder(path.parent, shared_links=True)
         file = path.name
     else:
@@ -197,7 +198,7 @@ def _opened_lora(name: str, stack: ExitStack, *, cached: bool) -> AdapterFile:
     location, scale = parse_scale(name, exists=local_path(name) is not None)
     path = local_path(location)
     if path is not None:
-        path = Path(os.path.realpath(path))  # the user named it: a link is followed, but no loop
+        path = followed(path)
         parent = LocalFolder(path if path.is_dir() else path.parent, shared_links=True)
         stack.callback(parent.close)
         return open_adapter(parent, None if path.is_dir() else path.name, path.name, scale)
@@ -224,7 +225,7 @@ def default_output(source: str, subfolder: str | None, suffix: str) -> Path:
     A new folder here; beside the source where the source is the working directory, or one around it.
     """
     path = local_path(source)
-    real = Path(os.path.realpath(path)) if path is not None else None
+    real = followed(path) if path is not None else None
     # The name that the user sees: where the source is a link, its own, not that of what it leads to.
     name = Path(os.path.abspath(path)).name if path is not None else source.split("/")[-1]
     name = re.sub(r"\.gguf\Z", "", name, flags=re.IGNORECASE)

@@ -44,9 +44,9 @@ MAX_CONFIG_BYTES = 8_000_000
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
 MOST_LOOKED_INTO = 30
+"""Folders of one without a config.json."""
 SETTINGS_ONLY = {"scheduler_config.json": "a scheduler", "tokenizer_config.json": "a tokenizer"}
 """Files that tell of a folder without config.json what it is of, if it is no model's."""
-"""Folders of one without a config.json."""
 
 GGUF = "gguf"
 """What ``encoded_as`` says of GGUF files."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qz import OutputRefused, QzError
 from qz.formats.folder import LocalFolder
+from qz.formats.links import followed
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
 from qz.formats.output.recorded.record import RECORD, read_record
@@ -108,8 +109,8 @@ def _is_checkpoint_folder(root: Directory, name: str, recorded: frozenset[str]) 
 def refuse_overlap(source: Path, output: Path, disk: Disk) -> None:
     """Raise OutputRefused if the output, or what is staged beside it, is the source, inside it, or around it."""
     require_name(output)
-    real_source = Path(os.path.realpath(source))
-    real_output = Path(os.path.realpath(output))
+    real_source = followed(source)
+    real_output = followed(output)
     for place in (real_output, sibling(real_output, PARTIAL), sibling(real_output, ASIDE)):
         if _within(place, real_source, disk) or _within(real_source, place, disk):
             raise OutputRefused(

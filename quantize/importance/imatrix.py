@@ -7,7 +7,6 @@ means. Their tensors have llama.cpp's names (``blk.0.attn_q.weight``); which nam
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ import numpy as np
 from qz.formats.file_hash import sha256_of
 from qz.formats.folder import LocalFolder
 from qz.formats.gguf_header import FLOAT32, MAGIC, GgufHeader, GgufTensor, read_gguf_header
+from qz.formats.links import followed
 from qz.formats.malformed import Malformed, quoted
 from qz.quantize.importance.named_file import require_file_of_statistics
 from qz.quantize.importance.statistics import Floats, InputSums, Statistics, check_sums
@@ -57,7 +57,7 @@ def is_imatrix(path: Path) -> bool:
 
 def _opened(path: Path) -> tuple[LocalFolder, str]:
     """The folder and the file in it; the user named it, so a link is followed."""
-    real = Path(os.path.realpath(path))
+    real = followed(path)
     return LocalFolder(real.parent), real.name
 
 

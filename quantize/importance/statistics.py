@@ -18,7 +18,6 @@ denoisers such an object by the component's name, under ``components``.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -33,6 +32,7 @@ from qz import MalformedInput
 from qz.formats.file_hash import sha256_of
 from qz.formats.folder import Folder, LocalFolder
 from qz.formats.json_files import read_json
+from qz.formats.links import followed
 from qz.formats.malformed import quoted
 from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout
@@ -115,7 +115,7 @@ def _read_statistics(path: Path) -> Statistics:
     require_file_of_statistics(path)
     folder = LocalFolder(path.parent, shared_links=True)
     if path.name not in folder.sizes():  # a link to another name: the user named it, so it is followed
-        path = Path(os.path.realpath(path))
+        path = followed(path)
         folder = LocalFolder(path.parent)
     size = folder.sizes().get(path.name, 0)
     header = header_of(folder, path.name)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
@@ -57,8 +55,9 @@ def inspect(
     if path is not None and path.exists() and not path.is_dir() and path.suffix.lower() != ".gguf":
         asked.require(folder=False)
         from qz.formats.folder import LocalFolder
+        from qz.formats.links import followed
 
-        path = Path(os.path.realpath(path))  # the user named it: a link is followed
+        path = followed(path)
         with closing(LocalFolder(path.parent)) as parent:
             parent.allow_pickle = allow_pickle
             return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz.formats.folder import PIPELINE_INDEX, LocalFolder
+from qz.formats.links import followed
 from qz.formats.output.recorded.record import RECORD, read_record
 from qz.formats.promised import Promise, Promised
 
@@ -38,7 +38,7 @@ def promised_in(folder: Folder) -> Promised | None:
 def _promised_around(root: Folder) -> Promised | None:
     if not isinstance(root, LocalFolder):
         return None
-    real = Path(os.path.realpath(root.path))
+    real = followed(root.path)
     if not all(os.path.isfile(real.parent / name) for name in (RECORD, PIPELINE_INDEX)):
         return None  # what has that name in any other folder is none of its folders' business
     with closing(LocalFolder(real.parent)) as parent:

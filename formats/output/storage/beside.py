@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from qz import IOFailed, OutputRefused
+from qz.formats.links import followed
 
 PARTIAL, ASIDE, JOURNAL = ".partial", ".partial.old", ".partial.journal"
 
@@ -23,7 +24,7 @@ def require_name(output: Path) -> None:
 
 def in_real_folder(output: Path) -> Path:
     """The output by its name in the folder that its path leads to; the name itself may be that of a link."""
-    return Path(os.path.realpath(output.parent)) / output.name
+    return followed(output.parent) / output.name
 
 
 def reachable(output: Path) -> Path:
