@@ -124,7 +124,7 @@ constraints:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet -e ".[dev,zoo]" $(TORCH)
-	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable | sed 's/+cpu$$//; s/ @ .*//'; } > constraints.new
+	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//; s/ @ .*//'; } > constraints.new
 	mv constraints.new constraints.txt
 	touch $(READY)
 
