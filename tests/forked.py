@@ -102,6 +102,11 @@ class Running:
         return Ended(found["code"], stdout, stderr, found["seconds"], tuple(operations.splitlines()))
 
 
+def failure_of(address: str) -> Path:
+    """What a server leaves that could not start."""
+    return Path(f"{address}.failed")
+
+
 class Runner:
     """Runs commands by the server at ``address``, all of them with ``environment`` added to the server's."""
 
@@ -121,6 +126,7 @@ class Runner:
                 connection.connect(self.address)
             except (FileNotFoundError, ConnectionRefusedError):
                 connection.close()
+                assert not failure_of(self.address).exists(), failure_of(self.address).read_text()
                 assert time.monotonic() < end, "the fork server did not start"
                 time.sleep(0.05)
             else:
@@ -394,4 +400,8 @@ def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> 
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    try:
+        serve(sys.argv[1])
+    except BaseException:
+        failure_of(sys.argv[1]).write_text(f"The fork server failed:\n{traceback.format_exc()}")
+        raise
