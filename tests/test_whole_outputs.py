@@ -243,6 +243,8 @@ def test_modules_voices_tokenizers_and_adapters_go_along(model: Path, tmp_path: 
         "speech_lora/adapter_model.safetensors": "LoRA",
         "adapter.fra.safetensors": "of a language",
         "guider_config.json": "{}",
+        "spk_dict.pt": "voices, copied unread",
+        "Roboto-Regular.ttf": "a font",
     }
     stays = {"checkpoint-5/tokenizer_config.json": "{}", "original/params.json": "{}", "notes.json": "{}"}
     for name, text in {**files, **stays}.items():
@@ -328,6 +330,39 @@ def test_a_lora_is_fused_into_its_pipeline_as_the_advice_says(pipeline: Path, tm
     assert run_advice(str(raised.value), pipeline, tmp_path / "out")["loras"][0]["weights"] == 3
 
 
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (
+            peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+            "merge_and_unload().save_pretrained('MERGED')",
+        ),
+        (
+            peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+            "PeftModel.from_pretrained(model, ADAPTER)",
+        ),
+    ],
+    ids=["merged", "beside"],
+)
+def test_an_adapter_that_is_not_fused_is_merged_or_loaded_beside_as_the_advice_says(
+    kind: peft.PeftConfig, advice: str, llama: Path, tmp_path: Path
+) -> None:
+    adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(llama), kind)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for source, more in ((tmp_path / "adapter", {}), (llama, {"lora": [str(tmp_path / "adapter")]})):
+        with pytest.raises(Unsupported, match=re.escape(advice)):
+            run(quantize, source, output=tmp_path / "out", **more)
+    if "merge" in advice:
+        adapted.merge_and_unload().save_pretrained(tmp_path / "MERGED")
+        run(quantize, tmp_path / "MERGED", output=tmp_path / "out")
+    else:
+        run(quantize, llama, output=tmp_path / "out")
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+        assert (
+            peft.PeftModel.from_pretrained(model, tmp_path / "adapter")(torch.tensor([[1, 2]])).logits.isfinite().all()
+        )
+
+
 def test_a_peft_adapter_is_fused_into_its_model_as_the_advice_says(llama: Path, tmp_path: Path) -> None:
     base = LlamaForCausalLM.from_pretrained(llama)
     peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
@@ -374,6 +409,26 @@ def test_a_modular_pipeline_says_where_its_models_are_and_how_to_quantize_them(p
     (tmp_path / "modular" / "modular_model_index.json").write_text(json.dumps(index))
     with pytest.raises(Unsupported, match="modular pipeline") as raised:
         run(quantize, tmp_path / "modular", output=tmp_path / "out")
+    assert re.findall(r"`(qz .*?)`", str(raised.value)) == [f"qz quantize '{pipeline}' --subfolder 'transformer'"]
+    run(quantize, pipeline, output=tmp_path / "out", subfolder="transformer")
+
+
+def test_a_modular_pipeline_that_was_saved_whole_says_how_to_quantize_its_folders(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """As ``ModularPipeline.save_pretrained`` saves it, and as it is after it was moved."""
+    gone = {"pretrained_model_name_or_path": "/moved", "subfolder": "transformer", "type_hint": None}
+    unknown = {**gone, "subfolder": "image_encoder", "type_hint": [None, None]}
+    index = {
+        "_class_name": "FluxModularPipeline",
+        "transformer": [None, None, {**gone, "type_hint": ["diffusers", "FluxTransformer2DModel"]}],
+        "tokenizer": [None, None, {**gone, "type_hint": ["transformers", "CLIPTokenizer"], "subfolder": "tokenizer"}],
+        "image_encoder": [None, None, unknown],
+    }
+    (pipeline / "modular_model_index.json").write_text(json.dumps(index))
+    (pipeline / "model_index.json").unlink()
+    with pytest.raises(Unsupported, match="modular pipeline") as raised:
+        run(quantize, pipeline, output=tmp_path / "out")
     assert re.findall(r"`(qz .*?)`", str(raised.value)) == [f"qz quantize '{pipeline}' --subfolder 'transformer'"]
     run(quantize, pipeline, output=tmp_path / "out", subfolder="transformer")
 

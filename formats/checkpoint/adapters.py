@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+
+FUSED = ("LORA", "LOHA", "LOKR")
+"""Types of PEFT's adapters that qz fuses into a model."""
+_BESIDE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+"""Those that add to what a model reads, not to its weights."""
 
 HOW_UNMERGED = {
     "diffusers": "after `pipe.fuse_lora()`, `pipe.unload_lora_weights()`; then `pipe.save_pretrained('MERGED')`.",
@@ -35,6 +42,26 @@ def is_adapter(names: Iterable[str]) -> bool:
     part = re.compile(_PART)
     parts = [name for name in names if part.search(name)]
     return bool(parts) and len(parts) + sum(_SCALE.search(name) is not None for name in names) >= len(names)
+
+
+def how_to_use(location: str, config: Mapping[str, Any]) -> str:
+    """What to do with an adapter that was taken for a model; ``config``: its adapter_config.json, empty if none."""
+    kind = config.get("peft_type", FUSED[0])
+    if kind in _BESIDE:
+        return (
+            f"Its type, {kind}, changes no weight: quantize the model that it was made for, and load the adapter "
+            "beside that with PEFT: `PeftModel.from_pretrained(model, ADAPTER)`."
+        )
+    if kind not in FUSED:
+        return (
+            f"Its type, {quoted(str(kind), 40)}, is none that qz fuses. Merge it with PEFT, "
+            "`model.merge_and_unload().save_pretrained('MERGED')`, and quantize that."
+        )
+    remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}", location)
+    return (
+        "Name the model that it was made for, and fuse it on the way: "
+        f"`qz quantize BASE --lora {remote[1] if remote else location}`."
+    )
 
 
 def unmerged(names: Iterable[str]) -> str | None:

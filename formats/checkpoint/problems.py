@@ -47,16 +47,13 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "modular-pipeline": (
         Unsupported,
         (
-            "{where} describes a modular pipeline, which has no weights here: its components are loaded from where it "
-            "says. Quantize each there: {components}"
+            "{where} describes a modular pipeline, whose components are loaded from where it says. Quantize each "
+            "there: {components}"
         ),
     ),
     "adapter-only": (
         Unsupported,
-        (
-            "{location} holds only {what}, not a model. Name the model that it was made for, and fuse it on the way: "
-            "`qz quantize BASE --lora {location}`."
-        ),
+        ("{location} holds only {what}, not a model. {how}"),
     ),
     "adapter-unmerged": (
         Unsupported,
@@ -96,7 +93,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "unreadable": (MalformedInput, ""),
     "io-failed": (IOFailed, ""),
     # What is missing, or is something else
-    "config-missing": (MissingInput, "{location} has no config.json, so it is no model folder. Download that too."),
+    "config-missing": (MissingInput, "{location} has no config.json, so it is no model folder. {instead}"),
     "settings-only": (
         MissingInput,
         "{location} holds no model, only {what} ({name}), which has no weights: there is nothing to quantize.",
@@ -120,7 +117,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
         Unsupported,
         (
             "{where} has neither model_type, architectures nor _class_name: neither transformers nor diffusers "
-            "knows such a model. Use the config.json that belongs to the model."
+            "knows such a model. {instead}"
         ),
     ),
     "variant-missing": (MissingInput, "{location} has no weights of the variant {name}. Variants there: {there}."),

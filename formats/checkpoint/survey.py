@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,9 @@ from qz import QzError
 from qz.counted import shown
 from qz.formats.checkpoint import adapters
 from qz.formats.checkpoint.layouts import original_layout
+from qz.formats.checkpoint.models_inside import models_inside
 from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
+from qz.formats.checkpoint.other_forms import files_inside, other_forms
 from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.weights import (
     PICKLE,
@@ -22,7 +25,6 @@ from qz.formats.checkpoint.weights import (
     architecture_of,
     find_weights,
     is_shard_name,
-    is_weights,
     library_of,
     unused_files,
 )
@@ -43,9 +45,12 @@ MAX_CONFIG_BYTES = 8_000_000
 """What a library makes of one takes several times as much: together with the libraries themselves, 400 MB."""
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
-MOST_LOOKED_INTO = 30
-"""Folders of one without a config.json."""
-SETTINGS_ONLY = {"scheduler_config.json": "a scheduler", "tokenizer_config.json": "a tokenizer"}
+SETTINGS_ONLY = {
+    "scheduler_config.json": "a scheduler",
+    "tokenizer_config.json": "a tokenizer",
+    "preprocessor_config.json": "a processor",
+    "modular_config.json": "the code of a modular pipeline",
+}
 """Files that tell of a folder without config.json what it is of, if it is no model's."""
 
 GGUF = "gguf"
@@ -200,56 +205,69 @@ class _Survey:
             data = read_file(self.folder, "config.json", MAX_CONFIG_BYTES)
             config = read_json(data, self.path("config.json"), limit=MAX_CONFIG_BYTES)
         except QzError as error:
-            self.problems.add_error(error, "config.json", missing="config-missing")
+            self.problems.add_error(error, "config.json", missing="config-missing", instead=self.instead())
             return None
         if "model_type" not in config and "pretrained_cfg" in config:  # of timm; as transformers reads it
             config = config | {"model_type": "timm_wrapper"}
         if library_of(config) is None:
-            self.problems.add("library-unknown", "config.json")
+            instead = other_forms(self.folder) or "Use the config.json that belongs to the model."
+            self.problems.add("library-unknown", "config.json", instead=instead)
         return config
 
     def no_model(self) -> bool:
         """Whether a folder without config.json is a well-known thing that is no model."""
         weights = sorted(name for name in self.sizes if name.endswith(".safetensors"))
+        settings = next((name for name in SETTINGS_ONLY if name in self.sizes), None)
         if PIPELINE_INDEX in self.sizes:
             inside = ", ".join(self.folder.subfolders()) or "none"
             self.problems.add("pipeline-root", "model_index.json", inside=inside)
         elif MODULAR_INDEX in self.sizes:
             self.problems.add("modular-pipeline", MODULAR_INDEX, components=self.modular_components())
         elif "adapter_config.json" in self.sizes:
-            self.problems.add("adapter-only", "adapter_config.json", what="an adapter")
+            self.adapter("adapter_config.json", "an adapter")
         elif weights:
             header = self.header(weights[0])
             return isinstance(header, Header) and self.other_tools(weights[0], header.tensors)
-        elif models := self.models_inside():
+        elif models := models_inside(self.folder):
             self.problems.add("models-inside", "config.json", inside=shown(models))
-        elif found := next((name for name in SETTINGS_ONLY if name in self.sizes), None):
-            self.problems.add("settings-only", found, what=SETTINGS_ONLY[found], name=found)
+        elif settings is not None and other_forms(self.folder) is None:
+            self.problems.add("settings-only", settings, what=SETTINGS_ONLY[settings], name=settings)
         else:
             return False
         return True
 
-    def models_inside(self) -> list[str]:
-        """Folders of this one that have what it lacks: those with weights, if any has some."""
-        found: dict[str, bool] = {}
-        for name in self.folder.subfolders()[:MOST_LOOKED_INTO]:
-            with suppress(QzError):  # it cannot be read
-                sizes = self.folder.subfolder(name).sizes()
-                if not {"config.json", PIPELINE_INDEX}.isdisjoint(sizes):
-                    found[name] = PIPELINE_INDEX in sizes or any(map(is_weights, sizes))
-        return [name for name, whole in found.items() if whole] or list(found)
+    def instead(self) -> str:
+        """What to do about a folder without config.json."""
+        if forms := other_forms(self.folder):
+            return forms
+        names = list(files_inside(self.folder))
+        if single := next((name for name in names if name.endswith(".safetensors")), None):
+            return f"If {quoted(single, 60)} is a whole model of diffusers, name that file."
+        if pickle := next(filter(PICKLE.search, names), None):
+            return f"{quoted(pickle, 60)} alone does not say what model it is of. Use a repository with a config.json."
+        return "Download that too."
 
     def modular_components(self) -> str:
         try:
             index = read_json(read_file(self.folder, MODULAR_INDEX, MAX_CONFIG_BYTES), self.path(MODULAR_INDEX))
         except QzError as error:
             return str(error)
-        return commands_for(index) or "it names none."
+        remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}(/.+)?", self.folder.location)
+        here = () if remote and remote[2] else self.folder.subfolders()
+        return commands_for(index, remote[1] if remote else self.folder.location, here) or "it names none."
+
+    def adapter(self, file: str, what: str) -> None:
+        config: Mapping[str, Any] = {}
+        if (name := "adapter_config.json") in self.sizes:
+            with suppress(QzError):  # whoever reads the adapter is told
+                config = read_json(read_file(self.folder, name, MAX_CONFIG_BYTES), self.path(name))
+        how = adapters.how_to_use(self.folder.location, config)
+        self.problems.add("adapter-only", file, what=what, how=how)
 
     def other_tools(self, file: str, names: Iterable[str], class_name: str | None = None) -> bool:
         names = list(names)
         if adapters.is_adapter(names):
-            self.problems.add("adapter-only", file, what="a LoRA adapter")
+            self.adapter(file, "a LoRA adapter")
         elif facts := original_layout(names, class_name):
             self.problems.add("original-layout", file, **facts)
         else:

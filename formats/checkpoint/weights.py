@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qz import MissingInput, QzError
 from qz.counted import counted
+from qz.formats.checkpoint.other_forms import other_forms
 from qz.formats.malformed import UNSAFE_TEXT, quoted
 from qz.formats.shards import STEMS
 
@@ -22,7 +23,8 @@ Library = Literal["transformers", "diffusers"]
 VARIANTS = ("bf16", "fp16", "fp32")
 """Which variant to take if there are no plain weights: the first of these, else the first by name."""
 
-PICKLE = re.compile(r"\.(?:bin|pt|pth|ckpt|pkl)\Z", re.IGNORECASE)
+PICKLE = re.compile(r"\A(?!(?:openvino_|ggml).*\.bin\Z).*\.(?:bin|pt|pth|ckpt|pkl)\Z", re.IGNORECASE)
+"""Names of pickles. OpenVINO and whisper.cpp give their weights such a name, too."""
 PICKLED = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
 """Stem of the weights in safetensors → of the same in pickles, as the libraries look for them."""
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}.*\.safetensors")
@@ -114,6 +116,8 @@ def _no_weights(folder: Folder, library: Library, problems: Problems) -> None:
     elif pickles:
         how = _conversion(stem, pickles, folder.location)
         problems.add("pickle-only", pickles[0], name=quoted(pickles[0], 40), how=how)
+    elif (forms := other_forms(folder)) is not None:
+        problems.add("weights-missing", name, name=name, library=library, instead=f". {forms.removesuffix('.')}")
     else:
         problems.add("weights-missing", name, name=name, library=library, instead=", nor other weights. Download them")
 

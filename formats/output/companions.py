@@ -1,6 +1,7 @@
 """What goes along with a checkpoint unchanged: tokenizer, processor, licence, and a pipeline's untouched components.
 
-One allow-list decides. Code, pickles, cards, pictures, and weights in other formats or other sets are never on it.
+One allow-list decides. Code, cards, pictures, and weights in other formats or other sets are never on it, and of
+pickles only what a class needs.
 """
 
 from __future__ import annotations
@@ -58,8 +59,12 @@ Not an adapter's: transformers then loads the adapter's base model in the place 
 """
 PROMPTS = re.compile(
     r"alphabet\.json|[a-z0-9_]+_path\.json|prompts?\.(?:json|txt)|adapter\.[A-Za-z0-9_-]+\.safetensors"
+    r"|spk_dict\.pt|[A-Za-z0-9_-]+\.(?:ttf|otf)"
 )
-"""Of processors: a decoder's alphabet, paths of voices, prompts; an adapter for each language, as MMS has them."""
+"""Of processors: a decoder's alphabet, paths of voices, prompts, a font; an adapter for each language, as MMS has them.
+
+Qwen2.5-Omni does not load without the voices in ``spk_dict.pt``, the one pickle here; it is copied unread.
+"""
 
 TEMPLATES = "additional_chat_templates"
 TEMPLATE = re.compile(r"[A-Za-z0-9_-]+\.jinja")

@@ -9,7 +9,7 @@ from qz import Unsupported
 from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import GGUF
-from qz.formats.decoded import FLOATS_8, Decoded
+from qz.formats.decoded import CODES, FLOATS_8, Decoded
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def read_encoded(checkpoint: Checkpoint) -> tuple[Encoded | None, tuple[Problem,
             tensors[name] = replace(tensor, dtype=reading.dtype)
         elif name not in reading.used:
             tensors[name] = tensor
-    encoded = Encoded(str(method or "fp8"), tensors, tuple(reading.left))
+    packed = any(each.parts[CODES].dtype == "U8" for each in reading.taken.values())
+    encoded = Encoded(str(method or ("nvfp4" if packed else "fp8")), tensors, tuple(reading.left))
     if tensors == checkpoint.tensors and not reading.problems.worst_first():
         return None, ()
     return encoded, reading.problems.worst_first()

@@ -10,11 +10,11 @@ from typing import Any
 
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
+from qz.formats.checkpoint.adapters import FUSED, how_to_use
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 
 IN_HEAD = "lora_adapter_metadata"
-TYPES = ("LORA", "LOHA", "LOKR")
 # Settings of a LoraConfig (peft 0.21) under which B·A is not what is added, or not everywhere.
 _REFUSED = {
     "alora_invocation_tokens": "it is active from certain tokens on only (aLoRA)",
@@ -82,10 +82,10 @@ def head_config(adapter: AdapterFile, component: str) -> PeftConfig | None:
 
 def _checked(config: Mapping[str, Any], where: str) -> PeftConfig:
     kind = config.get("peft_type")
-    if kind not in TYPES:
+    if kind not in FUSED:
         raise Unsupported(
-            f"{where}: an adapter of the type {quoted(str(kind), 40)} cannot be fused; qz fuses {', '.join(TYPES)}. "
-            "Merge it with PEFT: merge_and_unload(), then save_pretrained()."
+            f"{where}: an adapter of the type {quoted(str(kind), 40)} cannot be fused; qz fuses {', '.join(FUSED)}. "
+            + how_to_use(where, {"peft_type": kind})
         )
     for key, why in _REFUSED.items():
         if config.get(key):

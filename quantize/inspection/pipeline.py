@@ -262,7 +262,7 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
     try:
         index = read_json(read_file(folder, PIPELINE_INDEX, MAX_BYTES), f"{folder.location}/{PIPELINE_INDEX}")
     except QzError as error:
-        problems.add_error(error, PIPELINE_INDEX, missing="config-missing")
+        problems.add_error(error, PIPELINE_INDEX, missing="config-missing", instead="Download that too.")
         return None, {}
     class_name = index.get("_class_name")
     if isinstance(class_name, list) and class_name:  # [module, class]: code in the repository

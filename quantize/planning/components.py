@@ -11,6 +11,7 @@ from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.quantize.methods import Method
 from qz.quantize.planning.nearest import nearest
+from qz.quantize.planning.unquantized import is_bitsandbytes
 from qz.quantize.planning.unreadable import KEPT
 
 if TYPE_CHECKING:
@@ -168,9 +169,12 @@ def _despite_convolutions(pipeline: Pipeline, method: Method, choices: list[Choi
         quantized = [choice.name for choice in choices if choice.component.quantization is not None]
         where = pipeline.folder.location
         if quantized:
+            checkpoints = filter(None, (choice.component.checkpoint for choice in choices))
+            known = any(map(is_bitsandbytes, checkpoints))
+            start = f"Run `qz dequantize {where}` first" if known else "Start from the original weights"
             raise Unsupported(
-                f"{where}: {', '.join(quantized)} is already quantized, and nothing else is worth it. Run "
-                f"`qz dequantize {where}` first, or name a component with --components."
+                f"{where}: {', '.join(quantized)} is already quantized, and nothing else is worth it. {start}, or name "
+                "a component with --components."
             )
         names = ", ".join(component.name for component in pipeline.components if component.checkpoint)
         raise UsageError(f"{where}: nothing to quantize. Name components with --components (there are: {names}).")

@@ -17,6 +17,9 @@ _ENCODERS = re.compile(r"(text|image)_encoder")
 _COMPONENTS = re.compile(r"(transformer|unet|vae|prior|decoder|controlnet|(text|image)_encoder)(_\d)?")
 """What folders of pipelines are called; any other folder of a repository says nothing of what is in it."""
 
+_USUAL = {"ControlNet": None, "Adapter": None, "UNet": "unet", "Autoencoder": "vae", "Transformer": "transformer"}
+"""By what is in its name, what pipelines call a model of a class; None for those that only some pipelines take."""
+
 
 @dataclass(frozen=True, slots=True)
 class OnHub:
@@ -137,7 +140,7 @@ def _component_of(facts: CardFacts, place: Place) -> str | None:
     if facts.library != "diffusers":
         return named if _ENCODERS.match(named) and _is_name(named) else None
     name = _class_of(facts)
-    usual = "unet" if name.startswith("UNet") else "vae" if name.startswith("Autoencoder") else "transformer"
+    usual = next((variable for sign, variable in _USUAL.items() if sign in name), None)
     return named if _is_name(named) else usual
 
 

@@ -1,0 +1,31 @@
+"""The models in the folders of a folder that is none itself."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from qz.formats.checkpoint.other_forms import folders_inside
+from qz.formats.checkpoint.weights import is_weights
+from qz.formats.folder import PIPELINE_INDEX
+
+if TYPE_CHECKING:
+    from qz.formats.folder import Folder
+
+_TRANSFORMER = re.compile(r"sentence_\w+_config\.json|tokenizer_config\.json|vocab\.\w+")
+"""Beside the model that sentence-transformers puts other modules after."""
+
+
+def models_inside(folder: Folder) -> list[str]:
+    """Folders in ``folder``, or in those, that are a model or a pipeline: those with weights, if any has some."""
+    found: dict[str, bool] = {}
+    modules = "modules.json" in folder.sizes()
+    for path, inner in folders_inside(folder):
+        sizes = inner.sizes()
+        if path.partition("/")[0] in found or (modules and not any(map(_TRANSFORMER.fullmatch, sizes))):
+            continue
+        if not {"config.json", PIPELINE_INDEX}.isdisjoint(sizes):
+            found[path] = PIPELINE_INDEX in sizes or any(map(is_weights, sizes))
+        elif any(name.endswith(".gguf") for name in sizes):
+            found[path] = True
+    return [path for path, whole in found.items() if whole] or list(found)

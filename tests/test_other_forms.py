@@ -1,0 +1,95 @@
+"""Repositories with a model in a form that neither library loads: told for what they are, with what to get instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qz import MissingInput, QzError, Unsupported
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.checkpoint.weights import PICKLE
+from qz.formats.folder import LocalFolder
+
+LLAMA = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+MADE_FROM = "Use the model that this was made from, with its weights in safetensors."
+ANOTHER = "Use a repository of this model that has config.json and model.safetensors."
+NOTHING = "there is nothing in it to quantize."
+
+
+def refused(folder: Path, files: dict[str, str], error: type[QzError] = MissingInput) -> str:
+    """What is said of a folder with these files."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    with pytest.raises(error) as raised:
+        open_checkpoint(LocalFolder(folder))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "form", "advice"),
+    [
+        ("onnx/model.onnx", "ONNX", MADE_FROM),
+        ("model.onnx_data", "ONNX", MADE_FROM),
+        ("openvino_model.bin", "OpenVINO", MADE_FROM),
+        ("Model.mlpackage/Manifest.json", "Core ML", MADE_FROM),
+        ("tf_model.h5", "TensorFlow", MADE_FROM),
+        ("flax_model.msgpack", "Flax", MADE_FROM),
+        ("model_state.pdparams", "PaddlePaddle", MADE_FROM),
+        ("parakeet.nemo", "NeMo", MADE_FROM),
+        ("model.tflite", "LiteRT", MADE_FROM),
+        ("model.pte", "ExecuTorch", MADE_FROM),
+        ("rank0.engine", "TensorRT", MADE_FROM),
+        ("shared_vocabulary.json", "CTranslate2", MADE_FROM),
+        ("original/consolidated.00.pth", "Llama's own layout", ANOTHER),
+        ("0_StaticEmbedding/tokenizer.json", "a static embedding", "It has no layer to quantize."),
+        ("learned_embeds.bin", "an embedding of textual inversion", NOTHING),
+        ("ip-adapter-plus_sd15.bin", "an IP-Adapter", NOTHING),
+    ],
+)
+def test_a_form_is_named_with_what_to_do(file: str, form: str, advice: str, tmp_path: Path) -> None:
+    said = refused(tmp_path, {file: "x", "tokenizer_config.json": "{}"})
+    assert "has no config.json" in said
+    assert f"What it holds is {form}" in said
+    assert said.endswith(advice)
+
+
+def test_a_config_without_weights_is_told_with_the_forms_that_there_are(tmp_path: Path) -> None:
+    said = refused(tmp_path, {"config.json": LLAMA, "onnx/model.onnx": "x", "openvino/openvino_model.bin": "x"})
+    assert "has no model.safetensors, which transformers loads. What it holds is ONNX ('onnx/model.onnx')" in said
+    assert "OpenVINO ('openvino/openvino_model.bin')" in said
+
+
+def test_a_config_of_nobody_is_told_with_the_form_that_it_is_of(tmp_path: Path) -> None:
+    said = refused(
+        tmp_path, {"config.json": '{"lang_ids": []}', "vocabulary.json": "[]", "model.bin": "x"}, Unsupported
+    )
+    assert "neither transformers nor diffusers knows such a model. What it holds is CTranslate2" in said
+
+
+def test_weights_without_a_config_are_named(tmp_path: Path) -> None:
+    said = refused(tmp_path / "comfy", {"split_files/diffusion_models/wan.safetensors": "x"})
+    assert "If 'split_files/diffusion_models/wan.safetensors' is a whole model of diffusers, name that file." in said
+    assert "'RWKV.pth' alone does not say what model it is of" in refused(tmp_path / "pickle", {"RWKV.pth": "x"})
+
+
+def test_models_in_folders_of_folders_and_in_gguf_are_named(tmp_path: Path) -> None:
+    files = {
+        "models/image_encoder/config.json": "{}",
+        "models/image_encoder/model.safetensors": "x",
+        "Q4_0/a.gguf": "x",
+    }
+    assert "there are models in it: Q4_0, models/image_encoder. Name one with --subfolder." in refused(tmp_path, files)
+
+
+def test_of_the_modules_of_sentence_transformers_the_model_is_named(tmp_path: Path) -> None:
+    files = {"modules.json": "[]", "0_Transformer/vocab.txt": "a"}
+    for name in ("0_Transformer", "2_Dense"):
+        files |= {f"{name}/config.json": "{}", f"{name}/model.safetensors": "x"}
+    assert "there are models in it: 0_Transformer. Name one" in refused(tmp_path, files)
+
+
+def test_weights_of_openvino_and_whisper_cpp_are_no_pickles() -> None:
+    assert not any(map(PICKLE.search, ("openvino_model.bin", "ggml-large.bin", "openvino_tokenizer.xml")))
+    assert all(map(PICKLE.search, ("pytorch_model.bin", "openvino_model.pt", "Model.CKPT", "unet/diffusion.bin")))
