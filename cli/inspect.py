@@ -54,11 +54,8 @@ def inspect(
         raise UsageError(f"--filter {pattern} matches no tensor of {source}. {nearest_tensor(pattern, found.tensors)}")
     present(found, as_json=as_json, listed=tensors or pattern is not None, pattern=pattern, quiet=quiet)
     refused = {name: each for name, each in found.consumers.items() if each.loads is False}
-    errors = found.errors
-    if len(refused) < len(found.consumers):  # what another tool loads is right in that tool's layout
-        errors = tuple(error for error in errors if error.kind != "original-layout")
-    if errors:
-        raise unusable(source, errors)
+    if found.errors:
+        raise unusable(source, found.errors)
     if refused:
         raise not_loaded(source, refused)
 

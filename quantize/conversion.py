@@ -304,4 +304,7 @@ def as_share(summary: S, parts: Sequence[Part], share: Share | None) -> S:
     """The report of a dry run, with those weight files only that the part makes."""
     own = shares.shards_of(parts, share)
     kept = tuple(shard for shard in summary.shards if own is None or shard.name.lstrip("/") in own)
-    return replace(summary, shards=kept, share=share)
+    made = replace(summary, shards=kept, share=share)
+    if share is not None and isinstance(made, Summary):
+        made = replace(made, bytes_output=sum(shard.bytes for shard in kept))
+    return made

@@ -195,6 +195,8 @@ def test_comfyui_takes_the_width_of_flux_from_layers_that_stay_as_they_are(tmp_p
     taken = forked_qz("inspect", tmp_path / "kept.safetensors", "--for", "comfyui")
     assert taken.returncode == 0
     assert "choose nf4" in " ".join(taken.stdout.split())
+    assert "error" not in taken.stdout, "its names are right there"
+    assert "is quantized already" in " ".join(taken.stdout.split())
     taken = forked_qz("inspect", tmp_path / "kept.safetensors", "--for", "invokeai")
     assert taken.returncode == 0
     assert "such as img_in.weight, to nf4" in " ".join(taken.stdout.split())

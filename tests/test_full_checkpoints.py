@@ -20,6 +20,7 @@ from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported
 from qz.cli.inspect import inspect
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
+from qz.progress import Progress
 from reference import differing_files
 
 KINDS = ("sd15", "sd2", "sdxl", "sd3")
@@ -87,6 +88,12 @@ def test_the_components_of_a_file_are_chosen_like_those_of_a_folder(sd15: Checkp
     run(quantize, sd15.file, config=str(sd15.folder), output=tmp_path / "made", **options)
     for name, folder in models(tmp_path / "wanted").items():
         assert differing_files(folder, tmp_path / "made" / name) == []
+
+
+def test_progress_is_of_quantizing_also_in_components_that_are_kept(sd15: Checkpoint, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    api.quantize(sd15.file, tmp_path / "made", config=sd15.folder, on_progress=seen.append)
+    assert {step.doing for step in seen} == {"Reading headers", "Planning", "Quantizing"}
 
 
 def test_a_lora_is_fused_into_the_models_of_a_file(sd15: Checkpoint, tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_what_has_no_original_names_or_is_quantized_in_part_is_refused(tmp_path:
         run(quantize, pipeline / "transformer", double_quant=True, **asked)
     with pytest.raises(Unsupported, match="only some are quantized"):
         run(quantize, pipeline / "transformer", skip=["transformer_blocks.0.attn.to_q"], **asked)
-    with pytest.raises(UsageError, match="Name it with --subfolder transformer"):
+    with pytest.raises(UsageError, match="Name its denoiser with --subfolder"):
         run(quantize, pipeline, **asked)
     small = diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=32,

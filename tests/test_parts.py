@@ -144,9 +144,11 @@ def test_parts_with_importance_make_what_one_run_makes(source: Path, tmp_path: P
 def test_parts_of_a_pipeline_make_what_one_run_makes(pipeline: Path, tmp_path: Path, count: int) -> None:
     how: dict[str, Any] = {"dtype": "float16", "component_methods": {"text_encoder_2": Int8()}}
     api.quantize(pipeline, tmp_path / "one", **SETTINGS, **how)
-    in_parts(api.quantize, pipeline, tmp_path / "out", count, **how)
+    made = in_parts(api.quantize, pipeline, tmp_path / "out", count, **how)
     api.merge(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    weights = (data for name, data in contents(tmp_path / "one").items() if name.endswith(".safetensors"))
+    assert sum(part.bytes_output for part in made) == sum(map(len, weights))
 
 
 def test_dequantizing_goes_in_parts_too(source: Path, tmp_path: Path) -> None:
@@ -190,6 +192,7 @@ def test_a_dry_run_shows_the_files_of_the_part(source: Path, tmp_path: Path) -> 
     for planned, done in zip(shown, made, strict=True):
         assert [(file.name, file.bytes) for file in planned.shards] == [(file.name, file.bytes) for file in done.shards]
         assert planned.as_json()["part"] == done.as_json()["part"]
+        assert planned.bytes_output == sum(file.bytes for file in done.shards)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ def original_layout(names: Iterable[str], class_name: str | None = None) -> dict
                 f"open it there once with diffusers' {loader}.from_single_file(), save it with save_pretrained(), and "
                 "use that folder."
             )
-            if loader is None:
+            if any(name.endswith(".absmax") for name in names):
+                how = "It is quantized already: `qz inspect FILE.safetensors --for comfyui` says who loads it."
+            elif loader is None:
                 how = "Use a repository of this model in diffusers' layout."
             else:
                 what = "makes a pipeline of it" if any(name.startswith(OF_PIPELINES) for name in names) else "reads it"

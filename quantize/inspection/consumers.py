@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from qz import QzError
-from qz.formats.checkpoint.problems import Problem
+from qz.formats.checkpoint.problems import Problem, worst_first
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.output.recorded.record import read_record
@@ -13,6 +14,7 @@ from qz.quantize.consumers.contents import Contents, Packed
 from qz.quantize.consumers.registry import CONSUMERS, judge
 from qz.quantize.consumers.verdict import Consumer, Finding, Verdict
 from qz.quantize.inspection.linear_layers import Value, values
+from qz.quantize.inspection.report import Inspection
 
 OF_ONE_MODEL = ("transformers", "vllm", "sglang", "unsloth")
 """Consumers that load no pipeline."""
@@ -39,6 +41,15 @@ def checkpoint_contents(
         has_index=checkpoint.index is not None,
         errors=tuple(kind for kind in errors if not (alone and kind == LAYOUT)),
     )
+
+
+def judged(found: Inspection, contents: Contents, names: Sequence[str]) -> Inspection:
+    """With what the consumers make of it. A layout of other tools is no error where one of them is named."""
+    verdicts = judge(contents, names)
+    problems = found.problems
+    if any(verdict.loads is not False for verdict in verdicts.values()):
+        problems = tuple(each._replace(severity="warning") if each.kind == LAYOUT else each for each in problems)
+    return replace(found, consumers=verdicts, problems=worst_first(problems))
 
 
 def _kept_linears(

@@ -77,9 +77,9 @@ def inspect_model(
 
         found = with_plan(found, checkpoint, look.weights)
     if consumers:
-        from qz.quantize.consumers.registry import judge
+        from qz.quantize.inspection.consumers import judged
 
-        found = replace(found, consumers=judge(look.contents(), consumers))
+        found = judged(found, look.contents(), consumers)
     return found
 
 
@@ -98,11 +98,9 @@ def inspect_file(folder: Folder, name: str, origin: Origin, *, consumers: Sequen
     problems = worst_first((*problems, *more))
     found = _described(alone, origin, weights, problems, encoded, estimated=False)
     if consumers:
-        from qz.quantize.consumers.registry import judge
-        from qz.quantize.inspection.consumers import checkpoint_contents
+        from qz.quantize.inspection.consumers import checkpoint_contents, judged
 
-        contents = checkpoint_contents(alone, weights, problems, alone=True)
-        found = replace(found, consumers=judge(contents, consumers))
+        found = judged(found, checkpoint_contents(alone, weights, problems, alone=True), consumers)
     return found
 
 

@@ -179,6 +179,8 @@ class PipelineSummary:
 
     @property
     def bytes_output(self) -> int:
+        if self.share is not None:
+            return sum(shard.bytes for shard in self.shards)
         return sum(component.bytes_output for component in self.components)
 
     @property

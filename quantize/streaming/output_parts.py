@@ -324,7 +324,8 @@ class _Meter:
 
     def show(self, step: Progress) -> None:
         weights, done = self.weights + step.done, self.bytes + step.bytes
-        self.progress(replace(step, done=weights, total=self.all_weights, bytes=done, all_bytes=self.all_bytes))
+        whole = Progress(self.doing, weights, self.all_weights, done, self.all_bytes)
+        self.progress(replace(whole, file=step.file))
 
     def copied(self, nbytes: int) -> None:
         self.bytes += nbytes

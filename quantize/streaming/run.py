@@ -328,9 +328,8 @@ class Run:
             self.beside.release()
 
     def _report(self, shard: str | None) -> None:
-        doing = "Dequantizing" if self.plan.method is None else "Quantizing"
-        total = len(self.steps)
-        self.progress(Progress(doing, self.weights_done, total, self.bytes_done, self.all_bytes, file=shard))
+        done, total = self.weights_done, len(self.steps)
+        self.progress(Progress("Converting", done, total, self.bytes_done, self.all_bytes, file=shard))
 
 
 def _streamed(step: Step) -> Iterator[StoredTensor]:

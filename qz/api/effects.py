@@ -69,7 +69,8 @@ NEEDS = (
         "quantize",
         "layout",
         "model",
-        "--layout single-file writes one denoiser, and {source} is a pipeline. Name it with --subfolder transformer.",
+        "--layout single-file writes one model, and {source} is a pipeline. Name its denoiser with --subfolder, mostly "
+        "`transformer`.",
     ),
     Need(
         "quantize",
