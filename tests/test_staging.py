@@ -340,6 +340,7 @@ def test_a_shard_is_finished_with_two_small_buffers(tmp_path: Path) -> None:
 
 def test_500_shards_in_progress_need_few_descriptors(tmp_path: Path) -> None:
     def run() -> None:
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # what earlier tests left open counts, too
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         values = {"t": np.arange(64, dtype=np.uint8)}
         with Staging(tmp_path / "out", {}, needed=0) as staging:
