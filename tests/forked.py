@@ -328,10 +328,13 @@ def warm() -> None:
     """Import, load the kernels, and go every way once."""
     import io
 
+    import numpy as np
     import torch
     import tqdm
     from diffusers import FluxPipeline  # noqa: F401 - what a third of the runs would import, a second each
     from transformers import CLIPTextModel, LlamaConfig, LlamaForCausalLM, T5EncoderModel  # noqa: F401 - the same
+
+    from qz.quantize.compute import kernels, scale_search
 
     tqdm.tqdm.monitor_interval = 0  # its thread
     for module in pkgutil.walk_packages(qz.__path__, "qz."):
@@ -347,6 +350,12 @@ def warm() -> None:
             command = ["quantize", "source", *method, "-o", "out", "--overwrite", "--threads", "1"]
             assert in_the_server(command, folder) == 0
             assert in_the_server(["dequantize", "out", "-o", "back", "--overwrite", "--threads", "1"], folder) == 0
+
+    # What --importance and --rounding gptq load besides, without the statistics that the commands would want.
+    values, packed, scales = np.ones(64, np.uint16), np.empty(32, np.uint8), np.empty(1, np.float32)
+    weights = scale_search.tiled_weights(np.ones(64, np.float32))
+    kernels.search_4bit(values, "BF16", "nf4", weights, 0, packed, scales)
+    kernels.encode_4bit(values, "BF16", "nf4", scales, packed)
 
 
 def into_large_pages() -> None:
