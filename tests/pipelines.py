@@ -133,10 +133,14 @@ def flux(folder: Path, halvings: int = 0) -> Path:
     return saved(pipeline, folder, torch.bfloat16)
 
 
-def sd3(folder: Path) -> Path:
-    """Stable Diffusion 3: a transformer, two CLIP encoders and a T5."""
+def sd3(folder: Path, halvings: int = 0, *, with_t5: bool = True) -> Path:
+    """Stable Diffusion 3: a transformer, two CLIP encoders and a T5, which may be left out.
+
+    ``halvings``: as of ``flux``.
+    """
     torch.manual_seed(1)
-    tokenizer, tokenizer_3 = clip_tokenizer(folder.with_name("clip-files")), t5_tokenizer()
+    tokenizer = clip_tokenizer(folder.with_name("clip-files"))
+    tokenizer_3 = t5_tokenizer() if with_t5 else None
     transformer = SD3Transformer2DModel(
         sample_size=32, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64, out_channels=4,
@@ -145,12 +149,12 @@ def sd3(folder: Path) -> Path:
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
+        vae=vae(halvings=halvings),
         text_encoder=clip(tokenizer, 32, projected=True),
         tokenizer=tokenizer,
         text_encoder_2=clip(tokenizer, 32, projected=True),
         tokenizer_2=tokenizer,
-        text_encoder_3=t5(tokenizer_3, 64),
+        text_encoder_3=t5(tokenizer_3, 64) if tokenizer_3 else None,
         tokenizer_3=tokenizer_3,
     )
     return saved(pipeline, folder, torch.float16)

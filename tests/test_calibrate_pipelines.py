@@ -487,7 +487,9 @@ def test_a_run_that_goes_on_sums_its_calls_in_the_same_order() -> None:
     assert in_order(one_by_one) == in_order(together) == together
 
 
-def test_calibrate_quantize_and_compare_from_the_command_line(forked_qz: Qz, flux: Path, tmp_path: Path) -> None:
+def test_calibrate_quantize_and_compare_from_the_command_line(
+    forked_qz: Qz, flux: Path, root: Path, tmp_path: Path
+) -> None:
     drawn = ("--steps", "2", "--resolution", "32", "--device", "cpu")
     done = forked_qz("calibrate", flux, "-o", "stats.safetensors", *drawn, "--json", "--quiet")
     assert done.returncode == 0, done.stderr
@@ -513,7 +515,7 @@ def test_calibrate_quantize_and_compare_from_the_command_line(forked_qz: Qz, flu
     assert "2 timesteps, from the first to the last" in picture
     assert "transformer.transformer_blocks.0" in picture
     (tmp_path / "steps.svg").unlink()
-    shown = forked_qz(*asked)
+    shown = forked_qz(*asked, "--text", root / "prompts.txt")
     assert "at 32 × 32" in shown.stdout
     assert "denoiser's output" in shown.stdout
     assert "last latents" in shown.stdout
