@@ -420,9 +420,12 @@ def _changed(where: str) -> Malformed:
 def _failure(error: OSError, where: str, act: str) -> QzError:
     """The error of the package that says what the system's one means."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return MissingInput(f"{where} does not exist.")
+        return MissingInput(f"{where} does not exist. Check the path and, if it is a link, where it leads.")
     if error.errno in (errno.EACCES, errno.EPERM):
         return PermissionRefused(f"{where} cannot be {act}: no permission. Check its owner and mode.")
     if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
-        return Malformed("unreadable", f"{where} cannot be {act}: {(error.strerror or 'invalid name').lower()}.")
-    return IOFailed(f"{where} cannot be {act}: {(error.strerror or str(error)).lower()}.")
+        why = (error.strerror or "invalid name").lower()
+        mend = {errno.ELOOP: "Put what it should lead to in its place.", errno.ENAMETOOLONG: "Give it a shorter name."}
+        return Malformed("unreadable", f"{where} cannot be {act}: {why}. {mend.get(error.errno, 'Check the path.')}")
+    why = (error.strerror or str(error)).lower()
+    return IOFailed(f"{where} cannot be {act}: {why}. Check the disk, or copy the file anew.")

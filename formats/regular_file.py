@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class NotRegular(OSError):
-    """Raised for what is there and is no regular file."""
+    """Raised for what is there and is no regular file; ``strerror`` says what it is."""
 
 
 class TooLarge(OSError):
@@ -18,21 +18,34 @@ class TooLarge(OSError):
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open to read. Raises NotRegular, and OSError as ``open`` does; never waits."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    """Open to read. Raises NotRegular, FileNotFoundError also where no such path can be, and OSError; never waits."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        if error.errno == errno.ELOOP:
+            raise NotRegular(errno.ELOOP, "a link that leads back to itself", str(path)) from None
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise NotRegular(error.errno, "a socket or a device", str(path)) from None
+        raise
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return open(descriptor, "rb")
     os.close(descriptor)
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise NotRegular(errno.ENXIO, "not a regular file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "a folder", str(path))
+    raise NotRegular(errno.ENXIO, "a FIFO or a device", str(path))
 
 
 def read_regular(path: Path, limit: int) -> bytes:
     """All of a file of at most ``limit`` bytes. Raises TooLarge, and as ``open_regular``."""
     with open_regular(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise TooLarge(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        data = None
+        if os.fstat(file.fileno()).st_size <= limit:
+            data = file.read(limit + 1)
+            if data is None:  # as some files of the kernel's, which would have to be waited for
+                raise NotRegular(errno.EAGAIN, "a file that has nothing to read yet", str(path))
+    if data is None or len(data) > limit:
+        raise TooLarge(errno.EFBIG, "too large", str(path))
     return data

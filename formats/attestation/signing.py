@@ -68,9 +68,9 @@ def _with_key(config: Any, use: str, **key: Path) -> Any:
     except FileNotFoundError:
         raise MissingInput(f"{path} does not exist. Name the key's file.") from None
     except (OSError, ValueError, TypeError) as error:
-        kind = name.replace("_", " ")
+        kind, why = name.replace("_", " "), error.strerror if isinstance(error, OSError) else error
         raise UsageError(
-            f"{path} is not a {kind} that model-signing takes ({error}): an elliptic-curve key in PEM, without a "
+            f"{path} is not a {kind} that model-signing takes ({why}): an elliptic-curve key in PEM, without a "
             "password. `openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes one."
         ) from None
 

@@ -30,10 +30,8 @@ def _instead(path: Path) -> str | None:
             head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise MissingInput(f"{path} does not exist. What is wanted is a file: {WANTED}.") from None
-    except IsADirectoryError:
-        return "a folder"
-    except NotRegular:
-        return "a FIFO or a device"
+    except (IsADirectoryError, NotRegular) as error:
+        return error.strerror
     except OSError:
         return None  # which its reader tells
     if not head:
@@ -42,9 +40,13 @@ def _instead(path: Path) -> str | None:
         return None
     if head.lstrip()[:1] in (b"{", b"["):
         return "JSON"
+    return "text" if _is_text(head, size) else "no safetensors file: it has no valid header"
+
+
+def _is_text(head: bytes, size: int) -> bool:
+    """Whether a file of ``size`` bytes that begins so is text, maybe with a character cut in two where ``head`` ends."""
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < size - 4 and error.start < HEAD - 4:
-            return "no safetensors file: it has no valid header"
-    return "text"
+        return error.start >= min(size, HEAD) - 4
+    return b"\0" not in head

@@ -46,10 +46,8 @@ def read_text_file(path: Path) -> str:
         data = read_regular(path, MAX_TEXT_BYTES)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} does not exist. --text names a file of plain text.") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{path} is a folder. --text names a file of plain text.") from error
-    except NotRegular as error:
-        raise UsageError(f"{path} is a FIFO or a device. --text names a file of plain text.") from error
+    except (IsADirectoryError, NotRegular) as error:
+        raise UsageError(f"{path} is {error.strerror}. --text names a file of plain text.") from error
     except TooLarge as error:
         raise UsageError(
             f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB. Give a part of it: a few pages are enough."
