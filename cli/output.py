@@ -21,6 +21,8 @@ from qz.cli.streams import tell
 from qz.redaction import redact
 
 AT_ONCE = 1000
+LONGEST_LINE = 10_000
+"""Of talk: a name from a file may be longer than a terminal can bear."""
 """Elements of a list that become text at a time."""
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
@@ -191,10 +193,11 @@ def terminal_width() -> int | None:
 
 
 def say(*lines: str, quiet: bool = False) -> None:
-    """Talk: each of ``lines`` as one line on stderr, whatever is in it."""
+    """Talk: each of ``lines`` as one line on stderr, whatever is in it, cut to ``LONGEST_LINE`` characters."""
     if not quiet:
         for line in lines:
-            tell(redact(plain(line)) + "\n")
+            told = redact(plain(line))
+            tell((told if len(told) <= LONGEST_LINE else told[: LONGEST_LINE - 1] + "…") + "\n")
 
 
 def warn(text: str) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
+from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError, api
 from qz.quantize.calibration.running import text
 from qz.quantize.calibration.running.unfinished import Unfinished
 from qz.quantize.importance.statistics import read_statistics
@@ -385,12 +386,22 @@ def test_where_there_are_no_locks_a_calibration_leaves_nothing(tmp_path: Path, m
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["FIFO", "/dev/zero"])
-def test_a_text_that_has_no_end_is_refused_at_once(kind: str, tmp_path: Path) -> None:
-    folder, endless = model_folder("llama-untied", tmp_path / "model"), Path(kind)
-    if kind == "FIFO":
-        endless = tmp_path / "text"
-        os.mkfifo(endless)
-    with pytest.raises(UsageError, match="is a FIFO or a device"):
-        api.calibrate(folder, tmp_path / "stats", text=endless, device="cpu")
+NO_TEXT = {
+    "FIFO": (os.mkfifo, UsageError, "is a FIFO or a device"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), UsageError, "is a FIFO or a device"),
+    "loop": (lambda path: path.symlink_to(path), UsageError, "is a link that leads back to itself"),
+    "socket": (lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), UsageError, "is a socket or a device"),
+    "in a file": (lambda path: path.parent.touch(), MissingInput, "does not exist"),
+    "long": (lambda path: path.touch() or os.truncate(path, 10**10), UsageError, "is larger than"),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "told"), NO_TEXT.values(), ids=NO_TEXT.keys())
+def test_a_text_that_is_none_or_has_no_end_is_refused_at_once(
+    make: Callable[[Path], object], kind: type[QzError], told: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text" if told != "does not exist" else tmp_path / "file" / "text"
+    make(text)
+    with pytest.raises(kind, match=told):
+        api.calibrate(tiny_llama, tmp_path / "stats", text=text, device="cpu")
     assert not (tmp_path / "stats").exists()

@@ -237,6 +237,13 @@ def test_a_class_that_cannot_be_told_is_refused_with_those_that_there_are(tmp_pa
     change(source, architectures=["LlamaForRegression"])
     with pytest.raises(Unsupported, match="has no class LlamaForRegression"):
         quantized(source, tmp_path / "output", "nf4")
+    change(source, architectures=["A" * 10**6])
+    with pytest.raises(Unsupported, match=r"has no class 'A{99}…', which") as found:
+        quantized(source, tmp_path / "output", "nf4")
+    assert len(str(found.value)) < 1000
+    change(source, architectures=[f"A{number}" for number in range(10_000)])
+    with pytest.raises(MalformedInput, match="names 10,000 classes"):
+        quantized(source, tmp_path / "output", "nf4")
 
 
 @pytest.mark.parametrize(
@@ -312,6 +319,14 @@ def test_a_config_that_outlived_its_quantization_is_told_as_such(key: str, left:
         quantized(source, tmp_path / "output", "nf4")
     change(source, **{key: ...})
     quantized(source, tmp_path / "output", "nf4")
+
+
+@pytest.mark.parametrize("left", [[1], "bitsandbytes", 5])
+def test_a_quantization_config_that_is_no_object_is_refused(left: Any, tmp_path: Path) -> None:
+    source = saved(llama(), tmp_path / "source")
+    change(source, quantization_config=left)
+    with pytest.raises(MalformedInput, match="has a quantization_config that is not an object"):
+        quantized(source, tmp_path / "output", "nf4")
 
 
 def test_a_missing_output_layer_is_no_model_without_a_head(tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ NO_STATISTICS = {
     "binary": "is no safetensors file",
     "weights": "is not a file of input statistics",
     "absent": "does not exist",
-    "a loop": "symbolic links",
+    "a loop": "is a link that leads back to itself",
+    "zeros": "is no safetensors file",
+    "under/a file": "does not exist",
 }
 
 
@@ -154,9 +156,17 @@ def test_what_is_named_instead_of_statistics_is_told(
     tiny_llama: Path, tmp_path: Path, option: str, kind: str, told: str
 ) -> None:
     named = tmp_path / kind
-    content = {"nothing": b"", "text": b"words " * 200, "json": b'{"a": 1}', "binary": b"\xff\xfe\0\x80" * 200}
+    content = {
+        "nothing": b"",
+        "zeros": bytes(99),
+        "text": b"words " * 200,
+        "json": b'{"a": 1}',
+        "binary": b"\xff\xfe\0\x80" * 200,
+    }
     if kind in content:
         named.write_bytes(content[kind])
+    elif kind == "under/a file":
+        named.parent.touch()
     elif kind == "a folder":
         named.mkdir()
     elif kind == "a fifo":
@@ -166,7 +176,8 @@ def test_what_is_named_instead_of_statistics_is_told(
     elif kind == "weights":
         named.symlink_to(tiny_llama / "model.safetensors")
     size = {} if option == "importance" else {"target_size": "1MB"}
-    with pytest.raises(MissingInput if kind == "absent" else MalformedInput, match=told) as raised:
+    none = kind in ("absent", "under/a file")
+    with pytest.raises(MissingInput if none else MalformedInput, match=told) as raised:
         api.quantize(tiny_llama, tmp_path / "out", **{option: named}, **size, dry_run=True)  # type: ignore[arg-type]
-    if kind not in ("a loop", "weights"):
+    if kind != "weights":
         assert "`qz calibrate`" in str(raised.value)

@@ -22,7 +22,7 @@ from pushes import ABOUT, COMMIT, CONFIG, make
 from qz import MalformedInput, QzError
 from qz.cli.app import explain
 from qz.cli.dequantize import dequantize
-from qz.cli.output import say, show, warn
+from qz.cli.output import LONGEST_LINE, say, show, warn
 from qz.cli.quantize import quantize
 from qz.formats.folder import LocalFolder
 from qz.formats.malformed import Malformed
@@ -186,6 +186,8 @@ def test_a_name_with_a_line_break_makes_no_line_of_its_own(
     shown = capsys.readouterr().err
     assert lines_like_qz(shown) == []
     assert len(shown.splitlines()) == 2
+    say("x" * 10**6)
+    assert len(capsys.readouterr().err) <= LONGEST_LINE + 1
 
 
 @pytest.mark.parametrize(

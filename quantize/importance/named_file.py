@@ -44,7 +44,7 @@ def _instead(path: Path) -> str | None:
 
 
 def _is_text(head: bytes, size: int) -> bool:
-    """Whether a file of ``size`` bytes that begins so is text, maybe with a character cut in two where ``head`` ends."""
+    """Whether a file of ``size`` bytes that begins so is text, of which ``head`` may cut a character in two."""
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:

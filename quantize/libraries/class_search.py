@@ -14,6 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from qz.formats.malformed import quoted
+
+LONGEST_NAME = 100
 _ROOMS = ("models", "pipelines")
 """Folders of the package whose modules have model classes."""
 
@@ -28,6 +31,11 @@ def classes_in_diffusers(name: Any, module: str | None) -> Iterator[type]:
         found = getattr(each, name, None)
         if isinstance(found, type):
             yield found
+
+
+def shown(name: str) -> str:
+    """A class's name from a file, for a message: as it is, or in quotes and cut if no class has such a name."""
+    return name if name.replace(".", "").isidentifier() and len(name) <= LONGEST_NAME else quoted(name, LONGEST_NAME)
 
 
 def module_of(model_class: type, library: Any) -> str | None:

@@ -8,13 +8,15 @@ from qz import Unsupported
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.decoded import Decoded
+from qz.formats.malformed import Malformed
 from qz.quantize.planning.sources import Source, stored_parts
 
 COMPARE_BYTES = 1 << 20
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already."""
+    """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already; Malformed if what it
+    says of that is nothing that can be understood."""
     config = stated_quantization(checkpoint.config)
     where = checkpoint.folder.location
     if isinstance(config, dict):
@@ -32,6 +34,12 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             else "Start from the original weights."
         )
         raise Unsupported(f"{where} is already quantized with {method}{bits}. {hint}")
+    if config is not None:
+        raise Malformed(
+            "quantization-config-malformed",
+            f"{where}/config.json has a quantization_config that is not an object. If these are the plain weights, "
+            "remove it and run this again.",
+        )
     for tensor in checkpoint.tensors.values():
         if tensor.dtype.startswith(("F8_", "F4", "F6_")):
             raise Unsupported(

@@ -10,7 +10,7 @@ from typing import Any
 from qz import Unsupported
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.quantize.libraries.class_search import classes_in_diffusers
+from qz.quantize.libraries.class_search import classes_in_diffusers, shown
 from qz.quantize.libraries.versions import requirement
 
 
@@ -24,8 +24,8 @@ def unknown_class(pipeline: Pipeline) -> tuple[str, ...]:
     if '"DiffusionPipeline"' not in exported or f'"{pipeline.class_name}"' in exported:
         return ()
     text = (
-        f"diffusers {version('diffusers')} has no pipeline class {pipeline.class_name}, which model_index.json names: "
-        "it loads the output only if a newer version has it, or with the code of the class: custom_pipeline=…, "
+        f"diffusers {version('diffusers')} has no pipeline class {shown(pipeline.class_name)}, which model_index.json "
+        "names: it loads the output only if a newer version has it, or with the code of the class: custom_pipeline=…, "
         "trust_remote_code=True"
     )
     return (text,)
@@ -36,11 +36,11 @@ def model_class_of(checkpoint: Checkpoint) -> Any:
     import diffusers
     from diffusers.models.modeling_utils import ModelMixin
 
-    name = checkpoint.architecture
+    name, where = checkpoint.architecture, f"{checkpoint.folder.location}/config.json"
     for found in classes_in_diffusers(name, checkpoint.class_module):
         if issubclass(found, ModelMixin) and hasattr(found, "from_config"):
             return found
     raise Unsupported(
-        f"diffusers {diffusers.__version__} has no model class {name}, which {checkpoint.folder.location}/config.json "
-        f"asks for. Try a newer version: pip install -U '{requirement('diffusers')}'."
+        f"diffusers {diffusers.__version__} has no model class {shown(str(name))}, which {where} asks for. "
+        f"Try a newer version: pip install -U '{requirement('diffusers')}'."
     )

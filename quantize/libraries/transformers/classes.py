@@ -11,11 +11,13 @@ from typing import Any
 
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.quantize.libraries.class_search import classes_in_diffusers
+from qz.quantize.libraries.class_search import classes_in_diffusers, shown
 from qz.quantize.libraries.transformers.internals import auto_class_names, could_be_tied, packages_missing
 from qz.quantize.libraries.transformers.origins import Model, names_after_renaming
 from qz.quantize.libraries.versions import requirement
 
+MOST_LISTED = 16
+"""Classes that `architectures` may name; those on the Hub name one, some two."""
 _HEAD = re.compile(r"For[A-Z]\w*|LMHeadModel|Model")
 _HEAD_TODAY = {"LMHeadModel": "ForCausalLM"}
 """Endings of class names that transformers has given up → what it calls such a class today."""
@@ -37,20 +39,31 @@ def model_class_of(checkpoint: Checkpoint) -> ModelClass:
     served by the class of another family, under a config of their own.
     """
     model_type = checkpoint.config.get("model_type")
-    listed = checkpoint.config.get("architectures")
-    names = [checkpoint.architecture, *(listed if isinstance(listed, list) else ())]
+    names = list(dict.fromkeys([checkpoint.architecture, *_listed(checkpoint)]))
     for name in names:
         if (model_class := _class_named(name)) is not None:
             return ModelClass(model_class, _config_class(model_class, model_type))
     for name in names:
         if (model_class := _class_of_a_pipeline(name, checkpoint.class_module)) is not None:
             return ModelClass(model_class, model_class.config_class)
-    named = next((name for name in names if isinstance(name, str)), None)
+    named = next((name for name in names if name is not None), None)
     known = auto_class_names(model_type)
     if named is not None and (model_class := _class_named(_like(named, known))) is not None:
-        note = f"transformers has no class {named}; {model_class.__name__} is its class for the model type {model_type}"
+        taken = f"{model_class.__name__} is its class for the model type {model_type}"
+        note = f"transformers has no class {shown(named)}; {taken}"
         return ModelClass(model_class, _config_class(model_class, model_type), (note,))
     raise _refusal(checkpoint, named, known)
+
+
+def _listed(checkpoint: Checkpoint) -> list[str]:
+    """The names in ``architectures``. Raises MalformedInput for more than any model has: each is looked for."""
+    listed = checkpoint.config.get("architectures")
+    if isinstance(listed, list) and len(listed) > MOST_LISTED:
+        raise MalformedInput(
+            f"{checkpoint.folder.location}/config.json names {len(listed):,} classes in `architectures`. Leave the one "
+            "that the weights belong to."
+        )
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
 def classes_to_choose_from(checkpoint: Checkpoint, wrong: ModelClass | None = None) -> list[ModelClass]:
@@ -62,11 +75,12 @@ def classes_to_choose_from(checkpoint: Checkpoint, wrong: ModelClass | None = No
     model_type = checkpoint.config.get("model_type")
     listed = checkpoint.config.get("architectures")
     known = auto_class_names(model_type)
+    names = _listed(checkpoint)
     if wrong is not None:
         listed, known = None, [name for name in known if "For" in name or "LMHead" in name]
     if checkpoint.class_module is not None or (listed and (not isinstance(listed, list) or len(listed) < 2)):
         return []
-    names = [name for name in listed if isinstance(name, str)] if listed else known
+    names = names if listed else known
     names = [name for name in names if name in known] or names
     found: list[ModelClass] = []
     for name in dict.fromkeys(names):
@@ -83,7 +97,7 @@ def _refusal(checkpoint: Checkpoint, named: str | None, known: list[str]) -> Uns
     if named is None:
         return no_class_named(checkpoint, known)
     return Unsupported(
-        f"transformers {transformers.__version__} has no class {named}, which {where} asks for. Code "
+        f"transformers {transformers.__version__} has no class {shown(named)}, which {where} asks for. Code "
         f"inside a repository is never run. Try a newer version: pip install -U '{requirement('transformers')}'."
     )
 
