@@ -386,13 +386,18 @@ def test_where_there_are_no_locks_a_calibration_leaves_nothing(tmp_path: Path, m
     assert os.listdir(tmp_path) == []
 
 
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 10**10)
+
+
 NO_TEXT = {
     "FIFO": (os.mkfifo, UsageError, "is a FIFO or a device"),
     "device": (lambda path: path.symlink_to("/dev/zero"), UsageError, "is a FIFO or a device"),
     "loop": (lambda path: path.symlink_to(path), UsageError, "is a link that leads back to itself"),
     "socket": (lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), UsageError, "is a socket or a device"),
     "in a file": (lambda path: path.parent.touch(), MissingInput, "does not exist"),
-    "long": (lambda path: path.touch() or os.truncate(path, 10**10), UsageError, "is larger than"),
+    "long": (sparse, UsageError, "is larger than"),
 }
 
 
