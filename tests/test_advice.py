@@ -6,6 +6,8 @@ import ast
 import itertools
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +20,10 @@ from huggingface_hub.cli.hf import app as hf
 import qz.cli
 import qz.formats
 import qz.quantize
+from qz import MalformedInput
 from qz.cli.app import app
+from qz.formats.checkpoint.survey import open_checkpoint
+from qz.formats.folder import LocalFolder
 
 ROOMS = [Path(next(iter(room.__path__))) for room in (qz, qz.cli, qz.formats, qz.quantize)]
 QZ: dict[str, Any] = typer.main.get_command(app()).commands  # type: ignore[attr-defined]
@@ -58,3 +63,33 @@ def test_every_command_that_a_message_names_is_one(texts: list[str], capsys: pyt
 def test_every_extra_that_a_message_names_is_one(texts: list[str]) -> None:
     extras = {extra for text in texts for extra in re.findall(r"pip install 'qz-cli\[(\w+)\]'", text)}
     assert {"sign"} <= extras <= set(metadata.metadata("qz-cli").get_all("Provides-Extra") or [])
+
+
+@pytest.mark.skipif(shutil.which("git-lfs") is None, reason="needs git-lfs")
+def test_git_lfs_pull_brings_what_a_clone_holds_pointers_to(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"NAME": "a", "EMAIL": "a@b"}.items():
+        monkeypatch.setenv(f"GIT_AUTHOR_{key}", value)
+        monkeypatch.setenv(f"GIT_COMMITTER_{key}", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def git(*words: str | Path, cwd: Path = tmp_path) -> None:
+        subprocess.run(["git", *words], cwd=cwd, check=True, capture_output=True)
+
+    git("lfs", "install", "--skip-repo")
+    source = tmp_path / "source"
+    git("init", "-q", "--bare", "remote")
+    git("init", "-q", source)
+    shutil.copytree(tiny_llama, source, dirs_exist_ok=True)
+    git("lfs", "track", "*.safetensors", "config.json", cwd=source)
+    git("add", "-A", cwd=source)
+    git("commit", "-qm", "a model", cwd=source)
+    git("remote", "add", "origin", tmp_path / "remote", cwd=source)
+    git("push", "-q", "origin", "HEAD:refs/heads/main", cwd=source)
+    monkeypatch.setenv("GIT_LFS_SKIP_SMUDGE", "1")
+    git("clone", "-q", "-b", "main", tmp_path / "remote", "clone")
+    with pytest.raises(MalformedInput, match="Run `git lfs pull`"):
+        open_checkpoint(LocalFolder(tmp_path / "clone"))
+    git("lfs", "pull", cwd=tmp_path / "clone")
+    assert open_checkpoint(LocalFolder(tmp_path / "clone")).tensors
