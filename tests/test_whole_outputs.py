@@ -37,6 +37,7 @@ from qz.formats.folder import LocalFolder
 from qz.formats.output import companions
 from qz.quantize.inspection.pipeline import PipelineInspection
 from reference import config_of
+from whole_zoo.transformers_cases import small_models
 
 LLAMA = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
          "num_attention_heads": 4}  # fmt: skip
@@ -254,6 +255,19 @@ def test_modules_voices_tokenizers_and_adapters_go_along(model: Path, tmp_path: 
     assert set(files) <= set(report["carried"])
     assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
     assert report["left_out"] == ["checkpoint-5/", "notes.json", "original/"]
+
+
+def test_a_class_that_reads_more_than_weights_finds_it_in_the_output(tmp_path: Path) -> None:
+    """Qwen2.5-Omni loads the voices beside its weights, and makes a part of itself float32."""
+    torch.manual_seed(0)
+    model = next(small_models("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration")).bfloat16()
+    source, output, made_by_library = tmp_path / "source", tmp_path / "output", tmp_path / "reference"
+    model.save_pretrained(source)
+    torch.save({"Ethan": {"bos_token": torch.tensor(1)}}, source / "spk_dict.pt")
+    assert run(quantize, source, output=output)["carried"] == ["spk_dict.pt"]
+    reference.transformers_model(type(model), source, "nf4").save_pretrained(made_by_library)
+    assert reference.differing_tensors(made_by_library, output) == []
+    assert list(type(model).from_pretrained(output, device_map="cpu").speaker_map) == ["Ethan"]
 
 
 def test_a_map_to_code_that_does_not_come_along_is_left_out_and_told(model: Path, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ class Transformers:
     """By the Auto class that serves a class under the config's model type, or by the class where none does."""
 
     def __init__(self, model_class: Any, source: Path) -> None:
-        model_type = config_of(source).get("model_type")
-        self._loader = auto_class(model_class.__name__, model_type) or model_class
+        self._class = model_class
+        loader = auto_class(model_class.__name__, config_of(source).get("model_type"))
+        # Evolla's are served under a config that is not theirs
+        self._loader = loader if loader and model_class.config_class in loader._model_mapping else model_class
 
     def quantized(self, source: Path, method: str, skips: list[str] | None = None) -> Any:
         return transformers_model(self._loader, source, method, skips=skips)
@@ -26,6 +28,9 @@ class Transformers:
 
     def loaded(self, folder: Path) -> tuple[Any, dict[str, list[str]]]:
         """The model, and what loading left over or missed."""
+        if hasattr(self._class, "load_speakers"):  # Qwen2.5-Omni: it takes the pair for a model, and saves no voices
+            torch.save({}, folder / "spk_dict.pt")
+            return self._loader.from_pretrained(folder), {}
         model, info = self._loader.from_pretrained(folder, output_loading_info=True)
         left = {key: sorted(map(str, names))[:3] for key, names in info.items() if names and key != "error_msgs"}
         return model, left

@@ -70,7 +70,7 @@ _NO_CALL = {
     "EasyAnimateInpaint.*": "asks its VAE for cache_mag_vae, which the class does not have",
     "HunyuanVideoImageToVideo.*": "looks for tokens that only the published tokenizer has",
     "Kandinsky3Img2Img.*": "asks its VQModel for latent_dist, which the class does not give",
-    "LongCatImageEdit.*|QwenImage(Edit.*|Layered)Pipeline|VisualCloze.*": _LARGE,
+    "Kandinsky5I2I.*|LongCatImageEdit.*|QwenImage(Edit.*|Layered)Pipeline|VisualCloze.*": _LARGE,
     "Kandinsky6SR.*": "takes films of at least 256 by 256 pixels, too many for a small model on a CPU",
     "MusicLDM.*": _GONE,
     "RFD4Proteina.*": "takes the features of a protein's residues, which the zoo does not have",
@@ -85,7 +85,9 @@ def no_call(pipeline: str) -> str:
 
 
 _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
-    ("AceStep.*", {"condition_encoder": {"text_hidden_dim": 64}}, {}),
+    ("AceStep.*", {"condition_encoder": {"text_hidden_dim": 64}}, {
+        "audio_duration": 0.5, "max_text_length": 16, "max_lyric_length": 16,
+    }),
     ("Allegro.*", {"transformer": {"attention_head_dim": 24, "cross_attention_dim": 48}}, {}),
     ("Amused.*", {
         "transformer": {"encoder_hidden_size": 64, "cond_embed_dim": 64}, "vqvae": {"num_vq_embeddings": 32},
@@ -317,6 +319,7 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "task_prompt": "a task", "content_prompt": "a cat",
         "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
     }),
+    ("WanAnimate.*", {}, {"segment_frame_length": 5}),
     ("(Wan|SkyReelsV2)ImageToVideo.*|ChronoEdit.*", {
         "transformer": {"in_channels": 36, "image_dim": 64, "added_kv_proj_dim": 64},
         "image_encoder": {}, "image_processor": {},

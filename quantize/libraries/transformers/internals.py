@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,6 +188,16 @@ def shares_generation_config(model_class: Any) -> bool:
         getattr(each.from_pretrained, "__func__", None) for each in (model_class, transformers.PreTrainedModel)
     )
     return own is not general
+
+
+def loader_of_weights(model_class: Any) -> Any:
+    """``from_pretrained`` of a class; the general one where the class's own looks for more files than weights, of which
+    there are none on the meta device: Qwen2.5-Omni's for its voices.
+    """
+    own = model_class.from_pretrained
+    if not shares_generation_config(model_class) or "cached_file" not in own.__code__.co_names:
+        return own
+    return partial(transformers.PreTrainedModel.from_pretrained.__func__, model_class)
 
 
 @contextmanager

@@ -17,7 +17,12 @@ from qz.formats.hub.bars import bars_as_found
 from qz.formats.json_files import read_json
 from qz.quantize.libraries.architecture import OF_QUANTIZATION, LoadRequest, TensorSpec
 from qz.quantize.libraries.transformers.classes import ModelClass
-from qz.quantize.libraries.transformers.internals import cheap_converters, no_init_weights, shares_generation_config
+from qz.quantize.libraries.transformers.internals import (
+    cheap_converters,
+    loader_of_weights,
+    no_init_weights,
+    shares_generation_config,
+)
 from qz.quantize.libraries.transformers.meta_stacks import meta_stacks
 from qz.quantize.libraries.transformers.origins import Model
 
@@ -49,7 +54,7 @@ def load(
                 store(folder / GENERATION_CONFIG, data)
                 generation = GenerationConfig.from_pretrained(folder)
             shared = generation if shares_generation_config(model_class.model) else None
-            model, info = model_class.model.from_pretrained(
+            model, info = loader_of_weights(model_class.model)(
                 None,
                 config=config_in_folder(checkpoint, model_class.config),
                 state_dict=state,

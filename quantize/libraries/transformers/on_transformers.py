@@ -100,6 +100,10 @@ def examine(
             transposed=transposed,
             conversion=origin.conversion,
         )
+        bias = model.get_submodule(path).bias
+        if request.method is not None and bias is not None and not in_float32(f"{path}.bias"):
+            # Of the module that the library makes anew, also inside of one that its class has made float32.
+            bias.data = bias.data.to(model.config.dtype)
 
     ignored = ignored_on_save(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
