@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from types import FrameType
@@ -22,7 +21,7 @@ import typer.main
 from qz import QzError, Unsupported, one_line
 from qz.cli.coercion import LeanCommand, LeanGroup
 from qz.cli.options.general import DebugOpt, VersionOpt
-from qz.cli.output import say, warn
+from qz.cli.output import say, warn, wrapped
 from qz.cli.streams import closed_pipe, spell_out
 from qz.out_of_memory import is_out_of_memory
 from qz.redaction import redact
@@ -248,14 +247,6 @@ def report(code: int, message: str, *, as_json: bool, trace: BaseException | Non
         sys.stdout.flush()
     except OSError:
         closed_pipe()
-
-
-def wrapped(line: str) -> list[str]:
-    """``line``, in a terminal broken at spaces where it is too long."""
-    if not sys.stderr.isatty():
-        return [line]
-    width = max(20, shutil.get_terminal_size().columns)
-    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [line]
 
 
 class Told(logging.Handler):

@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
@@ -200,9 +201,18 @@ def say(*lines: str, quiet: bool = False) -> None:
             tell((told if len(told) <= LONGEST_LINE else told[: LONGEST_LINE - 1] + "…") + "\n")
 
 
+def wrapped(line: str) -> list[str]:
+    """``line``, in a terminal broken at spaces where it is too long. Secrets go first: a break may hide one."""
+    line = redact(plain(line))
+    if not sys.stderr.isatty():
+        return [line]
+    width = max(20, shutil.get_terminal_size().columns)
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [line]
+
+
 def warn(text: str) -> None:
     """A warning on stderr, also with ``--quiet``."""
-    say(f"Warning: {text}")
+    say(*wrapped(f"Warning: {text}"))
 
 
 def show(value: object, *, as_json: bool, text: str, done: str = "") -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from in_toto_attestation.v1.statement import Statement
 from conftest import Qz
 from hub_server import connected
 from pipelines import flux
-from qz import MalformedInput, MissingInput, OutputRefused, Unsupported, UsageError, api
+from qz import MalformedInput, MissingInput, OutputRefused, PermissionRefused, Unsupported, UsageError, api
 from qz.cli.reports.markup import page, section
 from qz.formats.attestation.attest import _require_no_other_signature
 from qz.formats.attestation.signing import require_signed
@@ -202,6 +203,23 @@ def test_an_output_that_is_not_as_it_was_written_is_not_attested(tiny_llama: Pat
     with pytest.raises(MalformedInput, match="is not what was written"):
         api.attest(made)
     assert not (made / "qz.statement.json").exists()
+
+
+def test_a_folder_that_takes_no_new_file_is_told(quantized: Path) -> None:
+    user = os.geteuid()
+    with TemporaryDirectory() as place:  # pytest's own are closed to others
+        Path(place).chmod(0o755)
+        output = Path(shutil.copytree(quantized, Path(place) / "made"))
+        api.attest(output)  # imports what another user may not read
+        output.chmod(0o555)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            with pytest.raises(PermissionRefused, match="attest a copy of it"):
+                api.attest(output)
+        finally:
+            os.seteuid(user)
+            output.chmod(0o755)
 
 
 def test_model_signing_checks_what_is_signed(made: Path, keys: tuple[Path, Path], tmp_path: Path, qz: Qz) -> None:

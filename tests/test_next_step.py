@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.utils._validators import validate_repo_id
 
 import original_names
 import pipelines
@@ -20,7 +21,7 @@ from hub_server import connected
 from mixtures import mixture
 from qz.cli.calibrate import next_command
 from qz.cli.push import push
-from qz.cli.reports.next_step import after_output
+from qz.cli.reports.next_step import after_output, repository_name
 from qz.formats.publish.model_card.card_facts import facts_here
 from qz.formats.publish.model_card.snippet import Here, loading
 from qz.quantize.planning.budget.sensitivity import Scores
@@ -176,6 +177,22 @@ def test_with_a_gpu_diffusers_own_call_is_told(sources: Path, tmp_path: Path, fo
     assert forked_qz("quantize", sources / "flux", "-o", tmp_path / "out").returncode == 0
     lines = loading(facts_here(tmp_path / "out"), Here("./out", gpu=True))
     assert lines[-1] == 'pipeline = DiffusionPipeline.from_pretrained("./out", dtype=torch.bfloat16)'
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("llama-nf4", "llama-nf4"),
+        ("mein Modell ü-nf4", "mein-Modell-nf4"),
+        ("a..b--c.git", "a-b-c"),
+        ("-.é", "model"),
+        ("x" * 200, None),
+    ],
+)
+def test_the_repository_that_is_proposed_has_a_name_that_the_hub_takes(folder: str, name: str | None) -> None:
+    proposed = repository_name(folder)
+    validate_repo_id(f"YOUR_NAME/{proposed}")
+    assert name in (proposed, None)
 
 
 def test_an_output_that_is_gone_or_damaged_by_then_fails_no_run(tmp_path: Path) -> None:

@@ -220,16 +220,24 @@ def test_what_a_run_took_counts_from_the_start_of_its_process() -> None:
     assert output.took(2.0, "cpu", 0) == "2.0 s on cpu"
 
 
-def test_an_error_is_broken_at_words_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_told_is_broken_at_words_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = "/a/very/long/path/that-is-not-to-be-broken/because/it/could/not/be/copied/then/from/the/terminal"
     line = f"Error: {path} does not exist. " + "Give a local folder, or a repository on the Hub. " * 3
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "60")
-    parts = app.wrapped(line)
+    parts = output.wrapped(line)
     assert " ".join(parts) == line.strip()
     assert all(len(part) <= 60 or part == path for part in parts)
+    output.warn("only 47% of the parameters are quantized; 11,948,928 stay in float32")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("are quantized;")
+    assert second == "11,948,928 stay in float32"
+    output.warn("the proxy refuses it with Authorization: Bearer abcdefghijklmnop")
+    assert "abcdef" not in capsys.readouterr().err, "where a line ends hides no token"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    assert app.wrapped(line) == [line]
+    assert output.wrapped(line) == [line]
 
 
 def test_on_windows_one_sentence_says_what_to_do(

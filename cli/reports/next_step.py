@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ACCOUNT = "YOUR_NAME"
 """Stands for the user's own account on the Hub."""
+MAX_NAME = 96
+"""Characters of a repository's name on the Hub, with the account."""
 
 
 def tell(*steps: Sequence[str]) -> None:
@@ -42,9 +44,15 @@ def after_output(output: Path) -> list[list[str]]:
         return []
     load = loading(facts, Here(place, gpu=may_have_a_gpu()))
     name = os.path.basename(os.path.realpath(output))
-    repository = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
-    publish = command("qz", "push", place, f"{ACCOUNT}/{repository}")
+    publish = command("qz", "push", place, f"{ACCOUNT}/{repository_name(name)}")
     return [["# Load it, in Python:", *filled(load)], ["# Publish it:", publish]]
+
+
+def repository_name(folder: str) -> str:
+    """The name of a folder as one that the Hub takes: letters, digits, ``-._``, no ``--`` or ``..``, 96 at most."""
+    name = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
+    name = re.sub(r"[-.]{2,}", "-", name)[: MAX_NAME - len(ACCOUNT) - 1].strip("-.").removesuffix(".git")
+    return name or "model"
 
 
 def after_push(pushed: PushResult) -> list[list[str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qz import MalformedInput, OutputRefused
+from qz import MalformedInput, OutputRefused, PermissionRefused
 from qz.formats.attestation.materials import materials
 from qz.formats.attestation.signing import sign
 from qz.formats.folder import LocalFolder
@@ -73,10 +73,10 @@ def attest(
         data = _encoded(subjects, found, own.record.about)
         own.require_same()
         _require_no_other_signature(output, data, sign_key)
-        write_whole(output / STATEMENT, [memoryview(data)])
+        _write(output / STATEMENT, data)
         if sign_key is not None:
             progress(Progress("Signing"))
-            write_whole(output / SIGNATURE, [memoryview(sign(output, sign_key, own.left_out))])
+            _write(output / SIGNATURE, sign(output, sign_key, own.left_out))
     finally:
         local.close()
     return Attested(
@@ -87,6 +87,16 @@ def attest(
         len(found),
         own.left_out,
     )
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_whole(path, [memoryview(data)])
+    except PermissionRefused as error:
+        raise PermissionRefused(
+            f"{path.parent} takes no new file: {path.name} lies beside the files that it is about. Change the "
+            "permissions of that folder, or attest a copy of it."
+        ) from error
 
 
 def _subject(file: OwnFile) -> dict[str, Any]:
