@@ -102,7 +102,8 @@ def _not_a_header(first: bytes | bytearray, length: int, size: int, where: str) 
         why = f"its header of {length} bytes does not fit in the {size} bytes there are"
         return Malformed("truncated", f"{where} is truncated: {why}. Download it again.")
     if first[8:9] == b"{" and length > MAX_HEADER:
-        return Malformed("header-malformed", f"{where} has a header of {length} bytes; {MAX_HEADER} are allowed.")
+        told = f"{where} has a header of {length} bytes; {MAX_HEADER} are allowed. Download it again."
+        return Malformed("header-malformed", told)
     why = "not a safetensors file, or is damaged: it has no valid header"
     return Malformed("not-safetensors", f"{where} is {why}. Download it again.")
 

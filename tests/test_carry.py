@@ -187,6 +187,15 @@ def test_the_modules_of_sentence_transformers_go_along(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a\nb.json", "\u202etxt.json", "a\udcff.json"])
+def test_a_name_that_no_output_may_have_is_told_before_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / name).write_text("{}")
+    with pytest.raises(MalformedInput, match=r"a name that no output may have.* Rename the file, or remove it\."):
+        companions.companions(LocalFolder(tmp_path))
+
+
 def test_links_out_of_the_folder_do_not_go_along(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of the user")
     folder = tmp_path / "model"

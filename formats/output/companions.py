@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from qz.formats.checkpoint.weights import PICKLED
 from qz.formats.folder import Folder, Range, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
-from qz.formats.malformed import Malformed
+from qz.formats.malformed import Malformed, quoted
+from qz.formats.output.recorded.record import require_safe_name
 from qz.formats.shards import STEMS
 
 if TYPE_CHECKING:
@@ -120,6 +121,16 @@ class Companion:
     file: str
     name: str
     bytes: int
+
+    def __post_init__(self) -> None:
+        try:
+            require_safe_name(self.name)
+        except ValueError:
+            raise Malformed(
+                "unsafe-name",
+                f"{self.folder.location} holds {quoted(self.file)}, a name that no output may have: "
+                "it holds what cannot be shown, or is too long. Rename the file, or remove it.",
+            ) from None
 
 
 def companions(folder: Folder) -> tuple[Companion, ...]:
