@@ -85,8 +85,8 @@ def no_call(pipeline: str) -> str:
 
 
 _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
-    ("AceStep.*", {"condition_encoder": {"text_hidden_dim": 64}}, {
-        "audio_duration": 0.5, "max_text_length": 16, "max_lyric_length": 16,
+    ("AceStep.*", {"condition_encoder": {"text_hidden_dim": 64}, "transformer": {"in_channels": 136}}, {
+        "audio_duration": 0.02, "max_text_length": 16, "max_lyric_length": 16,
     }),
     ("Allegro.*", {"transformer": {"attention_head_dim": 24, "cross_attention_dim": 48}}, {}),
     ("Amused.*", {
@@ -319,7 +319,10 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "task_prompt": "a task", "content_prompt": "a cat",
         "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
     }),
-    ("WanAnimate.*", {}, {"segment_frame_length": 5}),
+    ("WanAnimate.*", {}, {
+        "segment_frame_length": 5, "prompt": None, "prompt_embeds": lambda _: values(1, 16, 64),
+        "negative_prompt_embeds": lambda _: values(1, 16, 64),
+    }),
     ("(Wan|SkyReelsV2)ImageToVideo.*|ChronoEdit.*", {
         "transformer": {"in_channels": 36, "image_dim": 64, "added_kv_proj_dim": 64},
         "image_encoder": {}, "image_processor": {},
