@@ -179,7 +179,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
 
 
 @pytest.fixture(scope="session")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def flux(forks: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds black-forest-labs/FLUX.1-dev, FLUX-shaped and tiny, and language models with a text."""
     place = tmp_path_factory.mktemp("flux")
     readers.some_text(place / "prose.txt")
@@ -193,8 +193,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repo = pipelines.flux(place / "black-forest-labs" / "FLUX.1-dev", halvings=5)
     pipelines.sd3(place / "my-pipeline", halvings=5, with_t5=False)  # a T5 is asked for 512 tokens a prompt
     shutil.copytree(repo / "transformer", place / "my-model")
-    command = [sys.executable, "-m", "qz", "quantize", "my-model", "--quiet"]
-    subprocess.run(command, cwd=place, env=environment(), capture_output=True, check=True)
+    assert forks.run("quantize", "my-model", "--quiet", cwd=place).code == 0
     (place / "my-model-nf4").rename(place / "made-before")
     for name in ("style", "character"):
         changed = "transformer.transformer_blocks.0.attn.to_q"
@@ -205,6 +204,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     original_names.single_file(original_names.sd3_names(model.state_dict()), place / "sd3.5_medium.safetensors")
     pipeline = full_checkpoints.sd15(place / "stable-diffusion-v1-5")
     full_checkpoints.sd15_file(pipeline, place / "dreamshaper_8.safetensors")
+    forks.warm("quantize", "my-pipeline", "--dry-run", "--quiet", cwd=place)
     return place
 
 
@@ -223,14 +223,13 @@ sys.exit(ended["code"])
 
 
 @pytest.fixture(scope="session")
-def quick(forks: Runner, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the front of PATH, whose ``qz`` runs the command in a fork of a process that is warm."""
-    forks.warm("quantize", "my-pipeline", "--dry-run", "--quiet", cwd=flux)
+def quick(forks: Runner, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH whose ``qz`` runs the command in a fork of a process that is warm."""
     folder = tmp_path_factory.mktemp("quick")
     script = folder / "qz"
     script.write_text(f"#!{sys.executable} -IS\n{QZ_BY_FORK.format(address=forks.address)}")
     script.chmod(0o755)
-    return folder
+    return f"{folder}:{environment()['PATH']}"
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -251,7 +250,7 @@ def halfway(place: Path, line: str) -> str:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any("qz " in line for line in shell_lines(page))], ids=named
 )
-def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path, quick: Path) -> None:
+def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path, quick: str) -> None:
     """Word for word, on tiny models that lie where the names lead. Publishing is tested with its own server."""
     place = tmp_path / "here"
     shutil.copytree(flux, place)
@@ -265,7 +264,7 @@ def test_the_shell_lines_run(page: Path, flux: Path, tmp_path: Path, quick: Path
             result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", line],
                 cwd=place,
-                env=environment() | {"PATH": f"{quick}:{os.environ['PATH']}"},
+                env=environment(PATH=quick),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -410,17 +409,17 @@ def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path) -> 
     ],
 )
 def test_no_input_of_the_action_becomes_an_option(
-    name: str, value: str, code: int, tiny_llama: Path, tmp_path: Path
+    name: str, value: str, code: int, tiny_llama: Path, tmp_path: Path, quick: str
 ) -> None:
-    result = run_step("Quantize", tmp_path, {"source": str(tiny_llama), name: value})
+    result = run_step("Quantize", tmp_path, {"source": str(tiny_llama), name: value}, PATH=quick)
     assert result.returncode == code, result.stderr
     assert not (tmp_path / "quantized").exists()
     assert "Usage" not in result.stdout
 
 
-def test_the_name_of_an_output_is_one_output_of_the_action(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_name_of_an_output_is_one_output_of_the_action(tiny_llama: Path, tmp_path: Path, quick: str) -> None:
     name = "-x\nsha256=evil\ninjected=1"
-    result = run_step("Quantize", tmp_path, {"source": str(tiny_llama), "output": name})
+    result = run_step("Quantize", tmp_path, {"source": str(tiny_llama), "output": name}, PATH=quick)
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "output").read_text()
     found = re.match(r"output<<([0-9a-f]{32})\n(.*?)\n\1\n", text, re.DOTALL)
@@ -429,7 +428,7 @@ def test_the_name_of_an_output_is_one_output_of_the_action(tiny_llama: Path, tmp
     rest = dict(line.split("=", 1) for line in text[found.end() :].splitlines())
     assert {"output", *rest} == set(ACTION["outputs"])
     assert rest["sha256"] != "evil"
-    assert run_step("Verify", tmp_path, {"output": name}).returncode == 0
+    assert run_step("Verify", tmp_path, {"output": name}, PATH=quick).returncode == 0
 
 
 def test_the_action_reads_and_publishes_without_a_stored_token(tiny_llama: Path, tmp_path: Path) -> None:
