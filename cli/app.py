@@ -49,10 +49,10 @@ EXAMPLES = {
         "qz quantize ./my-model --int8 --output my-model-int8",
         "qz quantize ./my-model --skip lm_head --dry-run",
     ),
-    "inspect": ("qz inspect ./my-model-nf4", "qz inspect ./my-model --tensors --filter '*.attn.*'"),
+    "inspect": ("qz inspect ./my-model-nf4", "qz inspect ./my-model --tensors --filter '*.0.*'"),
     "dequantize": ("qz dequantize ./my-model-nf4 --dtype bf16", "qz dequantize ./my-model-nf4 --against ./my-model"),
     "push": ("qz push ./my-model-nf4 me/my-model-nf4", "qz push ./my-model-nf4 me/my-model-nf4 --dry-run"),
-    "merge": ("qz merge ./my-model-nf4",),
+    "merge": ("qz merge ./my-model-nf4", "qz merge ./my-model-nf4 --push me/my-model-nf4"),
     "verify": ("qz verify ./my-model-nf4", "qz verify ./my-model-nf4 --against ./my-model --sample 5%"),
     "attest": ("qz attest ./my-model-nf4", "qz attest ./my-model-nf4 --source ./my-model --sign-key key.pem"),
     "calibrate": (

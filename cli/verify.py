@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MOST = 20
 """Differences that the table shows; the JSON has all."""
-DIFFERENCES = (Column("differs", foldable=True), Column("how", foldable=True), Column("explained by", foldable=True))
+DIFFERENCES = (Column("where", foldable=True), Column("what", foldable=True), Column("explained by", foldable=True))
 
 
 def verify(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import qz as package
 from conftest import Qz
 from pace import HANG
 from qz import QzError
-from qz.cli.app import app, explain
+from qz.cli.app import EXAMPLES, app, explain
 from qz.cli.options.values import parse_size
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.settings import Settings
@@ -94,6 +95,11 @@ def test_every_command_and_every_option_has_help(name: str) -> None:
     for param in command.params:
         assert param.help, param.name
         assert param.help.endswith("."), param.name
+    options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+    assert 2 <= len(EXAMPLES[name]) <= 3
+    for program, verb, *words in map(shlex.split, EXAMPLES[name]):
+        assert (program, verb) == ("qz", name)
+        assert {word for word in words if word.startswith("-")} <= options
 
 
 def test_an_option_means_the_same_in_every_command() -> None:

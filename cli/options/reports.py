@@ -49,7 +49,7 @@ AgainstOpt = Annotated[
 TensorsOpt = Annotated[bool, PANEL.flag("--tensors", help="List the tensors, similar layers grouped.")]
 FilterOpt = Annotated[
     str | None,
-    PANEL.option("--filter", metavar="GLOB", help="With --tensors, list each tensor whose name matches: '*.attn.*'."),
+    PANEL.option("--filter", metavar="GLOB", help="With --tensors, list each tensor whose name matches: '*.0.*'."),
 ]
 PlanOpt = Annotated[
     bool, PANEL.flag("--plan", help="Estimates from the real plan, which loads the model's library (slower).")
