@@ -26,6 +26,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from qz import QzError, api
@@ -43,6 +44,7 @@ from qz.formats.output.shares import PART_FILE, Share, ShareReceipt, read_share
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 from qz.quantize.adapters.changes import Changes
+from qz.quantize.calibration.running.unfinished import Sums, Unfinished
 from qz.quantize.convert import plan_quantization
 from qz.quantize.importance.matching import read_importance
 from qz.quantize.importance.statistics import InputSums, write_statistics
@@ -518,6 +520,34 @@ def _at(file: Any, offset: int, length: int) -> bytes:
     return bytes(file.read(length))
 
 
+class Calibrations(Target):
+    """The journal of an interrupted calibration, where there is no key to seal it with."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.output, self.asked = folder / "x", {"source": {"files": {"a": [1, 2]}}, "tokens": 64}
+        with contextlib.closing(Unfinished(self.output, resume=True)) as kept:
+            kept.open(self.asked)
+            kept.begin([[1, 2, 3], [4, 5]])
+            output = [[torch.ones(2), (torch.zeros(1), None)]]
+            kept.keep("layers.0", output, {"q": np.ones(4)}, Sums(tokens={"q": 5}, first={"q": "a"}))
+        self.files = {path: path.read_bytes() for path in kept.folder.iterdir()}
+        self.journal = kept.folder / "journal.json"
+        self.value = json.loads(self.journal.read_text())
+        self.value.pop("mark", None)
+
+    def feed(self, mutator: Mutator) -> bytes:
+        for path, data in self.files.items():
+            path.write_bytes(data)
+        data = json.dumps(mutator.tree(self.value) | {"fingerprint": self.asked}).encode()
+        self.journal.write_bytes(data)
+        with told(data), contextlib.closing(Unfinished(self.output, resume=True)) as kept:
+            kept.open(self.asked)
+            kept.find("layers.0", torch.device("cpu"))
+            assert all(type(token) is int for row in kept.rows for token in row)
+        return data
+
+
 class Comparisons(Target):
     """What an interrupted ``qz verify`` left in the cache."""
 
@@ -541,6 +571,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "statements": Statements,
     "adapters": Adapters,
     "comparisons": Comparisons,
+    "calibrations": Calibrations,
     "GGUF headers": GgufHeaders,
     "classes": Configs,
 }

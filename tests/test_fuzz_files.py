@@ -14,6 +14,7 @@ BUILD = ("classes", "GGUF headers")
 @pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_mutated_files_of_each_kind_are_read_or_refused(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("QZ_CACHE", "")
     assert fuzz(name, seed=20, count=count) == count
 
 

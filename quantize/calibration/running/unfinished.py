@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qz import IOFailed, OutputRefused, QzError, TryAgain
+from qz import IOFailed, MalformedInput, OutputRefused, QzError, TryAgain
 from qz.formats.file_hash import sha256_of
 from qz.formats.malformed import quoted
 from qz.formats.output.resuming.seal import is_sealed, seal, user_key
@@ -34,7 +34,7 @@ from qz.quantize.calibration.running.nested import is_library_output, is_of_a_li
 JOURNAL, LOCK = "journal.json", "lock"
 BLOCK = re.compile(r"block-\d{5,}\.safetensors")
 OWN = re.compile(rf"{LOCK}|(?:{re.escape(JOURNAL)}|{BLOCK.pattern})(?:\.[0-9a-f]{{8}}\.partial)?")
-MOST_JOURNAL_BYTES = 1 << 30
+MOST_JOURNAL_BYTES = 1 << 26
 """It has all tokens of the text, and the form of what every part returned."""
 
 
@@ -138,8 +138,9 @@ class Unfinished:
         from safetensors.torch import load_file
 
         block = self._journal.blocks[self._numbers[part]]
-        tensors = load_file(self.folder / block["file"])
-        return [[_built(each, tensors, device) for each in calls] for calls in block["outputs"]]
+        with self._reading():
+            tensors = load_file(self.folder / block["file"])
+            return [[_built(each, tensors, device) for each in calls] for calls in block["outputs"]]
 
     def keep(
         self, part: str, outputs: Sequence[Sequence[Any]], values: Mapping[str, NDArray[np.float64]], sums: Sums
@@ -187,11 +188,38 @@ class Unfinished:
             mark = value.pop("mark", None)
             if key is None or is_sealed(mark, key, _canonical(value)):
                 found = _Journal(**{**value, "sums": Sums(**value["sums"])})
-                if all(self._claims.fullmatch(file) for file in (*found.claimed, *found.sums.files)) and all(
-                    BLOCK.fullmatch(block["file"]) for block in found.blocks
-                ):
+                if self._is_plausible(found):
                     return found
         return None
+
+    def _is_plausible(self, found: _Journal) -> bool:
+        """Whether the values are of the kinds that are written; where there is no key, anyone may have written them.
+
+        Raises what comes of values that are none.
+        """
+        sums, counts = found.sums, [token for row in found.rows for token in row]
+        texts = [block[key] for block in found.blocks for key in ("part", "file", "sha256")]
+        texts += [*sums.whole, *(text for table in (sums.first, sums.files, sums.places) for text in table.values())]
+        return (
+            type(found.rows) is list
+            and all(self._claims.fullmatch(file) for file in (*found.claimed, *sums.files))
+            and all(BLOCK.fullmatch(block["file"]) for block in found.blocks)
+            and all(type(count) is int and count >= 0 for count in (*counts, *sums.tokens.values()))
+            and all(isinstance(text, str) for text in texts)
+        )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise MalformedInput for whatever comes of a journal that does not fit the files that it lists."""
+        try:
+            yield
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise MalformedInput(
+                f"{self.folder / JOURNAL} cannot be read ({type(error).__name__}): it is not what qz wrote. Start over "
+                "with --no-resume."
+            ) from error
 
     def _is_whole(self, journal: _Journal) -> bool:
         """Whether everything that the journal lists is there, as it was written."""
@@ -205,7 +233,7 @@ class Unfinished:
     def _read_values(self, block: Mapping[str, Any]) -> None:
         from safetensors import safe_open
 
-        with safe_open(self.folder / block["file"], "np") as opened:
+        with self._reading(), safe_open(self.folder / block["file"], "np") as opened:
             for key in opened.keys():  # noqa: SIM118  it is no mapping
                 if key.startswith("sum "):
                     self.values[key.removeprefix("sum ")] = opened.get_tensor(key)
