@@ -205,7 +205,8 @@ class _Survey:
             data = read_file(self.folder, "config.json", MAX_CONFIG_BYTES)
             config = read_json(data, self.path("config.json"), limit=MAX_CONFIG_BYTES)
         except QzError as error:
-            self.problems.add_error(error, "config.json", missing="config-missing", instead=self.instead())
+            instead = "" if "config.json" in self.sizes else self.instead()
+            self.problems.add_error(error, "config.json", missing="config-missing", instead=instead)
             return None
         if "model_type" not in config and "pretrained_cfg" in config:  # of timm; as transformers reads it
             config = config | {"model_type": "timm_wrapper"}
