@@ -11,7 +11,6 @@ from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.quantize.methods import Method
 from qz.quantize.planning.nearest import nearest
-from qz.quantize.planning.unquantized import is_bitsandbytes
 from qz.quantize.planning.unreadable import KEPT
 
 if TYPE_CHECKING:
@@ -169,6 +168,8 @@ def _despite_convolutions(pipeline: Pipeline, method: Method, choices: list[Choi
         quantized = [choice.name for choice in choices if choice.component.quantization is not None]
         where = pipeline.folder.location
         if quantized:
+            from qz.quantize.planning.unquantized import is_bitsandbytes  # numpy, which `qz inspect` does not need
+
             checkpoints = filter(None, (choice.component.checkpoint for choice in choices))
             known = any(map(is_bitsandbytes, checkpoints))
             start = f"Run `qz dequantize {where}` first" if known else "Start from the original weights"
