@@ -12,7 +12,7 @@ import pytest
 
 from hub_server import HubServer, connected
 from pipelines import flux
-from qz import QzError, api
+from qz import MalformedInput, QzError, api
 from qz.formats import promised
 from qz.formats.output.recorded.record import RECORD
 from readers import model_folder
@@ -94,6 +94,20 @@ def test_whoever_reads_the_weights_refuses(place: Path, tmp_path: Path) -> None:
     refused(original / weights, api.quantize, original, out, **ON_CPU)
     refused(original / weights, api.dequantize, place / "single", out, against=original, **ON_CPU)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("at", [5, 20, 300, 700])
+def test_a_large_file_whose_header_is_damaged_is_one_that_qz_verify_tells_of(
+    place: Path, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promised, "SMALL", 4096)
+    copy = Path(shutil.copytree(place / "single", tmp_path / "copy"))
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[at] ^= 1 << at % 8
+    (copy / "model.safetensors").write_bytes(data)
+    with pytest.raises(MalformedInput, match="`qz verify .*`"):
+        api.dequantize(copy, tmp_path / "back", device="cpu")
+    assert [problem.kind for problem in api.verify(copy).problems] == ["hash-differs"]
 
 
 def test_a_component_is_compared_with_the_record_of_the_whole(place: Path, tmp_path: Path) -> None:

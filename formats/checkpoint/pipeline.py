@@ -241,7 +241,10 @@ def component_in(
     checkpoint, problems = survey(folder, variant if has_variant else None)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or checkpoint is None:
-        unread = Unread(frozenset(problem.kind for problem in errors), as_error(folder.location, errors))
+        unread = Unread(
+            frozenset(problem.kind for problem in errors),
+            as_error(folder.location, errors, recorded=bool(folder.promised)),
+        )
         return Component(name, library, class_name, folder, first=first, unread=unread)
     if variant is not None and not has_variant:
         other = f"{folder.location} has no weights of the variant {quoted(variant)}; the plain ones are taken"

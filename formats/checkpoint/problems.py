@@ -306,21 +306,28 @@ def worst_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
     return tuple(sorted(problems, key=lambda problem: _place(problem.kind)))
 
 
-def require_none(location: str, problems: Iterable[Problem], *, but: Container[str] = ()) -> None:
-    """Raise one error for all of ``problems`` that are errors, of other kinds than those in ``but``."""
+def require_none(
+    location: str, problems: Iterable[Problem], *, but: Container[str] = (), recorded: bool = False
+) -> None:
+    """Raise one error for all of ``problems`` that are errors, of kinds that are not in ``but``: see ``as_error``."""
     errors = [each for each in problems if each.severity == "error" and each.kind not in but]
     if errors:
-        raise as_error(location, errors)
+        raise as_error(location, errors, recorded=recorded)
 
 
-def as_error(location: str, problems: Sequence[Problem]) -> QzError:
-    """One error for all of ``problems``, worst first: at most ``LINES`` lines, one a kind, naming where each occurs."""
+def as_error(location: str, problems: Sequence[Problem], *, recorded: bool = False) -> QzError:
+    """One error for all of ``problems``, worst first: at most ``LINES`` lines, one a kind, naming where each occurs.
+
+    ``recorded``: a record says what the files were, so one line more tells how to compare them with it.
+    """
     kinds: dict[str, list[Problem]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem)
     error, _ = ERRORS.get(problems[0].kind, (MalformedInput, ""))
+    is_damage = recorded and issubclass(error, MalformedInput) and "`qz verify`" not in problems[0].message
+    further = [f"qz wrote this: `qz verify {location}` tells which files are not as its qz.json says."] * is_damage
     if len(problems) == 1:
-        return error(problems[0].message)
+        return error(problems[0].message, *further)
     lines = []
     for alike in kinds.values():
         others = [problem.where for problem in alike[1:]]
@@ -329,4 +336,4 @@ def as_error(location: str, problems: Sequence[Problem]) -> QzError:
     if len(lines) > LINES - 1:
         rest = ", ".join(f"{kind} ({len(alike)})" for kind, alike in list(kinds.items())[LINES - 2 :])
         lines = [*lines[: LINES - 2], f"Also: {rest}. `qz inspect {location}` lists them all."]
-    return error(f"{location} has {len(problems)} problems:", *lines)
+    return error(f"{location} has {len(problems)} problems:", *lines, *further)

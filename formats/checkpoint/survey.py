@@ -99,7 +99,7 @@ class Checkpoint:
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
     """The checkpoint in ``folder``, or one error that names all of its: MissingInput, MalformedInput, Unsupported, …"""
     checkpoint, problems = survey(folder, variant)
-    require_none(folder.location, problems)
+    require_none(folder.location, problems, recorded=bool(folder.promised))
     assert checkpoint is not None  # without one there is an error
     return checkpoint
 

@@ -157,7 +157,7 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
         )
     damaged = [problem for problem in problems if problem.kind in DAMAGED]
     if damaged:
-        raise as_error(where, damaged)
+        raise as_error(where, damaged, recorded=bool(checkpoint.folder.promised))
     if not weights:
         raise nothing_quantized(checkpoint, problems)
     return weights
