@@ -105,7 +105,7 @@ def test_a_large_file_whose_header_is_damaged_is_one_that_qz_verify_tells_of(
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[at] ^= 1 << at % 8
     (copy / "model.safetensors").write_bytes(data)
-    with pytest.raises(MalformedInput, match="`qz verify .*`"):
+    with pytest.raises(MalformedInput, match=r"`qz verify .*`"):
         api.dequantize(copy, tmp_path / "back", device="cpu")
     assert [problem.kind for problem in api.verify(copy).problems] == ["hash-differs"]
 
