@@ -131,6 +131,12 @@ class Interruption:
     def again(self, *_: object) -> None:
         raise self.error
 
+    def became(self, error: Exception) -> None:
+        """What the interrupt was turned into on its way, as by a library that was being imported, and is told of it."""
+        self.error.__context__ = error
+        for note in getattr(error, "__notes__", ()):
+            self.error.add_note(note)
+
     @property
     def exit_code(self) -> int:
         return 128 + (self.signal or signal.SIGINT)
@@ -168,7 +174,7 @@ def run(args: Sequence[str]) -> int:
             code, message = explain(error)
             report(code, message, as_json=as_json, trace=error if debug else None)
             return code
-        interruption.error.__context__ = error  # what the interrupt became on its way, in a library being imported
+        interruption.became(error)
         code = 130
     if code == 130:  # also what Typer makes of KeyboardInterrupt
         code = interruption.exit_code

@@ -682,8 +682,8 @@ def test_another_command_is_refused_naming_the_difference(tmp_path: Path) -> Non
     interrupted(tmp_path / "out")
     before = contents(tmp_path)
     other = {**FINGERPRINT, "method": "int8", "source": {"commit": "4567ef"}, "threshold": 6.0}
-    with pytest.raises(OutputRefused) as caught:
-        Staging(tmp_path / "out", other, needed=0)
+    with pytest.raises(OutputRefused) as caught, Staging(tmp_path / "out", other, needed=0):
+        pass
     message = str(caught.value)
     assert "method: nf4 → int8, commit: 0123abcd → 4567ef, threshold: none → 6.0. " in message
     assert "--no-resume" in message
@@ -999,7 +999,7 @@ def test_a_lock_that_the_file_system_refuses_leaves_nothing_and_says_where_to_wr
         (IOFailed, "run the same command again") if code == errno.EIO else (OutputRefused, "on another file system")
     )
     for begin in (
-        lambda: Staging(tmp_path / "new/out", FINGERPRINT, needed=0, disk=Disk(hook=refuse)),
+        Staging(tmp_path / "new/out", FINGERPRINT, needed=0, disk=Disk(hook=refuse)).__enter__,
         lambda: check_room(tmp_path / "new/out", 0, Disk(hook=refuse)),
     ):
         with pytest.raises(kind, match=advice):
@@ -1011,20 +1011,19 @@ def test_whatever_fails_while_a_run_begins_leaves_nothing(tmp_path: Path) -> Non
     """A lock, a look, the journal's first line, the staged folder; with new parents, and without."""
     for output in (tmp_path / "new/out", tmp_path / "out"):
         counter = At(-1, die)
-        begun = Staging(output, FINGERPRINT, needed=0, disk=Disk(hook=counter))
-        total = counter.count
-        begun.__exit__(None, None, None)
+        with Staging(output, FINGERPRINT, needed=0, disk=Disk(hook=counter)):
+            total = counter.count
         for number in range(total):
             at = At(number, FailWith(errno.EIO))
-            with pytest.raises(IOFailed):
-                Staging(output, FINGERPRINT, needed=0, disk=Disk(hook=at))
+            with pytest.raises(IOFailed), Staging(output, FINGERPRINT, needed=0, disk=Disk(hook=at)):
+                pass
             assert os.listdir(tmp_path) == [], at.where
 
 
 def test_a_dead_run_holds_no_lock(tmp_path: Path, reference: dict[str, bytes]) -> None:
     def run() -> None:
-        staging = Staging(tmp_path / "out", FINGERPRINT, needed=0)
-        die(str(staging.output))
+        with Staging(tmp_path / "out", FINGERPRINT, needed=0) as staging:
+            die(str(staging.output))
 
     assert in_child(run) == -signal.SIGKILL
     make(tmp_path / "out")
@@ -1043,8 +1042,8 @@ def test_a_lock_on_a_journal_that_its_owner_just_removed_does_not_count(tmp_path
 
     with Staging(tmp_path / "out", FINGERPRINT, needed=0, disk=Disk(hook=remove_once)):
         assert removed == [str(journal)]
-        with pytest.raises(TryAgain):
-            Staging(tmp_path / "out", FINGERPRINT, needed=0)
+        with pytest.raises(TryAgain), Staging(tmp_path / "out", FINGERPRINT, needed=0):
+            pass
 
 
 @in_small_process

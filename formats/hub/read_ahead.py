@@ -98,7 +98,8 @@ class ReadAhead:
         self._broken: BaseException | None = None  # nothing more is fetched; what is there may be read
         self._closed = False
         self._again: list[_Segment] = []
-        self._change = threading.Condition()
+        self._lock = threading.RLock()
+        self._change = threading.Condition(self._lock)
         count = min(self._pace.connections, self._most, len(self._order))
         self._threads = [threading.Thread(target=self._work, name="qz-hub", daemon=True) for _ in range(count)]
         for thread in self._threads:
@@ -131,12 +132,12 @@ class ReadAhead:
 
     def is_verified(self, name: str) -> bool:
         """Whether the whole file has arrived and has the promised hash."""
-        with self._change:
+        with self._lock:
             return self._streams[name].done
 
     def finish(self) -> None:
         """Fetch what is left without keeping it, and raise MalformedInput if a file's hash is not the promised one."""
-        with self._change:
+        with self._lock:
             for segment in self._order:
                 segment.unread = 0
             for segment in list(self._held):
@@ -150,7 +151,7 @@ class ReadAhead:
 
     def close(self) -> None:
         """Stop the threads; what still waits gets an error."""
-        with self._change:
+        with self._lock:
             self._closed = True
             self._change.notify_all()
         deadline = time.monotonic() + 0.5  # one that waits for the network ends by its own timeout
@@ -161,7 +162,7 @@ class ReadAhead:
 
     def _hold(self, segment: _Segment) -> bool:
         """Wait until ``segment`` can be read, and keep it; False if its bytes were given up."""
-        with self._change:
+        with self._lock:
             moves, since = self._moves, time.monotonic()
             while segment.state in (_State.WAITING, _State.FETCHING):
                 self._raise()
@@ -181,7 +182,7 @@ class ReadAhead:
             return True
 
     def _let_go(self, segment: _Segment, length: int) -> None:
-        with self._change:
+        with self._lock:
             segment.readers -= 1
             segment.unread -= length
             self._moves += 1
@@ -197,7 +198,7 @@ class ReadAhead:
     def _fetch_again(self, segment: _Segment) -> memoryview:
         """The bytes of a segment that was given up, or is read a second time; compared with what was hashed."""
         with segment.again:  # one thread fetches for all that want it
-            with self._change:
+            with self._lock:
                 for kept in self._again:
                     if kept.stream is segment.stream and kept.number == segment.number:
                         return kept.view
@@ -206,7 +207,7 @@ class ReadAhead:
             self._fetch(segment.stream.file.name, segment.start, copy.view)
             if not segment.stream.same(copy):
                 raise self._differs(segment.stream)
-            with self._change:
+            with self._lock:
                 self._again = [*self._again[1 - AGAIN :], copy]  # neighbours are often read next
             return copy.view
 
@@ -221,13 +222,13 @@ class ReadAhead:
             try:
                 self._fetch(segment.stream.file.name, segment.start, segment.view)
             except BaseException as error:  # noqa: BLE001 - it is raised in the readers that get that far
-                with self._change:
+                with self._lock:
                     self._broken = self._broken or error
                     segment.failed = True
                     self._fetching -= 1
                     self._change.notify_all()
                 return
-            with self._change:
+            with self._lock:
                 segment.state = _State.READY
                 self._fetching -= 1
                 self._moves += 1
@@ -235,14 +236,14 @@ class ReadAhead:
             try:
                 self._hash(segment.stream)
             except BaseException as error:  # noqa: BLE001 - it is raised in every reader
-                with self._change:
+                with self._lock:
                     self._failure = self._failure or error
                     self._change.notify_all()
                 return
 
     def _take(self) -> _Segment | None:
         """The next segment, with a buffer; None when there is nothing left to do."""
-        with self._change:
+        with self._lock:
             while True:
                 if self._closed or self._failure or self._broken or self._next >= len(self._order):
                     return None
@@ -277,13 +278,13 @@ class ReadAhead:
     def _hash(self, stream: _Stream) -> None:
         """Hash as far as the segments of ``stream`` are there, unless another thread is at it."""
         while True:
-            with self._change:
+            with self._lock:
                 segment = stream.next_to_hash()
                 if stream.hashing or segment is None:
                     return
                 stream.hashing = True
             same = stream.update(segment)  # the slow part, without the lock
-            with self._change:
+            with self._lock:
                 stream.hashing = False
                 segment.hashed = True
                 stream.hashed += 1

@@ -89,21 +89,19 @@ class Staging:
         disk: Disk | None = None,
         resumable: Resumable | None = None,
     ) -> None:
-        """Lock the output, refuse what cannot work, and find what an earlier run has done.
+        """What ``with`` is to take; see ``__enter__``.
 
         ``fingerprint``: JSON values; what must be the same for a resumed run to give the same bytes. ``needed``: bytes
         of the whole output. ``about``: JSON values for the record in the output, nothing private.
         ``resumable``: the files that may be kept from an earlier run, with the layout of shards; all, if it is not
-        given.
-
-        Raises OutputRefused (it exists; an interrupted run with another fingerprint is there), TryAgain (another run
-        holds it), IOFailed (too little space), PermissionRefused.
+        given. Raises OutputRefused for a name that no output may have.
         """
         self._disk = disk or Disk()
         require_name(output)
         self.output = in_real_folder(output)
         self._name = output.name
         self._resumable = resumable
+        self._fingerprint, self._needed, self._resume = fingerprint, needed, resume
         self._overwrite, self._about = overwrite, dict(about or {})
         self._unfinished: set[str] = set()
         self._written: dict[str, WrittenFile] = {}
@@ -111,6 +109,15 @@ class Staging:
         self._committed = False
         self._partial: Directory | None = None
         self._descriptors: Descriptors | None = None
+
+    def __enter__(self) -> Self:
+        """Lock the output, refuse what cannot work, and find what an earlier run has done.
+
+        An interrupt undoes it, or comes in the block: Python looks for one when it calls, not between the two.
+
+        Raises OutputRefused (it exists; an interrupted run with another fingerprint is there), TryAgain (another run
+        holds it), IOFailed (too little space), PermissionRefused.
+        """
         self._new_parents = self._disk.make_folder(self.output.parent)
         try:
             self._parent = Directory.at(self._disk, self.output.parent)
@@ -120,7 +127,7 @@ class Staging:
         locked = False
         try:
             if self._parent.kind(self._name + JOURNAL) is None:
-                refuse_output(self._parent, self._name, overwrite)
+                refuse_output(self._parent, self._name, self._overwrite)
                 refuse_foreign_partial(self._parent, self._name)
             with defer_signals():
                 self._journal = Journal(self._parent, self._name + JOURNAL, user_key())
@@ -129,8 +136,8 @@ class Staging:
                 if self._parent.kind(self._name + PARTIAL) == "folder":
                     self._partial = self._parent.enter(self._name + PARTIAL)
                 recover(self._parent, self._name)
-                refuse_output(self._parent, self._name, overwrite)
-                self._prepare(as_fingerprint(fingerprint), needed, resume)
+                refuse_output(self._parent, self._name, self._overwrite)
+                self._prepare(as_fingerprint(self._fingerprint))
         except BaseException as error:
             if locked:
                 self._leave(error)
@@ -138,19 +145,22 @@ class Staging:
                 self._remove_new_parents()
             self._parent.close()
             raise
+        return self
 
-    def _prepare(self, fingerprint: dict[str, Any], needed: int, resume: bool) -> None:
+    def _prepare(self, fingerprint: dict[str, Any]) -> None:
         journal, parent, partial = self._journal, self._parent, self._name + PARTIAL
         if self._partial is None and parent.kind(partial) is not None:
             raise OutputRefused(f"{parent.path / partial} is not a folder. Move it away.")
-        found = take_over(journal, self._partial, fingerprint, self._resumable, parent.path / partial, resume=resume)
+        found = take_over(
+            journal, self._partial, fingerprint, self._resumable, parent.path / partial, resume=self._resume
+        )
         self.resumed, self.finished, self.begun, self.notes = bool(found), found.finished, found.begun, found.notes
         self._written = dict(found.finished)
         if found:
             sweep(self._staged, keep=found.names)
         else:
             self._remove_partial()
-        self._require_space(needed - self._bytes_there())
+        self._require_space(self._needed - self._bytes_there())
         if not found:
             journal.start(fingerprint)
             parent.sync()
@@ -356,9 +366,6 @@ class Staging:
         if self._descriptors is not None:
             self._descriptors.close_all()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._committed:
             self._leave(error)
@@ -373,7 +380,7 @@ class Staging:
         interrupted = isinstance(error, KeyboardInterrupt)
         with nullcontext() if interrupted else defer_signals():  # the signal after an interrupt is not to wait
             self._tidy_up()
-        if isinstance(error, KeyboardInterrupt):
+        if error is not None:  # an interrupt may have become something else on its way
             error.add_note(kept_in_words(len(self._journal.finished), len(self._journal.pieces)))
 
     def _tidy_up(self) -> None:

@@ -57,7 +57,6 @@ class UploadedOutput(Staging):
         self._publication = publication
         self._room = _Room(order, at_once)
         self._left_over: dict[str, WrittenFile] = {}
-        self._needed = needed
         super().__init__(
             output,
             fingerprint,
@@ -68,6 +67,9 @@ class UploadedOutput(Staging):
             disk=disk,
             resumable=resumable,
         )
+
+    def _prepare(self, fingerprint: dict[str, Any]) -> None:
+        super()._prepare(fingerprint)
         self._left_over = {name: file for name, file in self.finished.items() if name not in self._journal.uploaded}
         self._room.skip(self.finished)
         self._room.admit(self.begun)
@@ -183,7 +185,8 @@ class _Room:
         self._waiting, self._at_once = list(order), at_once
         self._inside: set[str] = set()
         self._closed = False
-        self._change = threading.Condition()
+        self._lock = threading.RLock()
+        self._change = threading.Condition(self._lock)
 
     def skip(self, names: Collection[str]) -> None:
         self._waiting = [name for name in self._waiting if name not in names]
@@ -194,7 +197,7 @@ class _Room:
         self.skip(self._inside)
 
     def enter(self, name: str) -> None:
-        with self._change:
+        with self._lock:
             if name in self._inside:
                 return
             self._change.wait_for(
@@ -206,11 +209,11 @@ class _Room:
             self._change.notify_all()
 
     def leave(self, name: str) -> None:
-        with self._change:
+        with self._lock:
             self._inside.discard(name)
             self._change.notify_all()
 
     def close(self) -> None:
-        with self._change:
+        with self._lock:
             self._closed = True
             self._change.notify_all()

@@ -242,22 +242,23 @@ class _Sent:
     def __init__(self) -> None:
         self._fed = self._gone = 0
         self._ended = False
-        self._change = threading.Condition()
+        self._lock = threading.RLock()
+        self._change = threading.Condition(self._lock)
 
     def move(self, gone: int) -> None:
-        with self._change:
+        with self._lock:
             self._gone = gone
             self._change.notify_all()
 
     def end(self) -> None:
         """Let nobody wait any more."""
-        with self._change:
+        with self._lock:
             self._ended = True
             self._change.notify_all()
 
     def wait(self, coming: int, ahead: int) -> None:
         """Before ``coming`` bytes are handed over: until less than ``ahead`` is on its way, or nothing moves."""
-        with self._change:
+        with self._lock:
             self._fed += coming
             while self._fed - self._gone > ahead and not self._ended:
                 gone = self._gone

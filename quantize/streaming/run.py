@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from itertools import groupby, islice
 from operator import attrgetter
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -81,7 +82,10 @@ class Run:
         self.in_memory = 0
         self.alone = True
         """One thread does everything, one after the other."""
-        self.beside = threading.Semaphore(BESIDE)
+        self.beside = SimpleQueue[None]()
+        """Holds a place for each shard that may be worked on; see ``signals`` for why it is no Semaphore."""
+        for _ in range(BESIDE):
+            self.beside.put(None)
         self.steps = [
             step
             for step in plan.steps
@@ -314,18 +318,18 @@ class Run:
             if self.alone:
                 job()
                 continue
-            self.beside.acquire()
+            self.beside.get()
             try:
                 self.workers.begin(self._do_beside, job)
             except BaseException:
-                self.beside.release()
+                self.beside.put(None)
                 raise
 
     def _do_beside(self, job: Job) -> None:
         try:
             job()
         finally:
-            self.beside.release()
+            self.beside.put(None)
 
     def _report(self, shard: str | None) -> None:
         done, total = self.weights_done, len(self.steps)

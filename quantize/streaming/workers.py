@@ -16,13 +16,14 @@ class Workers:
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         """What was raised, in its order."""
-        self._idle = threading.Condition()
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
         self._working = 0
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> None:
         """Let a thread of its own work."""
         with defer_signals():  # so that each one that works is counted
-            with self._idle:
+            with self._lock:
                 self._working += 1
             try:
                 threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True).start()
@@ -37,7 +38,7 @@ class Workers:
         """
         told = False
         while True:
-            with self._idle:
+            with self._lock:
                 if self._working <= 0:
                     return
                 if told or not self.errors:
@@ -53,12 +54,12 @@ class Workers:
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits, who raises it
             self.errors.append(error)
             self.stop.set()
-            with self._idle:
+            with self._lock:
                 self._idle.notify_all()
         finally:
             self._ended()
 
     def _ended(self) -> None:
-        with self._idle:
+        with self._lock:
             self._working -= 1
             self._idle.notify_all()

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from importlib import metadata
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_token, hf_raise_for_status
@@ -76,7 +77,10 @@ class Xet:
 
     def __init__(self, repo_id: str, commit: str, endpoint: str, patience: Patience) -> None:
         self._repo_id, self._commit, self._endpoint, self._patience = repo_id, commit, endpoint, patience
-        self._gate = threading.BoundedSemaphore(STREAMS)
+        self._places = SimpleQueue[None]()
+        """One for each stream that may be open; see ``signals`` for why it is no Semaphore."""
+        for _ in range(STREAMS):
+            self._places.put(None)
         self._lock, self._asking = threading.Lock(), threading.Lock()
         self._session: Any = None
         self._group: Any = None
@@ -96,19 +100,25 @@ class Xet:
 
     def fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of ``file`` from ``start`` on. Raises XetFailed, and TryAgain once closed."""
-        with self._gate:
-            for attempt in range(1, ATTEMPTS + 1):
-                self._patience.require_open()
-                group = None
-                try:
-                    group = self._current_group()
-                    self._read(group, file, start, view)
-                except XetFailed:
-                    self._forget(group)
-                    if attempt == ATTEMPTS:
-                        raise
-                else:
-                    return
+        self._places.get()
+        try:
+            self._fetch(file, start, view)
+        finally:
+            self._places.put(None)
+
+    def _fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            self._patience.require_open()
+            group = None
+            try:
+                group = self._current_group()
+                self._read(group, file, start, view)
+            except XetFailed:
+                self._forget(group)
+                if attempt == ATTEMPTS:
+                    raise
+            else:
+                return
 
     def _read(self, group: Any, file: RemoteFile, start: int, view: memoryview) -> None:
         reading = _Reading(group, file, start, view)

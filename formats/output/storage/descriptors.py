@@ -16,48 +16,56 @@ class Descriptors:
     def __init__(self, folder: Directory, limit: int = 16) -> None:
         self._folder, self._limit = folder, limit
         self._open: OrderedDict[str, int] = OrderedDict()
-        self._users: dict[str, int] = {}
+        self._uses: list[tuple[str, int]] = []
+        """Of each use under way: the file, and the thread."""
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @contextmanager
     def use(self, name: str, *, create: bool = False) -> Iterator[int]:
         """An open descriptor of an existing file, or of a new one, which stays open inside the ``with``."""
-        with self._changed:
+        with self._lock:  # not the condition: see ``signals``
             while name not in self._open:
                 if self._closed:
                     raise RuntimeError("written to after the run ended")
                 if len(self._open) < self._limit:
                     self._open[name] = self._folder.create(name) if create else self._folder.open(name)
-                elif (idle := next((n for n in self._open if not self._users.get(n)), None)) is not None:
+                elif (idle := next((n for n in self._open if not self._is_used(n)), None)) is not None:
                     self._close(idle)
                 else:
                     self._changed.wait()
             self._open.move_to_end(name)
-            self._users[name] = self._users.get(name, 0) + 1
+            use = name, threading.get_ident()
+            self._uses.append(use)
             descriptor = self._open[name]
         try:
             yield descriptor
         finally:
-            with self._changed:
-                self._users[name] -= 1
-                if not self._users[name]:
-                    del self._users[name]
+            with self._lock:  # not the condition: see ``signals``
+                self._uses.remove(use)
                 self._changed.notify_all()
+
+    def _is_used(self, name: str) -> bool:
+        return any(used == name for used, _ in self._uses)
 
     def _close(self, name: str) -> None:
         self._folder.disk.close(self._open.pop(name), self._folder.path / name)
 
     def close(self, name: str) -> None:
         """Close this file, if it is open and nobody uses it."""
-        with self._changed:
-            if name in self._open and name not in self._users:
+        with self._lock:  # not the condition: see ``signals``
+            if name in self._open and not self._is_used(name):
                 self._close(name)
 
     def close_all(self) -> None:
-        """Close everything once nobody uses it, for good: a late write must not hit a number used for another file."""
-        with self._changed:
+        """Close everything once nobody uses it, for good: a late write must not hit a number used for another file.
+
+        This thread does not: a use of its own that is still noted was left by an interrupt.
+        """
+        own = threading.get_ident()
+        with self._lock:  # not the condition: see ``signals``
             self._closed = True
-            self._changed.wait_for(lambda: not self._users)
+            self._changed.wait_for(lambda: all(thread == own for _, thread in self._uses))
             while self._open:
                 self._close(next(reversed(self._open)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 
@@ -26,7 +27,7 @@ class _Batch:
 
     number: int
     arguments: Mapping[str, Any]
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    go: SimpleQueue[None] = field(default_factory=SimpleQueue)
     waits_for: str | None = None
     done: bool = False
     error: BaseException | None = None
@@ -92,7 +93,7 @@ class BlockPass:
             self.parts |= {path: module for path, module in model.named_modules() if module is head}
         self.loaded: str | None = None
         self.here = threading.local()
-        self.back = threading.Semaphore(0)
+        self.back = SimpleQueue[None]()
         self.given_up = False
         self.answers: Iterator[Any] | None = None
         """What the loaded part returns, if an earlier run went through it."""
@@ -141,7 +142,7 @@ class BlockPass:
                 if self.entering is not None:
                     self.entering(part, module, each.number)
                 self.answers = None if known is None else iter(known[each.number])
-                each.go.release()
+                each.go.put(None)
                 self._await(each)
         if self.leaving is not None and known is None:
             self.leaving(part, module)
@@ -151,7 +152,7 @@ class BlockPass:
         self.visited(part)
 
     def _await(self, each: _Batch) -> None:
-        self.back.acquire()
+        self.back.get()
         if each.error is not None:
             raise each.error
 
@@ -169,15 +170,15 @@ class BlockPass:
         except BaseException as error:  # noqa: BLE001  raised again where the pass was started
             each.error = error
         each.done = True
-        self.back.release()
+        self.back.put(None)
 
     def _waits(self, path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if self.loaded != path:
                 each: _Batch = self.here.batch
                 each.waits_for = path
-                self.back.release()
-                each.go.acquire()
+                self.back.put(None)
+                each.go.get()
             if self.given_up:
                 raise _GivenUp
 
@@ -190,7 +191,7 @@ class BlockPass:
         """End the threads that still wait."""
         self.given_up = True
         for each in running:
-            each.go.release()
+            each.go.put(None)
         for each in running:
             if each.thread is not None:
                 each.thread.join()
