@@ -46,6 +46,10 @@ def show_help(*, asked: bool) -> int:
 
 
 def run_command(words: list[str]) -> int:
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the app looks after it: no trace of what it met
     from qz.cli.app import run
     from qz.quantize.libraries.importing import lean_imports
 

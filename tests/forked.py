@@ -240,6 +240,7 @@ def serve(address: str) -> None:
     """Fork for each wish, and wait for connections and ended children at once: one fork a run, as each costs 20 ms."""
     from qz.quantize.libraries.importing import work_bounds
 
+    default_signals()
     work_bounds.set_hard()  # runs plan in their own processes, with what was imported here
     warm()
     gc.collect()
@@ -315,13 +316,18 @@ def in_the_server(arguments: list[str], folder: str) -> int:
 
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         code = run(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    default_signals()
     end = time.monotonic() + HANG
     while len(os.listdir("/proc/self/task")) > 1:  # one that has done its work takes a moment to be gone
         assert time.monotonic() < end, "a server with threads cannot fork"
         time.sleep(0.01)
     return code
+
+
+def default_signals() -> None:
+    """As a command finds them: see ``cli.entry``."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def warm() -> None:

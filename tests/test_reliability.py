@@ -411,6 +411,68 @@ def test_without_fsync_the_output_is_the_same_and_the_disk_is_not_waited_for(
 # Signals
 
 
+def check_interrupted(ended: Ended, place: Path, expected: dict[str, str]) -> None:
+    """The output is there; or finished shards and nothing else, and how many; or nothing at all."""
+    if (place / "out").exists():
+        return
+    assert ended.error[0].startswith("Error: Interrupted.")
+    beside = left_beside(place)
+    assert beside in (set(), {"out.partial", "out.partial.journal"})
+    if beside:
+        kept = re.search(r"(\d+) finished shards? (is|are) kept: run the same command again", ended.stderr)
+        assert kept, ended.stderr
+        files = contents(place / "out.partial")
+        assert len(files) == int(kept.group(1))
+        assert files.items() <= expected.items()
+
+
+INTERRUPTED_AT = """
+import re, sys
+left = {number}
+def trace(frame, event, argument):
+    global left
+    code = frame.f_code
+    if "/qz/" not in code.co_filename and not code.co_filename.endswith(("/contextlib.py", "/threading.py")):
+        return None
+    if event in ("call", "line") and re.fullmatch({functions!r}, code.co_name):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+    return trace
+from qz.formats.output.staging import Staging
+def begin(self, *arguments, real=Staging.__init__, **options):
+    real(self, *arguments, **options)
+    sys.settrace(trace)
+Staging.__init__ = begin
+"""
+"""Before a run: SIGINT at the ``number``-th line of these functions (a regular expression) that its main thread comes
+to once its output is begun."""
+
+
+@pytest.mark.parametrize(
+    ("functions", "numbers"),
+    [
+        pytest.param("_staging|__enter__", range(1, 32, 2), id="begins"),
+        pytest.param("use|__exit__|wait|_acquire_restore", range(1, 240, 12), id="locks"),
+        pytest.param(".*", random.Random(1).sample(range(30_000), 700), id="anywhere", marks=pytest.mark.soak),
+    ],
+)
+def test_an_interrupt_at_any_line_ends_cleanly_and_the_same_command_continues(
+    run: Run, place: Path, expected: dict[str, dict[str, str]], functions: str, numbers: Sequence[int]
+) -> None:
+    """Also where Python code takes and lets go of what others wait for."""
+    codes = []
+    for number in numbers:
+        ended = run(*QUANTIZE, before=INTERRUPTED_AT.format(number=number, functions=functions))
+        codes.append(ended.code)
+        assert ended.code in (0, 130)
+        if ended.code:
+            check_interrupted(ended, place, expected["nf4"])
+        clear(place)
+    assert 130 in codes
+    finish(run, place, QUANTIZE, expected["nf4"])
+
+
 def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
     server: Runner, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
@@ -429,16 +491,8 @@ def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
             continue
         check(ended)
         assert ended.code in (0, 128 + number)
-        if ended.code and not (place / "out").exists():
-            assert ended.error[0].startswith("Error: Interrupted.")
-            beside = left_beside(place)
-            assert beside in (set(), {"out.partial", "out.partial.journal"})
-            if beside:  # finished shards and nothing else
-                kept = re.search(r"(\d+) finished shards? (is|are) kept: run the same command again", ended.stderr)
-                assert kept, ended.stderr
-                files = contents(place / "out.partial")
-                assert len(files) == int(kept.group(1))
-                assert files.items() <= expected[way].items()
+        if ended.code:
+            check_interrupted(ended, place, expected[way])
         moments.learn(finish(run, place, WAYS[way], expected[way]) or ended)
         clear(place)
     assert codes.count(130) > 3
