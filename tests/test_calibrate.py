@@ -73,6 +73,14 @@ def test_a_longer_text_is_taken_from_all_over(tmp_path: Path) -> None:
     assert text.sequences(tokenizer, words, 16, sum(map(len, every))) == every
 
 
+def test_of_a_very_long_text_only_pieces_are_made_tokens_of() -> None:
+    words = "".join(f"{number:06} " for number in range(2_000_000 // 7 * 4))
+    pieces = text.thinned(words, 64_000).split()
+    assert 63_000 < sum(map(len, pieces)) + len(pieces) <= 64_000
+    assert (int(pieces[0]), int(pieces[-1][:6])) > (0, 1_000_000)
+    assert text.thinned(words[:64_000], 64_000) == words[:64_000]
+
+
 @pytest.mark.parametrize(
     "name", ["llama-tied", "llama-untied", "gpt2", "mixtral", "qwen3-moe", "bert", "t5-encoder", "clip"]
 )

@@ -21,7 +21,9 @@ TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|config|vocab.*|added_tokens|special_tokens_map)\.json|.*\.model|.*\.tiktoken|merges\.txt|vocab\.txt"
 )
 MAX_TOKENIZER_BYTES = 1 << 26
-MAX_TEXT_BYTES = 1 << 28
+MAX_TEXT_BYTES = 1 << 26
+LONGEST, PIECES = 4_000_000, 64
+"""Characters that are made tokens of, which take up to 350 bytes for each; and the pieces that a longer text gives."""
 BATCHES = 8
 """At most so many forwards wait at a time."""
 BATCH_TOKENS = 2048
@@ -88,6 +90,7 @@ def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[
     Of a longer text they are from all over it: its beginning alone is of one kind, which GPTQ then fits.
     """
     length = min(length, int(getattr(tokenizer, "model_max_length", length) or length), tokens)
+    text = thinned(text, max(LONGEST, 8 * tokens))
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
         rows = [list(row) for row in encoded]
@@ -98,6 +101,15 @@ def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[
     if count < len(rows):
         rows = [rows[at * len(rows) // count] for at in range(count)]
     return first_tokens(rows, tokens)
+
+
+def thinned(text: str, most: int) -> str:
+    """At most ``most`` characters, in pieces from all over a longer text, each from the beginning of a word."""
+    if len(text) <= most:
+        return text
+    size = most // PIECES
+    starts = (at * (len(text) - size) // (PIECES - 1) for at in range(PIECES))
+    return "".join(text[start : start + size].partition(" ")[2] or text[start : start + size] for start in starts)
 
 
 def first_tokens(rows: Iterable[list[int]], tokens: int) -> list[list[int]]:
