@@ -22,9 +22,9 @@ from qz.cli.streams import tell
 from qz.redaction import redact
 
 AT_ONCE = 1000
-LONGEST_LINE = 10_000
-"""Of talk: a name from a file may be longer than a terminal can bear."""
 """Elements of a list that become text at a time."""
+LONGEST_LINE = 10_000
+"""Characters of talk: a name from a file may be longer than a terminal can bear."""
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or hide: control, format (and bidi), surrogate, private, unassigned."""
 

@@ -20,12 +20,13 @@ class Descriptors:
         """Of each use under way: the file, and the thread."""
         self._closed = False
         self._lock = threading.RLock()
+        """What ``with`` takes, not the condition: see ``signals``."""
         self._changed = threading.Condition(self._lock)
 
     @contextmanager
     def use(self, name: str, *, create: bool = False) -> Iterator[int]:
         """An open descriptor of an existing file, or of a new one, which stays open inside the ``with``."""
-        with self._lock:  # not the condition: see ``signals``
+        with self._lock:
             while name not in self._open:
                 if self._closed:
                     raise RuntimeError("written to after the run ended")
@@ -42,7 +43,7 @@ class Descriptors:
         try:
             yield descriptor
         finally:
-            with self._lock:  # not the condition: see ``signals``
+            with self._lock:
                 self._uses.remove(use)
                 self._changed.notify_all()
 
@@ -54,7 +55,7 @@ class Descriptors:
 
     def close(self, name: str) -> None:
         """Close this file, if it is open and nobody uses it."""
-        with self._lock:  # not the condition: see ``signals``
+        with self._lock:
             if name in self._open and not self._is_used(name):
                 self._close(name)
 
@@ -64,7 +65,7 @@ class Descriptors:
         This thread does not: a use of its own that is still noted was left by an interrupt.
         """
         own = threading.get_ident()
-        with self._lock:  # not the condition: see ``signals``
+        with self._lock:
             self._closed = True
             self._changed.wait_for(lambda: all(thread == own for _, thread in self._uses))
             while self._open:
