@@ -41,11 +41,9 @@ def open_regular(path: Path) -> BufferedReader:
 def read_regular(path: Path, limit: int) -> bytes:
     """All of a file of at most ``limit`` bytes. Raises TooLarge, and as ``open_regular``."""
     with open_regular(path) as file:
-        data = None
-        if os.fstat(file.fileno()).st_size <= limit:
-            data = file.read(limit + 1)
-            if data is None:  # as some files of the kernel's, which would have to be waited for
-                raise NotRegular(errno.EAGAIN, "a file that has nothing to read yet", str(path))
-    if data is None or len(data) > limit:
+        data = file.read(limit + 1)
+    if data is None:  # as of some files of the kernel's, which would have to be waited for
+        raise NotRegular(errno.EAGAIN, "a file that has nothing to read yet", str(path))
+    if len(data) > limit:
         raise TooLarge(errno.EFBIG, "too large", str(path))
     return data

@@ -607,6 +607,18 @@ def test_a_read_only_parent_is_a_question_of_permission() -> None:
         shutil.rmtree(parent)
 
 
+def test_a_dry_run_names_the_folder_that_cannot_be_made_as_the_run_does(tmp_path: Path) -> None:
+    def refuse(operation: str, path: str) -> None:
+        if operation == "mkdir":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    output, disk = tmp_path / "inner/out", Disk(hook=refuse)
+    for begin in (Staging(output, FINGERPRINT, needed=0, disk=disk).__enter__, lambda: check_room(output, 0, disk)):
+        with pytest.raises(PermissionRefused, match=r"cannot mkdir \S+/inner\. Change"):
+            begin()
+    assert os.listdir(tmp_path) == []
+
+
 def test_too_little_space_is_found_before_work_and_named(tmp_path: Path) -> None:
     with pytest.raises(IOFailed, match=r"needs 10,000,000,000,000,000 bytes, [\d,]+ are free.*-o/--output"):
         make(tmp_path / "out", needed=10**16)

@@ -54,7 +54,10 @@ def check_room(output: Path, needed: int, disk: Disk) -> None:
     """
     output = in_real_folder(output)
     place = next(each for each in output.parents if disk.status(each) is not None)
-    disk.probe(place / (output.name + JOURNAL))
+    if place == output.parent:
+        disk.probe(place / (output.name + JOURNAL))
+    else:
+        disk.probe(place / output.relative_to(place).parts[0], "mkdir")
     with Directory.at(disk, place) as folder:
         free = disk.free_bytes(folder.descriptor, place)
         if place == output.parent:

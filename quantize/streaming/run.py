@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from itertools import groupby, islice
 from operator import attrgetter
-from queue import SimpleQueue
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.folder import Folder, Range
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
+from qz.formats.slots import Slots
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.compute.arrays import NUMPY, Buffers, Memory, count_nonfinite, values
@@ -82,10 +82,7 @@ class Run:
         self.in_memory = 0
         self.alone = True
         """One thread does everything, one after the other."""
-        self.beside = SimpleQueue[None]()
-        """Holds a place for each shard that may be worked on; see ``signals`` for why it is no Semaphore."""
-        for _ in range(BESIDE):
-            self.beside.put(None)
+        self.beside = Slots(BESIDE)
         self.steps = [
             step
             for step in plan.steps
@@ -318,18 +315,18 @@ class Run:
             if self.alone:
                 job()
                 continue
-            self.beside.get()
+            self.beside.acquire()
             try:
                 self.workers.begin(self._do_beside, job)
             except BaseException:
-                self.beside.put(None)
+                self.beside.release()
                 raise
 
     def _do_beside(self, job: Job) -> None:
         try:
             job()
         finally:
-            self.beside.put(None)
+            self.beside.release()
 
     def _report(self, shard: str | None) -> None:
         done, total = self.weights_done, len(self.steps)

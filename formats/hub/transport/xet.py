@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from importlib import metadata
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_token, hf_raise_for_status
@@ -21,6 +20,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from qz import QzError, __version__
 from qz.formats.hub.transport.errors import Signal, harmless, hub_errors
 from qz.formats.hub.transport.session import hub_session, patiently
+from qz.formats.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,10 +77,7 @@ class Xet:
 
     def __init__(self, repo_id: str, commit: str, endpoint: str, patience: Patience) -> None:
         self._repo_id, self._commit, self._endpoint, self._patience = repo_id, commit, endpoint, patience
-        self._places = SimpleQueue[None]()
-        """One for each stream that may be open; see ``signals`` for why it is no Semaphore."""
-        for _ in range(STREAMS):
-            self._places.put(None)
+        self._streams = Slots(STREAMS)
         self._lock, self._asking = threading.Lock(), threading.Lock()
         self._session: Any = None
         self._group: Any = None
@@ -100,11 +97,8 @@ class Xet:
 
     def fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of ``file`` from ``start`` on. Raises XetFailed, and TryAgain once closed."""
-        self._places.get()
-        try:
+        with self._streams:
             self._fetch(file, start, view)
-        finally:
-            self._places.put(None)
 
     def _fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
         for attempt in range(1, ATTEMPTS + 1):

@@ -167,9 +167,9 @@ class Disk:
         except OSError as error:
             raise failure(error, name, path, needed) from error
 
-    def probe(self, path: Path) -> None:
-        """Raise what making and locking a file at ``path`` would raise, and leave none."""
-        with self.operation("open", path):
+    def probe(self, path: Path, operation: str = "open") -> None:
+        """Raise what making ``path`` by ``operation``, or locking a file there, would raise; leave nothing behind."""
+        with self.operation(operation, path):
             descriptor = _unnamed(path.parent)
             if descriptor is None:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -3,6 +3,7 @@
 An interrupt may be raised in the main thread wherever Python calls, so also while a lock of Python code (a Condition, a
 Semaphore, an Event) is taken or let go, which then stays taken for ever. A Lock and an RLock are C: ``with`` takes them
 or not. What the main thread shares with others has one of these, and a Condition only to wait: ``Condition(lock)``.
+``qz.formats.slots`` takes the place of a Semaphore.
 """
 
 from __future__ import annotations
