@@ -12,8 +12,17 @@ if TYPE_CHECKING:
 
 FUSED = ("LORA", "LOHA", "LOKR")
 """Types of PEFT's adapters that qz fuses into a model."""
-_BESIDE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
-"""Those that add to what a model reads, not to its weights."""
+_BESIDE = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"),
+    *("BEFT", "LILY", "POLY", "SHADOW", "XLORA"),
+)
+"""Those that PEFT (0.21) cannot merge: they add to what a model reads, or change what a layer gives by its input."""
+
+MERGE = "Merge it with PEFT, `model.merge_and_unload().save_pretrained('MERGED')`, and quantize that."
+LOAD_BESIDE = (
+    "Quantize the model that it was made for, and load the adapter beside that with PEFT: "
+    "`PeftModel.from_pretrained(model, ADAPTER)`."
+)
 
 HOW_UNMERGED = {
     "diffusers": "after `pipe.fuse_lora()`, `pipe.unload_lora_weights()`; then `pipe.save_pretrained('MERGED')`.",
@@ -48,15 +57,9 @@ def how_to_use(location: str, config: Mapping[str, Any]) -> str:
     """What to do with an adapter that was taken for a model; ``config``: its adapter_config.json, empty if none."""
     kind = config.get("peft_type", FUSED[0])
     if kind in _BESIDE:
-        return (
-            f"Its type, {kind}, changes no weight: quantize the model that it was made for, and load the adapter "
-            "beside that with PEFT: `PeftModel.from_pretrained(model, ADAPTER)`."
-        )
+        return f"Its type, {kind}, cannot be merged into weights. {LOAD_BESIDE}"
     if kind not in FUSED:
-        return (
-            f"Its type, {quoted(str(kind), 40)}, is none that qz fuses. Merge it with PEFT, "
-            "`model.merge_and_unload().save_pretrained('MERGED')`, and quantize that."
-        )
+        return f"Its type, {quoted(str(kind), 40)}, is none that qz fuses. {MERGE}"
     remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}", location)
     return (
         "Name the model that it was made for, and fuse it on the way: "

@@ -10,26 +10,34 @@ from typing import Any
 
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
-from qz.formats.checkpoint.adapters import FUSED, how_to_use
+from qz.formats.checkpoint.adapters import FUSED, LOAD_BESIDE, MERGE, how_to_use
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 
 IN_HEAD = "lora_adapter_metadata"
-# Settings of a LoraConfig (peft 0.21) under which B·A is not what is added, or not everywhere.
+_ELSEWHERE = "Merge it with the program that trained it, then quantize that."
+_ARROW = "Quantize the model, and let PEFT route on top: `create_arrow_model(model, ADAPTERS, ArrowConfig(top_k=…))`."
 _REFUSED = {
-    "alora_invocation_tokens": "it is active from certain tokens on only (aLoRA)",
-    "arrow_config": "it routes between adapters (Arrow)",
-    "kasa_config": "it changes the base weight (KaSA)",
-    "layer_replication": "it repeats layers of the model",
-    "megatron_config": "it belongs to a Megatron model",
-    "monteclora_config": "it samples its weights (MonteCLoRA)",
-    "trainable_token_indices": "it trains single rows of an embedding (trainable_token_indices)",
-    "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
-    "use_qalora": "it pools its inputs (QA-LoRA)",
-    "velora_config": "it compresses its inputs (VeLoRA)",
+    "alora_invocation_tokens": ("it is active from certain tokens on only (aLoRA)", LOAD_BESIDE),
+    "arrow_config": ("it routes between adapters (Arrow)", _ARROW),
+    "kasa_config": ("it changes the base weight (KaSA)", MERGE),
+    "layer_replication": ("it repeats layers of the model", LOAD_BESIDE),
+    "megatron_config": ("it belongs to a Megatron model", _ELSEWHERE),
+    "monteclora_config": ("it samples its weights (MonteCLoRA)", MERGE),
+    "trainable_token_indices": ("it trains single rows of an embedding (trainable_token_indices)", MERGE),
+    "use_bdlora": ("its factors are block-diagonal (BD-LoRA)", MERGE),
+    "use_qalora": ("it pools its inputs (QA-LoRA)", MERGE),
+    "velora_config": ("it compresses its inputs (VeLoRA)", MERGE),
 }
-_INITIAL = ("gaussian", "eva", "orthogonal")
+"""Settings of a LoraConfig (peft 0.21) under which B·A is not what is added, or not everywhere; and what to do then."""
+_INITIAL = ("gaussian", "eva", "mica", "orthogonal")
 """Ways to begin that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and others subtract something from it."""
+_MADE_ANEW = ("loftq", "olora", "pissa")
+"""Those whose changed base PEFT makes again, from the model as it is published, whenever it loads the adapter."""
+_CONVERT = (
+    "PEFT converts it if the adapter was saved before training, too: "
+    "`model.save_pretrained('LORA', path_initial_model_for_weight_conversion='INITIAL')`. Then name that with --lora."
+)
 _LONGEST_PATTERN, _MOST_REPEATS = 500, 2
 
 
@@ -87,15 +95,15 @@ def _checked(config: Mapping[str, Any], where: str) -> PeftConfig:
             f"{where}: an adapter of the type {quoted(str(kind), 40)} cannot be fused; qz fuses {', '.join(FUSED)}. "
             + how_to_use(where, {"peft_type": kind})
         )
-    for key, why in _REFUSED.items():
+    for key, (why, advice) in _REFUSED.items():
         if config.get(key):
-            raise Unsupported(f"{where}: the adapter cannot be fused: {why}. Merge it with PEFT, then quantize that.")
+            raise Unsupported(f"{where}: the adapter cannot be fused: {why}. {advice}")
     initial = config.get("init_lora_weights", True)
     if not isinstance(initial, bool) and str(initial).lower() not in _INITIAL:
         raise Unsupported(
             f"{where}: the adapter belongs to a base weight that was changed when it began (init_lora_weights: "
-            f"{quoted(str(initial), 40)}), not to the model as it is published. Convert it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=…)."
+            f"{quoted(str(initial), 40)}), not to the model as it is published. "
+            + (MERGE if str(initial).lower() in _MADE_ANEW else _CONVERT)
         )
     number = config.get("lora_alpha" if kind == "LORA" else "alpha", 8)
     rank = config.get("r", 8)

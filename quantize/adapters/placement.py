@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.counted import shown
 from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
+from qz.formats.checkpoint.adapters import MERGE
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Expert, Piece, delta_shape, read_alpha
@@ -103,9 +104,7 @@ def _of_peft(
             found += _of_experts(config, module, component, experts[path])
             continue
         if "embedding_down" in module.parts and "magnitude" in module.parts:
-            raise Unsupported(
-                f"{adapter.where}: a DoRA of an embedding ({quoted(stem)}) cannot be fused. Merge it with PEFT."
-            )
+            raise Unsupported(f"{adapter.where}: a DoRA of an embedding ({quoted(stem)}) cannot be fused. {MERGE}")
         if module.kind == "LoRA" and config.dora != ("magnitude" in module.parts):
             has = "has no magnitudes" if config.dora else "has magnitudes"
             raise MalformedInput(
