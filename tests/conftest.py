@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import isolated_environment
 import portable_cpu
 from forked import Runner, Server
 from pace import HANG
+from preloaded import Preloaded
 from qz.quantize.libraries.importing import gpu_driver, work_bounds
 
 isolated_environment.enter()
@@ -31,13 +33,19 @@ Qz = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The process that starts xdist's workers makes what they share: a cache, and a server that forks."""
+    """The process that starts xdist's workers makes what they share: the libraries, a cache, a server that forks."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         cache = tempfile.TemporaryDirectory(prefix="qz-cache-")
-        server = Server(QZ_CACHE=cache.name)
-        os.environ |= {"QZ_TEST_CACHE": cache.name, "QZ_TEST_FORKS": server.address}
         config.add_cleanup(cache.cleanup)
+        python: Sequence[str] = (sys.executable,)
+        if sys.platform == "linux" and not gpu_driver.may_have_a_gpu():  # which a fork could not use
+            preloaded = Preloaded()
+            config.add_cleanup(preloaded.end)
+            python = preloaded.python
+            config.option.tx = [f"popen//python={shlex.join(python)}"] * len(config.option.tx)
+        server = Server(python, QZ_CACHE=cache.name)
         config.add_cleanup(server.end)
+        os.environ |= {"QZ_TEST_CACHE": cache.name, "QZ_TEST_FORKS": server.address}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
@@ -179,14 +180,14 @@ class Runner:
 
 
 class Server(Runner):
-    """A context manager: the process that forks. ``environment`` is added to the caller's."""
+    """A context manager: the process that forks, started by ``python``. ``environment`` is added to the caller's."""
 
-    def __init__(self, **environment: str) -> None:
+    def __init__(self, python: Sequence[str] = (sys.executable,), **environment: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         super().__init__(str(Path(self._folder.name) / "socket"))
         alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, self.address],
+            [*python, __file__, self.address],
             env={**os.environ, **alone, **environment},
             cwd=self._folder.name,
             stdin=subprocess.DEVNULL,

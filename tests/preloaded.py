@@ -1,0 +1,151 @@
+"""Pythons that start with the libraries imported: a process imports them once, and forks for each that asks.
+
+``python preloaded.py ADDRESS ARGUMENTS`` is ``python ARGUMENTS`` in such a fork, with its own environment, folder and
+standard streams. The workers of xdist and the server of ``forked`` are such: by itself each would spend its first 15
+seconds on the same imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+from pathlib import Path
+from typing import NoReturn
+
+IMPORTED = (
+    "accelerate",
+    "bitsandbytes",
+    "gguf",
+    "peft",
+    "pydantic",
+    *("full_checkpoints", "mixtures", "original_names", "pipelines", "tiny_denoisers"),  # the classes that tests build
+)
+PATIENCE = 600
+"""Seconds to wait for the imports: a guard against hanging."""
+
+
+class Preloaded:
+    """The process that imports and forks. It ends with the one that started it."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        address = str(Path(self._folder.name) / "socket")
+        self._process = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE)
+        self.python = (sys.executable, __file__, address)
+        """The command to which a Python's arguments are added."""
+
+    def end(self) -> None:
+        self._process.communicate()
+        self._folder.cleanup()
+
+
+def ask(address: str, arguments: list[str]) -> None:
+    """Have a fork made, hand it what this process has, and wait for its end. Ctrl-C is the fork's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = connected(address)
+    wish = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    with connection, connection.makefile("rw") as lines:
+        socket.send_fds(connection, [b"\n"], [0, 1, 2])
+        lines.write(json.dumps(wish) + "\n")
+        lines.flush()
+        fork = int(lines.readline())
+
+        def end(*_: object) -> NoReturn:
+            os.kill(fork, signal.SIGKILL)
+            sys.exit()
+
+        signal.signal(signal.SIGTERM, end)
+        lines.read()  # until the fork has ended
+
+
+def connected(address: str) -> socket.socket:
+    end = time.monotonic() + PATIENCE
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            assert time.monotonic() < end, "the libraries were not imported"
+            time.sleep(0.05)
+        else:
+            return connection
+
+
+def serve(address: str) -> None:
+    """Import, and fork for each that asks, until standard input is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that end leave nothing behind
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            become(connection)
+        connection.close()
+
+
+def become(connection: socket.socket) -> NoReturn:
+    """In the fork: be the Python that was asked for. Whoever asked waits until the connection is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import huggingface_hub.constants
+
+    try:
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        wish = json.loads(connection.makefile("r").readline())
+        connection.sendall(f"{os.getpid()}\n".encode())
+        os.chdir(wish["folder"])
+        os.environ.clear()
+        os.environ.update(wish["environment"])
+        importlib.reload(huggingface_hub.constants)  # which it read from the environment
+        run(wish["arguments"])
+    except SystemExit:
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(0)
+
+
+def run(arguments: list[str]) -> None:
+    """``python FILE ARGUMENTS`` or ``python -u -c CODE``, as execnet starts a worker."""
+    if arguments[:2] == ["-u", "-c"]:
+        sys.argv = arguments[1:2]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(arguments[2], vars(sys.modules["__main__"]))
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        ask(sys.argv[1], sys.argv[2:])
+    else:
+        serve(sys.argv[1])
