@@ -23,6 +23,7 @@ from qz.cli.coercion import LeanCommand, LeanGroup
 from qz.cli.options.general import DebugOpt, VersionOpt
 from qz.cli.output import say, warn, wrapped
 from qz.cli.streams import closed_pipe, spell_out
+from qz.open_files import remedy
 from qz.out_of_memory import is_out_of_memory
 from qz.redaction import redact
 from qz.trace import trace_lines
@@ -224,7 +225,8 @@ def explain(error: Exception) -> tuple[int, str]:
         return 69, f"The connection failed: {text}. Try again."
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return 74, f"{describe(error)}. {'Free some space' if full else 'Check the disk'}, and run the command again."
+        otherwise = f"{'Free some space' if full else 'Check the disk'}, and run the command again."
+        return 74, f"{describe(error)}. {remedy(error, otherwise)}"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in DISTRIBUTIONS:
         return 78, f"{text}. Install qz with its dependencies: pip install qz-cli."
     kind = type(error).__name__

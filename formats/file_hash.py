@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qz import IOFailed, MissingInput, PermissionRefused
 from qz.formats.folder import PIECE
 from qz.formats.regular_file import NotRegular, open_regular
+from qz.open_files import remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,4 +48,5 @@ def sha256_of(path: Path) -> str:
     except PermissionError:
         raise PermissionRefused(f"{path} cannot be read: permission denied. Change its permissions.") from None
     except OSError as error:
-        raise IOFailed(f"{path} cannot be read: {error.strerror}. Check the disk, or copy the file anew.") from error
+        advice = remedy(error, "Check the disk, or copy the file anew.")
+        raise IOFailed(f"{path} cannot be read: {error.strerror}. {advice}") from error

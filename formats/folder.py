@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from qz import IOFailed, MissingInput, PermissionRefused, QzError
 from qz.formats.links import cache_blobs, is_downloaded, is_shared_component, is_shared_file
 from qz.formats.malformed import Malformed, quoted
+from qz.open_files import remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -428,4 +429,4 @@ def _failure(error: OSError, where: str, act: str) -> QzError:
         mend = {errno.ELOOP: "Put what it should lead to in its place.", errno.ENAMETOOLONG: "Give it a shorter name."}
         return Malformed("unreadable", f"{where} cannot be {act}: {why}. {mend.get(error.errno, 'Check the path.')}")
     why = (error.strerror or str(error)).lower()
-    return IOFailed(f"{where} cannot be {act}: {why}. Check the disk, or copy the file anew.")
+    return IOFailed(f"{where} cannot be {act}: {why}. {remedy(error, 'Check the disk, or copy the file anew.')}")

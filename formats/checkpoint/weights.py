@@ -111,7 +111,7 @@ def _no_weights(folder: Folder, library: Library, problems: Problems) -> None:
         problems.add("index-missing", index, name=index, shards=counted(len(shards), "shard"))
     elif others:
         found = ", ".join(quoted(each, 60) for each in others[:3])
-        instead = f", but {found}. Rename it if it is in {library}'s own layout; convert it if it is another tool's"
+        instead = f", but {found}. Rename it if it is in {library}' own layout; convert it if it is another tool's"
         problems.add("weights-missing", name, name=name, library=library, instead=instead)
     elif pickles:
         how = _conversion(stem, pickles, folder.location)

@@ -9,12 +9,14 @@ from qz.formats.checkpoint.layouts import original_layout
 from qz.quantize.consumers.contents import Contents
 from qz.quantize.consumers.sglang_classes import SGLANG_CLASSES
 from qz.quantize.consumers.verdict import Finding
+from qz.quantize.single_files.names import LAYOUTS
 
 FLUX_NF4 = re.compile(
     r"(?:model\.diffusion_model\.)?double_blocks\.0\.img_attn\.proj\.weight",
 )
 """The weight by whose quant state InvokeAI knows a FLUX.1 file in nf4."""
 FLUX_INPUTS = re.compile(r"(?:model\.diffusion_model\.)?(img_in|txt_in)\.weight")
+FLUX = "FluxTransformer2DModel"
 T5_FILE = "bnb_llm_int8_model.safetensors"
 
 
@@ -48,10 +50,10 @@ def invokeai_flux(contents: Contents) -> Iterator[Finding]:
     proj = [each for name, each in contents.packed.items() if FLUX_NF4.fullmatch(name)]
     if contents.library == "diffusers" or not proj:
         text = (
-            "takes FLUX.1 only, as one nf4 file in Black Forest Labs' names "
-            "(double_blocks.0.img_attn.proj.weight …). Quantize the model with --layout single-file."
+            "takes FLUX.1 only, as one nf4 file in Black Forest Labs' names (double_blocks.0.img_attn.proj.weight …)."
         )
-        yield Finding("error", "single-file", text)
+        advice = " Quantize the model with --nf4 --layout single-file." if contents.architecture == FLUX else ""
+        yield Finding("error", "single-file", text + advice)
     elif proj[0].kind != "nf4":
         yield Finding("error", "single-file", f"takes FLUX.1 in nf4 only, and this is {proj[0].kind}. Use --nf4.")
 
@@ -66,7 +68,7 @@ def invokeai_t5(contents: Contents) -> Iterator[Finding]:
     elif contents.files != (T5_FILE,):
         text = (
             f"looks for one file named {T5_FILE} in a folder text_encoder_2. Quantize with a --max-shard-size above "
-            "the model's size, and rename model.safetensors."
+            "the model's size, and rename model.safetensors, which nothing else finds then."
         )
         yield Finding("error", "t5", text)
 
@@ -92,9 +94,11 @@ def comfyui(contents: Contents) -> Iterator[Finding]:
     if contents.library is not None or original_layout(contents.packed) is None:
         text = (
             "has nodes for one file in the original names of a diffusion model (double_blocks.0 …), not for a folder "
-            "of transformers or diffusers. Quantize the model with --layout single-file."
+            "of transformers or diffusers."
         )
-        yield Finding("error", "single-file", text)
+        how = f"{'--nf4 ' if contents.is_int8 else ''}--layout single-file"
+        advice = f" Quantize the model with {how}." if contents.architecture in LAYOUTS else ""
+        yield Finding("error", "single-file", text + advice)
     elif contents.is_int8:
         yield Finding("error", "int8", "has nodes for nf4 and fp4, not for int8. Use --nf4.")
 

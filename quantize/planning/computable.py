@@ -35,10 +35,11 @@ def require_computable(steps: Iterable[Step], where: str) -> None:
         for source in step.sources:
             copied = not weight.quantized and (source.dtype == target or weight.conversion is not None)
             if not copied and not _castable(source, target, quantized=weight.quantized):
-                act = "quantized" if weight.quantized else f"cast to {weight.dtype}"
+                act = f"quantized as {weight.dtype}" if weight.quantized else f"cast to {weight.dtype}"
+                advice = "Choose one with --dtype" if source.dtype in CAST else "Convert it to one of them first"
                 raise Unsupported(
                     f"{where}: {quoted(source.name)} is stored as {source.dtype} and would have to be {act}. qz "
-                    f"computes with {', '.join(sorted(COMPUTED))} only. Choose one with --dtype, or convert it."
+                    f"computes with {', '.join(sorted(COMPUTED))} only. {advice}."
                 )
 
 

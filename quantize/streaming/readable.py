@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz import QzError, Unsupported
+from qz import IOFailed, PermissionRefused, QzError, Unsupported
 from qz.formats.checkpoint.problems import Problem
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
@@ -15,6 +15,10 @@ from qz.formats.output.recorded.record import read_record
 
 if TYPE_CHECKING:
     from qz.quantize.streaming.output_parts import Part
+
+
+_NOT_THE_OUTPUTS = ("io-failed", "permission")
+"""Kinds of problems that say nothing about what was written: the system did not let it be read."""
 
 
 class UnreadableOutput(Unsupported):
@@ -27,7 +31,8 @@ def converted(parts: Iterable[Part]) -> dict[str, str]:
 
 
 def require_readable(folder: Path, models: Mapping[str, str]) -> None:
-    """Raise UnreadableOutput unless the record and every converted model in ``folder`` can be read without an error.
+    """Raise UnreadableOutput unless the record and every converted model in ``folder`` can be read without an error,
+    and IOFailed or PermissionRefused where the system refuses to read them.
 
     ``models``: folders in it, and where what is in them comes from. Reads headers and quant states, some milliseconds'
     worth: what the tensors hold was compared when it was written.
@@ -39,7 +44,7 @@ def require_readable(folder: Path, models: Mapping[str, str]) -> None:
             _require_no_errors(inner, source)
             inner.close()
         read_record(root)
-    except UnreadableOutput:
+    except (UnreadableOutput, IOFailed, PermissionRefused):
         raise
     except QzError as error:
         raise UnreadableOutput(f"{folder} cannot be read back, so it was not kept: {error}") from error
@@ -54,6 +59,9 @@ def _require_no_errors(folder: Folder, source: str) -> None:
         checkpoint, problems = _single_file(folder, alone[0])
     elif checkpoint is not None:
         problems += read_quantized(checkpoint)[1]
+    refused = next((problem for problem in problems if problem.kind in _NOT_THE_OUTPUTS), None)
+    if refused is not None:
+        raise IOFailed(refused.message)
     errors = [problem.message for problem in problems if problem.severity == "error"]
     if errors or checkpoint is None:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

@@ -19,6 +19,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError
+from qz.open_files import remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,12 +65,8 @@ def failure(error: OSError, operation: str, path: Path, needed: int = 0) -> QzEr
         )
     if error.errno in _NOT_HERE:
         return OutputRefused(f"{why}: cannot {operation} {path}. Write elsewhere with -o/--output.")
-    if error.errno in {errno.EMFILE, errno.ENFILE}:
-        return IOFailed(f"{why}: cannot {operation} {path}. Raise the limit (ulimit -n), then run again to continue.")
-    return IOFailed(
-        f"{why}: cannot {operation} {path}. If the disk is sound, run the same command again: "
-        "it continues where it stopped."
-    )
+    advice = remedy(error, "If the disk is sound, run the same command again: it continues where it stopped.")
+    return IOFailed(f"{why}: cannot {operation} {path}. {advice}")
 
 
 def _lacking(error: OSError, path: Path, needed: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from qz import IOFailed, Unsupported
+from qz import Unsupported
 from qz.formats.checkpoint.gguf import in_blocks
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.decoded import CODES, Decoded, StoredTensor
@@ -28,6 +28,7 @@ from qz.formats.malformed import quoted
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.transformers.expert_rows import stored_rows
+from qz.quantize.libraries.transformers.meta_loading import no_room
 from qz.quantize.libraries.versions import requirement
 
 try:
@@ -277,7 +278,4 @@ def header_file(header: bytes, size: int) -> Iterator[str]:
                 file.truncate(size)
             yield path
     except OSError as error:
-        raise IOFailed(
-            f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. Free some "
-            "space there, or name another folder with TMPDIR."
-        ) from error
+        raise no_room(error) from error

@@ -15,6 +15,7 @@ from qz import IOFailed
 from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
 from qz.formats.hub.bars import bars_as_found
 from qz.formats.json_files import read_json
+from qz.open_files import remedy
 from qz.quantize.libraries.architecture import OF_QUANTIZATION, LoadRequest, TensorSpec
 from qz.quantize.libraries.transformers.classes import ModelClass
 from qz.quantize.libraries.transformers.internals import (
@@ -104,7 +105,7 @@ def store(path: Path, data: bytes) -> None:
 
 
 def no_room(error: OSError) -> IOFailed:
+    advice = remedy(error, "Free some space there, or name another folder with TMPDIR.")
     return IOFailed(
-        f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. "
-        "Free some space there, or name another folder with TMPDIR."
+        f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. {advice}"
     )
