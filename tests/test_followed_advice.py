@@ -23,6 +23,7 @@ from forked import Runner
 from mixtures import mixture
 
 UP = "model.layers.0.mlp.up_proj.weight"
+MLX = {"group_size": 64, "bits": 4}
 Change = Callable[[Path], object]
 
 
@@ -76,8 +77,8 @@ def without_tokenizer(folder: Path) -> None:
 
 def follow(message: str, folder: Path, words: list[str], original: Path) -> list[str]:
     """Do what the message says to ``folder``; the words of the next command."""
-    if named := re.search(r"[Rr]emove (?:`(\w+)`|it) (?:from it )?(?:and run this again|if the weights)", message):
-        config(**{named[1] or "quantization_config": None})(folder)
+    if named := re.search(r"[Rr]emove ([`\w ]+?) (?:from it )?(?:and run this again|if the weights)", message):
+        config(**dict.fromkeys(re.findall(r"`(\w+)`", named[1]) or ["quantization_config"]))(folder)
     elif named := re.search(r'Add the class that .*?(\{.*?\}|"architectures": \[.*?\])', message):
         config(**json.loads("{" + named[1] + "}"))(folder)
     elif "Leave the one that the weights belong to" in message:
@@ -107,6 +108,7 @@ def follow(message: str, folder: Path, words: list[str], original: Path) -> list
     [
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantize model", 1),
         (config(compression_config={"quant_method": "compressed-tensors"}), "quantize model", 1),
+        (config(quantization=MLX, quantization_config=MLX), "quantize model", 1),
         (config(quantization_config="nf4"), "quantize model", 1),
         (config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "dequantize model", 2),
         (config(architectures=["LlamaForCausalLM"] * 100), "quantize model", 1),
@@ -120,7 +122,8 @@ def follow(message: str, folder: Path, words: list[str], original: Path) -> list
         (lambda folder: None, "dequantize model", 1),
     ],
     ids=[
-        *("of GPTQ", "of compressed-tensors", "no object", "of bitsandbytes", "many classes", "a wrapper's names"),
+        *("of GPTQ", "of compressed-tensors", "of MLX", "no object", "of bitsandbytes", "many classes"),
+        "a wrapper's names",
         *("another name", "whole numbers", "a table of whole numbers", "float64", "no tokenizer", "all skipped"),
         "not quantized",
     ],

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from conftest import Qz
 from qz import MissingInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.checkpoint.weights import PICKLE
@@ -88,6 +93,30 @@ def test_of_the_modules_of_sentence_transformers_the_model_is_named(tmp_path: Pa
     for name in ("0_Transformer", "2_Dense"):
         files |= {f"{name}/config.json": "{}", f"{name}/model.safetensors": "x"}
     assert "there are models in it: 0_Transformer. Name one" in refused(tmp_path, files)
+
+
+@pytest.mark.parametrize("keys", [("quantization",), ("quantization", "quantization_config")])
+def test_what_mlx_packed_is_named_by_every_command(
+    keys: tuple[str, ...], tiny_llama: Path, tmp_path: Path, forked_qz: Qz
+) -> None:
+    """Codes in whole 32-bit words, with a scale and a bias for each group of a row; the config names no method."""
+    packed: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(tiny_llama / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            packed[name] = torch.zeros(weight.shape[0], weight.shape[1] // 8, dtype=torch.uint32)
+            for part in ("scales", "biases"):
+                packed[name.replace("weight", part)] = torch.ones(weight.shape[0], weight.shape[1] // 64).bfloat16()
+        else:
+            packed[name] = weight
+    save_file(packed, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    config = json.loads((tiny_llama / "config.json").read_text())
+    config |= {key: {"group_size": 64, "bits": 4} for key in keys}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for command in ("quantize", "dequantize"):
+        refused = forked_qz(command, tmp_path)
+        assert refused.returncode == 78
+        assert re.search(r"quantized with '?mlx'?.* Start from the original", refused.stderr), refused.stderr
+    assert "the model is quantized with 'mlx'" in forked_qz("inspect", tmp_path).stdout
 
 
 def test_weights_of_openvino_and_whisper_cpp_are_no_pickles() -> None:

@@ -37,9 +37,16 @@ class Settings(NamedTuple):
 
 
 def stated_quantization(config: Mapping[str, Any]) -> Any:
-    """What config.json says of a quantization, at its root or in the config of a part; None if nothing."""
-    if config.get("quantization_config") is not None:
-        return config["quantization_config"]
+    """What config.json says of a quantization, at its root or in the config of a part; None if nothing.
+
+    Of MLX, which has it under ``quantization``, mostly under ``quantization_config`` too, the method is added.
+    """
+    for key in ("quantization_config", "quantization"):
+        found = config.get(key)
+        if isinstance(found, dict) and "quant_method" not in found and {"bits", "group_size"} <= found.keys():
+            return {**found, "quant_method": "mlx"}
+        if found is not None and key == "quantization_config":
+            return found
     if isinstance(config.get("compression_config"), dict):
         return {**config["compression_config"], "quant_method": "compressed-tensors"}
     parts = (part for part in config.values() if isinstance(part, dict))

@@ -12,6 +12,7 @@ from qz.formats.malformed import Malformed
 from qz.quantize.planning.sources import Source, stored_parts
 
 COMPARE_BYTES = 1 << 20
+_KEYS = ("quantization_config", "quantization", "compression_config")
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -22,10 +23,11 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     if isinstance(config, dict):
         method = str(config.get("quant_method", "an unknown method"))
         if all(map(_is_plain, checkpoint.tensors.values())):
-            key = "quantization_config" if checkpoint.config.get("compression_config") is None else "compression_config"
+            there = [key for key in _KEYS if checkpoint.config.get(key) is not None]
+            keys = " and ".join(f"`{key}`" for key in there or _KEYS[:1])
             raise Unsupported(
                 f"{where}/config.json says that the model is quantized with {method}, but none of its weights is. If "
-                f"they are the plain weights, remove `{key}` from it and run this again."
+                f"they are the plain weights, remove {keys} from it and run this again."
             )
         bits = " (4 bit)" if config.get("load_in_4bit") else " (8 bit)" if config.get("load_in_8bit") else ""
         hint = (

@@ -31,10 +31,12 @@ def library_errors(library: str, built: str, where: str) -> Iterator[None]:
     except Exception as error:
         if _raised_by_qz(error.__traceback__) or (isinstance(error, OSError) and error.errno in SURROUNDINGS):
             raise
-        lean = ", or set QZ_LEAN=0, which imports the libraries whole" if lean_imports.is_allowed() else ""
+        lean = "set QZ_LEAN=0, which imports the libraries whole" if lean_imports.is_allowed() else ""
+        advice = f"Check config.json, try another version of {library}{lean and f', or {lean}'}."
+        if isinstance(error, ImportError):
+            advice = f"Install that too{lean and f'; if it is there, {lean}'}."
         raise Unsupported(
-            f"{library} cannot build {built} from {where}/config.json: {describe(error)}. "
-            f"Check config.json, try another version of {library}{lean}."
+            f"{library} cannot build {built} from {where}/config.json: {describe(error)}. {advice}"
         ) from error
 
 
