@@ -55,6 +55,9 @@ def carried_out(
 
 def matching(skips: list[str], source: Path) -> list[str]:
     """Those of ``skips`` that match a module of the model; one that matches none is refused."""
+    with suppress(UsageError):
+        plan_of(source, "nf4", skips=tuple(skips))
+        return skips
     found = []
     for skip in skips:
         with suppress(UsageError):
