@@ -42,42 +42,79 @@ template <typename T> __device__ int position(T value, const T* bounds) {  // ho
 SEARCH: Final = (
     _SHARED
     + r"""
-__device__ float total(float one, float other) {  // by halves: 64 lanes, 32 of them in each argument
-    float sum = __fadd_rn(one, other);
-    for (int half = 16; half; half /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, half));
-    return sum;
+__device__ float plus(float one, float other) { return __fadd_rn(one, other); }
+__device__ int plus(int one, int other) { return one + other; }
+
+template <typename T> __device__ T total(T* each, unsigned lanes) {  // by halves: 32, 16 and 8 apart, then 4, 2 and 1
+    for (int half = 4; half; half /= 2)
+        for (int k = 0; k < half; k++) each[k] = plus(each[k], each[k + half]);
+    for (int half = 4; half; half /= 2) each[0] = plus(each[0], __shfl_xor_sync(lanes, each[0], half));
+    return each[0];
 }
 
-__device__ int total(int one, int other) {
-    int sum = one + other;
-    for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
-    return sum;
+// In which of 32 parts of [-1, 1] a scaled value is, or one on the grid; beyond, in the first or last.
+__device__ int cell(float value) {
+    const float part = fminf(fmaxf(__fmaf_rn(value, 16.0f, 15.5f), 0.0f), 31.0f);
+    return __float_as_int(__fadd_rn(part, 8388608.0f)) & 31;
 }
+__device__ int cell(int value) { return min((value >> 8) + 16, 31); }  // 4096 steps from 0 to 1
 
-// A warp takes a block of 64 values, of which lane i has those at i and i + 32.
+// The level nearest to a value, without a search: of the bounds in one part, the levels differ only around the last.
+template <typename T> struct Nearest {
+    T bound[32], below[32], above[32];
+    __device__ void fill(int part, const T* bounds, const T* levels, T none) {
+        int before = 0, here = 0;
+        for (int i = 0; i < 15; i++) {
+            before += cell(bounds[i]) < part;
+            here += cell(bounds[i]) == part;
+        }
+        bound[part] = here ? bounds[before + here - 1] : none;
+        below[part] = levels[before + max(here - 1, 0)];
+        above[part] = levels[before + here];
+    }
+    __device__ T level(T value) const {
+        const int part = cell(value);
+        return value > bound[part] ? above[part] : below[part];
+    }
+};
+
+// Eight lanes take a block of 64 values: lane i has those at i, i + 8, … i + 56, so half of a sum needs no exchange.
 extern "C" __global__ void search(
-    const void* values, int count, int kind, const float* bounds_, const float* levels_, const unsigned char* order,
-    const int* cuts_, const float* inverses, int candidates, const float* tiled, const long long* first, int weighted,
-    const float* limits, unsigned char* packed, float* scales, int blocks
+    const void* values, int count, int kind, const float* known, const int* on_grid, int candidates, const float* tiled,
+    int column, int columns, unsigned char* packed, float* scales, int blocks
 ) {
+    const float *bounds_ = known, *levels_ = known + 15, *inverses = known + 35;
+    const float least = known[31], most = known[32], least_gain = known[33], grid = known[34];
+    const bool weighted = columns > 0;
     __shared__ float bounds[15], levels[16];
-    __shared__ int cuts[16][31];
-    for (int i = threadIdx.x; i < 15; i += blockDim.x) bounds[i] = bounds_[i];
-    for (int i = threadIdx.x; i < 16; i += blockDim.x) levels[i] = levels_[i];
-    if (!weighted) for (int i = threadIdx.x; i < candidates * 31; i += blockDim.x) cuts[i / 31][i % 31] = cuts_[i];
+    __shared__ int order[16];
+    __shared__ Nearest<float> nearest;
+    __shared__ Nearest<int> coarse[16];
+    for (int i = threadIdx.x; i < 16; i += blockDim.x) {
+        if (i < 15) bounds[i] = bounds_[i];
+        levels[i] = levels_[i];
+        order[i] = on_grid[i];
+    }
+    for (int i = threadIdx.x; i < 32; i += blockDim.x) nearest.fill(i, bounds_, levels_, 3e38f);
+    for (int i = threadIdx.x; !weighted && i < candidates * 32; i += blockDim.x) {
+        const int* cuts = on_grid + 16 + i / 32 * 31;
+        coarse[i / 32].fill(i % 32, cuts, cuts + 15, 1 << 30);
+    }
     __syncthreads();
-    const int lane = threadIdx.x % 32, warps = gridDim.x * (blockDim.x / 32);
-    const float least = limits[0], most = limits[1], least_gain = limits[2], grid = limits[3];
-    for (int block = (blockIdx.x * blockDim.x + threadIdx.x) / 32; block < blocks; block += warps) {
+    const int lane = threadIdx.x % 8, step = gridDim.x * (blockDim.x / 8);
+    const unsigned lanes = 0xffu << (threadIdx.x % 32 - lane);
+    for (int block = (blockIdx.x * blockDim.x + threadIdx.x) / 8; block < blocks; block += step) {
         const float absmax = scales[block];
         if (!(absmax > least && absmax < most)) continue;
         const float inverse = __fdiv_rn(1.0f, absmax);
-        float x[2], y[2], w[2] = {1.0f, 1.0f};
-        for (int k = 0; k < 2; k++) {
-            const long long at = (long long)block * 64 + lane + 32 * k;
+        const long long start = (long long)block * 64 + lane;
+        const unsigned first = weighted ? (column + block * 64u) % columns + lane : 0;
+        float x[8], y[8], w[8];
+        for (int k = 0; k < 8; k++) {
+            const long long at = start + 8 * k;
             x[k] = at < count ? widened(values, at, kind) : 0.0f;
             y[k] = __fmul_rn(x[k], inverse);
-            if (weighted) w[k] = tiled[first[block] + lane + 32 * k];
+            w[k] = weighted ? tiled[first + 8 * k] : 1.0f;
         }
         float best = -1.0f, sigma = 1.0f;
         auto compare = [&](float a, float b) {
@@ -85,49 +122,53 @@ extern "C" __global__ void search(
             if (gain > best) { best = gain; sigma = __fdiv_rn(a, b); }
         };
         auto sums = [&](float by, float& a, float& b) {
-            float wqy[2], wqq[2];
-            for (int k = 0; k < 2; k++) {
-                const float q = levels[position(__fmul_rn(y[k], by), bounds)];
+            float wqy[8], wqq[8];
+            for (int k = 0; k < 8; k++) {
+                const float q = nearest.level(__fmul_rn(y[k], by));
                 const float wq = weighted ? __fmul_rn(w[k], q) : q;
                 wqy[k] = __fmul_rn(wq, y[k]);
                 wqq[k] = __fmul_rn(wq, q);
             }
-            a = total(wqy[0], wqy[1]);
-            b = total(wqq[0], wqq[1]);
+            a = total(wqy, lanes);
+            b = total(wqq, lanes);
         };
         auto error = [&](const int* at, float scale) {
-            float squared[2];
-            for (int k = 0; k < 2; k++) {
+            float squared[8];
+            for (int k = 0; k < 8; k++) {
                 const float loaded = rounded(__fmul_rn(levels[at[k]], scale), kind);
                 const float difference = __fmul_rn(__fsub_rn(loaded, x[k]), inverse);
                 squared[k] = __fmul_rn(difference, difference);
                 if (weighted) squared[k] = __fmul_rn(w[k], squared[k]);
             }
-            return total(squared[0], squared[1]);
+            return total(squared, lanes);
         };
         float a, b;
-        if (weighted) {
-            for (int i = 0; i < candidates; i++) {
+        for (int i = 0; i < candidates; i++) {
+            if (weighted) {
                 sums(inverses[i], a, b);
-                compare(a, b);
+            } else {
+                int wq[8], qq[8];
+                for (int k = 0; k < 8; k++) {
+                    const int whole = (int)rintf(__fmul_rn(y[k], grid)), q = coarse[i].level(whole);
+                    wq[k] = whole * q;
+                    qq[k] = q * q;
+                }
+                a = __int2float_rn(total(wq, lanes));
+                b = __int2float_rn(total(qq, lanes));
             }
-        } else {
-            const int whole[2] = {(int)rintf(__fmul_rn(y[0], grid)), (int)rintf(__fmul_rn(y[1], grid))};
-            for (int i = 0; i < candidates; i++) {
-                const int one = cuts[i][15 + position(whole[0], cuts[i])];
-                const int other = cuts[i][15 + position(whole[1], cuts[i])];
-                const int wq = total(whole[0] * one, whole[1] * other);
-                compare(__int2float_rn(wq), __int2float_rn(total(one * one, other * other)));
-            }
+            compare(a, b);
         }
         sums(__fdiv_rn(1.0f, sigma), a, b);
         const float found = __fmul_rn(absmax, __fdiv_rn(a, b)), by = __fdiv_rn(1.0f, found);
-        const int before[2] = {position(y[0], bounds), position(y[1], bounds)};
-        const int after[2] = {position(__fmul_rn(x[0], by), bounds), position(__fmul_rn(x[1], by), bounds)};
+        int before[8], after[8];
+        for (int k = 0; k < 8; k++) {
+            before[k] = position(y[k], bounds);
+            after[k] = position(__fmul_rn(x[k], by), bounds);
+        }
         if (!(error(after, found) < __fmul_rn(error(before, absmax), least_gain))) continue;
-        for (int k = 0; k < 2; k++) {
-            const int code = order[after[k]], next = __shfl_down_sync(~0u, code, 1);
-            const long long at = (long long)block * 64 + lane + 32 * k;
+        for (int k = 0; k < 8; k++) {
+            const int code = order[after[k]], next = __shfl_down_sync(lanes, code, 1);
+            const long long at = start + 8 * k;
             if (lane % 2 == 0 && at < count) packed[at / 2] = (unsigned char)(code << 4 | next);
         }
         if (lane == 0) scales[block] = found;

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 32 << 20
 """Source bytes of a chunk: enough for full speed over PCIe, and a power of two, to which torch rounds pinned memory."""
+WHOLE = 0
+"""Of an input that is not cut into pieces."""
 LEAST_BYTES = 1 << 20
 """The smallest piece of a chunk that is tried when the device runs out of memory."""
 LANES = 3
@@ -93,7 +96,7 @@ class Accelerator:
         """As ``torch.Tensor.to``. The libraries cast on the CPU, which differs in the bits it gives to NaN."""
         dtype = DTYPES[target]
 
-        def compute(part: torch.Tensor) -> Computed:
+        def compute(_: int, part: torch.Tensor) -> Computed:
             return part, (part.to(dtype),)
 
         if self._in_pieces(1, [(tensor(values, source), 1)], compute, [(tensor(out, target), 1)]):
@@ -104,7 +107,7 @@ class Accelerator:
     def quantize_4bit(
         self, values: NDArray[Any], dtype: str, quant_type: QuantType, packed: Bytes, absmax: NDArray[np.float32]
     ) -> NonFinite:
-        def compute(part: torch.Tensor) -> Computed:
+        def compute(_: int, part: torch.Tensor) -> Computed:
             codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
             return part, (codes.view(-1), scales)
 
@@ -124,16 +127,12 @@ class Accelerator:
     ) -> NonFinite:
         """``quantize_4bit``, then better scales and codes; see ``qz.quantize.compute.scale_search``."""
         given = tensor(values, dtype)
-        inputs, tiled = [(given, 1)], None
-        if weights is not None:
-            tiled, blocks = tensor(weights, "F32"), BLOCK_SIZE * absmax.size
-            first = torch.arange(column, column + blocks, BLOCK_SIZE) % (weights.size - BLOCK_SIZE)
-            inputs.append((first, BLOCK_SIZE))
+        inputs = [(given, 1)] if weights is None else [(given, 1), (tensor(weights, "F32"), WHOLE)]
 
-        def compute(part: torch.Tensor, *first: torch.Tensor) -> Computed:
+        def compute(start: int, part: torch.Tensor, *tiled: torch.Tensor) -> Computed:
             codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
             codes = codes.view(-1)
-            of_blocks = None if tiled is None else BlockWeights(tiled.to(part.device), *first)
+            of_blocks = BlockWeights(tiled[0], column + start) if tiled else None
             improve(part, of_blocks, quant_type, codes, scales)
             return part, (codes, scales)
 
@@ -143,7 +142,7 @@ class Accelerator:
     def encode_4bit(
         self, values: NDArray[Any], dtype: str, quant_type: QuantType, scales: NDArray[np.float32], packed: Bytes
     ) -> None:
-        def compute(part: torch.Tensor, given: torch.Tensor) -> Computed:
+        def compute(_: int, part: torch.Tensor, given: torch.Tensor) -> Computed:
             codes = torch.empty(-(-part.numel() // 2), dtype=torch.uint8, device=part.device)
             encode(part, quant_type, given, codes)
             return None, (codes,)
@@ -180,7 +179,7 @@ class Accelerator:
     ) -> NonFinite:
         columns = values.shape[1]
 
-        def compute(part: torch.Tensor) -> Computed:
+        def compute(_: int, part: torch.Tensor) -> Computed:
             half = part.view(-1, columns).to(torch.float16)
             codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half, 0.0)
             return half, (codes.view(-1), scales)
@@ -219,7 +218,7 @@ class Accelerator:
         dtype: str,
         out: NDArray[Any],
     ) -> None:
-        def compute(codes: torch.Tensor, scales: torch.Tensor) -> Computed:
+        def compute(_: int, codes: torch.Tensor, scales: torch.Tensor) -> Computed:
             length = 2 * codes.numel()  # one more than there are, if the last byte holds one value
             operation = torch.ops.bitsandbytes.dequantize_4bit
             return None, (operation(codes, scales, blocksize, quant_type, [length], DTYPES[dtype]).view(-1),)
@@ -232,7 +231,7 @@ class Accelerator:
     ) -> None:
         columns = weight.shape[1]
 
-        def compute(codes: torch.Tensor, scales: torch.Tensor) -> Computed:
+        def compute(_: int, codes: torch.Tensor, scales: torch.Tensor) -> Computed:
             values = torch.ops.bitsandbytes.int8_vectorwise_dequant(codes.view(-1, columns), scales)
             return None, (values.view(-1).to(DTYPES[dtype]),)
 
@@ -248,8 +247,8 @@ class Accelerator:
     ) -> bool:
         """Compute ``outs`` from ``inputs`` in pieces of whole units of values; whether one that counts is not finite.
 
-        Each tensor comes with the number of values that make one of its elements. A piece is the whole, unless that is
-        long or memory is short.
+        Each tensor comes with the number of values that make one of its elements, or with WHOLE if each piece needs all
+        of it. A piece is everything, unless that is long or memory is short. ``compute`` is told its first value, too.
         """
         wide = next(each for each, ratio in (*inputs, *outs) if ratio == 1)
         total, itemsize = wide.numel(), wide.element_size()
@@ -257,12 +256,12 @@ class Accelerator:
         while start < total:
             length = max(unit, self._piece_bytes // itemsize // unit * unit)
             stop = min(start + length, total)
-            given = [each[start // ratio : -(-stop // ratio)] for each, ratio in inputs]
+            given = [each if ratio == WHOLE else each[start // ratio : -(-stop // ratio)] for each, ratio in inputs]
             parts = [each[start // ratio : -(-stop // ratio)] for each, ratio in outs]
             free = self._lanes.get()
             try:
                 with self._device_errors():
-                    finite = free.run(given, compute, parts) and finite
+                    finite = free.run(given, partial(compute, start), parts) and finite
                 start = stop
             except RuntimeError as error:
                 if not is_out_of_memory(error):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch  # noqa: TID253 (this module is imported lazily)
+
+from qz.quantize.compute.gpu.torch_kernels import DTYPES
 
 Tensors = Sequence[torch.Tensor]
 Computed = tuple[torch.Tensor | None, Tensors]
@@ -22,7 +25,7 @@ class Lane:
         checked, results = compute(*(each.to(self.device) for each in inputs))
         for out, result in zip(outs, results, strict=True):
             out.copy_(result[: out.numel()])
-        return checked is None or bool(torch.isfinite(extremes(checked)).all())
+        return checked is None or _are_finite(extremes(checked))
 
 
 class CudaLane(Lane):
@@ -36,27 +39,30 @@ class CudaLane(Lane):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.extremes = torch.empty(2, pin_memory=True)
+        self.kernels = torch.cuda.default_stream(device)
+        self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.extremes = {dtype: torch.empty(2, dtype=dtype, pin_memory=True) for dtype in DTYPES.values()}
 
     def run(self, inputs: Tensors, compute: Callable[..., Computed], outs: Tensors) -> bool:
         with torch.cuda.stream(self.stream):
-            there = [torch.empty_like(each, device=self.device) for each in inputs]
-            for held, each in zip(there, inputs, strict=True):
-                held.copy_(each, non_blocking=True)
+            there = [each.to(self.device, non_blocking=True) for each in inputs]
             # A device that was lost is noticed here, by torch: bitsandbytes' own check ends the process.
             self.stream.synchronize()
-        with torch.cuda.stream(torch.cuda.default_stream(self.device)):
+        with torch.cuda.stream(self.kernels):
             checked, results = compute(*there)
             bounds = None if checked is None else extremes(checked)
-            computed = torch.cuda.current_stream(self.device).record_event()
+            self.computed.record(self.kernels)
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(computed)
+            self.stream.wait_event(self.computed)
             for out, result in zip(outs, results, strict=True):
                 out.copy_(result[: out.numel()], non_blocking=True)
-            if bounds is not None:
-                self.extremes.copy_(bounds, non_blocking=True)
+            if bounds is None:
+                self.stream.synchronize()
+                return True
+            found = self.extremes[bounds.dtype]
+            found.copy_(bounds, non_blocking=True)
             self.stream.synchronize()
-        return bounds is None or bool(torch.isfinite(self.extremes).all())
+            return _are_finite(found)
 
 
 def lane(device: torch.device) -> Lane:
@@ -64,5 +70,11 @@ def lane(device: torch.device) -> Lane:
 
 
 def extremes(values: torch.Tensor) -> torch.Tensor:
-    """The least and the greatest value, as float32[2]; NaN, if there is one. One pass, no memory."""
-    return torch.stack(torch.aminmax(values)).float()
+    """The least and the greatest value, in their dtype [2]; NaN, if there is one. One pass, no memory."""
+    found = values.new_empty(2)
+    torch.aminmax(values, out=(found[0], found[1]))
+    return found
+
+
+def _are_finite(values: torch.Tensor) -> bool:
+    return all(map(math.isfinite, values.tolist()))

@@ -63,10 +63,7 @@ def search_4bit(
 ) -> None:
     from qz.quantize.compute.gpu import torch_search
 
-    of_blocks = None
-    if weights is not None:
-        first = torch.from_numpy((column + np.arange(absmax.size) * 64) % (weights.size - 64))
-        of_blocks = torch_search.BlockWeights(tensor(weights, "F32"), first)
+    of_blocks = None if weights is None else torch_search.BlockWeights(tensor(weights, "F32"), column)
     outs = torch.from_numpy(packed), torch.from_numpy(absmax)
     torch_search.improve(tensor(values, dtype), of_blocks, quant_type, *outs)
 

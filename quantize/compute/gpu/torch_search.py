@@ -22,15 +22,19 @@ _BLOCKS = {"cpu": 1 << 10}
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    """What an error counts: ``tiled`` by column (``scale_search.tiled_weights``), and each block's first column."""
+    """What an error counts: ``tiled`` by column (``scale_search.tiled_weights``); ``column`` is where blocks begin."""
 
     tiled: torch.Tensor
-    first: torch.Tensor
+    column: int
 
-    def of(self, part: slice) -> torch.Tensor:
-        """float32 (blocks, 64)."""
-        columns = self.first[part].unsqueeze(1) + torch.arange(64, device=self.first.device)
-        return self.tiled[columns]
+    @property
+    def columns(self) -> int:
+        return self.tiled.numel() - 64
+
+    def of(self, start: int, stop: int) -> torch.Tensor:
+        """float32 (blocks, 64), of the blocks from ``start``."""
+        first = (self.column + 64 * torch.arange(start, stop, device=self.tiled.device)) % self.columns
+        return self.tiled[first.unsqueeze(1) + torch.arange(64, device=self.tiled.device)]
 
 
 def improve(
@@ -49,7 +53,8 @@ def improve(
         part = slice(start, start + step)
         x, codes = values[start * 64 : part.stop * 64], packed[start * 32 : part.stop * 32]
         blocks = torch.nn.functional.pad(x, (0, -x.numel() % 64)).view(-1, 64)
-        found, better = _search(blocks, None if weights is None else weights.of(part), quant_type, scales[part])
+        of_blocks = None if weights is None else weights.of(start, start + len(blocks))
+        found, better = _search(blocks, of_blocks, quant_type, scales[part])
         chosen = torch.where(
             better.repeat_interleave(32)[: codes.numel()], packed_pairs(found.codes)[: codes.numel()], codes
         )
@@ -67,23 +72,24 @@ def _launch(
 ) -> None:
     """``improve`` in one pass of ``cuda_source.SEARCH``."""
     device = values.device
-    cuts, inverses, limits = _candidate_tensors(quant_type, device)
-    of_weights = (inverses, scales) if weights is None else (weights.tiled, weights.first)
-    candidates = len(cuts) if weights is None else len(inverses)
+    known, on_grid, candidates = _search_tables(quant_type, device)
+    tiled, column, columns = (known, 0, 0) if weights is None else (weights.tiled, weights.column, weights.columns)
     cuda_kernels.launch(
-        function, device, scales.numel(), values, values.numel(), cuda_kernels.KINDS[values.dtype],
-        *table_tensors(quant_type, device), cuts, inverses, candidates, *of_weights, int(weights is not None), limits,
-        packed, scales, scales.numel(),
+        function, device, -(-scales.numel() // 4), values, values.numel(), cuda_kernels.KINDS[values.dtype], known,
+        on_grid, candidates[weights is not None], tiled, column, columns, packed, scales, scales.numel(),
     )  # fmt: skip
 
 
 @once
-def _candidate_tensors(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Without importance int32 (candidates, 31), bounds and levels of each; with it float32 inverses; the limits."""
-    cuts = np.stack([np.concatenate(each) for each in scale_search.coarse_candidates(quant_type)]).astype(np.int32)
+def _search_tables(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """What ``cuda_source.SEARCH`` knows: float32 bounds, levels, limits and inverses; int32 codes of the levels, then
+    bounds and levels on the grid of each candidate; the number of candidates without importance and with it."""
+    bounds, levels, order = table_tensors(quant_type, torch.device("cpu"))
     limits = [scale_search.LEAST_ABSMAX, scale_search.MOST_ABSMAX, scale_search.LEAST_GAIN, scale_search.GRID]
-    inverses = torch.tensor(scale_search.inverse_candidates(quant_type), dtype=torch.float32)
-    return torch.from_numpy(cuts).to(device), inverses.to(device), torch.tensor(limits).to(device)
+    inverses, coarse = scale_search.inverse_candidates(quant_type), scale_search.coarse_candidates(quant_type)
+    known = torch.cat([bounds, levels, torch.tensor([*limits, *inverses], dtype=torch.float32)])
+    on_grid = np.concatenate([order.numpy(), *(each for pair in coarse for each in pair)]).astype(np.int32)
+    return known.to(device), torch.from_numpy(on_grid).to(device), (len(coarse), len(inverses))
 
 
 def encode(values: torch.Tensor, quant_type: str, scales: torch.Tensor, packed: torch.Tensor) -> None:
