@@ -502,7 +502,7 @@ def test_calibrate_quantize_and_compare_from_the_command_line(
     used = [each["importance"] for each in json.loads(made.stdout)["components"] if each.get("importance")]
     assert [each["missing"] for each in used] == [[]] * len(used)
     assert used
-    asked = ("compare", flux, "nf4", *drawn, "--picture", "steps.svg")
+    asked = ("compare", flux, "nf4", *drawn, "--picture", "steps.svg", "--text", root / "prompts.txt")
     done = forked_qz(*asked, "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -515,7 +515,7 @@ def test_calibrate_quantize_and_compare_from_the_command_line(
     assert "2 timesteps, from the first to the last" in picture
     assert "transformer.transformer_blocks.0" in picture
     (tmp_path / "steps.svg").unlink()
-    shown = forked_qz(*asked, "--text", root / "prompts.txt")
+    shown = forked_qz(*asked)
     assert "at 32 × 32" in shown.stdout
     assert "denoiser's output" in shown.stdout
     assert "last latents" in shown.stdout

@@ -145,7 +145,7 @@ def test_a_classifier_is_scored_and_compared_by_the_states_of_its_encoder(tmp_pa
     assert lost == pytest.approx(1 - float(torch.nn.functional.cosine_similarity(first, second, dim=0)), rel=1e-2)
 
 
-def test_int8_loses_less_than_4_bits_and_the_command_says_so(qz: Qz, forked_qz: Qz, tmp_path: Path) -> None:
+def test_int8_loses_less_than_4_bits_and_the_command_says_so(forked_qz: Qz, tmp_path: Path) -> None:
     folder = model_folder("llama-untied", tmp_path / "model")
     found = {}
     for method in (api.Nf4(), api.Int8()):
@@ -157,7 +157,7 @@ def test_int8_loses_less_than_4_bits_and_the_command_says_so(qz: Qz, forked_qz: 
     assert found["nf4"]["text"] == "default"
     page = (Path(__file__).parent.parent / "docs/reference/json.md").read_text()
     assert all(f"`{key}`" in page for key in found["nf4"])
-    shown = qz("compare", "model", "nf4", "--device", "cpu")
+    shown = forked_qz("compare", "model", "nf4", "--device", "cpu")
     assert "KL divergence" in shown.stdout
     assert "perplexity" in shown.stdout
 

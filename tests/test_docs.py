@@ -378,7 +378,7 @@ def run_step(name: str, place: Path, inputs: dict[str, str], **more: str) -> sub
     )
 
 
-def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path, quick: str) -> None:
     inputs = {"source": str(tiny_llama), "method": "nf4", "double-quant": "true", "skip": "q_proj\nk_proj\n"}
     result = run_step("Quantize", tmp_path, inputs)
     assert result.returncode == 0, result.stderr
@@ -389,10 +389,10 @@ def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path) -> 
     assert any(module.endswith("q_proj") for module in report["skipped"])
     assert int(outputs["bytes"]) == report["bytes"]["output"]
     assert "nf4" in (tmp_path / "summary").read_text()
-    verified = run_step("Verify", tmp_path, {})
+    verified = run_step("Verify", tmp_path, {}, PATH=quick)
     assert verified.returncode == 0, verified.stderr
     (tmp_path / "quantized" / "model.safetensors").write_bytes(b"broken")
-    assert run_step("Verify", tmp_path, {}).returncode == 65
+    assert run_step("Verify", tmp_path, {}, PATH=quick).returncode == 65
 
 
 @pytest.mark.parametrize(

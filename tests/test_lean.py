@@ -28,10 +28,12 @@ Qz = Callable[..., subprocess.CompletedProcess[str]]
 SHOWS_MODULES = """
 import sys
 from qz.cli.app import run
-from qz.quantize.libraries.importing import lean_imports
+from qz.quantize.libraries.importing import lean_imports, work_bounds
 lean_imports.allow()
-assert run(sys.argv[1:]) == 0
-unused = "diffusers" if "transformers" in sys.modules else "transformers"
+work_bounds.set_hard()  # as in the process that is asked for a command
+used, unused, *arguments = sys.argv[1:]
+assert run(arguments) == 0
+assert used in sys.modules
 unwanted = (unused, "torch._dynamo", "torch._inductor", "torch.distributed.tensor")
 real = {name for name in unwanted if name in sys.modules}
 assert not real, real
@@ -48,16 +50,6 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QZ_CACHE", "")
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "flux"])
-def test_a_lean_process_writes_the_same_folder(qz: Qz, name: str, tmp_path: Path) -> None:
-    """And of a Llama: see test_planning_process."""
-    build(name).save_pretrained(tmp_path / "source")
-    quantized(tmp_path / "source", tmp_path / "here", "nf4")
-    done = qz("quantize", "source", "-o", "there", "--quiet")
-    assert done.returncode == 0, done.stderr
-    assert differing_files(tmp_path / "here", tmp_path / "there") == []
-
-
 def tiny_rae(model_class: Any) -> Any:
     return model_class(
         encoder_hidden_size=64,
@@ -68,17 +60,6 @@ def tiny_rae(model_class: Any) -> Any:
         decoder_intermediate_size=128,
         encoder_input_size=28,
     )
-
-
-def test_a_model_of_diffusers_that_contains_one_of_transformers_gets_it(qz: Qz, tmp_path: Path) -> None:
-    """Planning another one leaves transformers out: half of diffusers' import time."""
-    from diffusers import AutoencoderRAE
-
-    tiny_rae(AutoencoderRAE).save_pretrained(tmp_path / "source")
-    quantized(tmp_path / "source", tmp_path / "here", "nf4")
-    done = qz("quantize", "source", "-o", "there", "--quiet")
-    assert done.returncode == 0, done.stderr
-    assert differing_files(tmp_path / "here", tmp_path / "there") == []
 
 
 @pytest.fixture(scope="module")
@@ -93,28 +74,37 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("transformer", "vae", "redux")}
 
 
-ORDERS = {
-    "quantize": ("transformer", "vae"),
-    "quantize in another order": ("vae", "transformer"),
-    "inspect one that is not among diffusers.models": ("transformer", "redux"),
-}
-
-
-@pytest.mark.parametrize("case", ORDERS)
+@pytest.mark.parametrize("order", [("transformer", "vae"), ("vae", "transformer")], ids=" ".join)
 def test_the_libraries_are_imported_for_all_components_in_any_order(
-    qz: Qz, parts: dict[str, Path], case: str, tmp_path: Path
+    qz: Qz, parts: dict[str, Path], order: tuple[str, ...], tmp_path: Path
 ) -> None:
-    order = ORDERS[case]
-    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": "0.42.1"}
+    """A command of its own writes what this process does, of a model of diffusers that contains one of transformers,
+    too. For others transformers is left out: half of diffusers' import time."""
+    pipeline(tmp_path / "source", parts, order)
+    done = qz("quantize", "source", "--components", ",".join(order), "-o", "there", "--quiet")
+    assert done.returncode == 0, done.stderr
     for name in order:
-        shutil.copytree(parts[name], tmp_path / "source" / name)
-        config = json.loads((parts[name] / "config.json").read_text())
-        index[name] = ["diffusers", config["_class_name"]]  # type: ignore[assignment]
-    (tmp_path / "source/model_index.json").write_text(json.dumps(index))
-    options = ("--plan",) if case.startswith("inspect") else ("--components", ",".join(order), "--dry-run")
-    done = qz(case.split()[0], "source", *options)
+        quantized(parts[name], tmp_path / "here" / name, "nf4")
+        assert differing_files(tmp_path / "there" / name, tmp_path / "here" / name) == []
+
+
+def test_the_libraries_are_imported_for_a_component_that_is_not_among_diffusers_models(
+    qz: Qz, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    pipeline(tmp_path / "source", parts, ("transformer", "redux"))
+    done = qz("inspect", "source", "--plan")
     assert done.returncode == 0, done.stderr
     assert "So the figures are estimates" not in " ".join((done.stdout + done.stderr).split())
+
+
+def pipeline(folder: Path, parts: dict[str, Path], names: tuple[str, ...]) -> None:
+    """A pipeline of some of the parts."""
+    index: dict[str, Any] = {"_class_name": "DiffusionPipeline", "_diffusers_version": "0.42.1"}
+    for name in names:
+        shutil.copytree(parts[name], folder / name)
+        config = json.loads((parts[name] / "config.json").read_text())
+        index[name] = ["diffusers", config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 CHECKS_CLASSES = """
@@ -144,13 +134,13 @@ def test_every_other_model_of_diffusers_can_be_imported_without_transformers() -
     assert done.returncode == 0, done.stderr
 
 
-def test_what_cannot_be_built_whole_either_does_not_name_the_hatch(qz: Qz, tmp_path: Path) -> None:
+def test_what_cannot_be_built_whole_either_does_not_name_the_hatch(forks: Runner, tmp_path: Path) -> None:
     """Where it may help it is named: see test_planning_process."""
     build("llama-tied").save_pretrained(tmp_path / "source")
     config = json.loads((tmp_path / "source/config.json").read_text())
     (tmp_path / "source/config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
-    done = qz("quantize", "source", "--dry-run", QZ_LEAN="0")
-    assert done.returncode == 78, done.stderr
+    done = forks.run("quantize", "source", "--dry-run", cwd=tmp_path, environment={"QZ_CACHE": "", "QZ_LEAN": "0"})
+    assert done.code == 78, done.stderr
     assert "QZ_LEAN" not in done.stderr
 
 
@@ -178,14 +168,24 @@ def test_a_temporary_folder_that_cannot_be_used_is_an_io_error(folder: str, fork
     assert "TMPDIR" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "flux"])
-def test_planning_leaves_the_compiler_out_and_puts_everything_back(name: str, tmp_path: Path) -> None:
+LIBRARIES = {"qwen3-moe": ("transformers", "diffusers"), "flux": ("diffusers", "transformers")}
+"""That of a model, and the other one."""
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_planning_leaves_the_compiler_out_puts_everything_back_and_changes_no_byte(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "source")
-    arguments = ["quantize", str(tmp_path / "source"), "--dry-run", "--quiet"]
+    arguments = ["quantize", str(tmp_path / "source"), "-o", str(tmp_path / "there"), "--quiet"]
     done = subprocess.run(
-        [sys.executable, "-c", SHOWS_MODULES, *arguments], capture_output=True, text=True, timeout=HANG, check=False
+        [sys.executable, "-c", SHOWS_MODULES, *LIBRARIES[name], *arguments],
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
+    quantized(tmp_path / "source", tmp_path / "here", "nf4")
+    assert differing_files(tmp_path / "here", tmp_path / "there") == []
 
 
 def test_advice_on_versions_is_what_the_package_declares() -> None:

@@ -231,7 +231,6 @@ def test_a_size_that_no_tensor_has_is_the_configs_fault_whoever_makes_the_tensor
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int]] = {
-    "unsupported": ({"architectures": ["NoSuchModel"], "model_type": "none"}, 78),
     "malformed": ({"num_hidden_layers": 3}, 65),
     "a library's own error": ({"hidden_size": "64"}, 78),
 }
@@ -257,8 +256,7 @@ def other_process(pid: int) -> int | None:
     return int(found[0]) if found else None
 
 
-def killed(source: Path, tmp_path: Path, number: int, *, both: bool) -> tuple[int, str]:
-    """A run that gets a signal while the library is asked, or whose other process does: how it ended."""
+def test_ctrl_c_ends_both(source: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "qz", "quantize", str(source)],
         cwd=tmp_path,
@@ -270,20 +268,34 @@ def killed(source: Path, tmp_path: Path, number: int, *, both: bool) -> tuple[in
     while (other := other_process(process.pid)) is None:
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(process.pid if both else other, number)
+    os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=HANG)
     while Path(f"/proc/{other}").exists():  # by itself, if the signal came while it was started
         time.sleep(0.01)
-    return process.returncode, errors
+    assert (process.returncode, errors.splitlines()[-1:]) == (130, ["Error: Interrupted."])
 
 
-def test_ctrl_c_ends_both(source: Path, tmp_path: Path) -> None:
-    code, errors = killed(source, tmp_path, signal.SIGINT, both=True)
-    assert (code, errors.splitlines()[-1:]) == (130, ["Error: Interrupted."])
+def test_a_library_that_crashes_takes_nothing_along(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = asking._Process.started
+
+    def crashing() -> asking._Process | None:
+        process = started()
+        assert process is not None
+        process._process.send_signal(signal.SIGSEGV)
+        return process
+
+    monkeypatch.setattr(work_bounds, "_hard", False)
+    monkeypatch.setattr(asking._Process, "started", crashing)
+    monkeypatch.setenv("QZ_CACHE", "")
+    with pytest.raises(Unsupported, match=r"The library crashed while it built the model \(SIGSEGV\)"):
+        plan_quantization(open_checkpoint(LocalFolder(source)), Settings(FourBit("nf4")))
 
 
-def test_a_library_that_crashes_takes_nothing_along(source: Path, tmp_path: Path) -> None:
-    code, errors = killed(source, tmp_path, signal.SIGSEGV, both=False)
-    assert code in (0, 78), errors  # before it is ready, the library is asked here
-    if code == 78:
-        assert "The library crashed while it built the model (SIGSEGV)" in errors
+def test_where_no_other_process_comes_up_the_library_is_asked_here(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_bounds, "_hard", False)
+    monkeypatch.setattr(asking, "MODULE", "no_such_module")
+    monkeypatch.setenv("QZ_CACHE", "")
+    plan = plan_quantization(open_checkpoint(LocalFolder(source)), Settings(FourBit("nf4")))
+    assert plan.architecture.class_name == "LlamaForCausalLM"
