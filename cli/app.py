@@ -35,13 +35,13 @@ MOST_LINES = 5
 
 COMMANDS = {
     "quantize": "Quantize a model or a pipeline to 4 or 8 bit.",
-    "inspect": "Show what a checkpoint holds, and what is wrong with it.",
+    "inspect": "Show what a checkpoint contains, and what is wrong with it.",
     "dequantize": "Turn a quantized model back into an ordinary one.",
     "push": "Publish a checkpoint on the Hub.",
     "merge": "Put together what --part runs made.",
     "verify": "Compare an output with its hashes or its source.",
     "attest": "State and sign what an output is made of.",
-    "calibrate": "Record what quantization can know of a model's inputs.",
+    "calibrate": "Record statistics of a model's inputs, for better quantization.",
     "compare": "Show what quantizing changed.",
 }
 EXAMPLES = {
@@ -210,9 +210,9 @@ def explain(error: Exception) -> tuple[int, str]:
     text = one_line(str(error)) or type(error).__name__
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
-        hint = f"Run `{context.command_path} --help` for what there is." if context else ""
+        hint = f"Run `{context.command_path} --help` to see what there is." if context else ""
         if context and context.parent is None and "No such option" in error.format_message():
-            hint = f"Options of a command stand behind it: `qz inspect SOURCE --json`. {hint}"
+            hint = f"Options come after the command: `qz inspect SOURCE --json`. {hint}"
         told = " ".join(error.format_message().replace("Value error, ", "").split())
         return error.exit_code, f"{told}\n{hint}".rstrip()
     if is_out_of_memory(error):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 LOSSES = {
-    "kl": "KL divergence in nats a token",
+    "kl": "KL divergence in nats per token",
     "cosine": "1 − cosine of mean hidden states",
     "output": "squared relative error of the output",
 }

@@ -48,5 +48,5 @@ def sha256_of(path: Path) -> str:
     except PermissionError:
         raise PermissionRefused(f"{path} cannot be read: permission denied. Change its permissions.") from None
     except OSError as error:
-        advice = remedy(error, "Check the disk, or copy the file anew.")
+        advice = remedy(error, "Check the disk, or copy the file again.")
         raise IOFailed(f"{path} cannot be read: {error.strerror}. {advice}") from error

@@ -322,7 +322,7 @@ class LocalFolder:
         try:
             found = os.stat(os.path.join(self._real, file))
         except FileNotFoundError:
-            raise MissingInput(f"{where} vanished while it was read. Run again once it is back.") from None
+            raise MissingInput(f"{where} disappeared while it was read. Run again once it is back.") from None
         except OSError as error:
             raise _failure(error, where, "looked up") from None
         if _mark(found) != self._marks.get(file, _mark(found)):
@@ -426,7 +426,7 @@ def _failure(error: OSError, where: str, act: str) -> QzError:
         return PermissionRefused(f"{where} cannot be {act}: no permission. Check its owner and mode.")
     if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
         why = (error.strerror or "invalid name").lower()
-        mend = {errno.ELOOP: "Put what it should lead to in its place.", errno.ENAMETOOLONG: "Give it a shorter name."}
+        mend = {errno.ELOOP: "Replace it with what it should lead to.", errno.ENAMETOOLONG: "Give it a shorter name."}
         return Malformed("unreadable", f"{where} cannot be {act}: {why}. {mend.get(error.errno, 'Check the path.')}")
     why = (error.strerror or str(error)).lower()
-    return IOFailed(f"{where} cannot be {act}: {why}. {remedy(error, 'Check the disk, or copy the file anew.')}")
+    return IOFailed(f"{where} cannot be {act}: {why}. {remedy(error, 'Check the disk, or copy the file again.')}")

@@ -60,7 +60,7 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
     for _ in range(entries):
         begin, key = cursor.position, cursor.string()
         if key in metadata or key in lengths:
-            raise cursor.malformed(f"{quoted(key)} is there twice")
+            raise cursor.malformed(f"{quoted(key)} appears twice")
         value = cursor.value(cursor.number("I"))
         if isinstance(value, _Long):
             lengths[key] = value.length
@@ -70,7 +70,7 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
     listed = [_tensor(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
-        raise cursor.malformed("its alignment is no number of bytes")
+        raise cursor.malformed("its alignment is not a valid number of bytes")
     start = -(-cursor.position // alignment) * alignment
     found = {each.name: GgufTensor(each.name, each.shape, each.type, start + each.offset) for each in listed}
     if len(found) != len(listed):

@@ -54,7 +54,7 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, A
     if not isinstance(value, dict):
         raise _malformed(f"{where} holds {_KINDS.get(type(value), 'something')} where an object is expected")
     if _HALF.search(data) and not _is_unicode(value):
-        raise _malformed(f"{where} holds half a surrogate pair, which is no text")
+        raise _malformed(f"{where} holds half a surrogate pair, which is not valid text")
     if containers > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise _malformed(f"{where} is nested more than {MAX_DEPTH} levels deep")
     return value
@@ -106,7 +106,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _RefusedError(f"the key {quoted(twice)} is there twice")
+        raise _RefusedError(f"the key {quoted(twice)} appears twice")
     return found
 
 
@@ -119,7 +119,7 @@ def _int(text: str) -> int:
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise _RefusedError(f"the number {quoted(text, 20)} is beyond the range of numbers")
+        raise _RefusedError(f"the number {quoted(text, 20)} is too large")
     return value
 
 

@@ -148,11 +148,11 @@ class _Parser:
             name, position = self.key(position)
             if name == "__metadata__":
                 if metadata is not None:
-                    self.fail("__metadata__ is there twice")
+                    self.fail("__metadata__ appears twice")
                 metadata, position = self.metadata(position)
             else:
                 if name in tensors:
-                    self.fail(f"tensor {quoted(name)} is there twice")
+                    self.fail(f"tensor {quoted(name)} appears twice")
                 tensors[name], position = self.tensor(name, position)
                 if len(tensors) > MAX_TENSORS:
                     self.fail(f"more than {MAX_TENSORS} tensors")
@@ -349,7 +349,7 @@ def _bounded_int(text: str) -> int:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _OddError("a field is there twice")
+        raise _OddError("a field appears twice")
     return found
 
 

@@ -37,7 +37,7 @@ NUMBERS: tuple[Any, ...] = (
     *(1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64),
 )
 MEANT = re.compile(
-    "is there twice|is empty|is too long|holds control characters|dimensions|needs exactly|not an object|"
+    "appears twice|is empty|is too long|holds control characters|dimensions|needs exactly|not an object|"
     "is not described|has .* twice|number is negative|more than|longer than"
 )
 

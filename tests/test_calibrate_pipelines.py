@@ -528,7 +528,7 @@ def test_a_component_is_calibrated_in_its_pipeline(flux: Path, root: Path, tmp_p
     assert {name.partition("/")[0] for name in read_statistics(stats).sums} == {"transformer"}
     alone: Any = api.quantize(flux, tmp_path / "alone", subfolder="transformer", importance=stats, device="cpu")
     assert alone.as_json()["importance"]["missing"] == []
-    with pytest.raises(MalformedInput, match="speaks of none of the weights"):
+    with pytest.raises(MalformedInput, match="covers none of the weights"):
         api.quantize(flux, tmp_path / "no", importance=stats, components=("text_encoder_2",), device="cpu")
     compared = api.compare(flux, tmp_path / "alone", subfolder="transformer", text=root / "prompts.txt", **DRAWN)
     assert all(layer.name.startswith("transformer.") for layer in compared.loss.layers)
@@ -610,7 +610,7 @@ def test_what_cannot_be_drawn_is_refused_by_name(flux: Path, four_bit: Path, roo
         api.calibrate(four_bit, output, **given)
     with pytest.raises(Unsupported, match="without its pipeline"):
         api.calibrate(flux / "transformer", output, device="cpu")
-    with pytest.raises(Unsupported, match="draws without vae"):
+    with pytest.raises(Unsupported, match="does not use vae"):
         api.calibrate(flux, output, subfolder="vae", **given)
     index = json.loads((flux / "model_index.json").read_text())
     for name, said in (("FluxImg2ImgPipeline", "from a prompt alone"), ("DiTPipeline", "needs class_labels")):

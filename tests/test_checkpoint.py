@@ -187,7 +187,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, change:
         path.unlink()
     if change == "replace":
         path.write_bytes(b"abcd")
-    kind, words = (MissingInput, "vanished") if change == "delete" else (MalformedInput, "changed")
+    kind, words = (MissingInput, "disappeared") if change == "delete" else (MalformedInput, "changed")
     with pytest.raises(kind, match=f"x {words} while it was read"):
         folder.check()
 

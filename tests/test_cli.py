@@ -176,7 +176,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["quantize", "x", "--threads", "0"], "not a number of threads from 1 to 1024"),
         (["quantize", "x", "--threshold", "six"], "--threshold"),
         (["quantize", "x", "--nf5"], "No such option: --nf5"),
-        (["--quiet", "quantize", "x"], "Options of a command stand behind it"),
+        (["--quiet", "quantize", "x"], "Options come after the command"),
         (["quantize"], "Missing argument 'SOURCE'"),
         (["quantize", "x", "y"], "unexpected extra argument"),
         (["quantise", "x"], "Did you mean 'quantize'"),

@@ -104,7 +104,7 @@ def test_the_picture_is_an_svg_with_a_bar_for_each_block(forked_qz: Qz, tmp_path
 def test_what_comes_into_the_place_of_a_picture_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "blocks.svg").symlink_to("precious")
-    with pytest.raises(OutputRefused, match="made meanwhile"):
+    with pytest.raises(OutputRefused, match="appeared in the meantime"):
         store(tmp_path / "blocks.svg", "<svg/>", "--picture")
     assert (tmp_path / "precious").read_text() == "mine"
 

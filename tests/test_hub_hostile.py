@@ -456,7 +456,7 @@ def test_a_listing_without_end_is_refused(hub: HubServer, monkeypatch: pytest.Mo
     monkeypatch.setattr(listing, "MOST_PAGES", 20)
     link = f'<{hub.url}/api/models/me/model/tree/main>; rel="next"'
     hub.fail("tree", status=200, body=b"[]", headers={"Link": link})
-    assert "no end" in failure(lambda: opened(hub).sizes(), HubUnreachable)
+    assert "does not end" in failure(lambda: opened(hub).sizes(), HubUnreachable)
     assert hub.requests["tree"] == 20
 
 
@@ -490,7 +490,7 @@ def test_a_body_longer_than_listed_shows_no_signed_link(hub: HubServer) -> None:
     longer = WEIGHTS + bytes(1000)
     hub.objects[sha256] = Blob(len(longer), "", sha256, data=longer)
     hub.fail("cdn", ignore_range=True)
-    assert "another number of bytes" in failure(lambda: folder.download(["model.safetensors"]), MalformedInput)
+    assert "number of bytes received" in failure(lambda: folder.download(["model.safetensors"]), MalformedInput)
     failure(lambda: stream(folder), TryAgain, MalformedInput)
 
 

@@ -127,7 +127,7 @@ def test_a_storage_that_is_not_on_the_web_is_none(connect: Connect, storage: str
     folder.mkdir()
     hub = refusing(connect)
     hub.fail("xet_token", replace={"X-Xet-Cas-Url": storage.format(folder=folder)})
-    assert "no address on the web" in failure(lambda: read(opened(hub), HEAD), TryAgain, HubUnreachable)
+    assert "not a web address" in failure(lambda: read(opened(hub), HEAD), TryAgain, HubUnreachable)
     assert not any(folder.iterdir())
 
 

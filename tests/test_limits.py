@@ -103,7 +103,7 @@ def test_a_journal_of_20_gb_is_none(tmp_path: Path) -> None:
     try:
         with (
             Directory.at(Disk(), tmp_path) as folder,
-            pytest.raises(QzError, match="is 20,000,000,000 bytes long, so it is no journal of qz"),
+            pytest.raises(QzError, match="is 20,000,000,000 bytes long, so it is not a journal of qz"),
         ):
             Journal(folder, journal.name, None)
         check_interrupted(tmp_path / "out", {}, Disk())

@@ -56,13 +56,13 @@ def refused(folder: Path, files: dict[str, str], error: type[QzError] = MissingI
 def test_a_form_is_named_with_what_to_do(file: str, form: str, advice: str, tmp_path: Path) -> None:
     said = refused(tmp_path, {file: "x", "tokenizer_config.json": "{}"})
     assert "has no config.json" in said
-    assert f"What it holds is {form}" in said
+    assert f"It holds {form}" in said
     assert said.endswith(advice)
 
 
 def test_a_config_without_weights_is_told_with_the_forms_that_there_are(tmp_path: Path) -> None:
     said = refused(tmp_path, {"config.json": LLAMA, "onnx/model.onnx": "x", "openvino/openvino_model.bin": "x"})
-    assert "has no model.safetensors, which transformers loads. What it holds is ONNX ('onnx/model.onnx')" in said
+    assert "has no model.safetensors, which transformers loads. It holds ONNX ('onnx/model.onnx')" in said
     assert "OpenVINO ('openvino/openvino_model.bin')" in said
 
 
@@ -70,7 +70,7 @@ def test_a_config_of_nobody_is_told_with_the_form_that_it_is_of(tmp_path: Path) 
     said = refused(
         tmp_path, {"config.json": '{"lang_ids": []}', "vocabulary.json": "[]", "model.bin": "x"}, Unsupported
     )
-    assert "neither transformers nor diffusers knows such a model. What it holds is CTranslate2" in said
+    assert "neither transformers nor diffusers knows such a model. It holds CTranslate2" in said
 
 
 def test_weights_without_a_config_are_named(tmp_path: Path) -> None:

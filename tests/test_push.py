@@ -366,7 +366,7 @@ def test_a_private_repository_stays_private_even_with_public(hub: HubServer, mad
     hub.add("me/new", {}, private=True)
     result = push(made, to(private=False))
     assert result.private
-    assert "stays so" in result.notes[0]
+    assert "stays private" in result.notes[0]
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -61,7 +61,7 @@ def test_nothing_is_written_into_a_folder_that_the_hub_names_as_its_storage(
 ) -> None:
     (tmp_path / "storage").mkdir()
     hub.fail("xet_token", replace={"X-Xet-Cas-Url": f"local://{tmp_path}/storage"})
-    assert "no address on the web" in failure(lambda: push(made, to()), HubUnreachable)
+    assert "not a web address" in failure(lambda: push(made, to()), HubUnreachable)
     assert not any((tmp_path / "storage").iterdir())
 
 

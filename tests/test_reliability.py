@@ -663,7 +663,7 @@ CHANGED: dict[str, tuple[str, int, str]] = {
     "overwritten": ("open(file, 'r+b').write(bytes(8))", 65, "changed while it was read"),
     "truncated": ("os.truncate(file, 5000)", 65, "truncated|changed while it was read"),
     "replaced": ("open('new', 'wb').write(open(file, 'rb').read()); os.replace('new', file)", 65, "changed while"),
-    "gone": ("os.unlink(file)", 66, "does not exist|vanished while it was read"),
+    "gone": ("os.unlink(file)", 66, "does not exist|disappeared while it was read"),
     "a folder": ("os.unlink(file); os.mkdir(file)", 65, "is a folder|changed while it was read"),
 }
 MOMENTS = {"before anything is read": (0, "reserve"), "in the middle": (15, "write"), "near the end": (5, "rename")}

@@ -216,8 +216,8 @@ def test_every_way_of_writing_an_entry_is_read_alike(second: str) -> None:
 @pytest.mark.parametrize(
     ("second", "why"),
     [
-        (PLAIN, "tensor 'a' is there twice"),
-        ('"\\u0061":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "tensor 'a' is there twice"),
+        (PLAIN, "tensor 'a' appears twice"),
+        ('"\\u0061":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "tensor 'a' appears twice"),
         ('"__metadata__":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "'shape' is not a string"),
         ('"":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "is empty"),
         ('"\x7f":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}', "control characters"),

@@ -121,7 +121,7 @@ def test_whatever_a_config_or_an_unchecked_record_holds_is_text_in_the_card() ->
 
 def test_a_card_that_is_nested_too_deep_is_malformed() -> None:
     existing = f"---\nx: {'[' * 5000}{']' * 5000}\n---\ntext\n"
-    with pytest.raises(MalformedInput, match="YAML head"):
+    with pytest.raises(MalformedInput, match="YAML front matter"):
         write_card(facts_of(ABOUT, CONFIG), "me/new", existing=existing)
 
 

@@ -17,7 +17,7 @@ DeviceOpt = Annotated[
         metavar="DEVICE",
         parser=parse_device,
         autocompletion=complete_device,
-        help="What computes: auto (a GPU, or many cores for the same bytes), cpu, cuda, cuda:N, xpu or mps.",
+        help="What to compute on: auto (a GPU, or many cores for the same bytes), cpu, cuda, cuda:N, xpu or mps.",
     ),
 ]
 ThreadsOpt = Annotated[

@@ -80,8 +80,8 @@ TargetSizeOpt = Annotated[
         "--target-size",
         metavar="SIZE",
         parser=parse_size,
-        help="The most memory that the model may take (get_memory_footprint()), as 16GB: its most sensitive linears "
-        "stay unquantized until it is full; of a pipeline, each component's method is chosen too.",
+        help="The most memory that the model may take (get_memory_footprint()), such as 16GB: its most sensitive "
+        "linears stay unquantized until it is full; for a pipeline, each component's method is chosen too.",
     ),
 ]
 MaxLossOpt = Annotated[
@@ -89,7 +89,7 @@ MaxLossOpt = Annotated[
     PANEL.option(
         "--max-loss",
         metavar="NUMBER",
-        help="The most that may be lost, in the unit of the scores (KL divergence, or 1 − cosine; of a pipeline the "
+        help="The most that may be lost, in the unit of the scores (KL divergence, or 1 − cosine; for a pipeline the "
         "squared relative error of its denoisers' output): as many linears stay unquantized as that needs. Needs "
         "scores.",
     ),

@@ -39,7 +39,8 @@ DTypeOpt = Annotated[
         metavar="DTYPE",
         parser=parse_dtype,
         autocompletion=complete_dtype,
-        help="Of everything that is not quantized: auto (the checkpoint's own), float16, bfloat16 or float32.",
+        help="The dtype of everything that is not quantized: auto (the checkpoint's own), float16, bfloat16 or "
+        "float32.",
     ),
 ]
 TargetDTypeOpt = Annotated[
@@ -49,7 +50,7 @@ TargetDTypeOpt = Annotated[
         metavar="DTYPE",
         parser=parse_dtype,
         autocompletion=complete_dtype,
-        help="Of all weights: auto (as before quantization), float16, bfloat16 or float32.",
+        help="The dtype of all weights: auto (as before quantization), float16, bfloat16 or float32.",
     ),
 ]
 MaxShardSizeOpt = Annotated[
@@ -58,7 +59,7 @@ MaxShardSizeOpt = Annotated[
         "--max-shard-size",
         metavar="SIZE",
         parser=parse_size,
-        help="The largest weight file: 5GB, 500MB, 2GiB.",
+        help="The maximum size of a weight file: 5GB, 500MB, 2GiB.",
         show_default="1GB",
     ),
 ]
@@ -67,13 +68,13 @@ WeightsOnlyOpt = Annotated[
     PANEL.flag("--weights-only", help="Leave out tokenizer, processor, chat template, generation config and license."),
 ]
 OverwriteOpt = Annotated[bool, PANEL.flag("--overwrite", help="Short for --if-exists overwrite.")]
-ReplaceOutputOpt = Annotated[bool, PANEL.flag("--overwrite", help="Replace an output that is there.")]
+ReplaceOutputOpt = Annotated[bool, PANEL.flag("--overwrite", help="Replace an existing output.")]
 IfExistsOpt = Annotated[
     IfExists,
     PANEL.option(
         "--if-exists",
         metavar="CHOICE",
-        help="When the output is there: error (exit code 73), overwrite, or skip: exit code 0 if it was made from the "
+        help="If the output exists: error (exit code 73), overwrite, or skip: exit code 0 if it was made from the "
         "same source and settings and is complete, 73 if not.",
     ),
 ]
@@ -85,8 +86,8 @@ PartOpt = Annotated[
     PANEL.option(
         "--part",
         metavar="I/N",
-        help="Make one of N parts, beside the output in DIR.parts; `qz merge DIR` puts them together. auto, auto/N: as "
-        "the array job of Slurm, Kubernetes and others says.",
+        help="Make one of N parts, beside the output in DIR.parts; `qz merge DIR` puts them together. auto, auto/N: "
+        "the number comes from the array job of Slurm, Kubernetes and others.",
     ),
 ]
 FsyncOpt = Annotated[
@@ -104,7 +105,9 @@ StatisticsOpt = Annotated[
 HessiansOpt = Annotated[
     bool,
     PANEL.flag(
-        "--hessians", help="Record Hessians too, for --rounding gptq, in files beside the output; large. Needs --text."
+        "--hessians",
+        help="Record Hessians too, for --rounding gptq, in files beside the output; large. A language model needs "
+        "--text or --generate.",
     ),
 ]
 ScoresOpt = Annotated[
@@ -115,12 +118,12 @@ ScoresOpt = Annotated[
 ]
 ScoredMethodOpt = Annotated[
     MethodName | None,
-    PANEL.option("--method", metavar="NAME", help="What it is scored for: nf4, fp4 or int8.", show_default="nf4"),
+    PANEL.option("--method", metavar="NAME", help="The method to score for: nf4, fp4 or int8.", show_default="nf4"),
 ]
 
 
 def existing_output(overwrite: bool, if_exists: IfExists) -> IfExists:
-    """What to do with an output that is there: --overwrite is short for --if-exists overwrite."""
+    """What to do with an existing output: --overwrite is short for --if-exists overwrite."""
     if overwrite and if_exists == "skip":
         raise UsageError("--overwrite and --if-exists skip exclude each other. Choose one.")
     return "overwrite" if overwrite else if_exists

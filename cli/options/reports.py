@@ -26,7 +26,7 @@ PageOpt = Annotated[
     ),
 ]
 DryRunOpt = Annotated[
-    bool, PANEL.flag("--dry-run", help="Show what would be done, with exact sizes, and do none of it.")
+    bool, PANEL.flag("--dry-run", help="Show what would be done, with exact sizes, without doing it.")
 ]
 JsonOpt = Annotated[
     bool,
@@ -60,8 +60,8 @@ ForOpt = Annotated[
         "--for",
         metavar="CONSUMER",
         autocompletion=complete_consumer,
-        help="Whether it loads there, and what would: vllm, sglang, peft, unsloth, invokeai, comfyui, transformers, or "
-        "diffusers-cpu (diffusers without a GPU). Exit code 65 if not. Repeat it for more.",
+        help="Tell whether it loads there, and if not, what would: vllm, sglang, peft, unsloth, invokeai, comfyui, "
+        "transformers, or diffusers-cpu (diffusers without a GPU). Exit code 65 if not. Repeat it for more.",
     ),
 ]
 VerifyOpt = Annotated[

@@ -11,7 +11,7 @@ from qz.cli.options.completion import complete_folder, complete_subfolder
 from qz.cli.options.panels import Panel
 from qz.cli.options.values import parse_share
 
-PANEL = Panel("What is read and quantized")
+PANEL = Panel("Input")
 
 SubfolderOpt = Annotated[
     str | None,
@@ -62,7 +62,7 @@ NoDefaultSkipsOpt = Annotated[
     bool,
     PANEL.flag(
         "--no-default-skips",
-        help="Skip only what --skip names, not also what the library leaves alone (lm_head, tied weights).",
+        help="Skip only what --skip names, and not what the library leaves alone (lm_head, tied weights).",
     ),
 ]
 ComponentsOpt = Annotated[
@@ -70,7 +70,7 @@ ComponentsOpt = Annotated[
     PANEL.option(
         "--components",
         metavar="NAMES",
-        help="Of a whole pipeline, quantize these: transformer,text_encoder_2. Default: the large ones.",
+        help="The components of a pipeline to quantize: transformer,text_encoder_2. Default: the large ones.",
     ),
 ]
 ComponentOpt = Annotated[
@@ -86,7 +86,7 @@ FileOpt = Annotated[
     PANEL.option(
         "--file",
         metavar="NAME",
-        help="Of a repository or folder, the one .safetensors or .gguf file to read, in a model's original names or "
+        help="The one .safetensors or .gguf file of a repository or folder to read, in a model's original names or "
         "ComfyUI's.",
     ),
 ]
@@ -126,14 +126,14 @@ TextOpt = Annotated[
 ]
 StepsOpt = Annotated[
     int | None,
-    PANEL.option("--steps", metavar="N", help="Of a pipeline: denoising steps for each prompt.", show_default="4"),
+    PANEL.option("--steps", metavar="N", help="For a pipeline: denoising steps for each prompt.", show_default="4"),
 ]
 ResolutionOpt = Annotated[
     int | None,
     PANEL.option(
         "--resolution",
         metavar="PIXELS",
-        help="Of a pipeline: width and height of what it draws.",
+        help="For a pipeline: width and height of what it draws.",
         show_default="256, or what it is made for if that is less",
     ),
 ]
@@ -142,15 +142,16 @@ SeedOpt = Annotated[
     PANEL.option(
         "--seed",
         metavar="N",
-        help="Of a pipeline: the noise that it begins with.",
-        show_default="one of its own for each command",
+        help="For a pipeline: the seed of the noise that it begins with.",
+        show_default="0 to calibrate, 1000000 to compare",
     ),
 ]
 GenerateOpt = Annotated[
     bool,
     PANEL.flag(
         "--generate",
-        help="Let the model write the text that it reads, sampled at temperature 1. All of it is in memory meanwhile.",
+        help="Let the model write the text that it reads, sampled at temperature 1. The whole model is in "
+        "memory meanwhile.",
     ),
 ]
 TokensOpt = Annotated[
@@ -158,7 +159,7 @@ TokensOpt = Annotated[
     PANEL.option(
         "--tokens",
         metavar="N",
-        help="How many tokens of it are read.",
+        help="How many tokens of the text to read.",
         show_default="1024 to calibrate, with --hessians 16384; 2048 to compare",
     ),
 ]
@@ -172,14 +173,15 @@ SourceOpt = Annotated[
     ),
 ]
 SourceRevisionOpt = Annotated[
-    str | None, PANEL.option("--revision", metavar="REV", help="Of SOURCE on the Hub. Default: the recorded commit.")
+    str | None,
+    PANEL.option("--revision", metavar="REV", help="The revision of SOURCE on the Hub. Default: the recorded commit."),
 ]
 UsedImportanceOpt = Annotated[
     Path | None,
     PANEL.option(
         "--importance",
         metavar="FILE",
-        help="The file of importance that OUTPUT was made with, if it was; its hash is compared.",
+        help="The importance file that OUTPUT was made with, if any; its hash is compared.",
     ),
 ]
 SampleOpt = Annotated[
@@ -188,7 +190,7 @@ SampleOpt = Annotated[
         "--sample",
         metavar="SHARE",
         parser=parse_share,
-        help="With --against, look at weights chosen at random, as many as this share of the bytes: 5%.",
+        help="With --against, look at weights chosen at random, until they make up this share of the bytes: 5%.",
     ),
 ]
 

@@ -24,7 +24,7 @@ SignKeyOpt = Annotated[
     PANEL.option(
         "--sign-key",
         metavar="FILE",
-        help="Sign the folder by this elliptic-curve key (PEM), with the OpenSSF's model-signing: model.sig.",
+        help="Sign the folder with this elliptic-curve key (PEM), with the OpenSSF's model-signing: model.sig.",
     ),
 ]
 StatementOpt = Annotated[
@@ -36,6 +36,8 @@ StatementOpt = Annotated[
 PublicKeyOpt = Annotated[
     Path | None,
     PANEL.option(
-        "--public-key", metavar="FILE", help="Check with model-signing that model.sig in OUTPUT is by this key (PEM)."
+        "--public-key",
+        metavar="FILE",
+        help="Check with model-signing that model.sig in OUTPUT was made with this key (PEM).",
     ),
 ]

@@ -56,7 +56,7 @@ def present(
         for note in summary.notes:
             warn(note)
         if page is not None:
-            warn(f"{page} was not written: nothing was done that it could tell of")
+            warn(f"{page} was not written: nothing was done that it could report")
         present_existing(summary, as_json=as_json)
         if not quiet and not as_json:
             tell(*next_steps(summary, push))
@@ -71,7 +71,7 @@ def present(
             again = command(
                 "qz", "push", summary.output, summary.pushed.to.repo_id, *in_folder(summary.pushed.to.folder)
             )
-            warn(f"{page} tells of the whole run, so it was written after the push. `{again}` adds it")
+            warn(f"{page} reports the whole run, so it was written after the push. `{again}` adds it")
     for warning in summary.warnings:
         warn(warning)
     sections = pipeline_sections(summary) if isinstance(summary, PipelineSummary) else model_sections(summary)

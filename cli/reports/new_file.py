@@ -18,7 +18,7 @@ def require_new(path: Path, option: str) -> None:
         raise OutputRefused(f"{path.parent} is not a folder. Make it, or choose another file with {option}.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionRefused(
-            f"{path.parent} takes no new file. Change its permissions, or choose another file with {option}."
+            f"{path.parent} does not allow new files. Change its permissions, or choose another file with {option}."
         )
 
 
@@ -31,9 +31,9 @@ def store(path: Path, text: str, option: str) -> None:
             file.write(text)
     except FileExistsError as error:
         raise OutputRefused(
-            f"{path} was made meanwhile. Move it away, or choose another file with {option}."
+            f"{path} has appeared in the meantime. Move it away, or choose another file with {option}."
         ) from error
     except OSError as error:
         if made:
             path.unlink(missing_ok=True)
-        raise IOFailed(f"{path} cannot be written: {error.strerror}. What it tells of is done.") from error
+        raise IOFailed(f"{path} cannot be written: {error.strerror}. The work that it reports is done.") from error

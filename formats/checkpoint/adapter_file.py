@@ -84,7 +84,7 @@ def parse_scale(text: str, *, exists: bool) -> tuple[str, float]:
         return text, 1.0
     scale = float(match["scale"])
     if not math.isfinite(scale) or scale == 0:
-        raise UsageError(f"--lora {text}: a scale of {match['scale']} makes no sense. Give a number such as 0.8.")
+        raise UsageError(f"--lora {text}: {match['scale']} is not a usable scale. Give a number such as 0.8.")
     return match["location"], scale
 
 
@@ -143,7 +143,7 @@ def _only_file(folder: Folder, location: str) -> str:
             "Load it once with PEFT or diffusers, save it with save_pretrained(), and use that folder."
         )
     there = quoted_names(sorted(names)) or "none"
-    raise MissingInput(f"{location} has no .safetensors file: no LoRA. Files there: {there}.")
+    raise MissingInput(f"{location} has no .safetensors file, so it is not a LoRA. Files there: {there}.")
 
 
 def _content(folder: Folder, file: str) -> tuple[memoryview | None, str]:
@@ -153,7 +153,7 @@ def _content(folder: Folder, file: str) -> tuple[memoryview | None, str]:
         return None, sha256_in(folder, file, size)
     if size > MAX_REMOTE_BYTES:
         raise Unsupported(
-            f"{folder.location}/{file} has {size:,} bytes: no LoRA is so large. Name another file, or download it "
+            f"{folder.location}/{file} has {size:,} bytes, too many for a LoRA. Name another file, or download it "
             "and name the local one."
         )
     whole = memoryview(bytearray(size))

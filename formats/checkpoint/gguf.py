@@ -137,7 +137,7 @@ def _header(folder: Folder, file: str, number: int, count: int) -> GgufHeader:
     header = read_gguf_header(_reading(folder, file), folder.sizes().get(file, 0), where)
     said = [header.metadata.get(key, default) for key, default in (("split.no", number), ("split.count", count))]
     if said != [number, count] and count > 1:
-        why = f"it says that it is file {said[0]}, from 0 on, of {said[1]}, and not {number} of {count}"
+        why = f"it says that it is file {said[0]} of {said[1]}, counted from 0, not file {number} of {count}"
         raise Malformed("gguf-malformed", f"{where} does not belong there: {why}. Download all files again.")
     return header
 
@@ -181,14 +181,14 @@ def _stored(tensor: GgufTensor, file: str, size: int, where: str, before: object
     """``before``: what the metadata say of its shape before its values were put into rows of whole blocks."""
     name, shape = tensor.name, tuple(reversed(tensor.shape))
     if not name or UNSAFE_TEXT.search(name):
-        raise Malformed("gguf-malformed", f"{where} has a tensor of the name {quoted(name)}. Download it again.")
+        raise Malformed("gguf-malformed", f"{where} has a tensor named {quoted(name)}. Download it again.")
     count = math.prod(shape)
     if tensor.type in PLAIN:
         nbytes = count * _WIDTHS[PLAIN[tensor.type]]
     elif tensor.type in TYPES:
         _, values, width = TYPES[tensor.type]
         if not shape or shape[-1] % values:
-            why = f"{quoted(name)} has rows that are no multiple of {values} values"
+            why = f"{quoted(name)} has rows whose length is not a multiple of {values}"
             raise Malformed("gguf-malformed", f"{where} is not a valid GGUF file: {why}. Download it again.")
         nbytes = count // values * width
     else:
@@ -202,7 +202,7 @@ def _stored(tensor: GgufTensor, file: str, size: int, where: str, before: object
     if before is not None:
         found = _shape_before(before, count)
         if found is None:
-            why = f"{quoted(name)} has another number of values than its {_SHAPE[:-1]}"
+            why = f"{quoted(name)} does not have as many values as its {_SHAPE[:-1]} says"
             raise Malformed("gguf-malformed", f"{where} is not a valid GGUF file: {why}. Download it again.")
         shape = found
     if tensor.type in PLAIN:

@@ -67,7 +67,7 @@ def other_forms(folder: Folder) -> str | None:
     if not there:
         return None
     told = shown([f"{form.name} ({quoted(path, 60)})" for form, path in there.items()], MOST)
-    return f"What it holds is {told}. {next(iter(there)).how}"
+    return f"It holds {told}. {next(iter(there)).how}"
 
 
 def folders_inside(folder: Folder) -> Iterator[tuple[str, Folder]]:

@@ -152,11 +152,15 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
                 f"{where} names a pipeline with code of its own ({quoted(str(class_name))}), which qz neither runs nor "
                 "copies. Quantize its components one by one with --subfolder."
             )
-        raise Malformed("index-malformed", f"{where} has no _class_name, so no pipeline. Download it again.")
+        raise Malformed("index-malformed", f"{where} has no _class_name, so it is not a pipeline. Download it again.")
     entries = named_components(index, folder)
     unsafe = [name for name in entries if not _NAME.fullmatch(name)]
     if unsafe:
-        raise Malformed("unsafe-name", f"{where} names a component {quoted(unsafe[0])}. Do not use this pipeline.")
+        raise Malformed(
+            "unsafe-name",
+            f"{where} names a component {quoted(unsafe[0])}, which is not a plain folder name. Do not use "
+            "this pipeline.",
+        )
     missing = sorted(entries.keys() - set(folder.subfolders()))
     if missing:
         raise MissingInput(

@@ -93,7 +93,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "unreadable": (MalformedInput, ""),
     "io-failed": (IOFailed, ""),
     # What is missing, or is something else
-    "config-missing": (MissingInput, "{location} has no config.json, so it is no model folder. {instead}"),
+    "config-missing": (MissingInput, "{location} has no config.json, so it is not a model folder. {instead}"),
     "settings-only": (
         MissingInput,
         "{location} holds no model, only {what} ({name}), which has no weights: there is nothing to quantize.",
@@ -163,7 +163,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     # What is wrong with the quantization
     "nested-absmax-missing": (
         MalformedInput,
-        "{name} has no nested_absmax: {library} loads it without a word and computes nonsense. " + _AGAIN,
+        "{name} has no nested_absmax: {library} loads it without an error and computes nonsense. " + _AGAIN,
     ),
     "companion-missing": (MalformedInput, "{name} is quantized ({kind}) but has no {missing}. " + _AGAIN),
     "companion-orphan": (MalformedInput, "{name} belongs to a quantized weight that is not there. " + _AGAIN),

@@ -52,7 +52,7 @@ def list_folder(
             else:
                 files[name] = _file(entry, whole, repo_id)
         if pages >= MOST_PAGES or len(files) + len(folders) > MOST_ENTRIES:
-            raise _no_listing(repo_id, f"has no end after {pages} pages")
+            raise _no_listing(repo_id, f"does not end after {pages} pages")
         url = _next(response, repo_id)
     return files, tuple(sorted(folders))
 
@@ -72,22 +72,22 @@ def _next(response: httpx2.Response, repo_id: str) -> str:
     here = str(response.url)
     target = urljoin(here, link)
     if not is_hub(here, target):
-        raise _no_listing(repo_id, "goes on at another server")
+        raise _no_listing(repo_id, "continues on another server")
     return target
 
 
 def _file(entry: dict[str, Any], path: str, repo_id: str) -> RemoteFile:
     lfs = entry.get("lfs")
     if lfs is not None and not isinstance(lfs, dict):
-        raise _no_listing(repo_id, f"says no hash of {quoted(path)}")
+        raise _no_listing(repo_id, f"gives no hash for {quoted(path)}")
     size, git = entry.get("size"), entry.get("oid")
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= LARGEST_FILE:
         raise _no_listing(repo_id, f"gives {quoted(path)} the size {quoted(str(size)[:40])}")
     if not isinstance(git, str) or not _SHA1.fullmatch(git):
-        raise _no_listing(repo_id, f"says no hash of {quoted(path)}")
+        raise _no_listing(repo_id, f"gives no hash for {quoted(path)}")
     sha256 = lfs.get("oid", lfs.get("sha256")) if lfs else None
     if lfs and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-        raise _no_listing(repo_id, f"says no hash of {quoted(path)}")
+        raise _no_listing(repo_id, f"gives no hash for {quoted(path)}")
     xet = entry.get("xetHash")
     return RemoteFile(path, size, git, sha256, xet if isinstance(xet, str) and _SHA256.fullmatch(xet) else None)
 

@@ -78,7 +78,7 @@ class Exchange:
                 journal.remove()
                 parent.sync()
         except QzError as error:
-            raise type(error)(f"{parent.path / name} is complete, but tidying up failed: {error}") from error
+            raise type(error)(f"{parent.path / name} is complete, but cleaning up failed: {error}") from error
         finally:
             if not exchanged:
                 journal.close()

@@ -58,8 +58,8 @@ def _require_checkpoint(folder: Directory) -> None:
         shown = ", ".join(quoted(name, 60) for name in foreign[:MOST_NAMED])
         more = " and more" if len(foreign) > MOST_NAMED else ""
         raise OutputRefused(
-            f"{output} holds what is not part of a checkpoint: {shown}{more}. --overwrite does not remove such files. "
-            "Move them away, or choose another folder with -o/--output."
+            f"{output} contains files that are not part of a checkpoint: {shown}{more}. --overwrite does not remove "
+            "such files. Move them away, or choose another folder with -o/--output."
         )
     if not recorded and not any(WEIGHT_FILE.fullmatch(name.rpartition("/")[2]) for name in files):
         raise OutputRefused(

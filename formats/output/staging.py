@@ -168,7 +168,7 @@ class Staging:
             made = parent.enter(partial)
             if made.names():
                 made.close()
-                raise OutputRefused(f"{parent.path / partial} was exchanged by someone else. Move it away.")
+                raise OutputRefused(f"{parent.path / partial} was replaced by someone else. Move it away.")
             self._partial = made
             parent.sync()
         self._descriptors = Descriptors(self._staged)

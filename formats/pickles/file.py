@@ -59,7 +59,7 @@ def read_pickled(read: Read, size: int, file: str, where: str) -> PickledFile:
     except (BrokenPickle, zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, ValueError) as error:
         why = str(error) if isinstance(error, BrokenPickle) else f"it is damaged ({type(error).__name__})"
         raise Malformed(
-            "pickle-malformed", f"{where} is no checkpoint that PyTorch saved: {why}. Download it again."
+            "pickle-malformed", f"{where} is not a checkpoint saved by PyTorch: {why}. Download it again."
         ) from error
 
 
@@ -107,7 +107,7 @@ def _from_zip(source: _Source) -> tuple[Any, Places]:
         members: dict[str, zipfile.ZipInfo] = {}
         for info in archive.infolist():
             if info.filename in members:
-                raise BrokenPickle(f"{quoted(info.filename)} is in it twice")
+                raise BrokenPickle(f"{quoted(info.filename)} appears in it twice")
             members[info.filename] = info
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:

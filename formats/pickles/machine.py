@@ -46,7 +46,7 @@ class _Machine:
                     return self.pop()
                 self.step(opcode.name, argument)
         except (ValueError, IndexError, KeyError, OverflowError, UnicodeError, RecursionError, MemoryError) as error:
-            raise BrokenPickle(f"it is no valid pickle ({quoted(str(error), 100)})") from error
+            raise BrokenPickle(f"it is not a valid pickle ({quoted(str(error), 100)})") from error
         raise BrokenPickle("it has no end")
 
     def step(self, name: str, argument: Any) -> None:
@@ -78,7 +78,7 @@ class _Machine:
     def top(self, kind: type) -> Any:
         """The container that something is added to."""
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise UnsafePickle("something is added to what is no container")
+            raise UnsafePickle("something is added to a value that is not a container")
         return self.stack[-1]
 
     def keep(self, place: int) -> None:

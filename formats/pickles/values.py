@@ -76,7 +76,7 @@ class PickledTensor:
 def storage_of(persistent: Any) -> Storage:
     """The storage that a persistent id of ``torch.save`` names: (storage, class, key, device, count)."""
     if not isinstance(persistent, tuple) or len(persistent) not in (5, 6) or persistent[0] != "storage":
-        raise UnsafePickle("an object that is stored outside of it, and is no storage")
+        raise UnsafePickle("an object stored outside of it that is not a storage")
     _, kind, key, _, count = persistent[:5]
     if len(persistent) == 6 and persistent[5] is not None:
         raise UnsafePickle("a view of a storage, as PyTorch before 0.4 wrote them")
@@ -98,7 +98,7 @@ def called(function: Any, arguments: Any) -> Any:
     try:
         return known(*arguments)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BrokenPickle(f"{function} is called with arguments that it cannot have") from error
+        raise BrokenPickle(f"{function} is called with arguments that it does not take") from error
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dtype: str | None = None) -> PickledTensor:
@@ -181,5 +181,5 @@ def named(module: Any, name: Any) -> Global:
 def put(found: dict[Any, Any], key: Any, value: Any) -> None:
     """Add an item; only keys whose hash costs nothing."""
     if key is not None and type(key) not in (str, int, float, bool, bytes):
-        raise UnsafePickle(f"a dictionary with a key of the kind {type(key).__name__}")
+        raise UnsafePickle(f"a dictionary with a key of type {type(key).__name__}")
     found[key] = value

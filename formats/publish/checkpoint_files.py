@@ -72,7 +72,7 @@ class OwnFiles:
         if stated != mine:
             unlike = next(name for name in sorted(stated.keys() | mine.keys()) if stated.get(name) != mine.get(name))
             raise MalformedInput(
-                f"{STATEMENT} is of other files than these: {unlike} differs. Make it again with `qz attest`."
+                f"{STATEMENT} describes other files: {unlike} differs. Make it again with `qz attest`."
             )
 
     def require_same(self) -> None:
@@ -147,7 +147,9 @@ def _named(folder: LocalFolder, prefix: str) -> set[str]:
 def _config(folder: LocalFolder, names: Iterable[str]) -> Mapping[str, Any]:
     found = config_here(folder, names)
     if not found:
-        raise MissingInput(f"{folder.location} holds no config.json, so it is no model folder.")
+        raise MissingInput(
+            f"{folder.location} has no config.json, so it is not a model folder. Name the folder that qz wrote."
+        )
     return found
 
 

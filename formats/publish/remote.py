@@ -85,7 +85,7 @@ class Remote:
         """Refuse what would show the checkpoint to more people than was said."""
         if found is None or found.private is not False:
             if found is not None and self.to.private is False:
-                self.notes.append(f"{self.repo_id} is private and stays so; change that in its settings")
+                self.notes.append(f"{self.repo_id} stays private; change that in its settings")
             return
         if self.to.private:
             raise PermissionRefused(
@@ -135,7 +135,7 @@ class Remote:
     def require_still_private(self, *, was_private: bool) -> ModelInfo:
         info = self.find(self.repo_id)
         if info is None:
-            raise MissingInput(f"{self.repo_id} vanished during the push. Nothing was committed.")
+            raise MissingInput(f"{self.repo_id} disappeared during the push. Nothing was committed.")
         self.repo_id = info.id  # it may have moved
         if info.private is False and was_private and self.to.private is not False:
             raise PermissionRefused(
@@ -159,8 +159,8 @@ class Remote:
             errors = [str(each.get("message")) for each in patiently(ask).get("errors", [])]
         if errors:
             raise MalformedInput(
-                f"The Hub refuses the head of the README.md of {self.repo_id}: {'; '.join(errors[:3])}. Repair it "
-                f"there ({self.api.endpoint}/{self.repo_id}), then push again."
+                f"The Hub refuses the front matter of the README.md of {self.repo_id}: {'; '.join(errors[:3])}. "
+                f"Repair it there ({self.api.endpoint}/{self.repo_id}), then push again."
             )
 
     def commit(

@@ -145,7 +145,7 @@ class UploadedOutput(Staging):
             self._remove_partial()
             self._journal.remove()
         except QzError as error:
-            raise type(error)(f"{self._publication.location} is complete, but tidying up failed: {error}") from error
+            raise type(error)(f"{self._publication.location} is complete, but cleaning up failed: {error}") from error
         finally:
             self._journal.close()
 

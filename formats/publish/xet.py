@@ -227,12 +227,13 @@ class XetUploads:
             return TryAgain(f"{doing} limits the rate of requests. Wait some minutes and run the same command again.")
         if status in (401, 403):
             return PermissionRefused(
-                f"{doing} does not take the token that the Hub gave for it ({status}). Run the same command again; if "
-                "it stays so, set HF_HUB_DISABLE_XET=1."
+                f"{doing} does not accept the token that the Hub gave for it ({status}). Run the same command again; "
+                "if this persists, set HF_HUB_DISABLE_XET=1."
             )
         why = f"answers {status}" if status else "does not answer"
         return HubUnreachable(
-            f"{doing} {why}. Run the same command again: it goes on where it stopped; https://status.huggingface.co."
+            f"{doing} {why}. Run the same command again: it continues where it stopped. See also "
+            "https://status.huggingface.co."
         )
 
 

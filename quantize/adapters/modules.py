@@ -86,7 +86,7 @@ class AdapterModule:
         for part, tensor in self.parts.items():
             if 0 in tensor.shape:
                 raise MalformedInput(
-                    f"{self.adapter.where}: {quoted(tensor.name)} is {list(tensor.shape)}, without a value. Download "
+                    f"{self.adapter.where}: {quoted(tensor.name)} is {list(tensor.shape)}. It has no values. Download "
                     "the LoRA again."
                 )
             if tensor.dtype not in _FLOATS and part != "alpha":
@@ -121,7 +121,7 @@ def modules_of(adapter: AdapterFile) -> tuple[dict[str, AdapterModule], dict[str
         if part in parts.setdefault(stem, {}):
             raise MalformedInput(
                 f"{adapter.where} holds {quoted(stem)} twice, as {quoted(parts[stem][part].name)} and {quoted(name)}. "
-                "Which of the two is meant cannot be told."
+                "Which of the two counts is not clear. Use a LoRA that has it once."
             )
         parts[stem][part] = tensor
     modules = {stem: AdapterModule(adapter, stem, found) for stem, found in parts.items()}

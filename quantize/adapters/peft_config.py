@@ -127,7 +127,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong(where: str, what: str) -> MalformedInput:
-    return MalformedInput(f"{where}: {what} cannot be. Download the adapter again.")
+    return MalformedInput(f"{where}: {what} is not valid. Download the adapter again.")
 
 
 def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:

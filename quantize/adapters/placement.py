@@ -79,7 +79,7 @@ def _belongs_nowhere(adapter: AdapterFile, names: Iterable[str], more: str = "")
     what = shown(map(quoted, sorted(names)), 5)
     return MalformedInput(
         f"{adapter.where} changes what this model does not have: {what}.{more} Is it a LoRA for another model? "
-        "Nothing of it was left out silently, so nothing was written."
+        "qz does not fuse a part of a LoRA, so nothing was written."
     )
 
 

@@ -88,12 +88,14 @@ def answered(model: Runnable, answer: Any, where: str) -> NDArray[np.float32]:
         states = states if states is not None else (getattr(answer, "hidden_states", None) or [None])[-1]
     if states is None:
         raise Unsupported(
-            f"{where}: {type(model.model).__name__} returns neither predictions of tokens nor hidden states, by which "
-            "what is lost is measured. Calibrate it without --scores."
+            f"{where}: {type(model.model).__name__} returns neither token predictions nor hidden states, from "
+            "which the loss is measured. Calibrate it without --scores."
         )
     values: NDArray[np.float32] = states[0].float().cpu().numpy()
     if np.isnan(values).any():
-        raise MalformedInput(f"{where} answers a text with NaN: its weights, or the numbers' range, do not allow it.")
+        raise MalformedInput(
+            f"{where} returns NaN for a text: check its weights, and whether its dtype has the range for them."
+        )
     return values
 
 
@@ -115,7 +117,8 @@ def add(
     kept = np.load(place / f"{number}.npy", mmap_mode="r")
     if kept.shape != values.shape:
         raise MalformedInput(
-            f"The models' answers have the shapes {kept.shape} and {values.shape}: these are two different models."
+            f"The outputs have the shapes {kept.shape} and {values.shape}: these are two different models. Name the "
+            "original that was quantized."
         )
     if model.head is None:
         divergence.cosine.append(_cosine_loss(kept, values))

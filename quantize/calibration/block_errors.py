@@ -92,7 +92,8 @@ class BlockErrors:
             before = torch.from_numpy(np.load(file)) if file.exists() else torch.empty(0)
             if before.shape != states.shape:
                 raise MalformedInput(
-                    f"{path} returns other shapes than the original's: these are two different models."
+                    f"{path} returns other shapes than the original's: these are two different models. Name the "
+                    "original that was quantized."
                 )
             self.errors.setdefault(path, RelativeError()).add(before, states)
             file.unlink()

@@ -131,8 +131,8 @@ def compare(
     for checkpoint in (original, other):
         if checkpoint.library != "transformers":
             raise Unsupported(
-                f"{checkpoint.folder.location} is a model of {checkpoint.library}, and text is read by models of "
-                "transformers. `qz dequantize --against` tells what its weights lost."
+                f"{checkpoint.folder.location} is a model of {checkpoint.library}, and only models of transformers "
+                "read text. `qz dequantize --against` measures what its weights lost."
             )
     words = texts.text_of(text)
     tokenizer = texts.open_tokenizer(tokenizer_folder)

@@ -74,7 +74,7 @@ def _ragged(contents: Contents) -> list[str]:
 def whole_blocks(contents: Contents) -> Iterator[Finding]:
     """The scales of experts are concatenated, which is right only where an expert is a whole number of blocks."""
     if ragged := _ragged(contents):
-        text = f"joins the scales of experts, which are no whole blocks of {BLOCK_SIZE}: {shown(ragged)}."
+        text = f"joins the scales of experts, which are not whole blocks of {BLOCK_SIZE}: {shown(ragged)}."
         yield Finding("error", "experts-blocks", text)
 
 
@@ -84,7 +84,7 @@ def without_gates(contents: Contents) -> Iterator[Finding]:
     names = {match[2] or match[3] for match in found if match}
     if names and names.isdisjoint(("gate_proj", "w1", "gate_up_projs")):
         yield Finding(
-            "error", "experts-gate", "reads quantized experts that have a gate only. Quantize without --experts."
+            "error", "experts-gate", "reads quantized experts only if they have a gate. Quantize without --experts."
         )
 
 
@@ -97,7 +97,7 @@ def sglang(contents: Contents) -> Iterator[Finding]:
 def unsloth_blocks(contents: Contents) -> Iterator[Finding]:
     """Where an expert is no whole number of blocks, the experts of a layer are quantized again."""
     if ragged := _ragged(contents):
-        text = f"quantizes again the experts, which are no whole blocks of {BLOCK_SIZE}: {shown(ragged)}."
+        text = f"quantizes the experts again, because they are not whole blocks of {BLOCK_SIZE}: {shown(ragged)}."
         yield Finding("warning", "experts-blocks", text)
 
 

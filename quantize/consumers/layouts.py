@@ -78,7 +78,7 @@ def invokeai_quantizes_the_rest(contents: Contents) -> Iterator[Finding]:
     GPU."""
     plain = _plain_linears(contents)
     if plain and contents.kinds == {"nf4"}:
-        text = f"quantizes what is not, such as {plain[0]}, to nf4 when it goes to the GPU."
+        text = f"quantizes layers that are not quantized, such as {plain[0]}, to nf4 when it goes to the GPU."
         yield Finding("warning", "rest", text)
 
 
@@ -108,8 +108,8 @@ def comfyui_shapes(contents: Contents) -> Iterator[Finding]:
     packed = [match[1] for name in contents.packed if (match := FLUX_INPUTS.fullmatch(name))]
     if packed and any(FLUX_NF4.fullmatch(name) for name in (*contents.packed, *contents.plain)):
         text = (
-            f"takes the model's width from the shape of {' and '.join(sorted(packed))}, which packed codes have not. "
-            "Quantize again with --skip x_embedder --skip context_embedder."
+            f"takes the model's width from the shape of {' and '.join(sorted(packed))}, which packed codes do not "
+            "have. Quantize again with --skip x_embedder --skip context_embedder."
         )
         yield Finding("error", "shapes", text)
 
@@ -121,8 +121,8 @@ def comfyui_quantizes_the_rest(contents: Contents) -> Iterator[Finding]:
     if plain and contents.packed and not contents.is_int8:
         kind = next(iter(contents.kinds))
         text = (
-            f"quantizes what the file has not, such as {plain[0]}, when it goes to the GPU: choose {kind} as the "
-            "node's bnb_dtype, as its default fails then."
+            f"quantizes layers that are not quantized in the file, such as {plain[0]}, when it goes to the GPU: "
+            f"choose {kind} as the node's bnb_dtype, because the default fails then."
         )
         yield Finding("note", "rest", text)
 
@@ -141,9 +141,11 @@ def sglang_class(contents: Contents) -> Iterator[Finding]:
 
 
 def conv1d(contents: Contents) -> Iterator[Finding]:
-    """GPT-2's weights are turned when they are loaded, which packed codes cannot be."""
+    """GPT-2's weights are transposed when they are loaded, which does not work on packed codes."""
     if contents.config.get("model_type") == "gpt2" and contents.packed:
-        yield Finding("error", "conv1d", "turns GPT-2's weights when it loads them, which packed codes cannot be.")
+        yield Finding(
+            "error", "conv1d", "transposes GPT-2's weights when it loads them, which does not work on packed codes."
+        )
 
 
 def needs_gpu(contents: Contents) -> Iterator[Finding]:

@@ -47,7 +47,9 @@ def ending_names(contents: Contents) -> Iterator[Finding]:
     pairs = [(two[::-1], one[::-1]) for one, two in pairwise(turned) if two.startswith(one)]
     if pairs:
         longer, shorter = pairs[0]
-        text = f"cannot tell the scales of {shorter} from those of {longer}, which ends the same. Skip one with --skip."
+        text = (
+            f"cannot tell the scales of {shorter} from those of {longer}, with the same ending. Skip one with --skip."
+        )
         yield Finding("error", "ending-names", text)
 
 
@@ -63,7 +65,9 @@ def tensor_parallel(contents: Contents) -> Iterator[Finding]:
 def stray_files(contents: Contents) -> Iterator[Finding]:
     """Every .safetensors file of the folder is read, also one that the index does not list."""
     if contents.others:
-        yield Finding("error", "stray-files", f"reads {shown(contents.others)}, too. Remove what is not of the model.")
+        yield Finding(
+            "error", "stray-files", f"also reads {shown(contents.others)}. Remove files that are not part of the model."
+        )
 
 
 def stray_files_without_index(contents: Contents) -> Iterator[Finding]:

@@ -80,7 +80,7 @@ def match(statistics: Statistics, steps: Iterable[Step], component: str = "", *,
         wanted = quoted(f"{component}/{missing[0]}" if pipeline else missing[0])
         raise Malformed(
             "statistics-malformed",
-            f"{statistics.location} speaks of none of the weights that are quantized: it has {example}, but no "
+            f"{statistics.location} covers none of the weights that are quantized: it has {example}, but no "
             f"{wanted}. Calibrate the model that is quantized.",
         )
     unseen = tuple(name for name, sums in found.items() if column_weights(sums) is None)

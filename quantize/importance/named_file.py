@@ -21,7 +21,7 @@ def require_file_of_statistics(path: Path) -> None:
     What is in it is for its reader to judge.
     """
     if (instead := _instead(path)) is not None:
-        raise malformed(f"{path} is {instead}. What is wanted is a file: {WANTED}")
+        raise malformed(f"{path} is {instead}. Name a file: {WANTED}")
 
 
 def _instead(path: Path) -> str | None:
@@ -29,7 +29,7 @@ def _instead(path: Path) -> str | None:
         with open_regular(path) as file:
             head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        raise MissingInput(f"{path} does not exist. What is wanted is a file: {WANTED}.") from None
+        raise MissingInput(f"{path} does not exist. Name a file: {WANTED}.") from None
     except (IsADirectoryError, NotRegular) as error:
         return error.strerror
     except OSError:

@@ -132,7 +132,7 @@ def _read_statistics(path: Path) -> Statistics:
         if f".{suffix}" == SUM2:
             sums[name] = _sums(folder, path, header, info, header.tensors.get(name + COUNTS))
         elif f".{suffix}" not in (COUNTS, SCORE) or name + SUM2 not in header.tensors:
-            raise malformed(f"{path} contains {quoted(info.name)}, which is no statistic")
+            raise malformed(f"{path} contains {quoted(info.name)}, which is not a statistic")
     if not sums:
         raise malformed(f"{path} contains no statistics")
     hessians, files = _places(header.metadata, path, sums)
@@ -246,7 +246,7 @@ def _told_scores(of: Mapping[str, float], told: Any, path: Path) -> Scores:
 def check_sums(values: NDArray[np.floating[Any]], tokens: float, where: str) -> None:
     """Raise Malformed unless these are sums of squares over a number of tokens."""
     if not np.isfinite(values).all() or (values < 0).any():
-        raise malformed(f"{where} contains values that are no sums of squares (negative, NaN or infinite)")
+        raise malformed(f"{where} contains values that are not sums of squares (negative, NaN or infinite)")
     if not 0 <= tokens < MAX_TOKENS:  # nor NaN
         raise malformed(f"{where} was summed over {tokens} tokens")
 

@@ -1,6 +1,6 @@
 """What quantizing would give, in bytes on disk and in memory, from headers alone and without a library's code.
 
-Which tensors are linear layers is the rule's guess (``structure.py``); what each of them becomes is exact, and so is
+Which tensors are linear layers is the rule's guess (``linear_layers``); what each of them becomes is exact, and so is
 the header in front of them while they fit in one file.
 """
 

@@ -1,4 +1,4 @@
-"""What single families of models do differently, for the rule in ``structure.py``: transformers 5.23, diffusers 0.42.1.
+"""What single families of models do differently, for the rule in ``linear_layers``: transformers 5.23, diffusers 0.42.1.
 
 Only what changes which weights are quantized, or their dtype by more than a few bytes.
 """

@@ -1,6 +1,6 @@
 """What a checkpoint is, as dataclasses that the table and the JSON are two renderings of: from headers alone.
 
-Nothing here imports torch or a library of models; ``exact.py`` asks them, where ``--plan`` wants it.
+Nothing here imports torch or a library of models; ``planned_figures`` asks them, where ``--plan`` wants it.
 """
 
 from __future__ import annotations

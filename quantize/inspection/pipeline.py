@@ -269,7 +269,7 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
         problems.add("custom-code", PIPELINE_INDEX, named="", library="diffusers")
         class_name = class_name[-1]
     if not isinstance(class_name, str):
-        problems.add("index-malformed", PIPELINE_INDEX, why="it has no _class_name, so no pipeline")
+        problems.add("index-malformed", PIPELINE_INDEX, why="it has no _class_name, so it is not a pipeline")
         class_name = None
     entries: dict[str, tuple[str, str]] = {}
     unsafe: list[str] = []

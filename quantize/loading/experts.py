@@ -109,7 +109,9 @@ def _require_fit(parameter: str, stack: Stack) -> None:
     kinds = {(weight.kind, weight.blocksize) for weight in stack.weights}
     ragged = any(weight.elements % (weight.blocksize or 1) for weight in stack.weights)
     if len(kinds) != 1 or "int8" in next(iter(kinds)) or (ragged and not whole):
-        raise Unsupported(f"{parameter}: its experts are quantized each in another way, or in no whole blocks.")
+        raise Unsupported(
+            f"{parameter}: its experts are quantized in different ways, or not in whole blocks. Quantize them again."
+        )
 
 
 def pack(model: Any, name: str, stack: Stack, tensors: Tensors, device: torch.device) -> None:

@@ -195,7 +195,9 @@ def _merge_here(output: Path, overwrite: bool, disk: Disk, threads: int, progres
         remove(folder, parent, found)
     record = _record_in(output)
     if record is None:
-        raise MalformedInput(f"{output} was complete, and has no record any more: somebody changed it.")
+        raise MalformedInput(
+            f"{output} was complete, but its record is gone: someone changed it. Make the output again."
+        )
     return Merged(output, record, len(made), nonfinite_of(made), seconds=time.monotonic() - begun)
 
 

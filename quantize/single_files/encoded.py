@@ -102,7 +102,7 @@ def _joined(name: str, shape: tuple[int, ...], found: Sequence[Decoded], where: 
     unit = math.lcm(*(each.encoding.values if isinstance(each.encoding, Blocks) else each.shape[-1] for each in found))
     if any(math.prod(each.shape) % unit for each in found):
         raise Unsupported(
-            f"{where}: {quoted(name)} is joined from parts that are no multiple of a block of {unit} values. Use the "
+            f"{where}: {quoted(name)} is joined from parts that are not whole blocks of {unit} values. Use the "
             "original weights."
         )
     parts = {

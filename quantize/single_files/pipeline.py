@@ -54,7 +54,9 @@ def pipeline_of(file: OriginalFile, configs: Folder, *, weights_too: bool) -> Pi
     index = read_json(read_file(configs, PIPELINE_INDEX, MAX_BYTES), f"{configs.location}/{PIPELINE_INDEX}")
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
-        raise Malformed("index-malformed", f"{configs.location}/{PIPELINE_INDEX} has no _class_name, so no pipeline.")
+        raise Malformed(
+            "index-malformed", f"{configs.location}/{PIPELINE_INDEX} has no _class_name: it is not a pipeline."
+        )
     lean_imports.keep(OF_TRANSFORMERS)
     with lean_imports.lean_imports(), isolated(), parts_bounded(len(file.tensors), configs.location):
         from qz.quantize.libraries.diffusers.single_file import PipelineFile, reads_pipeline

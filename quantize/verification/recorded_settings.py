@@ -160,7 +160,7 @@ def _require_importance(used: Mapping[str, Any] | None, file: Path | None) -> No
     except (OSError, QzError) as error:
         raise MissingInput(f"{file} cannot be read: {error}") from error
     if digest != used["sha256"]:
-        raise UsageError(f"{file} is not the importance file that was used: its SHA-256 is another one.")
+        raise UsageError(f"{file} is not the importance file that was used: its SHA-256 differs.")
 
 
 def _require_loras(used: Sequence[Mapping[str, Any]], given: Sequence[AdapterFile]) -> None:
@@ -174,7 +174,7 @@ def _require_loras(used: Sequence[Mapping[str, Any]], given: Sequence[AdapterFil
     for each, lora in zip(used, given, strict=True):
         if (lora.sha256, lora.config_sha256) != (each["sha256"], each["config_sha256"]):
             raise UsageError(
-                f"{lora.where} is not the LoRA that was used: its SHA-256, or that of its config, is another one. It "
+                f"{lora.where} is not the LoRA that was used: its SHA-256, or that of its config, differs. It "
                 f"was made with {wanted}"
             )
         if lora.scale != each["scale"]:
@@ -197,4 +197,4 @@ def _require_config(used: object, given: str | None) -> None:
         )
     found = config_fingerprint(given)
     if not isinstance(found, dict) or found["sha256"] != used["sha256"]:
-        raise UsageError(f"The config in {given} is not the one that was used: its SHA-256 is another one.")
+        raise UsageError(f"The config in {given} is not the one that was used: its SHA-256 differs.")

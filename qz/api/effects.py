@@ -49,7 +49,7 @@ NEEDS = (
     Need("quantize dequantize calibrate inspect", "revision", "hub", ON_THE_HUB.format("revision")),
     Need("verify", "revision", "against", AGAINST.format("revision")),
     Need("verify attest", "revision", "hub", ON_THE_HUB.format("revision")),
-    Need("attest", "revision", "named", "--revision is of --source SOURCE. Add that, or leave it out."),
+    Need("attest", "revision", "named", "--revision belongs to --source SOURCE. Add that, or leave it out."),
     Need("verify", "statement", "files", FILES.format("statement")),
     Need("verify", "public_key", "files", FILES.format("public-key")),
     Need("quantize dequantize", "download", "hub", ON_THE_HUB.format("download")),

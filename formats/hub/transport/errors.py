@@ -82,7 +82,7 @@ def meaning(
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubUnreachable(f"{doing} needs the Hub, but HF_HUB_OFFLINE is set. Unset it, or use a local folder.")
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return HubUnreachable(f"{doing} failed: {repo_id} is not in the cache and the Hub cannot be asked.")
+        return HubUnreachable(f"{doing} failed: {repo_id} is not in the cache and the Hub cannot be reached.")
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"{repo_id!r} is neither a folder nor a Hub repository name such as owner/name.")
     if isinstance(error, httpx2.HTTPError):
@@ -97,7 +97,7 @@ def meaning(
             f"{doing} failed: {endpoint or page} did not return a valid Hub response. Check HF_ENDPOINT."
         )
     if isinstance(error, ValueError) and "LFS batch" in str(error):
-        return HubUnreachable(f"{doing} failed: the Hub does not take the files. Try again later; see {page}.")
+        return HubUnreachable(f"{doing} failed: the Hub does not accept the files. Try again later; see {page}.")
     if isinstance(error, ValueError) and "too large" in str(error):
         return Unsupported(
             f"{doing} failed: files of more than 50 GB are served over Xet only. Run `pip install hf_xet`, and unset "
@@ -105,13 +105,15 @@ def meaning(
         )
     if isinstance(error, UnicodeEncodeError) and not (known_token() or "").isascii():
         return PermissionRefused(
-            f"{doing} failed: the Hub token contains a character that no token has. Copy it into HF_TOKEN again, or "
-            "run `hf auth login`."
+            f"{doing} failed: the Hub token contains a character that a token cannot contain. Copy it into HF_TOKEN "
+            "again, or run `hf auth login`."
         )
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         return None
     if isinstance(error, OSError) and "onsistency check" in str(error):
-        return Malformed("changed", f"{doing} failed: another number of bytes arrived than the Hub lists. Try again.")
+        return Malformed(
+            "changed", f"{doing} failed: the number of bytes received is not the one that the Hub lists. Try again."
+        )
     return HubUnreachable(
         f"{doing} failed: the answer of {endpoint or page} cannot be used ({type(error).__name__}: "
         f"{harmless(str(error))[:120]}). Check HF_ENDPOINT and the proxy settings, or try again later."
@@ -165,7 +167,7 @@ def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: s
         return TryAgain(f"{doing} failed: the Hub limits the rate of requests{said}. Wait some minutes and try again.")
     if status in BUSY or status >= 500:
         return HubUnreachable(
-            f"{doing} failed: the Hub answers {status}{said}. Try again later; https://status.huggingface.co."
+            f"{doing} failed: the Hub answers {status}{said}. Try again later; see https://status.huggingface.co."
         )
     return MalformedInput(f"{doing} failed: the Hub answers {status}{said}. See {page}.")
 

@@ -74,8 +74,8 @@ class _Bounded(httpx2.SyncByteStream):
             total += len(chunk)
             if self._most is not None and total > self._most:
                 raise HubUnreachable(
-                    f"The answer of {self._request.url.host} is longer than {self._most >> 20} MB, so it is none of a "
-                    "Hub. Check HF_ENDPOINT."
+                    f"The answer of {self._request.url.host} is longer than {self._most >> 20} MB, which no Hub "
+                    "sends. Check HF_ENDPOINT."
                 )
             yield chunk
 

@@ -41,7 +41,7 @@ def exchange_failure(error: BaseException, doing: str) -> QzError | None:
         )
     return HubUnreachable(
         f"{doing} needs a Hub token, and the exchange of this CI job's identity for one failed ({status}). "
-        "Run the job again; https://status.huggingface.co."
+        "Run the job again; see https://status.huggingface.co."
     )
 
 

@@ -29,7 +29,7 @@ def require_storage_on_the_web(response: httpx2.Response) -> None:
     named = response.headers.get(_STORAGE)
     if named is not None and is_ours(response.request) and not is_web_address(named):
         raise HubUnreachable(
-            f"The storage that the Hub names is no address on the web: {quoted(named, 60)}. Check HF_ENDPOINT."
+            f"The storage that the Hub names is not a web address: {quoted(named, 60)}. Check HF_ENDPOINT."
         )
 
 

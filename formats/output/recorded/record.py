@@ -159,7 +159,7 @@ def unhashed(record: Record) -> tuple[Problem, ...]:
     """A warning for a record of an earlier qz."""
     if record.is_hashed:
         return ()
-    why = f"{RECORD} has no SHA-256 of itself, as an earlier qz wrote it: whether it is as it was written is not known."
+    why = f"{RECORD} has no SHA-256 of itself, because an earlier qz wrote it: changes to it cannot be seen."
     return (Problem("warning", "record-unhashed", RECORD, why),)
 
 
@@ -225,7 +225,7 @@ def as_written(entry: Mapping[str, Any]) -> WrittenFile:
     if [type(value) for value in (file.name, file.bytes, file.sha256)] != [str, int, str]:
         raise TypeError("an entry is not a file")
     if file.bytes < 0 or _SHA256.fullmatch(file.sha256) is None:
-        raise ValueError(f"{quoted(file.name)} has a size or a hash that is none")
+        raise ValueError(f"{quoted(file.name)} has an invalid size or hash")
     require_safe_name(file.name)
     return file
 

@@ -86,12 +86,12 @@ class Journal:
     def _read(self) -> None:
         size = self._disk.size(self._descriptor, self.path)
         if size > LARGEST:
-            raise OutputRefused(f"{self.path} is {size:,} bytes long, so it is no journal of qz. Move it away.")
+            raise OutputRefused(f"{self.path} is {size:,} bytes long, so it is not a journal of qz. Move it away.")
         text = bytearray(size)
         self._disk.read(self._descriptor, self.path, memoryview(text), 0)
         if not begins_as_journal(bytes(text)):
             raise OutputRefused(
-                f"{self.path} is not a journal of qz, which would lie under this name. Move it away, or write "
+                f"{self.path} is not a journal of qz, although it has the name of one. Move it away, or write "
                 "elsewhere with -o/--output."
             )
         self.fingerprint, self._stop, self._mark = None, size, ""

@@ -135,8 +135,8 @@ class Directory:
         if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
             return descriptor
         os.close(descriptor)
-        what = "goes by another name, too (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a file"
-        raise OutputRefused(f"{path} {what}, so it is not qz's to write to. Move it away.")
+        what = "has another name as well (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a file"
+        raise OutputRefused(f"{path} {what}, so qz does not write to it. Move it away.")
 
     # Names
 

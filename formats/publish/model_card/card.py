@@ -24,7 +24,7 @@ LISTED = 30
 def write_card(facts: CardFacts, repo_id: str, folder: str = "", existing: str | None = None) -> str:
     """The README.md of ``repo_id`` whose ``folder`` holds the checkpoint; ``existing`` is the text that is there.
 
-    Raises MalformedInput if the YAML head of the existing text cannot be read.
+    Raises MalformedInput if the YAML front matter of the existing text cannot be read.
     """
     begin, end = (f"<!-- qz:{word}{' ' + folder if folder else ''} -->" for word in ("begin", "end"))
     section = f"{begin}\n{_section(facts, repo_id, folder)}\n{end}"
@@ -38,7 +38,8 @@ def write_card(facts: CardFacts, repo_id: str, folder: str = "", existing: str |
         except Exception as error:  # noqa: BLE001  of no foreseeable kind: RecursionError too
             first = str(error).split("\n", 1)[0] or type(error).__name__
             raise MalformedInput(
-                f"The README.md of {repo_id} has a YAML head that cannot be read ({first}). Repair it, then push again."
+                f"The README.md of {repo_id} has YAML front matter that cannot be read ({first}). "
+                "Repair it, then push again."
             ) from None
         text = card.text
         if begin in text and end in text[text.index(begin) :]:

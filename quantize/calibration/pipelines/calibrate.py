@@ -162,7 +162,7 @@ def _draw(
     finally:
         calls.close()
     if only is not None and only not in drawn.calls:
-        raise Unsupported(f"{models.where}: {models.class_name} draws without {only}: nothing can be recorded.")
+        raise Unsupported(f"{models.where}: {models.class_name} does not use {only}: choose another --subfolder.")
     sums = {
         f"{name}/{weight}": each
         for name, recorder in calls.recorders.items()

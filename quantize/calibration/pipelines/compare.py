@@ -55,7 +55,7 @@ def with_component(pipeline: Pipeline, name: str, checkpoint: Checkpoint) -> Pip
     if checkpoint.architecture != found.checkpoint.architecture:
         raise MalformedInput(
             f"{checkpoint.folder.location} is a {checkpoint.architecture}, and {name} of {pipeline.folder.location} "
-            f"a {found.checkpoint.architecture}: these are two different models."
+            f"a {found.checkpoint.architecture}: these are two different models. Name the original that was quantized."
         )
     own = replace(found, folder=checkpoint.folder, checkpoint=replace(checkpoint, class_module=found.library))
     return replace(pipeline, components=tuple(own if each is found else each for each in pipeline.components))
@@ -131,7 +131,7 @@ def _measures(original: Pipeline, other: Pipeline, only: str | None) -> dict[str
     if original.class_name != other.class_name:
         raise MalformedInput(
             f"{original.folder.location} is a {original.class_name}, and {other.folder.location} a "
-            f"{other.class_name}: these are two different pipelines."
+            f"{other.class_name}: these are two different pipelines. Name the original that was quantized."
         )
     for each in original.components:
         if each.checkpoint is not None:
@@ -145,7 +145,7 @@ def _measures(original: Pipeline, other: Pipeline, only: str | None) -> dict[str
         if before is None:
             raise MalformedInput(
                 f"{original.folder.location} has no weights of {each.name}, which {other.folder.location} has: these "
-                "are two different pipelines."
+                "are two different pipelines. Name the original that was quantized."
             )
         plan = plan_dequantization(each.checkpoint, Settings(None))
         measure = AgainstOriginal(before)
@@ -163,7 +163,9 @@ def _denoisers(models: Models, drawn: Drawn, only: str | None) -> list[str]:
     found = [name for name in drawn.calls if models.is_denoiser(name)]
     found = [name for name in found if only in (None, name)]
     if not found:
-        raise Unsupported(f"{models.where}: {models.class_name} draws without {only or 'a denoiser'}.")
+        raise Unsupported(
+            f"{models.where}: {models.class_name} does not use {only or 'a denoiser'}: there is nothing to compare."
+        )
     return found
 
 
@@ -210,7 +212,10 @@ def _error(pairs: Sequence[Pair]) -> OutputError:
     for which, before, after in pairs:
         prompt = which.prompt if isinstance(which, Call) else which
         if before.shape != after.shape:
-            raise MalformedInput("The denoisers return different shapes: these are two different models.")
+            raise MalformedInput(
+                "The denoisers return different shapes: these are two different models. Name the original that was "
+                "quantized."
+            )
         x, y = (each.double().reshape(1, -1) for each in (before, after))
         relative.setdefault(prompt, RelativeError()).add(x, y)
         cosines.append(1 - float(torch.nn.functional.cosine_similarity(x, y)))

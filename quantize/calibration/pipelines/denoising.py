@@ -101,7 +101,9 @@ def _draw(models: Models, module: _Pipeline, whole: frozenset[str], task: str, p
 
     def used(number: int, latents: torch.Tensor) -> None:
         if latents.isnan().any():
-            raise MalformedInput(f"{models.where} draws NaN: its weights, or the numbers' range, do not allow it.")
+            raise MalformedInput(
+                f"{models.where} draws NaN: check its weights, and whether its dtype has the range for them."
+            )
         drawn.latents[number] = latents
 
     steps = _steps(models, module, whole, tell)

@@ -283,8 +283,8 @@ def _make_own(folder: Path) -> bool:
             break
     if strange is not None:
         raise OutputRefused(
-            f"{folder} is where an unfinished calibration is kept, and {strange} qz's. Move it away, or choose another "
-            "file with -o/--output."
+            f"{folder} is where qz keeps an unfinished calibration, but {strange} written by qz. Move it away, or "
+            "choose another file with -o/--output."
         )
     return False
 

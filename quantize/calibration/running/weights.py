@@ -51,7 +51,9 @@ class Weights:
         if origin is None:
             if buffer:
                 return  # computed when the model was built
-            raise MalformedInput(f"{self.checkpoint.folder.location} has no weight for {quoted(name)}.")
+            raise MalformedInput(
+                f"{self.checkpoint.folder.location} has no weight for {quoted(name)}. Download it again."
+            )
         there = owner._buffers[attribute] if buffer else owner._parameters[attribute]
         dtype = runnable.dtype_of(name) if there.is_floating_point() and not buffer else there.dtype
         shape = tuple(there.shape)

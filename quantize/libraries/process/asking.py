@@ -193,7 +193,7 @@ def _ended(code: int) -> QzError:
     """What it means that the other process ended without an answer. ``code``: minus the signal that ended it."""
     if code in (-signal.SIGKILL, -signal.SIGTERM):
         return TryAgain(
-            "The process that builds the model was ended by the system, most likely for want of memory. Close other "
+            "The process that builds the model was ended by the system, most likely for lack of memory. Close other "
             "programs, and run the same command again."
         )
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -136,7 +136,7 @@ def as_model(checkpoint: Checkpoint, config: dict[str, Any], model: Any, process
 def _require_rows(shape: tuple[int, ...], name: str, where: str) -> None:
     """Raise Unsupported for a tensor of more rows than any model has."""
     if max(shape[:-1], default=0) > _MOST_ROWS:
-        raise Unsupported(f"{where}: {quoted(name)} is {list(shape)}. No model has so many rows.")
+        raise Unsupported(f"{where}: {quoted(name)} is {list(shape)}. No model has that many rows.")
 
 
 def _sizes_of_experts(header: bytes, where: str) -> dict[str, int]:
@@ -212,7 +212,10 @@ def _processed(processor: Any, values: Any, name: str, names: Mapping[str, str],
     try:
         result = processor.process(weights=values, name=name, tensor_key_mapping=names, parsed_parameters=kept)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise Unsupported(f"{where}: transformers cannot arrange {name} ({type(error).__name__}).") from error
+        raise Unsupported(
+            f"{where}: transformers cannot arrange {name} ({type(error).__name__}). Use the model's original "
+            "checkpoint."
+        ) from error
     if result.name is None and len(kept["tensors"]) == 1:  # put there by its name in the model
         [(new_name, own)] = kept["tensors"].items()
         if tuple(own.shape) == values.shape and np.array_equal(own.numpy(), values, equal_nan=True):
