@@ -1,6 +1,7 @@
-"""What single families of models do differently, for the rule in ``linear_layers``: transformers 5.23, diffusers 0.42.1.
+"""What single families of models do differently, for the rule in ``linear_layers``.
 
-Only what changes which weights are quantized, or their dtype by more than a few bytes.
+Only what changes which weights are quantized, or their dtype by more than a few bytes: transformers 5.23, diffusers
+0.42.1.
 """
 
 from __future__ import annotations

@@ -7,9 +7,7 @@ alone. Where each row of a weight comes from is found by giving the loader numbe
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +26,7 @@ from qz.formats.malformed import quoted
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.transformers.expert_rows import stored_rows
-from qz.quantize.libraries.transformers.meta_loading import no_room
+from qz.quantize.libraries.transformers.meta_loading import store, temporary_folder
 from qz.quantize.libraries.versions import requirement
 
 try:
@@ -272,13 +270,8 @@ def _plain_value(value: Any) -> Any:
 
 @contextmanager
 def header_file(header: bytes, size: int) -> Iterator[str]:
-    """A file that is as long as the original and holds its header: the library maps what it reads."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="qz-") as folder:
-            path = os.path.join(folder, "model.gguf")
-            with open(path, "wb") as file:
-                file.write(header)
-                file.truncate(size)
-            yield path
-    except OSError as error:
-        raise no_room(error) from error
+    """A file of ``size`` bytes that begins with the header: the library maps what it reads."""
+    with temporary_folder() as folder:
+        path = folder / "model.gguf"
+        store(path, header, size)
+        yield str(path)

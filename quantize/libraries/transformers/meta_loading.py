@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -97,14 +98,18 @@ def temporary_folder() -> Iterator[Path]:
         yield Path(path)
 
 
-def store(path: Path, data: bytes) -> None:
+def store(path: Path, data: bytes, size: int | None = None) -> None:
+    """Write a small file; one of ``size`` bytes ends in a hole. Raises IOFailed."""
     try:
         path.write_bytes(data)
+        if size is not None:
+            os.truncate(path, size)
     except OSError as error:
         raise no_room(error) from error
 
 
 def no_room(error: OSError) -> IOFailed:
+    """What to tell of a temporary file that could not be written."""
     advice = remedy(error, "Free some space there, or name another folder with TMPDIR.")
     return IOFailed(
         f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. {advice}"

@@ -41,7 +41,14 @@ from qz.quantize.libraries.transformers.internals import (
 )
 from qz.quantize.libraries.transformers.meta_loading import load, no_room, temporary_folder
 from qz.quantize.libraries.transformers.meta_stacks import meta_stacks
-from qz.quantize.libraries.transformers.origins import Model, find_origins, find_transposed, packed_elsewhere, tie
+from qz.quantize.libraries.transformers.origins import (
+    Model,
+    Origin,
+    find_origins,
+    find_transposed,
+    packed_elsewhere,
+    tie,
+)
 from qz.quantize.libraries.transformers.saved_names import saved_tensors
 from qz.quantize.libraries.transformers.selection import select
 
@@ -60,50 +67,18 @@ def examine(
     """See ``qz.quantize.libraries.architecture.examine``."""
     import transformers
 
-    where = checkpoint.folder.location
-    model_class = chosen_class(checkpoint, tensors, request)
-    model, missing, mismatched = load(checkpoint, model_class, tensors, request)
-    if missing and (other := other_class(checkpoint, model_class, tensors, request)) is not None:
-        model_class = other
-        model, missing, mismatched = load(checkpoint, model_class, tensors, request)
-    class_notes = model_class.notes
-    body_class = body_class_of(checkpoint, model, missing)
-    if body_class is not None:
-        found = load(checkpoint, replace(model_class, model=body_class), tensors, request)
-        if not found[1]:
-            model, missing, mismatched = found
-            head = model_class.model.__name__
-            class_notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
+    model, missing, mismatched, class_notes = _loaded(checkpoint, tensors, request)
     class_name = type(model).__name__
     with meta_stacks():
         origins = find_origins(model, tensors)
     transposed_weights = find_transposed(model, origins, tensors)
     others = [text for name, text in mismatched.items() if name not in transposed_weights]
-    checked(missing, others, class_name, where, tensors)
+    checked(missing, others, class_name, checkpoint.folder.location, tensors)
     elsewhere = packed_elsewhere(model, origins, tensors)
     load_dtype = _name(model.config.dtype)
     selection = select(model, request)
     origins = tie(model, origins, equal)
-
-    in_float32 = kept_in_float32(model)
-    quantized: dict[str, Weight] = {}
-    for path, transposed in selection.linears.items():
-        shape = tuple(model.get_submodule(path).weight.shape)
-        dtype = "float32" if in_float32(f"{path}.weight") else load_dtype
-        origin = origins[f"{path}.weight"]
-        quantized[path] = Weight(
-            f"{path}.weight",
-            origin.sources,
-            dtype,
-            (shape[1], shape[0]) if transposed else shape,
-            quantized=True,
-            transposed=transposed,
-            conversion=origin.conversion,
-        )
-        bias = model.get_submodule(path).bias
-        if request.method is not None and bias is not None and not in_float32(f"{path}.bias"):
-            # Of the module that the library makes anew, also inside of one that its class has made float32.
-            bias.data = bias.data.to(model.config.dtype)
+    quantized = _quantized(model, selection.linears, origins, request)
 
     ignored = ignored_on_save(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
@@ -124,11 +99,7 @@ def examine(
     documents = _documents(model, quantized, request, selection.skips)
     loaded, uncast = model, 0
     if request.method is not None and _name(model.config.dtype) != load_dtype:
-        # The config gets the dtype of the first unquantized parameter; where a class keeps that in float32, the output
-        # is loaded otherwise than the model was that it is made from.
-        written = replace(checkpoint, config=json.loads(documents["config.json"]))
-        as_written = ModelClass(type(model), type(model.config))
-        loaded, _, _ = load(written, as_written, tensors, replace(request, dtype="auto"))
+        loaded = _as_written(model, checkpoint, documents, tensors, request)
         uncast = kept_as_stored(loaded, saved, request)
     return Architecture(
         class_name=class_name,
@@ -159,6 +130,72 @@ def examine(
             lambda skip, path: not should_convert_module(path, [skip]),
         ),
     )
+
+
+def _loaded(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest
+) -> tuple[Model, set[str], dict[str, str], tuple[str, ...]]:
+    """What ``load`` returns for the class that fits, and what is to be told of how that was chosen."""
+    model_class = chosen_class(checkpoint, tensors, request)
+    found = load(checkpoint, model_class, tensors, request)
+    if found[1] and (other := other_class(checkpoint, model_class, tensors, request)) is not None:
+        model_class = other
+        found = load(checkpoint, model_class, tensors, request)
+    notes = model_class.notes
+    body_class = body_class_of(checkpoint, found[0], found[1])
+    if body_class is not None:
+        body = load(checkpoint, replace(model_class, model=body_class), tensors, request)
+        if not body[1]:
+            found = body
+            head = model_class.model.__name__
+            notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
+    return *found, notes
+
+
+def _quantized(
+    model: Model, linears: Mapping[str, bool], origins: Mapping[str, Origin], request: LoadRequest
+) -> dict[str, Weight]:
+    """The weights to quantize, by the paths of their modules. ``linears``: these paths, and which are transposed.
+
+    Biases get the dtype of the modules that the library makes anew.
+    """
+    in_float32 = kept_in_float32(model)
+    load_dtype = _name(model.config.dtype)
+    quantized: dict[str, Weight] = {}
+    for path, transposed in linears.items():
+        shape = tuple(model.get_submodule(path).weight.shape)
+        origin = origins[f"{path}.weight"]
+        quantized[path] = Weight(
+            f"{path}.weight",
+            origin.sources,
+            "float32" if in_float32(f"{path}.weight") else load_dtype,
+            (shape[1], shape[0]) if transposed else shape,
+            quantized=True,
+            transposed=transposed,
+            conversion=origin.conversion,
+        )
+        bias = model.get_submodule(path).bias
+        if request.method is not None and bias is not None and not in_float32(f"{path}.bias"):
+            # Of the module that the library makes anew, also inside of one that its class has made float32.
+            bias.data = bias.data.to(model.config.dtype)
+    return quantized
+
+
+def _as_written(
+    model: Model,
+    checkpoint: Checkpoint,
+    documents: Mapping[str, bytes],
+    tensors: Mapping[str, TensorSpec],
+    request: LoadRequest,
+) -> Model:
+    """The model as the config that is written has it loaded.
+
+    That config has the dtype of the first unquantized parameter; where a class keeps this one in float32, the output is
+    loaded otherwise than the model that it is made from.
+    """
+    written = replace(checkpoint, config=json.loads(documents["config.json"]))
+    loaded, _, _ = load(written, ModelClass(type(model), type(model.config)), tensors, replace(request, dtype="auto"))
+    return loaded
 
 
 def _name(dtype: torch.dtype) -> str:
