@@ -98,7 +98,7 @@ SMALL = 1024
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One checkpoint. ``loss``: 1 − cosine of embeddings, or KL divergence in nats a token, by text."""
+    """One checkpoint. ``loss``: 1 − cosine of embeddings, or KL divergence in nats per token, by text."""
 
     model: str
     method: str

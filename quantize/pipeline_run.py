@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -94,13 +94,10 @@ def summarize_pipeline(
     ``losses``.
     """
     parts = {part.name: part for part in plan.parts}
-    components = []
     whole = plan.pipeline.file_folder is None  # otherwise the folder is not the source, but that of the configs
+    components = []
     for choice in plan.choices:
-        component, part = choice.component, parts[choice.name]
-        inside = f"{choice.name}/"
-        files = [replace(file, name=file.name.removeprefix(inside)) for file in written if file.name.startswith(inside)]
-        made = None
+        component, part, made = choice.component, parts[choice.name], None
         if part.plan is not None:
             origin = replace(
                 source,
@@ -108,15 +105,14 @@ def summarize_pipeline(
                 library=part.plan.checkpoint.library,
                 architecture=part.plan.architecture.class_name,
             )
-            odd = (nonfinite or {}).get(choice.name)
             made = summarize(
                 part.plan,
                 origin,
                 "",
                 device=device,
-                written=files,
+                written=_files_inside(part, written),
                 carried=part.carried,
-                nonfinite=odd,
+                nonfinite=(nonfinite or {}).get(choice.name),
                 loss=(losses or {}).get(choice.name),
             )
         components.append(
@@ -136,7 +132,6 @@ def summarize_pipeline(
     shards = tuple(file for file in written if file.name.endswith(".safetensors")) or _planned_shards(plan.parts)
     used = {*(each.name for each in parts[""].carried), *parts}
     of_root = companions.left_out(plan.pipeline.folder, used) if whole else ()
-    strays = [name for name in of_root if name.endswith("/") and _holds_a_model(plan.pipeline.folder, name)]
     return PipelineSummary(
         source=source,
         output=output,
@@ -148,23 +143,32 @@ def summarize_pipeline(
         shards=shards,
         seconds=seconds,
         resumed=resumed,
-        notes=(
-            *plan.pipeline.notes,
-            *plan.notes,
-            *unknown_class(plan.pipeline),
-            *(
-                text
-                for choice in plan.choices
-                if choice.component.checkpoint is not None and parts[choice.name].plan is None
-                for text in choice.component.checkpoint.choices
-            ),
-            *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
-            *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),
-        ),
+        notes=_notes(plan, of_root),
         left_out_of_root=of_root,
         loras=_fused_loras(plan),
         combinations=plan.combinations,
         kept_layers=plan.kept_layers,
+    )
+
+
+def _files_inside(part: Part, written: Iterable[WrittenFile]) -> list[WrittenFile]:
+    """The written files of a part, by their names in its folder."""
+    inside = f"{part.name}/"
+    return [replace(file, name=file.name.removeprefix(inside)) for file in written if file.name.startswith(inside)]
+
+
+def _notes(plan: PipelinePlan, left_out: Iterable[str]) -> tuple[str, ...]:
+    """What the user should know. ``left_out``: names in the source's root that are not in the output."""
+    unconverted = [part.name for part in plan.parts if part.plan is None]
+    kept = [choice.component.checkpoint for choice in plan.choices if choice.name in unconverted]
+    strays = [name for name in left_out if name.endswith("/") and _holds_a_model(plan.pipeline.folder, name)]
+    return (
+        *plan.pipeline.notes,
+        *plan.notes,
+        *unknown_class(plan.pipeline),
+        *(text for checkpoint in kept if checkpoint is not None for text in checkpoint.choices),
+        *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
+        *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),
     )
 
 

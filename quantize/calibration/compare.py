@@ -60,12 +60,12 @@ MOST_TOKENS = 16_384
 """Each sequence is a forward of its own that waits in memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """What quantizing changed. Figures of a kind that the model does not have are None.
 
-    ``kl``: mean KL divergence of the predicted tokens, in nats a token, from the original's; ``kl_error`` its standard
-    error over sequences. ``same_top``: the share of tokens after which the most likely next one is the same.
+    ``kl``: mean KL divergence of the predicted tokens, in nats per token, from the original's; ``kl_error`` its
+    standard error over sequences. ``same_top``: the share of tokens after which the most likely next one is the same.
     ``cosine_loss``: 1 − cosine of the mean last hidden state of a sequence, on average, for models without predictions.
     """
 
@@ -77,12 +77,12 @@ class Comparison:
     sequences: int
     device: str
     dtype: str
-    kl: float | None
-    kl_error: float | None
-    same_top: float | None
-    perplexity_original: float | None
-    perplexity_other: float | None
-    cosine_loss: float | None
+    kl: float | None = None
+    kl_error: float | None = None
+    same_top: float | None = None
+    perplexity_original: float | None = None
+    perplexity_other: float | None = None
+    cosine_loss: float | None = None
     loss: Loss
     seconds: float
     warnings: tuple[str, ...] = ()
@@ -156,22 +156,25 @@ def compare(
     tokenizer_folder.check()  # those of the weights were when the loss was measured
     count = sum(map(len, rows))
     few = (f"the text has {count:,} tokens for this model, fewer than the {wanted:,} asked for",)
+    perplexity_original, perplexity_other = apart.perplexities
     return Comparison(
-        *names,
-        found.class_name,
-        "default" if text is None else text.name,
-        count,
-        len(rows),
-        str(where),
-        str(dtype).removeprefix("torch."),
-        _mean(apart.kl),
-        float(np.std(apart.kl, ddof=1) / math.sqrt(len(apart.kl))) if len(apart.kl) > 1 else None,
-        _mean(apart.same),
-        *apart.perplexities,
-        _mean(apart.cosine),
-        loss,
-        time.monotonic() - begun,
-        few if count < wanted else (),
+        original=names[0],
+        other=names[1],
+        architecture=found.class_name,
+        text="default" if text is None else text.name,
+        tokens=count,
+        sequences=len(rows),
+        device=str(where),
+        dtype=str(dtype).removeprefix("torch."),
+        kl=_mean(apart.kl),
+        kl_error=float(np.std(apart.kl, ddof=1) / math.sqrt(len(apart.kl))) if len(apart.kl) > 1 else None,
+        same_top=_mean(apart.same),
+        perplexity_original=perplexity_original,
+        perplexity_other=perplexity_other,
+        cosine_loss=_mean(apart.cosine),
+        loss=loss,
+        seconds=time.monotonic() - begun,
+        warnings=few if count < wanted else (),
         blocks=blocks.means(),
     )
 

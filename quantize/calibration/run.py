@@ -84,7 +84,7 @@ class CalibrationRequest:
         return self.tokens or (GPTQ_TOKENS if self.hessians else TOKENS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What was recorded. ``unseen``: weights of linears that no token came to."""
 
@@ -197,25 +197,16 @@ class _Run:
 
     def _go_on(self, kept: Unfinished, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
         """From where an earlier run was interrupted, or from the beginning."""
-
         from qz.quantize.calibration.recording import Recording
         from qz.quantize.calibration.running import text
         from qz.quantize.calibration.running.blocks import BlockPass, blocks_of
-        from qz.quantize.calibration.running.generated import sample
         from qz.quantize.calibration.running.recorder import Recorder
         from qz.quantize.calibration.running.weights import Weights
-        from qz.quantize.libraries.transformers.runnable import runnable, running
+        from qz.quantize.libraries.transformers.runnable import running
 
         request, device, run_dtype = self.request, model.device, model.dtype
         kept.open(self._fingerprint(class_name, str(run_dtype), str(device), words))
-        if kept.rows:
-            rows = kept.rows
-        elif request.generate:
-            writer = runnable(self.checkpoint, class_name, run_dtype, device)
-            rows = sample(self.checkpoint, writer, tokenizer, request.wanted, self.progress)
-            del writer
-        else:
-            rows = text.sequences(tokenizer, words, model.longest, request.wanted)
+        rows = kept.rows or self._rows(class_name, words, model, tokenizer)
         kept.begin(rows)
         tokens = sum(map(len, rows))
         weights = Weights(self.checkpoint, model)
@@ -255,24 +246,35 @@ class _Run:
             recording.close()
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
         return Calibration(
-            self.source,
-            str(request.output),
-            class_name,
-            request.text_name,
-            tokens,
-            len(rows),
-            len(sums),
-            unseen,
-            tuple(files.hashes),
-            files.nbytes,
-            str(device),
-            str(run_dtype).removeprefix("torch."),
-            weights.bytes_read + read_again,
-            time.monotonic() - self.begun,
-            self._warnings(tokens, unseen),
+            source=self.source,
+            output=str(request.output),
+            architecture=class_name,
+            text=request.text_name,
+            tokens=tokens,
+            sequences=len(rows),
+            linears=len(sums),
+            unseen=unseen,
+            hessian_files=tuple(files.hashes),
+            hessian_bytes=files.nbytes,
+            device=str(device),
+            dtype=str(run_dtype).removeprefix("torch."),
+            bytes_read=weights.bytes_read + read_again,
+            seconds=time.monotonic() - self.begun,
+            warnings=self._warnings(tokens, unseen),
             scores=scores,
             resumed=kept.count > 0,
         )
+
+    def _rows(self, class_name: str, words: str, model: Runnable, tokenizer: Any) -> list[list[int]]:
+        """The tokens that the model reads, a sequence each: of ``words``, or of a text that it writes now."""
+        from qz.quantize.calibration.running import text
+        from qz.quantize.calibration.running.generated import sample
+        from qz.quantize.libraries.transformers.runnable import runnable
+
+        if not self.request.generate:
+            return text.sequences(tokenizer, words, model.longest, self.request.wanted)
+        writer = runnable(self.checkpoint, class_name, model.dtype, model.device)
+        return sample(self.checkpoint, writer, tokenizer, self.request.wanted, self.progress)
 
     def _fingerprint(self, class_name: str, dtype: str, device: str, words: str) -> dict[str, Any]:
         """What must be the same for a run to go on where another was interrupted."""

@@ -84,34 +84,27 @@ def calibrate(
         unscored = [name for name in chosen if request.scores and name in drawn.whole]
         pipeline.check()
         refuse_existing(request.output)
-        told = {
-            "architecture": models.class_name,
-            "prompts": str(len(drawing.prompts)),
-            "steps": str(drawing.steps),
-            **({"resolution": str(drawn.resolution)} if drawn.resolution is not None else {}),
-            "seed": str(drawing.seed),
-            "text": "default" if request.text is None else "own",
-        }
-        write_statistics(request.output, sums, told, places, files.hashes, component_scores=scores)
+        about = _about(models, drawing, drawn, request)
+        write_statistics(request.output, sums, about, places, files.hashes, component_scores=scores)
         kept.remove()
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
         tokens = max((each.tokens for each in sums.values()), default=0)
         return Calibration(
-            source,
-            str(request.output),
-            models.class_name,
-            request.text_name,
-            tokens,
-            len(drawing.prompts),
-            len(sums),
-            unseen,
-            tuple(files.hashes),
-            files.nbytes,
-            str(device),
-            str(dtype).removeprefix("torch."),
-            models.bytes_read,
-            time.monotonic() - begun,
-            (
+            source=source,
+            output=str(request.output),
+            architecture=models.class_name,
+            text=request.text_name,
+            tokens=tokens,
+            sequences=len(drawing.prompts),
+            linears=len(sums),
+            unseen=unseen,
+            hessian_files=tuple(files.hashes),
+            hessian_bytes=files.nbytes,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            bytes_read=models.bytes_read,
+            seconds=time.monotonic() - begun,
+            warnings=(
                 *models.warnings,
                 *whole_warnings(drawn.whole, unscored),
                 *token_warnings(tokens, unseen, hessians=request.hessians),
@@ -124,6 +117,18 @@ def calibrate(
             components=tuple(chosen),
             weights_at_once=drawn.at_once,
         )
+
+
+def _about(models: Models, drawing: Drawing, drawn: Drawn, request: CalibrationRequest) -> dict[str, str]:
+    """What the file of statistics says of how it was made."""
+    return {
+        "architecture": models.class_name,
+        "prompts": str(len(drawing.prompts)),
+        "steps": str(drawing.steps),
+        **({"resolution": str(drawn.resolution)} if drawn.resolution is not None else {}),
+        "seed": str(drawing.seed),
+        "text": "default" if request.text is None else "own",
+    }
 
 
 def _fingerprint(

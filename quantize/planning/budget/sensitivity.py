@@ -26,7 +26,7 @@ _BLOCK = re.compile(r"(.+?)\.(\d+)\.")
 
 
 LossName = Literal["kl", "cosine", "output"]
-"""KL divergence in nats a token, 1 − cosine of a sequence's mean hidden states, |Δ|² / |y|² of a denoiser's output."""
+"""KL divergence in nats per token, 1 − cosine of mean hidden states, |Δ|² / |y|² of a denoiser's output."""
 
 
 @dataclass(frozen=True, slots=True)
