@@ -263,7 +263,7 @@ from qz.quantize.methods import FourBit, Int8
 from qz.quantize.reports.summary import Source
 from qz.quantize.streaming.run import Run
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.shards import shard_writer
 from qz.formats.output.storage.disk import Disk
 lap("import qz")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qz import HubUnreachable, MissingInput, PermissionRefused
-from qz.formats.folder import LocalFolder
 from qz.formats.links import followed
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.promises import hold_to_record
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.folder import Folder, LocalFolder
+from qz.formats.folder import Folder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.recorded.record import read_record
 from qz.progress import OnProgress, ignore

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, QzError
 from qz.formats.file_hash import sha256_of
-from qz.formats.folder import Folder, LocalFolder, place_of
+from qz.formats.folder import Folder, place_of
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import RECORD, Record, as_text, read_record
 from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.storage.directory import Directory

@@ -8,7 +8,7 @@ from typing import Any
 
 from qz import UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES, Cpu
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.methods import FourBit, Int8, Method

@@ -34,8 +34,8 @@ from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
 from qz.formats.gguf_header import read_gguf_header
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import WrittenFile, encode_record, hash_of, read_record
 from qz.formats.output.recorded.statement import TYPE
 from qz.formats.output.resuming.difference import describe_difference

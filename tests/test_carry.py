@@ -19,7 +19,7 @@ from hub_server import connected
 from qz import IOFailed, MalformedInput
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output import companions
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging

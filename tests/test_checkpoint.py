@@ -23,8 +23,9 @@ from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, Unsupporte
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
-from qz.formats.folder import MAX_OPEN, LocalFolder, Range
+from qz.formats.folder import Range
 from qz.formats.json_files import dump_json, read_json
+from qz.formats.local_folder import MAX_OPEN, LocalFolder
 from qz.formats.output.preflight import check_output
 from qz.formats.output.storage.disk import Disk
 from qz.formats.promised import Promised
@@ -729,7 +730,7 @@ def test_reading_a_checkpoint_imports_no_framework(tmp_path: Path) -> None:
     code = f"""
 import pathlib, sys
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.checkpoint.quantized import read_quantized
 read_quantized(open_checkpoint(LocalFolder(pathlib.Path({str(tmp_path / "model")!r}))))
 heavy = ("torch", "numpy", "transformers", "diffusers", "huggingface_hub", "safetensors", "rich", "concurrent.futures")

@@ -16,7 +16,7 @@ import zoo
 from converted import method_of, plan_of
 from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.inspection.estimate import METHODS, estimate
 from qz.quantize.inspection.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED

@@ -23,7 +23,7 @@ from qz.formats import gguf_header
 from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.encodings import Blocks
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.quantize.compute import kernels
 from qz.quantize.decoding.blocks import dequantized
 from qz.quantize.inspection.report import Inspection

@@ -22,7 +22,7 @@ from qz.api import inspect
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.cli.verify import verify
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.quantize.libraries.architecture import TensorSpec
 from qz.quantize.libraries.diffusers.tracing import Converted, Piece
 from qz.quantize.single_files.originals import original_specs

@@ -22,7 +22,7 @@ import readers
 from pace import HANG
 from qz import MalformedInput, QzError, Unsupported, api
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.quantize.convert import plan_quantization
 from qz.quantize.libraries.importing.isolation import isolated, trusted
 from qz.quantize.libraries.importing.untrusted_config import CODE, without_code

@@ -23,7 +23,7 @@ from qz.cli.quantize import quantize
 from qz.cli.verify import verify
 from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.adapters.changes import Changes
 from qz.quantize.adapters.placement import placements

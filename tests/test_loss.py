@@ -19,7 +19,8 @@ from hooks import every_disk
 from json_contract import checked
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import Folder, LocalFolder
+from qz.formats.folder import Folder
+from qz.formats.local_folder import LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES
 from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
 from qz.quantize.planning.dequantization import plan_dequantization

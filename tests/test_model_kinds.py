@@ -23,7 +23,7 @@ import zoo
 from converted import dequantized, plan_of, quantized
 from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine
 from reference import config_of, differing_files, differing_tensors, diffusers_model, transformers_model

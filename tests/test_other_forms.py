@@ -14,7 +14,7 @@ from conftest import Qz
 from qz import MissingInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.checkpoint.weights import PICKLE
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 
 LLAMA = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
 MADE_FROM = "Use the model that this was made from, with its weights in safetensors."

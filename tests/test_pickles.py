@@ -24,7 +24,7 @@ from converted import carried_out
 from qz import MalformedInput
 from qz.api import dequantize, inspect, quantize, verify
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.record import read_record
 from qz.formats.pickles.file import read_pickled

@@ -29,7 +29,7 @@ from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats.checkpoint.pipeline import Component, Pipeline, open_pipeline
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import verify_record
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.planning.components import choose

@@ -24,7 +24,7 @@ from hostile_configs import BOMBS, configure
 from pace import HANG
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.safetensors import encode_header, layout
 from qz.quantize.convert import plan_quantization
 from qz.quantize.libraries.importing import work_bounds

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from converted import carried_out, plan_of, quantized
 from qz import HubUnreachable, IOFailed, MalformedInput, Unsupported, UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.quantize.convert import plan_quantization
 from qz.quantize.methods import FourBit
 from qz.quantize.settings import Settings

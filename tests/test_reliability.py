@@ -31,7 +31,7 @@ import pytest
 from forked import EACCES, EIO, ENOSPC, INTERRUPT, TERMINATE, Ended, Runner
 from hub_server import OWNER, HubServer
 from pace import HANG
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import verify_record
 from qz.formats.safetensors import encode_header, layout
 

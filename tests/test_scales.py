@@ -19,7 +19,7 @@ from converted import dequantized, quantized
 from forward import output_of
 from qz import MalformedInput, MissingInput, OutputRefused, UsageError
 from qz.cli.quantize import quantize
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 from qz.formats.publish.model_card.card import write_card
 from qz.formats.publish.model_card.card_facts import facts_of

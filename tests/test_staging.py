@@ -29,7 +29,7 @@ import pytest
 from safetensors import safe_open
 
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output import staging
 from qz.formats.output.preflight import check_room

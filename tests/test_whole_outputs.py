@@ -33,7 +33,7 @@ from qz import MalformedInput, MissingInput, Unsupported, api
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats.checkpoint.layouts import original_layout
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output import companions
 from qz.quantize.inspection.pipeline import PipelineInspection
 from reference import config_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, OutputRefused, PermissionRefused
 from qz.formats.attestation.materials import materials
 from qz.formats.attestation.signing import sign
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.output.recorded.statement import BESIDE, SIGNATURE, STATEMENT, TYPE
 from qz.formats.output.storage.whole_file import write_whole

@@ -7,8 +7,9 @@ from typing import Any
 
 from qz import UsageError
 from qz.formats.file_hash import sha256_in
-from qz.formats.folder import Folder, LocalFolder, place_of
+from qz.formats.folder import Folder, place_of
 from qz.formats.hub.repository import HubFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted
 
 Descriptor = dict[str, Any]

@@ -14,8 +14,9 @@ from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, survey_file
 from qz.formats.checkpoint.weights import PICKLE
 from qz.formats.file_hash import sha256_in
-from qz.formats.folder import Folder, LocalFolder, read_file
+from qz.formats.folder import Folder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted, quoted_names
 
 CONFIG = "adapter_config.json"

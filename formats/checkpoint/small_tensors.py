@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.folder import Folder, Range, several_at_once
+from qz.formats.checkpoint.concurrent_reads import several_at_once
+from qz.formats.folder import Folder, Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

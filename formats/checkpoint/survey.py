@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qz import QzError
 from qz.counted import shown
 from qz.formats.checkpoint import adapters
+from qz.formats.checkpoint.concurrent_reads import several_at_once
 from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.checkpoint.models_inside import models_inside
 from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
@@ -29,7 +30,7 @@ from qz.formats.checkpoint.weights import (
     unused_files,
 )
 from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_file, several_at_once
+from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header

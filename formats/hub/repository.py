@@ -23,7 +23,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, exported by name only
 
 from qz import HubUnreachable, MissingInput
-from qz.formats.folder import LocalFolder
 from qz.formats.hub.cache import CachedFiles, require_space
 from qz.formats.hub.listing import list_folder
 from qz.formats.hub.read_ahead import AheadFile, ReadAhead, Seen
@@ -31,6 +30,7 @@ from qz.formats.hub.transport.errors import hub_errors
 from qz.formats.hub.transport.remote_file import RemoteFile, differs
 from qz.formats.hub.transport.session import API_TIMEOUT, hub_api, patiently
 from qz.formats.hub.transport.ways import Ways
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.regular_file import read_regular
 

@@ -19,7 +19,8 @@ from qz.formats.publish.verified_file import VerifiedFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from qz.formats.folder import Folder, LocalFolder
+    from qz.formats.folder import Folder
+    from qz.formats.local_folder import LocalFolder
 
 README = "README.md"
 PAGE = "report.html"

@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.formats.file_hash import sha256_of
-from qz.formats.folder import Folder, LocalFolder
+from qz.formats.folder import Folder
 from qz.formats.json_files import read_json
 from qz.formats.links import followed
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted
 from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.safetensors import Header, TensorInfo, encode_header, layout

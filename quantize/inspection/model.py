@@ -18,7 +18,8 @@ from qz.formats.checkpoint.quantization_config import Settings, read_settings
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.decoded import CODES, Decoded, StoredTensor
-from qz.formats.folder import Folder, LocalFolder
+from qz.formats.folder import Folder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 from qz.formats.safetensors import BITS
 from qz.formats.shards import index_name

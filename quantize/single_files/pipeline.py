@@ -15,8 +15,9 @@ from qz.formats.checkpoint.layouts import OF_PIPELINES
 from qz.formats.checkpoint.pipeline import Component, Pipeline, component_in, has_weights, is_component
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.checkpoint.weights import library_of
-from qz.formats.folder import PIPELINE_INDEX, Folder, LocalFolder, read_file
+from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed, quoted, quoted_names
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.folder import LocalFolder
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import Companion, copy
 from qz.formats.output.recorded.record import WrittenFile

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from qz import IOFailed, MissingInput, Unsupported
 from qz.formats.attestation.signing import require_signed
 from qz.formats.checkpoint.problems import Problem
-from qz.formats.folder import LocalFolder
 from qz.formats.json_files import MAX_BYTES
+from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import left_out
 from qz.formats.output.recorded.record import verify_files

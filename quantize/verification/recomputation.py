@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import StoredTensor, open_checkpoint, survey_file
-from qz.formats.folder import PIECE, Folder, LocalFolder, Range, place_of
+from qz.formats.folder import PIECE, Folder, Range, place_of
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import Record
 from qz.formats.promised import Promised
 from qz.progress import OnProgress, Progress, ignore

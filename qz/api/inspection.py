@@ -54,8 +54,8 @@ def inspect(
     asked.require(hub=path is None)
     if path is not None and path.exists() and not path.is_dir() and path.suffix.lower() != ".gguf":
         asked.require(folder=False)
-        from qz.formats.folder import LocalFolder
         from qz.formats.links import followed
+        from qz.formats.local_folder import LocalFolder
 
         path = followed(path)
         with closing(LocalFolder(path.parent)) as parent:

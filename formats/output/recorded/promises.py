@@ -6,8 +6,9 @@ import os
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from qz.formats.folder import PIPELINE_INDEX, LocalFolder
+from qz.formats.folder import PIPELINE_INDEX
 from qz.formats.links import followed
+from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import RECORD, read_record
 from qz.formats.promised import Promise, Promised
 
