@@ -133,7 +133,7 @@ class Interruption:
         raise self.error
 
     def became(self, error: Exception) -> None:
-        """What the interrupt was turned into on its way, as by a library that was being imported, and is told of it."""
+        """Add what the interrupt was turned into on its way, as by a library that was being imported, and its notes."""
         self.error.__context__ = error
         for note in getattr(error, "__notes__", ()):
             self.error.add_note(note)

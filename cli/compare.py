@@ -97,6 +97,7 @@ def drawn(found: Comparison) -> list[Chart]:
 
 
 def root(squares: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Relative errors from their squares."""
     return [(name, math.sqrt(value)) for name, value in squares]
 
 
@@ -109,6 +110,7 @@ def timestep_rows(found: Comparison) -> list[tuple[str, ...]]:
 
 
 def noisy(error: OutputError) -> str:
+    """The squared relative error, with its standard error where that is known."""
     noise = f" ± {error.noise:.2g}" if error.noise is not None else ""
     return f"{error.relative_error:.4g}{noise}"
 

@@ -46,6 +46,7 @@ def show_help(*, asked: bool) -> int:
 
 
 def run_command(words: list[str]) -> int:
+    """The exit code of the command that the words call."""
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

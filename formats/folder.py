@@ -8,7 +8,7 @@ from qz import MissingInput
 from qz.formats.malformed import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from qz.formats.promised import Promised
 
@@ -87,6 +87,17 @@ def read_file(folder: Folder, file: str, limit: int) -> bytes:
     buffer = bytearray(min(size, limit + 1))
     folder.read_into(file, 0, memoryview(buffer))
     return bytes(buffer)
+
+
+def read_at(folder: Folder, file: str) -> Callable[[int, int], bytearray]:
+    """A function of offset and length that gives these bytes of ``file``, as parsers of headers take it."""
+
+    def read(offset: int, length: int) -> bytearray:
+        buffer = bytearray(length)
+        folder.read_into(file, offset, memoryview(buffer))
+        return buffer
+
+    return read
 
 
 def place_of(folder: Folder, name: str) -> tuple[Folder, str]:

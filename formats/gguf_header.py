@@ -40,6 +40,8 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
+    """What a file says of itself."""
+
     metadata: dict[str, Any]
     """Without lists and strings that are long."""
     lengths: dict[str, int]

@@ -1,6 +1,6 @@
-"""Which links of a local folder may lead out of it: those that whoever made the folder made to share a file.
+"""Which links of a local folder may lead out of it: those that the folder's owner made to share files.
 
-A folder that was downloaded could hold links that its publisher made, to whatever lies on this machine; of the links in
+A downloaded folder could hold links made by its publisher, to anything on this machine; of the links in
 the Hub's own cache only those to its blobs count. A link to something of another kind is never followed.
 """
 

@@ -59,6 +59,7 @@ def file_names(library: str, count: int) -> list[str]:
 
 
 def index_name(library: str) -> str:
+    """The name of the index that lists the weight files."""
     return f"{STEMS[library]}.safetensors.index.json"
 
 

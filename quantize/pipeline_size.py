@@ -82,7 +82,7 @@ def unquantized(component: Component, dtype: str = "auto") -> Footprint:
     if component.quantization is None and checkpoint.encoded_as is None:
         try:
             return examine(checkpoint, LoadRequest(None, dtype)).footprint
-        except QzError:  # carried over unseen: whether it can be loaded is not the question here
+        except QzError:  # copied as it is: whether it can be loaded does not matter here
             pass
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not _COMPANION.search(tensor.name))
     return Footprint(stored, stored)

@@ -60,7 +60,7 @@ def quantizing_tasks(plans: Iterable[Plan]) -> set[tuple[str, str]]:
 
 
 def prewarm(settings: Settings) -> bool:
-    """Wake the GPU while the libraries are imported, unless it hardly will compute. Whether one will, as it seems."""
+    """Start the GPU while the libraries are imported, if it is likely to compute. Returns whether it is."""
     method = settings.method
     is_plain = method is not None and not method.double_quant and settings.scales == "absmax"
     if settings.device == "cpu" or (settings.device == "auto" and is_plain and has_enough_cores()):
@@ -70,5 +70,6 @@ def prewarm(settings: Settings) -> bool:
 
 
 def import_torch() -> None:
+    """Import torch ahead of its use."""
     with gc_paused():
         import torch  # noqa: F401

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qz.formats.checkpoint.adapter_file import AdapterFile
 
 LEAST_SHARD_BYTES = 1000
-"""Smaller ones are a unit that was forgotten."""
+"""With a smaller one, a unit was forgotten."""
 IfExists = Literal["error", "skip", "overwrite"]
 """What to do where the output exists: refuse, leave one that is up to date, or replace it."""
 
@@ -79,7 +79,7 @@ class Settings:
     """Fused into the weights, in this order, before they are quantized."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError for choices that exclude each other, or that nobody means."""
+        """Raises UsageError for choices that exclude each other, or that make no sense."""
         object.__setattr__(self, "dtype", full_name(self.dtype))
         if self.dtype not in ("auto", *COMPUTE_DTYPES):
             raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}.")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def settings_fingerprint(settings: Settings) -> dict[str, Any]:
     """The settings that decide the bytes, as JSON values. Device, threads and versions do not."""
-    refined: dict[str, Any] = {}  # said only where it is so, as outputs of earlier versions know nothing of it
+    refined: dict[str, Any] = {}  # only where it applies, because outputs of earlier versions do not have it
     if settings.scales != "absmax":
         refined = {"scales": settings.scales, "rounding": settings.rounding}
         if settings.importance is not None:
@@ -77,6 +77,7 @@ def config_fingerprint(named: str) -> str | dict[str, str]:
 
 
 def method_fingerprint(method: Method | None) -> dict[str, Any] | None:
+    """The settings of a method that decide the bytes."""
     return None if method is None else {"name": method.name, **method.config()}
 
 
@@ -112,7 +113,7 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
     recorded = identity.get("files") if isinstance(identity, dict) else None
     then: dict[str, Any] = {"settings": record.about.get("settings")}
     now: dict[str, Any] = {"settings": settings_fingerprint(settings)}
-    if settings.device != "auto":  # which takes what there is, and is content with what there was
+    if settings.device != "auto":  # which takes whatever device there is, and accepts any that was used
         then["device"], now["device"] = kind_of_bytes(record.about), kind_of(settings.device)
     if not (isinstance(folder, LocalFolder) and isinstance(recorded, dict)):
         then["source"], now["source"] = identity, folder.identity()

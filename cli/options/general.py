@@ -11,6 +11,7 @@ from qz.cli.options.panels import Panel
 
 
 def show_version(asked: bool) -> None:
+    """Print the version and end, if it was asked for."""
     if asked:
         typer.echo(f"qz {__version__}")
         raise typer.Exit

@@ -88,6 +88,7 @@ def present(
 
 
 def in_folder(folder: str) -> tuple[str, ...]:
+    """The words that name a folder in a repository."""
     return ("--subfolder", folder) if folder else ()
 
 

@@ -126,6 +126,7 @@ def described(
 
 
 def model_name(found: Inspection | PipelineInspection) -> str:
+    """The class, and its library."""
     source = found.source
     return f"{source.architecture or 'no class named'}" + (f" ({source.library})" if source.library else "")
 
@@ -148,6 +149,7 @@ def quantization(how: Quantization, parameters: int) -> list[tuple[str, str]]:
 
 
 def verification(verified: Verified) -> str:
+    """What was verified, and the outcome."""
     what = f"{counted(verified.files, 'file')}, {size(verified.bytes)} read"
     return f"{what}: all as qz wrote them" if verified.intact else f"{what}: not as qz wrote them"
 
@@ -189,6 +191,7 @@ def estimated(found: Inspection | PipelineInspection, components: Sequence[Compo
 
 
 def estimate(name: str, each: Estimate, parameters: int) -> tuple[str, ...]:
+    """A row of ``ESTIMATES``."""
     return name, size(each.bytes), size(each.memory_footprint), percent(each.quantized_parameters, parameters)
 
 

@@ -71,6 +71,7 @@ def page(title: str, *parts: Markup) -> str:
 
 
 def section(title: str, *parts: Markup) -> Markup:
+    """Parts under a heading."""
     return tag("section", tag("h2", title), *parts)
 
 

@@ -81,6 +81,7 @@ def command(*words: str) -> str:
 
 
 def in_bash(word: str) -> str:
+    """``word`` in the quotes in which bash reads escapes, for bytes that are not printable."""
     printable = (chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in os.fsencode(word))
     return f"$'{''.join(printable)}'"
 

@@ -118,4 +118,5 @@ def in_order(named: Iterable[tuple[str, Value]]) -> list[tuple[str, Value]]:
 
 
 def finite(layer: LayerLoss) -> float:
+    """The relative error as the height of a bar."""
     return layer.relative_error if math.isfinite(layer.relative_error) else 0.0

@@ -10,12 +10,12 @@ from qz.formats.checkpoint.problems import Problem, Problems
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
 from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.encodings import Blocks
-from qz.formats.folder import PIPELINE_INDEX, Folder
+from qz.formats.folder import PIPELINE_INDEX, Folder, read_at
 from qz.formats.gguf_header import GgufHeader, GgufTensor, gguf_names, joined_header, read_gguf_header
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 """ggml's types that are values, and what safetensors calls them."""
@@ -55,7 +55,7 @@ def gguf_files(folder: Folder) -> list[str]:
 def is_denoiser(folder: Folder, file: str) -> bool:
     """Whether a file in GGUF is a diffusion model's, as of ComfyUI and diffusers: without a vocabulary or llama.cpp's
     names. What is malformed may be one: it is told of when it is read."""
-    names = gguf_names(_reading(folder, file), folder.sizes().get(file, 0), f"{folder.location}/{file}")
+    names = gguf_names(read_at(folder, file), folder.sizes().get(file, 0), f"{folder.location}/{file}")
     try:
         return not any(map(_LLAMA_CPP.match, names))
     except Malformed:
@@ -122,19 +122,10 @@ def _missing_parts(files: list[str]) -> list[str]:
     return [name for name in wanted if name.lower() not in there]
 
 
-def _reading(folder: Folder, file: str) -> Callable[[int, int], bytearray]:
-    def read(offset: int, length: int) -> bytearray:
-        buffer = bytearray(length)
-        folder.read_into(file, offset, memoryview(buffer))
-        return buffer
-
-    return read
-
-
 def _header(folder: Folder, file: str, number: int, count: int) -> GgufHeader:
     """The header of the file of this number, from 0 on, of so many."""
     where = f"{folder.location}/{file}"
-    header = read_gguf_header(_reading(folder, file), folder.sizes().get(file, 0), where)
+    header = read_gguf_header(read_at(folder, file), folder.sizes().get(file, 0), where)
     said = [header.metadata.get(key, default) for key, default in (("split.no", number), ("split.count", count))]
     if said != [number, count] and count > 1:
         why = f"it says that it is file {said[0]} of {said[1]}, counted from 0, not file {number} of {count}"

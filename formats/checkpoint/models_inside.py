@@ -1,4 +1,4 @@
-"""The models in the folders of a folder that is none itself."""
+"""The models in the subfolders of a folder that is not a model itself."""
 
 from __future__ import annotations
 

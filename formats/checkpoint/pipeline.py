@@ -267,7 +267,7 @@ def as_component(checkpoint: Checkpoint, library: str, class_name: str) -> Check
 
 
 def has_weights(names: Iterable[str]) -> bool:
-    """Whether a component should have weights, and be it that they are missing: it has a config.json and no other's."""
+    """Whether a component should have weights, even if they are missing: it has a config.json, and of no other kind."""
     names = set(names)
     if any(name.endswith((".safetensors", ".safetensors.index.json")) or PICKLE.search(name) for name in names):
         return True

@@ -30,7 +30,7 @@ from qz.formats.checkpoint.weights import (
     unused_files,
 )
 from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
+from qz.formats.folder import PIPELINE_INDEX, Folder, read_at, read_file
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint", "read_file", "survey", "survey_file"]
 
 MAX_CONFIG_BYTES = 8_000_000
-"""What a library makes of one takes several times as much: together with the libraries themselves, 400 MB."""
+"""In memory a library needs several times as much for one: 400 MB with the libraries themselves."""
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
 SETTINGS_ONLY = {
@@ -52,7 +52,7 @@ SETTINGS_ONLY = {
     "preprocessor_config.json": "a processor",
     "modular_config.json": "the code of a modular pipeline",
 }
-"""Files that tell of a folder without config.json what it is of, if it is no model's."""
+"""Files that say what a folder without config.json holds, if it is not a model."""
 
 GGUF = "gguf"
 """What ``encoded_as`` says of GGUF files."""
@@ -98,7 +98,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
-    """The checkpoint in ``folder``, or one error that names all of its: MissingInput, MalformedInput, Unsupported, …"""
+    """The checkpoint in ``folder``, or one error that names everything wrong with it: MissingInput, Unsupported, …"""
     checkpoint, problems = survey(folder, variant)
     require_none(folder.location, problems, recorded=bool(folder.promised))
     assert checkpoint is not None  # without one there is an error
@@ -217,7 +217,7 @@ class _Survey:
         return config
 
     def no_model(self) -> bool:
-        """Whether a folder without config.json is a well-known thing that is no model."""
+        """Whether a folder without config.json is something well known that is not a model."""
         weights = sorted(name for name in self.sizes if name.endswith(".safetensors"))
         settings = next((name for name in SETTINGS_ONLY if name in self.sizes), None)
         if PIPELINE_INDEX in self.sizes:
@@ -319,11 +319,7 @@ class _Survey:
         return headers
 
     def header(self, file: str) -> Header | PickledFile | QzError:
-        def read(offset: int, length: int) -> bytearray:
-            buffer = bytearray(length)
-            self.folder.read_into(file, offset, memoryview(buffer))
-            return buffer
-
+        read = read_at(self.folder, file)
         try:
             if file not in self.sizes:
                 read_file(self.folder, file, 1)

@@ -1,4 +1,4 @@
-"""What the Hub lists in one folder of a commit, page by page, believed only as far as it can be true."""
+"""What the Hub lists in one folder of a commit, page by page, checked for what cannot be true."""
 
 from __future__ import annotations
 

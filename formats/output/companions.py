@@ -1,4 +1,4 @@
-"""What goes along with a checkpoint unchanged: tokenizer, processor, licence, and a pipeline's untouched components.
+"""What is copied along with a checkpoint: tokenizer, processor, licence, and a pipeline's untouched components.
 
 One allow-list decides. Code, cards, pictures, and weights in other formats or other sets are never on it, and of
 pickles only what a class needs.
@@ -86,7 +86,7 @@ _SECRET = re.compile(
     r"|kubeconfig)(?:[._-].*)?|[^.]+|.*\.(?:env|pem|key|p12|pfx|kdbx)",
     re.IGNORECASE,
 )
-"""What is nobody's model and may be somebody's key: it is neither carried nor published, unless a loader names it."""
+"""Not part of any model, and maybe a secret: neither copied nor published, unless a loader names it."""
 
 _VARIANT = r"(?:\.[A-Za-z0-9_]+)?"
 WEIGHT_FILE = re.compile(

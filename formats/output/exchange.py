@@ -1,4 +1,4 @@
-"""How a staged folder gets the name of the output, with an old output aside meanwhile, and how a crash is put right."""
+"""How a staged folder gets the name of the output, with an old output aside meanwhile, and how a crash is repaired."""
 
 from __future__ import annotations
 

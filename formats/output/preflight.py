@@ -1,4 +1,4 @@
-"""What a run refuses before it reads anything, and a dry run at all: no place or room for the output, another run."""
+"""What a run refuses before it reads anything, and a dry run too: no place or room for the output, another run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qz.formats.output.storage.disk import Disk
 
 
 def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk: Disk | None = None) -> None:
-    """Raise what would be raised later for what lies there at this moment, to spare the user a long planning.
+    """Raise now what would be raised later for what lies there, to spare the user a long planning.
 
     Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
     """

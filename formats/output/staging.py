@@ -190,7 +190,7 @@ class Staging:
         return self._partial
 
     def _remove_partial(self) -> None:
-        """Remove the staged folder, and nothing that has come to lie in its place."""
+        """Remove the staged folder, but nothing that was put in its place."""
         partial, name = self._partial, self._name + PARTIAL
         if partial is None:
             if self._parent.kind(name) == "folder":  # just made, so it is empty

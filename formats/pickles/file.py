@@ -19,7 +19,7 @@ from qz.formats.safetensors import BITS, MAX_NAME, MAX_TENSORS
 Read = Callable[[int, int], bytes | bytearray]
 
 MOST_BYTES = 100_000_000
-"""Of all that is no tensor."""
+"""Of everything that is not a tensor."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = 30

@@ -191,6 +191,7 @@ def _commit(
 
 
 def lost_again(repo_id: str) -> TryAgain:
+    """The error for files that the Hub does not hold although they were just uploaded."""
     return TryAgain(
         f"{repo_id} does not hold files that were uploaded a moment ago, so the Hub refuses the commit. Nothing was "
         "committed. Wait some minutes and run the same command again."

@@ -107,6 +107,7 @@ def arguments(model: Runnable, row: list[int]) -> dict[str, Any]:
 
 
 def keep(place: Path, number: int, values: NDArray[np.float32]) -> None:
+    """Keep the answer to the sequence of this number."""
     np.save(place / f"{number}.npy", values)
 
 

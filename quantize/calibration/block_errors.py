@@ -1,4 +1,4 @@
-"""How far what a block of a model returns is from what it returns in another: relative squared errors of tokens."""
+"""How far a block's output is from the same block's in another model: relative squared errors of tokens."""
 
 from __future__ import annotations
 

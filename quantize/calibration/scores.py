@@ -1,4 +1,4 @@
-"""How much of a model's loss each linear is to blame for, when all of them are quantized.
+"""How much of a model's loss each linear is responsible for, when all of them are quantized.
 
 A block's share is the loss of the answers when only this block is quantized. Its linears share that by the error of the
 block's output when only one of them is quantized: the mean over tokens of |Δ|² / |y|², y the output, Δ its change. A
@@ -275,6 +275,7 @@ def _mean(found: Sequence[float]) -> float:
 
 
 def is_conv1d(model: Runnable, weight: str) -> bool:
+    """Whether a weight is that of a ``Conv1D``, which holds (in, out)."""
     return not isinstance(model.linears[_path(weight)], torch.nn.Linear)
 
 

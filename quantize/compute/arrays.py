@@ -14,6 +14,7 @@ Memory = Callable[[str, int], Bytes]
 
 
 def ordinary_memory(nbytes: int) -> Bytes:
+    """Uninitialized memory, uint8[nbytes]."""
     return np.empty(nbytes, np.uint8)
 
 
@@ -59,6 +60,7 @@ def count_nonfinite(array: NDArray[Any], dtype: str, memory: Memory) -> int:
 
 
 def elements(shape: Iterable[int]) -> int:
+    """How many values a tensor of this shape has."""
     count = 1
     for length in shape:
         count *= length

@@ -83,6 +83,7 @@ def cores_as_cuda(tasks: Collection[tuple[str, str]]) -> Cpu | None:
 
 
 def has_enough_cores() -> bool:
+    """Whether the cores are done before a GPU is awake."""
     return usable_cores() >= ENOUGH_CORES
 
 

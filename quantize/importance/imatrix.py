@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz.formats.file_hash import sha256_of
+from qz.formats.folder import read_at
 from qz.formats.gguf_header import FLOAT32, MAGIC, GgufHeader, GgufTensor, read_gguf_header
 from qz.formats.links import followed
 from qz.formats.local_folder import LocalFolder
@@ -67,12 +68,7 @@ def read_imatrix(path: Path, steps: Iterable[Step]) -> Statistics:
     size = folder.sizes().get(name, 0)
     if size > MAX_BYTES:
         raise _malformed(f"{path} is {size:,} bytes long, which is too large for such a file")
-
-    def read(offset: int, length: int) -> bytearray:
-        data = bytearray(length)
-        folder.read_into(name, offset, memoryview(data))
-        return data
-
+    read = read_at(folder, name)
     entries = (
         _gguf_entries(read, size, path) if bytes(read(0, 4)) == MAGIC else _dat_entries(bytes(read(0, size)), path)
     )

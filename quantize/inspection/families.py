@@ -58,7 +58,7 @@ FLOAT32: dict[str, tuple[str, ...]] = {
     "nemo_speechlm": ("audio_tower", "multi_modal_projector"),
     "voxtral": ("embed_positions",),
 }
-"""``_keep_in_fp32_modules_strict`` by model type: float32 in any 16-bit model. Router biases are so in all of them."""
+"""``_keep_in_fp32_modules_strict`` by model type: float32 in any 16-bit model. Router biases always are."""
 
 CONV1D = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 """Model types whose linear layers are ``Conv1D``: stored as (in, out), quantized as (out, in)."""

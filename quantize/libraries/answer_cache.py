@@ -1,7 +1,7 @@
 """Architectures that a library was asked for before, kept on disk: planning again needs neither it nor torch.
 
 Importing a library takes most of a short run, and its answer depends on little: the config, the names, dtypes and
-shapes of the tensors, what is wished for, and the library's own code. All of that is compared before an answer is used,
+shapes of the tensors, what is asked for, and the library's own code. All of that is compared before an answer is used,
 the code by the size and time of every file of it that was loaded. An answer that depends on values of weights, or that
 holds the library's own functions, is not kept.
 
@@ -180,6 +180,7 @@ class _Table:
 
 
 def decoded(kept: dict[str, Any]) -> Architecture:
+    """The architecture that was kept as these JSON values."""
     kinds = [(dtype, tuple(shape), *more) for dtype, shape, *more in kept["weight_kinds"]]
     weights = []
     for name, kind, *own in kept["weights"]:

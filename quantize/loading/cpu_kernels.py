@@ -1,4 +1,4 @@
-"""4-bit layers that bitsandbytes' CPU kernels do not take, or take wrongly, mended so that a model runs rightly."""
+"""4-bit layers that bitsandbytes' CPU kernels reject or compute wrongly, mended so that a model runs correctly."""
 
 from __future__ import annotations
 

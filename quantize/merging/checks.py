@@ -89,4 +89,5 @@ def require_equal(staging: Staging, made: Sequence[FinishedShare]) -> None:
 
 
 def again(share: Share) -> str:
+    """What to do about a part that cannot be used."""
     return f"Make it again: the same command with --part {share} --no-resume."

@@ -1,4 +1,4 @@
-"""A name that was meant, for one that matches nothing."""
+"""Suggests names for one that matches nothing."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _KEYS = ("quantization_config", "quantization", "compression_config")
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already; Malformed if what it
-    says of that is nothing that can be understood."""
+    says of that cannot be understood."""
     config = stated_quantization(checkpoint.config)
     where = checkpoint.folder.location
     if isinstance(config, dict):
@@ -85,6 +85,7 @@ def equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def encoding(tensor: StoredTensor | Decoded) -> object:
+    """How a tensor is encoded, with the names of its parts; None if it is stored as its values."""
     return (tensor.encoding, tuple(tensor.parts)) if isinstance(tensor, Decoded) else None
 
 

@@ -150,6 +150,7 @@ def kept_layers_json(summary: Summary | PipelineSummary) -> dict[str, Any]:
 
 
 def nonfinite_json(nonfinite: Mapping[str, NotFinite]) -> list[dict[str, Any]]:
+    """Tensors with values that are not finite, by name."""
     return [
         {"name": name, "stored": count.stored, "overflowed": count.overflowed}
         for name, count in sorted(nonfinite.items())

@@ -97,4 +97,5 @@ def _denoiser(folder: Folder) -> Folder:
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
+    """The config.json in a folder."""
     return read_json(read_file(folder, "config.json", MAX_BYTES), f"{folder.location}/config.json")

@@ -117,6 +117,7 @@ def read_original(folder: Folder, file: str) -> OriginalFile:
 
 
 def without_prefix(name: str) -> str:
+    """A tensor's own name, without the prefix of its part of a pipeline."""
     return PREFIX.sub("", name, count=1)
 
 

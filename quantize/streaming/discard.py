@@ -35,6 +35,8 @@ class DiscardOutput:
 
 @dataclass(frozen=True, slots=True)
 class DiscardedShard:
+    """A shard whose bytes go nowhere."""
+
     file: str
 
     def write(self, tensor: str, data: Any, offset: int = 0) -> None: ...

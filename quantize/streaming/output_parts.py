@@ -1,4 +1,4 @@
-"""Carry plans out: one or several, each into its folder of one output, together with what goes along unchanged."""
+"""Carry plans out: one or several, each into its folder of one output, together with what is copied."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def lanes_of(folder: Folder, threads: int) -> int:
 
 
 def model_part(plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None) -> Part:
-    """A converted model with what goes along, but for what the plan writes itself."""
+    """A converted model and the files copied with it, except those that the plan writes itself."""
     return Part(name, plan, tuple(each for each in carried if each.name not in plan.files), measure=measure)
 
 
@@ -191,7 +191,7 @@ def write_parts(
                 part.measure.finish(part.plan, arithmetic, threads)
             for name, data in {**(part.plan.files if part.plan else {}), **part.documents}.items():
                 section.write_file(name, data)
-            if part.name:  # what it holds to read ahead is of no more use
+            if part.name:  # its buffers for reading ahead are no longer needed
                 _close(_folders(part), parts[number + 1 :])
         staging.record(measured())
         found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}

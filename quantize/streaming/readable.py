@@ -23,7 +23,7 @@ _NOT_THE_OUTPUTS = ("io-failed", "permission")
 
 
 class UnreadableOutput(Unsupported):
-    """What was written is not what qz itself can read: it is not kept, nor used by a later run."""
+    """Raised where qz itself cannot read what was written: it is neither kept nor used by a later run."""
 
 
 def converted(parts: Iterable[Part]) -> dict[str, str]:

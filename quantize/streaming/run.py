@@ -161,7 +161,7 @@ class Run:
         return True
 
     def _give_up(self) -> None:
-        """Let no thread wait for what is no longer wanted."""
+        """Release threads that wait for what is no longer wanted."""
         self.folder.give_up()
         self.staging.give_up()
         if self.observer is not None:
@@ -212,7 +212,7 @@ class Run:
             self._count(chunk, done)
 
     def _part(self, chunk: Chunk, buffers: Buffers) -> int:
-        """Read, compute and write one chunk; the bytes read."""
+        """Read, compute and write one chunk. Returns the bytes read."""
         step, weight, source = chunk.work.step, chunk.work.step.weight, chunk.work.step.sources[0]
         count = chunk.stop - chunk.start
         target = SAFETENSORS_NAMES[weight.dtype]
@@ -233,7 +233,7 @@ class Run:
         return source.nbytes * chunk.stop // max(weight.count, 1) - source.nbytes * chunk.start // max(weight.count, 1)
 
     def _look_at_kept(self, step: Step, before: Values, after: Values, memory: Memory) -> None:
-        """Note values that are not finite, or no more after the cast. Dequantized ones can overflow float16 only."""
+        """Note values that are not finite, or no longer after the cast. Dequantized ones can overflow float16 only."""
         computed = any(packed_parts(source) for source in step.sources)  # from finite scales, by finite codes
         if computed and after[1] != "F16":
             return

@@ -1,4 +1,4 @@
-"""Which part of N makes which file of an output: a function of the plan alone, so that all parts agree without a word.
+"""Which part of N makes which file of an output: a function of the plan alone, so that all parts agree without talking.
 
 Files stay in the order in which the source holds what they are made of, and each part gets a stretch of them: a source
 file that is read from the Hub is fetched, and its hash checked, as a whole, so parts should not share many.

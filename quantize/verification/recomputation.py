@@ -300,7 +300,7 @@ class _Comparison:
             self._journal.note(folder, name)
 
     def _go_on(self, before: Sequence[Step], plan: Plan) -> None:
-        """Count what an interrupted comparison found equal, and tell of it."""
+        """Count what an interrupted comparison found equal, and report it."""
         count = sum(len(step.outputs) for step in before)
         self.tensors_before += count
         self.tensors += count

@@ -1,4 +1,4 @@
-"""What both conversions have besides: a part of the output only, and its way to the Hub."""
+"""What both conversions share: making only a part of the output, and publishing it."""
 
 from __future__ import annotations
 

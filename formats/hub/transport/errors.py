@@ -179,6 +179,7 @@ def _said(error: errors.HfHubHTTPError) -> str:
 
 
 def reason(error: httpx2.HTTPError) -> str:
+    """What kept a connection from working, in words."""
     if isinstance(error, TooSlow):
         return str(error)
     if isinstance(error, httpx2.TimeoutException):

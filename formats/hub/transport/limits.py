@@ -26,7 +26,7 @@ _STEP = 1 << 18
 
 
 class TooSlow(httpx2.ReadTimeout):
-    """A connection that brings something all the time, but next to nothing."""
+    """A connection that keeps delivering, but next to nothing."""
 
 
 def bind(session: httpx2.Client) -> None:

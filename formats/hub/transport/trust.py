@@ -17,7 +17,7 @@ _STORAGE = "x-xet-cas-url"
 
 
 def is_ours(request: httpx2.Request) -> bool:
-    """Whether qz has it made: a program's other requests over this session are none of our business."""
+    """Whether qz made it: other requests of the program over this session are left alone."""
     return "qz/" in request.headers.get("user-agent", "")
 
 
@@ -41,6 +41,7 @@ def is_hub(url: str, target: str) -> bool:
 
 
 def is_web_address(text: str) -> bool:
+    """Whether it is an address of a web server."""
     try:
         parts = urlsplit(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a source that qz wrote has to be, by its record: for whoever makes something of it."""
+"""What the record of a source that qz wrote promises, for whatever is made from that source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _promised_around(root: Folder) -> Promised | None:
         return None
     real = followed(root.path)
     if not all(os.path.isfile(real.parent / name) for name in (RECORD, PIPELINE_INDEX)):
-        return None  # what has that name in any other folder is none of its folders' business
+        return None  # in any other folder, a record says nothing of the folders inside
     with closing(LocalFolder(real.parent)) as parent:
         promised = promised_in(parent)
     inner = promised.inside(real.name) if promised is not None else None

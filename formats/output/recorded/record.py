@@ -166,7 +166,7 @@ def unhashed(record: Record) -> tuple[Problem, ...]:
 def verify_files(
     folder: Folder, files: Iterable[WrittenFile], progress: Callable[[int], None] | None = None
 ) -> tuple[Problem, ...]:
-    """The same for files that someone else lists, without a word on others."""
+    """The same for files that someone else lists; others are ignored."""
     listed = sorted(files, key=lambda file: file.name.rpartition("/")[0])
     found: list[Problem | None] = []
     for parent, inside in groupby(listed, key=lambda file: file.name.rpartition("/")[0]):

@@ -64,4 +64,5 @@ def seal(key: bytes, *parts: bytes) -> str:
 
 
 def is_sealed(mark: object, key: bytes, *parts: bytes) -> bool:
+    """Whether ``mark`` is the seal of these bytes under ``key``."""
     return isinstance(mark, str) and mark.isascii() and hmac.compare_digest(mark, seal(key, *parts))

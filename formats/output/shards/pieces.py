@@ -38,6 +38,7 @@ class Piece:
 
 
 def is_piece(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a journal is a piece, not a finished file."""
     return "chunks" in entry
 
 

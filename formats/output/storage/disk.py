@@ -70,7 +70,7 @@ def failure(error: OSError, operation: str, path: Path, needed: int = 0) -> QzEr
 
 
 def _lacking(error: OSError, path: Path, needed: int) -> str:
-    """What there is too little of, and what to do."""
+    """What is lacking, and what to do."""
     found = _statvfs_near(path)
     if error.errno == errno.ENOSPC and found is not None and found.f_files and not found.f_favail:
         return "needs an inode, and the file system has none left. Delete some files, however small"
@@ -107,7 +107,7 @@ def _fallocated(descriptor: int, size: int) -> bool:
         code = ctypes.get_errno()
         if code in NOT_SUPPORTED:
             return False
-        if code != errno.EINTR:  # a signal came: as ``os`` does, once more
+        if code != errno.EINTR:  # interrupted by a signal: repeat it, as ``os`` does
             raise OSError(code, os.strerror(code))
     return True
 
@@ -235,7 +235,7 @@ class Disk:
             return
         try:
             threading.Thread(target=_ask_to_store, args=(descriptor, start, stop), daemon=True).start()
-        except RuntimeError:  # no thread can be had: the fsync will do
+        except RuntimeError:  # no thread can be started: the fsync will do
             _asking.release()
 
     def read(self, descriptor: int, path: Path, buffer: memoryview, offset: int) -> int:

@@ -1,4 +1,4 @@
-"""How much memory the weights of a pipeline take while it runs, and whether there is as much."""
+"""How much memory the weights of a pipeline take while it runs, and whether there is enough."""
 
 from __future__ import annotations
 

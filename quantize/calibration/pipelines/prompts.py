@@ -30,4 +30,5 @@ def prompts_of(path: Path | None, steps: int) -> tuple[str, ...]:
 
 
 def default_prompts() -> str:
+    """The prompts that come with qz."""
     return files("qz.quantize.calibration.pipelines").joinpath("default_prompts.txt").read_text(encoding="utf-8")

@@ -75,4 +75,5 @@ def spread(values: Sequence[Any], most: int) -> list[Any]:
 
 
 def in_float32(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of floats as float32; others as they are."""
     return value.float() if value.is_floating_point() else value

@@ -28,4 +28,5 @@ def is_library_output(value: Any) -> bool:
 
 
 def is_of_a_library(module: str) -> bool:
+    """Whether a module, by its dotted name, belongs to transformers or diffusers."""
     return module.partition(".")[0] in ("transformers", "diffusers")

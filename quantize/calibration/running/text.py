@@ -39,6 +39,7 @@ def text_of(path: Path | None) -> str:
 
 
 def default_text() -> str:
+    """The text that comes with qz."""
     return files("qz.quantize.calibration.running").joinpath("default_text.txt").read_text(encoding="utf-8")
 
 

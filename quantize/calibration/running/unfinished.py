@@ -176,7 +176,7 @@ class Unfinished:
         remove_remains(self._output)
 
     def give_up(self) -> None:
-        """Nothing can come of it: leave nothing."""
+        """The calibration cannot succeed: leave nothing behind."""
         self._clear(self._journal)
         self.remove()
 
@@ -195,7 +195,7 @@ class Unfinished:
     def _is_plausible(self, found: _Journal) -> bool:
         """Whether the values are of the kinds that are written; where there is no key, anyone may have written them.
 
-        Raises what comes of values that are none.
+        Raises whatever invalid values cause.
         """
         sums, counts = found.sums, [token for row in found.rows for token in row]
         texts = [block[key] for block in found.blocks for key in ("part", "file", "sha256")]

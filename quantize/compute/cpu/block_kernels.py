@@ -24,6 +24,7 @@ _Array = npt.NDArray[Any]
 
 
 def quantize_4bit(values: _Array, dtype: str, quant_type: str, packed: _Array, absmax: _Array) -> tuple[int, int]:
+    """``kernels.quantize_4bit`` of "BF16" or "F16". Returns the count and the first index of non-finite values."""
     whole = values.size // 64 * 64
     bad = _quantize(values[:whole], dtype, quant_type, tables, packed, absmax)
     if whole < values.size:

@@ -14,6 +14,7 @@ I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 
 
 def vector(element: Any, lanes: int = LANES) -> Any:
+    """The type of a vector."""
     return ir.VectorType(element, lanes)
 
 
@@ -23,6 +24,7 @@ def same(element: Any, value: Any, lanes: int = LANES) -> Any:
 
 
 def broadcast(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
+    """A vector whose lanes all hold ``scalar``."""
     single = builder.insert_element(ir.Constant(vector(scalar.type, lanes), ir.Undefined), scalar, I32(0))
     return builder.shuffle_vector(single, single, same(I32, 0, lanes))
 
@@ -35,6 +37,7 @@ def load(builder: Any, pointer: Any, element: Any, lanes: int = LANES) -> Any:
 
 
 def store(builder: Any, value: Any, pointer: Any) -> None:
+    """Write a vector to an address of any alignment."""
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 1
 
 

@@ -86,7 +86,7 @@ class Accelerator:
         if self.devices[0].type == "cuda":
             try:
                 pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-            except RuntimeError:  # a limit of this system; slower, and just as right
+            except RuntimeError:  # a limit of this system; slower, and just as correct
                 return np.empty(nbytes, np.uint8)
             self._buffers = [each for each in self._buffers if each() is not None] + [weakref.ref(pinned)]
             return pinned
@@ -316,7 +316,7 @@ def _notes(kind: str) -> tuple[str, ...]:
 
 
 def _import_bitsandbytes() -> None:
-    """Register its operations; what it says of a CPU kernel that nobody asked for is not for this command's user."""
+    """Register its operations; its log of a CPU kernel that nobody asked for is kept from the user."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401
 

@@ -66,6 +66,7 @@ class CudaLane(Lane):
 
 
 def lane(device: torch.device) -> Lane:
+    """A lane of the kind that ``device`` needs."""
     return CudaLane(device) if device.type == "cuda" else Lane(device)
 
 

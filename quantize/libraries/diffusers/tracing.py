@@ -59,6 +59,7 @@ class Converted:
 
 
 def on_meta(tensors: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """Tensors without values, for a converter."""
     return {
         name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for name, spec in tensors.items()
     }

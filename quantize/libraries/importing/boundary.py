@@ -1,4 +1,4 @@
-"""The boundary around a library that builds a model from somebody's config: whatever it raises, the config is why."""
+"""The boundary around a library that builds a model from an untrusted config, which is to blame for what it raises."""
 
 from __future__ import annotations
 

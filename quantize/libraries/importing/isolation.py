@@ -1,4 +1,4 @@
-"""While a library builds a class from somebody's config: no network, and no code but what is installed.
+"""While a library builds a class from an untrusted config: no network, and no code but what is installed.
 
 What a config names can reach a library's downloads, the ``kernels`` package and modules from repositories, by fields
 that change from version to version. So the doors themselves are closed, by Python's audit events (PEP 578).

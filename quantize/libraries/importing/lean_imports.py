@@ -44,6 +44,7 @@ def forbid() -> None:
 
 
 def is_allowed() -> bool:
+    """Whether this process may import the libraries lean."""
     return _allowed
 
 

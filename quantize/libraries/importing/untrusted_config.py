@@ -1,4 +1,4 @@
-"""A config.json from somebody, made fit for a library: it names no code, and counts no more than there is.
+"""An untrusted config.json, made safe for a library: it names no code, and counts no more than there is.
 
 The keys that can name code were found by following the values of configs through the sources of transformers 5.23 and
 diffusers 0.42.1 to where modules are loaded; ``tests/test_isolation.py`` does it again with what is installed.

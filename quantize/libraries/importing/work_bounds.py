@@ -50,6 +50,7 @@ def set_hard(in_all: int | None = None) -> None:
 
 
 def is_hard() -> bool:
+    """Whether the system enforces the bound of memory in this process."""
     return _hard
 
 

@@ -13,5 +13,6 @@ def meanwhile(work: Callable[[], object]) -> None:
 
 
 def do_meanwhile() -> None:
+    """Do what ``meanwhile`` was given."""
     while _meanwhile:
         _meanwhile.pop()()

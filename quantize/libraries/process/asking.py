@@ -1,6 +1,6 @@
 """The side that asks: it starts the other process, hands it a checkpoint's headers, and takes an architecture from it.
 
-What comes back is JSON, since a library with somebody's config is at work there.
+What comes back is JSON, since a library works with an untrusted config there.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Process:
     @classmethod
     def started(cls) -> _Process | None:
         """With the settings of this one; None where it does not come up."""
-        if getattr(sys, "frozen", False):  # sys.executable is a program of somebody, which would start once more
+        if getattr(sys, "frozen", False):  # sys.executable is another program, which would start once more
             return None
         quiet = bool(warnings.filters) and warnings.filters[0][0] == "ignore"
         level = logging.getLogger("bitsandbytes").level

@@ -9,6 +9,7 @@ READY = b"ready"
 
 
 def send(stream: IO[bytes], data: bytes) -> None:
+    """Write one message."""
     stream.write(len(data).to_bytes(8, "little"))
     stream.write(data)
     stream.flush()

@@ -146,6 +146,7 @@ def _sizes_of_experts(header: bytes, where: str) -> dict[str, int]:
 
 
 def meta_model(config: Mapping[str, Any]) -> Any:
+    """The model of a config on the meta device."""
     model_class = getattr(transformers, config["architectures"][0])
     with torch.device("meta"):
         return model_class._from_config(model_class.config_class.from_dict(dict(config)))
@@ -255,6 +256,7 @@ def _blocks(
 
 
 def replace_name(tensor: StoredTensor | Decoded, name: str) -> StoredTensor | Decoded:
+    """The tensor under another name."""
     return tensor._replace(name=name) if isinstance(tensor, StoredTensor) else replace(tensor, name=name)
 
 

@@ -52,7 +52,7 @@ def load(
             generation = None
             if GENERATION_CONFIG in checkpoint.folder.sizes() and model_class.model.can_generate():
                 data = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
-                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is none
+                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is not JSON
                 store(folder / GENERATION_CONFIG, data)
                 generation = GenerationConfig.from_pretrained(folder)
             shared = generation if shares_generation_config(model_class.model) else None
