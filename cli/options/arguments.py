@@ -60,5 +60,8 @@ MergedArg = Annotated[
     ),
 ]
 RepoArg = Annotated[
-    str, typer.Argument(metavar="REPO_ID", help="Where to: USER/NAME. It is made if it does not exist.")
+    str,
+    typer.Argument(
+        metavar="REPO_ID", help="The repository to publish to: USER/NAME. It is created if it does not exist."
+    ),
 ]

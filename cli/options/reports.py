@@ -32,10 +32,10 @@ JsonOpt = Annotated[
     bool,
     PANEL.flag(
         "--json",
-        help="One JSON object on stdout, and nothing else there; if the command fails, its error as the last line.",
+        help="Print one JSON object on stdout, and nothing else; if the command fails, its error as the last line.",
     ),
 ]
-QuietOpt = Annotated[bool, PANEL.flag("--quiet", "-q", help="No progress and no notes; warnings remain.")]
+QuietOpt = Annotated[bool, PANEL.flag("--quiet", "-q", help="Show no progress and no notes; warnings remain.")]
 ReportOpt = Annotated[bool, PANEL.flag("--report", help="Measure the loss per layer while quantizing, and show it.")]
 AgainstOpt = Annotated[
     str | None,
@@ -52,7 +52,7 @@ FilterOpt = Annotated[
     PANEL.option("--filter", metavar="GLOB", help="With --tensors, list each tensor whose name matches: '*.0.*'."),
 ]
 PlanOpt = Annotated[
-    bool, PANEL.flag("--plan", help="Estimates from the real plan, which loads the model's library (slower).")
+    bool, PANEL.flag("--plan", help="Take the estimates from the real plan, which loads the model's library (slower).")
 ]
 ForOpt = Annotated[
     list[str] | None,
