@@ -51,7 +51,7 @@ def open_source(
     if path is not None:
         folder = LocalFolder(path, shared_links=True)
     elif _REPO_ID.fullmatch(source) and len(source) <= LONGEST_REPO_ID:
-        from qz.formats.hub.repository import open_repo
+        from qz.formats.hub.opening import open_repo
 
         try:
             folder = open_repo(source, revision=revision, cached=cached)

@@ -14,8 +14,9 @@ import pytest
 from hub_server import OWNER, READER, HubServer
 from qz import QzError
 from qz.formats.folder import Range
+from qz.formats.hub.opening import open_repo
 from qz.formats.hub.read_ahead import Pace
-from qz.formats.hub.repository import HubFolder, open_repo
+from qz.formats.hub.repository import HubFolder
 from qz.formats.hub.transport.patience import Retries
 from qz.formats.safetensors import encode_header, layout
 

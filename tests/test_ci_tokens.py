@@ -10,7 +10,7 @@ import pytest
 from hub_server import READER, HubServer, connected
 from pushes import failure, files_of, hurry, make, to
 from qz import HubUnreachable, PermissionRefused
-from qz.formats.hub.repository import open_repo
+from qz.formats.hub.opening import open_repo
 from qz.formats.publish.push import push
 
 

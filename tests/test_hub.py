@@ -684,7 +684,7 @@ def test_a_failure_while_headers_are_read_is_not_blamed_on_the_checkpoint(hub: H
 def test_the_environment_alone_decides_where_the_hub_is(hub: HubServer, tmp_path: Path) -> None:
     hub.add("me/model", FILES, private=True)
     script = (
-        "from qz.formats.hub.repository import open_repo\n"
+        "from qz.formats.hub.opening import open_repo\n"
         "folder = open_repo('me/model')\n"
         "data = bytearray(8); folder.read_into('model.safetensors', 0, memoryview(data))\n"
         "print(data.hex(), folder.private)\n"

@@ -381,7 +381,7 @@ BEHAVIOURS: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(
             "renamed before it is read",
             _CLIENT,
-            f"{_REPO}:open_repo",
+            "hub.opening:open_repo",
             "hub:a_renamed_repository_is_read_under_its_new_name",
         ),
         Behaviour(
