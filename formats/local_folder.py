@@ -94,28 +94,28 @@ class LocalFolder:
             yield from map(Path, inner._linked)
 
     def _list(self) -> None:
-        sizes: dict[str, int] = {}
-        folders: list[str] = []
         try:
             with os.scandir(self._real) as entries:
-                for entry in entries:
-                    try:
-                        if entry.is_symlink() and not self._may_follow(entry.path):
-                            continue
-                        found = entry.stat()
-                        if entry.is_symlink() and not self._inside(entry.path):
-                            self._linked.append(os.path.realpath(entry.path))
-                    except OSError:  # a broken link, a loop: reading it by name says what is wrong
-                        continue
-                    if stat.S_ISREG(found.st_mode):
-                        sizes[entry.name] = found.st_size
-                        self._marks[entry.name] = _mark(found)
-                    elif stat.S_ISDIR(found.st_mode):
-                        folders.append(entry.name)
+                found = {entry.name: status for entry in entries if (status := self._status(entry)) is not None}
         except OSError as error:
             raise _failure(error, self.location, "listed") from None
-        self._folders = tuple(sorted(folders))
-        self._sizes = {name: sizes[name] for name in sorted(sizes)}
+        names = sorted(found)
+        self._folders = tuple(name for name in names if stat.S_ISDIR(found[name].st_mode))
+        files = [name for name in names if stat.S_ISREG(found[name].st_mode)]
+        self._marks |= {name: _mark(found[name]) for name in files}
+        self._sizes = {name: found[name].st_size for name in files}
+
+    def _status(self, entry: os.DirEntry[str]) -> os.stat_result | None:
+        """Of what an entry is or leads to; None where that does not count."""
+        try:
+            if entry.is_symlink() and not self._may_follow(entry.path):
+                return None
+            found = entry.stat()
+            if entry.is_symlink() and not self._inside(entry.path):
+                self._linked.append(os.path.realpath(entry.path))
+        except OSError:  # a broken link, a loop: reading it by name says what is wrong
+            return None
+        return found
 
     def _inside(self, path: str) -> bool:
         real = os.path.realpath(path)

@@ -182,15 +182,8 @@ def write_parts(
             begun = sum(each.bytes for each in staging.begun.values())
             meter.go_on((len(staging.finished), len(resumable(parts, elsewhere))), begun)
         for number, (part, section, run) in enumerate(zip(parts, sections, runs, strict=True)):
-            copy(part.carried, section, meter.copied)
-            if run is not None:
-                run.convert(threads, lanes_of(run.folder, threads) if publication is None else 1)
-                run.look_again(threads, section.elsewhere)
-                meter.finish(run)
-            if part.plan is not None and part.measure is not None:
-                part.measure.finish(part.plan, arithmetic, threads)
-            for name, data in {**(part.plan.files if part.plan else {}), **part.documents}.items():
-                section.write_file(name, data)
+            lanes = 1 if run is None or publication is not None else lanes_of(run.folder, threads)
+            _write_part(part, section, run, meter, arithmetic, threads, lanes)
             if part.name:  # its buffers for reading ahead are no longer needed
                 _close(_folders(part), parts[number + 1 :])
         staging.record(measured())
@@ -201,6 +194,27 @@ def write_parts(
         else:
             written = staging.commit(lambda folder: require_readable(folder, converted(parts)))
     return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes, staging.notes)
+
+
+def _write_part(
+    part: Part,
+    section: Section,
+    run: Run | None,
+    meter: _Meter,
+    arithmetic: Arithmetic,
+    threads: int,
+    lanes: int,
+) -> None:
+    """Everything that one folder of the output gets: what is copied, what ``run`` converts, and small files."""
+    copy(part.carried, section, meter.copied)
+    if run is not None:
+        run.convert(threads, lanes)
+        run.look_again(threads, section.elsewhere)
+        meter.finish(run)
+    if part.plan is not None and part.measure is not None:
+        part.measure.finish(part.plan, arithmetic, threads)
+    for name, data in {**(part.plan.files if part.plan else {}), **part.documents}.items():
+        section.write_file(name, data)
 
 
 def _staging(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,37 +72,23 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
     weights = {
         name: Weight(name, (sources[name],), dtype_of(name), tuple(tensor.shape)) for name, tensor in state.items()
     }
-    quantized = {
-        path: Weight(f"{path}.weight", weight.sources, weight.dtype, weight.shape, quantized=True)
-        for path in selection.linears
-        for weight in [weights[f"{path}.weight"]]
-    }
+    quantized = {path: replace(weights[f"{path}.weight"], quantized=True) for path in selection.linears}
     saved = []
     for name, (owner, part, variable, tensor) in expand(state, quantized, request.method).items():
         weight = quantized[owner.removesuffix(".weight")] if part else weights[owner]
         dtype = str(tensor.dtype).removeprefix("torch.") if part else weight.dtype
         nbytes = tensor.numel() * getattr(torch, dtype).itemsize
         saved.append(Saved(name, SAFETENSORS_NAMES[dtype], tuple(tensor.shape), weight, nbytes, part, variable))
-
-    parameters = dict(model.named_parameters())
-    sizes = {
-        name: parameter.numel() * getattr(torch, dtype_of(name)).itemsize for name, parameter in parameters.items()
-    }
-    buffers = sum(
-        buffer.numel() * getattr(torch, dtype_of(name)).itemsize if name in state else buffer.nbytes
-        for name, buffer in model.named_buffers()
-    )
-    before = sum(sizes.values()) + buffers
-    packed = sum(request.method.footprint(w.count) - sizes[w.name] for w in quantized.values() if request.method)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Architecture(
         class_name=class_name,
         class_module=module_of(type(model), diffusers),
         saved=tuple(saved),
         kept_linears=selection.kept,
         dropped=tuple(sorted(source for name, source in sources.items() if name not in state)),
-        parameters=sum(parameter.numel() for parameter in parameters.values()),
-        counted_parameters=sum(parameter.numel() for parameter in parameters.values()),
-        footprint=Footprint(before, before + packed),
+        parameters=parameters,
+        counted_parameters=parameters,
+        footprint=_footprint(model, state, dtype_of, list(quantized.values()), request),
         dtype=load_dtype,
         documents=_documents(model, request, selection.skips),
         notes=selection.notes,
@@ -109,6 +96,26 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
             request.skips, (path for path, _ in model.named_modules()), lambda skip, path: matches([skip], path)
         ),
     )
+
+
+def _footprint(
+    model: Any,
+    state: Container[str],
+    dtype_of: Callable[[str], str],
+    quantized: Iterable[Weight],
+    request: LoadRequest,
+) -> Footprint:
+    """Bytes of parameters and buffers; buffers that are not in the ``state`` dict keep their dtype."""
+
+    def nbytes(name: str, tensor: torch.Tensor) -> int:
+        dtype: torch.dtype = getattr(torch, dtype_of(name))
+        return tensor.numel() * dtype.itemsize
+
+    sizes = {name: nbytes(name, parameter) for name, parameter in model.named_parameters()}
+    buffers = (nbytes(name, buffer) if name in state else int(buffer.nbytes) for name, buffer in model.named_buffers())
+    before = sum(sizes.values()) + sum(buffers)
+    packed = sum(request.method.footprint(w.count) - sizes[w.name] for w in quantized if request.method)
+    return Footprint(before, before + packed)
 
 
 def sources_of(model: Any, tensors: Iterable[str]) -> dict[str, str]:
