@@ -23,7 +23,7 @@ from qz.formats.local_folder import LocalFolder
 from qz.quantize.inspection.model import inspect_model, read_folder
 from qz.quantize.inspection.report import Origin
 from reference import config_of, dequantized_by_bitsandbytes, differing_files, differing_tensors, tensors_of
-from whole_zoo.inputs import Inputs, inputs_that_run
+from whole_zoo.inputs import OF_DTYPES, Inputs, inputs_that_run
 from whole_zoo.oracles import LIBRARIES, Library, differ_in_dtype_only, differing_values, loads_back
 
 METHODS = ("nf4", "int8")
@@ -173,8 +173,6 @@ def first_that_runs(models: Iterator[Any]) -> Any:
 
 OTHER_CLASS = re.compile("whose weights these are: config.json names")
 """What qz says of weights that are not of the class that config.json names."""
-OF_DTYPES = re.compile(r"dtype|[Bb][Ff]loat16|scalar type")
-"""What libraries say of numbers that are too narrow for them."""
 
 
 def _explain(row: Row) -> None:

@@ -228,7 +228,10 @@ def _t5gemma(kind: Any) -> Any:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
     if kind.__name__ == "T5GemmaEncoder":
-        return kind(transformers.T5GemmaConfig(encoder=sizes, decoder=sizes).encoder)
+        config = transformers.T5GemmaConfig(encoder=sizes, decoder=sizes)
+        encoder = kind(config.encoder)
+        encoder.config = config  # as published: diffusers takes the encoder's part of it
+        return encoder
     return kind(transformers.T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False))
 
 
@@ -273,9 +276,16 @@ def _processor(kind: Any, folder: Path) -> Any:
         if part_class is None or type(part_class).__name__ == "DummyObject":
             raise NotBuilt(f"a processor whose {part} needs a package that is not installed")
         parts[part] = _tokenizer(part_class, folder, 4096) if part == "tokenizer" else part_class()
+    if kind is transformers.GlmImageProcessor:
+        parts["tokenizer"]._set_model_specific_special_tokens(_OF_GLM_IMAGE)
     return kind(**parts, chat_template=_CHAT)
 
 
+_OF_GLM_IMAGE = {
+    "image_token": "<|image_pad|>",
+    "grid_bos_token": "<|vision_start|>",
+    "grid_eos_token": "<|vision_end|>",
+}
 _CHAT = (
     "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}{{ part.text if part.type == 'text' else "

@@ -26,6 +26,8 @@ from whole_zoo.input_values import by_name, is_count, random_values
 
 TRIES, SECONDS = 90, 5.0
 """Attempts, and CPU time, for one model."""
+OF_DTYPES = re.compile(r"dtype|[Bb][Ff]loat16|scalar type")
+"""What libraries say of numbers that are too narrow for them."""
 MENDS = 12
 """Changes of one attempt."""
 WIDTHS = (
@@ -93,6 +95,8 @@ def inputs_that_run(model: Any) -> Inputs:
                 return Inputs(values)
             except Exception as error:
                 last = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+                if OF_DTYPES.search(last):
+                    reasons[last] = None  # told first: what is changed for it may end in another error
                 if not _mended(values, error, parameters, sizes):
                     break
         reasons[last] = None

@@ -16,8 +16,9 @@ import torch
 from qz import QzError, api
 from reference import bitsandbytes_arguments, config_of, differing_tensors
 from whole_zoo.calls import call, call_that_runs
-from whole_zoo.case import OF_DTYPES, Case, NotBuilt, Row, fill, mark, one_line, seed
+from whole_zoo.case import Case, NotBuilt, Row, fill, mark, one_line, seed
 from whole_zoo.components import Sizes, build_components, sizes_called_for
+from whole_zoo.inputs import OF_DTYPES
 from whole_zoo.pipeline_needs import IMPOSSIBLE, no_call
 from whole_zoo.transformers_cases import needed
 

@@ -85,7 +85,9 @@ def no_call(pipeline: str) -> str:
 
 
 _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
-    ("AceStep.*", {"condition_encoder": {"text_hidden_dim": 64}, "transformer": {"in_channels": 136}}, {
+    ("AceStep.*", {
+        "condition_encoder": {"text_hidden_dim": 64}, "transformer": {"in_channels": 136, "encoder_hidden_size": 32},
+    }, {
         "audio_duration": 0.02, "max_text_length": 16, "max_lyric_length": 16,
     }),
     ("Allegro.*", {"transformer": {"attention_head_dim": 24, "cross_attention_dim": 48}}, {}),
@@ -319,6 +321,7 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
         "task_prompt": "a task", "content_prompt": "a cat",
         "image": lambda side: [[_picture(side)] * 2, [_picture(side), None]],
     }),
+    ("WanPipeline", {"transformer_2": {}, "boundary_ratio": 0.875}, {}),
     ("WanAnimate.*", {}, {
         "segment_frame_length": 5, "prompt": None, "prompt_embeds": lambda _: values(1, 16, 64),
         "negative_prompt_embeds": lambda _: values(1, 16, 64),
