@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from types import FrameType
@@ -81,10 +82,17 @@ def app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     made.callback()(everywhere)
     for name in commands:
-        epilog = "\n\n".join(["Examples:", *EXAMPLES[name]])
+        examples = [continued(line, width - 8) for line in EXAMPLES[name]] if narrow else EXAMPLES[name]
+        epilog = "\n\n".join(["Examples:", *examples])
         function = getattr(importlib.import_module(f"qz.cli.{name}"), name)
         made.command(name, cls=LeanCommand, short_help=COMMANDS[name], epilog=epilog)(function)
     return made
+
+
+def continued(line: str, width: int) -> str:
+    """A command on lines of ``width`` columns, which a shell joins when they are pasted; kept by Typer as they are."""
+    lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    return "\b\n" + " \\\n  ".join(lines)
 
 
 def everywhere(

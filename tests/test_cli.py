@@ -221,6 +221,15 @@ def test_help_reads_well_in_a_narrow_pipe(qz: Qz, flag: str, width: int) -> None
     assert "…" not in result.stdout
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_in_a_narrow_terminal_can_be_pasted(qz: Qz, name: str) -> None:
+    result = qz(name, "--help", COLUMNS="40", TERMINAL_WIDTH="40")
+    shown = result.stdout.partition("Examples:")[2]
+    assert max(map(len, shown.splitlines())) <= 40
+    pasted = [shlex.split(example.replace("\\\n", "")) for example in shown.strip().split("\n\n")]
+    assert pasted == [shlex.split(example) for example in EXAMPLES[name]]
+
+
 SIGNS_OF_LIFE = """
 import sys
 from qz.cli import progress
