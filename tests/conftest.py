@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
             preloaded = Preloaded()
             config.add_cleanup(preloaded.end)
             python = preloaded.python
+            os.environ["QZ_TEST_PYTHON"] = shlex.join(python)
             config.option.tx = [f"popen//python={shlex.join(python)}"] * len(config.option.tx)
         server = Server(python, QZ_CACHE=cache.name)
         config.add_cleanup(server.end)
@@ -87,6 +88,12 @@ def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def python_with_libraries() -> list[str]:
+    """The command of a Python for programs that import the libraries whole: with xdist, one that has them already."""
+    return shlex.split(os.environ.get("QZ_TEST_PYTHON", shlex.quote(sys.executable)))
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ IMPORTED = (
     "gguf",
     "peft",
     "pydantic",
-    *("full_checkpoints", "mixtures", "original_names", "pipelines", "tiny_denoisers"),  # the classes that tests build
+    *("full_checkpoints", "mixtures", "pipelines", "tiny_denoisers"),  # the classes that tests build
 )
 PATIENCE = 600
 """Seconds to wait for the imports: a guard against hanging."""
@@ -68,7 +68,7 @@ def ask(address: str, arguments: list[str]) -> None:
             sys.exit()
 
         signal.signal(signal.SIGTERM, end)
-        lines.read()  # until the fork has ended
+        sys.exit(int(lines.read() or 1))  # once the fork has ended
 
 
 def connected(address: str) -> socket.socket:
@@ -110,6 +110,7 @@ def become(connection: socket.socket) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import huggingface_hub.constants
 
+    code: object = 1
     try:
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         for number, stream in enumerate(streams):
@@ -122,26 +123,32 @@ def become(connection: socket.socket) -> NoReturn:
         os.environ.update(wish["environment"])
         importlib.reload(huggingface_hub.constants)  # which it read from the environment
         run(wish["arguments"])
-    except SystemExit:
-        pass
+        code = 0
+    except SystemExit as end:
+        code = end.code
     except BaseException:
         traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
+            connection.sendall(str(code if isinstance(code, int) else int(code is not None)).encode())
         os._exit(0)
 
 
 def run(arguments: list[str]) -> None:
-    """``python FILE ARGUMENTS`` or ``python -u -c CODE``, as execnet starts a worker."""
-    if arguments[:2] == ["-u", "-c"]:
-        sys.argv = arguments[1:2]
+    """``python FILE …``, ``-m MODULE …`` or ``-c CODE …``; also ``-u -c CODE``, as execnet starts a worker."""
+    kind, *rest = arguments[arguments[0] == "-u" :]
+    if kind == "-c":
+        sys.argv = [kind, *rest[1:]]
         sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(arguments[2], vars(sys.modules["__main__"]))
+        exec(rest[0], vars(sys.modules["__main__"]))
+    elif kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
+        sys.argv = [kind, *rest]
+        runpy.run_path(kind, run_name="__main__")
 
 
 if __name__ == "__main__":

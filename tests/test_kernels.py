@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -598,9 +598,9 @@ def test_error_sums_take_both_sides_in_the_same_dtype(dtype: str, backend: str) 
     assert all(np.isnan(each) for each in kernels.error_sums(one, dtype, other, dtype)[::2])
 
 
-def python(code: str, **environment: str) -> str:
+def python(code: str, *, by: Sequence[str] = (sys.executable,), **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+        [*by, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
     return result.stdout.strip()
 
@@ -629,8 +629,9 @@ for change in (
 """
 
 
-def test_without_numba_torch_computes() -> None:
-    absent, moved, by_choice = (line.split(";") for line in python(WITHOUT_NUMBA).splitlines())
+def test_without_numba_torch_computes(python_with_libraries: list[str]) -> None:
+    said = python(WITHOUT_NUMBA, by=python_with_libraries)
+    absent, moved, by_choice = (line.split(";") for line in said.splitlines())
     assert {absent[0], moved[0], by_choice[0]} == {"qz.quantize.compute.gpu.torch_kernels"}
     assert "numba does not work here" in " ".join(moved[1:])
 

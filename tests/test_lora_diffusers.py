@@ -122,7 +122,6 @@ def fused_by_diffusers(base: Path, file: Path, scale: float, folder: Path, dtype
 @pytest.mark.parametrize(
     ("source", "names", "scale"),
     [
-        ("flux", in_diffusers_names, 1),
         ("flux", in_diffusers_names, 0.5),
         ("flux", in_kohya_names_of_flux, 1),
         ("flux", in_xlabs_names, 1),

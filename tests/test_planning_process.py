@@ -199,11 +199,13 @@ print((most - before) >> 10)
 """
 
 
-def test_a_program_that_imported_torch_is_not_filled_by_one_table_either(source: Path, tmp_path: Path) -> None:
+def test_a_program_that_imported_torch_is_not_filled_by_one_table_either(
+    python_with_libraries: list[str], source: Path, tmp_path: Path
+) -> None:
     """No thread could stop that in the middle: the library is asked in the process whose memory is bounded."""
     configure(source, BOMBS["a table made at once"])
     done = subprocess.run(
-        [sys.executable, "-c", AS_LIBRARY, str(source)],
+        [*python_with_libraries, "-c", AS_LIBRARY, str(source)],
         cwd=tmp_path,
         env={**os.environ, "QZ_CACHE": "", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -86,9 +86,18 @@ def replace_by_fifo(name: str, folder: Path) -> None:
     os.mkfifo(folder / name)
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
-@pytest.mark.parametrize("act", [rewrite, replace_by_link, replace_folder, replace_by_fifo])
+ACTS = (rewrite, replace_by_link, replace_folder, replace_by_fifo)
+
+
+@pytest.mark.parametrize(
+    ("act", "name", "recorded"),
+    [
+        *((act, name, True) for act in ACTS for name in ("config.json", WEIGHTS)),
+        *((act, "config.json", False) for act in ACTS[:2]),
+        *(pytest.param(act, WEIGHTS, False, marks=pytest.mark.soak) for act in ACTS),
+        *(pytest.param(act, "config.json", False, marks=pytest.mark.soak) for act in ACTS[2:]),
+    ],
+)
 def test_what_changes_at_any_question_to_the_hub_is_not_committed(
     hub: HubServer, tmp_path: Path, act: Callable[[str, Path], None], name: str, recorded: bool
 ) -> None:

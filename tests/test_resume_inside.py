@@ -119,7 +119,7 @@ def kill_late(run: Run, *command: str) -> None:
     assert run(*command, at=60, only=("write",)).code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(12, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [5, pytest.param(12, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("way", WAYS)
 def test_kills_within_a_shard_then_the_same_bytes_and_the_same_figures(
     run: Run, place: Path, way: str, kills: int

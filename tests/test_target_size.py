@@ -332,12 +332,16 @@ def footprint(pipeline: Path, row: dict[str, Any]) -> int:
     return int(reference.diffusers_model(model_class, folder, None, torch.bfloat16).get_memory_footprint())
 
 
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipelines.flux(tmp_path_factory.mktemp("flux") / "flux")
+
+
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.7])
-def test_a_pipelines_size_chooses_each_components_method(share: float, tmp_path: Path) -> None:
-    folder = pipelines.flux(tmp_path / "flux")
-    plain: Any = api.quantize(folder, tmp_path / "x", dry_run=True, device="cpu")
+def test_a_pipelines_size_chooses_each_components_method(share: float, flux: Path, tmp_path: Path) -> None:
+    plain: Any = api.quantize(flux, tmp_path / "x", dry_run=True, device="cpu")
     target = int(plain.footprint_after + share * (plain.footprint_before - plain.footprint_after))
-    done: Any = api.quantize(folder, tmp_path / "out", target_size=target, device="cpu")
+    done: Any = api.quantize(flux, tmp_path / "out", target_size=target, device="cpu")
     report = done.as_json()
     assert done.footprint_after <= target
     methods = {row["name"]: row["method"] for row in report["components"]}
@@ -347,14 +351,14 @@ def test_a_pipelines_size_chooses_each_components_method(share: float, tmp_path:
     errors = [each["expected_weight_error"] for each in report["combinations"]]
     assert errors == sorted(errors, reverse=True)
     assert done.footprint_after == sum(footprint(tmp_path / "out", row) for row in report["components"])
-    dry: Any = api.quantize(folder, tmp_path / "y", target_size=target, device="cpu", dry_run=True)
+    dry: Any = api.quantize(flux, tmp_path / "y", target_size=target, device="cpu", dry_run=True)
     tables = [[column.title for column in section.columns] for section in kept_sections(dry)]
     wanted = [f"{model.source.subfolder} in memory" for model in dry.models if model.kept_layers is not None]
     assert tables == [[title, "kept", ""] for title in wanted], "no loss is known, and each says of what it is"
     if share == 0.05:
         with pytest.raises(UsageError, match=rf"at least .*\({plain.footprint_after:,} bytes\)"):
-            api.quantize(folder, target_size=plain.footprint_after - 1)
+            api.quantize(flux, target_size=plain.footprint_after - 1)
         with pytest.raises(UsageError, match="fits as it is"):
-            api.quantize(folder, target_size=plain.footprint_before)
+            api.quantize(flux, target_size=plain.footprint_before)
         with pytest.raises(UsageError, match="needs to know what each linear loses"):
-            api.quantize(folder, max_loss=0.1)
+            api.quantize(flux, max_loss=0.1)
