@@ -107,6 +107,8 @@ def report(found: Calibration) -> list[tuple[str, str]]:
     text = {"default": "qz's own", "generated": "the model's own"}.get(found.text, found.text)
     rows = [("model", f"{found.architecture}, {counted(found.linears, 'linear layer')}")]
     if found.steps is None:
+        if found.hessian_files and found.text not in ("default", "generated"):
+            text += " and qz's own"
         rows.append(("text", f"{text}: {run_on.read(found)}"))
     else:
         rows.append(("components", ", ".join(found.components)))

@@ -57,7 +57,7 @@ def seen_by_hooks(folder: Path, rows: list[list[int]]) -> dict[str, tuple[torch.
 def rows_of(folder: Path, path: Path, length: int, tokens: int) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    return text.sequences(AutoTokenizer.from_pretrained(folder), path.read_text(), length, tokens)
+    return text.varied_sequences(AutoTokenizer.from_pretrained(folder), path.read_text(), length, tokens)
 
 
 def test_a_longer_text_is_taken_from_all_over(tmp_path: Path) -> None:
@@ -71,6 +71,28 @@ def test_a_longer_text_is_taken_from_all_over(tmp_path: Path) -> None:
     assert text.sequences(tokenizer, words, 16, 64) == [every[at * len(every) // 4] for at in range(4)]
     assert sum(map(len, text.sequences(tokenizer, words, 16, 57))) == 57
     assert text.sequences(tokenizer, words, 16, sum(map(len, every))) == every
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 57, 600])
+def test_a_quarter_of_what_hessians_are_made_of_is_qzs_own_text_of_many_kinds(tokens: int, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("llama-tied", tmp_path / "model"))
+    words = some_text(tmp_path / "words.txt", 3000).read_text()
+    rows = text.varied_sequences(tokenizer, words, 64, tokens)
+    own = text.sequences(tokenizer, text.default_text(), 64, tokens // 4) if tokens >= 4 else []
+    assert rows == text.sequences(tokenizer, words, 64, tokens - tokens // 4) + own
+    assert sum(map(len, rows)) == tokens
+
+
+def test_the_report_says_that_qzs_own_text_was_read_too(qz: Qz, tmp_path: Path) -> None:
+    model_folder("llama-tied", tmp_path / "model")
+    some_text(tmp_path / "words.txt")
+    how = ("--text", "words.txt", "--tokens", "900", "--device", "cpu")
+    alone = qz("calibrate", "model", "-o", "one", *how)
+    mixed = qz("calibrate", "model", "-o", "two", *how, "--hessians")
+    assert "qz's own" not in alone.stdout + alone.stderr
+    assert "words.txt and qz's own: 900 tokens" in " ".join(mixed.stdout.split()), mixed.stderr
 
 
 def test_of_a_very_long_text_only_pieces_are_made_tokens_of() -> None:

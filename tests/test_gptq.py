@@ -14,7 +14,7 @@ from converted import quantized
 from forward import output_of
 from qz import MalformedInput
 from qz.quantize.compute import kernels, scale_search
-from qz.quantize.compute.gpu.gptq import DAMPING
+from qz.quantize.compute.gpu.gptq import DAMPING, SHRINKAGE
 from qz.quantize.importance.hessian_reader import HessianPlace
 from qz.quantize.importance.statistics import InputSums, write_hessians, write_statistics
 from reference import config_of, dequantized_by_bitsandbytes, tensors_of
@@ -24,7 +24,9 @@ from zoo import build
 def textbook(weight: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Column by column in float64, by the inverse Hessian itself (arXiv 2210.17323, equations 2 and 3)."""
     rows, columns = weight.shape
-    damped = hessian.double() + torch.eye(columns) * DAMPING * hessian.double().diagonal().mean()
+    diagonal = hessian.double().diagonal()
+    shrunk = (1 - SHRINKAGE) * hessian.double() + SHRINKAGE * diagonal.diag()
+    damped = shrunk + torch.eye(columns) * DAMPING * diagonal.mean()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     inverse = torch.linalg.inv(damped[order][:, order])
     left, found = weight.double()[:, order].clone(), torch.zeros(rows, columns, dtype=torch.float64)

@@ -107,7 +107,7 @@ HessiansOpt = Annotated[
     PANEL.flag(
         "--hessians",
         help="Record Hessians too, for --rounding gptq, in files beside the output; large. A language model needs "
-        "--text or --generate.",
+        "--text, to which qz adds a quarter of text of many kinds, or --generate.",
     ),
 ]
 ScoresOpt = Annotated[

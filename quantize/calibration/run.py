@@ -75,6 +75,11 @@ class CalibrationRequest:
             )
 
     @property
+    def adds_own_text(self) -> bool:
+        """Whether some of the tokens are of qz's own text, see ``text.varied_sequences``."""
+        return self.hessians and self.text is not None
+
+    @property
     def text_name(self) -> str:
         """What the report calls the text."""
         return "generated" if self.generate else "default" if self.text is None else self.text.name
@@ -272,7 +277,8 @@ class _Run:
         from qz.quantize.libraries.transformers.runnable import runnable
 
         if not self.request.generate:
-            return text.sequences(tokenizer, words, model.longest, self.request.wanted)
+            cut = text.varied_sequences if self.request.adds_own_text else text.sequences
+            return cut(tokenizer, words, model.longest, self.request.wanted)
         writer = runnable(self.checkpoint, class_name, model.dtype, model.device)
         return sample(self.checkpoint, writer, tokenizer, self.request.wanted, self.progress)
 
@@ -319,5 +325,6 @@ class _Run:
     def _warnings(self, tokens: int, unseen: tuple[str, ...]) -> tuple[str, ...]:
         request, found = self.request, list(self.checkpoint.choices)
         if tokens < request.wanted:
-            found.append(f"the text has {tokens:,} tokens for this model, fewer than the {request.wanted:,} asked for")
+            has = "with qz's own, the text has" if request.adds_own_text else "the text has"
+            found.append(f"{has} {tokens:,} tokens for this model, fewer than the {request.wanted:,} asked for")
         return (*found, *token_warnings(tokens, unseen, hessians=request.hessians))

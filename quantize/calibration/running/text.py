@@ -24,6 +24,8 @@ MAX_TOKENIZER_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 26
 LONGEST, PIECES = 4_000_000, 64
 """Characters that are made tokens of, which take up to 350 bytes for each; and the pieces that a longer text gives."""
+OWN_SHARE = 4
+"""One token in so many that GPTQ's Hessians are made of is of qz's own text, beside a text that was named."""
 BATCHES = 8
 """At most so many forwards wait at a time."""
 BATCH_TOKENS = 2048
@@ -102,6 +104,17 @@ def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[
     if count < len(rows):
         rows = [rows[at * len(rows) // count] for at in range(count)]
     return first_tokens(rows, tokens)
+
+
+def varied_sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[int]]:
+    """``sequences`` for GPTQ, which fits the kind of text that it is given: a last quarter is qz's own, of many kinds.
+
+    So it was measured to lose less on every other text, and hardly more on one of the same kind.
+    """
+    if tokens < OWN_SHARE:
+        return sequences(tokenizer, text, length, tokens)
+    own = sequences(tokenizer, default_text(), length, tokens // OWN_SHARE)
+    return sequences(tokenizer, text, length, tokens - sum(map(len, own))) + own
 
 
 def thinned(text: str, most: int) -> str:
