@@ -221,7 +221,11 @@ def test_rows_that_are_no_multiple_of_a_block_get_their_own_scales(tmp_path: Pat
     assert (weight - original).norm() / original.norm() < 0.11
 
 
-@pytest.mark.parametrize(("method", "chunk"), [*((method, 4096) for method in METHODS), ("nf4-double", 1), ("int8", 1)])
+PIECES = [*((method, 4096) for method in METHODS), ("nf4-double", 64), ("int8", 64)]
+"""Bytes of a chunk: some blocks or rows, and less than one."""
+
+
+@pytest.mark.parametrize(("method", "chunk"), PIECES)
 def test_bytes_depend_neither_on_threads_nor_on_chunks(
     method: str, chunk: int, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -70,7 +70,7 @@ def test_the_whole_folder_is_the_librarys_in_every_dtype_and_shard_size(
         ("nf4", ["mlp", "fc1"]),
         ("nf4", [r".*\.0\..*"]),
         ("nf4", ["layer.1.attention", "layers.1"]),
-        ("int8", ["mlp", "fc1"]),
+        pytest.param("int8", ["mlp", "fc1"], marks=pytest.mark.soak),
     ],
     ids=str,
 )
