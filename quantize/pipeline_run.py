@@ -14,7 +14,7 @@ from qz.formats.output.recorded.record import WrittenFile
 from qz.progress import OnProgress, ignore
 from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint
-from qz.quantize.libraries.diffusers.classes import unknown_class
+from qz.quantize.libraries.diffusers.classes import unknown_classes
 from qz.quantize.pipeline import PipelinePlan
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
@@ -165,7 +165,7 @@ def _notes(plan: PipelinePlan, left_out: Iterable[str]) -> tuple[str, ...]:
     return (
         *plan.pipeline.notes,
         *plan.notes,
-        *unknown_class(plan.pipeline),
+        *unknown_classes(plan.pipeline),
         *(text for checkpoint in kept if checkpoint is not None for text in checkpoint.choices),
         *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
         *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),

@@ -14,21 +14,41 @@ from qz.quantize.libraries.class_search import classes_in_diffusers, shown
 from qz.quantize.libraries.versions import requirement
 
 
-def unknown_class(pipeline: Pipeline) -> tuple[str, ...]:
-    """A note on a pipeline whose own class the library lacks; its components may be as they should.
+def unknown_classes(pipeline: Pipeline) -> tuple[str, ...]:
+    """Notes on a pipeline whose own class the library lacks, or does not look for where its components' classes are.
 
-    Read from the names that the library exports, for importing it takes seconds.
+    Read from the names that the library exports, and from its folders, for importing it takes seconds.
     """
     spec = find_spec("diffusers")
-    exported = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
-    if '"DiffusionPipeline"' not in exported or f'"{pipeline.class_name}"' in exported:
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    exported = origin.read_text(encoding="utf-8") if origin is not None else ""
+    if origin is None or '"DiffusionPipeline"' not in exported:
         return ()
-    text = (
-        f"diffusers {version('diffusers')} has no pipeline class {shown(pipeline.class_name)}, which model_index.json "
-        "names: it loads the output only if a newer version has it, or with the code of the class: custom_pipeline=…, "
-        "trust_remote_code=True"
-    )
-    return (text,)
+    notes = []
+    if f'"{pipeline.class_name}"' not in exported:
+        notes.append(
+            f"diffusers {version('diffusers')} has no pipeline class {shown(pipeline.class_name)}, which "
+            "model_index.json names: it loads the output only if a newer version has it, or with the code of the "
+            "class: custom_pipeline=…, trust_remote_code=True"
+        )
+    lost = [
+        each
+        for each in pipeline.components
+        if (each.library == "diffusers" and f'"{each.class_name}"' not in exported)
+        or (each.library not in _LIBRARIES and not (origin.parent / "pipelines" / each.library).is_dir())
+    ]
+    if lost:
+        names = ", ".join(f"{each.class_name} ({each.name})" for each in lost)
+        notes.append(
+            f"diffusers {version('diffusers')} no longer finds {names} where model_index.json says, so that "
+            "from_pretrained loads neither the source nor the output: load each component by its class, and make "
+            f"{pipeline.class_name}(…) of them"
+        )
+    return tuple(notes)
+
+
+_LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
+"""Where diffusers looks for classes of components, but for the folders of its pipelines."""
 
 
 def model_class_of(checkpoint: Checkpoint) -> Any:
