@@ -102,10 +102,10 @@ def test_what_comes_from_the_hub_is_what_comes_from_a_disk(
 
 
 def sparse(folder: Path, change: Callable[[str, tuple[int, ...]], dict[str, tuple[str, tuple[int, ...]]]]) -> int:
-    """A Llama of 0.3 billion zeros in another form, without a byte on the disk; the bytes of its largest weight."""
+    """A Llama of 0.2 billion zeros in another form, without a byte on the disk; the bytes of its largest weight."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 8}
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 13, "num_attention_heads": 8}
     config = LlamaConfig(**sizes, vocab_size=1000, tie_word_embeddings=False, dtype="bfloat16")
     with torch.device("meta"):
         state = LlamaForCausalLM(config).state_dict()
