@@ -165,3 +165,17 @@ def test_one_that_leaves_its_base_alone_is_fused(llama: Path, tmp_path: Path, mo
     run(quantize, "merged", output=Path("wanted"))
     run(quantize, llama, output=Path("made"), lora=["adapter"])
     assert (Path("made") / "model.safetensors").read_bytes() == (Path("wanted") / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_in_a_pickle_is_fused_once_it_is_converted(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(llama), lora(init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+    with pytest.raises(Unsupported, match="as a pickle only") as raised:
+        run(quantize, llama, output=tmp_path / "out", lora=[str(tmp_path / "adapter")])
+    (code,) = re.findall(r'python -c "(.+)"', str(raised.value))
+    monkeypatch.chdir(tmp_path / "adapter")
+    exec(code, {})
+    report = run(quantize, llama, output=tmp_path / "out", lora=[str(tmp_path / "adapter")])
+    assert report["loras"][0]["weights"] == 4

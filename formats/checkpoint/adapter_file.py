@@ -141,10 +141,21 @@ def _only_file(folder: Folder, location: str) -> str:
     if pickles:
         raise Unsupported(
             f"{location} holds its weights as a pickle only ({quoted(pickles[0])}), and reading one may run code. "
-            "Load it once with PEFT or diffusers, save it with save_pretrained(), and use that folder."
+            f"If you trust it, convert it in a local copy, and name that: {_conversion(pickles[0])}"
         )
     there = quoted_names(sorted(names)) or "none"
     raise MissingInput(f"{location} has no .safetensors file, so it is not a LoRA. Files there: {there}.")
+
+
+def _conversion(pickle: str) -> str:
+    """How to make safetensors of it, in its folder. It will be pasted into a shell: only a plain name gets into it."""
+    name = pickle if re.fullmatch(r"[A-Za-z0-9_.-]+", pickle) else "FILE.bin"
+    made = f"{name.rpartition('.')[0]}.safetensors"
+    return (
+        'python -c "import torch; from safetensors.torch import save_file; '
+        f"held = torch.load('{name}', map_location='cpu', weights_only=True); "
+        f"save_file({{key: part.contiguous() for key, part in held.items()}}, '{made}')\""
+    )
 
 
 def _content(folder: Folder, file: str) -> tuple[memoryview | None, str]:
