@@ -65,6 +65,13 @@ def test_every_extra_that_a_message_names_is_one(texts: list[str]) -> None:
     assert {"sign"} <= extras <= set(metadata.metadata("qz-cli").get_all("Provides-Extra") or [])
 
 
+def test_every_package_that_a_message_says_to_install_is_one(texts: list[str]) -> None:
+    """Installed here, all but one that serves models on a GPU and is named for those who have that."""
+    packages = {name for text in texts for name in re.findall(r"pip install (?:-U )?'?([a-z][\w-]*)", text)}
+    assert {"hf_xet", "qz-cli", "vllm-bnb-plugin"} <= packages
+    assert all(metadata.distribution(name).version for name in packages - {"vllm-bnb-plugin"})
+
+
 @pytest.mark.skipif(shutil.which("git-lfs") is None, reason="needs git-lfs")
 def test_git_lfs_pull_brings_what_a_clone_holds_pointers_to(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
