@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from converted import quantized
+from isolated_environment import with_certificates
 from reference import METHODS, differing_files, differing_tensors, transformers_model
 
 
 def fetched(folder: Path, *packages: str) -> list[Path]:
     """The wheels of some packages, unpacked in ``folder``."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *packages]
-    if subprocess.run(command, check=False, timeout=600).returncode:
+    if subprocess.run(command, env=with_certificates(), check=False, timeout=600).returncode:
         pytest.skip("PyPI cannot be reached")
     wheels = sorted(folder.glob("*.whl"))
     for wheel in wheels:
