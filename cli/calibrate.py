@@ -35,6 +35,7 @@ def calibrate(
     steps: selection.StepsOpt = None,
     resolution: selection.ResolutionOpt = None,
     seed: selection.SeedOpt = None,
+    experts: outputs.RecordExpertsOpt = False,
     hessians: outputs.HessiansOpt = False,
     scores: outputs.ScoresOpt = False,
     method: outputs.ScoredMethodOpt = None,
@@ -61,6 +62,7 @@ def calibrate(
             text=text,
             generate=generate,
             tokens=tokens,
+            experts=experts,
             hessians=hessians,
             scores=scores,
             resume=resume,
@@ -82,6 +84,7 @@ def calibrate(
         "revision": revision,
         "variant": variant,
         "allow-pickle": allow_pickle,
+        "experts": experts,
     }
     tell(next_command(found, asked))
 

@@ -16,20 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from mixtures import mixture
 from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError, api
 from qz.quantize.calibration.running import text
 from qz.quantize.calibration.running.unfinished import Unfinished
 from qz.quantize.importance.statistics import read_statistics
 from readers import model_folder, some_text, with_tokenizer
+from reference import config_of, differing_tensors
 
 Qz = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def seen_by_hooks(folder: Path, rows: list[list[int]]) -> dict[str, tuple[torch.Tensor, int]]:
     """float64[in, in] sums of outer products, and tokens, at every linear of the plainly loaded float32 model."""
-    import transformers
     from transformers.pytorch_utils import Conv1D
 
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
@@ -125,6 +127,71 @@ def test_what_is_recorded_block_by_block_is_what_hooks_on_the_whole_model_see(na
         shares = [stats.hessians[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
         assert len(set(shares)) == 1
     assert not list(tmp_path.glob("*.partial"))
+
+
+def multiplied_by_experts(folder: Path, rows: list[list[int]]) -> dict[str, tuple[torch.Tensor, int]]:
+    """Σx² and tokens that the whole model routes to each expert, by the names of the experts' weights in ``folder``."""
+    model = getattr(transformers, config_of(folder)["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
+    listed = model.config.model_type == "gpt_oss"
+    found: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        before = found.get(name, (torch.zeros(x.shape[1], dtype=torch.float64), 0))
+        found[name] = (before[0] + x.double().square().sum(0), before[1] + len(x))
+
+    def hook(path: str) -> Any:
+        def look(layer: Any, args: Any, kwargs: Any) -> None:
+            states, chosen = (*args, *kwargs.values())[:2]
+            for number in range(len(layer.down_proj)):
+                x = states.reshape(-1, states.shape[-1])[(chosen == number).any(-1)]
+                wide = x @ layer.gate_up_proj[number] if listed else x @ layer.gate_up_proj[number].T
+                wide = wide + layer.gate_up_proj_bias[number] if listed else wide
+                middle = layer._apply_gate(wide)
+                for part, inputs in (("gate_up", x), ("down", middle)) if listed else (
+                    ("gate", x), ("up", x), ("down", middle)
+                ):  # fmt: skip
+                    add(f"{path}.{part}_projs.{number}" if listed else f"{path}.{number}.{part}_proj", inputs)
+
+        return look
+
+    for path, module in model.named_modules():
+        if hasattr(module, "is_transposed"):
+            module.register_forward_pre_hook(hook(path), with_kwargs=True)
+    with torch.inference_mode():
+        for row in rows:
+            model(torch.tensor([row]))
+    return {f"{name}.weight": each for name, each in found.items()}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_what_experts_are_multiplied_with_is_recorded_and_decides_their_scales(name: str, tmp_path: Path) -> None:
+    folder = with_tokenizer(mixture(name, tmp_path / "model"))
+    stats, words = tmp_path / "stats", some_text(tmp_path / "words.txt")
+    found = api.calibrate(folder, stats, text=words, tokens=300, device="cpu", experts=True)
+    expected = multiplied_by_experts(folder, rows_of(folder, words, 512, 300))
+    recorded = read_statistics(stats).sums
+    experts = {weight: sums for weight, sums in recorded.items() if ".experts." in weight}
+    assert experts.keys() == expected.keys()
+    assert found.linears == len(recorded) > len(experts)
+    for weight, (squares, tokens) in expected.items():
+        assert experts[weight].tokens == tokens, weight
+        np.testing.assert_allclose(experts[weight].sum2, squares.numpy(), rtol=2e-3, atol=1e-6)
+
+    done: Any = api.quantize(folder, tmp_path / "nf4", importance=stats, experts=True, device="cpu")
+    told = done.as_json()["importance"]
+    assert (told["missing"], told["weights"]) == ([], len(recorded) - ("lm_head.weight" in recorded))
+    api.quantize(folder, tmp_path / "searched", scales="search", experts=True, device="cpu")
+    assert any(".experts." in each for each in differing_tensors(tmp_path / "nf4", tmp_path / "searched"))
+
+
+def test_experts_that_were_not_recorded_or_are_not_there_are_told_of(tmp_path: Path) -> None:
+    folder = with_tokenizer(mixture("qwen3_moe", tmp_path / "model"))
+    api.calibrate(folder, tmp_path / "stats", tokens=100, device="cpu")
+    done: Any = api.quantize(folder, tmp_path / "nf4", importance=tmp_path / "stats", experts=True, device="cpu")
+    assert done.warnings[-1] == "experts are recorded by `qz calibrate --experts`"
+    with pytest.raises(Unsupported, match=r"has no experts .* leave out --experts"):
+        api.calibrate(model_folder("bert", tmp_path / "bert"), tmp_path / "none", device="cpu", experts=True)
+    assert not (tmp_path / "none").exists()
 
 
 def llava(folder: Path) -> Path:
@@ -250,11 +317,13 @@ def test_an_interrupted_run_goes_on_at_the_last_finished_block_and_finds_the_sam
 
     whole = run("whole")
     for before_end in (2, 1):
-        with pytest.raises(Killed):
+        with pytest.raises(Killed) as killed:
             run("cut", before_end)
         assert not (tmp_path / "cut").exists()
     journal = json.loads((tmp_path / "cut.unfinished" / "journal.json").read_text())
     assert journal["blocks"]
+    [told] = killed.value.__notes__
+    assert "kept: run the same command again to continue" in told
     again = run("cut")
     assert (again.resumed, whole.resumed) == (True, False)
     assert again.bytes_read < whole.bytes_read
@@ -267,6 +336,15 @@ def test_an_interrupted_run_goes_on_at_the_last_finished_block_and_finds_the_sam
         assert sums.tokens == two.sums[weight].tokens
         np.testing.assert_array_equal(sums.sum2, two.sums[weight].sum2)
         np.testing.assert_array_equal(one.hessian(weight), two.hessian(weight))
+
+
+def test_an_interrupt_before_anything_is_kept_leaves_nothing(tmp_path: Path) -> None:
+    from qz.quantize.calibration.running.unfinished import unfinished
+
+    with pytest.raises(Killed) as killed, unfinished(tmp_path / "stats", resume=True):
+        raise Killed
+    assert not hasattr(killed.value, "__notes__")
+    assert not list(tmp_path.iterdir())
 
 
 def unfinished(tmp_path: Path) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -117,6 +117,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
     "--hessians without a text": ("calibrate model -o out.safetensors --hessians", "--hessians"),
     "--tokens of a pipeline to calibrate": ("calibrate pipeline -o out.safetensors --tokens 9", "--tokens"),
     "--generate of a pipeline to calibrate": ("calibrate pipeline -o out.safetensors --generate", "--generate"),
+    "--experts of a pipeline to calibrate": ("calibrate pipeline -o out.safetensors --experts", "--experts"),
     "--steps of a model that reads text": ("calibrate model -o out.safetensors --steps 3", "--steps"),
     "--steps of such a model to compare": ("compare model quantized --steps 3", "--steps"),
     "--resolution of a model that reads text": (

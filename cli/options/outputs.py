@@ -102,6 +102,10 @@ StatisticsOpt = Annotated[
     Path,
     PANEL.option("--output", "-o", metavar="FILE", help="The file to write, such as my-model.statistics.safetensors."),
 ]
+RecordExpertsOpt = Annotated[
+    bool,
+    PANEL.flag("--experts", help="Record the inputs of an MoE model's experts too, for `qz quantize --experts`."),
+]
 HessiansOpt = Annotated[
     bool,
     PANEL.flag(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from qz.quantize.calibration.running.unfinished import Unfinished
-    from qz.quantize.libraries.transformers.runnable import Runnable
+    from qz.quantize.libraries.transformers.runnable import ExpertWeights, Runnable
 
 TOKENS = 1024
 """More of them hardly change the importance of inputs."""
@@ -55,6 +55,8 @@ class CalibrationRequest:
     resolution: int | None = None
     """Of a pipeline: pixels of either side."""
     seed: int = 0
+    experts: bool = False
+    """Record the inputs of experts, too."""
 
     def __post_init__(self) -> None:
         if self.generate and self.text is not None:
@@ -217,7 +219,10 @@ class _Run:
         weights = Weights(self.checkpoint, model)
         blocks = blocks_of(model.model)
         files = HessianFiles(request.output, kept)
-        recorder = Recorder(model.linears, model.head, hessians=request.hessians)
+        experts = self._experts(class_name, model) if request.experts else None
+        recorder = Recorder(
+            model.linears, model.head, hessians=request.hessians, experts=experts, expert_layers=model.expert_layers
+        )
         recording = Recording(recorder, files, blocks, device)
         if kept.count:
             self.progress(Progress("Calibrating", kept=(kept.count, len(blocks)), unit="block"))
@@ -270,6 +275,15 @@ class _Run:
             resumed=kept.count > 0,
         )
 
+    def _experts(self, class_name: str, model: Runnable) -> ExpertWeights:
+        found = model.expert_weights()
+        if not found:
+            raise Unsupported(
+                f"{self.checkpoint.folder.location}: {class_name} has no experts that are quantized one by one: leave "
+                "out --experts."
+            )
+        return found
+
     def _rows(self, class_name: str, words: str, model: Runnable, tokenizer: Any) -> list[list[int]]:
         """The tokens that the model reads, a sequence each: of ``words``, or of a text that it writes now."""
         from qz.quantize.calibration.running import text
@@ -295,6 +309,7 @@ class _Run:
             "text": None if request.generate else sha256(words.encode()).hexdigest(),
             "tokens": request.wanted,
             "hessians": request.hessians,
+            "experts": request.experts,
             "versions": {"qz": __version__, **library_versions()},
         }
 

@@ -160,6 +160,8 @@ def warnings(statistics: Statistics, matched: Matched) -> tuple[str, ...]:
         if weights:
             count, shown = _weights(weights), _shown(weights)
             found.append(f"{name} {why} {count}, searched as if all inputs mattered the same: {shown}")
+    if any(".experts." in weight and weight.endswith(".weight") for weight in matched.missing):
+        found.append("experts are recorded by `qz calibrate --experts`")
     return tuple(found)
 
 

@@ -38,6 +38,7 @@ def calibrate(
     text: AnyPath | None = None,
     tokens: int | None = None,
     hessians: bool = False,
+    experts: bool = False,
     scores: bool = False,
     method: Method | None = None,
     generate: bool = False,
@@ -53,6 +54,7 @@ def calibrate(
 
     One block of the model and the hidden states are in memory at a time. ``text`` is a file, by default qz's own text;
     ``tokens`` of it are read. With ``generate`` the model writes the text itself, for which all of it is in memory.
+    ``experts`` records those of an MoE model, too, for ``quantize(…, experts=True)``.
     ``hessians`` adds what ``quantize(…, rounding="gptq")`` needs, in files beside it; ``scores`` how sensitive each
     linear is to being quantized by ``method`` (default: ``Nf4()``), for ``quantize(…, target_size=…)``.
     An interrupted run goes on at the last block that it finished.
@@ -76,7 +78,7 @@ def calibrate(
     chosen = (method or Nf4()) if scores else None
     own = Path(text) if text is not None else None
     request = CalibrationRequest(
-        Path(output), own, tokens, hessians, device, chosen, generate, resume, steps, resolution, seed
+        Path(output), own, tokens, hessians, device, chosen, generate, resume, steps, resolution, seed, experts
     )
     with opened(str(source), subfolder, revision, allow_pickle=allow_pickle) as found:
         asked.require(folder=found.file is None)

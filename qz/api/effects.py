@@ -118,6 +118,7 @@ NEEDS = (
     Need("calibrate", "method", "scores", "A method is for scores: add --scores, or leave the method out."),
     Need("calibrate compare", "tokens", "reads_text", DRAWS.format("tokens")),
     Need("calibrate", "generate", "reads_text", DRAWS.format("generate")),
+    Need("calibrate", "experts", "reads_text", DRAWS.format("experts")),
     *(Need("calibrate compare", name, "draws", READS.format(name)) for name in ("steps", "resolution", "seed")),
     Need("inspect", "subfolder", "folder", OF_A_FILE.format("subfolder")),
     Need("inspect", "variant", "folder", OF_A_FILE.format("variant")),

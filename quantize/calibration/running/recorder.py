@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,41 @@ from numpy.typing import NDArray
 
 from qz import Unsupported
 from qz.quantize.calibration.running.blocks import Finished
+from qz.quantize.calibration.running.experts import expert_key, watched
 from qz.quantize.importance.statistics import MAX_HESSIAN_INPUTS, Floats, InputSums
+from qz.quantize.libraries.transformers.runnable import ExpertWeights
 
 
 class Recorder:
     """Hooks on ``linears``, by path. A forward ends at ``head``, whose output nobody needs.
 
     With ``hessians``, linears that are called with the same tensor share one sum, under the name of the first.
+    ``experts``, in ``expert_layers`` by path, are recorded by what ``expert_key`` gives, and have no Hessians.
     """
 
-    def __init__(self, linears: Mapping[str, Any], head: Any, *, hessians: bool) -> None:
+    def __init__(
+        self,
+        linears: Mapping[str, Any],
+        head: Any,
+        *,
+        hessians: bool,
+        experts: ExpertWeights | None = None,
+        expert_layers: Mapping[str, Any] | None = None,
+    ) -> None:
         self.hessians, self.head = hessians, head
         self.sums = {f"{path}.weight": np.zeros(_inputs(module), np.float64) for path, module in linears.items()}
+        self.names: dict[str, tuple[str, ...]] = {}
+        """Of an expert's weights, which are multiplied with the same inputs."""
+        self._watching = ExitStack()
+        if experts:
+            layers = dict(expert_layers or {})
+            self._watching.enter_context(watched(layers, experts, self._add_inputs))
+            for parameter, of_each in experts.items():
+                path, _, leaf = parameter.rpartition(".")
+                inputs = getattr(layers[path], leaf).shape[1 if layers[path].is_transposed else 2]
+                for number, names in enumerate(of_each):
+                    self.names[expert_key(parameter, number)] = names
+                    self.sums[expert_key(parameter, number)] = np.zeros(inputs, np.float64)
         self.tokens = dict.fromkeys(self.sums, 0)
         self.products: dict[str, torch.Tensor] = {}
         """Of the part that is running, by the first weight's name, float32[in, in]."""
@@ -39,6 +63,7 @@ class Recorder:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self._watching.close()
 
     def take_hessians(self) -> dict[str, Floats]:
         """What has been summed since the last time; the diagonals become the sums of squares."""
@@ -61,7 +86,11 @@ class Recorder:
                 self.written.add(first[name])
 
     def input_sums(self) -> dict[str, InputSums]:
-        return {name: InputSums(values.astype(np.float32), self.tokens[name]) for name, values in self.sums.items()}
+        return {
+            name: InputSums(values.astype(np.float32), self.tokens[key])
+            for key, values in self.sums.items()
+            for name in self.names.get(key, (key,))
+        }
 
     def add(self, name: str, squares: NDArray[np.float64], tokens: int) -> None:
         """Count the inputs of one call of the weight ``name``."""
@@ -76,11 +105,15 @@ class Recorder:
                 self.tokens[name] += len(x)
                 self._multiply(name, given, x)
             else:
-                self.add(name, x.square().sum(0).cpu().double().numpy(), len(x))
+                self._add_inputs(name, x)
             if module is self.head:
                 raise Finished
 
         return hook
+
+    def _add_inputs(self, name: str, inputs: torch.Tensor) -> None:
+        x = inputs.flatten(0, -2).float()
+        self.add(name, x.square().sum(0).cpu().double().numpy(), len(x))
 
     def _multiply(self, name: str, given: torch.Tensor, x: torch.Tensor) -> None:
         if getattr(self.last, "given", None) is not given:

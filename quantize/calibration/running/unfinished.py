@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from qz import IOFailed, MalformedInput, OutputRefused, QzError, TryAgain
+from qz.counted import counted
 from qz.formats.file_hash import sha256_of
 from qz.formats.malformed import quoted
 from qz.formats.output.resuming.seal import is_sealed, seal, user_key
@@ -101,6 +102,11 @@ class Unfinished:
     @property
     def is_empty(self) -> bool:
         return not self._journal.blocks
+
+    @property
+    def in_words(self) -> str:
+        blocks = len(self._journal.blocks)
+        return f"{counted(blocks, 'block')} {'is' if blocks == 1 else 'are'} kept"
 
     @property
     def sums(self) -> Sums:
@@ -259,13 +265,22 @@ class Unfinished:
 
 @contextmanager
 def unfinished(output: Path, *, resume: bool) -> Iterator[Unfinished]:
-    """What a calibration keeps while it runs; nothing of one that fails for good, or before anything is kept."""
+    """What a calibration keeps while it runs; nothing of one that fails for good, or before anything is kept.
+
+    Those who interrupt it are told how to go on.
+    """
     kept = Unfinished(output, resume=resume)
     try:
         yield kept
     except QzError as error:
         if kept.is_empty or not isinstance(error, TryAgain | IOFailed):
             kept.give_up()
+        raise
+    except BaseException as error:
+        if kept.is_empty and not kept.rows:
+            kept.give_up()
+        elif not kept.is_empty:
+            error.add_note(f"{kept.in_words}: run the same command again to continue, or start over with --no-resume.")
         raise
     finally:
         kept.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +14,20 @@ from qz import QzError, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.out_of_memory import is_out_of_memory
 from qz.quantize.libraries.architecture import TensorSpec, torch_name
+from qz.quantize.libraries.expert_layout import expert_name
 from qz.quantize.libraries.importing.boundary import describe, library_errors
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.untrusted_config import without_code
 from qz.quantize.libraries.importing.work_bounds import work_bounded
 from qz.quantize.libraries.transformers.classes import model_class_of
-from qz.quantize.libraries.transformers.internals import Conv1D, no_init_weights, tied_weights
+from qz.quantize.libraries.transformers.expert_rows import stored_rows
+from qz.quantize.libraries.transformers.experts import LISTED
+from qz.quantize.libraries.transformers.internals import Conv1D, holds_experts, no_init_weights, tied_weights
 from qz.quantize.libraries.transformers.meta_loading import config_in_folder
 from qz.quantize.libraries.transformers.origins import Model, Origin, find_origins, find_transposed
 
+ExpertWeights = Mapping[str, Sequence[tuple[str, ...]]]
+"""Parameter of all experts of a layer → of each expert the names of its weights that are stored one by one."""
 LONGEST = 512
 """Tokens of one sequence, where the model takes as many."""
 
@@ -51,6 +56,30 @@ class Runnable:
             weight = getattr(module, "weight", None)
             if isinstance(module, torch.nn.Linear | Conv1D) and weight is not None and weight.ndim == 2:
                 found[path] = module
+        return found
+
+    @property
+    def expert_layers(self) -> dict[str, Any]:
+        """Path → module of the experts of each layer."""
+        return {path: module for path, module in self.model.named_modules() if holds_experts(module)}
+
+    def expert_weights(self) -> dict[str, list[tuple[str, ...]]]:
+        """See ``ExpertWeights``; gpt-oss' count as one by one, which they are once they are quantized.
+
+        From here on the experts of a layer are computed one after the other.
+        """
+        self.model.set_experts_implementation("eager")
+        listed = self.model.config.model_type == LISTED
+        found: dict[str, list[tuple[str, ...]]] = {}
+        for path, module in self.expert_layers.items():
+            for leaf, parameter in module.named_parameters(prefix=path, recurse=False):
+                if parameter.ndim != 3:
+                    continue
+                names: list[list[str]] = [[] for _ in range(len(parameter))]
+                for rows in stored_rows(self.model, leaf, tuple(parameter.shape)):
+                    names[rows.expert].append(expert_name(rows.name, rows.expert) if listed else rows.name)
+                if listed or len({name for each in names for name in each}) >= len(names):
+                    found[leaf] = [tuple(each) for each in names]
         return found
 
     @property
