@@ -168,7 +168,8 @@ def test_what_experts_are_multiplied_with_is_recorded_and_decides_their_scales(n
     folder = with_tokenizer(mixture(name, tmp_path / "model"))
     stats, words = tmp_path / "stats", some_text(tmp_path / "words.txt")
     found = api.calibrate(folder, stats, text=words, tokens=300, device="cpu", experts=True)
-    expected = multiplied_by_experts(folder, rows_of(folder, words, 512, 300))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = multiplied_by_experts(folder, text.sequences(tokenizer, words.read_text(), 512, 300))
     recorded = read_statistics(stats).sums
     experts = {weight: sums for weight, sums in recorded.items() if ".experts." in weight}
     assert experts.keys() == expected.keys()
