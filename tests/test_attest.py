@@ -324,7 +324,7 @@ def test_a_push_takes_both_along_and_a_download_is_verified(
         record = read_record(LocalFolder(made))
         assert record is not None
         (made / "qz.json").write_bytes(encode_record(record.files, {**record.about, "warnings": ["Another."]}))
-        with pytest.raises(MalformedInput, match=r"statement\.json is of other files"):
+        with pytest.raises(MalformedInput, match=r"statement\.json describes other files"):
             api.push(made, "me/model-nf4")
     api.quantize(tiny_llama, made, if_exists="overwrite", **ON_CPU)
     assert not (made / "model.sig").exists(), "a new output has no old statement"

@@ -111,7 +111,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
                 helps.setdefault(name, set()).add(param.help)
     assert {name for name, texts in helps.items() if len(texts) > 1} <= {
         *("--subfolder", "--dtype", "--revision", "--output", "-o", "--overwrite", "--against", "--importance"),
-        *("--scores", "--method"),  # `qz calibrate` makes them, for a method
+        *("--scores", "--method", "--experts"),  # `qz calibrate` makes them, for a method; and records experts
     }
 
 

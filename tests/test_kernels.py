@@ -691,7 +691,7 @@ print(numba_kernels.__file__)
 def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
     for made, cpu in ((1, "x86-64"), (1, "x86-64"), (2, "haswell")):
         python(CAST, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
-        assert len(list(tmp_path.rglob("*._cast_16_*.nbc"))) == made
+        assert len(list(tmp_path.rglob("*cast_16*.nbc"))) == made
 
 
 def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: Path) -> None:
@@ -707,6 +707,6 @@ def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: 
         environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
         where = python(CAST, NUMBA_CACHE_DIR=str(tmp_path / "cache"), **environment)
         assert where == str(compute / "cpu/numba_kernels.py")
-        found = len(list((tmp_path / "cache").rglob("*._cast_16_*.nbc")))
+        found = len(list((tmp_path / "cache").rglob("*cast_16*.nbc")))
         assert found - made == (0 if made and not changed else 1), changed
         made = found

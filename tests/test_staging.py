@@ -14,6 +14,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import tracemalloc
@@ -338,29 +339,33 @@ def test_a_shard_is_finished_with_two_small_buffers(tmp_path: Path) -> None:
     assert peak < 2 * HASHED + (2 << 20)
 
 
+def write_500_shards(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    values = {"t": np.arange(64, dtype=np.uint8)}
+    with Staging(folder / "out", {}, needed=0) as staging:
+        shards = [staging.open_shard(shard_layout(f"m{i}.safetensors", values)) for i in range(500)]
+
+        def work(part: int) -> None:
+            for half in (slice(0, 32), slice(32, 64)):
+                for shard in shards[part::24]:
+                    shard.write("t", values["t"][half], half.start)
+
+        threads = [threading.Thread(target=work, args=(part,)) for part in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for shard in shards:
+            shard.finish()
+        staging.commit()
+
+
 def test_500_shards_in_progress_need_few_descriptors(tmp_path: Path) -> None:
-    def run() -> None:
-        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # what earlier tests left open counts, too
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-        values = {"t": np.arange(64, dtype=np.uint8)}
-        with Staging(tmp_path / "out", {}, needed=0) as staging:
-            shards = [staging.open_shard(shard_layout(f"m{i}.safetensors", values)) for i in range(500)]
-
-            def work(part: int) -> None:
-                for half in (slice(0, 32), slice(32, 64)):
-                    for shard in shards[part::24]:
-                        shard.write("t", values["t"][half], half.start)
-
-            threads = [threading.Thread(target=work, args=(part,)) for part in range(24)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            for shard in shards:
-                shard.finish()
-            staging.commit()
-
-    assert in_child(run) == 0
+    """In a process of its own, where no earlier test has left anything open."""
+    script = "import sys, pathlib, test_staging; test_staging.write_500_shards(pathlib.Path(sys.argv[1]))"
+    tests = Path(__file__).parent
+    ended = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=tests, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     assert len(list((tmp_path / "out").iterdir())) == 501
 
 
