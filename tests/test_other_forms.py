@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Qz
 from qz import MissingInput, QzError, Unsupported
+from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.checkpoint.weights import PICKLE
 from qz.formats.local_folder import LocalFolder
@@ -117,6 +118,11 @@ def test_what_mlx_packed_is_named_by_every_command(
         assert refused.returncode == 78
         assert re.search(r"quantized with '?mlx'?.* Start from the original", refused.stderr), refused.stderr
     assert "the model is quantized with 'mlx'" in forked_qz("inspect", tmp_path).stdout
+
+
+def test_what_gptq_packed_before_configs_named_a_method_is_not_taken_for_mlx() -> None:
+    stated = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    assert stated_quantization({"model_type": "llama", "quantization_config": stated}) == stated
 
 
 def test_weights_of_openvino_and_whisper_cpp_are_no_pickles() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -66,3 +67,16 @@ def test_components_that_diffusers_no_longer_finds_are_put_together_as_the_warni
     (name,) = re.findall(r"load each component by its class, and make (\w+)\(…\) of them", told)
     parts = {name: type(part).from_pretrained(Path("out") / name) for name, part in made.components.items()}
     assert has_4_bit(getattr(diffusers, name)(**parts).prior)
+
+
+@pytest.mark.parametrize("library", ["x" * 5000, "../../..", "a\0b", ""])
+def test_a_library_that_does_not_exist_is_told_whatever_its_name(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(diffusers.KandinskyV22Pipeline, Path("source"))
+    index = json.loads(Path("source/model_index.json").read_text())
+    index["scheduler"][0] = library
+    Path("source/model_index.json").write_text(json.dumps(index))
+    told = run(quantize, "source", output=Path("out"), dry_run=True)["warnings"]
+    assert any("no longer finds DDPMScheduler (scheduler)" in each for each in told), told

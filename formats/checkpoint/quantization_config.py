@@ -36,14 +36,18 @@ class Settings(NamedTuple):
     skipped: tuple[str, ...] | None = None
 
 
+_NOT_MLX = ("quant_method", "desc_act", "sym")
+
+
 def stated_quantization(config: Mapping[str, Any]) -> Any:
     """What config.json says of a quantization, at its root or in the config of a part; None if nothing.
 
-    Of MLX, which has it under ``quantization``, mostly under ``quantization_config`` too, the method is added.
+    Of MLX, which has it under ``quantization``, mostly under ``quantization_config`` too, the method is added. GPTQ's
+    first configs had none either, and said more than bits and the size of a group.
     """
     for key in ("quantization_config", "quantization"):
         found = config.get(key)
-        if isinstance(found, dict) and "quant_method" not in found and {"bits", "group_size"} <= found.keys():
+        if isinstance(found, dict) and {"bits", "group_size"} <= found.keys() and found.keys().isdisjoint(_NOT_MLX):
             return {**found, "quant_method": "mlx"}
         if found is not None and key == "quantization_config":
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,9 @@ from qz.formats.checkpoint.pipeline import Pipeline
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.class_search import classes_in_diffusers, shown
 from qz.quantize.libraries.versions import requirement
+
+_LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
+"""Where diffusers looks for classes of components, beside the folders of its pipelines."""
 
 
 def unknown_classes(pipeline: Pipeline) -> tuple[str, ...]:
@@ -31,24 +35,20 @@ def unknown_classes(pipeline: Pipeline) -> tuple[str, ...]:
             "model_index.json names: it loads the output only if a newer version has it, or with the code of the "
             "class: custom_pipeline=…, trust_remote_code=True"
         )
+    libraries = {*_LIBRARIES, *os.listdir(origin.parent / "pipelines")}
     lost = [
         each
         for each in pipeline.components
-        if (each.library == "diffusers" and f'"{each.class_name}"' not in exported)
-        or (each.library not in _LIBRARIES and not (origin.parent / "pipelines" / each.library).is_dir())
+        if each.library not in libraries or (each.library == "diffusers" and f'"{each.class_name}"' not in exported)
     ]
     if lost:
-        names = ", ".join(f"{each.class_name} ({each.name})" for each in lost)
+        names = ", ".join(f"{shown(each.class_name)} ({each.name})" for each in lost)
         notes.append(
             f"diffusers {version('diffusers')} no longer finds {names} where model_index.json says, so that "
             "from_pretrained loads neither the source nor the output: load each component by its class, and make "
             f"{pipeline.class_name}(…) of them"
         )
     return tuple(notes)
-
-
-_LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
-"""Where diffusers looks for classes of components, but for the folders of its pipelines."""
 
 
 def model_class_of(checkpoint: Checkpoint) -> Any:
