@@ -185,6 +185,25 @@ def test_what_experts_are_multiplied_with_is_recorded_and_decides_their_scales(n
     assert any(".experts." in each for each in differing_tensors(tmp_path / "nf4", tmp_path / "searched"))
 
 
+@pytest.mark.parametrize("how", ["eager", "batched_mm"])
+def test_experts_whose_inputs_are_not_seen_are_refused(how: str, tmp_path: Path) -> None:
+    from qz.quantize.calibration.running.experts import watched
+    from qz.quantize.libraries.transformers.runnable import ExpertLayer
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(mixture("mixtral", tmp_path / "model"))
+    model.set_experts_implementation(how)
+    path = "model.layers.0.mlp.experts"
+    names = {leaf: [()] * 4 for leaf in ("gate_up_proj", "down_proj")}
+    seen: list[str] = []
+    with watched({path: ExpertLayer(model.get_submodule(path), names)}, lambda key, _: seen.append(key)):
+        if how == "eager":
+            model(torch.tensor([[5, 6]]))
+        else:
+            with pytest.raises(Unsupported, match="--experts"):
+                model(torch.tensor([[5, 6]]))
+    assert bool(seen) == (how == "eager")
+
+
 def test_experts_that_were_not_recorded_or_are_not_there_are_told_of(tmp_path: Path) -> None:
     folder = with_tokenizer(mixture("qwen3_moe", tmp_path / "model"))
     api.calibrate(folder, tmp_path / "stats", tokens=100, device="cpu")
@@ -312,9 +331,8 @@ def test_an_interrupted_run_goes_on_at_the_last_finished_block_and_finds_the_sam
             if before_end and progress.total and progress.done >= progress.total - before_end:
                 raise Killed
 
-        return api.calibrate(
-            folder, tmp_path / output, text=words, tokens=600, hessians=True, device="cpu", on_progress=look
-        )
+        how: dict[str, Any] = {"hessians": True, "experts": name == "qwen3-moe", "device": "cpu"}
+        return api.calibrate(folder, tmp_path / output, text=words, tokens=600, on_progress=look, **how)
 
     whole = run("whole")
     for before_end in (2, 1):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from qz.quantize.calibration.running.unfinished import Unfinished
-    from qz.quantize.libraries.transformers.runnable import ExpertWeights, Runnable
+    from qz.quantize.libraries.transformers.runnable import ExpertLayer, Runnable
 
 TOKENS = 1024
 """More of them hardly change the importance of inputs."""
@@ -220,9 +220,7 @@ class _Run:
         blocks = blocks_of(model.model)
         files = HessianFiles(request.output, kept)
         experts = self._experts(class_name, model) if request.experts else None
-        recorder = Recorder(
-            model.linears, model.head, hessians=request.hessians, experts=experts, expert_layers=model.expert_layers
-        )
+        recorder = Recorder(model.linears, model.head, hessians=request.hessians, experts=experts)
         recording = Recording(recorder, files, blocks, device)
         if kept.count:
             self.progress(Progress("Calibrating", kept=(kept.count, len(blocks)), unit="block"))
@@ -275,8 +273,8 @@ class _Run:
             resumed=kept.count > 0,
         )
 
-    def _experts(self, class_name: str, model: Runnable) -> ExpertWeights:
-        found = model.expert_weights()
+    def _experts(self, class_name: str, model: Runnable) -> dict[str, ExpertLayer]:
+        found = model.experts()
         if not found:
             raise Unsupported(
                 f"{self.checkpoint.folder.location}: {class_name} has no experts that are quantized one by one: leave "

@@ -2,57 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qz.quantize.libraries.transformers.runnable import ExpertWeights
+from qz import Unsupported
+from qz.quantize.libraries.transformers.runnable import ExpertLayer
 
 _PRODUCTS = {"linear", "matmul", "__matmul__"}
 OnInputs = Callable[[str, torch.Tensor], None]
 """Called with what ``expert_key`` gives and the inputs [tokens, in] of that expert."""
 
 
-def expert_key(parameter: str, expert: int) -> str:
-    return f"{parameter}.{expert}"
+def expert_key(path: str, parameter: str, expert: int) -> str:
+    """What the inputs of one expert's part of a parameter are recorded as."""
+    return f"{path}.{parameter}.{expert}"
 
 
 @contextmanager
-def watched(layers: dict[str, Any], experts: ExpertWeights, on_inputs: OnInputs) -> Iterator[None]:
-    """While ``layers`` (path → module) run, tell what each expert is multiplied with.
+def watched(layers: Mapping[str, ExpertLayer], on_inputs: OnInputs) -> Iterator[None]:
+    """While ``layers``, by path, run, tell what each expert is multiplied with.
 
-    Their forwards must compute one expert after the other, as the libraries' "eager" implementation does.
+    They must compute one expert after the other, as the libraries' "eager" implementation does: Unsupported is raised
+    where no product with an expert is seen.
     """
     for path, layer in layers.items():
-        layer.forward = _Watched(layer, [name for name in experts if name.rpartition(".")[0] == path], on_inputs)
+        layer.module.forward = _Watched(path, layer, on_inputs)
     try:
         yield
     finally:
         for layer in layers.values():
-            del layer.forward
+            del layer.module.forward
 
 
 class _Watched:
     """A layer's forward."""
 
-    def __init__(self, layer: Any, parameters: list[str], on_inputs: OnInputs) -> None:
-        self.layer, self.forward, self.parameters, self.on_inputs = layer, layer.forward, parameters, on_inputs
+    def __init__(self, path: str, layer: ExpertLayer, on_inputs: OnInputs) -> None:
+        self.path, self.layer, self.forward, self.on_inputs = path, layer, layer.module.forward, on_inputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held = {name: getattr(self.layer, name.rpartition(".")[2]) for name in self.parameters}
-        with _Products(held, self.on_inputs):
-            return self.forward(*args, **kwargs)
+        unseen = set(self.layer.weights)
+
+        def tell(leaf: str, expert: int, inputs: torch.Tensor) -> None:
+            unseen.discard(leaf)
+            self.on_inputs(expert_key(self.path, leaf, expert), inputs)
+
+        with _Products({leaf: self.layer.module.get_parameter(leaf) for leaf in unseen}, tell):
+            answer = self.forward(*args, **kwargs)
+        if unseen:
+            raise Unsupported(
+                f"{self.path} computes its experts in a way that does not show what comes to {min(unseen)}. Leave "
+                "out --experts."
+            )
+        return answer
 
 
 class _Products(TorchFunctionMode):
     """Finds the parameter, and the expert in it, that a product's second factor is a slice of."""
 
-    def __init__(self, parameters: dict[str, torch.Tensor], on_inputs: OnInputs) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], tell: Callable[[str, int, torch.Tensor], None]) -> None:
         super().__init__()
-        self.parameters, self.on_inputs = parameters, on_inputs
+        self.parameters, self.tell = parameters, tell
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") in _PRODUCTS and len(args) > 1:
@@ -63,4 +77,4 @@ class _Products(TorchFunctionMode):
         for name, parameter in self.parameters.items():
             behind = weight.data_ptr() - parameter.data_ptr()
             if 0 <= behind < parameter.nbytes:
-                self.on_inputs(expert_key(name, behind // (parameter.nbytes // len(parameter))), inputs)
+                self.tell(name, behind // (parameter.nbytes // len(parameter)), inputs)

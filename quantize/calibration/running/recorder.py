@@ -15,24 +15,18 @@ from qz import Unsupported
 from qz.quantize.calibration.running.blocks import Finished
 from qz.quantize.calibration.running.experts import expert_key, watched
 from qz.quantize.importance.statistics import MAX_HESSIAN_INPUTS, Floats, InputSums
-from qz.quantize.libraries.transformers.runnable import ExpertWeights
+from qz.quantize.libraries.transformers.runnable import ExpertLayer
 
 
 class Recorder:
     """Hooks on ``linears``, by path. A forward ends at ``head``, whose output nobody needs.
 
     With ``hessians``, linears that are called with the same tensor share one sum, under the name of the first.
-    ``experts``, in ``expert_layers`` by path, are recorded by what ``expert_key`` gives, and have no Hessians.
+    ``experts``, by the paths of their layers, are recorded by what ``expert_key`` gives, and have no Hessians.
     """
 
     def __init__(
-        self,
-        linears: Mapping[str, Any],
-        head: Any,
-        *,
-        hessians: bool,
-        experts: ExpertWeights | None = None,
-        expert_layers: Mapping[str, Any] | None = None,
+        self, linears: Mapping[str, Any], head: Any, *, hessians: bool, experts: Mapping[str, ExpertLayer] | None = None
     ) -> None:
         self.hessians, self.head = hessians, head
         self.sums = {f"{path}.weight": np.zeros(_inputs(module), np.float64) for path, module in linears.items()}
@@ -40,14 +34,12 @@ class Recorder:
         """Of an expert's weights, which are multiplied with the same inputs."""
         self._watching = ExitStack()
         if experts:
-            layers = dict(expert_layers or {})
-            self._watching.enter_context(watched(layers, experts, self._add_inputs))
-            for parameter, of_each in experts.items():
-                path, _, leaf = parameter.rpartition(".")
-                inputs = getattr(layers[path], leaf).shape[1 if layers[path].is_transposed else 2]
-                for number, names in enumerate(of_each):
-                    self.names[expert_key(parameter, number)] = names
-                    self.sums[expert_key(parameter, number)] = np.zeros(inputs, np.float64)
+            self._watching.enter_context(watched(experts, self._add_inputs))
+            for path, layer in experts.items():
+                for parameter, of_each in layer.weights.items():
+                    keys = [expert_key(path, parameter, number) for number in range(len(of_each))]
+                    self.names |= zip(keys, of_each, strict=True)
+                    self.sums |= {key: np.zeros(layer.inputs(parameter), np.float64) for key in keys}
         self.tokens = dict.fromkeys(self.sums, 0)
         self.products: dict[str, torch.Tensor] = {}
         """Of the part that is running, by the first weight's name, float32[in, in]."""

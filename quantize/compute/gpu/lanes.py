@@ -56,13 +56,10 @@ class CudaLane(Lane):
             self.stream.wait_event(self.computed)
             for out, result in zip(outs, results, strict=True):
                 out.copy_(result[: out.numel()], non_blocking=True)
-            if bounds is None:
-                self.stream.synchronize()
-                return True
-            found = self.extremes[bounds.dtype]
-            found.copy_(bounds, non_blocking=True)
+            if bounds is not None:
+                self.extremes[bounds.dtype].copy_(bounds, non_blocking=True)
             self.stream.synchronize()
-            return _are_finite(found)
+        return bounds is None or _are_finite(self.extremes[bounds.dtype])
 
 
 def lane(device: torch.device) -> Lane:

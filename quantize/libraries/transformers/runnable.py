@@ -26,10 +26,20 @@ from qz.quantize.libraries.transformers.internals import Conv1D, holds_experts, 
 from qz.quantize.libraries.transformers.meta_loading import config_in_folder
 from qz.quantize.libraries.transformers.origins import Model, Origin, find_origins, find_transposed
 
-ExpertWeights = Mapping[str, Sequence[tuple[str, ...]]]
-"""Parameter of all experts of a layer → of each expert the names of its weights that are stored one by one."""
 LONGEST = 512
 """Tokens of one sequence, where the model takes as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """The experts of a layer. ``weights``: of each 3-D parameter, the names of what each expert's part is stored as."""
+
+    module: Any
+    weights: Mapping[str, Sequence[tuple[str, ...]]]
+
+    def inputs(self, parameter: str) -> int:
+        """How many inputs the experts' matrices in it have."""
+        return int(self.module.get_parameter(parameter).shape[1 if self.module.is_transposed else 2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +68,29 @@ class Runnable:
                 found[path] = module
         return found
 
-    @property
-    def expert_layers(self) -> dict[str, Any]:
-        """Path → module of the experts of each layer."""
-        return {path: module for path, module in self.model.named_modules() if holds_experts(module)}
-
-    def expert_weights(self) -> dict[str, list[tuple[str, ...]]]:
-        """See ``ExpertWeights``; gpt-oss' count as one by one, which they are once they are quantized.
+    def experts(self) -> dict[str, ExpertLayer]:
+        """Path → the experts there, where each has weights of its own; gpt-oss' have once they are quantized.
 
         From here on the experts of a layer are computed one after the other.
         """
         self.model.set_experts_implementation("eager")
-        listed = self.model.config.model_type == LISTED
-        found: dict[str, list[tuple[str, ...]]] = {}
-        for path, module in self.expert_layers.items():
-            for leaf, parameter in module.named_parameters(prefix=path, recurse=False):
-                if parameter.ndim != 3:
-                    continue
-                names: list[list[str]] = [[] for _ in range(len(parameter))]
-                for rows in stored_rows(self.model, leaf, tuple(parameter.shape)):
-                    names[rows.expert].append(expert_name(rows.name, rows.expert) if listed else rows.name)
-                if listed or len({name for each in names for name in each}) >= len(names):
-                    found[leaf] = [tuple(each) for each in names]
+        found = {}
+        for path, module in self.model.named_modules():
+            if holds_experts(module):
+                parameters = {leaf: each for leaf, each in module.named_parameters(recurse=False) if each.ndim == 3}
+                weights = {leaf: self._expert_names(f"{path}.{leaf}", each) for leaf, each in parameters.items()}
+                if weights and all(all(names) for names in weights.values()):
+                    found[path] = ExpertLayer(module, weights)
         return found
+
+    def _expert_names(self, name: str, parameter: torch.Tensor) -> list[tuple[str, ...]]:
+        """What each expert's part of a parameter is stored as; nothing for those that are stored together."""
+        listed = self.model.config.model_type == LISTED
+        names: list[list[str]] = [[] for _ in range(len(parameter))]
+        for rows in stored_rows(self.model, name, tuple(parameter.shape)):
+            names[rows.expert].append(expert_name(rows.name, rows.expert) if listed else rows.name)
+        apart = len({each for of_one in names for each in of_one}) == sum(map(len, names))
+        return [tuple(each) if apart else () for each in names]
 
     @property
     def head(self) -> Any:
