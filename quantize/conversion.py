@@ -40,10 +40,15 @@ if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.publication import Publication
     from qz.quantize.pipeline import PipelinePlan
+    from qz.quantize.planning.membership import Membership
     from qz.quantize.planning.plan import Plan
     from qz.quantize.reports.pipeline_summary import PipelineSummary
     from qz.quantize.streaming.measuring.measure import Measure
     from qz.quantize.streaming.output_parts import Part
+
+    PlanModel = Callable[[Checkpoint, Settings, Membership], Plan]
+    MeasureModel = Callable[[Checkpoint], Measure]
+    PlanPipeline = Callable[[Pipeline, Settings], PipelinePlan]
 
 UNMEASURED = "the loss was not measured when this output was made; `qz compare` measures it without making it again"
 
@@ -72,11 +77,7 @@ class Conversion:
     measured: bool = False
     """Whether the loss is asked for."""
 
-    def model(
-        self,
-        plan: Callable[[Checkpoint, Settings], Plan],
-        measure: Callable[[Checkpoint], Measure] | None = None,
-    ) -> Report:
+    def model(self, plan: PlanModel, measure: MeasureModel | None = None) -> Report:
         """Convert one model as ``plan`` plans it; ``measure`` makes what measures the loss on the way."""
         from qz.formats.checkpoint.survey import open_checkpoint
 
@@ -89,9 +90,9 @@ class Conversion:
 
     def file(
         self,
-        plan: Callable[[Checkpoint, Settings], Plan],
-        plan_pipeline: Callable[[Pipeline, Settings], PipelinePlan],
-        measure: Callable[[Checkpoint], Measure] | None,
+        plan: PlanModel,
+        plan_pipeline: PlanPipeline,
+        measure: MeasureModel | None,
         require: Callable[[bool], None],
     ) -> Report | PipelineSummary:
         """Convert what one file in other names holds; ``require`` is told whether that is a pipeline, and may raise."""
@@ -110,18 +111,13 @@ class Conversion:
             done = self._model(opened, plan, measure)
         return replace(done, notes=(*done.notes, *notes))
 
-    def _model(
-        self,
-        checkpoint: Checkpoint,
-        plan: Callable[[Checkpoint, Settings], Plan],
-        measure: Callable[[Checkpoint], Measure] | None,
-    ) -> Report:
+    def _model(self, checkpoint: Checkpoint, plan: PlanModel, measure: MeasureModel | None) -> Report:
         from qz.quantize.convert import carry_out
         from qz.quantize.reports.summary import summarize
 
         self._download([checkpoint])
         self.on_progress(Progress("Planning"))
-        planned = plan(checkpoint, self.settings)
+        planned = plan(checkpoint, self.settings, membership_of(self.source, self.settings))
         target = self._target([planned.architecture.dtype])
         if self.output is None and (found := self._existing(target.output)) is not None:
             return found
@@ -141,7 +137,7 @@ class Conversion:
         done = carry_out(planned, origin, target, self.settings, self.on_progress, carried, measuring)
         return replace(done, share=self.share)
 
-    def pipeline(self, plan: Callable[[Pipeline, Settings], PipelinePlan]) -> PipelineSummary | UpToDate:
+    def pipeline(self, plan: PlanPipeline) -> PipelineSummary | UpToDate:
         """Convert a diffusers pipeline, component by component, as ``plan`` plans it."""
         from qz.formats.checkpoint.pipeline import open_pipeline
 
@@ -152,9 +148,7 @@ class Conversion:
             pipeline = open_pipeline(self.source.folder, self.settings.variant)
         return self._pipeline(pipeline, plan)
 
-    def _pipeline(
-        self, pipeline: Pipeline, plan: Callable[[Pipeline, Settings], PipelinePlan]
-    ) -> PipelineSummary | UpToDate:
+    def _pipeline(self, pipeline: Pipeline, plan: PlanPipeline) -> PipelineSummary | UpToDate:
         from qz.quantize.pipeline_run import carry_out_pipeline, summarize_pipeline
 
         try:
@@ -291,6 +285,15 @@ def open_file(source: OpenedSource, settings: Settings) -> tuple[Checkpoint | Pi
         return configs[-1]
 
     return open_single_file(source.folder, source.file, settings.config, open_config), notes_of(*configs)
+
+
+def membership_of(source: OpenedSource, settings: Settings) -> Membership:
+    """Which component of which pipeline a source is; the pipeline's class is read where a LoRA needs it."""
+    from qz.formats.checkpoint.pipeline import pipeline_class
+    from qz.quantize.planning.membership import Membership
+
+    component = (source.subfolder or "").strip("/")
+    return Membership(component, pipeline_class(source.root) if settings.loras else None)
 
 
 def companions_of(source: OpenedSource, checkpoint: Checkpoint, settings: Settings) -> tuple[Companion, ...]:

@@ -29,6 +29,7 @@ from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.planning.budget.kept_layers import with_kept_layers
 from qz.quantize.planning.dequantization import dequantized_checkpoint
 from qz.quantize.planning.fusing import fuse
+from qz.quantize.planning.membership import ALONE, Membership
 from qz.quantize.planning.nearest import linears, refuse_unmatched
 from qz.quantize.planning.original_layout import in_original_names
 from qz.quantize.planning.plan import Plan, make_plan
@@ -49,37 +50,20 @@ TRANSIENT = ("output", "dry_run", "seconds", "shards", "resumed", "up_to_date", 
 """Of a summary, what differs from run to run."""
 
 
-def plan_quantization(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    component: str = "",
-    *,
-    pipeline: bool = False,
-    pipeline_class: str | None = None,
-) -> Plan:
+def plan_quantization(checkpoint: Checkpoint, settings: Settings, member: Membership = ALONE) -> Plan:
     """The plan of a plain checkpoint, or of one that bitsandbytes quantized if LoRAs are fused into it.
 
-    Raises Unsupported if it is quantized already, cannot be, or nothing of it would be; UsageError if nothing would be
-    because of ``settings.skips``.
-
-    ``component``: the folder of a ``pipeline`` that the checkpoint is, which is of ``pipeline_class``. Raises
-    UsageError for a skip that matches nothing, but in a pipeline, where it may match in another component.
+    Raises Unsupported if it is quantized already, cannot be, or nothing of it would be; UsageError if
+    ``settings.skips`` leave nothing, or one of them matches nothing (in a whole pipeline it may match elsewhere).
     """
-    plan = plan_conversion(checkpoint, settings, component, pipeline=pipeline, pipeline_class=pipeline_class)
+    plan = plan_conversion(checkpoint, settings, member)
     if not plan.quantized:
         raise _nothing_to_quantize(plan)
     return in_original_names(plan) if settings.layout == "single-file" else plan
 
 
-def plan_conversion(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    component: str = "",
-    *,
-    pipeline: bool = False,
-    pipeline_class: str | None = None,
-) -> Plan:
-    """As ``plan_quantization``, also where no layer can be quantized. A ``pipeline`` fuses its LoRAs itself."""
+def plan_conversion(checkpoint: Checkpoint, settings: Settings, member: Membership = ALONE) -> Plan:
+    """As ``plan_quantization``, also where no layer can be quantized."""
     checkpoint = plain_checkpoint(checkpoint)
     if settings.experts and checkpoint.library != "transformers":
         raise UsageError(f"{checkpoint.folder.location} is a model of {checkpoint.library}: leave out --experts.")
@@ -99,18 +83,18 @@ def plan_conversion(
         with gc_paused():  # a plan stays, and large ones are a million objects
             architecture = examine(checkpoint, request, given, equal)
             plan = make_plan(checkpoint, architecture, settings.method, settings.max_shard_bytes, sources)
-        return plan if pipeline else fuse(plan, settings.loras, component, pipeline_class)
+        return fuse(plan, settings.loras, member)
 
     plan = planned(request)
-    if not pipeline:
+    if not member.whole_pipeline:
         refuse_unmatched(plan.architecture.unmatched_skips, checkpoint.folder.location, linears(plan))
     if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
         request = replace(request, skips=(*request.skips, *modules))
         plan = planned(request)
     if settings.chooses_layers and plan.quantized:
         again = lambda paths: planned(replace(request, skips=(*request.skips, *paths)))  # noqa: E731
-        plan = with_kept_layers(plan, settings, again, score_file(settings, component, pipeline=pipeline))
-    return replace(plan, refinement=refinement(plan, settings, component, pipeline=pipeline))
+        plan = with_kept_layers(plan, settings, again, score_file(settings, member))
+    return replace(plan, refinement=refinement(plan, settings, member))
 
 
 def _nothing_to_quantize(plan: Plan) -> QzError:

@@ -24,6 +24,7 @@ from qz.quantize.planning.budget.component_sizes import Combination
 from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.components import Choice, choose, plan_each, without_weights
 from qz.quantize.planning.fusing import fused
+from qz.quantize.planning.membership import Membership
 from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
@@ -153,7 +154,7 @@ def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings)
 
     def scored(choice: Choice, plan: Plan) -> Sequence[Point] | None:
         own = _own_settings(choice, settings)
-        file = score_file(own, choice.name, pipeline=True)
+        file = score_file(own, Membership(choice.name, whole_pipeline=True))
         if file is None or plan.method is None or file.scores.method != plan.method.name:
             return None
         return curve_of(plan, own, file)
@@ -192,7 +193,8 @@ def _plan_quantized(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
             else "not quantized"
         )
         if component.checkpoint is not None and (encoded is not None or method == "bitsandbytes"):
-            plans[component.name] = plan_dequantization(component.checkpoint, settings, pipeline=True)
+            member = Membership(component.name, whole_pipeline=True)
+            plans[component.name] = plan_dequantization(component.checkpoint, settings, member)
             reason = "dequantized"
         choices.append(Choice(component, None, reason, component.parameters / max(total, 1)))
     if not plans:
@@ -328,7 +330,7 @@ def _plan(choice: Choice, settings: Settings) -> Plan:
     checkpoint = choice.component.checkpoint
     assert checkpoint is not None  # ``choose`` takes components with weights only
     try:
-        return plan_quantization(checkpoint, settings, choice.name, pipeline=True)
+        return plan_quantization(checkpoint, settings, Membership(choice.name, whole_pipeline=True))
     except Unsupported as error:
         if not choice.asked_for:
             raise

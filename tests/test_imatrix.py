@@ -20,6 +20,7 @@ from qz.quantize.importance.imatrix import is_imatrix, read_imatrix
 from qz.quantize.importance.statistics import InputSums, write_statistics
 from qz.quantize.libraries.architecture import Saved, Weight
 from qz.quantize.libraries.gguf_names import untouched
+from qz.quantize.planning.membership import Membership
 from qz.quantize.planning.plan import Step
 from reference import differing_tensors
 from zoo import build
@@ -232,4 +233,4 @@ def test_a_pipeline_has_no_single_imatrix(tmp_path: Path) -> None:
 
     path = write_gguf(tmp_path / "i.gguf", {"blk.0.ffn_down.weight": (np.ones(8, np.float32), 3)})
     with pytest.raises(UsageError, match="--subfolder"):
-        read_importance(path, [], pipeline=True)
+        read_importance(path, [], Membership("transformer", whole_pipeline=True))

@@ -28,6 +28,7 @@ from qz.formats.safetensors import encode_header, layout
 from qz.quantize.adapters.changes import Changes
 from qz.quantize.adapters.placement import placements
 from qz.quantize.planning.fusing import fuse
+from qz.quantize.planning.membership import Membership
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.sources import Fused
 from reference import differing_tensors, tensors_of
@@ -284,7 +285,8 @@ def test_fused_layers_of_the_original_names_are_split_over_those_of_diffusers(tm
     adapter = open_adapter(LocalFolder(tmp_path), "lora.safetensors", "lora.safetensors", 1.0)
     placed = placements(adapter, {"transformer": checkpoint}, "FluxPipeline")
     assert sorted(each.path.rpartition(".")[2] for each in placed) == ["proj_mlp", "to_k", "to_q", "to_v"]
-    changed = {step.name: step.sources[0] for step in fuse(plan, [adapter], "transformer", "FluxPipeline").steps}
+    planned = fuse(plan, [adapter], Membership("transformer", "FluxPipeline"))
+    changed = {step.name: step.sources[0] for step in planned.steps}
     start = 0
     for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
         source = changed[f"single_transformer_blocks.0.{name}.weight"]
@@ -320,7 +322,7 @@ def test_every_kind_of_lycoris_gives_the_weight_that_it_computes(
     save_file({name.replace("lycoris", prefix, 1): part for name, part in parts.items()}, tmp_path / "x.safetensors")
     for what, scale in (("whole", 1.0), ("half", 0.5)):
         adapter = open_adapter(LocalFolder(tmp_path), "x.safetensors", "x.safetensors", scale)
-        changed = fuse(unet_plan, [adapter], "unet", "StableDiffusionXLPipeline")
+        changed = fuse(unet_plan, [adapter], Membership("unet", "StableDiffusionXLPipeline"))
         for path, shape in lycoris_values.LAYERS.items():
             ours = weight_with(changed, f"{path}.weight", lycoris_values.layer(shape))
             torch.testing.assert_close(ours, known[f"{case}|{path}|{what}"], rtol=1e-5, atol=2e-6)
@@ -366,4 +368,4 @@ def test_norms_of_the_inputs_of_a_part_of_a_layer_are_not_known(tmp_path: Path) 
     save_file({f"{stem}.{name}": part for name, part in parts.items()}, tmp_path / "lora.safetensors")
     adapter = open_adapter(LocalFolder(tmp_path), "lora.safetensors", "lora.safetensors", 1.0)
     with pytest.raises(Unsupported, match="those of the whole are not known"):
-        fuse(plan_of(tmp_path / "flux", "nf4"), [adapter], "transformer", "FluxPipeline")
+        fuse(plan_of(tmp_path / "flux", "nf4"), [adapter], Membership("transformer", "FluxPipeline"))

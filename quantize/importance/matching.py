@@ -13,6 +13,7 @@ from qz import UsageError
 from qz.counted import counted
 from qz.formats.malformed import Malformed, quoted
 from qz.quantize.importance.statistics import Floats, InputSums, Statistics, read_statistics
+from qz.quantize.planning.membership import ALONE, Membership
 
 if TYPE_CHECKING:
     from qz.quantize.planning.plan import Step
@@ -47,11 +48,11 @@ def column_weights(sums: InputSums) -> Floats | None:
     return weights
 
 
-def match(statistics: Statistics, steps: Iterable[Step], component: str = "", *, pipeline: bool = False) -> Matched:
+def match(statistics: Statistics, steps: Iterable[Step], member: Membership = ALONE) -> Matched:
     """Find each weight's statistics by its name in the model, in the output, or in the source.
 
-    A weight merged from several source tensors, or split from one, has the inputs of each of these. ``component``: the
-    folder of a pipeline that the weights belong to, with which names may begin; in a whole ``pipeline`` they must.
+    A weight merged from several source tensors, or split from one, has the inputs of each of these. Names may begin
+    with the component that the weights belong to; in a whole pipeline they must.
     Raises Malformed for sums of another length than the weight has inputs, or where nothing fits at all.
     """
     found: dict[str, InputSums] = {}
@@ -62,8 +63,9 @@ def match(statistics: Statistics, steps: Iterable[Step], component: str = "", *,
         weight = step.weight
         count += 1
         plain = dict.fromkeys((weight.name, step.name, *weight.sources))
-        prefixed = [f"{component}/{name}" for name in plain] if component else []
-        name = next((each for each in (*prefixed, *(() if pipeline else plain)) if each in statistics.sums), None)
+        prefixed = [f"{member.component}/{name}" for name in plain] if member.component else []
+        possible = prefixed if member.whole_pipeline else (*prefixed, *plain)
+        name = next((each for each in possible if each in statistics.sums), None)
         if name is None:
             missing.append(weight.name)
             continue
@@ -77,7 +79,7 @@ def match(statistics: Statistics, steps: Iterable[Step], component: str = "", *,
         found[weight.name], names[weight.name] = sums, name
     if count and not found:
         example = quoted(next(iter(statistics.sums), "nothing"))
-        wanted = quoted(f"{component}/{missing[0]}" if pipeline else missing[0])
+        wanted = quoted(f"{member.component}/{missing[0]}" if member.whole_pipeline else missing[0])
         raise Malformed(
             "statistics-malformed",
             f"{statistics.location} covers none of the weights that are quantized: it has {example}, but no "
@@ -87,7 +89,7 @@ def match(statistics: Statistics, steps: Iterable[Step], component: str = "", *,
     return Matched(found, names, tuple(missing), unseen)
 
 
-def read_importance(path: Path, steps: Iterable[Step], *, pipeline: bool = False) -> Statistics:
+def read_importance(path: Path, steps: Iterable[Step], member: Membership = ALONE) -> Statistics:
     """The statistics in a file of either kind; an imatrix of llama.cpp's is put under the names of the weights.
 
     Raises MissingInput and Malformed, and UsageError for an imatrix and a whole pipeline.
@@ -96,7 +98,7 @@ def read_importance(path: Path, steps: Iterable[Step], *, pipeline: bool = False
 
     if not is_imatrix(path):
         return read_statistics(path)
-    if pipeline:
+    if member.whole_pipeline:
         raise UsageError(f"{path} is an imatrix, which describes one model: name its component with --subfolder.")
     return read_imatrix(path, steps)
 

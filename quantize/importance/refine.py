@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qz.quantize.methods import FourBit
+from qz.quantize.planning.membership import ALONE, Membership
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import Refinement
 from qz.quantize.settings import Settings
@@ -13,11 +14,10 @@ FP4_NOTE = (
 )
 
 
-def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline: bool = False) -> Refinement | None:
+def refinement(plan: Plan, settings: Settings, member: Membership = ALONE) -> Refinement | None:
     """What ``settings`` say of the weights that ``plan`` quantizes; None where nothing is refined.
 
-    ``component``, ``pipeline``: see ``qz.quantize.importance.matching.match``. Raises MissingInput and
-    MalformedInput for a file of importance that cannot be used.
+    Raises MissingInput and MalformedInput for a file of importance that cannot be used.
     """
     if settings.scales == "absmax" or not isinstance(plan.method, FourBit):
         return None
@@ -27,8 +27,8 @@ def refinement(plan: Plan, settings: Settings, component: str = "", *, pipeline:
     from qz.quantize.importance import matching
 
     quantized = [step for step in plan.steps if step.act == "quantize"]
-    statistics = matching.read_importance(settings.importance, quantized, pipeline=pipeline)
-    matched = matching.match(statistics, quantized, component, pipeline=pipeline)
+    statistics = matching.read_importance(settings.importance, quantized, member)
+    matched = matching.match(statistics, quantized, member)
     columns = {name: matching.column_weights(sums) for name, sums in matched.sums.items()}
     hessians, notes = {}, matching.warnings(statistics, matched)
     if settings.rounding == "gptq":

@@ -8,11 +8,12 @@ from qz import UsageError
 from qz.quantize.importance.imatrix import is_imatrix
 from qz.quantize.importance.statistics import read_statistics
 from qz.quantize.planning.budget.kept_layers import ScoreFile
+from qz.quantize.planning.membership import ALONE, Membership
 from qz.quantize.settings import Settings
 
 
-def score_file(settings: Settings, component: str = "", *, pipeline: bool = False) -> ScoreFile | None:
-    """None where ``settings`` name none, or the file has none of this component of a ``pipeline``.
+def score_file(settings: Settings, member: Membership = ALONE) -> ScoreFile | None:
+    """None where ``settings`` name none, or the file has none of this component of a whole pipeline.
 
     Raises MissingInput, Malformed, and UsageError for a file without scores.
     """
@@ -20,11 +21,11 @@ def score_file(settings: Settings, component: str = "", *, pipeline: bool = Fals
     if file is None or (settings.scores is None and is_imatrix(file)):
         return None
     statistics = read_statistics(file)
-    found = statistics.component_scores.get(component) or (None if pipeline else statistics.scores)
+    found = statistics.component_scores.get(member.component) or (None if member.whole_pipeline else statistics.scores)
     if found is None:
-        if settings.scores is None or pipeline:
+        if settings.scores is None or member.whole_pipeline:
             return None
-        whose = f" of {component}" if statistics.component_scores and component else ""
+        whose = f" of {member.component}" if statistics.component_scores and member.component else ""
         raise UsageError(
             f"{file} has no scores{whose}. Make it again with `qz calibrate --scores`, or leave out --scores."
         )
@@ -35,7 +36,7 @@ def unscored(settings: Settings, components: Iterable[str]) -> list[str]:
     """Those of a pipeline's ``components`` that the file which is named, if there is one, has no scores of."""
     if settings.scores is None and settings.importance is None:
         return []
-    return [name for name in components if score_file(settings, name, pipeline=True) is None]
+    return [name for name in components if score_file(settings, Membership(name, whole_pipeline=True)) is None]
 
 
 def refuse_unscored(settings: Settings, components: Iterable[str]) -> None:

@@ -29,6 +29,7 @@ from qz.quantize.libraries.examine import examine
 from qz.quantize.libraries.expert_layout import expert_lists
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.planning.fusing import fuse
+from qz.quantize.planning.membership import ALONE, Membership
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Packed, Source, Stacked, packed_parts
 from qz.quantize.planning.unquantized import equal_sources, equal_tensors
@@ -48,26 +49,17 @@ DAMAGED = frozenset(
 the library cannot load) keep a loader from its work, but not this."""
 
 
-def plan_dequantization(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    component: str = "",
-    *,
-    pipeline: bool = False,
-    pipeline_class: str | None = None,
-) -> Plan:
+def plan_dequantization(checkpoint: Checkpoint, settings: Settings, member: Membership = ALONE) -> Plan:
     """The plan of a quantized checkpoint's way back; ``settings.dtype`` auto is the dtype before quantization.
 
-    LoRAs are fused into the dequantized weights; ``component``, ``pipeline`` and ``pipeline_class`` as in
-    ``qz.quantize.convert.plan_quantization``.
+    LoRAs are fused into the dequantized weights.
 
     Raises Unsupported if the checkpoint is not quantized, or by another method than bitsandbytes', MalformedInput
     where companions of a weight are missing or do not fit it.
     """
     plain = plain_checkpoint(checkpoint)
     if plain.encoded_as is not None:
-        plan = _plan_decoding(plain, settings)
-        return plan if pipeline else fuse(plan, settings.loras, component, pipeline_class)
+        return fuse(_plan_decoding(plain, settings), settings.loras, member)
     weights = quantized_weights(checkpoint)
     before = dtype_before(checkpoint, weights)
     dtype = before if settings.dtype == "auto" else settings.dtype
@@ -82,7 +74,7 @@ def plan_dequantization(
     footprint = Footprint(footprint_before(same, sources), architecture.footprint.after)
     architecture = replace(architecture, footprint=footprint)
     plan = make_plan(checkpoint, architecture, None, settings.max_shard_bytes, sources)
-    return plan if pipeline else fuse(plan, settings.loras, component, pipeline_class)
+    return fuse(plan, settings.loras, member)
 
 
 def dequantized_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Source], dict[str, TensorSpec], str]:

@@ -15,22 +15,24 @@ from qz.quantize.adapters.changes import Change, Piece, delta_shape, matrix_shap
 from qz.quantize.adapters.modules import AdapterModule
 from qz.quantize.adapters.placement import Placement, placements, spellings
 from qz.quantize.compute.arrays import NUMPY, elements
+from qz.quantize.planning.membership import ALONE, Membership
 from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Composed, Fused, Source
 
 What = Literal["weight", "bias", "bias of B", "replace"]
 
 
-def fuse(plan: Plan, adapters: Sequence[AdapterFile], component: str = "", pipeline_class: str | None = None) -> Plan:
-    """The plan of one model with LoRAs fused into it; ``component``: its name in a pipeline of ``pipeline_class``.
+def fuse(plan: Plan, adapters: Sequence[AdapterFile], member: Membership = ALONE) -> Plan:
+    """The plan of one model with LoRAs fused into it; as it is in a whole pipeline, which fuses them itself.
 
     Raises MalformedInput for tensors of a LoRA that belong nowhere or have another shape, and Unsupported for weights
     that a LoRA cannot be fused into.
     """
-    if not adapters:
+    if not adapters or member.whole_pipeline:
         return plan
-    name = component or ("transformer" if plan.checkpoint.library == "diffusers" else "")
-    placed = [each for adapter in adapters for each in placements(adapter, {name: plan.checkpoint}, pipeline_class)]
+    name = member.component or ("transformer" if plan.checkpoint.library == "diffusers" else "")
+    models = {name: plan.checkpoint}
+    placed = [each for adapter in adapters for each in placements(adapter, models, member.pipeline_class)]
     return fused(plan, placed, adapters)
 
 

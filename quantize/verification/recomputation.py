@@ -115,9 +115,9 @@ def _planned(
     source: OpenedSource, about: Mapping[str, Any], settings: Settings
 ) -> tuple[Sequence[Part], tuple[str, ...]]:
     """The parts of the output, and what is to be told of where a single file's config is."""
-    from qz.formats.checkpoint.pipeline import Pipeline, open_pipeline, pipeline_class
+    from qz.formats.checkpoint.pipeline import Pipeline, open_pipeline
     from qz.formats.folder import is_pipeline
-    from qz.quantize.conversion import companions_of, open_file
+    from qz.quantize.conversion import companions_of, membership_of, open_file
     from qz.quantize.convert import plan_quantization
     from qz.quantize.planning.dequantization import plan_dequantization
 
@@ -137,8 +137,7 @@ def _planned(
 
         return (plan_way_back if back else plan_pipeline)(opened, settings).parts, notes
     checkpoint = opened
-    component, of = (source.subfolder or "").strip("/"), pipeline_class(source.root) if settings.loras else None
-    plan = (plan_dequantization if back else plan_quantization)(checkpoint, settings, component, pipeline_class=of)
+    plan = (plan_dequantization if back else plan_quantization)(checkpoint, settings, membership_of(source, settings))
     return [model_part(plan, companions_of(source, checkpoint, settings))], notes
 
 

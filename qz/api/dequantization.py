@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,6 @@ def dequantize(
     """
     asked = Asked.of(dequantize, locals())
     on_progress(Progress("Reading headers"))
-    from qz.formats.checkpoint.pipeline import pipeline_class
     from qz.formats.folder import is_pipeline
     from qz.formats.output.storage.beside import reachable
     from qz.formats.output.storage.disk import Disk
@@ -119,11 +117,8 @@ def dequantize(
             measure = None
             if original is not None:
                 measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
-            component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
-            plan = partial(plan_dequantization, component=component, pipeline_class=of)
             if found.file is not None:
                 require = lambda several: asked.require(one_inside=not several)  # noqa: E731
-                return published(
-                    conversion.file(plan, plan_way_back, measure, require), conversion, publishing, original
-                )
-            return published(conversion.model(plan, measure), conversion, publishing, original)
+                done = conversion.file(plan_dequantization, plan_way_back, measure, require)
+                return published(done, conversion, publishing, original)
+            return published(conversion.model(plan_dequantization, measure), conversion, publishing, original)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +96,6 @@ def quantize(
 
     if device == "auto" and not dry_run:
         ask_meanwhile()
-    from qz.formats.checkpoint.pipeline import pipeline_class
     from qz.formats.folder import is_pipeline
     from qz.formats.output.storage.beside import reachable
     from qz.formats.output.storage.disk import Disk
@@ -185,11 +183,8 @@ def quantize(
         from qz.quantize.convert import plan_quantization
 
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
-        component, of = (subfolder or "").strip("/"), pipeline_class(found.root) if loras else None
-        plan = partial(plan_quantization, component=component, pipeline_class=of)
         if found.file is not None:
-            done = conversion.file(
-                plan, plan_asked, measure, lambda several: asked.require(pipeline=several, one_inside=not several)
-            )
+            require = lambda several: asked.require(pipeline=several, one_inside=not several)  # noqa: E731
+            done = conversion.file(plan_quantization, plan_asked, measure, require)
             return published(done, conversion, publishing)
-        return published(conversion.model(plan, measure), conversion, publishing)
+        return published(conversion.model(plan_quantization, measure), conversion, publishing)
