@@ -1,12 +1,14 @@
 """How good the checkpoints are that qz writes in one format: trained models against their originals.
 
 ``make quality``: the error of MiniLM's weights and embeddings, the KL divergence of SmolLM2-135M's predictions on two
-texts that calibration has not seen, and the error of a small text-to-image pipeline's denoiser and latents for prompts
-that it has not seen (``benchmarks.emoji`` trains it), all made by the commands ``qz calibrate`` and ``qz quantize``.
-Every output is loaded plainly; then its weights, as bitsandbytes gives them back, are computed with in float32, so
-that nothing but they differ. It takes minutes on a GPU, hours on a CPU with the full texts.
+texts that calibration has not seen, the same of a mixture of experts made of it (``benchmarks.upcycled`` trains it: a
+day of a CPU, so without a GPU it must be named), and the error of a small text-to-image pipeline's denoiser and
+latents for prompts that it has not seen (``benchmarks.emoji`` trains it), all made by the commands ``qz calibrate`` and
+``qz quantize``. Every output is loaded plainly, quantized experts by ``qz.load``; then its weights, as bitsandbytes
+gives them back, are computed with in float32, so that nothing but they differ. It takes minutes on a GPU, hours on a
+CPU with the full texts.
 
-    python -m benchmarks.quality [--models minilm smollm2 emoji] [--methods …] [--sequences 48] [--length 512]
+    python -m benchmarks.quality [--models minilm smollm2 mixture emoji] [--methods …] [--sequences 48] [--length 512]
                                  [--calibration 16384] [--device auto] [--json]
 """
 
@@ -28,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from benchmarks import emoji, real_models
+from benchmarks import emoji, real_models, upcycled
 from qz import load
 
 KEPT, KEPT_GROUPS = 0.06, 0.16
@@ -62,6 +64,7 @@ METHODS = {
     "importance": Method((), "statistics"),
     "importance, double": Method(("--double-quant",), "statistics"),
     "importance, 1,024 tokens": Method((), "small"),
+    "importance, not of experts": Method((), "without experts"),
     "importance, imatrix": Method((), "imatrix"),
     "importance, two prompts": Method((), "two"),
     "importance, qz's prompts": Method((), "prompts"),
@@ -89,6 +92,7 @@ TARGETS = {
         "gptq, its own text": 0.40,
         "6 % kept, scores": 0.70,
     },
+    "mixture": {},
     "emoji": {"search": 0.90, "importance": 0.95, "gptq": 0.40},
 }
 """Of absmax's loss on unseen text, or of a random choice's."""
@@ -114,7 +118,7 @@ class Figure:
     """The loss that qz expected on its own text, where it chose layers."""
 
 
-Calibration = tuple[str | Path | int, ...] | Callable[[Path], None]
+Calibration = tuple[str | Path | int, ...] | Callable[[Path], object]
 """Words of ``qz calibrate``, or what writes a file that it does not."""
 
 
@@ -210,10 +214,7 @@ class SmolLM2(Reader):
         tokenizer = AutoTokenizer.from_pretrained(self.source)
 
         def rows(text: str, count: int) -> torch.Tensor:
-            ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-            whole = ids[: len(ids) // self.length * self.length].view(-1, self.length)
-            chosen: torch.Tensor = whole[:: max(1, len(whole) // count)][:count].to(self.device)
-            return chosen
+            return real_models.rows(tokenizer, text, self.length, count).to(self.device)
 
         self.rows = rows
         self.texts = {
@@ -263,6 +264,33 @@ class SmolLM2(Reader):
             return mean.double().cpu()
 
         return {name: torch.stack([divergence(row) for row in rows]) for name, rows in self.texts.items()}
+
+
+class Mixture(SmolLM2):
+    """SmolLM2 with experts, which are quantized, too."""
+
+    name = "mixture"
+    part: tuple[str, ...] = ("--experts",)
+    keeps_layers = False
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        folder = upcycled.trained(options.device)
+        super().__init__(options)
+        self.source = folder
+
+    def calibrations(self, work: Path, tokens: int) -> dict[str, Calibration]:
+        text = work / "documentation.txt"
+        without = ("calibrate", self.source, "--text", text, "--tokens", tokens, "--hessians", "--device", self.device)
+        return {
+            **Reader.calibrations(self, work, tokens),
+            "statistics": ("--text", text, "--tokens", tokens, "--hessians"),
+            "without experts": lambda path: qz(*without, "-o", path),
+        }
+
+    def load(self, folder: Path) -> Any:
+        model = load(folder, device=self.device)
+        model.set_experts_implementation("eager")
+        return model
 
 
 class Emoji:
@@ -382,20 +410,27 @@ def at_random(reference: Any, skipped: set[str], nbytes: int, method: Method) ->
 
 def plain(subject: Subject, reference: Any, folder: Path) -> tuple[Any, float]:
     """The checkpoint, loaded plainly, as a float32 model of its dequantized weights; their relative error."""
-    from bitsandbytes.functional import dequantize_4bit
-
     loaded, model = subject.load(folder), subject.load(subject.source).float()
     error = norm = 0.0
-    for path, module in loaded.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is None:
-            continue
-        original = reference.get_parameter(f"{path}.weight")
-        weight = dequantize_4bit(module.weight.data, state).to(original)
+    for name, weight in dequantized(loaded):
+        original = reference.get_parameter(name)
+        weight = weight.to(original)
         error += float((weight.double() - original.double()).square().sum())
         norm += float(original.double().square().sum())
-        model.get_parameter(f"{path}.weight").copy_(weight)
+        model.get_parameter(name).copy_(weight)
     return model, math.sqrt(error / norm)
+
+
+def dequantized(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """The quantized parameters of a model, by name: of linears, and of experts, which are parametrized."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            yield f"{path}.weight", dequantize_4bit(module.weight.data, state)
+        for leaf in getattr(module, "parametrizations", ()):
+            yield f"{path}.{leaf}", getattr(module, leaf)
 
 
 def ratio(losses: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -470,7 +505,8 @@ def met(figure: Figure) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=TARGETS, default=list(TARGETS))
+    usual = [name for name in TARGETS if name != "mixture" or torch.cuda.is_available()]
+    parser.add_argument("--models", nargs="+", choices=TARGETS, default=usual)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="beside absmax; default: all")
     parser.add_argument("--sequences", type=int, default=48, help="of each text, for the language model")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
@@ -484,6 +520,7 @@ def main() -> int:
     subjects: dict[str, Callable[[argparse.Namespace], Subject]] = {
         "minilm": MiniLM,
         "smollm2": SmolLM2,
+        "mixture": Mixture,
         "emoji": Emoji,
     }
     figures = []

