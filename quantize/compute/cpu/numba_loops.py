@@ -244,41 +244,38 @@ def widen_16(values: Any, bf16: Any, out: Any) -> None:
             out[i] = _of_f16(values[i])
 
 
-# The largest of several magnitudes is found among their bits, as integers: these have the same order, with NaN above
-# all, and LLVM compares them as vectors.
+@inlined
+def _plus_error(sums: Any, original: Any, dequantized: Any) -> Any:
+    """``sums`` and one pair of values more: squared differences, squared originals, the largest difference's bits.
+
+    Magnitudes are compared as integers, which LLVM turns into vector code: their bits have the same order, with NaN
+    above all.
+    """
+    squares, total, largest = sums
+    x = np.float64(original)
+    difference = np.float64(dequantized) - x
+    return squares + difference * difference, total + x * x, max(largest, bits_64(abs(difference)))
 
 
 @compiled(_SUMS(_F32, _F32), fastmath={"reassoc"})
 def error_sums_f32(original: Any, dequantized: Any) -> tuple[float, float, float]:
-    squares, total, largest = 0.0, 0.0, np.int64(0)
+    sums = 0.0, 0.0, np.int64(0)
     for i in range(original.size):
-        x = np.float64(original[i])
-        difference = np.float64(dequantized[i]) - x
-        squares += difference * difference
-        total += x * x
-        largest = max(largest, bits_64(abs(difference)))
-    return squares, total, double_of(largest)
+        sums = _plus_error(sums, original[i], dequantized[i])
+    return sums[0], sums[1], double_of(sums[2])
 
 
 @compiled(_SUMS(_U16, _U16), fastmath={"reassoc"})
 def error_sums_bf16(original: Any, dequantized: Any) -> tuple[float, float, float]:
-    squares, total, largest = 0.0, 0.0, np.int64(0)
+    sums = 0.0, 0.0, np.int64(0)
     for i in range(original.size):
-        x = np.float64(_of_bf16(original[i]))
-        difference = np.float64(_of_bf16(dequantized[i])) - x
-        squares += difference * difference
-        total += x * x
-        largest = max(largest, bits_64(abs(difference)))
-    return squares, total, double_of(largest)
+        sums = _plus_error(sums, _of_bf16(original[i]), _of_bf16(dequantized[i]))
+    return sums[0], sums[1], double_of(sums[2])
 
 
 @compiled(_SUMS(_U16, _U16), fastmath={"reassoc"})
 def error_sums_f16(original: Any, dequantized: Any) -> tuple[float, float, float]:
-    squares, total, largest = 0.0, 0.0, np.int64(0)
+    sums = 0.0, 0.0, np.int64(0)
     for i in range(original.size):
-        x = np.float64(_of_f16(original[i]))
-        difference = np.float64(_of_f16(dequantized[i])) - x
-        squares += difference * difference
-        total += x * x
-        largest = max(largest, bits_64(abs(difference)))
-    return squares, total, double_of(largest)
+        sums = _plus_error(sums, _of_f16(original[i]), _of_f16(dequantized[i]))
+    return sums[0], sums[1], double_of(sums[2])
