@@ -16,10 +16,12 @@ from qz.quantize.compute import kernels
 from qz.quantize.convert import about, fingerprint
 from qz.quantize.libraries.diffusers.classes import unknown_classes
 from qz.quantize.pipeline import PipelinePlan
+from qz.quantize.planning.components import Choice
+from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.reports.pipeline_summary import ComponentSummary, PipelineSummary
-from qz.quantize.reports.summary import Source, fused_weights, made_from, summarize
+from qz.quantize.reports.summary import Source, Summary, fused_weights, made_from, summarize
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming.measuring.loss import Loss, joined
@@ -95,40 +97,20 @@ def summarize_pipeline(
     """
     parts = {part.name: part for part in plan.parts}
     whole = plan.pipeline.file_folder is None  # otherwise the folder is not the source, but that of the configs
-    components = []
-    for choice in plan.choices:
-        component, part, made = choice.component, parts[choice.name], None
-        if part.plan is not None:
-            origin = replace(
-                source,
-                subfolder=choice.name,
-                library=part.plan.checkpoint.library,
-                architecture=part.plan.architecture.class_name,
-            )
-            made = summarize(
-                part.plan,
-                origin,
-                "",
-                device=device,
-                written=_files_inside(part, written),
-                carried=part.carried,
-                nonfinite=(nonfinite or {}).get(choice.name),
-                loss=(losses or {}).get(choice.name),
-            )
-        components.append(
-            ComponentSummary(
-                name=choice.name,
-                library=component.checkpoint.library if component.checkpoint else component.library,
-                architecture=component.checkpoint.architecture if component.checkpoint else component.class_name,
-                reason=choice.reason,
-                parameters=component.parameters,
-                bytes=component.bytes,
-                footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
-                model=made if choice.name not in plan.casts else None,
-                cast=made if choice.name in plan.casts else None,
-                left_out=companions.left_out(component.folder, used_files(component, part)) if whole else (),
-            )
+    models = {
+        name: summarize(
+            part.plan,
+            _source_of(part.plan, name, source),
+            "",
+            device=device,
+            written=_files_inside(part, written),
+            carried=part.carried,
+            nonfinite=(nonfinite or {}).get(name),
+            loss=(losses or {}).get(name),
         )
+        for name, part in parts.items()
+        if part.plan is not None
+    }
     shards = tuple(file for file in written if file.name.endswith(".safetensors")) or _planned_shards(plan.parts)
     used = {*(each.name for each in parts[""].carried), *parts}
     of_root = companions.left_out(plan.pipeline.folder, used) if whole else ()
@@ -137,7 +119,7 @@ def summarize_pipeline(
         output=output,
         device=device,
         dry_run=not written,
-        components=tuple(components),
+        components=tuple(_component(plan, each, parts[each.name], models.get(each.name)) for each in plan.choices),
         carried=tuple(f"{part.name}/{each.name}".lstrip("/") for part in plan.parts for each in part.carried),
         bytes_all=sum(file.bytes for file in written) or sum(part.bytes_output for part in plan.parts),
         shards=shards,
@@ -148,6 +130,30 @@ def summarize_pipeline(
         loras=_fused_loras(plan),
         combinations=plan.combinations,
         kept_layers=plan.kept_layers,
+    )
+
+
+def _source_of(plan: Plan, component: str, pipeline: Source) -> Source:
+    """What a component is made from."""
+    library, architecture = plan.checkpoint.library, plan.architecture.class_name
+    return replace(pipeline, subfolder=component, library=library, architecture=architecture)
+
+
+def _component(plan: PipelinePlan, choice: Choice, part: Part, made: Summary | None) -> ComponentSummary:
+    """A component's row; ``made``: the report of its model, if that is written anew."""
+    component, model = choice.component, choice.component.checkpoint
+    whole = plan.pipeline.file_folder is None
+    return ComponentSummary(
+        name=choice.name,
+        library=model.library if model else component.library,
+        architecture=model.architecture if model else component.class_name,
+        reason=choice.reason,
+        parameters=component.parameters,
+        bytes=component.bytes,
+        footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
+        model=made if choice.name not in plan.casts else None,
+        cast=made if choice.name in plan.casts else None,
+        left_out=companions.left_out(component.folder, used_files(component, part)) if whole else (),
     )
 
 

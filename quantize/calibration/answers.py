@@ -34,6 +34,11 @@ class Divergence:
     cosine: list[float] = field(default_factory=list)
 
     @property
+    def kl_error(self) -> float | None:
+        """The standard error of the mean over sequences; None for fewer than two."""
+        return float(np.std(self.kl, ddof=1) / math.sqrt(len(self.kl))) if len(self.kl) > 1 else None
+
+    @property
     def perplexities(self) -> tuple[float | None, float | None]:
         """Of the original, and of the other."""
         one, other = (math.exp(sum(each) / len(each)) if each else None for each in self.surprise)

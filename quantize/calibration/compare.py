@@ -5,15 +5,12 @@ Both models run block by block, one after the other. The original's answers wait
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from qz import Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
@@ -128,12 +125,7 @@ def compare(
         raise UsageError(f"--tokens {wanted} is not a number of tokens from 1 to {MOST_TOKENS:,}.")
     original = plain_checkpoint(original)
     refuse_quantized(original)
-    for checkpoint in (original, other):
-        if checkpoint.library != "transformers":
-            raise Unsupported(
-                f"{checkpoint.folder.location} is a model of {checkpoint.library}, and only models of transformers "
-                "read text. `qz dequantize --against` measures what its weights lost."
-            )
+    _require_reading_text(original, other)
     words = texts.text_of(text)
     tokenizer = texts.open_tokenizer(tokenizer_folder)
     plan = plan_dequantization(other, Settings(None))
@@ -167,7 +159,7 @@ def compare(
         device=str(where),
         dtype=str(dtype).removeprefix("torch."),
         kl=_mean(apart.kl),
-        kl_error=float(np.std(apart.kl, ddof=1) / math.sqrt(len(apart.kl))) if len(apart.kl) > 1 else None,
+        kl_error=apart.kl_error,
         same_top=_mean(apart.same),
         perplexity_original=perplexity_original,
         perplexity_other=perplexity_other,
@@ -177,6 +169,15 @@ def compare(
         warnings=few if count < wanted else (),
         blocks=blocks.means(),
     )
+
+
+def _require_reading_text(*models: Checkpoint) -> None:
+    for checkpoint in models:
+        if checkpoint.library != "transformers":
+            raise Unsupported(
+                f"{checkpoint.folder.location} is a model of {checkpoint.library}, and only models of transformers "
+                "read text. `qz dequantize --against` measures what its weights lost."
+            )
 
 
 def _mean(values: list[float]) -> float | None:

@@ -27,7 +27,9 @@ from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 if TYPE_CHECKING:
     import torch
 
+    from qz.quantize.calibration.recording import Recording
     from qz.quantize.calibration.running.unfinished import Unfinished
+    from qz.quantize.calibration.running.weights import Weights
     from qz.quantize.libraries.transformers.runnable import ExpertLayer, Runnable
 
 TOKENS = 1024
@@ -186,7 +188,6 @@ class _Run:
         self.checkpoint, self.tokenizer_folder = checkpoint, tokenizer_folder
         self.source, self.request, self.progress = source, request, progress
         self.begun = time.monotonic()
-        self.passed: set[str] = set()
 
     def run(self, class_name: str, dtype: str) -> Calibration:
         from qz.quantize.calibration.running import text
@@ -205,8 +206,7 @@ class _Run:
     def _go_on(self, kept: Unfinished, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
         """From where an earlier run was interrupted, or from the beginning."""
         from qz.quantize.calibration.recording import Recording
-        from qz.quantize.calibration.running import text
-        from qz.quantize.calibration.running.blocks import BlockPass, blocks_of
+        from qz.quantize.calibration.running.blocks import blocks_of
         from qz.quantize.calibration.running.recorder import Recorder
         from qz.quantize.calibration.running.weights import Weights
         from qz.quantize.libraries.transformers.runnable import running
@@ -224,17 +224,9 @@ class _Run:
         recording = Recording(recorder, files, blocks, device)
         if kept.count:
             self.progress(Progress("Calibrating", kept=(kept.count, len(blocks)), unit="block"))
-
-        def visited(part: str) -> None:
-            self.passed.add(part)
-            recording.visited(part)
-            self.progress(Progress("Calibrating", len(self.passed), len(steps.parts), unit="block"))
-
-        steps = BlockPass(model.model, weights, visited, entering=recording.entering, replay=recording.known)
         try:
             with running(class_name, self.checkpoint.folder.location):
-                weights.load_rest(steps.parts, model.head)
-                steps.run([model.arguments(ids) for ids in text.batches(rows)])
+                self._run_blocks(weights, recording, rows)
             recording.write_hessians()
             sums = recording.input_sums()
             for folder in (self.checkpoint.folder, self.tokenizer_folder):
@@ -272,6 +264,22 @@ class _Run:
             scores=scores,
             resumed=kept.count > 0,
         )
+
+    def _run_blocks(self, weights: Weights, recording: Recording, rows: list[list[int]]) -> None:
+        """Run the model on the tokens, one block in memory at a time; ``recording`` sees what its linears are given."""
+        from qz.quantize.calibration.running import text
+        from qz.quantize.calibration.running.blocks import BlockPass
+
+        model, passed = weights.runnable, set[str]()
+
+        def visited(part: str) -> None:
+            passed.add(part)
+            recording.visited(part)
+            self.progress(Progress("Calibrating", len(passed), len(steps.parts), unit="block"))
+
+        steps = BlockPass(model.model, weights, visited, entering=recording.entering, replay=recording.known)
+        weights.load_rest(steps.parts, model.head)
+        steps.run([model.arguments(ids) for ids in text.batches(rows)])
 
     def _experts(self, class_name: str, model: Runnable) -> dict[str, ExpertLayer]:
         found = model.experts()

@@ -250,16 +250,7 @@ def summarize(
         kept_tensors=len(plan.steps) - len(quantized),
         skipped=dict(architecture.kept_linears),
         dropped=architecture.dropped,
-        notes=(
-            *plan.checkpoint.choices,
-            *architecture.notes,
-            *_encoded(plan),
-            *_left_out(plan),
-            *_adapter(plan),
-            *consumer_warnings(plan),
-            *(plan.refinement.notes if plan.refinement is not None else ()),
-            *(plan.kept_layers.notes if plan.kept_layers is not None else ()),
-        ),
+        notes=_notes(plan),
         bytes_source=plan.bytes_source,
         bytes_output=sum(file.bytes for file in files) if files else plan.bytes_output,
         footprint_before=architecture.footprint.before,
@@ -275,14 +266,30 @@ def summarize(
         if plan.checkpoint.folder.named_file is None
         else (),
         nonfinite=nonfinite or {},
-        refinement={}
-        if plan.method is None
-        else AS_THE_LIBRARIES
-        if plan.refinement is None
-        else plan.refinement.as_json(),
+        refinement=_refinement(plan),
         loras=tuple({**adapter.as_json(), "weights": fused_weights(plan, adapter)} for adapter in plan.adapters),
         kept_layers=plan.kept_layers,
     )
+
+
+def _notes(plan: Plan) -> tuple[str, ...]:
+    """What the user should know of what was planned."""
+    return (
+        *plan.checkpoint.choices,
+        *plan.architecture.notes,
+        *_encoded(plan),
+        *_left_out(plan),
+        *_adapter(plan),
+        *consumer_warnings(plan),
+        *(plan.refinement.notes if plan.refinement is not None else ()),
+        *(plan.kept_layers.notes if plan.kept_layers is not None else ()),
+    )
+
+
+def _refinement(plan: Plan) -> Mapping[str, Any]:
+    if plan.method is None:
+        return {}
+    return AS_THE_LIBRARIES if plan.refinement is None else plan.refinement.as_json()
 
 
 def fused_weights(plan: Plan, adapter: AdapterFile) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
@@ -143,12 +143,7 @@ def write_parts(
     shards stay for the next run with the same fingerprint.
     """
     local = [each for each in sources if isinstance(each, LocalFolder)]
-    for place in (place for each in local for place in each.places()):
-        refuse_overlap(place, target.output, target.disk)
-        if target.share is not None:
-            refuse_overlap(place, target.folder.parent, target.disk)
-    if target.share is not None:
-        refuse_linked(target.output, target.disk)
+    _refuse_overlaps(local, target)
     fingerprint = asked_for(target, fingerprint)
     if (made := shares.made_before(target, fingerprint)) is not None:
         return Written(tuple(made.files.values()), True, shares.not_finite(made.receipt))
@@ -166,28 +161,17 @@ def write_parts(
         shares.require_alone(target, fingerprint)
         resumed = staging.resumed
         meter = _Meter(progress, _doing(parts))
-        sections = [
-            SectionOfShare(staging, part.name, elsewhere) if elsewhere else Section(staging, part.name)
-            for part in parts
-        ]
-        runs = [
-            Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, observer=part.measure)
-            if part.plan
-            else None
-            for part, section in zip(parts, sections, strict=True)
-        ]
-        for part, section, run in zip(parts, sections, runs, strict=True):
-            meter.expect(run, part.carried, section)
+        jobs = [_job(part, staging, elsewhere, arithmetic, meter) for part in parts]
         if resumed:
             begun = sum(each.bytes for each in staging.begun.values())
             meter.go_on((len(staging.finished), len(resumable(parts, elsewhere))), begun)
-        for number, (part, section, run) in enumerate(zip(parts, sections, runs, strict=True)):
-            lanes = 1 if run is None or publication is not None else lanes_of(run.folder, threads)
-            _write_part(part, section, run, meter, arithmetic, threads, lanes)
-            if part.name:  # its buffers for reading ahead are no longer needed
-                _close(_folders(part), parts[number + 1 :])
+        for number, job in enumerate(jobs):
+            lanes = 1 if job.run is None or publication is not None else lanes_of(job.run.folder, threads)
+            _write_part(job, meter, arithmetic, threads, lanes)
+            if job.part.name:  # its buffers for reading ahead are no longer needed
+                _close(_folders(job.part), parts[number + 1 :])
         staging.record(measured())
-        found = {part.name: run.kept_nonfinite for part, run in zip(parts, runs, strict=True) if run is not None}
+        found = {job.part.name: job.run.kept_nonfinite for job in jobs if job.run is not None}
         if target.share is not None:
             staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found, publication))
             written = staging.commit()  # the merge reads the whole
@@ -196,16 +180,36 @@ def write_parts(
     return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes, staging.notes)
 
 
-def _write_part(
-    part: Part,
-    section: Section,
-    run: Run | None,
-    meter: _Meter,
-    arithmetic: Arithmetic,
-    threads: int,
-    lanes: int,
-) -> None:
-    """Everything that one folder of the output gets: what is copied, what ``run`` converts, and small files."""
+def _refuse_overlaps(sources: Iterable[LocalFolder], target: Target) -> None:
+    """Raise OutputRefused for an output, or the folder of its parts, that lies in a source, or a source in it."""
+    for place in (place for each in sources for place in each.places()):
+        refuse_overlap(place, target.output, target.disk)
+        if target.share is not None:
+            refuse_overlap(place, target.folder.parent, target.disk)
+    if target.share is not None:
+        refuse_linked(target.output, target.disk)
+
+
+class _Job(NamedTuple):
+    """A part, where it is written, and what converts it, if it is not only copied."""
+
+    part: Part
+    section: Section
+    run: Run | None
+
+
+def _job(part: Part, staging: Staging, elsewhere: frozenset[str], arithmetic: Arithmetic, meter: _Meter) -> _Job:
+    section = SectionOfShare(staging, part.name, elsewhere) if elsewhere else Section(staging, part.name)
+    run = None
+    if part.plan is not None:
+        run = Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, observer=part.measure)
+    meter.expect(run, part.carried, section)
+    return _Job(part, section, run)
+
+
+def _write_part(job: _Job, meter: _Meter, arithmetic: Arithmetic, threads: int, lanes: int) -> None:
+    """Everything that one folder of the output gets: what is copied, what is converted, and small files."""
+    part, section, run = job
     copy(part.carried, section, meter.copied)
     if run is not None:
         run.convert(threads, lanes)

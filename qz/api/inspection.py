@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
@@ -14,7 +15,7 @@ from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
     from qz.quantize.inspection.pipeline import PipelineInspection
-    from qz.quantize.inspection.report import Inspection
+    from qz.quantize.inspection.report import Inspection, Origin
 
 LARGE_INDEX = 1 << 20
 """Bytes: to read the headers of so many tensors takes a while, also from a folder here."""
@@ -41,7 +42,7 @@ def inspect(
     """
     asked = Asked.of(inspect, locals())
     from qz.formats.source import local_path
-    from qz.quantize.inspection.model import inspect_file, inspect_model, read_folder
+    from qz.quantize.inspection.model import inspect_model, read_folder
     from qz.quantize.inspection.report import Origin
 
     if consumers:
@@ -54,13 +55,7 @@ def inspect(
     asked.require(hub=path is None)
     if path is not None and path.exists() and not path.is_dir() and path.suffix.lower() != ".gguf":
         asked.require(folder=False)
-        from qz.formats.links import followed
-        from qz.formats.local_folder import LocalFolder
-
-        path = followed(path)
-        with closing(LocalFolder(path.parent)) as parent:
-            parent.allow_pickle = allow_pickle
-            return inspect_file(parent, path.name, Origin(location, None, None), consumers=consumers)
+        return _inspect_file(path, Origin(location, None, None), allow_pickle, consumers)
     from qz.formats.checkpoint.problems import Problem
     from qz.formats.folder import is_pipeline
     from qz.formats.output.recorded.record import damaged_record
@@ -91,3 +86,14 @@ def inspect(
         return found.with_problems(
             Problem("warning", "hub-cache", location, f"{note}.") for note in opened_source.notes
         )
+
+
+def _inspect_file(path: Path, origin: Origin, allow_pickle: bool, consumers: Sequence[str]) -> Inspection:
+    from qz.formats.links import followed
+    from qz.formats.local_folder import LocalFolder
+    from qz.quantize.inspection.model import inspect_file
+
+    path = followed(path)
+    with closing(LocalFolder(path.parent)) as parent:
+        parent.allow_pickle = allow_pickle
+        return inspect_file(parent, path.name, origin, consumers=consumers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,24 +164,11 @@ def quantize(
             measured=measure_loss,
         )
 
-        from qz.quantize.streaming.measuring.measure import WhileQuantizing
-
-        def plan_asked(pipeline: Pipeline, settings: Settings) -> PipelinePlan:
-            from qz.quantize.pipeline import plan_pipeline
-
-            plan = plan_pipeline(pipeline, settings)
-            if measure_loss:
-                plan = replace(plan, measures={name: WhileQuantizing() for name in plan.plans})
-            methods = {choice.method for choice in plan.choices}
-            asked.require(four_bit=any(isinstance(each, FourBit) for each in methods))
-            if method is None or method in methods or target_size is not None:  # a size chooses methods
-                return plan
-            unused = f"no component took {method.name}: each has a method of its own, or stays as it is"
-            return replace(plan, notes=(*plan.notes, unused))
-
+        plan_asked = partial(_plan_pipeline, asked=asked, method=method, measure_loss=measure_loss)
         if pipeline:
             return published(conversion.pipeline(plan_asked), conversion, publishing)
         from qz.quantize.convert import plan_quantization
+        from qz.quantize.streaming.measuring.measure import WhileQuantizing
 
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
         if found.file is not None:
@@ -188,3 +176,21 @@ def quantize(
             done = conversion.file(plan_quantization, plan_asked, measure, require)
             return published(done, conversion, publishing)
         return published(conversion.model(plan_quantization, measure), conversion, publishing)
+
+
+def _plan_pipeline(
+    pipeline: Pipeline, settings: Settings, *, asked: Asked, method: Method | None, measure_loss: bool
+) -> PipelinePlan:
+    """``plan_pipeline``, with what is asked for and finds no component; ``method``: the one that was named."""
+    from qz.quantize.pipeline import plan_pipeline
+    from qz.quantize.streaming.measuring.measure import WhileQuantizing
+
+    plan = plan_pipeline(pipeline, settings)
+    if measure_loss:
+        plan = replace(plan, measures={name: WhileQuantizing() for name in plan.plans})
+    methods = {choice.method for choice in plan.choices}
+    asked.require(four_bit=any(isinstance(each, FourBit) for each in methods))
+    if method is None or method in methods or settings.target_size is not None:  # a size chooses methods
+        return plan
+    unused = f"no component took {method.name}: each has a method of its own, or stays as it is"
+    return replace(plan, notes=(*plan.notes, unused))

@@ -51,6 +51,7 @@ from qz.quantize.libraries.transformers.origins import (
 )
 from qz.quantize.libraries.transformers.saved_names import saved_tensors
 from qz.quantize.libraries.transformers.selection import select
+from qz.quantize.methods import Method
 
 EXPERTS_NOTE = (
     "the experts are quantized: plain from_pretrained of transformers cannot load this, qz.load can; "
@@ -85,39 +86,32 @@ def examine(
     state = remove_tied_weights_from_state_dict(state, model)
     entries = expand(state, quantized, request.method)
     saved, notes = saved_tensors(model, entries, quantized, origins, tensors, transposed_weights, request.method)
-    packed_experts: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
     if request.experts and request.method is not None:
         experts = find_experts(model, request.skips)
         saved = quantize_experts(model, saved, origins, experts, request.method, load_dtype)
-        packed_experts = experts.parameters
+        packed = experts.parameters
         notes += (EXPERTS_NOTE,)
     elif request.method is not None and request.method.bits == 4 and any(map(holds_experts, model.modules())):
         notes += (f"the experts stay in {load_dtype}, as in the library; --experts quantizes them, too",)
 
     used = {source for origin in origins.values() for source in origin.sources}
-    parameters = dict(model.named_parameters())
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     documents = _documents(model, quantized, request, selection.skips)
     loaded, uncast = model, 0
     if request.method is not None and _name(model.config.dtype) != load_dtype:
         loaded = _as_written(model, checkpoint, documents, tensors, request)
         uncast = kept_as_stored(loaded, saved, request)
+    in_bits = [*(weight.name for weight in quantized.values()), *packed]
     return Architecture(
         class_name=class_name,
         class_module=module_of(type(model), transformers),
         saved=saved,
         kept_linears=selection.kept,
         dropped=tuple(sorted(set(tensors) - used)),
-        parameters=sum(parameter.numel() for parameter in parameters.values()),
-        counted_parameters=sum(
-            request.method.counted(parameter.numel())
-            if request.method and name.removesuffix(".weight") in quantized
-            else parameter.numel()
-            for name, parameter in parameters.items()
-        ),
-        footprint=Footprint(
-            model.get_memory_footprint(),
-            footprint(loaded, [*(weight.name for weight in quantized.values()), *packed_experts], request) + uncast,
-        ),
+        parameters=sum(counts.values()),
+        counted_parameters=_counted(counts, quantized, request.method),
+        footprint=Footprint(model.get_memory_footprint(), footprint(loaded, in_bits, request) + uncast),
         dtype=load_dtype,
         documents=documents,
         notes=class_notes + selection.notes + notes,
@@ -179,6 +173,15 @@ def _quantized(
             # Of the module that the library makes anew, also inside of one that its class has made float32.
             bias.data = bias.data.to(model.config.dtype)
     return quantized
+
+
+def _counted(counts: Mapping[str, int], quantized: Mapping[str, Weight], method: Method | None) -> int:
+    """What transformers' ``num_parameters()`` counts. ``counts``: of values, by parameter; ``quantized``: by module."""
+    if method is None:
+        return sum(counts.values())
+    return sum(
+        method.counted(count) if name.removesuffix(".weight") in quantized else count for name, count in counts.items()
+    )
 
 
 def _as_written(
