@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from contextlib import closing
 from importlib.util import find_spec
@@ -253,6 +255,8 @@ def test_a_class_that_cannot_be_told_is_refused_with_those_that_there_are(tmp_pa
         (["LlamaForSequenceClassification", "CLIPModel", "LlamaForCausalLM"], "also names LlamaForSequenceCl"),
         (["LlamaXForCausalLM", "LlamaForCausalLM"], None),
         ([], "the only class of its model type that fits"),
+        (["LlamaConfig"], "the only class of its model type that fits: transformers has no class LlamaConfig"),
+        ([3], "the only class of its model type that fits"),
         (..., "the only class of its model type that fits"),
     ],
 )
@@ -268,6 +272,57 @@ def test_of_several_classes_or_none_the_one_that_the_weights_are_of_is_taken(
     taken = [warning for warning in summary.warnings if warning.startswith("taken as a LlamaForCausalLM, ")]
     assert len(taken) == (told is not None)
     assert told is None or told in taken[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "named", "model_type"),
+    [("qwen2", "LlamaForCausalLM", "qwen2"), ("qwen2", "Qwen2ForCausalLM", "llama"), ("mistral", ..., "mistral")],
+)
+def test_where_class_and_model_type_are_of_two_families_the_weights_decide_and_else_the_type(
+    weights: str, named: Any, model_type: str, tmp_path: Path
+) -> None:
+    """Biases tell Qwen2 from Llama. Nothing in the files tells Mistral from it: ``AutoModel`` goes by the type."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING[weights](**LANGUAGE))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    source = saved(model, tmp_path / "source")
+    same_as_the_library(transformers.AutoModelForCausalLM, source, tmp_path / "output", "nf4")
+    change(source, architectures=["LlamaForCausalLM"] if named is ... else [named], model_type=model_type)
+    summary = quantized(source, tmp_path / "again", "nf4")
+    assert differing_tensors(tmp_path / "output", tmp_path / "again") == []
+    assert config_of(tmp_path / "output") == config_of(tmp_path / "again")
+    assert any(f"but the model type {model_type}" in warning for warning in summary.warnings)
+
+
+def test_of_a_model_type_that_nobody_knows_no_class_is_asked_for(tmp_path: Path) -> None:
+    source = saved(llama(), tmp_path / "source")
+    change(source, architectures=..., model_type="llama9")
+    with pytest.raises(Unsupported, match=r"does not know the model type llama9, which .* pip install -U"):
+        quantized(source, tmp_path / "output", "nf4")
+
+
+@pytest.mark.parametrize("missing", ["pooler", "class"])
+def test_the_advice_on_missing_weights_works(missing: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.BertConfig(**sizes, vocab_size=100)
+    if missing == "pooler":
+        source = saved(transformers.BertModel(config, add_pooling_layer=False), tmp_path / "source")
+    else:
+        source = saved(transformers.BertForMaskedLM(config), tmp_path / "source")
+        change(source, architectures=["BertModel"])
+    with pytest.raises(MalformedInput, match=r"does not fit BertModel: missing: pooler\.dense\.bias") as refused:
+        quantized(source, tmp_path / "output", "nf4")
+    if missing == "pooler":
+        code = re.search(r'python -c "(.*)"', str(refused.value))
+        assert code is not None
+        subprocess.run([sys.executable, "-c", code[1]], cwd=tmp_path, check=True, capture_output=True)
+        source = tmp_path / "NEW"
+    else:
+        named = re.search(r'"architectures": \["(\w+)"\]', str(refused.value))
+        assert named is not None
+        change(source, architectures=[named[1]])
+    quantized(source, tmp_path / "output", "nf4")
 
 
 def test_a_config_of_timm_is_read_as_the_library_reads_it(tmp_path: Path) -> None:

@@ -217,15 +217,25 @@ def skip_list(skips: Skips, request: LoadRequest) -> list[str] | None:
     return list(dict.fromkeys([*defaults, *request.skips]))
 
 
-def checked(missing: set[str], mismatched: list[str], class_name: str, where: str, stored: Iterable[str] = ()) -> None:
-    """Raise MalformedInput if tensors of the class are missing or have another shape. ``stored``: the files' names."""
+def checked(
+    missing: set[str],
+    mismatched: list[str],
+    class_name: str,
+    where: str,
+    stored: Iterable[str] = (),
+    advice: str | None = None,
+) -> None:
+    """Raise MalformedInput if tensors of the class are missing or have another shape.
+
+    ``stored``: the files' names; ``advice``: what to do, where more is known of it than that.
+    """
     from qz import MalformedInput
 
     if not missing and not mismatched:
         return
     lines = [f"missing: {name}" for name in sorted(missing)] + [f"wrong shape: {text}" for text in sorted(mismatched)]
     shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
-    advice = "Check `architectures` or `_class_name` in config.json, or download the checkpoint again."
+    advice = advice or "Check `architectures` or `_class_name` in config.json, or download the checkpoint again."
     if prefix := _wrapper(missing, list(stored)):
         advice = (
             f"All names in the files begin with {quoted(prefix)}, as a wrapper makes them (DistributedDataParallel, "

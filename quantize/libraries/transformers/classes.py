@@ -4,7 +4,7 @@ code in a repository is never run."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ def model_class_of(checkpoint: Checkpoint) -> ModelClass:
     served by the class of another family, under a config of their own.
     """
     model_type = checkpoint.config.get("model_type")
-    names = list(dict.fromkeys([checkpoint.architecture, *_listed(checkpoint)]))
+    names = list(dict.fromkeys([checkpoint.architecture, *names_listed(checkpoint)]))
     for name in names:
         if (model_class := _class_named(name)) is not None:
             return ModelClass(model_class, _config_class(model_class, model_type))
@@ -52,63 +52,96 @@ def model_class_of(checkpoint: Checkpoint) -> ModelClass:
         taken = f"{model_class.__name__} is its class for the model type {model_type}"
         note = f"transformers has no class {shown(named)}; {taken}"
         return ModelClass(model_class, _config_class(model_class, model_type), (note,))
-    raise _refusal(checkpoint, named, known)
+    raise class_refused(checkpoint, known)
 
 
-def _listed(checkpoint: Checkpoint) -> list[str]:
+def names_listed(checkpoint: Checkpoint) -> list[str]:
     """The names in ``architectures``. Raises MalformedInput for more than any model has: each is looked for."""
     listed = checkpoint.config.get("architectures")
-    if isinstance(listed, list) and len(listed) > MOST_LISTED:
+    names = [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
+    if len(names) > MOST_LISTED:
         raise MalformedInput(
-            f"{checkpoint.folder.location}/config.json names {len(listed):,} classes in `architectures`. Leave the one "
+            f"{checkpoint.folder.location}/config.json names {len(names):,} classes in `architectures`. Leave the one "
             "that the weights belong to."
         )
-    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def classes_to_choose_from(checkpoint: Checkpoint, wrong: ModelClass | None = None) -> list[ModelClass]:
-    """The classes to choose from where config.json does not name one: several that it names, or all of the model type.
+    """The classes to choose from where config.json does not say which one: several that it names; one of another family
+    than its model type, after the class of the type with the same head; or, where it names none that there is, all of
+    the model type.
 
-    Empty where it names one, and for a component, whose class the pipeline names. If the one that it names is
+    Empty where it says which one, and for a component, whose class the pipeline names. If the one that it names is
     ``wrong``, those of the model type that have a head.
     """
-    model_type = checkpoint.config.get("model_type")
-    listed = checkpoint.config.get("architectures")
-    known = auto_class_names(model_type)
-    names = _listed(checkpoint)
-    if wrong is not None:
-        listed, known = None, [name for name in known if "For" in name or "LMHead" in name]
-    if checkpoint.class_module is not None or (listed and (not isinstance(listed, list) or len(listed) < 2)):
+    if checkpoint.class_module is not None:
         return []
-    names = names if listed else known
-    names = [name for name in names if name in known] or names
+    known, listed = auto_class_names(checkpoint.config.get("model_type")), names_listed(checkpoint)
+    if wrong is not None:
+        return _classes(checkpoint, [name for name in known if _has_head(name)]) if len(listed) < 2 else []
+    named = _classes(checkpoint, [name for name in listed if name in known] or listed)
+    if len(listed) > 1 and named:
+        return named
+    likes = [like for name in listed if (like := _like(name, known))]
+    if named:
+        return _classes(checkpoint, [*likes, *listed]) if _is_of_another_family(checkpoint, named[0].model) else []
+    elsewhere = any(_class_of_a_pipeline(name, None) for name in listed)
+    return [] if likes or elsewhere else _classes(checkpoint, known)
+
+
+def _classes(checkpoint: Checkpoint, names: Iterable[str]) -> list[ModelClass]:
+    """Those of that name that the library has without another package."""
     found: list[ModelClass] = []
     for name in dict.fromkeys(names):
-        with suppress(Unsupported):  # a class that needs another package
+        with suppress(Unsupported):
             if (model_class := _class_named(name)) is not None:
-                found.append(ModelClass(model_class, _config_class(model_class, model_type)))
+                found.append(ModelClass(model_class, _config_class(model_class, checkpoint.config.get("model_type"))))
     return found
 
 
-def _refusal(checkpoint: Checkpoint, named: str | None, known: list[str]) -> Unsupported:
+def _has_head(name: str) -> bool:
+    return "For" in name or "LMHead" in name
+
+
+def _is_of_another_family(checkpoint: Checkpoint, named: Any) -> bool:
+    """Whether a class has nothing to do with the model type, by which ``AutoModel`` goes: neither serves it, nor is its
+    config that of the type, a part of that, or a whole with such a part."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return False
+    own, of_type = named.config_class, CONFIG_MAPPING[model_type]
+    if named.__name__ in auto_class_names(model_type) or issubclass(own, of_type) or issubclass(of_type, own):
+        return False
+    return own not in of_type.sub_configs.values() and of_type not in own.sub_configs.values()
+
+
+def class_refused(checkpoint: Checkpoint, known: list[str]) -> Unsupported:
+    """The error for a config.json whose class cannot be told; ``known`` are those of its model type, the likeliest
+    first."""
     import transformers
 
     where = f"{checkpoint.folder.location}/config.json"
-    if named is None:
-        return no_class_named(checkpoint, known)
-    return Unsupported(
-        f"transformers {transformers.__version__} has no class {shown(named)}, which {where} asks for. Code "
-        f"inside a repository is never run. Try a newer version: pip install -U '{requirement('transformers')}'."
+    model_type = checkpoint.config.get("model_type")
+    named = next(iter([*filter(None, [checkpoint.architecture]), *names_listed(checkpoint)]), None)
+    if named is None and (known or not isinstance(model_type, str)):
+        examples = known[:4] or ["BertModel"]
+        return Unsupported(
+            f"{where} names no class in `architectures`. Add the class that the weights belong to, e.g. "
+            f'"architectures": ["{examples[0]}"]'
+            + (f" (for this model type also {', '.join(examples[1:])})." if examples[1:] else ".")
+        )
+    lacks = (
+        f"has no class {shown(named)}"
+        if named is not None
+        else f"does not know the model type {shown(f'{model_type}')}"
     )
-
-
-def no_class_named(checkpoint: Checkpoint, known: list[str]) -> Unsupported:
-    """The error for a config.json without a class; ``known`` are those of its model type, the likeliest first."""
-    examples = known[:4] or ["BertModel"]
+    instead = f" Or name in `architectures` the class that the weights belong to: {' or '.join(known[:4])}."
     return Unsupported(
-        f"{checkpoint.folder.location}/config.json names no class in `architectures`. Add the class that the weights "
-        f'belong to, e.g. "architectures": ["{examples[0]}"]'
-        + (f" (for this model type also {', '.join(examples[1:])})." if examples[1:] else ".")
+        f"transformers {transformers.__version__} {lacks}, which {where} asks for. Code inside a repository is never "
+        f"run. Try a newer version: pip install -U '{requirement('transformers')}'." + (instead if known else "")
     )
 
 

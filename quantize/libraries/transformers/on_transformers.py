@@ -27,7 +27,7 @@ from qz.quantize.libraries.architecture import (
 from qz.quantize.libraries.class_search import module_of
 from qz.quantize.libraries.transformers.classes import ModelClass, body_class_of
 from qz.quantize.libraries.transformers.experts import find_experts, quantize_experts
-from qz.quantize.libraries.transformers.fitting import chosen_class, other_class
+from qz.quantize.libraries.transformers.fitting import advice_on_missing, chosen_class, other_classes
 from qz.quantize.libraries.transformers.footprint import footprint, kept_as_stored
 from qz.quantize.libraries.transformers.internals import (
     Conv1D,
@@ -68,13 +68,15 @@ def examine(
     """See ``qz.quantize.libraries.architecture.examine``."""
     import transformers
 
-    model, missing, mismatched, class_notes = _loaded(checkpoint, tensors, request)
+    model, missing, mismatched, class_notes, fitting = _loaded(checkpoint, tensors, request)
     class_name = type(model).__name__
     with meta_stacks():
         origins = find_origins(model, tensors)
     transposed_weights = find_transposed(model, origins, tensors)
     others = [text for name, text in mismatched.items() if name not in transposed_weights]
-    checked(missing, others, class_name, checkpoint.folder.location, tensors)
+    where = checkpoint.folder.location
+    advice = advice_on_missing(model, where, missing, fitting) if missing and not others else None
+    checked(missing, others, class_name, where, tensors, advice)
     elsewhere = packed_elsewhere(model, origins, tensors)
     load_dtype = _name(model.config.dtype)
     selection = select(model, request)
@@ -128,12 +130,14 @@ def examine(
 
 def _loaded(
     checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest
-) -> tuple[Model, set[str], dict[str, str], tuple[str, ...]]:
-    """What ``load`` returns for the class that fits, and what is to be told of how that was chosen."""
+) -> tuple[Model, set[str], dict[str, str], tuple[str, ...], list[ModelClass]]:
+    """What ``load`` returns for the class that fits, what is to be told of how that was chosen, and the classes that
+    might be it, if that one is not."""
     model_class = chosen_class(checkpoint, tensors, request)
     found = load(checkpoint, model_class, tensors, request)
-    if found[1] and (other := other_class(checkpoint, model_class, tensors, request)) is not None:
-        model_class = other
+    fitting = other_classes(checkpoint, model_class, tensors, request) if found[1] else []
+    if len(fitting) == 1:
+        model_class = fitting[0]
         found = load(checkpoint, model_class, tensors, request)
     notes = model_class.notes
     body_class = body_class_of(checkpoint, found[0], found[1])
@@ -143,7 +147,7 @@ def _loaded(
             found = body
             head = model_class.model.__name__
             notes += (f"handled as a {body_class.__name__}: the weights lack the head of {head}",)
-    return *found, notes
+    return *found, notes, fitting
 
 
 def _quantized(

@@ -129,7 +129,7 @@ def runnable(
 
     where = checkpoint.folder.location
     harmless, _ = without_code(checkpoint.config)
-    asked = replace(checkpoint, config=harmless)
+    asked = replace(checkpoint, config=harmless, architecture=class_name)
     with library_errors("transformers", class_name, where), isolated():
         config = config_in_folder(asked, model_class_of(asked).config)
         shapes = {name: tensor.shape for name, tensor in (given or checkpoint.tensors).items()}
