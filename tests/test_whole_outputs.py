@@ -226,6 +226,16 @@ def test_a_component_that_lacks_the_weights_of_its_class_does(pipeline: Path, tm
         run(quantize, pipeline, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["controlnet", "controlnet_1"])
+def test_one_of_several_nets_that_lacks_its_weights_does(name: str, with_two_nets: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(with_two_nets, tmp_path / "source"))
+    (source / name / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(MissingInput, match=rf"{name} has no diffusion_pytorch_model.safetensors"):
+        run(quantize, source, output=tmp_path / "out")
+    found = api.inspect(source)
+    assert [problem.where for problem in found.errors] == [f"{name}/diffusion_pytorch_model.safetensors"]
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 def test_modules_voices_tokenizers_and_adapters_go_along(model: Path, tmp_path: Path) -> None:
     files = {
@@ -305,6 +315,11 @@ def test_a_component_in_pickles_is_copied_unread_where_that_is_asked_for(pipelin
         file.unlink()
     report = run(quantize, pipeline, output=tmp_path / "out", component=["vae=none"])
     assert "vae/diffusion_pytorch_model.bin" in report["carried"]
+    assert not api.inspect(tmp_path / "out").errors
+    back = run(dequantize, tmp_path / "out", output=tmp_path / "back")
+    assert "vae/diffusion_pytorch_model.bin" in back["carried"]
+    torch.save({}, tmp_path / "back" / "vae" / "diffusion_pytorch_model.pt")  # none that qz copied
+    assert {problem.kind for problem in api.inspect(tmp_path / "back").errors} == {"pickle-only"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +29,7 @@ from qz.quantize.inspection.estimate import METHODS, Estimate
 from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
 from qz.quantize.planning.components import choose
-from qz.quantize.planning.unreadable import why_kept
+from qz.quantize.planning.unreadable import pickles_copied, why_kept
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ def inspect_pipeline(
         problems.add("custom-code", scripts[0], named=named, library="diffusers")
     looks: dict[str, FolderReading | None] = {}
     firsts: dict[str, str | None] = {}
+    copied = pickles_copied(folder)
     inner: list[Folder] = []
     for name, first in with_followers(folder, entries).items():
         entries[name] = entries[first or name]
@@ -202,7 +203,7 @@ def inspect_pipeline(
         except QzError as error:
             missing.append(_gone(name, error))
             continue
-        looks[name] = _look(inner[-1], variant, entries[name], name)
+        looks[name] = _look(inner[-1], variant, entries[name], name, copied)
     components: list[ComponentInspection] = []
     with _examining(looks) if plan else nullcontext():
         for name, look in looks.items():
@@ -285,9 +286,14 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
     return class_name, entries
 
 
-def _look(folder: Folder, variant: str | None, entry: tuple[str, str], name: str) -> FolderReading | None:
-    """What is in a component's folder, None if it is one without weights. As diffusers does, the ``variant`` is taken
-    of those that have it, and the class is the one of its ``entry`` in the index."""
+def _look(
+    folder: Folder, variant: str | None, entry: tuple[str, str], name: str, copied: Container[str]
+) -> FolderReading | None:
+    """What is in a component's folder, None if it is one without weights that qz reads.
+
+    As diffusers does, the ``variant`` is taken of those that have it, and the class is the one of its ``entry`` in the
+    index. ``copied``: pickles that are there since qz copied them.
+    """
     sizes = folder.sizes()
     if not has_weights(sizes):
         return None
@@ -296,7 +302,7 @@ def _look(folder: Folder, variant: str | None, entry: tuple[str, str], name: str
     errors = [problem for problem in look.problems if problem.severity == "error"]
     if errors:
         unread = Unread(frozenset(problem.kind for problem in errors), as_error(folder.location, errors))
-        if why_kept(Component(name, *entry, folder, unread=unread)) is not None:
+        if why_kept(Component(name, *entry, folder, unread=unread), copied) is not None:
             return None
     return look._replace(checkpoint=as_component(look.checkpoint, *entry)) if look.checkpoint is not None else look
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Container
 
 from qz import QzError, Unsupported
-from qz.formats.checkpoint.pipeline import Component, Pipeline
+from qz.formats.checkpoint.pipeline import Component, Pipeline, as_component
 from qz.formats.checkpoint.survey import Checkpoint, read_file
-from qz.formats.checkpoint.weights import PICKLE, library_of
+from qz.formats.checkpoint.weights import PICKLE, architecture_of, library_of
+from qz.formats.folder import Folder
 from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.output.recorded.record import read_record
 
 KEPT = "kept as it is"
 
@@ -19,18 +21,28 @@ def kept_unread(pipeline: Pipeline, spared: Container[str] = ()) -> dict[str, st
     Raises one error for all others that cannot be read: what is missing or damaged would be so in the output, too.
     """
     reasons: dict[str, str] = {}
+    copied = pickles_copied(pipeline.folder)
     for component in pipeline.components:
         if component.unread is not None:
             if component.name in spared:
                 reasons[component.name] = "left alone as asked"
-            elif (reason := why_kept(component)) is not None:
+            elif (reason := why_kept(component, copied)) is not None:
                 reasons[component.name] = f"{KEPT}: {reason}"
     pipeline.require_read(spared=reasons)
     return reasons
 
 
-def why_kept(component: Component) -> str | None:
-    """Why a component that cannot be read need not stop its pipeline; None if it has to."""
+def pickles_copied(root: Folder) -> frozenset[str]:
+    """Of an output of qz, the pickles that it copied unread; none of what it did not write."""
+    try:
+        record = read_record(root)
+    except QzError:  # told by whoever reads the record
+        record = None
+    return frozenset(file.name for file in record.files if PICKLE.search(file.name)) if record else frozenset()
+
+
+def why_kept(component: Component, copied: Container[str] = ()) -> str | None:
+    """Why a component that cannot be read need not stop its pipeline; None if it has to. ``copied``: see above."""
     if component.unread is None:
         return None
     if component.is_of_onnx:
@@ -39,6 +51,8 @@ def why_kept(component: Component) -> str | None:
         return f"its config.json names no class of transformers or diffusers (model_index.json: {component.class_name})"
     names = component.folder.sizes()
     weights = [name for name in names if name.endswith(".safetensors") or PICKLE.search(name)]
+    if component.unread.kinds == {"pickle-only"} and all(f"{component.name}/{name}" in copied for name in weights):
+        return "its weights are pickles, which were copied unread"
     if component.unread.kinds != {"weights-missing"}:
         return None
     if component.library not in ("diffusers", "transformers") and weights:
@@ -56,13 +70,12 @@ def _needs_none(component: Component) -> str | None:
     library = library_of(config)
     if library is None:
         return None
-    empty = Checkpoint(
-        component.folder, config, library, component.class_name, None, (), {}, {}, class_module=component.library
-    )
+    empty = Checkpoint(component.folder, config, library, architecture_of(config, library), None, (), {}, {})
+    empty = as_component(empty, component.library, component.class_name)
     try:
         examine(empty, LoadRequest(None))
     except Unsupported:
-        return f"it has no weights, and {component.class_name} is no model class of {library}"
+        return f"it has no weights, and {empty.architecture} is no model class of {library}"
     except QzError:
         return None
-    return f"it has no weights, and {component.class_name} needs none"
+    return f"it has no weights, and {empty.architecture} needs none"
