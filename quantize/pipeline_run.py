@@ -21,7 +21,7 @@ from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.reports.pipeline_summary import ComponentSummary, PipelineSummary
-from qz.quantize.reports.summary import Source, Summary, fused_weights, made_from, summarize
+from qz.quantize.reports.summary import Source, Summary, code_left_out, fused_weights, made_from, summarize
 from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity
 from qz.quantize.streaming.measuring.loss import Loss, joined
@@ -174,6 +174,7 @@ def _notes(plan: PipelinePlan, left_out: Iterable[str]) -> tuple[str, ...]:
         *unknown_classes(plan.pipeline),
         *(text for checkpoint in kept if checkpoint is not None for text in checkpoint.choices),
         *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
+        *(text for part in plan.parts if part.plan is None for text in code_left_out(part.carried, part.prefix)),
         *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),
     )
 

@@ -289,6 +289,33 @@ def test_a_map_to_code_that_does_not_come_along_is_left_out_and_told(model: Path
 
 
 # --- advice -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}),
+        ("preprocessor_config.json", {"auto_map": {"AutoProcessor": "tokenization_own.OwnProcessor"}}),
+        ("modules.json", [{"idx": 0, "name": "0", "path": "", "type": "tokenization_own.Transformer"}]),
+    ],
+)
+def test_code_that_a_file_in_the_output_names_is_told(file: str, content: Any, model: Path, tmp_path: Path) -> None:
+    (model / file).write_text(json.dumps(content))
+    (model / "tokenization_own.py").write_text("raise SystemExit('run')")
+    (model / "handler.py").write_text("raise SystemExit('run')")
+    report = run(quantize, model, output=tmp_path / "out")
+    told = f"{file} names code in tokenization_own.py, which is not copied"
+    assert [text.startswith(told) for text in report["warnings"] if "code in" in text] == [True]
+    assert (tmp_path / "out" / file).read_bytes() == (model / file).read_bytes()
+
+
+def test_code_that_a_component_names_is_told(pipeline: Path, tmp_path: Path) -> None:
+    settings = pipeline / "tokenizer" / "tokenizer_config.json"
+    rewrite(settings, auto_map={"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]})
+    (pipeline / "tokenizer" / "tokenization_own.py").write_text("raise SystemExit('run')")
+    report = run(quantize, pipeline, output=tmp_path / "out", dry_run=True)
+    told = "tokenizer/tokenizer_config.json names code in tokenization_own.py, which is not copied"
+    assert [text for text in report["warnings"] if text.startswith(told)]
+
+
 def test_the_command_that_converts_pickles_works_where_it_is_pasted(pipeline: Path, tmp_path: Path) -> None:
     folder = pipeline / "text_encoder_2"
     held: dict[str, torch.Tensor] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,8 @@ class Companion:
     file: str
     name: str
     bytes: int
+    code: tuple[str, ...] = ()
+    """Code beside it that it names, which is not copied."""
 
     def __post_init__(self) -> None:
         try:
@@ -139,7 +141,7 @@ def companions(folder: Folder) -> tuple[Companion, ...]:
     inside = folder.subfolders()
     if TEMPLATES in inside:
         found += _matching(folder.subfolder(TEMPLATES), (TEMPLATE,), f"{TEMPLATES}/")
-    named = _named_folders(folder, found, [name for name in inside if name != TEMPLATES])
+    named = _named_folders(found, [name for name in inside if name != TEMPLATES])
     if any(each.name == "modules.json" for each in found):
         named.update(filter(MODULE.fullmatch, inside))
     for name in inside:
@@ -149,31 +151,45 @@ def companions(folder: Folder) -> tuple[Companion, ...]:
         sizes = inner.sizes()
         if name in named or ("config.json" not in sizes and any(each in sizes for each in OWN_SETTINGS)):
             found += _everything(inner, f"{name}/")
-    return tuple(found)
+    return tuple(replace(each, code=_code_named(each)) for each in found)
 
 
-def _named_folders(folder: Folder, found: Sequence[Companion], inside: Sequence[str]) -> set[str]:
+def _named_folders(found: Sequence[Companion], inside: Sequence[str]) -> set[str]:
     """Folders that a file which goes along names: modules of sentence-transformers, voices of a processor."""
-    named: set[str] = set()
+    names = re.compile(r"modules\.json|router_config\.json|[a-z0-9_]+_path\.json")
+    values = [value for each in found if inside and names.fullmatch(each.name) for value in _texts(each)]
+    return {name for name in inside if any(value == name or value.startswith(f"{name}/") for value in values)}
+
+
+def _code_named(companion: Companion) -> tuple[str, ...]:
+    """Modules beside a file which that names a class of: in ``auto_map``, or as the type of one of ``modules.json``."""
+    code = {name for name in companion.folder.sizes() if name.endswith(".py")}
+    if not code or not re.fullmatch(r"(?:.*_config|modules)\.json", companion.file):
+        return ()
+    return tuple(sorted({f"{value.rpartition('.')[0]}.py" for value in _texts(companion)} & code))
+
+
+def _texts(companion: Companion) -> list[str]:
+    """All keys and texts in a JSON file that is small enough for one; none of one that cannot be read, which is copied
+    as it is."""
+    found: list[str] = []
 
     def collect(value: Any) -> None:
         if isinstance(value, str):
-            named.update(name for name in inside if value == name or value.startswith(f"{name}/"))
+            found.append(value)
         elif isinstance(value, dict):
             for key, inner in value.items():
-                collect(key)
+                found.append(key)
                 collect(inner)
         elif isinstance(value, list):
             for inner in value:
                 collect(inner)
 
-    names = re.compile(r"modules\.json|router_config\.json|[a-z0-9_]+_path\.json")
-    for each in found if inside else ():
-        if names.fullmatch(each.name) and each.bytes <= MAX_BYTES:
-            with suppress(Malformed):  # then it names nothing; it is copied as it is
-                data = b'{"": ' + read_file(folder, each.file, MAX_BYTES) + b"}"  # modules.json is a list
-                collect(read_json(data, f"{folder.location}/{each.file}"))
-    return named
+    if companion.bytes <= MAX_BYTES:
+        with suppress(Malformed):
+            data = b'{"": ' + read_file(companion.folder, companion.file, MAX_BYTES) + b"}"  # modules.json is a list
+            collect(read_json(data, f"{companion.folder.location}/{companion.file}"))
+    return found
 
 
 def _everything(folder: Folder, prefix: str, depth: int = 2) -> list[Companion]:

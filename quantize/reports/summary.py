@@ -250,7 +250,7 @@ def summarize(
         kept_tensors=len(plan.steps) - len(quantized),
         skipped=dict(architecture.kept_linears),
         dropped=architecture.dropped,
-        notes=_notes(plan),
+        notes=(*_notes(plan), *code_left_out(carried)),
         bytes_source=plan.bytes_source,
         bytes_output=sum(file.bytes for file in files) if files else plan.bytes_output,
         footprint_before=architecture.footprint.before,
@@ -320,6 +320,15 @@ def _adapter(plan: Plan) -> tuple[str, ...]:
         return ()
     told = f"the adapter of {ADAPTER_CONFIG} is not in the output, which is of the model without it"
     return (f"{told}. To have it fused, run this again with `--lora` and the folder or repository of the adapter",)
+
+
+def code_left_out(carried: Iterable[Companion], inside: str = "") -> tuple[str, ...]:
+    """What is told of code that files in the output name, and that is not copied; ``inside``: the folder of them."""
+    named = ((each.name, file) for each in carried for file in each.code)
+    return tuple(
+        f"{inside}{name} names code in {file}, which is not copied: what needs it, needs a copy of it in the output"
+        for name, file in named
+    )
 
 
 def _encoded(plan: Plan) -> tuple[str, ...]:
