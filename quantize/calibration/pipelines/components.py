@@ -19,6 +19,7 @@ from qz.formats.json_files import read_json
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.running.text import MAX_TOKENIZER_BYTES
 from qz.quantize.calibration.running.weights import Weights
+from qz.quantize.libraries.diffusers.internals import optional_components
 from qz.quantize.libraries.diffusers.runnable import runnable as of_diffusers
 from qz.quantize.libraries.importing.boundary import library_errors
 from qz.quantize.libraries.importing.isolation import isolated
@@ -116,7 +117,7 @@ def opened_models(
             try:
                 weights[each.name] = weights_of(plain_checkpoint(each.checkpoint), dtype, device)
             except Unsupported:
-                optional = each.name in pipeline_class._optional_components
+                optional = each.name in optional_components(pipeline_class)
                 if not optional or each.name == only or each.quantization is not None:
                     raise
                 unknown.append(each.name)

@@ -27,6 +27,14 @@ def float32_modules(model: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
+def optional_components(pipeline_class: Any) -> list[str]:
+    """Names of the components that a pipeline of the class does without."""
+    try:
+        return list(pipeline_class._optional_components)
+    except AttributeError as error:
+        raise _unknown(error) from error
+
+
 def quantizer_of(config: Any) -> Any:
     """The library's quantizer for a checkpoint with this quantization_config."""
     try:

@@ -26,6 +26,7 @@ from qz.formats.malformed import quoted
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.transformers.expert_rows import stored_rows
+from qz.quantize.libraries.transformers.internals import from_config
 from qz.quantize.libraries.transformers.meta_loading import store, temporary_folder
 from qz.quantize.libraries.versions import requirement
 
@@ -149,7 +150,7 @@ def meta_model(config: Mapping[str, Any]) -> Any:
     """The model of a config on the meta device."""
     model_class = getattr(transformers, config["architectures"][0])
     with torch.device("meta"):
-        return model_class._from_config(model_class.config_class.from_dict(dict(config)))
+        return from_config(model_class, model_class.config_class.from_dict(dict(config)))
 
 
 def _arranged_as(

@@ -56,6 +56,7 @@ __all__ = [
     "default_skips",
     "dot_natural_key",
     "float32_modules",
+    "from_config",
     "get_model_conversion_mapping",
     "holds_experts",
     "ignored_on_save",
@@ -109,6 +110,13 @@ def model_on_meta(model_class: Any, config: Any) -> Any:
         for context in model_class.get_init_context(plain.dtype or torch.float32, False, False, None):
             stack.enter_context(context)
         return model_class(plain)
+
+
+def from_config(model_class: Any, config: Any, **options: Any) -> Any:
+    """A model of the class, built from a config alone; ``options`` as of ``PreTrainedModel._from_config``."""
+    with _known_layout():
+        build = model_class._from_config
+    return build(config, **options)
 
 
 def float32_modules(model: Any) -> list[str]:

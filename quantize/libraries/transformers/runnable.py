@@ -22,7 +22,13 @@ from qz.quantize.libraries.importing.work_bounds import work_bounded
 from qz.quantize.libraries.transformers.classes import model_class_of
 from qz.quantize.libraries.transformers.expert_rows import stored_rows
 from qz.quantize.libraries.transformers.experts import LISTED
-from qz.quantize.libraries.transformers.internals import Conv1D, holds_experts, no_init_weights, tied_weights
+from qz.quantize.libraries.transformers.internals import (
+    Conv1D,
+    from_config,
+    holds_experts,
+    no_init_weights,
+    tied_weights,
+)
 from qz.quantize.libraries.transformers.meta_loading import config_in_folder
 from qz.quantize.libraries.transformers.origins import Model, Origin, find_origins, find_transposed
 
@@ -134,7 +140,7 @@ def runnable(
         config = config_in_folder(asked, model_class_of(asked).config)
         shapes = {name: tensor.shape for name, tensor in (given or checkpoint.tensors).items()}
         with work_bounded(shapes, where), no_init_weights(), _parameters_on_meta():
-            model = getattr(transformers, class_name)._from_config(config, dtype=dtype).eval()
+            model = from_config(getattr(transformers, class_name), config, dtype=dtype).eval()
         if reads_text and model.main_input_name != "input_ids":
             raise Unsupported(
                 f"{where}: {class_name} takes {model.main_input_name}, which is not made from text. To quantize it "
