@@ -224,7 +224,7 @@ def _examining(pipeline: Pipeline) -> AbstractContextManager[None]:
 
 
 def compose(
-    pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str, Plan], settings: Settings | None = None
+    pipeline: Pipeline, choices: tuple[Choice, ...], plans: Mapping[str, Plan], settings: Settings
 ) -> PipelinePlan:
     """The plan of a whole pipeline from plans of some of its components; the others are kept.
 
@@ -232,10 +232,7 @@ def compose(
     """
     others = [each for each in pipeline.components if each.checkpoint and each.name not in plans]
     kept = {each.name: unquantized(each) for each in others}
-    loras = settings.loras if settings is not None else ()
-    as_stored = settings is None or (settings.dtype == "auto" and not loras)
-    if settings is None or (as_stored and not any(each.in_other_file for each in others)):
-        return PipelinePlan(pipeline, choices, plans, kept)
+    loras = settings.loras
     placed = _placed(pipeline, loras)
     plans = {name: fused(plan, placed[name], loras) if name in placed else plan for name, plan in plans.items()}
     casts: dict[str, Plan] = {}

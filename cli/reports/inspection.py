@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qz.cli.output import Column, facts, fold, percent, quantity, say, show, size, table, terminal_width
 from qz.cli.reports.tensors import COLUMNS, grouped, matching, single
 from qz.counted import counted, shown
+from qz.quantize.methods import LOW_COVERAGE
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.problems import Problem
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from qz.quantize.inspection.pipeline import ComponentInspection, PipelineInspection
     from qz.quantize.inspection.report import Inspection, Quantization, Verified
 
-LOW_COVERAGE = 0.5
 SHOWN = 20
 """Problems that the report shows; the JSON has all."""
 NAMES = {"nf4_double_quant": "nf4 + double"}

@@ -14,6 +14,7 @@ from qz.formats.malformed import quoted
 from qz.formats.output.companions import INDEXES, Companion, left_out
 from qz.formats.output.recorded.record import WrittenFile
 from qz.quantize.consumers.planned import warnings as consumer_warnings
+from qz.quantize.methods import LOW_COVERAGE
 from qz.quantize.planning.budget.kept_layers import KeptLayers
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.refinement import AS_THE_LIBRARIES
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import PushResult
     from qz.quantize.reports.pipeline_summary import PipelineSummary
-
-LOW_COVERAGE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +169,9 @@ def told_of_nonfinite(nonfinite: Mapping[str, NotFinite], dtype: str, *, fused: 
         yield f"values that are NaN or infinite were kept as they are: {_counts(stored)}"
 
 
-def _counts(counts: Mapping[str, int], most: int = 3) -> str:
-    shown = ", ".join(f"{count:,} in {name}" for name, count in list(counts.items())[:most])
-    return shown + (f" and more in {len(counts) - most} others" if len(counts) > most else "")
+def _counts(counts: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{count:,} in {name}" for name, count in list(counts.items())[:3])
+    return shown + (f" and more in {len(counts) - 3} others" if len(counts) > 3 else "")
 
 
 def report_json(summary: Summary | PipelineSummary) -> dict[str, Any]:

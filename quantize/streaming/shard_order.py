@@ -33,7 +33,7 @@ def by_shard(plan: Plan) -> Plan:
     return replace(plan, steps=tuple(steps))
 
 
-def shard_order(plan: Plan, folder: str = "", at_least: int = AT_ONCE) -> ShardOrder:
+def shard_order(plan: Plan, folder: str = "") -> ShardOrder:
     """``folder``: of the output, in which the shards lie."""
     last = {home: number for number in range(len(plan.steps)) for home in _homes(plan, number)}
     begun: dict[int, None] = {}
@@ -45,7 +45,7 @@ def shard_order(plan: Plan, folder: str = "", at_least: int = AT_ONCE) -> ShardO
         open_now |= homes
         most = max(most, len(open_now))
         open_now = {home for home in open_now if last[home] > number}
-    at_once = max(most, at_least)
+    at_once = max(most, AT_ONCE)
     prefix = f"{folder}/" if folder else ""
     return ShardOrder(
         tuple(prefix + plan.shards[home].file for home in begun),

@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+MOST_TOLD = 4
+"""Differences that a message names."""
 _ABSENT = object()
 _SAID_BY_THE_REST = ("source", "settings", "versions", "folder")
 """Levels of a fingerprint whose names add nothing: ``versions.torch`` is ``torch``."""
 
 
-def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """``method: nf4 → int8, model.safetensors has changed``: values that differ, in nested objects too."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
     keys = [key for key in sorted(before | after) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
@@ -19,7 +21,7 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], most: in
     keys = [key for key in keys if key[-1] == "name" or key[:-1] not in other_methods]
     keys.sort(key=lambda key: key not in before or key not in after)  # what both have says most
     told = list(dict.fromkeys(_in_words(key, before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in keys))
-    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
+    return ", ".join(told[:MOST_TOLD]) + (f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else "")
 
 
 def _in_words(key: tuple[str, ...], old: Any, new: Any) -> str:

@@ -16,15 +16,12 @@ from qz.quantize.compute.cpu.llvm_vectors import (
     broadcast,
     largest_magnitude,
     load,
+    pointer_to,
     same,
     store,
     store_codes,
     vector,
 )
-
-
-def _pointer(context: Any, builder: Any, array_type: Any, value: Any, index: Any) -> Any:
-    return builder.gep(context.make_array(array_type)(context, builder, value).data, [index])
 
 
 @intrinsic
@@ -34,7 +31,7 @@ def _top(_: Any, values: Any, start: Any) -> Any:
     unsigned = types.Integer.from_bitwidth(width, False)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1])
+        pointer = pointer_to(context, builder, signature.args[0], arguments[0], arguments[1])
         return largest_magnitude(builder, load(builder, pointer, ir.IntType(width)))
 
     return unsigned(values, start), generate
@@ -49,8 +46,8 @@ def _write_32(quant_type: str) -> Any:
         """Quantize ``values[start : start + 64]``, scaled by ``inverse``."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source = _pointer(context, builder, signature.args[0], arguments[0], arguments[1])
-            target = _pointer(context, builder, signature.args[3], arguments[3], arguments[4])
+            source = pointer_to(context, builder, signature.args[0], arguments[0], arguments[1])
+            target = pointer_to(context, builder, signature.args[3], arguments[3], arguments[4])
             x = builder.fmul(load(builder, source, ir.FloatType()), broadcast(builder, arguments[2]))
             above = [builder.fcmp_ordered(">", x, same(ir.FloatType(), bound)) for bound in bounds]
             store_codes(builder, above, codes, I32, target)
@@ -111,8 +108,8 @@ def _write_values(quant_type: str) -> Any:
         """``out[to : to + 32]`` = the values of the 16 bytes from ``start`` on, times ``scale``, in float32."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source = _pointer(context, builder, signature.args[0], arguments[0], arguments[1])
-            target = _pointer(context, builder, signature.args[3], arguments[3], arguments[4])
+            source = pointer_to(context, builder, signature.args[0], arguments[0], arguments[1])
+            target = pointer_to(context, builder, signature.args[3], arguments[3], arguments[4])
             octets = builder.zext(load(builder, source, I8, 16), vector(I32, 16))
             high, low = builder.lshr(octets, same(I32, 4, 16)), builder.and_(octets, same(I32, 15, 16))
             codes = builder.shuffle_vector(high, low, ir.Constant(vector(I32, 32), order))

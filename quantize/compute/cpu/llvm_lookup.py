@@ -17,7 +17,6 @@ from qz.quantize.compute import tables
 from qz.quantize.compute.cpu.llvm_vectors import I16, I32, same, vector
 
 _FLOAT = ir.FloatType()
-_CELLS = 32
 _NEEDED = frozenset({"+avx512f", "+avx512bw"})
 
 

@@ -15,20 +15,30 @@ from numba import types
 from qz.quantize.compute import scale_search, tables
 from qz.quantize.compute.cpu import llvm_lookup
 from qz.quantize.compute.cpu.jit import array, compiled, inlined, intrinsic
-from qz.quantize.compute.cpu.llvm_blocks import _pointer
-from qz.quantize.compute.cpu.llvm_vectors import I16, I32, broadcast, load, same, store, store_codes, store_pairs
+from qz.quantize.compute.cpu.llvm_vectors import (
+    I16,
+    I32,
+    broadcast,
+    load,
+    pointer_to,
+    same,
+    store,
+    store_codes,
+    store_pairs,
+)
 
 _FLOAT = ir.FloatType()
 
 
-def _half_sums(builder: Any, vector: Any, lanes: int = 64, until: int = 1) -> Any:
-    """The sum of all lanes, by halves; ``until`` leaves a vector of so many sums."""
-    while lanes > until:
+def _sum_of_lanes(builder: Any, vector: Any) -> Any:
+    """The sum of 64 lanes, by halves."""
+    lanes = 64
+    while lanes > 1:
         lanes //= 2
         low = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
         high = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes, 2 * lanes)))
         vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
-    return builder.extract_element(vector, I32(0)) if until == 1 else vector
+    return builder.extract_element(vector, I32(0))
 
 
 def _above(builder: Any, scaled: Any, quant_type: str) -> list[Any]:
@@ -58,15 +68,15 @@ def _fit_of(quant_type: str, weighted: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
-            values = load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
+            values = load(builder, pointer_to(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
             scaled = builder.fmul(values, broadcast(builder, arguments[1]))
             q = _nearest_levels(context, builder, scaled, quant_type)
             wq = q
             if weighted:
-                at = _pointer(context, builder, signature.args[2], arguments[2], arguments[3])
+                at = pointer_to(context, builder, signature.args[2], arguments[2], arguments[3])
                 wq = builder.fmul(load(builder, at, _FLOAT), q)
-            a = _half_sums(builder, builder.fmul(wq, values))
-            b = _half_sums(builder, builder.fmul(wq, q))
+            a = _sum_of_lanes(builder, builder.fmul(wq, values))
+            b = _sum_of_lanes(builder, builder.fmul(wq, q))
             return context.make_tuple(builder, pair, [a, b])
 
         return pair(y, types.float32, weights, types.int64), generate
@@ -95,7 +105,7 @@ def _coarse_of(quant_type: str) -> Any:
         """The least-squares scale of the best candidate without importance, in whole numbers."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            at = _pointer(context, builder, signature.args[0], arguments[0], ir.Constant(ir.IntType(64), 0))
+            at = pointer_to(context, builder, signature.args[0], arguments[0], ir.Constant(ir.IntType(64), 0))
             # The last place of the sum is 1, its low half the whole number, rounded half to even.
             steps = builder.fmul(load(builder, at, _FLOAT), same(_FLOAT, float(scale_search.GRID)))
             moved = builder.bitcast(builder.fadd(steps, same(_FLOAT, 12582912.0)), ir.VectorType(I32, 64))
@@ -153,9 +163,9 @@ def _nearest_of(quant_type: str) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
-            loaded = load(builder, _pointer(context, builder, signature.args[0], *arguments[:2]), _FLOAT)
+            loaded = load(builder, pointer_to(context, builder, signature.args[0], *arguments[:2]), _FLOAT)
             scaled = builder.fmul(loaded, broadcast(builder, arguments[2]))
-            levels_at, packed_at = (_pointer(context, builder, signature.args[i], arguments[i], zero) for i in (3, 4))
+            levels_at, packed_at = (pointer_to(context, builder, signature.args[i], arguments[i], zero) for i in (3, 4))
             if llvm_lookup.usable(context) and codes == sorted(codes):
                 positions = llvm_lookup.positions(builder, scaled, quant_type)
                 store(builder, llvm_lookup.levels_at(builder, positions, quant_type), levels_at)
@@ -178,8 +188,8 @@ def _levels_of(quant_type: str) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
-            values = load(builder, _pointer(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
-            target = _pointer(context, builder, signature.args[1], arguments[1], zero)
+            values = load(builder, pointer_to(context, builder, signature.args[0], arguments[0], zero), _FLOAT)
+            target = pointer_to(context, builder, signature.args[1], arguments[1], zero)
             store(builder, _nearest_levels(context, builder, values, quant_type), target)
             return context.get_dummy_value()
 
@@ -213,16 +223,15 @@ def _error_of(dtype: str, weighted: bool) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(ir.IntType(64), 0)
-            values, q = (
-                load(builder, _pointer(context, builder, signature.args[i], arguments[i], zero), _FLOAT) for i in (0, 1)
-            )
+            both = (pointer_to(context, builder, signature.args[i], arguments[i], zero) for i in (0, 1))
+            values, q = (load(builder, pointer, _FLOAT) for pointer in both)
             loaded = _rounded(builder, builder.fmul(q, broadcast(builder, arguments[2])), dtype)
             difference = builder.fmul(builder.fsub(loaded, values), broadcast(builder, arguments[3]))
             squared = builder.fmul(difference, difference)
             if weighted:
-                at = _pointer(context, builder, signature.args[4], arguments[4], arguments[5])
+                at = pointer_to(context, builder, signature.args[4], arguments[4], arguments[5])
                 squared = builder.fmul(load(builder, at, _FLOAT), squared)
-            return _half_sums(builder, squared)
+            return _sum_of_lanes(builder, squared)
 
         return types.float32(x, levels, types.float32, types.float32, weights, types.int64), generate
 

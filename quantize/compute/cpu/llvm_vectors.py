@@ -29,6 +29,11 @@ def broadcast(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
     return builder.shuffle_vector(single, single, same(I32, 0, lanes))
 
 
+def pointer_to(context: Any, builder: Any, array_type: Any, value: Any, index: Any) -> Any:
+    """The address of an element of one of numba's arrays: ``value``, of ``array_type``."""
+    return builder.gep(context.make_array(array_type)(context, builder, value).data, [index])
+
+
 def load(builder: Any, pointer: Any, element: Any, lanes: int = LANES) -> Any:
     """Consecutive elements from an address of any alignment."""
     loaded = builder.load(builder.bitcast(pointer, vector(element, lanes).as_pointer()))
