@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qz.quantize.compute import kernels
+from qz.quantize.compute import backends, kernels
 
 Array = npt.NDArray[Any]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -167,7 +167,7 @@ def main() -> None:
     if options.json:
         print(json.dumps([asdict(figure) for figure in figures], indent=2))
         return
-    backend = kernels.backend().__name__.rpartition("_")[2]
+    backend = backends.backend().__name__.rpartition("_")[2]
     print(f"({options.rows}, {options.cols}), one thread, {backend}; GB/s of input (back: of output)\n")
     print(f"{'kernel':<16}{'qz':>8}{'bnb':>8}{'ratio':>8}{'target':>8}  bytes")
     for figure in figures:

@@ -236,14 +236,14 @@ class Conversion:
 
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""
-        from qz.quantize.compute import kernels
+        from qz.quantize.compute import backends
         from qz.quantize.libraries import process
         from qz.quantize.quantizing_device import import_torch, prewarm
 
         self.on_progress(Progress("Reading headers"))
         if not self.dry_run:
             is_4bit = isinstance(self.settings.method, FourBit)
-            on_cpu = kernels.block_backend if is_4bit else kernels.backend
+            on_cpu = backends.block_backend if is_4bit else backends.backend
             process.meanwhile(import_torch if prewarm(self.settings) else on_cpu)
 
     def _target(self, dtypes: Iterable[str]) -> Target:

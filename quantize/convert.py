@@ -17,7 +17,7 @@ from qz.formats.output.companions import Companion, companions, terms
 from qz.formats.output.recorded.record import read_record
 from qz.progress import OnProgress, ignore
 from qz.quantize.command import command
-from qz.quantize.compute import kernels
+from qz.quantize.compute import backends
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.consumers.planned import loads_in
 from qz.quantize.importance.refine import refinement
@@ -183,7 +183,7 @@ def carry_out(
         nonfinite=written.nonfinite[part.name],
         loss=measure.loss() if measure else None,
     )
-    notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
+    notes = (*done.notes, *arithmetic.notes, *backends.notes(), *written.notes)
     return replace(
         done, notes=notes, bytes_of=arithmetic.bytes_of, pushed=written.pushed, bytes_read=written.bytes_read
     )

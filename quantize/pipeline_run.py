@@ -12,7 +12,7 @@ from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
 from qz.formats.output.recorded.record import WrittenFile
 from qz.progress import OnProgress, ignore
-from qz.quantize.compute import kernels
+from qz.quantize.compute import backends
 from qz.quantize.convert import about, fingerprint
 from qz.quantize.libraries.diffusers.classes import unknown_classes
 from qz.quantize.pipeline import PipelinePlan
@@ -65,7 +65,7 @@ def carry_out_pipeline(
         nonfinite=written.nonfinite,
         losses=plan.losses(),
     )
-    notes = (*done.notes, *arithmetic.notes, *kernels.notes(), *written.notes)
+    notes = (*done.notes, *arithmetic.notes, *backends.notes(), *written.notes)
     return replace(
         done, notes=notes, bytes_of=arithmetic.bytes_of, pushed=written.pushed, bytes_read=written.bytes_read
     )

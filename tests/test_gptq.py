@@ -13,7 +13,7 @@ import torch
 from converted import quantized
 from forward import output_of
 from qz import MalformedInput
-from qz.quantize.compute import kernels, scale_search
+from qz.quantize.compute import kernels, scale_search, tables
 from qz.quantize.compute.gpu.gptq import DAMPING, SHRINKAGE
 from qz.quantize.importance.hessian_reader import HessianPlace
 from qz.quantize.importance.statistics import InputSums, write_hessians, write_statistics
@@ -73,7 +73,7 @@ def test_the_codes_are_the_textbooks(shape: tuple[int, int]) -> None:
     codes = np.full_like(packed, 0xA5)
     kernels.gptq_4bit(weight.numpy(), "F32", "nf4", scales, hessian.numpy().copy(), codes)
     found = made(codes, scales, shape)
-    levels = torch.from_numpy(np.sort(kernels.QUANT_MAPS["nf4"])).double()
+    levels = torch.from_numpy(np.sort(tables.QUANT_MAPS["nf4"])).double()
     expected = textbook(weight, hessian, torch.from_numpy(scales), levels)
     assert float((found - expected).abs().lt(1e-5).double().mean()) > 0.99  # float32 may decide a tie otherwise
     if count % 2:

@@ -31,7 +31,7 @@ from hypothesis.extra import numpy as numpy_strategies
 
 import portable_cpu
 import qz
-from qz.quantize.compute import kernels, tables
+from qz.quantize.compute import backends, kernels, tables
 from qz.quantize.compute.kernels import NonFinite
 from reference import with_one_zero
 
@@ -133,14 +133,14 @@ def ordered(bits: Array) -> Array:
 
 @each_quant_type
 def test_quant_maps_and_bounds_are_those_of_bitsandbytes(quant_type: QuantType) -> None:
-    assert same(kernels.QUANT_MAPS[quant_type], bnb_functional.get_4bit_type(quant_type, device="cpu").numpy())
+    assert same(tables.QUANT_MAPS[quant_type], bnb_functional.get_4bit_type(quant_type, device="cpu").numpy())
     bounds, order = reference_ops._get_4bit_quantize_bounds(quant_type, torch.device("cpu"))
     assert same(tables.bounds(quant_type), bounds.numpy())
     assert tables.order(quant_type).tolist() == order.tolist()
 
 
 def test_nested_quant_map_is_that_of_bitsandbytes() -> None:
-    assert same(kernels.nested_quant_map(), bnb_functional.create_dynamic_map().numpy())
+    assert same(tables.nested_quant_map(), bnb_functional.create_dynamic_map().numpy())
 
 
 # 4-bit
@@ -360,7 +360,7 @@ def test_the_second_zero_of_fp4_is_that_of_the_quant_map_whatever_bitsandbytes_m
 ) -> None:
     """bitsandbytes' sign depends on the CPU and on the length of a row; qz's bytes are the same everywhere."""
     packed, absmax = np.full(4096, 0x88, np.uint8), np.full(128, 3, np.float32)
-    assert math.copysign(1, kernels.QUANT_MAPS["fp4"][8]) == 1
+    assert math.copysign(1, tables.QUANT_MAPS["fp4"][8]) == 1
     ours = dequantize_4bit(packed, absmax, "fp4", 64, dtype, 8192)
     assert not ours.any(), "all bits are zero, the sign as well"
     theirs = torch.ops.bitsandbytes.dequantize_4bit(
@@ -378,7 +378,7 @@ def test_4bit_dequantization_of_any_length_is_exact(
     blocksize: int, dtype: str, quant_type: QuantType, backend: str
 ) -> None:
     """Against the formula: bitsandbytes' AVX-512 path takes the wrong absmax where rows are no multiple of blocks."""
-    quant_map = torch.from_numpy(kernels.QUANT_MAPS[quant_type])
+    quant_map = torch.from_numpy(tables.QUANT_MAPS[quant_type])
     for n in (1, 2, 31, 32, 33, 63, 65, 95, 96, 4095, 4097, 8193):
         packed = np.random.default_rng(n).integers(0, 256, -(-n // 2), np.uint8)
         absmax = np.exp2(np.random.default_rng(n).uniform(-150, 127, -(-n // blocksize))).astype(np.float32)
@@ -421,7 +421,7 @@ def test_double_quantization_is_exact(n: int, backend: str) -> None:
     assert same(nested, state.absmax.numpy())
     assert ours_offset == offset.item()
     theirs = bnb_functional.dequantize_blockwise(codes, state) + offset
-    ours = kernels.dequantize_absmax(quantized, nested, kernels.nested_quant_map(), ours_offset, 256)
+    ours = kernels.dequantize_absmax(quantized, nested, tables.nested_quant_map(), ours_offset, 256)
     assert same(ours, theirs.numpy())
 
 
@@ -431,7 +431,7 @@ def test_every_step_of_the_nested_map_is_exact(backend: str) -> None:
     values[:, 0] = 1
     codes, state = bnb_functional.quantize_blockwise(torch.from_numpy(values.reshape(-1)), blocksize=256)
     out, absmax = np.empty(values.size, np.uint8), np.empty(len(values), np.float32)
-    kernels.backend().quantize_blockwise(values.reshape(-1), 256, out, absmax)
+    backends.backend().quantize_blockwise(values.reshape(-1), 256, out, absmax)
     assert same(out, codes.numpy())
     assert same(absmax, state.absmax.numpy())
 
@@ -467,7 +467,7 @@ def test_the_whole_path_equals_functional_quantize_4bit(quant_type: QuantType) -
     assert same(ours_packed, packed.numpy().reshape(-1))
     assert same(quantized, state.absmax.numpy())
     assert same(nested, state.state2.absmax.numpy())
-    assert same(kernels.nested_quant_map(), state.state2.code.numpy())
+    assert same(tables.nested_quant_map(), state.state2.code.numpy())
     assert offset == state.offset.item()
 
 
@@ -607,7 +607,7 @@ def python(code: str, *, by: Sequence[str] = (sys.executable,), **environment: s
 
 def test_the_kernels_need_no_torch_to_be_imported() -> None:
     code = (
-        "import sys; from qz.quantize.compute import kernels; print(kernels.backend().__name__, 'torch' in sys.modules)"
+        "import sys; from qz.quantize.compute import backends as b; print(b.backend().__name__, 'torch' in sys.modules)"
     )
     assert python(code) == "qz.quantize.compute.cpu.numba_kernels False"
 
@@ -622,8 +622,8 @@ for change in (
 ):
     if os.fork() == 0:
         exec(change)
-        from qz.quantize.compute import kernels
-        print(kernels.backend().__name__, *kernels.notes(), sep=";", flush=True)
+        from qz.quantize.compute import backends
+        print(backends.backend().__name__, *backends.notes(), sep=";", flush=True)
         os._exit(0)
     os.wait()
 """

@@ -121,7 +121,7 @@ def test_the_search_comes_close_to_the_best_scales_there_are(quant_type: QuantTy
     blocks = values.reshape(-1, 64).astype(np.float64)
     w = np.ones(64) if weights is None else weights.astype(np.float64)
     absmax = np.abs(blocks).max(axis=1, keepdims=True)
-    levels = np.sort(kernels.QUANT_MAPS[quant_type].astype(np.float64))
+    levels = np.sort(tables.QUANT_MAPS[quant_type].astype(np.float64))
     bounds = (levels[:-1] + levels[1:]) / 2
     best = np.full(len(blocks), np.inf)
     for factor in np.linspace(0.2, 1.4, 2000):
@@ -158,8 +158,8 @@ def test_codes_for_given_scales_are_the_nearest(
     packed = np.full(-(-values.size // 2), 0xA5, np.uint8)
     kernels.encode_4bit(values, dtype, quant_type, scales, packed)
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: values.size]
-    near = kernels.QUANT_MAPS[quant_type][codes].astype(np.float64) * np.repeat(scales, 64)[: values.size]
-    every = np.sort(kernels.QUANT_MAPS[quant_type]).astype(np.float64) * np.repeat(scales, 64)[: values.size, None]
+    near = tables.QUANT_MAPS[quant_type][codes].astype(np.float64) * np.repeat(scales, 64)[: values.size]
+    every = np.sort(tables.QUANT_MAPS[quant_type]).astype(np.float64) * np.repeat(scales, 64)[: values.size, None]
     distance = np.abs(every - wide(values, dtype)[:, None]).min(axis=1)
     assert np.allclose(np.abs(near - wide(values, dtype)), distance, rtol=1e-5, atol=1e-6)
     assert not near[6 * 64 : 8 * 64].any()

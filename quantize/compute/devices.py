@@ -89,9 +89,9 @@ def has_enough_cores() -> bool:
 
 def as_cuda(tasks: Collection[tuple[str, str]], capability: tuple[int, int] | None) -> Cpu | None:
     """The CPU with the bytes of a GPU, of which the ``capability`` may be unknown; None if it does not know them."""
-    from qz.quantize.compute import kernels
+    from qz.quantize.compute import backends
 
-    known = all(cuda_tables.is_known(*task, capability) and kernels.follows_cuda(task[0]) for task in tasks)
+    known = all(cuda_tables.is_known(*task, capability) and backends.follows_cuda(task[0]) for task in tasks)
     return Cpu(bytes_of="cuda") if known else None
 
 

@@ -9,107 +9,20 @@ Dtypes are safetensors' names. Values of "BF16" and "F16" travel as their bits i
 
 from __future__ import annotations
 
-import importlib
-import os
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from qz.quantize.compute.backends import backend, block_backend, has_numba
 from qz.quantize.compute.once import once
-from qz.quantize.compute.tables import QUANT_MAPS, nested_quant_map
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
-__all__ = [
-    "BLOCK_SIZE",
-    "NESTED_BLOCK_SIZE",
-    "QUANT_MAPS",
-    "NonFinite",
-    "backend",
-    "block_backend",
-    "cast",
-    "dequantize_4bit",
-    "dequantize_absmax",
-    "dequantize_blocks",
-    "dequantize_int8",
-    "encode_4bit",
-    "error_sums",
-    "follows_cuda",
-    "gptq_4bit",
-    "nested_quant_map",
-    "quantize_4bit",
-    "quantize_4bit_as_cuda",
-    "quantize_absmax",
-    "quantize_int8",
-    "quantize_int8_as_cuda",
-    "search_4bit",
-]
+from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, QuantType
 
 Array = npt.NDArray[Any]
 
-BLOCK_SIZE: Final = 64
-"""Values that share one absmax in quantize_4bit."""
-NESTED_BLOCK_SIZE: Final = 256
-"""Absmax values that share one nested absmax in quantize_absmax."""
-
 _BITS: Final = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32}
-
-
-_fallen_back: list[str] = []
-"""Why numba does not compute, once that is known."""
-
-
-@once
-def backend() -> ModuleType:
-    """The module that computes: numba's if that works here, unless ``QZ_KERNELS`` is ``torch``; the same bytes.
-
-    Chosen at the first call of a kernel, because importing numba takes a quarter of a second that a GPU has no use for.
-    numba's extension points move from release to release: one block is quantized to see whether they still fit.
-    """
-    if os.environ.get("QZ_KERNELS") != "torch":
-        try:
-            module = importlib.import_module("qz.quantize.compute.cpu.numba_kernels")
-            module.quantize_4bit(np.zeros(1, np.uint16), "BF16", "nf4", np.empty(1, np.uint8), np.empty(1, np.float32))
-        except Exception as error:  # noqa: BLE001 - whatever it is, torch computes the same bytes
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _fallen_back.append(f"computed by torch, more slowly: numba does not work here ({first_line})")
-        else:
-            return module
-    return importlib.import_module("qz.quantize.compute.gpu.torch_kernels")
-
-
-@once
-def block_backend() -> ModuleType:
-    """What quantizes 16-bit values to 4 bit: LLVM's code without numba, whose import would take most of the time.
-
-    ``backend`` where llvmlite is not as it was.
-    """
-    if os.environ.get("QZ_KERNELS") != "torch":
-        with suppress(Exception):  # whatever it is, the others compute the same bytes
-            module = importlib.import_module("qz.quantize.compute.cpu.block_kernels")
-            module.require_working()
-            return module
-    return backend()
-
-
-def follows_cuda(method: str) -> bool:
-    """Whether there is a kernel for what CUDA's kernels write."""
-    return has_numba() if method == "int8" else hasattr(block_backend(), "quantize_4bit_as_cuda")
-
-
-def has_numba() -> bool:
-    """Whether the backend is numba's."""
-    return backend().__name__.rpartition(".")[2] == "numba_kernels"
-
-
-def notes() -> tuple[str, ...]:
-    """What the user should know about the backend, if a kernel has been called."""
-    return tuple(_fallen_back)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +33,7 @@ class NonFinite:
     first: int
 
 
-def quantize_4bit(
-    values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], packed: Array, absmax: Array
-) -> NonFinite:
+def quantize_4bit(values: Array, dtype: str, quant_type: QuantType, packed: Array, absmax: Array) -> NonFinite:
     """Quantize in blocks of 64, like ``torch.ops.bitsandbytes.quantize_4bit`` on CPU, to the last bit.
 
     ``values``: 1-D of any length n; only the end of a tensor may leave a block short, for a short block is scaled by a
@@ -140,9 +51,7 @@ def quantize_4bit(
     return NonFinite(count, first)
 
 
-def quantize_4bit_as_cuda(
-    values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], packed: Array, absmax: Array
-) -> NonFinite:
+def quantize_4bit_as_cuda(values: Array, dtype: str, quant_type: QuantType, packed: Array, absmax: Array) -> NonFinite:
     """``quantize_4bit`` with the bytes of bitsandbytes' CUDA kernels, of "BF16" or "F16"; see ``cuda_tables``.
 
     Where ``follows_cuda``. Blocks with non-finite values are counted; what is written of them is meaningless.
@@ -174,7 +83,7 @@ def _requantize_4bit(values: Array, dtype: str, quant_type: str, packed: Array, 
 def search_4bit(
     values: Array,
     dtype: str,
-    quant_type: Literal["nf4", "fp4"],
+    quant_type: QuantType,
     weights: Array | None,
     column: int,
     packed: Array,
@@ -193,7 +102,7 @@ def search_4bit(
     return found
 
 
-def encode_4bit(values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], scales: Array, packed: Array) -> None:
+def encode_4bit(values: Array, dtype: str, quant_type: QuantType, scales: Array, packed: Array) -> None:
     """``packed`` = the codes of the levels nearest to ``values`` under given ``scales``, which may be negative.
 
     What is finite comes out right under any scale: one of zero, or next to it, gives the code of zero.
@@ -205,9 +114,7 @@ def encode_4bit(values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], sc
     backend().encode_4bit(values, dtype, quant_type, scales, packed)
 
 
-def gptq_4bit(
-    values: Array, dtype: str, quant_type: Literal["nf4", "fp4"], scales: Array, hessian: Array, packed: Array
-) -> None:
+def gptq_4bit(values: Array, dtype: str, quant_type: QuantType, scales: Array, hessian: Array, packed: Array) -> None:
     """``encode_4bit`` of a whole weight, (out, in), so that errors cancel in its output; see ``gptq``.
 
     ``hessian``: float32 (in, in). One weight at a time, by all of torch's threads; what they add up in
@@ -271,7 +178,7 @@ def _requantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> No
 
 
 def dequantize_4bit(
-    packed: Array, absmax: Array, quant_type: Literal["nf4", "fp4"], blocksize: int, dtype: str, out: Array
+    packed: Array, absmax: Array, quant_type: QuantType, blocksize: int, dtype: str, out: Array
 ) -> None:
     """``out`` = quant map × absmax, in float32, then rounded to ``dtype``: the same bits on every CPU.
 
@@ -386,15 +293,18 @@ def dequantize_blocks(kind: str, rows: Array, out: Array) -> bool:
     return compiled(kind, rows, out)
 
 
-def error_sums(original: Array, dtype: str, dequantized: Array, of: str = "F32") -> tuple[float, float, float]:
+def error_sums(
+    original: Array, original_dtype: str, dequantized: Array, dequantized_dtype: str = "F32"
+) -> tuple[float, float, float]:
     """Sum of squared differences, sum of squared originals, and largest absolute difference, in float64.
 
-    ``original``: 1-D of ``dtype``. ``dequantized``: as many values, of the dtype ``of``. Sums of chunks may be added
-    up; their last bits depend on the chunks and the backend. A NaN among ``dequantized`` makes the first and last NaN.
+    ``original``: 1-D, of ``original_dtype``. ``dequantized``: as many values, of ``dequantized_dtype``. Sums of
+    chunks may be added up; their last bits depend on the chunks and the backend. A NaN among ``dequantized`` makes the
+    first and last NaN.
     """
-    _check(original, (original.size,), _BITS[dtype], "original")
-    _check(dequantized, (original.size,), _BITS[of], "dequantized")
-    squares, total, largest = backend().error_sums(original, dtype, dequantized, of)
+    _check(original, (original.size,), _BITS[original_dtype], "original")
+    _check(dequantized, (original.size,), _BITS[dequantized_dtype], "dequantized")
+    squares, total, largest = backend().error_sums(original, original_dtype, dequantized, dequantized_dtype)
     return float(squares), float(total), float(largest)
 
 

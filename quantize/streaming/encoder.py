@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz.quantize.compute.arrays import Buffers
-from qz.quantize.compute.kernels import QUANT_MAPS, NonFinite, dequantize_absmax, nested_quant_map
+from qz.quantize.compute.kernels import NonFinite, dequantize_absmax
+from qz.quantize.compute.tables import QUANT_MAPS, nested_quant_map
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qz.quantize.streaming.deferred import deferred

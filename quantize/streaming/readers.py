@@ -18,6 +18,7 @@ from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Changes, matrix_shape
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, elements, values
+from qz.quantize.compute.tables import QUANT_MAPS
 from qz.quantize.decoding.open import Reader as Reader
 from qz.quantize.decoding.open import decoding_reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
@@ -147,7 +148,7 @@ class _FourBit:
         with self.lock:
             if self.known_map:
                 return
-            found, known = self._part("quant_map").view(np.float32), kernels.QUANT_MAPS[self.quant_type]
+            found, known = self._part("quant_map").view(np.float32), QUANT_MAPS[self.quant_type]
             if not np.allclose(found, known, rtol=0, atol=MAP_TOLERANCE):
                 stored = self.source.weight.parts["quant_map"]
                 raise MalformedInput(

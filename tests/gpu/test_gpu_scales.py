@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from converted import quantized
-from qz.quantize.compute import kernels, scale_search
+from qz.quantize.compute import kernels, scale_search, tables
 from qz.quantize.compute.devices import arithmetic_on
 from qz.quantize.compute.gpu import cuda_kernels
 from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
@@ -42,7 +42,7 @@ def test_a_gpu_finds_what_the_cpu_finds(weighted: bool, quant_type: QuantType, d
             assert np.array_equal(theirs[1][normal], scales[normal])
             assert not theirs[1][~normal].any()
             counted = np.repeat(normal, 64)[: values.size]  # blocks of zeros have other codes on a GPU
-            levels = kernels.QUANT_MAPS[quant_type]
+            levels = tables.QUANT_MAPS[quant_type]
             mine = [np.stack([each >> 4, each & 15], 1).reshape(-1)[: values.size] for each in (theirs[0], packed)]
             assert np.array_equal(levels[mine[0]][counted], levels[mine[1]][counted])
 

@@ -128,10 +128,14 @@ def cast(values: _Array, source_dtype: str, target_dtype: str, out: _Array) -> N
         torch_kernels.cast(values, source_dtype, target_dtype, out)
 
 
-def error_sums(original: _Array, dtype: str, dequantized: _Array, of: str) -> tuple[float, float, float]:
-    if dtype == of != "F32":
-        return (numba_loops.error_sums_bf16 if dtype == "BF16" else numba_loops.error_sums_f16)(original, dequantized)
-    return numba_loops.error_sums_f32(_wide(original, dtype), _wide(dequantized, of))
+def error_sums(
+    original: _Array, original_dtype: str, dequantized: _Array, dequantized_dtype: str
+) -> tuple[float, float, float]:
+    if original_dtype == dequantized_dtype == "BF16":
+        return numba_loops.error_sums_bf16(original, dequantized)
+    if original_dtype == dequantized_dtype == "F16":
+        return numba_loops.error_sums_f16(original, dequantized)
+    return numba_loops.error_sums_f32(_wide(original, original_dtype), _wide(dequantized, dequantized_dtype))
 
 
 def _wide(values: _Array, dtype: str) -> _Array:

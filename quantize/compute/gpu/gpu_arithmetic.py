@@ -26,8 +26,9 @@ from qz.quantize.compute.gpu import gptq
 from qz.quantize.compute.gpu.lanes import Computed, Lane, lane
 from qz.quantize.compute.gpu.torch_kernels import DTYPES, tensor
 from qz.quantize.compute.gpu.torch_search import BlockWeights, encode, improve, packed_pairs, zero_code
-from qz.quantize.compute.kernels import BLOCK_SIZE, NESTED_BLOCK_SIZE, NonFinite
+from qz.quantize.compute.kernels import NonFinite
 from qz.quantize.libraries.importing.lean_imports import lean_imports
+from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 if TYPE_CHECKING:
     from qz.quantize.compute.arrays import Bytes

@@ -126,11 +126,13 @@ def quantize_blockwise(values: _Array, blocksize: int, out: _Array, absmax: _Arr
         absmax[start // blocksize : start // blocksize + scales.numel()] = scales.numpy()
 
 
-def error_sums(original: _Array, dtype: str, dequantized: _Array, of: str) -> tuple[float, float, float]:
+def error_sums(
+    original: _Array, original_dtype: str, dequantized: _Array, dequantized_dtype: str
+) -> tuple[float, float, float]:
     squares, total, largest = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
     for start in range(0, original.size, _CHUNK):
-        reference = tensor(original[start : start + _CHUNK], dtype).double()
-        difference = tensor(dequantized[start : start + _CHUNK], of).double() - reference
+        reference = tensor(original[start : start + _CHUNK], original_dtype).double()
+        difference = tensor(dequantized[start : start + _CHUNK], dequantized_dtype).double() - reference
         squares += float(difference.square().sum())
         total += float(reference.square().sum())
         largest = torch.maximum(largest, difference.abs().max())

@@ -89,12 +89,12 @@ class Tally:
         self.sums: dict[str, tuple[int, float, float, float]] = {}
         self.lock = threading.Lock()
 
-    def add(self, name: str, original: NDArray[Any], dtype: str, values: NDArray[Any], of: str) -> None:
-        """Add a chunk of the weight ``name``: its ``original`` values of ``dtype``, and the dequantized ones of ``of``.
+    def add(self, name: str, original: NDArray[Any], original_dtype: str, values: NDArray[Any], dtype: str) -> None:
+        """Add a chunk of the weight ``name``: its ``original`` values, and the dequantized ``values`` of ``dtype``.
 
         Both 1-D, as kernels see them: float32, or the bits of float16 and bfloat16.
         """
-        squares, total, largest = kernels.error_sums(original, dtype, values, of)
+        squares, total, largest = kernels.error_sums(original, original_dtype, values, dtype)
         with self.lock:
             before = self.sums.get(name, (0, 0.0, 0.0, 0.0))
             top = largest if math.isnan(largest) else max(before[3], largest)
