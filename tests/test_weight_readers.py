@@ -77,6 +77,12 @@ class ByPlace(Base):
         return x.to(self.layers[0].weight.dtype) @ self.layers[-1].weight
 
 
+class AfterAnIndex(Base):
+    def forward(self, x: Any) -> Any:
+        x[self.slow :] = 0
+        return x @ self.one.weight
+
+
 class ByGetattr(Base):
     def forward(self, x: Any) -> Any:
         return x @ getattr(self, "one").weight + getattr(self, f"t{x}o").weight  # noqa: B009
@@ -100,6 +106,15 @@ class ComparedByName(Base):
     def forward(self, x: Any) -> Any:
         if self.one.weight.dtype != torch.int8 and x.dtype != self.one.weight.dtype:
             x = x.to(self.one.weight.dtype)
+        return self.one(x)
+
+
+class WithItsScales(Base):
+    def forward(self, x: Any) -> Any:
+        if hasattr(self.one.weight, "SCB"):
+            self.one.weight.SCB.div_(2)
+        else:
+            self.one.weight.div_(2)
         return self.one(x)
 
 
@@ -154,10 +169,12 @@ FOUND = {
     InALoop: ["layers.0", "layers.1", "layers.2"],
     ByTheNameOfItsArgument: ["one"],
     ByPlace: ["layers.0", "layers.2"],
+    AfterAnIndex: ["one"],
     ByGetattr: ["one", "two"],
     ByProperty: ["one"],
     FirstParameter: ["inner.0"],
     ComparedByName: ["one"],
+    WithItsScales: ["one"],
     OfAnotherModule: ["child.layers.0", "child.layers.1", "child.layers.2", "child.named.a"],
     OnlyInTraining: [],
     OnlyWithAnOption: [],
@@ -176,8 +193,9 @@ def test_reads_are_found_in_the_source(kind: type[Base]) -> None:
     assert read(kind, "uint8") == FOUND[kind]
 
 
-def test_code_that_asks_for_a_packed_dtype_is_taken_at_its_word() -> None:
-    assert read(ComparedByName, "int8") == []
+@pytest.mark.parametrize("kind", [ComparedByName, WithItsScales])
+def test_code_that_asks_for_a_packed_dtype_is_taken_at_its_word(kind: type[Base]) -> None:
+    assert read(kind, "int8") == []
 
 
 def test_an_option_that_is_set_opens_its_branch() -> None:

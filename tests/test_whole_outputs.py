@@ -367,6 +367,27 @@ def test_a_folder_with_only_a_lora_is_named_for_what_it_is(file: str, pattern: s
         run(quantize, tmp_path / "lora", output=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            ["lora_unet_x.oft_blocks", "lora_unet_x.alpha"],
+            r"It is OFT or BOFT \('lora_unet_x.oft_blocks'\), which qz does",
+        ),
+        (["base_model.model.x.boft_R.default.weight", "base_model.model.x.boft_S.weight"], "It is OFT or BOFT"),
+        (["base_model.model.x.ia3_l"], "It is IA³"),
+        (["base_model.vera_A", "base_model.vera_B", "base_model.model.x.vera_lambda_b"], "It is VeRA"),
+        (["lora_unet_x.a1.weight", "lora_unet_x.b2.weight", "lora_unet_x.alpha"], "It is GLoRA"),
+        (["base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"], "Download its adapter_config.json"),
+    ],
+)
+def test_an_adapter_without_its_config_is_told_by_its_tensors(names: list[str], told: str, tmp_path: Path) -> None:
+    save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "some.safetensors")
+    for source in (tmp_path, tmp_path / "some.safetensors"):
+        with pytest.raises(Unsupported, match=rf"holds only an? (?:LoRA )?adapter, not a model\. {told}"):
+            run(quantize, source)
+
+
 def test_a_pipeline_saved_with_a_lora_attached_is_named_for_what_it_is(pipeline: Path, tmp_path: Path) -> None:
     loaded = DiffusionPipeline.from_pretrained(pipeline)
     loaded.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))

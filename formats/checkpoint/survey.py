@@ -258,18 +258,18 @@ class _Survey:
         here = () if remote and remote[2] else self.folder.subfolders()
         return commands_for(index, remote[1] if remote else self.folder.location, here) or "it names none."
 
-    def adapter(self, file: str, what: str) -> None:
+    def adapter(self, file: str, what: str, names: Iterable[str] = ()) -> None:
         config: Mapping[str, Any] = {}
         if (name := "adapter_config.json") in self.sizes:
             with suppress(QzError):  # whoever reads the adapter is told
                 config = read_json(read_file(self.folder, name, MAX_CONFIG_BYTES), self.path(name))
-        how = adapters.how_to_use(self.folder.location, config)
+        how = adapters.how_to_use(self.folder.location, config, names)
         self.problems.add("adapter-only", file, what=what, how=how)
 
     def other_tools(self, file: str, names: Iterable[str], class_name: str | None = None) -> bool:
         names = list(names)
         if adapters.is_adapter(names):
-            self.adapter(file, "a LoRA adapter")
+            self.adapter(file, "an adapter" if adapters.other_kind(names) else "a LoRA adapter", names)
         elif facts := original_layout(names, class_name):
             self.problems.add("original-layout", file, **facts)
         else:

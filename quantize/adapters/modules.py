@@ -9,6 +9,7 @@ from typing import Literal
 
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.adapter_file import AdapterFile
+from qz.formats.checkpoint.adapters import MERGE_ELSEWHERE, other_kind
 from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.malformed import quoted
 
@@ -34,16 +35,6 @@ _ENDINGS = {
     "lokr_t2": r"\.lokr_t2",
 }
 _PARTS = [(part, re.compile(rf"(?P<stem>.+?)(?:{ending})\Z", re.DOTALL)) for part, ending in _ENDINGS.items()]
-_OTHER_KINDS = {
-    "GLoRA": r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight",
-    "IA³": r"\.on_input|\.(?:lora|ia3)_l(?:\.weight)?",
-    "OFT or BOFT": r"\.oft_(?:blocks|diag|R)(?:\.weight)?|\.boft_[RS](?:\.weight)?",
-    "VeRA": r"\.?vera_(?:lambda_[bd]|[AB])(?:\.weight)?",
-    "a LoRA that gives a weight another shape": r"\.reshape_weight",
-    "a LoRA that sets weights": r"\.set_weight",
-}
-"""Changes that are no sum with the weight, or give it another shape; and a part of each, by which it is known."""
-_OTHERS = [(kind, re.compile(rf".*(?:{part})\Z", re.DOTALL)) for kind, part in _OTHER_KINDS.items()]
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -125,12 +116,9 @@ def modules_of(adapter: AdapterFile) -> tuple[dict[str, AdapterModule], dict[str
             )
         parts[stem][part] = tensor
     modules = {stem: AdapterModule(adapter, stem, found) for stem, found in parts.items()}
-    for kind, pattern in _OTHERS if adapter.config is None else ():  # it says the kind
-        if (unlike := next(filter(pattern.match, others), None)) is not None:
-            raise Unsupported(
-                f"{adapter.where} is {kind} ({quoted(unlike)}), which qz does not fuse. Merge it into the model with "
-                "the program that trained it, then quantize that."
-            )
+    if adapter.config is None and (unlike := other_kind(others)) is not None:  # a config says the kind
+        kind, name = unlike
+        raise Unsupported(f"{adapter.where} is {kind} ({quoted(name)}), which qz does not fuse. {MERGE_ELSEWHERE}")
     for module in modules.values():
         module.require_whole()
     return modules, others

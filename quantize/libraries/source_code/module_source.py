@@ -52,7 +52,8 @@ class Read:
     method: str
     conditions: tuple[Condition, ...] = ()
     guarded: frozenset[str] = frozenset()
-    """dtypes of packed weights (int8, uint8) that the code tells apart, and leaves alone, before it uses this one's."""
+    """dtypes of packed weights (int8, uint8) that the code tells apart, and leaves alone, before it uses this one's; or
+    whose scales it looks for."""
     called: bool = False
 
 
@@ -190,8 +191,8 @@ class _Reader:
             self.reads = []
             for statement in code.body:
                 self.visit(statement)
-        guarded = _guards(code.body)
-        return [replace(read, guarded=read.guarded & guarded) for read in self.reads]
+        guarded, handled = _guards(code.body), _handled(code.body)
+        return [replace(read, guarded=read.guarded & guarded | handled) for read in self.reads]
 
     def _passes_modules(self) -> bool:
         """Whether the function calls another one, of its file or its class, that could read a weight."""
@@ -254,7 +255,7 @@ class _Reader:
     def bind(self, targets: Iterable[ast.expr], paths: frozenset[Path]) -> None:
         for target in targets:
             for node in ast.walk(target):
-                if isinstance(node, ast.Name):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):  # not those of an index
                     self.names[node.id] = self.names.get(node.id, frozenset()) | paths if paths else frozenset()
 
     def value(self, node: ast.expr) -> frozenset[Path]:
@@ -359,6 +360,17 @@ def _text(node: ast.expr) -> str:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left) + _text(node.right)
     return ANY
+
+
+def _handled(body: Iterable[ast.stmt]) -> frozenset[str]:
+    """The dtypes of packed weights that a function handles, as RWKV does: it asks whether a weight has their scales."""
+    calls = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    asked = {_text(each.args[1]) for each in calls if _named(each, "hasattr") and len(each.args) == 2}
+    return frozenset(dtype for name, dtype in (("SCB", "int8"), ("quant_state", "uint8")) if name in asked)
+
+
+def _named(call: ast.Call, name: str) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id == name
 
 
 def _guards(body: Iterable[ast.stmt]) -> frozenset[str]:
