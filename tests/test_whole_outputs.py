@@ -374,7 +374,7 @@ def test_a_folder_with_only_a_lora_is_named_for_what_it_is(file: str, pattern: s
             ["lora_unet_x.oft_blocks", "lora_unet_x.alpha"],
             r"It is OFT or BOFT \('lora_unet_x.oft_blocks'\), which qz does",
         ),
-        (["base_model.model.x.boft_R.default.weight", "base_model.model.x.boft_S.weight"], "It is OFT or BOFT"),
+        (["base_model.model.x.boft_R", "base_model.model.x.boft_S"], "It is OFT or BOFT"),
         (["base_model.model.x.ia3_l"], "It is IA³"),
         (["base_model.vera_A", "base_model.vera_B", "base_model.model.x.vera_lambda_b"], "It is VeRA"),
         (["lora_unet_x.a1.weight", "lora_unet_x.b2.weight", "lora_unet_x.alpha"], "It is GLoRA"),
