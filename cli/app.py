@@ -265,8 +265,8 @@ def report(code: int, message: str, *, as_json: bool, trace: BaseException | Non
         closed_pipe()
 
 
-class Told(logging.Handler):
-    """What the core has to say while it waits, as a warning on the terminal."""
+class WarningHandler(logging.Handler):
+    """What the core logs while it waits, as a warning on the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warn(record.getMessage())
@@ -275,7 +275,7 @@ class Told(logging.Handler):
 def quiet_libraries(debug: bool) -> None:
     """Keep the libraries' own talk off the terminal; qz says what matters. What the user has set is left alone."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger("qz").handlers = [Told()]
+    logging.getLogger("qz").handlers = [WarningHandler()]
     if debug:
         return
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

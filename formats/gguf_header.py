@@ -64,7 +64,7 @@ def read_gguf_header(read: Callable[[int, int], bytes | bytearray], size: int, w
         if key in metadata or key in lengths:
             raise cursor.malformed(f"{quoted(key)} appears twice")
         value = cursor.value(cursor.number("I"))
-        if isinstance(value, _Long):
+        if isinstance(value, _Skipped):
             lengths[key] = value.length
         else:
             metadata[key] = value
@@ -128,7 +128,7 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Long:
+class _Skipped:
     """A list or a string that was passed over."""
 
     length: int
@@ -198,7 +198,7 @@ class _Cursor:
             if length <= LONG_STRING:
                 return self.text(length)
             self.skip(length)
-            return _Long(length)
+            return _Skipped(length)
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
@@ -216,4 +216,4 @@ class _Cursor:
                 self.skip(self.length())
         else:
             self.skip(count * struct.calcsize("<" + _SCALARS[inner]))
-        return _Long(count)
+        return _Skipped(count)

@@ -278,7 +278,7 @@ class _Parser:
         except (ValueError, RecursionError) as error:
             self.fail(
                 f"tensor {quoted(name)}: {error}"
-                if isinstance(error, _OddError)
+                if isinstance(error, _UnusualJSONError)
                 else f"tensor {quoted(name)} is not described in valid JSON"
             )
         if not isinstance(value, dict) or set(value) != _FIELDS:
@@ -332,24 +332,24 @@ def _shape_and_size(dtype: str, extents: str) -> tuple[tuple[int, ...], int] | N
     return (shape, bits >> 3) if dtype in BITS and not bits & 7 and len(shape) <= MAX_DIMENSIONS else None
 
 
-class _OddError(ValueError):
+class _UnusualJSONError(ValueError):
     """Something that JSON allows and a header must not hold."""
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise _OddError(f"{text} is not a number")
+    raise _UnusualJSONError(f"{text} is not a number")
 
 
 def _bounded_int(text: str) -> int:
     if text.startswith("-") or len(text) > 20:
-        raise _OddError("a number is negative or too large")
+        raise _UnusualJSONError("a number is negative or too large")
     return int(text)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _OddError("a field appears twice")
+        raise _UnusualJSONError("a field appears twice")
     return found
 
 

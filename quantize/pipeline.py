@@ -18,8 +18,8 @@ from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
-from qz.quantize.pipeline_loss import losing_at_most
-from qz.quantize.pipeline_size import fit, unquantized
+from qz.quantize.pipeline_loss import fit_to_loss
+from qz.quantize.pipeline_size import fit_to_size, unquantized
 from qz.quantize.planning.budget.component_sizes import Combination
 from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.components import Choice, choose, plan_each, without_weights
@@ -143,7 +143,7 @@ def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings)
         def losing(choice: Choice, most: float) -> Plan:
             return _plan(choice, _own_settings(choice, replace(settings, max_loss=most, target_size=None)))
 
-        made = losing_at_most(pipeline, choices, settings, losing)
+        made = fit_to_loss(pipeline, choices, settings, losing)
         _require_matches(made.plans, settings.skips)
         return replace(compose(pipeline, made.choices, made.plans, settings), kept_layers=made.kept)
 
@@ -159,7 +159,7 @@ def _fitted(pipeline: Pipeline, choices: tuple[Choice, ...], settings: Settings)
             return None
         return curve_of(plan, own, file)
 
-    found = fit(pipeline, choices, settings, planned, scored)
+    found = fit_to_size(pipeline, choices, settings, planned, scored)
     _require_matches(found.plans, settings.skips)
     return replace(compose(pipeline, found.choices, found.plans, settings), combinations=found.combinations)
 

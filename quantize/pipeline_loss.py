@@ -25,7 +25,7 @@ Planned = Callable[[Choice, float], Plan]
 
 
 @dataclass(frozen=True, slots=True)
-class Losing:
+class FittedToLoss:
     """What a loss makes of a pipeline: each component's choice and plan, and what is kept of all."""
 
     choices: tuple[Choice, ...]
@@ -33,9 +33,12 @@ class Losing:
     kept: KeptLayers
 
 
-def losing_at_most(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned) -> Losing:
-    """Raises UsageError for a component without scores, or of another method's, and for a loss that leaves nothing to
-    quantize or needs more than ``settings.target_size``; what ``planned`` raises for a component that was asked for."""
+def fit_to_loss(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned) -> FittedToLoss:
+    """Choose what stays unquantized, so that the pipeline loses at most ``settings.max_loss``.
+
+    Raises UsageError for a component without scores, or of another method's, and for a loss that leaves nothing to
+    quantize or needs more than ``settings.target_size``; what ``planned`` raises for a component that was asked for.
+    """
     most, where = settings.max_loss, pipeline.folder.location
     assert most is not None  # the caller looked
     if without := unscored(settings, [choice.name for choice in choices if choice.method is not None]):
@@ -88,7 +91,7 @@ def losing_at_most(pipeline: Pipeline, choices: Sequence[Choice], settings: Sett
         chosen.loss,
         tuple(points),
     )
-    return Losing(tuple(final.values()), plans, kept)
+    return FittedToLoss(tuple(final.values()), plans, kept)
 
 
 def _kept(plan: Plan) -> KeptLayers:

@@ -28,7 +28,7 @@ Scored = Callable[[Choice, Plan], Sequence[Point] | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedToSize:
     """What a size makes of a pipeline: each component's choice and plan, and the combinations there were."""
 
     choices: tuple[Choice, ...]
@@ -36,7 +36,9 @@ class Fitted:
     combinations: tuple[Combination, ...]
 
 
-def fit(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned, scored: Scored) -> Fitted:
+def fit_to_size(
+    pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, planned: Planned, scored: Scored
+) -> FittedToSize:
     """Choose methods for the components that ``choices`` quantize and that have none of their own in ``settings``.
 
     Raises UsageError for a size that is too small, or needs no quantization; what ``planned`` raises for a component
@@ -72,7 +74,7 @@ def fit(pipeline: Pipeline, choices: Sequence[Choice], settings: Settings, plann
             "unquantized."
         )
     made = [_chosen(choice, chosen.get(choice.name), settings) for choice in made]
-    return Fitted(tuple(made), _filled(made, plans, target - best.size, planned, scored), found)
+    return FittedToSize(tuple(made), _filled(made, plans, target - best.size, planned, scored), found)
 
 
 def unquantized(component: Component, dtype: str = "auto") -> Footprint:

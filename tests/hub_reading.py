@@ -17,7 +17,7 @@ from qz.formats.folder import Range
 from qz.formats.hub.opening import open_repo
 from qz.formats.hub.read_ahead import Pace
 from qz.formats.hub.repository import HubFolder
-from qz.formats.hub.transport.patience import Retries
+from qz.formats.hub.transport.backoff import Retries
 from qz.formats.safetensors import encode_header, layout
 
 QUICK = Retries(attempts=3, first_wait=0.01, longest_wait=0.02, longest_asked=2)

@@ -13,7 +13,7 @@ import yaml
 
 from hub_server import OWNER
 from qz.formats.hub.transport import session
-from qz.formats.hub.transport.patience import Retries
+from qz.formats.hub.transport.backoff import Retries
 from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record
 from qz.formats.publish.destination import Destination
 from qz.formats.safetensors import encode_header, layout

@@ -99,10 +99,10 @@ def test_the_report_says_that_qzs_own_text_was_read_too(qz: Qz, tmp_path: Path) 
 
 def test_of_a_very_long_text_only_pieces_are_made_tokens_of() -> None:
     words = "".join(f"{number:06} " for number in range(2_000_000 // 7 * 4))
-    pieces = text.thinned(words, 64_000).split()
+    pieces = text.excerpts(words, 64_000).split()
     assert 63_000 < sum(map(len, pieces)) + len(pieces) <= 64_000
     assert (int(pieces[0]), int(pieces[-1][:6])) > (0, 1_000_000)
-    assert text.thinned(words[:64_000], 64_000) == words[:64_000]
+    assert text.excerpts(words[:64_000], 64_000) == words[:64_000]
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ from pace import HANG
 from qz import HubUnreachable, IOFailed, MalformedInput, PermissionRefused, QzError, TryAgain, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Range
-from qz.formats.hub.transport import limits, patience
-from qz.formats.hub.transport.patience import Retries
+from qz.formats.hub.transport import backoff, limits
+from qz.formats.hub.transport.backoff import Retries
 
 Connect = Callable[..., HubServer]
 
@@ -250,7 +250,7 @@ def test_the_lines_that_check_the_real_hub_say_of_this_one_what_the_page_says(co
 def test_the_windows_of_the_rate_limit_are_waited_out_and_said(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(patience, "TOLD_FROM", 0.5)
+    monkeypatch.setattr(backoff, "TOLD_FROM", 0.5)
     hub = connect(rate_window=1, resolvers_anonymous=3, resolvers_user=0)
     hub.add("me/sharded", sharded(3))
     monkeypatch.delenv("HF_TOKEN")
@@ -270,10 +270,10 @@ def test_a_second_more_than_the_rest_of_the_window_is_waited(hub: HubServer) -> 
 
 def test_connections_do_not_come_back_together_after_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(patience.Patience, "_pause", lambda _, seconds: waits.append(seconds))
+    monkeypatch.setattr(backoff.Backoff, "_pause", lambda _, seconds: waits.append(seconds))
     for _ in range(4):
-        patience.Patience("here", Retries(longest_asked=9)).back_off(
-            patience.Failed("busy", status=429, wait=5.0), 1, "file"
+        backoff.Backoff("here", Retries(longest_asked=9)).back_off(
+            backoff.Failed("busy", status=429, wait=5.0), 1, "file"
         )
     assert all(4.9 < wait < 6 for wait in waits)
     assert max(waits) - min(waits) > 0.005

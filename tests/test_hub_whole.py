@@ -14,8 +14,8 @@ import torch
 import pipelines
 from hub_server import READER, HubServer, connected
 from qz.cli.app import run
-from qz.formats.hub.transport import patience, session
-from qz.formats.hub.transport.patience import Retries
+from qz.formats.hub.transport import backoff, session
+from qz.formats.hub.transport.backoff import Retries
 from readers import model_folder
 from reference import differing_files, diffusers_model, tensors_of
 
@@ -24,7 +24,7 @@ Command = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    for module in (session, patience):
+    for module in (session, backoff):
         monkeypatch.setattr(module, "Retries", lambda: Retries(attempts=3, first_wait=0.01, longest_asked=1))
     monkeypatch.setattr(session, "ASKING", Retries(attempts=3, first_wait=0.01))
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)

@@ -22,7 +22,7 @@ from pace import HANG
 from qz import HubUnreachable, MalformedInput, QzError, TryAgain
 from qz.formats.folder import Range
 from qz.formats.hub.transport import session, xet
-from qz.formats.hub.transport.patience import Retries
+from qz.formats.hub.transport.backoff import Retries
 
 Connect = Callable[..., HubServer]
 HEAD = Range("model.safetensors", 0, 8)

@@ -13,8 +13,8 @@ import pytest
 from hub_server import OWNER, HubServer, connected
 from pushes import hurry, make
 from qz.cli.app import run
-from qz.formats.hub.transport import patience
-from qz.formats.hub.transport.patience import Retries
+from qz.formats.hub.transport import backoff
+from qz.formats.hub.transport.backoff import Retries
 from qz.redaction import redact
 from qz.trace import trace_lines
 
@@ -89,7 +89,7 @@ def test_no_line_of_a_traceback_is_made_by_what_an_error_says() -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path) -> Iterator[HubServer]:
     hurry(monkeypatch)
-    monkeypatch.setattr(patience, "Retries", lambda: Retries(attempts=2, first_wait=0.01, longest_asked=1))
+    monkeypatch.setattr(backoff, "Retries", lambda: Retries(attempts=2, first_wait=0.01, longest_asked=1))
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     with connected(monkeypatch, tmp_path / "home") as hub:
         hub.add("me/model", {path.name: path.read_bytes() for path in tiny_llama.iterdir() if path.is_file()})

@@ -11,7 +11,7 @@ from qz.cli.output import Column, percent, quantity, size
 from qz.cli.reports.markup import Markup, chart, columns, facts, page, section, table, tag
 from qz.cli.reports.model import LAYERS, described, lost
 from qz.cli.reports.pipeline import COLUMNS, report, row
-from qz.cli.reports.tensors import natural
+from qz.cli.reports.tensors import natural_key
 from qz.counted import counted
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def losses(loss: Loss) -> list[Markup]:
 
 def in_order(named: Iterable[tuple[str, Value]]) -> list[tuple[str, Value]]:
     """In the order of the names, in which 10 comes after 9."""
-    return sorted(named, key=lambda pair: natural(pair[0]))
+    return sorted(named, key=lambda pair: natural_key(pair[0]))
 
 
 def finite(layer: LayerLoss) -> float:

@@ -33,7 +33,7 @@ def matching(tensors: Iterable[Tensor], pattern: str | None) -> tuple[Tensor, ..
 
 def single(tensors: Iterable[Tensor]) -> Iterator[tuple[str, ...]]:
     """A row for each, in natural order."""
-    for tensor in sorted(tensors, key=lambda tensor: natural(tensor.name)):
+    for tensor in sorted(tensors, key=lambda tensor: natural_key(tensor.name)):
         yield tensor.name, "1", kind(tensor), shape(tensor), size(tensor.bytes)
 
 
@@ -58,7 +58,7 @@ def grouped(tensors: Sequence[Tensor]) -> Iterator[tuple[str, ...]]:
         key = path, kind(tensor), shape(tensor), ", ".join(sorted(suffix(tensor.name, each.name) for each in own))
         groups.setdefault(key, []).append(tensor)
         totals[key] = totals.get(key, 0) + tensor.bytes + sum(each.bytes for each in own)
-    for key in sorted(groups, key=lambda key: natural(groups[key][0].name)):
+    for key in sorted(groups, key=lambda key: natural_key(groups[key][0].name)):
         path, dtype, extents, more = key
         name = pattern_of(path, [tensor.name for tensor in groups[key]]) + (f" + {more}" if more else "")
         yield name, f"{len(groups[key]):,}", dtype, extents, size(totals[key])
@@ -113,6 +113,6 @@ def ranges(numbers: set[int]) -> str:
     return shown[0] if len(ordered) == 1 else "{" + ",".join(shown) + "}"
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_key(name: str) -> list[tuple[int, int, str]]:
     """A key that puts layer 9 before layer 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

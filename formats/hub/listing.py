@@ -11,14 +11,14 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from qz import HubUnreachable, __version__
 from qz.formats.hub.transport.remote_file import RemoteFile
-from qz.formats.hub.transport.session import API_TIMEOUT, hub_session, patiently
+from qz.formats.hub.transport.session import API_TIMEOUT, hub_session, with_retries
 from qz.formats.hub.transport.trust import is_hub
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
     import httpx2
 
-    from qz.formats.hub.transport.patience import Retries
+    from qz.formats.hub.transport.backoff import Retries
 
 MOST_PAGES = 1_000
 MOST_ENTRIES = 100_000
@@ -37,7 +37,7 @@ def list_folder(
     folders: list[str] = []
     pages = 0
     while url:
-        response = patiently(lambda url=url: _page(url), retries)  # type: ignore[misc]  # the default binds the loop's
+        response = with_retries(lambda url=url: _page(url), retries)  # type: ignore[misc]  # the default binds the loop's
         pages += 1
         entries = response.json()
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -14,14 +14,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from qz import HubUnreachable
 from qz.formats.hub.repository import HubFolder
 from qz.formats.hub.transport.errors import hub_errors
-from qz.formats.hub.transport.session import API_TIMEOUT, hub_api, patiently
+from qz.formats.hub.transport.session import API_TIMEOUT, hub_api, with_retries
 from qz.formats.regular_file import read_regular
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from qz.formats.hub.read_ahead import Pace
-    from qz.formats.hub.transport.patience import Retries
+    from qz.formats.hub.transport.backoff import Retries
 
 MOST_LISTING_BYTES = 1 << 28
 """Of the listing that huggingface_hub keeps with a snapshot."""
@@ -61,7 +61,7 @@ def _current(repo_id: str, revision: str | None, retries: Retries | None, pace: 
     endpoint = constants.ENDPOINT
     with hub_errors(repo_id, f"Looking up {repo_id}", revision=revision, endpoint=endpoint):
         api = hub_api()
-        info = patiently(lambda: api.model_info(repo_id, revision=revision, timeout=API_TIMEOUT), retries)
+        info = with_retries(lambda: api.model_info(repo_id, revision=revision, timeout=API_TIMEOUT), retries)
         card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
         validate_repo_id(info.id)
         folder = HubFolder(api, info.id, _commit(info.sha, endpoint, repo_id), retries=retries, pace=pace)

@@ -50,7 +50,7 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class HashedRange:
     """Bytes ``[start, stop)`` that were read before the file was fetched whole, and their SHA-256."""
 
     start: int
@@ -67,7 +67,7 @@ class AheadFile:
     hasher: Hasher
     digest: str
     wanted: Sequence[tuple[int, int]]
-    seen: Sequence[Seen] = ()
+    seen: Sequence[HashedRange] = ()
 
 
 class ReadAhead:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from qz import MissingInput
 from qz.formats.hub.cache import CachedFiles, require_space
 from qz.formats.hub.listing import list_folder
-from qz.formats.hub.read_ahead import AheadFile, ReadAhead, Seen
+from qz.formats.hub.read_ahead import AheadFile, HashedRange, ReadAhead
 from qz.formats.hub.transport.errors import hub_errors
 from qz.formats.hub.transport.remote_file import RemoteFile, differs
-from qz.formats.hub.transport.ways import Ways
+from qz.formats.hub.transport.routes import Routes
 from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed, quoted
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from qz.formats.folder import Range
     from qz.formats.hub.read_ahead import Pace
-    from qz.formats.hub.transport.patience import Retries
+    from qz.formats.hub.transport.backoff import Retries
     from qz.formats.promised import Promised
 
 HEAD = 1 << 16
@@ -77,12 +77,12 @@ class HubFolder:
         self.repo_id, self.commit, self.path = repo_id, commit, path
         self.location = f"{repo_id}@{commit[:12]}" + (f"/{path}" if path else "")
         self._api, self._snapshot, self._retries, self._pace = api, snapshot, retries, pace
-        self._ways = Ways(repo_id, commit, api.endpoint, retries)
+        self._routes = Routes(repo_id, commit, api.endpoint, retries)
         self._files: dict[str, RemoteFile] | None = None
         self._folders: tuple[str, ...] = ()
         self._cache = CachedFiles(repo_id, commit, api.endpoint)
         self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._seen: dict[str, list[Seen]] = {}
+        self._seen: dict[str, list[HashedRange]] = {}
         self._ahead: ReadAhead | None = None
         self._lock = threading.RLock()
         self._promised: Promised | None = None
@@ -100,7 +100,7 @@ class HubFolder:
     @property
     def bytes_received(self) -> int:
         """What came over the network by ranges so far."""
-        return self._ways.bytes_received
+        return self._routes.bytes_received
 
     def sizes(self) -> Mapping[str, int]:
         return {name: file.size for name, file in self._listed().items() if self.only in (None, name)}
@@ -159,7 +159,7 @@ class HubFolder:
         elif remote.sha256 is None or remote.size <= WHOLE:
             view[:] = memoryview(self._whole(remote))[offset : offset + len(view)]
         elif len(view) == remote.size:
-            self._ways.fetch(remote, 0, view)
+            self._routes.fetch(remote, 0, view)
             self._require_digest(remote, view)
         else:
             self._read_part(remote, offset, view)
@@ -182,10 +182,10 @@ class HubFolder:
         ]
         self._ahead = ReadAhead(
             streams,
-            lambda name, start, view: self._ways.fetch(files[name], start, view),
+            lambda name, start, view: self._routes.fetch(files[name], start, view),
             self.location,
             self._pace,
-            lambda: self.narrow or self._ways.over_xet,
+            lambda: self.narrow or self._routes.over_xet,
         )
 
     def is_verified(self, file: str) -> bool:
@@ -222,12 +222,12 @@ class HubFolder:
                 pass
 
     def give_up(self) -> None:
-        self._ways.close()
+        self._routes.close()
         if self._ahead is not None:
             self._ahead.close()
 
     def close(self) -> None:
-        self._ways.close()
+        self._routes.close()
         if self._ahead is not None:
             self._ahead.close()
         for folder in self._cache.folders():
@@ -275,7 +275,7 @@ class HubFolder:
             done = min(len(view), len(head) - offset)
             view[:done] = memoryview(head)[offset : offset + done]
         if done < len(view):
-            self._ways.fetch(remote, offset + done, view[done:])
+            self._routes.fetch(remote, offset + done, view[done:])
             self._remember(remote, offset + done, view[done:])
 
     def _head(self, remote: RemoteFile) -> bytes:
@@ -283,7 +283,7 @@ class HubFolder:
             head = self._kept.get(remote.path)
         if head is None:
             fetched = bytearray(min(HEAD, remote.size))
-            self._ways.fetch(remote, 0, memoryview(fetched))
+            self._routes.fetch(remote, 0, memoryview(fetched))
             self._remember(remote, 0, memoryview(fetched))
             head = self._keep(remote, bytes(fetched))
         return head
@@ -300,7 +300,7 @@ class HubFolder:
                 )
             fetched = bytearray(remote.size)
             if remote.size:
-                self._ways.fetch(remote, 0, memoryview(fetched))
+                self._routes.fetch(remote, 0, memoryview(fetched))
             self._require_digest(remote, memoryview(fetched))
             data = self._keep(remote, bytes(fetched))
         return data
@@ -314,7 +314,7 @@ class HubFolder:
 
     def _remember(self, remote: RemoteFile, start: int, view: memoryview) -> None:
         """What was read now must be what is hashed later, when the file is streamed."""
-        seen = Seen(start, start + len(view), hashlib.sha256(view).digest())
+        seen = HashedRange(start, start + len(view), hashlib.sha256(view).digest())
         with self._lock:
             self._seen.setdefault(remote.name, []).append(seen)
 

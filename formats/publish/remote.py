@@ -17,9 +17,9 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused, __version__
 from qz.formats.hub.transport import session
+from qz.formats.hub.transport.backoff import TOLD_FROM, log
 from qz.formats.hub.transport.errors import BUSY, Signal, hub_errors
-from qz.formats.hub.transport.patience import TOLD_FROM, log
-from qz.formats.hub.transport.session import hub_api, patiently, seconds_asked, token
+from qz.formats.hub.transport.session import hub_api, seconds_asked, token, with_retries
 from qz.formats.publish.upload import Uploads
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Remote:
         """The repository, under its full and present name; None if it is yet to be made."""
         if "/" not in self.repo_id:
             with self.errors("Asking who you are"):
-                self.repo_id = f"{patiently(lambda: self.api.whoami(cache=True))['name']}/{self.repo_id}"
+                self.repo_id = f"{with_retries(lambda: self.api.whoami(cache=True))['name']}/{self.repo_id}"
         found = self.find(self.repo_id)
         if found is not None:
             self.repo_id = found.id
@@ -77,7 +77,7 @@ class Remote:
     def find(self, repo_id: str, revision: str | None = None) -> ModelInfo | None:
         with self.errors(f"Looking up {repo_id}"):
             try:
-                return patiently(lambda: self.api.model_info(repo_id, revision=revision))
+                return with_retries(lambda: self.api.model_info(repo_id, revision=revision))
             except (RepositoryNotFoundError, RevisionNotFoundError):
                 return None
 
@@ -122,11 +122,11 @@ class Remote:
         if found is None:
             with self.errors(f"Making {self.repo_id}"):
                 private = self.to.private is not False
-                patiently(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
+                with_retries(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
         info = self.find(self.repo_id, self.to.branch)
         if info is None:
             with self.errors(f"Making the branch {self.to.branch} of {self.repo_id}"):
-                patiently(lambda: self.api.create_branch(self.repo_id, branch=self.to.branch, exist_ok=True))
+                with_retries(lambda: self.api.create_branch(self.repo_id, branch=self.to.branch, exist_ok=True))
             info = self.find(self.repo_id, self.to.branch)
         if info is None or info.sha is None:
             raise HubUnreachable(f"{self.repo_id} was made, but the Hub does not show it yet. Push again.")
@@ -156,7 +156,7 @@ class Remote:
                     hf_raise_for_status(response)
                 return said
 
-            errors = [str(each.get("message")) for each in patiently(ask).get("errors", [])]
+            errors = [str(each.get("message")) for each in with_retries(ask).get("errors", [])]
         if errors:
             raise MalformedInput(
                 f"The Hub refuses the front matter of the README.md of {self.repo_id}: {'; '.join(errors[:3])}. "
@@ -246,7 +246,7 @@ class Remote:
             return response.json()
 
         with self.errors(f"Asking what {self.repo_id} holds"):
-            missing = {each["oid"] for each in patiently(ask)["objects"] if each.get("actions")}
+            missing = {each["oid"] for each in with_retries(ask)["objects"] if each.get("actions")}
         return tuple(blob.path for blob in named if blob.hashed() in missing) or tuple(blob.path for blob in named)
 
     def require_complete(self, commit: str, blobs: Sequence[Blob]) -> None:

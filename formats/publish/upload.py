@@ -18,7 +18,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from qz import TryAgain, __version__
 from qz.formats.hub.bars import without_bars
-from qz.formats.hub.transport.session import patiently
+from qz.formats.hub.transport.session import with_retries
 from qz.formats.hub.transport.xet import unavailable
 from qz.formats.publish.blobs import LARGEST_REGULAR
 from qz.formats.publish.verified_file import VerifiedFile
@@ -100,7 +100,7 @@ class Uploads:
             hf_raise_for_status(response)
             return response.json()
 
-        return patiently(ask)
+        return with_retries(ask)
 
     def _by_xet(self, batch: Sequence[Blob], state: _State) -> int:
         assert self._xet is not None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import QzError, TryAgain
 from qz.formats.output.resuming.pending import IsVerified
-from qz.formats.output.shards.hollow import hollow_out
+from qz.formats.output.shards.sparse import make_sparse
 from qz.formats.output.staging import Staging
 from qz.formats.publish.destination import UploadsLost
 from qz.formats.publish.verified_file import VerifiedFile
@@ -119,7 +119,7 @@ class UploadedOutput(Staging):
         self._journal.uploaded.add(file.name)
         if not self._pending.waits(file.name):
             self._journal.add(file)
-        hollow_out(self._staged, file.name)
+        make_sparse(self._staged, file.name)
 
     def _require_space(self, needed: int) -> None:  # noqa: ARG002 - what was sent takes no space, but does not free any
         super()._require_space(self._needed)

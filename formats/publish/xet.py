@@ -22,7 +22,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from qz import HubUnreachable, OutputRefused, PermissionRefused, TryAgain, __version__
 from qz.formats.hub.transport.errors import Signal
-from qz.formats.hub.transport.session import patiently
+from qz.formats.hub.transport.session import with_retries
 from qz.formats.publish.verified_file import VerifiedFile
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class XetUploads:
             return response.headers
 
         try:
-            headers = patiently(ask)
+            headers = with_retries(ask)
             return _Access(
                 headers[constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT],
                 headers[constants.HUGGINGFACE_HEADER_X_XET_ACCESS_TOKEN],

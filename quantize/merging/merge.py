@@ -289,18 +289,18 @@ def remove(folder: Directory, parent: Directory, found: SharesFound) -> None:
         record = _record_in(folder.path / share.folder)
         names = [file.name for file in record.files] if record is not None else []
         for name in (*names, RECORD) if names else ():
-            with _gone_or_in_use():
+            with _ignore_missing_or_nonempty():
                 folder.remove(f"{share.folder}/{name}")
         inside = {"/".join(name.split("/")[:depth]) for name in names for depth in range(1, name.count("/") + 1)}
         for inner in (*sorted(inside, reverse=True), ""):
-            with _gone_or_in_use():
+            with _ignore_missing_or_nonempty():
                 folder.remove_empty(f"{share.folder}/{inner}".rstrip("/"))
-    with _gone_or_in_use():
+    with _ignore_missing_or_nonempty():
         parent.remove_empty(folder.path.name)
 
 
 @contextmanager
-def _gone_or_in_use() -> Iterator[None]:
+def _ignore_missing_or_nonempty() -> Iterator[None]:
     """Another merge may remove the same at the same time; what holds something else stays."""
     try:
         yield

@@ -89,8 +89,8 @@ class OpenShards:
         assert writer is not None
         return writer
 
-    def booked(self, step: Step) -> list[Job]:
-        """Book the outputs of a step, which are written: what is to be done now, in any thread and order."""
+    def finish_step(self, step: Step) -> list[Job]:
+        """Count the outputs of a step as written; returns what is to be done now, in any thread and order."""
         jobs = []
         with self._lock:
             touched = set()

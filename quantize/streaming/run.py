@@ -40,7 +40,7 @@ from qz.quantize.streaming.workers import Workers
 
 WHOLE_BYTES = 48 << 20
 """How many bytes of weights that cannot be cut are in memory at the same time, unless a single one is larger."""
-BESIDE = 8
+MOST_JOBS = 8
 """Shards that are read back, hashed or stored at a time, beside the work on others."""
 
 
@@ -78,11 +78,11 @@ class Run:
         self.encoder = Encoder(plan, arithmetic, self.shards, observer)
         self.lock = threading.Lock()
         self.workers = Workers()
-        self.room = threading.Condition()
+        self.memory_freed = threading.Condition()
         self.in_memory = 0
         self.alone = True
         """One thread does everything, one after the other."""
-        self.beside = Slots(BESIDE)
+        self.job_slots = Slots(MOST_JOBS)
         self.steps = [
             step
             for step in plan.steps
@@ -108,7 +108,7 @@ class Run:
         chunks = self._chunks(lanes)
         self.alone = threads <= 1
         try:
-            self._do(full)
+            self._start(full)
             for _ in range(max(1, threads)):
                 self.workers.begin(self._work, chunks)
             self.workers.wait(on_error=self._give_up)
@@ -261,15 +261,15 @@ class Run:
         target = SAFETENSORS_NAMES[work.step.weight.dtype]
         done = sum(source.nbytes for source in work.step.sources)
         nbytes = max(done, work.step.weight.count * _itemsize(target))
-        with self.room:
-            self.room.wait_for(lambda: not self.in_memory or self.in_memory + nbytes <= WHOLE_BYTES)
+        with self.memory_freed:
+            self.memory_freed.wait_for(lambda: not self.in_memory or self.in_memory + nbytes <= WHOLE_BYTES)
             self.in_memory += nbytes
         try:
             self._at_once(work, target)
         finally:
-            with self.room:
+            with self.memory_freed:
                 self.in_memory -= nbytes
-                self.room.notify_all()
+                self.memory_freed.notify_all()
         return done
 
     def _at_once(self, work: Work, target: str) -> None:
@@ -286,7 +286,7 @@ class Run:
             self.encoder.quantize(work, original[0], 0, buffers, original)
 
     def _count(self, chunk: Chunk, nbytes: int) -> None:
-        """Book a finished chunk; complete its weight and its shards when it was their last."""
+        """Count a finished chunk; complete its weight and its shards when it was their last."""
         work = chunk.work
         with self.lock:
             work.chunks -= 1
@@ -307,26 +307,26 @@ class Run:
             self._tell_stored_from_made(work.step)
         with self.lock:
             self.weights_done += 1
-        self._do(self.shards.booked(work.step))
+        self._start(self.shards.finish_step(work.step))
 
-    def _do(self, jobs: Iterable[Job]) -> None:
+    def _start(self, jobs: Iterable[Job]) -> None:
         """Complete or keep shards, beside the work on others: reading back, hashing and storing takes a while."""
         for job in jobs:
             if self.alone:
                 job()
                 continue
-            self.beside.acquire()
+            self.job_slots.acquire()
             try:
-                self.workers.begin(self._do_beside, job)
+                self.workers.begin(self._run_job, job)
             except BaseException:
-                self.beside.release()
+                self.job_slots.release()
                 raise
 
-    def _do_beside(self, job: Job) -> None:
+    def _run_job(self, job: Job) -> None:
         try:
             job()
         finally:
-            self.beside.release()
+            self.job_slots.release()
 
     def _report(self, shard: str | None) -> None:
         done, total = self.weights_done, len(self.steps)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qz import UsageError
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
-from qz.formats.borrowed import settings_given_back
+from qz.formats.global_settings import settings_restored
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import Method, Nf4
 
@@ -26,7 +26,7 @@ COMPARED_SEED = 1_000_000
 """Of the noise that compared pipelines begin with: not that of calibration."""
 
 
-@settings_given_back()
+@settings_restored()
 def calibrate(
     source: AnyPath,
     output: AnyPath,
@@ -95,7 +95,7 @@ def calibrate(
         return replace(done, warnings=(*done.warnings, *found.notes))
 
 
-@settings_given_back()
+@settings_restored()
 def compare(
     original: AnyPath,
     other: AnyPath,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qz import UsageError
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
-from qz.formats.borrowed import settings_given_back
+from qz.formats.global_settings import settings_restored
 from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ LARGE_INDEX = 1 << 20
 """Bytes: to read the headers of so many tensors takes a while, also from a folder here."""
 
 
-@settings_given_back()
+@settings_restored()
 def inspect(
     source: AnyPath,
     *,

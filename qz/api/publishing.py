@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qz.api.conversions import destination
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
-from qz.formats.borrowed import settings_given_back
+from qz.formats.global_settings import settings_restored
 from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qz.quantize.merging.merge import Merged
 
 
-@settings_given_back()
+@settings_restored()
 def push(
     folder: AnyPath,
     repo_id: str,
@@ -44,7 +44,7 @@ def push(
     return send(Path(folder), to, dry_run=dry_run, progress=on_progress)
 
 
-@settings_given_back()
+@settings_restored()
 def merge(
     output: AnyPath,
     *,

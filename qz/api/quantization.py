@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qz.api.conversions import once_more_if_lost, possible_publishing, publication_for, published, share_of
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
-from qz.formats.borrowed import settings_given_back
+from qz.formats.global_settings import settings_restored
 from qz.formats.shards import DEFAULT_SHARD_BYTES
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import FourBit, Method, Nf4
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qz.quantize.pipeline import PipelinePlan
 
 
-@settings_given_back()
+@settings_restored()
 @once_more_if_lost
 def quantize(
     source: AnyPath,

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
-from qz.formats.borrowed import settings_given_back
+from qz.formats.global_settings import settings_restored
 from qz.progress import OnProgress, ignore
 
 if TYPE_CHECKING:
     from qz.quantize.verification.report import Verification
 
 
-@settings_given_back()
+@settings_restored()
 def verify(
     output: AnyPath,
     against: AnyPath | None = None,

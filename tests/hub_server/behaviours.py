@@ -30,8 +30,8 @@ class Behaviour:
 
 
 _LINKS, _RANGES, _REQUESTS = "hub.transport.links", "hub.transport.ranges", "hub.transport.requests"
-_ERRORS, _XET, _WAYS = "hub.transport.errors", "hub.transport.xet", "hub.transport.ways"
-_SESSION, _PATIENCE = "hub.transport.session", "hub.transport.patience"
+_ERRORS, _XET, _ROUTES = "hub.transport.errors", "hub.transport.xet", "hub.transport.routes"
+_SESSION, _BACKOFF = "hub.transport.session", "hub.transport.backoff"
 _REPO, _REMOTE, _SENT = "hub.repository", "publish.remote", "publish.xet"
 
 BEHAVIOURS: dict[str, tuple[Behaviour, ...]] = {
@@ -149,13 +149,13 @@ BEHAVIOURS: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(
             "more than five minutes are asked for",
             _RATES,
-            f"{_PATIENCE}:Patience.back_off",
+            f"{_BACKOFF}:Backoff.back_off",
             "hub_hostile:a_wait_beyond_patience_is_left_to_the_user",
         ),
         Behaviour(
             "all connections were refused together",
             _RATES,
-            f"{_PATIENCE}:Patience.until_allowed",
+            f"{_BACKOFF}:Backoff.until_allowed",
             "hub_hostile:connections_do_not_come_back_together_after_a_wait",
         ),
         Behaviour(
@@ -166,7 +166,7 @@ BEHAVIOURS: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(
             "5xx, 429, dropped and cut connections, at any step",
             _HTTP,
-            f"{_SESSION}:patiently",
+            f"{_SESSION}:with_retries",
             "hub:a_passing_failure_at_any_step_is_overcome",
         ),
         Behaviour(
@@ -193,7 +193,7 @@ BEHAVIOURS: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(
             "every request of a while fails",
             "status.huggingface.co",
-            f"{_PATIENCE}:Retries.wait",
+            f"{_BACKOFF}:Retries.wait",
             "hub_hostile:a_burst_of_failures_is_outlasted",
         ),
         Behaviour(
@@ -283,7 +283,7 @@ BEHAVIOURS: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(
             "the CDN refuses, Xet does not",
             "hub-docs, docs/xet/api",
-            f"{_WAYS}:Ways.fetch",
+            f"{_ROUTES}:Routes.fetch",
             "hub_xet:what_the_cdn_refuses_comes_over_xet",
             ("reconstructions_v2",),
         ),
@@ -296,7 +296,7 @@ BEHAVIOURS: dict[str, tuple[Behaviour, ...]] = {
         Behaviour(
             "Xet fails, the CDN does not any more",
             _CAS,
-            f"{_WAYS}:Ways.fetch",
+            f"{_ROUTES}:Routes.fetch",
             "hub_xet:the_cdn_is_tried_once_more_when_xet_fails",
         ),
         Behaviour(

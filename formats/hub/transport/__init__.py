@@ -1,1 +1,1 @@
-"""How bytes come from the Hub: sessions, links, ranges, Xet, patience and limits."""
+"""How bytes come from the Hub: sessions, links, ranges, Xet, backoff and limits."""

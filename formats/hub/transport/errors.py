@@ -63,7 +63,7 @@ def hub_errors(
         meant = exchange_failure(error, doing) or meaning(error, repo_id, doing, revision=revision, endpoint=endpoint)
         if meant is None:
             raise
-        # The original may quote a signed link, so it is not shown as the cause, but made harmless, for --debug.
+        # The original may quote a signed link, so it is not shown as the cause, but its sanitized text, for --debug.
         meant.add_note("\n".join(_without_secrets(line) for line in trace_lines(error)))
         raise meant from None
 
@@ -116,7 +116,7 @@ def meaning(
         )
     return HubUnreachable(
         f"{doing} failed: the answer of {endpoint or page} cannot be used ({type(error).__name__}: "
-        f"{harmless(str(error))[:120]}). Check HF_ENDPOINT and the proxy settings, or try again later."
+        f"{sanitized(str(error))[:120]}). Check HF_ENDPOINT and the proxy settings, or try again later."
     )
 
 
@@ -174,7 +174,7 @@ def _refusal(error: errors.HfHubHTTPError, repo_id: str, doing: str, revision: s
 
 def _said(error: errors.HfHubHTTPError) -> str:
     """What the server says, one line, without links or anything that looks like a token."""
-    text = harmless(error.server_message or "")
+    text = sanitized(error.server_message or "")
     return f": {text[:200].rstrip('.')}" if text else ""
 
 
@@ -184,10 +184,10 @@ def reason(error: httpx2.HTTPError) -> str:
         return str(error)
     if isinstance(error, httpx2.TimeoutException):
         return "no answer in time"
-    return harmless(str(error))[:200] or type(error).__name__
+    return sanitized(str(error))[:200] or type(error).__name__
 
 
-def harmless(text: str) -> str:
+def sanitized(text: str) -> str:
     """``text`` on one line, without signed links, tokens, or characters that do something to a terminal."""
     return " ".join(UNSAFE_TEXT.sub(" ", _without_secrets(text)).split())
 

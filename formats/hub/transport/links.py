@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import constants, hf_raise_for_status
 
+from qz.formats.hub.transport.backoff import Backoff, Failed
 from qz.formats.hub.transport.errors import BUSY
-from qz.formats.hub.transport.patience import Failed, Patience
 from qz.formats.hub.transport.remote_file import RemoteFile, not_as_listed
 from qz.formats.hub.transport.requests import Requests, target_of
 from qz.formats.hub.transport.session import seconds_asked
@@ -42,8 +42,8 @@ class Link:
 class Links:
     """The links of a commit's files. Thread-safe: a file is asked for once, and whoever else wants its link waits."""
 
-    def __init__(self, requests: Requests, patience: Patience) -> None:
-        self._requests, self._patience = requests, patience
+    def __init__(self, requests: Requests, backoff: Backoff) -> None:
+        self._requests, self._backoff = requests, backoff
         self._links: dict[str, Link] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -55,7 +55,7 @@ class Links:
         with lock:
             link = self._links.get(file.path)
             if link is None:
-                self._patience.until_allowed()
+                self._backoff.until_allowed()
                 link = self._links[file.path] = self._ask(file)
             return link
 

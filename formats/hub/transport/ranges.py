@@ -7,9 +7,9 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from qz.formats.hub.transport.backoff import Backoff, Failed, Retries
 from qz.formats.hub.transport.errors import BUSY, Signal
 from qz.formats.hub.transport.links import MAX_HOPS, Link, Links, skip_body
-from qz.formats.hub.transport.patience import Failed, Patience, Retries
 from qz.formats.hub.transport.remote_file import RemoteFile, not_as_listed
 from qz.formats.hub.transport.requests import Requests, first_line, target_of
 from qz.formats.hub.transport.session import seconds_asked
@@ -53,14 +53,14 @@ class Connection:
     def __init__(self, repo_id: str, commit: str, endpoint: str, retries: Retries | None = None) -> None:
         self.location = f"{repo_id}@{commit[:12]}"
         self.bytes_received = 0
-        self.patience = Patience(self.location, retries)
+        self.backoff = Backoff(self.location, retries)
         self._requests = Requests(repo_id, commit, endpoint)
-        self._links = Links(self._requests, self.patience)
+        self._links = Links(self._requests, self.backoff)
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Let requests under way fail soon."""
-        self.patience.close()
+        self.backoff.close()
 
     def fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of ``file`` from ``start`` on.
@@ -72,7 +72,7 @@ class Connection:
         refusals: list[_LinkRefused] = []
         while done < len(view):
             before, link = done, None
-            self.patience.until_allowed()
+            self.backoff.until_allowed()
             try:
                 if file.sha256:
                     link = self._links.get(file)
@@ -87,7 +87,7 @@ class Connection:
                 self._links.drop(file, link)
                 if link.served:  # it was good once, and has expired
                     failures += 1
-                    self.patience.back_off(Failed(f"the link was refused ({refused})", wait=0.0), failures, file.path)
+                    self.backoff.back_off(Failed(f"the link was refused ({refused})", wait=0.0), failures, file.path)
                 else:
                     _note(refused, refusals)
             except Failed as failed:
@@ -117,7 +117,7 @@ class Connection:
     def _body(self, response: httpx2.Response, file: RemoteFile, view: memoryview) -> Iterator[int]:
         done = 0
         for chunk in response.iter_raw():
-            self.patience.require_open()
+            self.backoff.require_open()
             if done + len(chunk) > len(view):
                 raise not_as_listed(self._where(file), "more bytes than were asked for")
             view[done : done + len(chunk)] = chunk
@@ -168,13 +168,13 @@ class Connection:
             raise not_as_listed(self._where(file), f"bytes {served[1]}-{served[2]} of {served[3]}")
 
     def _back_off(self, failed: Failed, failures: int, file: RemoteFile, *, asked_cdn: bool) -> None:
-        retries = self.patience.retries
+        retries = self.backoff.retries
         beyond = failures >= retries.attempts or (failed.wait or 0) > retries.longest_asked
         if beyond and (asked_cdn or failed.status == 429):
-            error = self.patience.used_up(failed, failures, file.path)
+            error = self.backoff.used_up(failed, failures, file.path)
             why = "the rate of requests is limited" if failed.status == 429 else str(failed)
             raise CdnRefused(why, failed.status, error)
-        self.patience.back_off(failed, failures, file.path)
+        self.backoff.back_off(failed, failures, file.path)
 
     def _where(self, file: RemoteFile) -> str:
         return f"{self.location}/{file.path}"

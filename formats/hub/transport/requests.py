@@ -12,8 +12,8 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import __version__
-from qz.formats.hub.transport.errors import RETRYABLE, harmless, hub_errors, reason
-from qz.formats.hub.transport.patience import Failed
+from qz.formats.hub.transport.backoff import Failed
+from qz.formats.hub.transport.errors import RETRYABLE, hub_errors, reason, sanitized
 from qz.formats.hub.transport.session import hub_session
 from qz.formats.hub.transport.trust import is_web_address
 
@@ -82,4 +82,4 @@ def first_line(response: httpx2.Response) -> str:
     text = body[:_SAID].decode(errors="replace")
     found = _MESSAGE.search(text)
     lines = [found[1]] if found else [line for line in _TAGS.sub(" ", text).splitlines() if line.strip()]
-    return harmless(lines[0])[:200] if lines else ""
+    return sanitized(lines[0])[:200] if lines else ""

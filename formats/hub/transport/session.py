@@ -14,10 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # public, exported by name only
 
 from qz import __version__
-from qz.formats.borrowed import borrow
+from qz.formats.global_settings import change_global
+from qz.formats.hub.transport.backoff import TOLD_FROM, Retries, log
 from qz.formats.hub.transport.errors import BUSY, hub_errors
 from qz.formats.hub.transport.limits import bind, unbind
-from qz.formats.hub.transport.patience import TOLD_FROM, Retries, log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ ASKING = Retries(attempts=4)
 def hub_api() -> HfApi:
     """The Hub at HF_ENDPOINT, with the token of the environment or of ``hf auth login``."""
     if not {"HF_DEBUG", "HF_HUB_VERBOSITY"} & os.environ.keys():
-        borrow("huggingface_hub's verbosity", _quiet)
+        change_global("huggingface_hub's verbosity", _quiet)
     hub_session()
     return HfApi(library_name="qz", library_version=__version__, headers={"Accept-Encoding": "gzip"})
 
@@ -50,7 +50,7 @@ def _quiet() -> Callable[[], None]:
 def hub_session() -> httpx2.Client:
     """huggingface_hub's session, with timeouts and bounds: it is made anew after some failures."""
     session = get_session()
-    borrow(session, lambda: _bounded(session))
+    change_global(session, lambda: _bounded(session))
     return session
 
 
@@ -76,7 +76,7 @@ def token(doing: str) -> str | None:
         return get_token()
 
 
-def patiently(ask: Callable[[], T], retries: Retries | None = None) -> T:
+def with_retries(ask: Callable[[], T], retries: Retries | None = None) -> T:
     """What ``ask`` returns, asked again when the Hub is busy or the connection fails; for what may be asked twice."""
     retries, failures = retries or ASKING, 0
     while True:

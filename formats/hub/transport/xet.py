@@ -18,14 +18,14 @@ from huggingface_hub import constants, get_token, hf_raise_for_status
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported by name only
 
 from qz import QzError, __version__
-from qz.formats.hub.transport.errors import Signal, harmless, hub_errors
-from qz.formats.hub.transport.session import hub_session, patiently
+from qz.formats.hub.transport.errors import Signal, hub_errors, sanitized
+from qz.formats.hub.transport.session import hub_session, with_retries
 from qz.formats.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qz.formats.hub.transport.patience import Patience
+    from qz.formats.hub.transport.backoff import Backoff
     from qz.formats.hub.transport.remote_file import RemoteFile
 
 OLDEST = (1, 7)
@@ -75,8 +75,8 @@ def unavailable() -> str | None:
 class Xet:
     """Ranges of the files of ``repo_id`` at ``commit``. Thread-safe."""
 
-    def __init__(self, repo_id: str, commit: str, endpoint: str, patience: Patience) -> None:
-        self._repo_id, self._commit, self._endpoint, self._patience = repo_id, commit, endpoint, patience
+    def __init__(self, repo_id: str, commit: str, endpoint: str, backoff: Backoff) -> None:
+        self._repo_id, self._commit, self._endpoint, self._backoff = repo_id, commit, endpoint, backoff
         self._streams = Slots(STREAMS)
         self._lock, self._asking = threading.Lock(), threading.Lock()
         self._session: Any = None
@@ -102,7 +102,7 @@ class Xet:
 
     def _fetch(self, file: RemoteFile, start: int, view: memoryview) -> None:
         for attempt in range(1, ATTEMPTS + 1):
-            self._patience.require_open()
+            self._backoff.require_open()
             group = None
             try:
                 group = self._current_group()
@@ -120,7 +120,7 @@ class Xet:
         thread.start()
         try:
             while not reading.ended.wait(0.2):
-                self._patience.require_open()
+                self._backoff.require_open()
                 if time.monotonic() - reading.moved > LONGEST_SILENCE:
                     raise XetFailed(f"no byte arrived for {LONGEST_SILENCE:.0f} s")
         except BaseException:  # an interrupt, too: the thread must not write into the buffer any more
@@ -129,7 +129,7 @@ class Xet:
                 self._drop(abort=True)  # nothing else frees a thread that waits inside hf_xet
             raise
         if reading.failure is not None:
-            raise XetFailed(_shortened(harmless(str(reading.failure))) or type(reading.failure).__name__)
+            raise XetFailed(_shortened(sanitized(str(reading.failure))) or type(reading.failure).__name__)
         if reading.done != len(view):
             raise XetFailed(f"the stream ended after {reading.done:,} of {len(view):,} bytes")
 
@@ -154,7 +154,7 @@ class Xet:
         doing = f"Asking for access to {self._repo_id} over Xet"
         try:
             with hub_errors(self._repo_id, doing, revision=self._commit, endpoint=self._endpoint):
-                headers = patiently(lambda: _token(url))
+                headers = with_retries(lambda: _token(url))
                 token = headers[constants.HUGGINGFACE_HEADER_X_XET_ACCESS_TOKEN]
                 expires = int(headers[constants.HUGGINGFACE_HEADER_X_XET_EXPIRATION][:12])
                 with self._lock:

@@ -93,7 +93,7 @@ def sequences(tokenizer: Any, text: str, length: int, tokens: int) -> list[list[
     Of a longer text they are from all over it: its beginning alone is of one kind, which GPTQ then fits.
     """
     length = min(length, int(getattr(tokenizer, "model_max_length", length) or length), tokens)
-    text = thinned(text, max(LONGEST, 8 * tokens))
+    text = excerpts(text, max(LONGEST, 8 * tokens))
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
         rows = [list(row) for row in encoded]
@@ -117,7 +117,7 @@ def varied_sequences(tokenizer: Any, text: str, length: int, tokens: int) -> lis
     return sequences(tokenizer, text, length, tokens - sum(map(len, own))) + own
 
 
-def thinned(text: str, most: int) -> str:
+def excerpts(text: str, most: int) -> str:
     """At most ``most`` characters, in pieces from all over a longer text, each from the beginning of a word."""
     if len(text) <= most:
         return text

@@ -96,7 +96,7 @@ def isolated() -> Iterator[Isolation]:
             del _isolations[thread]
             if outer is not None:
                 _isolations[thread] = outer
-            if not _open and threading.Thread.start is _start_alike:
+            if not _open and threading.Thread.start is _start_isolated:
                 threading.Thread.start = _start  # type: ignore[method-assign]
 
 
@@ -123,7 +123,7 @@ def _listen() -> None:
         sys.addaudithook(_audit)
         _hooked = True
     if threading.Thread.start is _start:
-        threading.Thread.start = _start_alike  # type: ignore[method-assign,assignment]
+        threading.Thread.start = _start_isolated  # type: ignore[method-assign,assignment]
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -133,7 +133,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             isolation.check(event, arguments)
 
 
-def _start_alike(thread: threading.Thread) -> None:
+def _start_isolated(thread: threading.Thread) -> None:
     """``Thread.start``: what an isolated thread starts is isolated with it. Python tells of it from 3.12 on only."""
     isolation = _isolations.get(threading.current_thread())
     if isolation is not None and isolation.active:

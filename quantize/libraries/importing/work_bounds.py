@@ -54,7 +54,7 @@ def is_hard() -> bool:
     return _hard
 
 
-class _TooMuch(BaseException):
+class _LimitExceeded(BaseException):
     """Raised in the middle of a library, which must not take it for an error of its own."""
 
 
@@ -65,7 +65,7 @@ def work_bounded(shapes: Mapping[str, tuple[int, ...]], where: str) -> Iterator[
     try:
         with watch, _refused_beyond(watch.bytes):
             yield
-    except _TooMuch:
+    except _LimitExceeded:
         raise _malformed(watch, len(shapes), where) from None
     except (MemoryError, RuntimeError) as error:
         if _hard and (isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY)):
@@ -93,7 +93,7 @@ def _malformed(watch: _Watch, tensors: int, where: str) -> MalformedInput:
 
 
 class _Watch:
-    """A thread that looks at what the one that made it takes, and raises ``_TooMuch`` there."""
+    """A thread that looks at what the one that made it takes, and raises ``_LimitExceeded`` there."""
 
     def __init__(self, most: int, seconds: float) -> None:
         self.bytes, self.seconds = most, seconds
@@ -124,7 +124,7 @@ class _Watch:
             elif self._used() - used > self.seconds:
                 self.exceeded = f"{self.seconds:.0f} seconds"
             if self.exceeded:
-                _raise_in(self._watched, _TooMuch)
+                _raise_in(self._watched, _LimitExceeded)
 
     def _used(self) -> float:
         return time.clock_gettime(self._clock) if self._clock is not None else time.monotonic()

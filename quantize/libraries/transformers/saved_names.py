@@ -97,7 +97,7 @@ class _Reloaded:
     def of(cls, model: Model, entries: Entries, method: Method) -> _Reloaded:
         return cls(model, entries, LoadedNames.of(model, model.state_dict(), loading_quantizer(method.config())))
 
-    def comes_back(self, saved: str, name: str) -> bool:
+    def is_loaded_from(self, saved: str, name: str) -> bool:
         """Whether what is called ``name`` in the model is loaded as that, or with its weight, from ``saved``."""
         owner, part, _, _ = self.entries[name]
         found, pattern = self.loaded.after_loading(saved)
@@ -115,7 +115,7 @@ def _unusable(reloaded: _Reloaded, names: Mapping[str, str]) -> str | None:
         together = names[name] == names[owner] + suffix if suffix.startswith(".") else _module(names, name, owner)
         if not together:
             return "the checkpoint's names would part quantized weights from their scales"
-        if not reloaded.comes_back(names[name], name):
+        if not reloaded.is_loaded_from(names[name], name):
             return f"transformers would not find {name} again under the checkpoint's name for it"
     return None
 
@@ -139,11 +139,11 @@ def _own_names(reloaded: _Reloaded) -> dict[str, str]:
         own = {name: name for name in members}
         before = {name: str(rename_source_key(name, undone, [], reverse=True)[0]) for name in members}
         for names in (own, before):
-            if all(reloaded.comes_back(saved, name) for name, saved in names.items()):
+            if all(reloaded.is_loaded_from(saved, name) for name, saved in names.items()):
                 found |= names
                 break
         else:
-            lost = next(name for name in members if not reloaded.comes_back(name, name))
+            lost = next(name for name in members if not reloaded.is_loaded_from(name, name))
             raise Unsupported(
                 f"{type(model).__name__} cannot be quantized: transformers would load {lost} under another name than "
                 "it is saved by, and leave it out."

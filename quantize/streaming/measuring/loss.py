@@ -122,10 +122,10 @@ def _together(layers: Sequence[LayerLoss]) -> Loss:
         math.fsum(layer.squared_norm for layer in layers),
         max((layer.max_error for layer in layers), default=0.0),
     )
-    return Loss(total, tuple(sorted(layers, key=_badness)))
+    return Loss(total, tuple(sorted(layers, key=_by_error)))
 
 
-def _badness(layer: LayerLoss) -> tuple[bool, float, str]:
+def _by_error(layer: LayerLoss) -> tuple[bool, float, str]:
     """Worst first: what is not a number before all else, then by relative error."""
     error = layer.relative_error
     return not math.isnan(error), -error if not math.isnan(error) else 0.0, layer.name

@@ -1,4 +1,4 @@
-"""The ways by which bytes of a file come: ranges from the CDN; when it refuses, streams over Xet; then the CDN again.
+"""The routes by which bytes of a file come: ranges from the CDN; when it refuses, streams over Xet; then the CDN again.
 
 Each covers part of what may fail the other: Xet has no quota of links and no files too large, the CDN no silences. One
 call is answered by one of them, from its first byte to its last.
@@ -10,22 +10,22 @@ import threading
 from typing import TYPE_CHECKING
 
 from qz import MissingInput, QzError, TryAgain
-from qz.formats.hub.transport.patience import log
+from qz.formats.hub.transport.backoff import log
 from qz.formats.hub.transport.ranges import CdnRefused, Connection
 from qz.formats.hub.transport.xet import Xet, XetFailed
 
 if TYPE_CHECKING:
-    from qz.formats.hub.transport.patience import Retries
+    from qz.formats.hub.transport.backoff import Retries
     from qz.formats.hub.transport.remote_file import RemoteFile
 
 
-class Ways:
+class Routes:
     """Ranges of the files of ``repo_id`` at ``commit``. Thread-safe."""
 
     def __init__(self, repo_id: str, commit: str, endpoint: str, retries: Retries | None = None) -> None:
         self.repo_id = repo_id
         self._cdn = Connection(repo_id, commit, endpoint, retries)
-        self._xet = Xet(repo_id, commit, endpoint, self._cdn.patience)
+        self._xet = Xet(repo_id, commit, endpoint, self._cdn.backoff)
         self.location = self._cdn.location
         self._received_over_xet = 0
         self._refused: dict[str, CdnRefused] = {}

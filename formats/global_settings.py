@@ -12,7 +12,7 @@ _undo: dict[object, Callable[[], None]] = {}
 
 
 @contextmanager
-def settings_given_back() -> Iterator[None]:
+def settings_restored() -> Iterator[None]:
     """Inside, settings may be changed; they are given back by the last of those that are inside at the same time."""
     global _at_work
     with _lock:
@@ -26,7 +26,7 @@ def settings_given_back() -> Iterator[None]:
                 _undo.popitem()[1]()
 
 
-def borrow(what: object, change: Callable[[], Callable[[], None]]) -> None:
+def change_global(what: object, change: Callable[[], Callable[[], None]]) -> None:
     """Call ``change``, which returns what undoes it, unless ``what`` is changed already."""
     with _lock:
         if what in _undo:

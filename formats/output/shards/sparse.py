@@ -18,7 +18,7 @@ SMALL = 1024
 """Bytes of a tensor that is left: quant states and maps."""
 
 
-def hollow_out(folder: Directory, name: str) -> None:
+def make_sparse(folder: Directory, name: str) -> None:
     """Replace the file by what is left of it, a sparse file, at once."""
     disk, path, temporary = folder.disk, folder.path / name, folder.path / (name + TEMPORARY)
     old, new = folder.open(name), None

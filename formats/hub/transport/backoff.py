@@ -42,7 +42,7 @@ class Failed(Signal):
         self.status, self.wait = status, wait
 
 
-class Patience:
+class Backoff:
     """Waits that end when the folder is closed. Thread-safe: what one connection is asked to wait, all of them do."""
 
     def __init__(self, location: str, retries: Retries | None = None) -> None:
