@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qz import HubUnreachable, MissingInput, PermissionRefused
+from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused
 from qz.formats.links import followed
 from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted
@@ -31,6 +31,10 @@ _LINK = (
 )
 """A page or a file of a model's repository, as a browser shows its address."""
 _ONE_FILE = (".safetensors", ".gguf")
+_NO_WEIGHTS = re.compile(
+    r".*\.(?:json|md|txt|ya?ml|py|jinja|model|onnx|h5|msgpack|tflite|mlmodel|nemo|zip|tar|gz|7z)", re.IGNORECASE
+)
+"""Files of a model's folder, and models in other forms and archives, by their names."""
 
 LONGEST_REPO_ID = 200
 """Characters; the Hub has 96 for each of the two names."""
@@ -144,7 +148,7 @@ def opened(
     ``file``: the path of one file in it that is the source; a local one may be the ``location`` itself. ``held``: what
     is read of an output of qz has to be what its record says, or MalformedInput is raised.
 
-    Raises MissingInput, and what the Hub answers.
+    Raises MissingInput, MalformedInput for a file that by its name is none of weights, and what the Hub answers.
     """
     root: Folder
     path = local_path(location)
@@ -165,6 +169,11 @@ def opened(
             if name not in folder.sizes():
                 there = ", ".join(quoted(each, 60) for each in folder.sizes() if each.endswith(".safetensors"))
                 raise MissingInput(f"{folder.location} has no file {quoted(name)}. There are: {there or 'none'}.")
+            if _NO_WEIGHTS.fullmatch(name):
+                raise MalformedInput(
+                    f"{folder.location}/{name} is no file of weights. Name the folder of the model, such as "
+                    f"{folder.location}, or a .safetensors or .gguf file."
+                )
             if name.lower().endswith(".gguf") and not _is_denoiser(folder, name):
                 folder.named_file, name = name, ""
             else:

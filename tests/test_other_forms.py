@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import Qz
-from qz import MissingInput, QzError, Unsupported
+from qz import MalformedInput, MissingInput, QzError, Unsupported
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.checkpoint.weights import PICKLE
 from qz.formats.local_folder import LocalFolder
+from qz.formats.source import opened
 
 LLAMA = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
 MADE_FROM = "Use the model that this was made from, with its weights in safetensors."
@@ -128,3 +129,13 @@ def test_what_gptq_packed_before_configs_named_a_method_is_not_taken_for_mlx() -
 def test_weights_of_openvino_and_whisper_cpp_are_no_pickles() -> None:
     assert not any(map(PICKLE.search, ("openvino_model.bin", "ggml-large.bin", "openvino_tokenizer.xml")))
     assert all(map(PICKLE.search, ("pytorch_model.bin", "openvino_model.pt", "Model.CKPT", "unet/diffusion.bin")))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model_index.json", "model.safetensors.index.json", "README.md", "x.onnx"]
+)
+def test_a_file_that_is_none_of_weights_is_told_to_name_the_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"_class_name": "FluxPipeline"}')
+    told = rf"{re.escape(name)} is no file of weights\. Name the folder of the model, such as {tmp_path}"
+    with pytest.raises(MalformedInput, match=told), opened(str(tmp_path / name)):
+        pass
