@@ -122,7 +122,7 @@ class Interruption:
     def receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
             if sys.stderr.isatty():
-                # Away with the progress bar, and back with the cursor, which it has hidden.
+                # Erase the progress bar and show the cursor, which it has hidden.
                 os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")
             os._exit(128 + number)
         if not self.late:
@@ -132,7 +132,7 @@ class Interruption:
     def dropped(self, found: sys.UnraisableHookArgs) -> None:
         """The interrupt met code in which Python drops exceptions, such as a finalizer: raise it again in a moment."""
         if found.exc_value is self.error:
-            signal.signal(signal.SIGALRM, self.again)  # only now: an alarm from outside ends the process, as it does
+            signal.signal(signal.SIGALRM, self.again)  # not before: an alarm from outside ends the process
             signal.setitimer(signal.ITIMER_REAL, 0.05)
         else:
             sys.__unraisablehook__(found)
@@ -205,7 +205,7 @@ def invoke(args: Sequence[str]) -> Any:
     first = next((word for word in args if not word.startswith("-")), None)
     group: Any = typer.main.get_command(app([first] if first in COMMANDS else COMMANDS))
     group.rich_markup_mode = None
-    if not gc.isenabled():  # a process that is for one command: see ``entry``
+    if not gc.isenabled():  # the process runs one command: see ``entry``
         gc.freeze()
         gc.enable()
     return group.main(args=args, prog_name="qz", standalone_mode=False)

@@ -49,7 +49,7 @@ def calibrate(
     from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries.importing import lean_imports
 
-    lean_imports.forbid()  # the model runs
+    lean_imports.forbid()  # the model needs the whole library to run
     return_freed_memory()
     with Display(quiet=quiet) as display:
         found = api.calibrate(
@@ -94,7 +94,7 @@ def next_command(found: Calibration, asked: dict[str, str | bool | None]) -> lis
     scored, scores = next(iter(found.component_scores.items()), (None, found.scores))
     total = scores.total if scores is not None else 0.0
     if found.component_scores and found.component_scores.keys() == set(found.components):
-        scored, total = None, sum(each.total for each in found.component_scores.values())  # a loss of the whole
+        scored, total = None, sum(each.total for each in found.component_scores.values())  # of the whole pipeline
     words = ["qz", "quantize", found.source]
     for option, value in (asked | {"subfolder": asked["subfolder"] or scored}).items():
         words += [f"--{option}"] if value is True else [f"--{option}", value] if isinstance(value, str) else []

@@ -54,7 +54,7 @@ def compare(
             require_new(path, option)
     if page is not None and picture is not None and os.path.abspath(page) == os.path.abspath(picture):
         raise UsageError(f"{page} cannot be the page and the picture. Name two files.")
-    lean_imports.forbid()  # the models run
+    lean_imports.forbid()  # the models need the whole libraries to run
     return_freed_memory()
     with Display(quiet=quiet) as display:
         found = api.compare(

@@ -42,7 +42,7 @@ def dequantize(
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
 
-    if push_only:  # what is uploaded and what is computed would leave holes of tens of megabytes for each other
+    if push_only:  # uploading and computing would fragment the heap by tens of megabytes
         return_freed_memory()
     require_place(page, output)
     with Display(quiet=quiet) as display:

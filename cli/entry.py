@@ -19,7 +19,7 @@ ASKING: tuple[list[str], ...] = ([], ["--help"], ["-h"], ["help"])
 
 def main() -> NoReturn:
     """Run the command line of this process, and end it."""
-    gc.disable()  # what is imported stays, and need not be looked through; ``invoke`` enables it again
+    gc.disable()  # imported modules are never garbage; ``invoke`` enables it again
     open_streams()
     words = sys.argv[1:]
     if words in ASKING and "_QZ_COMPLETE" not in os.environ and shutil.get_terminal_size().columns >= WIDTH:
@@ -50,7 +50,7 @@ def run_command(words: list[str]) -> int:
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the app looks after it: no trace of what it met
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the app handles it: an early Ctrl-C shows no traceback
     from qz.cli.app import run
     from qz.quantize.libraries.importing import lean_imports
 

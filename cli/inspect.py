@@ -34,7 +34,7 @@ def inspect(
     """Show what a model, pipeline or .safetensors file is, what quantizing would give, and what is wrong with it."""
     from qz.quantize.libraries.importing.lean_imports import gc_paused
 
-    with Display(quiet=quiet) as display, gc_paused():  # modules, and hundreds of thousands of tensors, stay
+    with Display(quiet=quiet) as display, gc_paused():  # modules and hundreds of thousands of tensors stay in use
         from qz import UsageError, api
         from qz.cli.reports.inspection import present
         from qz.cli.reports.tensors import matching

@@ -102,7 +102,7 @@ class Display:
             self.bar = bar()
             try:
                 self.bar.start()
-            except BaseException:  # an interrupt that comes early must not leave a bar, and no cursor
+            except BaseException:  # an early interrupt must not leave a bar and a hidden cursor behind
                 self.bar.stop()
                 raise
         else:
@@ -131,7 +131,7 @@ class Display:
     def write(self, step: Progress) -> None:
         """How far a run is, as a line."""
         now = time.monotonic()
-        if not step.all_bytes and not step.total:  # how much there is to do is not known yet
+        if not step.all_bytes and not step.total:  # the total is not known yet
             say(f"{step.doing}: {counted(step.done, step.unit)} …" if step.done else f"{step.doing} …")
             return
         parts = [f"{size(step.bytes)} of {size(step.all_bytes)}"] if step.all_bytes else []

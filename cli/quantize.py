@@ -63,7 +63,7 @@ def quantize(
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
 
-    if push_only:  # what is uploaded and what is computed would leave holes of tens of megabytes for each other
+    if push_only:  # uploading and computing would fragment the heap by tens of megabytes
         return_freed_memory()
     name = methods.method_name(nf4, fp4, int8, method)
     own = selection.parse_component_methods(component)

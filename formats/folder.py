@@ -82,7 +82,7 @@ def read_file(folder: Folder, file: str, limit: int) -> bytes:
     """A whole small file; of one larger than ``limit`` bytes only ``limit + 1``, which is enough to refuse it."""
     size = folder.sizes().get(file)
     if size is None:
-        folder.read_into(file, 0, memoryview(bytearray(1)))  # says why it is not among the files
+        folder.read_into(file, 0, memoryview(bytearray(1)))  # raises the reason why it is not among the files
         raise MissingInput(f"{folder.location}/{file} does not exist.")
     buffer = bytearray(min(size, limit + 1))
     folder.read_into(file, 0, memoryview(buffer))

@@ -53,7 +53,7 @@ class LocalFolder:
         self._folders: tuple[str, ...] = ()
         self._linked: list[str] = []
         self._open: OrderedDict[str, _Open] = OrderedDict()
-        weakref.finalize(self, _close_all, self._open)  # descriptors are numbers: nobody else would close them
+        weakref.finalize(self, _close_all, self._open)  # descriptors are plain numbers, which nothing else closes
         self._marks: dict[str, _Mark] = {}
         self._read: set[str] = set()
         self._lock = threading.Lock()
@@ -180,7 +180,7 @@ class LocalFolder:
                         f"{where} is a link that leads out of the folder, to {os.path.realpath(path)}. "
                         "Put the file itself there.",
                     )
-            # Without O_NONBLOCK, opening a FIFO waits for a writer for ever.
+            # Without O_NONBLOCK, opening a FIFO would wait for a writer forever.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except OSError as error:
             raise _failure(error, where, "opened") from None

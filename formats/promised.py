@@ -125,14 +125,14 @@ class Promised:
         return False
 
     def _hash(self, file: str, read: Read) -> str:
-        from qz.formats.file_hash import sha256_by  # here, as it loads OpenSSL, and most folders promise nothing
+        from qz.formats.file_hash import sha256_by  # imported here: it loads OpenSSL, and most folders have no record
 
         return sha256_by(partial(read, file), self._files[file].bytes)
 
     def _hash_beside(self, file: str, read: Read) -> str:
         def read_next(file: str, offset: int, buffer: memoryview) -> None:
             if self._stopped.is_set():
-                raise InterruptedError  # nobody waits for the hash
+                raise InterruptedError  # the hash is no longer needed
             read(file, offset, buffer)
 
         return self._hash(file, read_next)

@@ -42,7 +42,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     """All of a file of at most ``limit`` bytes. Raises TooLarge, and as ``open_regular``."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
-    if data is None:  # as of some files of the kernel's, which would have to be waited for
+    if data is None:  # some kernel files would block
         raise NotRegular(errno.EAGAIN, "a file that has nothing to read yet", str(path))
     if len(data) > limit:
         raise TooLarge(errno.EFBIG, "too large", str(path))

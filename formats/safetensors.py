@@ -40,7 +40,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = rb"[ \t\n\r]*+"
 _STRING = re.compile(_SPACE + rb'("[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+")' + _SPACE, re.DOTALL)
 _NEXT = re.compile(_SPACE + rb"(.?)", re.DOTALL)
-# An entry as every known writer writes it; anything else takes the slow way through ``json``.
+# An entry as every known writer writes it; anything else is parsed by ``json``, which is slower.
 _INT = rb"(?:0|[1-9][0-9]{0,18})"
 _ENTRY = re.compile(
     rb'"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:%b(?:, ?%b){0,15}+)?+)\], ?"data_offsets": ?\[(%b), ?(%b)\]\}'

@@ -62,7 +62,7 @@ def open_source(
         except (HubUnreachable, MissingInput) as error:
             from huggingface_hub import is_offline_mode
 
-            # A name without an owner is a folder's, but for a few old repositories: offline, it names nothing.
+            # Names without an owner are folders, but for a few old repositories: offline, there is no such thing.
             nothing = "/" not in source and is_offline_mode()
             kind = MissingInput if nothing else type(error)
             raise kind(f"{error} There is no local folder {source} either.") from error
@@ -235,7 +235,7 @@ def default_output(source: str, subfolder: str | None, suffix: str) -> Path:
     """
     path = local_path(source)
     real = followed(path) if path is not None else None
-    # The name that the user sees: where the source is a link, its own, not that of what it leads to.
+    # The name that the user sees: of a link its own, not its target's.
     name = Path(os.path.abspath(path)).name if path is not None else source.split("/")[-1]
     name = re.sub(r"\.gguf\Z", "", name, flags=re.IGNORECASE)
     name = name.removesuffix(".safetensors") if real is not None and real.is_file() else name

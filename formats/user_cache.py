@@ -11,7 +11,7 @@ def user_cache() -> Path | None:
     chosen = os.environ.get("QZ_CACHE")
     if chosen is not None:
         return Path(chosen) if chosen else None
-    # Without a home, as in a container under a bare number, "~" stays as it is; it must not become a folder's name.
+    # Without a home, as in a container with a numeric user, "~" stays as it is; it must not become a folder's name.
     places = (os.environ.get("XDG_CACHE_HOME") or "", os.path.expanduser("~/.cache"))
     caches = next(filter(os.path.isabs, places), None)
     return Path(caches, "qz") if caches else None

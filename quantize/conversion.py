@@ -84,7 +84,7 @@ class Conversion:
         if (found := self._existing()) is not None:
             return found
         self._begin()
-        with gc_paused():  # what the headers tell stays
+        with gc_paused():  # what is read from headers stays in use
             checkpoint = open_checkpoint(self.source.folder, self.settings.variant)
         return self._model(checkpoint, plan, measure)
 
@@ -185,7 +185,7 @@ class Conversion:
 
         name = None
         if self.source.subfolder:
-            with suppress(Malformed):  # of which nothing else is read
+            with suppress(Malformed):  # nothing else is read from it
                 name = pipeline_class(self.source.root)
         return name if name and name.isidentifier() and name.isascii() else None
 
@@ -224,7 +224,7 @@ class Conversion:
         left = target.resume and any(target.disk.status(place) is not None for place in places)
         if not left:
             if self.settings.device not in ("auto", "cpu"):
-                arithmetic_on(self.settings.device)  # raises for a device that is not there
+                arithmetic_on(self.settings.device)  # raises if the device does not exist
             return False
         measured = any(part.measure is not None for part in parts)
         arithmetic = arithmetic_for([part.plan for part in parts if part.plan], self.settings, measured=measured)
@@ -276,7 +276,7 @@ def open_file(source: OpenedSource, settings: Settings) -> tuple[Checkpoint | Pi
     from qz.formats.source import notes_of, open_source
     from qz.quantize.single_files.open import open_single_file
 
-    assert source.file is not None  # the caller looked
+    assert source.file is not None  # checked by the caller
     configs: list[Folder] = []
 
     def open_config(named: str) -> Folder:

@@ -243,7 +243,7 @@ def compose(
             casts[each.name] = fused(_unquantized(each, settings), placed[each.name], loras)
             made[each.name] = replace(choice, reason=f"{choice.reason}; LoRA fused")
             continue
-        if each.in_other_file:  # there is no file of it to copy
+        if each.in_other_file:  # it has no file of its own to copy
             casts[each.name] = _unquantized(each, settings)
             continue
         if settings.dtype == "auto":
@@ -293,7 +293,7 @@ def _cast(component: Component, settings: Settings) -> Plan | None:
 def _own_settings(choice: Choice, settings: Settings) -> Settings:
     own = f"{choice.name}/"
     skips = tuple(skip.removeprefix(own) for skip in settings.skips if "/" not in skip or skip.startswith(own))
-    if not isinstance(choice.method, FourBit):  # nothing of it is searched
+    if not isinstance(choice.method, FourBit):  # int8 has no search
         settings = replace(settings, scales="absmax", importance=None, rounding="nearest")
     return replace(settings, method=choice.method, skips=skips)
 

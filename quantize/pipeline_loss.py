@@ -40,7 +40,7 @@ def fit_to_loss(pipeline: Pipeline, choices: Sequence[Choice], settings: Setting
     quantize or needs more than ``settings.target_size``; what ``planned`` raises for a component that was asked for.
     """
     most, where = settings.max_loss, pipeline.folder.location
-    assert most is not None  # the caller looked
+    assert most is not None  # checked by the caller
     if without := unscored(settings, [choice.name for choice in choices if choice.method is not None]):
         raise UsageError(
             f"--max-loss needs scores of all that is quantized, and {settings.scores or settings.importance} has none "

@@ -45,7 +45,7 @@ def fit_to_size(
     that was asked for.
     """
     target = settings.target_size
-    assert target is not None  # the caller looked
+    assert target is not None  # checked by the caller
     plans: dict[tuple[str, str], Plan] = {}
     options: list[list[Option]] = []
     fixed, made = 0, list(choices)

@@ -34,7 +34,7 @@ def recorded_identity(folders: Mapping[str, Folder], carried: Iterable[Companion
     copied = ((each.folder, each.file) for each in carried if isinstance(each.folder, LocalFolder))
     for folder, file in (*opened, *copied):
         name = os.path.relpath(folder.path / file, root.path)
-        if not name.startswith(".."):  # of a config that lies elsewhere; its path is private
+        if not name.startswith(".."):  # not a config elsewhere, whose path is private
             sizes[name] = folder.stamp(file)[0]
     return {"files": dict(sorted(sizes.items()))}
 

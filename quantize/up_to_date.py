@@ -113,7 +113,7 @@ def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | Non
     recorded = identity.get("files") if isinstance(identity, dict) else None
     then: dict[str, Any] = {"settings": record.about.get("settings")}
     now: dict[str, Any] = {"settings": settings_fingerprint(settings)}
-    if settings.device != "auto":  # which takes whatever device there is, and accepts any that was used
+    if settings.device != "auto":  # "auto" takes any device, and accepts whichever was used
         then["device"], now["device"] = kind_of_bytes(record.about), kind_of(settings.device)
     if not (isinstance(folder, LocalFolder) and isinstance(recorded, dict)):
         then["source"], now["source"] = identity, folder.identity()

@@ -129,7 +129,7 @@ def curve(summary: Summary | PipelineSummary, whole: Summary | PipelineSummary) 
     from qz.quantize.planning.budget.kept_layers import Point
 
     kept = summary.kept_layers
-    assert kept is not None  # the caller looked
+    assert kept is not None  # checked by the caller
     chosen = Point(len(kept.kept), summary.footprint_after, kept.loss)
     last = len(kept.curve) - 1
     some = [kept.curve[number] for number in sorted({round(n * last / (POINTS - 1)) for n in range(POINTS)})]

@@ -46,7 +46,7 @@ def require_signed(folder: Path, public_key: Path) -> frozenset[str]:
     try:
         verifier.verify(folder, signature)
         return _signed(signature)
-    except Exception as error:  # whatever the package, or what it builds on, raises for an untrusted file
+    except Exception as error:  # the package and its dependencies raise anything for an untrusted file
         why = str(error) or type(error).__name__
         raise Malformed("signature-invalid", f"{signature} does not sign this folder by this key: {why}") from error
 

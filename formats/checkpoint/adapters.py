@@ -33,7 +33,7 @@ HOW_UNMERGED = {
     ),
 }
 
-# Of one low-rank pair, the names that PEFT, diffusers, kohya and LyCORIS give to its parts.
+# Names that PEFT, diffusers, kohya and LyCORIS give to the parts of a low-rank pair.
 _PART = (
     r"(?:^|[._])(?:lora[._](?:A|B|up|down|mid|te\d?|unet)\b|lora_(?:A|B|up|down|mid|magnitude_vector)[._]"
     r"|lora_linear_layer|hada_w[12]_[ab]|lokr_w[12]|oft_(?:blocks|diag|R)|dora_scale|diff_b\b|lora_embedding_[AB])"

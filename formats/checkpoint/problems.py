@@ -33,7 +33,7 @@ class Problem(NamedTuple):
 _ANEW = "Download the index and the shards again, of one revision."
 _AGAIN = "Quantize the original again, or download this again."
 
-# Worst first, each with the error that it raises and its text; without a text, the reader that met it has said it.
+# Worst first, each with the error that it raises and its text; without a text, the reader gives one.
 ERRORS: dict[str, tuple[type[QzError], str]] = {
     # What the folder is
     "not-a-folder": (MalformedInput, ""),
@@ -244,7 +244,7 @@ def _place(kind: str) -> int:
 def kind_of(error: QzError, missing: str) -> str:
     """The kind of problem that ``error`` is; ``missing`` if it says that a file is not there."""
     if isinstance(error, HubUnreachable | TryAgain):
-        raise error  # nothing is wrong with the checkpoint: it could not be looked at
+        raise error  # the checkpoint could not be read at all
     if isinstance(error, Malformed):
         return error.kind
     if isinstance(error, MissingInput):

@@ -71,7 +71,7 @@ def read_settings(config: Mapping[str, Any], problems: Problems) -> Settings:
         return Settings(present=True)
     method = said.get("quant_method")
     if method is None and ("load_in_4bit" in said or "load_in_8bit" in said):
-        method = "bitsandbytes"  # as configs were before quant_method
+        method = "bitsandbytes"  # configs older than quant_method
     if not isinstance(method, str):
         refuse("does not say its quant_method")
         return Settings(present=True)

@@ -101,7 +101,7 @@ def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
     """The checkpoint in ``folder``, or one error that names everything wrong with it: MissingInput, Unsupported, …"""
     checkpoint, problems = survey(folder, variant)
     require_none(folder.location, problems, recorded=bool(folder.promised))
-    assert checkpoint is not None  # without one there is an error
+    assert checkpoint is not None  # otherwise an error was raised
     return checkpoint
 
 
@@ -261,7 +261,7 @@ class _Survey:
     def adapter(self, file: str, what: str, names: Iterable[str] = ()) -> None:
         config: Mapping[str, Any] = {}
         if (name := "adapter_config.json") in self.sizes:
-            with suppress(QzError):  # whoever reads the adapter is told
+            with suppress(QzError):  # reported when the adapter is read
                 config = read_json(read_file(self.folder, name, MAX_CONFIG_BYTES), self.path(name))
         how = adapters.how_to_use(self.folder.location, config, names)
         self.problems.add("adapter-only", file, what=what, how=how)

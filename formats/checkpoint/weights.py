@@ -99,7 +99,7 @@ def _no_weights(folder: Folder, library: Library, problems: Problems) -> None:
             folder.read_into(expected, 0, memoryview(bytearray(1)))
         except MissingInput:
             continue
-        except QzError as error:  # something is there, and is no file
+        except QzError as error:  # something exists, but is not a file
             problems.add_error(error, expected, missing="weights-missing")
             return
     names = sorted(folder.sizes())

@@ -19,7 +19,7 @@ _found: dict[str, bool] = {}
 def bars_as_found() -> Iterator[None]:
     """Inside, bars may be switched on and off, by transformers too; the last to leave gives the settings back."""
     global _inside
-    states = import_module("huggingface_hub.utils.tqdm").progress_bar_states  # by group, which no function gives back
+    states = import_module("huggingface_hub.utils.tqdm").progress_bar_states  # by group; no function tells them
     with _lock:
         if not _inside:
             _found.clear()

@@ -114,7 +114,7 @@ class CachedFiles:
             while chunk := stream.read(CHUNK):
                 hasher.update(memoryview(chunk))
         if hasher.hexdigest() != file.digest:
-            for copy in (os.path.realpath(path), path):  # the cache would hand out the damaged file for ever
+            for copy in (os.path.realpath(path), path):  # otherwise the cache would keep serving the damaged file
                 with suppress(OSError):
                     os.remove(copy)
             raise differs(f"{self._repo_id}@{self._commit[:12]}/{file.path}", file.digest)

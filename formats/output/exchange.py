@@ -82,7 +82,7 @@ class Exchange:
         finally:
             if not exchanged:
                 journal.close()
-        if exchanged:  # in the moment before it was renamed
+        if exchanged:  # someone replaced it just before the rename
             self.done = False
             parent.rename(name, self._partial)
             if replaced:

@@ -63,7 +63,7 @@ def check_room(output: Path, needed: int, disk: Disk) -> None:
         free = disk.free_bytes(folder.descriptor, place)
         if place == output.parent:
             refuse_foreign_partial(folder, output.name)
-            free += sum(_files(folder, output.name + PARTIAL).values())  # which is kept, or makes room
+            free += sum(_files(folder, output.name + PARTIAL).values())  # kept, or removed to make room
     try:
         require_room(output, needed, free)
     except IOFailed as error:

@@ -296,7 +296,7 @@ def _fingerprints(place: Path, disk: Disk) -> Iterator[tuple[Share, Mapping[str,
                 continue
             try:
                 yield share, read_share(place / name).receipt.fingerprint
-            except QzError:  # damaged, or gone meanwhile: the merge will tell
+            except QzError:  # damaged or gone by now: the merge reports it
                 yield share, None
 
 

@@ -339,7 +339,7 @@ class Staging:
         for name in sorted(self._last, key=lambda name: (rank(name), name)):
             self._store(name, [memoryview(self._last[name])])
         written = tuple(sorted(self._written.values(), key=lambda file: file.name))
-        self._store(RECORD, [memoryview(encode_record(written, self._about))])  # makes the names of all files durable
+        self._store(RECORD, [memoryview(encode_record(written, self._about))])  # makes all names durable
         if dict(sizes_below(self._staged, self._written)) != {file.name: file.bytes for file in self._written.values()}:
             raise IOFailed(f"{self._staged.path} was changed by someone else meanwhile. Run the same command again.")
         inspect(self._staged.path)
@@ -378,9 +378,9 @@ class Staging:
     def _leave(self, error: BaseException | None) -> None:
         """Keep what a later run can use, remove the rest, unlock; tell those who interrupted the run."""
         interrupted = isinstance(error, KeyboardInterrupt)
-        with nullcontext() if interrupted else defer_signals():  # the signal after an interrupt is not to wait
+        with nullcontext() if interrupted else defer_signals():  # a second interrupt must not be held back
             self._tidy_up()
-        if error is not None:  # an interrupt may have become something else on its way
+        if error is not None:  # libraries may have turned the interrupt into another error
             error.add_note(kept_in_words(len(self._journal.finished), len(self._journal.pieces)))
 
     def _tidy_up(self) -> None:

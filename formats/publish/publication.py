@@ -75,7 +75,7 @@ class Publication:
     def begin(self, weights: Iterable[str]) -> None:
         """Make the repository if there is none. Raises what ``check`` does."""
         self._remote.prepare(self._found, self.check(weights))
-        self._uploads = self._remote.uploads(AHEAD)  # the conversion needs memory at the same time
+        self._uploads = self._remote.uploads(AHEAD)  # leaves memory for the conversion
 
     def converting(self, step: Progress) -> None:
         """Pass on how far the conversion is."""

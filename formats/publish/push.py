@@ -143,7 +143,7 @@ def _carry_out(
     try:
         uploaded = _send(remote, differing(whole, plan.there), progress)
     except QzError:
-        own.require_same()  # the Hub refuses what does not have the hash that was announced
+        own.require_same()  # the Hub refuses content whose hash differs from the announced one
         raise
     info = remote.require_still_private(was_private=result.private)
     own.require_same()
@@ -184,7 +184,7 @@ def _commit(
         except ObjectsLost:
             if last:
                 raise lost_again(remote.repo_id) from None
-        # What is uploaded and in no commit is swept out after a while: send that again, once.
+        # The Hub deletes uploads that no commit uses after a while: send them again, once.
         lost = set(remote.lost(blobs))
         sent = _send(remote, [blob for blob in blobs if blob.path in lost], progress)
     raise AssertionError

@@ -85,7 +85,7 @@ class Uploads:
                 {"path": blob.path, "size": blob.size, "sample": base64.b64encode(blob.sample()).decode()}
                 for blob in batch
             ]
-            modes = self._post(url, {"files": files})["files"]  # what a .gitignore says of them is not asked for
+            modes = self._post(url, {"files": files})["files"]  # without regard to a .gitignore
             lfs = {file["path"] for file in modes if file["uploadMode"] == "lfs"}
             for blob in batch:
                 large = blob.path in lfs or blob.size > LARGEST_REGULAR
@@ -130,7 +130,7 @@ class Uploads:
                 create_pr=self._create_pr,
                 num_threads=1,
                 free_memory=False,
-                gitignore_content="",  # else a .gitignore over there would leave files out in silence
+                gitignore_content="",  # otherwise the repository's .gitignore would silently drop files
             )
         state.done(batch)
         return sum(read.values())
@@ -155,7 +155,7 @@ class _Addition(CommitOperationAdd):
 
 def _addition(blob: Blob, read: Callable[[int], None]) -> CommitOperationAdd:
     if isinstance(blob.content, VerifiedFile):
-        addition = _Addition(blob.path, b"", file=blob.content, read=read)  # it would open a path in its own way
+        addition = _Addition(blob.path, b"", file=blob.content, read=read)  # it would open a path itself
         addition.upload_info.sample, addition.upload_info.size = blob.sample(), blob.size
     else:
         addition = _Addition(blob.path, blob.read())

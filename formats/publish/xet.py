@@ -70,7 +70,7 @@ class XetUploads:
         """``ahead``: bytes that may be handed over and not have gone out, and one call of ``send`` at a time then; None
         for as many as hf_xet takes."""
         self._repo_id, self._ahead = repo_id, ahead
-        # Who may open a pull request, but not write, gets a token for it by this.
+        # This gives a token to users who may open a pull request, but not write.
         asked = "?create_pr=1" if create_pr else ""
         self._token_url = f"{endpoint}/api/models/{repo_id}/xet-write-token/{quote(branch, safe='')}{asked}"
         self._session: Any = None

@@ -144,7 +144,7 @@ class Loaded:
         if kind == "LoKr":
             return self._kronecker_rows(first, last) * scale
         left, right = self._low_rank()
-        # In memory that is used again: to get fresh memory takes longer than to compute what is put there.
+        # In reused memory: allocating takes longer than computing what is put there.
         added: Floats = memory("added", (last - first) * right.shape[1] * 4).view(np.float32)
         added = added.reshape(last - first, right.shape[1])
         np.matmul(left[first:last], right, out=added)

@@ -15,7 +15,7 @@ from qz.formats.malformed import quoted
 
 Kind = Literal["LoRA", "LoHa", "LoKr", "difference"]
 
-# How PEFT, diffusers, kohya and LyCORIS end the names of the parts of one module's change.
+# Suffixes by which PEFT, diffusers, kohya and LyCORIS name the parts of a module's change.
 _ENDINGS = {
     "down": r"\.lora_A(?:\.default)?\.weight|\.lora_A|\.lora_down\.weight|[._]lora\.down\.weight"
     r"|\.lora_linear_layer\.down\.weight|\.down\.weight",

@@ -93,7 +93,7 @@ def _of_peft(
     """An adapter that PEFT saved: names are paths of the model it was trained on."""
     component = next((name for name in DENOISERS if name in models), next(iter(models)))
     found = []
-    for name in others:  # first: what is added is added to them
+    for name in others:  # replacements come first: later changes are added to them
         path = _WRAPPED.sub("", name.removeprefix(_PEFT))
         whole = AdapterModule(adapter, path, {"replacement": adapter.tensors[name]})
         found.append(Placement(component, path, whole, 1.0))
@@ -122,7 +122,7 @@ def _experts(
     """The modules that change all experts of a layer at once, by their paths."""
     if not config.parameters or checkpoint.library != "transformers":
         return {}
-    lean_imports.keep(needed_by(checkpoint))  # whatever was remembered of the model, and not asked of the library
+    lean_imports.keep(needed_by(checkpoint))  # needed even if the answer about the model came from the cache
     built, where = str(checkpoint.architecture), checkpoint.folder.location
     with lean_imports.lean_imports(), library_errors("transformers", built, where), isolated():
         from qz.quantize.libraries.transformers.expert_rows import expert_parameters
@@ -182,7 +182,7 @@ def _of_diffusers(
         mixin = lora_names.lora_mixin(pipeline_class, checkpoint.architecture or "")
         unet = checkpoint.config if "XL" in mixin.__name__ else None
         rows, why = {}, ""
-        for asked in (modules, low_rank):  # those of another kind may be unknown to diffusers, and the rest not
+        for asked in (modules, low_rank):  # diffusers may know only the low-rank ones
             try:
                 rows = lora_names.lora_rows(_factors(asked), mixin, unet)
                 break

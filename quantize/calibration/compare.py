@@ -145,7 +145,7 @@ def compare(
         answer(second, Weights(other, second, sources), rows, place, apart, "Running the other", progress, blocks)
     progress(Progress("Comparing weights"))
     loss = measure.alone(plan, Settings(None, device=device))
-    tokenizer_folder.check()  # those of the weights were when the loss was measured
+    tokenizer_folder.check()  # the weights' folders were checked when the loss was measured
     count = sum(map(len, rows))
     few = (f"the text has {count:,} tokens for this model, fewer than the {wanted:,} asked for",)
     perplexity_original, perplexity_other = apart.perplexities

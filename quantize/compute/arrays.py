@@ -54,7 +54,7 @@ def count_nonfinite(array: NDArray[Any], dtype: str, memory: Memory) -> int:
         return array.size - int(np.count_nonzero(found))
     exponents = memory("finite", array.nbytes).view(np.uint16)
     np.bitwise_and(array, _EXPONENT[dtype], out=exponents)
-    if exponents.max() < _EXPONENT[dtype]:  # one pass less, nearly always
+    if exponents.max() < _EXPONENT[dtype]:  # saves a pass in nearly all cases
         return 0
     return int(np.count_nonzero(exponents == _EXPONENT[dtype]))
 

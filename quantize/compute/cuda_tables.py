@@ -95,7 +95,7 @@ def cut_points(quant_type: str, dtype: str) -> npt.NDArray[np.int16]:
     table = np.zeros((32768, 16), np.int16)
     for k, bound in enumerate(bounds):
         negative = k < (bounds < 0).sum() or (quant_type == "fp4" and bound == 0)
-        # The first magnitude that is beyond the bound, or not within it: magnitudes only ever go one way.
+        # The first magnitude that is beyond the bound, or not within it: the comparison is monotonic in the magnitude.
         low, high = np.zeros(limit, np.int32), np.full(limit, limit, np.int32)
         while bool((low < high).any()):
             middle = (low + high) >> 1

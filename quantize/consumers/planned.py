@@ -41,7 +41,7 @@ def planned_contents(plan: Plan) -> Contents:
 def warnings(plan: Plan) -> Iterator[str]:
     """One line for each choice of this run that loaders other than the model's library take differently."""
     if plan.method is None or plan.checkpoint.library != "transformers" or plan.checkpoint.class_module is not None:
-        return  # of a component of a pipeline, too: these programs serve no pipelines
+        return  # components of pipelines, too: these programs serve no pipelines
     verdicts = judge(planned_contents(plan), TOLD)
     told: set[str] = set()
     for verdict in verdicts.values():

@@ -86,8 +86,8 @@ def dequantized(codes: Bytes, blocks: Blocks) -> Floats:
     from gguf import GGMLQuantizationType, dequantize
 
     step = max(1, PIECE // blocks.values)
-    for start in range(0, len(rows), step):  # its temporaries then stay in the cache
-        row = rows[start : start + step].reshape(1, -1)  # of several, it takes sixteen at a time
+    for start in range(0, len(rows), step):  # keeps temporaries in the cache
+        row = rows[start : start + step].reshape(1, -1)  # of several rows, gguf takes sixteen at a time
         piece: Any = dequantize(row, GGMLQuantizationType(blocks.type))
         values[start * blocks.values :][: piece.size] = piece.reshape(-1)
     return values

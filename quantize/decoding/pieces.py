@@ -30,6 +30,6 @@ class PiecesReader:
                 raw, dtype = reader.read(low - begins, high - begins, target, memory)
                 if high - low == stop - start:
                     return raw, dtype
-                found.append(raw.copy())  # the memory is used again
+                found.append(raw.copy())  # the buffer is reused
             begins += count
         return np.concatenate(found), dtype

@@ -33,7 +33,7 @@ def _instead(path: Path) -> str | None:
     except (IsADirectoryError, NotRegular) as error:
         return error.strerror
     except OSError:
-        return None  # which its reader tells
+        return None  # reported when it is read
     if not head:
         return "empty"
     if path.suffix == ".dat" or head.startswith(MAGIC) or head[8:9] == b"{":

@@ -97,7 +97,7 @@ def read_statistics(path: Path) -> Statistics:
     """
     try:
         state = path.stat()
-    except OSError:  # which reading it tells
+    except OSError:  # reading it reports that
         return _read_statistics(path)
     version = path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
     with _reading:

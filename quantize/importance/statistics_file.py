@@ -14,7 +14,7 @@ def header_of(folder: Folder, file: str) -> Header:
     """The header of a file of statistics. Raises Malformed, with what to do."""
     size = folder.sizes().get(file)
     if size is None:
-        folder.read_into(file, 0, memoryview(bytearray(1)))  # says why it is not among the files
+        folder.read_into(file, 0, memoryview(bytearray(1)))  # raises the reason why it is not among the files
         size = 0
     return read_header(read_at(folder, file), size, f"{folder.location}/{file}")
 

@@ -141,7 +141,7 @@ class _Transformers:
             end for end in ("text_projection", "visual_projection", "logits_dense") if f"{end}.weight" in self.names
         )
         self.last = next((end for end in ends if f"{end}.bias" not in self.names), None)
-        # Of hundreds of thousands of experts the few beginnings that there are, each with one character more.
+        # Hundreds of thousands of expert names share a few prefixes, each taken with one more character.
         parents = {name[: name.rfind(".experts") + 9] for name in self.names if ".experts" in name}
         self.routed = {match[1] for parent in parents if (match := _EXPERTS.match(parent))}
 

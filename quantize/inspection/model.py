@@ -128,7 +128,7 @@ def _described(
     settings = read_settings(checkpoint.config, Problems(""))
     quantization = _quantization(settings, weights) if encoded is None else _encoding(encoded)
     unknown = any(problem.kind == "encoding-unknown" for problem in problems)
-    known = encoded is not None and encoded.method != "gguf" and not unknown  # GGUF's names say nothing to the rule
+    known = encoded is not None and encoded.method != "gguf" and not unknown  # the rule does not know GGUF's names
     estimated = estimated and (known or quantization is None)
     given = None
     if estimated and not broken:

@@ -327,7 +327,7 @@ def _with_estimates(
     for name, method in METHODS.items():
         try:
             chosen = {choice.name for choice in choose(pipeline, method) if choice.method is not None}
-        except QzError:  # nothing there that is worth it, or quantized already
+        except QzError:  # nothing worth quantizing, or quantized already
             return found
         estimates[name] = _total(found, chosen, name)
     marked = tuple(replace(component, chosen=component.name in chosen) for component in found.components)

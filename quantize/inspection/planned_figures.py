@@ -41,7 +41,7 @@ def _of_quantized(found: Inspection, checkpoint: Checkpoint) -> Inspection:
 
     architecture = plan_dequantization(checkpoint, Settings(None)).architecture
     shapes = {tensor.name: tensor.original or () for tensor in found.tensors}
-    # Of quantized experts, another problem speaks.
+    # Quantized experts are reported as a problem of their own.
     others = (name for name in architecture.packed_elsewhere if ".experts." not in name)
     if elsewhere := tuple(name for name in others if len(shapes.get(name, ())) != 3):
         found = replace(
@@ -71,7 +71,7 @@ def _of_plain(found: Inspection, checkpoint: Checkpoint) -> Inspection:
 
     plans = {name: plan_conversion(checkpoint, Settings(method)) for name, method in METHODS.items()}
     architecture = plans["nf4"].architecture
-    encoded = found.quantization is not None  # by another tool, whose own footprint no library tells
+    encoded = found.quantization is not None  # by another tool: no library tells the footprint of its format
     return replace(
         found,
         parameters=architecture.parameters,

@@ -25,7 +25,7 @@ def classes_in_diffusers(name: Any, module: str | None) -> Iterator[type]:
     """Classes of that name, the likeliest first; ``module`` is the one of a pipeline that model_index.json names."""
     if not isinstance(name, str) or not name.isidentifier():
         return
-    # diffusers imports bitsandbytes, which advises to install kernels that qz has no use for.
+    # diffusers imports bitsandbytes, which suggests installing kernels that qz does not use.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     for each in _modules(name, module):
         found = getattr(each, name, None)

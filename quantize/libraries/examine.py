@@ -126,7 +126,7 @@ def ask_library(
     notes = note_removed(removed)
     if "auto_map" in removed and checkpoint.library == "transformers":
         elsewhere, here = without_own_code(config["auto_map"])
-        if elsewhere:  # code of another repository is still there; saved as it came, as the library does
+        if elsewhere:  # code of another repository still exists: saved unchanged, as the library does
             written = json.loads(architecture.documents["config.json"]) | {"auto_map": elsewhere}
             documents = {**architecture.documents, "config.json": dump_json(written)}
             architecture = replace(architecture, documents=documents)

@@ -128,7 +128,7 @@ def pack(model: Any, name: str, stack: Stack, tensors: Tensors, device: torch.de
     packed = [tensors.read(weight.name).reshape(-1).view(torch.uint8) for weight in stack.weights]
     states = [tensors.quant_state(weight, device) for weight in stack.weights]
     stored = (stack.shape[0], *stack.shape[:0:-1]) if stack.transposed else stack.shape
-    # bitsandbytes' AVX-512 code (0.50.2) reads rows that are no whole blocks wrongly, and one long row rightly.
+    # bitsandbytes' AVX-512 code (0.50.2) misreads rows that are not whole blocks, but reads one long row correctly.
     in_rows = stored[-1] % states[0].blocksize == 0
     state = QuantState(
         absmax=torch.cat([each.absmax for each in states]),

@@ -178,7 +178,7 @@ def _merge_here(output: Path, overwrite: bool, disk: Disk, threads: int, progres
             disk=disk,
             resumable=files,
         ) as staging:
-            found = find_shares(disk, folder)  # now that no part begins any more
+            found = find_shares(disk, folder)  # from here on no part can start
             require_all(output, place, found)
             made = [read_share(place / Share(number, found.count).folder) for number in sorted(found.finished)]
             require_alike(place, made)
@@ -213,7 +213,7 @@ def nonfinite_of(made: Sequence[FinishedShare]) -> dict[str, dict[str, int]]:
 
 def check_nobody_writes(output: Path, disk: Disk) -> None:
     """Raise TryAgain if another process writes or merges the output now."""
-    with suppress(OutputRefused):  # what is there is judged later
+    with suppress(OutputRefused):  # an existing output is checked later
         check_output(output, True, (), disk)
 
 

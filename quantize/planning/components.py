@@ -91,7 +91,7 @@ def choose(
     for component in pipeline.components:
         share = component.parameters / max(total, 1)
         first, name = component, component.name
-        if component.first is not None:  # what is decided of the first holds for those that follow it
+        if component.first is not None:  # later models of a component follow the choice for its first
             first = by_name[component.first]
             name = name if name in methods or name in (only or ()) else first.name
         if name in methods:

@@ -169,7 +169,7 @@ def nothing_quantized(checkpoint: Checkpoint, problems: tuple[Problem, ...]) -> 
 
 def packed(weight: QuantizedWeight) -> Packed:
     """The weight as a source. int8 is dequantized to float32, 4 bit to the dtype of its quant state."""
-    assert weight.shape is not None  # a quant state that is missing was an error
+    assert weight.shape is not None  # a missing quant state was refused before
     return Packed(weight, SAFETENSORS_NAMES[weight.dtype or "float32"], weight.shape)
 
 

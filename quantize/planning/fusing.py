@@ -69,7 +69,7 @@ def fused(plan: Plan, placed: Iterable[Placement], adapters: Sequence[AdapterFil
 def _through(step: Step, changes: list[Change]) -> tuple[Source, ...]:
     """The step's one source with changes on the way."""
     [source] = step.sources
-    assert not isinstance(source, Fused | Composed)  # all LoRAs are fused at once, and before that
+    assert not isinstance(source, Fused | Composed)  # all LoRAs are fused in one pass, before anything is composed
     return (Fused(source, tuple(changes)),)
 
 

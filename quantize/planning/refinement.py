@@ -34,7 +34,7 @@ class Refinement:
     def hessian(self, weight: str) -> NDArray[np.float32]:
         """float32 (in, in) of a weight among ``hessians``, read anew."""
         found = self.read_hessian(self.hessians[weight]) if self.read_hessian is not None else None
-        assert found is not None  # planning took those that are there
+        assert found is not None  # planning listed only weights whose Hessian is there
         return found
 
 

@@ -36,7 +36,7 @@ def pickles_copied(root: Folder) -> frozenset[str]:
     """Of an output of qz, the pickles that it copied unread; none of what it did not write."""
     try:
         record = read_record(root)
-    except QzError:  # told by whoever reads the record
+    except QzError:  # reported when the record is read
         record = None
     return frozenset(file.name for file in record.files if PICKLE.search(file.name)) if record else frozenset()
 

@@ -118,7 +118,7 @@ class _Found:
         tensors = {name: self.file.stored_as(name, each) for name, each in made.items()}
         known = library_of(config)
         dtype = next((_FLOATS[each.dtype] for each in tensors.values() if each.dtype in _FLOATS), None)
-        if known == "transformers" and dtype is not None:  # as it would be saved, not as the config's own weights are
+        if known == "transformers" and dtype is not None:  # as saved, not that of the config's own weights
             config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
         file = self.file
         return Checkpoint(

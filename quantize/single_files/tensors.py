@@ -99,7 +99,7 @@ def read_original(folder: Folder, file: str) -> OriginalFile:
     if file.lower().endswith(".gguf"):
         checkpoint, problems = survey_gguf(folder, [file])
         require_none(folder.location, problems)
-        assert checkpoint is not None  # without one there is a problem
+        assert checkpoint is not None  # otherwise a problem was reported
         return OriginalFile(folder, file, checkpoint.tensors, {}, checkpoint.encoded_as)
     stored, metadata, problems = survey_file(folder, file)
     require_none(folder.location, problems, but=("original-layout",))

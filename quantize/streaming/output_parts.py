@@ -174,7 +174,7 @@ def write_parts(
         found = {job.part.name: job.run.kept_nonfinite for job in jobs if job.run is not None}
         if target.share is not None:
             staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found, publication))
-            written = staging.commit()  # the merge reads the whole
+            written = staging.commit()  # the merge reads the whole output back
         else:
             written = staging.commit(lambda folder: require_readable(folder, converted(parts)))
     return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes, staging.notes)

@@ -234,7 +234,7 @@ class Run:
 
     def _look_at_kept(self, step: Step, before: Values, after: Values, memory: Memory) -> None:
         """Note values that are not finite, or no longer after the cast. Dequantized ones can overflow float16 only."""
-        computed = any(packed_parts(source) for source in step.sources)  # from finite scales, by finite codes
+        computed = any(packed_parts(source) for source in step.sources)  # finite scales times finite codes
         if computed and after[1] != "F16":
             return
         count = count_nonfinite(*after, memory)

@@ -46,7 +46,7 @@ def divided(files: Sequence[tuple[str, int]], count: int) -> dict[str, int]:
     numbers: dict[str, int] = {}
     number, filled, left = 1, 0, sum(nbytes for _, nbytes in files)
     for position, (name, nbytes) in enumerate(files):
-        parts = count - number + 1  # with this one
+        parts = count - number + 1  # including this one
         enough = filled and 2 * (filled * parts) + nbytes * parts > 2 * (left + filled)
         if filled + nbytes > least or (enough and needed[position] < parts):
             number, filled = number + 1, 0

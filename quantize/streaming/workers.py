@@ -22,7 +22,7 @@ class Workers:
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> None:
         """Let a thread of its own work."""
-        with defer_signals():  # so that each one that works is counted
+        with defer_signals():  # so that every running thread is counted
             with self._lock:
                 self._working += 1
             try:

@@ -61,7 +61,7 @@ class Journal:
         self._last = time.monotonic()
         if self._path is None or not self._new:
             return
-        text = "".join(f"\n{json.dumps(entry)}\n" for entry in self._new)  # after what a killed run cut off
+        text = "".join(f"\n{json.dumps(entry)}\n" for entry in self._new)  # a killed run may have left half a line
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not self._path.exists():

@@ -79,7 +79,7 @@ def recorded_settings(about: Mapping[str, Any], given: Given) -> Settings:
         again = as_text(settings_fingerprint(settings))
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise Malformed("record-malformed", f"The settings in {RECORD} are damaged ({error}).") from None
-    keys = (told.keys() | again.keys()) - GIVEN  # which lie elsewhere now, and were compared
+    keys = (told.keys() | again.keys()) - GIVEN  # given anew, as files move; their hashes were compared
     unlike = sorted(key for key in keys if told.get(key) != again.get(key))
     if unlike:
         raise Unsupported(

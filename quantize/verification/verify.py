@@ -109,7 +109,7 @@ def _source(
     path = local_path(location)
     if file is None and (path is None or path.is_dir()):
         file = settings.file
-    # What is wrong in it shows in the comparison, of which a sample reads little.
+    # Not held to its own record: the comparison finds what differs, and a sample reads little.
     allow_pickle = settings.allow_pickle
     return opened(location, told.get("subfolder"), revision, allow_pickle=allow_pickle, file=file, held=False)
 

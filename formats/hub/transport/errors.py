@@ -74,7 +74,7 @@ def meaning(
     """The error of the package for ``error``; None for what the local system refuses, which says so itself."""
     page = f"{endpoint or 'https://huggingface.co'}/{repo_id}"
     while error.__cause__ and isinstance(error, _WRAPPERS) and not isinstance(error, errors.HfHubHTTPError):
-        error = error.__cause__  # what huggingface_hub wraps says more than the wrapping
+        error = error.__cause__  # the wrapped error says more than huggingface_hub's
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error, repo_id, doing, revision, page)
     if isinstance(error, errors.LocalTokenNotFoundError):

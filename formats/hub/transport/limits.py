@@ -48,7 +48,7 @@ def _limit(response: httpx2.Response) -> None:
     is_file = response.is_success and "/api/" not in request.url.path.replace("/api/resolve-cache/", "")
     inflater = None
     if response.status_code != 206 and response.headers.get("content-encoding") in ("gzip", "deflate"):
-        # Decompressed here in small steps: a few kilobytes may stand for gigabytes.
+        # Decompressed in small steps: a few kilobytes may stand for gigabytes.
         gzip = response.headers["content-encoding"] == "gzip"
         inflater = zlib.decompressobj(zlib.MAX_WBITS | 16 if gzip else zlib.MAX_WBITS)
         for name in ("content-encoding", "content-length"):

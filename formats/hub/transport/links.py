@@ -88,7 +88,7 @@ class Links:
         with self.at_hub(file) as response:
             url = str(response.url)
             if not response.has_redirect_location:
-                return Link(url, at_hub=True)  # its body stays unread
+                return Link(url, at_hub=True)  # its body is not read
             skip_body(response)
             return Link(target_of(response, url), at_hub=False)
 

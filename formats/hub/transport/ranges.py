@@ -79,13 +79,13 @@ class Connection:
                     for count in self._range(link, file, start + done, view[done:]):
                         done += count
                 else:
-                    done = before = 0  # what is no LFS file comes whole from the Hub, where no ranges are asked for
+                    done = before = 0  # a file outside LFS comes whole: the Hub is not asked for ranges
                     for count in self._whole(file, view):
                         done += count
             except _LinkRefused as refused:
                 assert link is not None
                 self._links.drop(file, link)
-                if link.served:  # it was good once, and has expired
+                if link.served:  # it worked before, so it has expired
                     failures += 1
                     self.backoff.back_off(Failed(f"the link was refused ({refused})", wait=0.0), failures, file.path)
                 else:

@@ -126,7 +126,7 @@ class Xet:
         except BaseException:  # an interrupt, too: the thread must not write into the buffer any more
             reading.abandon()
             with self._lock:
-                self._drop(abort=True)  # nothing else frees a thread that waits inside hf_xet
+                self._drop(abort=True)  # nothing else releases a thread blocked inside hf_xet
             raise
         if reading.failure is not None:
             raise XetFailed(_shortened(sanitized(str(reading.failure))) or type(reading.failure).__name__)

@@ -72,7 +72,7 @@ def encode_record(files: Iterable[WrittenFile], about: Mapping[str, Any]) -> byt
 
 def hash_of(data: bytes) -> str:
     """Its SHA-256, in hexadecimal."""
-    import hashlib  # here, as it loads OpenSSL, and most commands read no record
+    import hashlib  # imported here: it loads OpenSSL, and most commands read no record
 
     return hashlib.sha256(data).hexdigest()
 
@@ -206,7 +206,7 @@ def _verify_folder(
 
 
 def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:
-    from qz.formats.file_hash import sha256_in  # here, as it loads OpenSSL, and most readers of a record do not verify
+    from qz.formats.file_hash import sha256_in  # imported here: it loads OpenSSL, and most readers do not verify
 
     try:
         found = sha256_in(folder, PurePosixPath(file.name).name, file.bytes, progress)

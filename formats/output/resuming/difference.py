@@ -17,9 +17,9 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """``method: nf4 → int8, model.safetensors has changed``: values that differ, in nested objects too."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
     keys = [key for key in sorted(before | after) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
-    other_methods = [key[:-1] for key in keys if key[-1] == "name"]  # whose settings say nothing more
+    other_methods = [key[:-1] for key in keys if key[-1] == "name"]  # the settings of another method say nothing more
     keys = [key for key in keys if key[-1] == "name" or key[:-1] not in other_methods]
-    keys.sort(key=lambda key: key not in before or key not in after)  # what both have says most
+    keys.sort(key=lambda key: key not in before or key not in after)  # keys that both have say most
     told = list(dict.fromkeys(_in_words(key, before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in keys))
     return ", ".join(told[:MOST_TOLD]) + (f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else "")
 

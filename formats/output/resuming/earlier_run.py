@@ -123,7 +123,7 @@ def _begun(
         layout = resumable.get(name) if resumable is not None else None
         if layout is None:
             continue
-        if staged.status(name + TEMPORARY) is None:  # finished, but its source was never known to be right
+        if staged.status(name + TEMPORARY) is None:  # finished, but its source was never verified
             staged.rename(name, name + TEMPORARY)
         begun = begun_shard(staged, layout, journal.pieces[name])
         if begun is not None:

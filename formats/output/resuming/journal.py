@@ -65,7 +65,7 @@ class Journal:
             try:
                 if not self._lock():
                     raise held_by_another(self.path)
-                if folder.is_same(name, self._descriptor):  # else its owner finished and removed it meanwhile
+                if folder.is_same(name, self._descriptor):  # otherwise its owner has finished and removed it
                     self._read()
                     return
             except BaseException as error:
@@ -195,7 +195,7 @@ def read_journal(text: bytes, key: bytes | None) -> Read | None:
         entries = [_parse(line) for line in lines[:-1]]
         try:
             entries += [_parse(line) for line in lines[-1:]]
-        except ValueError:  # power went while the last line was written
+        except ValueError:  # power failed while the last line was written
             torn += len(lines[-1]) + 1
         fingerprint, mark = entries[0]["fingerprint"], str(entries[0].get("seal", ""))
         is_own = key is not None and is_sealed(mark, key, _encoded({"fingerprint": fingerprint}))
@@ -233,7 +233,7 @@ def _sealed(mark: str, entry: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
 def begins_as_journal(text: bytes) -> bool:
     """Whether a file that begins so is a journal, maybe one whose first line is torn; an empty one is."""
-    if not text.strip(b"\0"):  # the size was stored before power went, the data not
+    if not text.strip(b"\0"):  # the size reached the disk before a power failure, the data did not
         return True
     checksum, head = text[:8], text[8 : 8 + len(HEAD)]
     return re.fullmatch(b"[0-9a-f]{8}", checksum) is not None and bool(head) and HEAD.startswith(head)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Kind = Literal["file", "folder", "link", "other"]
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# Without O_NONBLOCK, opening a FIFO waits for the other side for ever.
+# Without O_NONBLOCK, opening a FIFO would wait for its other end forever.
 _FILE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 

@@ -91,7 +91,7 @@ def snippet(facts: CardFacts, place: OnHub) -> str:
         return "\n".join(loading(facts, place))
     name, dtype = _class_of(facts), _dtype(facts)
     key = "torch_dtype" if facts.library == "diffusers" else "dtype"
-    # By its own class: ``DiffusionPipeline`` passes over what is optional in a class, as Wan's transformers are.
+    # By its own class: ``DiffusionPipeline`` skips a class's optional components, such as Wan's transformers.
     around = facts.pipeline_class if _is_name(facts.pipeline_class or "") else "DiffusionPipeline"
     module = facts.module or facts.library
     imports = [f"from diffusers import {around}, {name}"]

@@ -191,7 +191,7 @@ def _outputs(
     def used(number: int, answer: Any) -> None:
         found[number] = states_of(answer).float().cpu()
 
-    # Without steps from block to block nothing tells which call a block is in.
+    # Unless blocks run one by one, it is not known which call a block belongs to.
     hooks = [] if whole else blocks.watch(models.model(name), compare=compare)
     try:
         replay(models, name, drawn.calls[name], task, progress, whole=whole, entering=blocks.entering, used=used)

@@ -194,7 +194,7 @@ class _Pipeline(torch.nn.Module):
         for handle in self._handles:
             handle.remove()
         for model in self._replaced:
-            del model.forward  # the class's own is left
+            del model.forward  # uncovers the method of the class
 
     def forward(self, number: int) -> torch.Tensor:
         self.here.number, self.here.inside, self.here.counts = number, None, Counter()

@@ -48,7 +48,7 @@ def score_text_encoders(
     for name in drawn.calls:
         if only in (None, name) and not models.is_denoiser(name) and name not in drawn.whole:
             weights = models.weights[name]
-            with suppress(Unsupported):  # it will stay as it is
+            with suppress(Unsupported):  # then it stays unquantized
                 names[name] = quantized_names(weights.checkpoint, weights.runnable, method)
     names = {name: own for name, own in names.items() if own}
     if not names or not any(models.is_denoiser(name) for name in drawn.calls):

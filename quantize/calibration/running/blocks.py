@@ -43,7 +43,7 @@ def parts_of(model: Any) -> dict[str, Any]:
         if any(path.startswith(f"{part}.") for part in parts):
             continue
         if isinstance(module, torch.nn.ModuleList):
-            parts.pop(path, None)  # a list in a list
+            parts.pop(path, None)  # a list inside a list
             parts |= {f"{path}.{name}": block for name, block in module.named_children()}
         elif isinstance(module, torch.nn.Embedding):
             parts[path] = module
@@ -128,7 +128,7 @@ class BlockPass:
             for handle in handles:
                 handle.remove()
             for module in self.parts.values() if self.replay is not None else ():
-                del module.forward  # the class's own is left
+                del module.forward  # uncovers the method of the class
 
     def _through(self, part: str, waiting: Sequence[_Batch]) -> None:
         module = self.parts[part]

@@ -125,7 +125,7 @@ def _module(codes: list[int]) -> ir.Module:
     builder.store(builder.load(builder.gep(magnitudes, [top])), builder.gep(absmax, [block]), align=1)
     beyond = builder.icmp_unsigned(">=", top, builder.zext(infinity, I64))
     bad_now = builder.or_(bad, builder.zext(beyond, I64))
-    # As integers of which the order is that of the values.
+    # As integers that sort like the values.
     ordered = builder.xor(x, builder.and_(builder.ashr(x, same(I16, 15)), same(I16, 0x7FFF)))
     row = builder.gep(cuts, [builder.shl(top, I64(4))])
     limits = [builder.load(builder.gep(row, [I64(k)])) for k in range(15)]

@@ -52,7 +52,7 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
                 if not built:
                     try:
                         built.append(build(keep=has_place_for_cache(Path(function.__code__.co_filename).parent)))
-                    except (RuntimeError, OSError):  # nowhere to keep the cache, or no room there
+                    except (RuntimeError, OSError):  # no place for the cache, or no room in it
                         built.append(build(keep=False))
                 result = built[0](*arguments)
                 known.add(kinds)

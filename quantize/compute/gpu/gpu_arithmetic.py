@@ -70,7 +70,7 @@ class Accelerator:
         self._factors = gptq.Factors()
         self._buffers: list[weakref.ref[NDArray[np.uint8]]] = []
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
-        with lean_imports():  # each operation looks for the compiler when it is called for the first time
+        with lean_imports():  # at its first call, each operation looks for a compiler
             _import_bitsandbytes()
             for device in self.devices:
                 _try_operations(device)
@@ -87,7 +87,7 @@ class Accelerator:
         if self.devices[0].type == "cuda":
             try:
                 pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-            except RuntimeError:  # a limit of this system; slower, and just as correct
+            except RuntimeError:  # the system limits page-locked memory; slower, but correct
                 return np.empty(nbytes, np.uint8)
             self._buffers = [each for each in self._buffers if each() is not None] + [weakref.ref(pinned)]
             return pinned

@@ -78,7 +78,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The tensors of the file, to be converted."""
         self.dtypes = {name: spec.dtype for name, spec in tensors.items()}
         self.sources = {_storage(tensor): name for name, tensor in self.state.items()}
-        self._first = dict(self.state)  # keeps their storages, whatever becomes of the state
+        self._first = dict(self.state)  # keeps the storages alive when the state changes
         self.made: dict[int, tuple[torch.Tensor, str, list[torch.Tensor]]] = {}
         """By storage: a new tensor, which is kept so that its storage stays, how it was made, and of what."""
 

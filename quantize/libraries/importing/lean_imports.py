@@ -79,8 +79,8 @@ def lean_imports() -> Iterator[None]:
             (torch.compiler, "allow_in_graph", _unchanged),
             (torch.distributed, "is_available", lambda: False),
         ]
-        if "transformers" not in _kept:  # diffusers reads every package's list of files, for three quantizers' names
-            import importlib.metadata  # late: it takes 30 ms, and `qz --help` does without
+        if "transformers" not in _kept:  # diffusers lists the files of every package to find three quantizers
+            import importlib.metadata  # imported late: it takes 30 ms, which `qz --help` saves
 
             replacements.append((importlib.metadata, "packages_distributions", dict))
         for owner, name, value in replacements:

@@ -43,7 +43,7 @@ def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         kept = {}
         for key, inner in value.items():
             where = f"{path}.{key}" if path else key
-            if CODE.fullmatch(key) and not _is_number(inner):  # as in a vocabulary that has such a word
+            if CODE.fullmatch(key) and not _is_number(inner):  # a vocabulary may contain such a word
                 removed[where] = inner
             else:
                 kept[key] = cleaned(inner, where)

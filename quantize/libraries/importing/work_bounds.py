@@ -113,8 +113,8 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        if self.exceeded:  # a traced Python 3.11 hangs where nothing is taken back
-            _raise_in(self._watched, None)  # what was to be raised and has not been yet
+        if self.exceeded:  # Python 3.11 under a tracer hangs if nothing is withdrawn
+            _raise_in(self._watched, None)  # withdraws the exception if it was not raised yet
 
     def _look(self) -> None:
         taken, used = _anonymous_bytes(), self._used()

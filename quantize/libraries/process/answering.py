@@ -25,13 +25,13 @@ STACK = 8 << 20
 def main(level: str, *kept: str) -> None:
     """``level``: of bitsandbytes' log; ``kept``: packages that the libraries are to find."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what libraries print must not mix with answers
     questions = sys.stdin.buffer
     logging.getLogger("bitsandbytes").setLevel(int(level))
     lean_imports.allow()
     lean_imports.keep(kept)
     work_bounds.set_hard(work_bounds.IN_ALL if lean_imports.is_allowed() else None)
-    threading.stack_size(STACK)  # that of a machine for simulations would be beyond the bound at once
+    threading.stack_size(STACK)  # an unusually large default would exceed the memory bound at once
     send(answers, READY)
     while (question := receive(questions)) is not None:
         send(answers, json.dumps(_answered(question, questions, answers)).encode())
@@ -68,6 +68,6 @@ def _answered(data: bytes, questions: IO[bytes], answers: IO[bytes]) -> dict[str
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):  # the one that asked has ended
+    with suppress(BrokenPipeError):  # the asking process has ended
         main(*sys.argv[1:])
     os._exit(0)

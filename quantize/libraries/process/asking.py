@@ -105,16 +105,16 @@ class _Process:
     @classmethod
     def started(cls) -> _Process | None:
         """With the settings of this one; None where it does not come up."""
-        if getattr(sys, "frozen", False):  # sys.executable is another program, which would start once more
+        if getattr(sys, "frozen", False):  # sys.executable is the frozen program itself, which would start again
             return None
         quiet = bool(warnings.filters) and warnings.filters[0][0] == "ignore"
         level = logging.getLogger("bitsandbytes").level
         # -P: the working directory, which may be a download, is no place to import from.
         words = [sys.executable, "-P", *(["-W", "ignore"] if quiet else []), "-m", MODULE, str(level)]
         own = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        # A class is built on meta. A GPU that is looked for takes seconds, and memory beyond the bound.
+        # Classes are built on meta: probing for a GPU would take seconds, and memory beyond the bound.
         own |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
-        own["PYTHONPATH"] = os.pathsep.join(_import_paths())  # a program may have chosen its libraries itself
+        own["PYTHONPATH"] = os.pathsep.join(_import_paths())  # a program may have changed sys.path
         # transformers hands each tensor to one of four threads, to read it: on meta there is nothing to read.
         own["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         # diffusers makes each weight on the CPU before it is on meta: what glibc keeps of those, as holes in which the
@@ -126,7 +126,7 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, **own},
-                process_group=0,  # Ctrl-C is for the one that was started by hand, which ends this one
+                process_group=0,  # Ctrl-C goes to the parent only, which ends this process
             )
         except (OSError, ValueError):
             return None

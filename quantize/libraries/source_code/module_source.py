@@ -187,7 +187,7 @@ class _Reader:
             return []
         self.names = dict(names)
         self.method = self.method or self.function.__name__
-        for _ in range(2):  # a name may be used above the line that gives it its value: in a loop
+        for _ in range(2):  # in a loop, a name may be used above the line that assigns it
             self.reads = []
             for statement in code.body:
                 self.visit(statement)

@@ -65,7 +65,7 @@ def expert_parameters(
         try:
             module = model.get_submodule(path)
         except AttributeError:
-            continue  # told by whoever looks for its weight
+            continue  # reported when its weight is looked for
         leaves = [
             leaf
             for leaf, _ in module.named_parameters(recurse=False)

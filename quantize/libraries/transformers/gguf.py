@@ -78,7 +78,7 @@ def plain_gguf(checkpoint: Checkpoint, header: bytes, vocabulary: int | None) ->
                 "checkpoint, or of a diffusion model a .safetensors file."
             ) from error
     if vocabulary is not None:
-        found.setdefault("vocab_size", vocabulary)  # as the loader does, which sees no tokens
+        found.setdefault("vocab_size", vocabulary)  # as the loader does without tokens
     config = plain_config(found) | _sizes_of_experts(header, where)
     model_type = str(config.get("model_type"))
     classes = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}

@@ -42,7 +42,7 @@ def plain_by_conversions(checkpoint: Checkpoint, header: bytes, vocabulary: int 
         with header_file(header, len(header)) as path:
             metadata, names = read_gguf_metadata(path)
         if vocabulary is not None:
-            metadata["tokenizer.ggml.tokens"] = vocabulary  # the reader, too, counts them
+            metadata["tokenizer.ggml.tokens"] = vocabulary  # the reader counts them as well
         config = plain_config(get_gguf_config(metadata, names))
         require_plausible(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, where)
         model_class = getattr(transformers, config["architectures"][0])

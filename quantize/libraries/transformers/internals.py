@@ -234,7 +234,7 @@ def cheap_converters() -> Iterator[None]:
 
     def copied(converter: Any, memo: dict[int, Any]) -> Any:
         with _known_layout():
-            at_once = not memo  # by itself, as loading does; not as one of a model's list, of which each is another's
+            at_once = not memo  # copied alone, as loading does; in a copied list every converter must stay distinct
             known, made = copies.get(id(converter), (None, None))
             if at_once and known is converter and not (made.collected_tensors or made.layer_targets):
                 return made
@@ -247,7 +247,7 @@ def cheap_converters() -> Iterator[None]:
                 copies[id(converter)] = converter, made
         return made
 
-    if "__deepcopy__" in vars(WeightConverter):  # of another thread, or of a later version
+    if "__deepcopy__" in vars(WeightConverter):  # set by another thread, or defined by a later version
         yield
         return
     WeightConverter.__deepcopy__ = copied

@@ -71,7 +71,7 @@ def load(
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            with bars_as_found():  # it enables all of huggingface_hub's, too
+            with bars_as_found():  # transformers enables all of huggingface_hub's bars, too
                 logging.enable_progress_bar()
     mismatched = {
         key: f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]

@@ -174,7 +174,7 @@ def _quantized(
         )
         bias = model.get_submodule(path).bias
         if request.method is not None and bias is not None and not in_float32(f"{path}.bias"):
-            # Of the module that the library makes anew, also inside of one that its class has made float32.
+            # The library makes this module anew, even inside one that its class keeps in float32.
             bias.data = bias.data.to(model.config.dtype)
     return quantized
 

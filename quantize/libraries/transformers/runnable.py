@@ -154,7 +154,7 @@ def runnable(
         }
         origins = find_origins(model, tensors)
         transposed = frozenset(find_transposed(model, origins, tensors))
-        for one, other in tied_weights(model).items():  # not one parameter any more: each module got its own on meta
+        for one, other in tied_weights(model).items():  # on meta each module has a parameter of its own
             for missing, stored in ((one, other), (other, one)):
                 if missing not in origins and stored in origins:
                     origins[missing] = origins[stored]

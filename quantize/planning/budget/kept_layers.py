@@ -97,13 +97,13 @@ def readable(nbytes: int) -> str:
 
 class _Ranking:
     def __init__(self, plan: Plan, settings: Settings, file: ScoreFile | None) -> None:
-        assert plan.method is not None  # what quantizes has one
+        assert plan.method is not None  # a plan that quantizes has a method
         self.plan, self.settings, self.method = plan, settings, plan.method
         weights = [step.weight for step in plan.steps if step.act == "quantize"]
         self.scores = file.scores if file is not None else None
         self.told = file.told if file is not None else None
         self.notes: list[str] = []
-        if file is None and settings.scores is not None:  # those of other components of the pipeline
+        if file is None and settings.scores is not None:  # the file has scores of other components only
             self.notes.append(
                 f"{settings.scores} has no scores of this component: its linears are chosen by their names and places"
             )

@@ -65,5 +65,5 @@ def walk(curves: Sequence[Curve], fixed: int, most: float) -> tuple[list[Point],
 
 def loss_at(point: Point) -> float:
     """Of a curve with scores."""
-    assert point.loss is not None  # scores say so, or the plan was refused
+    assert point.loss is not None  # without scores the plan was refused
     return point.loss
