@@ -80,7 +80,7 @@ def app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None if narrow else "rich",
     )
-    made.callback()(everywhere)
+    made.callback()(global_options)
     for name in commands:
         examples = [continued(line, width - 8) for line in EXAMPLES[name]] if narrow else EXAMPLES[name]
         epilog = "\n\n".join(["Examples:", *examples])
@@ -95,7 +95,7 @@ def continued(line: str, width: int) -> str:
     return "\b\n" + " \\\n  ".join(lines)
 
 
-def everywhere(
+def global_options(
     version: VersionOpt = False,
     debug: DebugOpt = False,
 ) -> None:

@@ -58,8 +58,13 @@ def described(summary: Summary) -> list[tuple[str, str]]:
     if summary.skipped:
         why = ", ".join(sorted(set(summary.skipped.values())))
         rows.append(("not quantized", f"{shown(summary.skipped, 4)} ({why})"))
-    rows += left_out(summary)
-    if summary.loss:
+    return rows + closing_rows(summary)
+
+
+def closing_rows(summary: Summary | PipelineSummary) -> list[tuple[str, str]]:
+    """The last rows: what was left out, what was lost, which part was made, and the time."""
+    rows = left_out(summary)
+    if summary.loss is not None:
         rows.append(("loss", told_of_loss(summary.loss)))
     rows += part_of(summary)
     if not summary.dry_run:

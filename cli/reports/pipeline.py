@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.cli.output import Column, Section, percent, quantity, size, took
+from qz.cli.output import Column, Section, percent, quantity, size
 from qz.cli.reports.model import (
     LAYERS,
     bits,
+    closing_rows,
     fused_loras,
     kept_layers,
-    left_out,
-    part_of,
     place_of,
     refined,
-    told_of_loss,
     worst_layers,
 )
 
@@ -103,10 +101,4 @@ def report(summary: PipelineSummary) -> list[tuple[str, str]]:
     others = [component.name for component in summary.components if not component.bytes]
     if others:
         rows.append(("unchanged", ", ".join(others)))
-    rows += left_out(summary)
-    if summary.loss is not None:
-        rows.append(("loss", told_of_loss(summary.loss)))
-    rows += part_of(summary)
-    if not summary.dry_run:
-        rows.append(("took", took(summary.seconds, summary.device, summary.bytes_read)))
-    return rows
+    return rows + closing_rows(summary)

@@ -148,9 +148,11 @@ class _Quantized:
     def expect(self, kind: str, part: StoredTensor, dtype: str, *shape: int) -> None:
         """A companion must have this dtype and as many elements as ``shape``."""
         if part.dtype != dtype or math.prod(part.shape) != math.prod(shape):
-            found, needed = f"{part.dtype} {list(part.shape)}", f"{dtype} {list(shape)}"
-            name = quoted(part.name)
-            self.problems.add("companion-malformed", name, name=name, found=found, kind=kind, needed=needed)
+            self.malformed(kind, part.name, f"{part.dtype} {list(part.shape)}", f"{dtype} {list(shape)}")
+
+    def malformed(self, kind: str, name: str, found: str, needed: str) -> None:
+        name = quoted(name)
+        self.problems.add("companion-malformed", name, name=name, found=found, kind=kind, needed=needed)
 
     def int8(
         self, name: str, parts: Mapping[str, StoredTensor], contents: Mapping[str, bytes]
@@ -160,17 +162,14 @@ class _Quantized:
             return None
         weight = parts["weight"]
         if weight.dtype != "I8" or len(weight.shape) != 2:
-            found = f"{weight.dtype} {list(weight.shape)}"
-            facts = {"name": quoted(name), "found": found, "kind": "int8", "needed": "a matrix of I8"}
-            self.problems.add("companion-malformed", quoted(name), **facts)
+            self.malformed("int8", name, f"{weight.dtype} {list(weight.shape)}", "a matrix of I8")
         else:
             self.expect("int8", parts["SCB"], "F32", weight.shape[0])
         if (form := parts.get("weight_format")) is not None:
             value = contents.get(form.name, b"\0")
             if form.nbytes != 1 or value != b"\0":
                 found = f"{form.dtype} of {form.nbytes} bytes" if form.nbytes != 1 else f"the format {value[0]}"
-                facts = {"name": quoted(form.name), "found": found, "kind": "int8", "needed": "0, rows as they are"}
-                self.problems.add("companion-malformed", quoted(form.name), **facts)
+                self.malformed("int8", form.name, found, "0, rows as they are")
         return QuantizedWeight(name, "int8", weight.shape, None, None, False, None, None, parts)
 
     def orphans(self, parts: Mapping[str, StoredTensor]) -> None:
@@ -223,9 +222,8 @@ class _Quantized:
     def state(self, name: str, kind: Kind, held: StoredTensor, contents: Mapping[str, bytes]) -> QuantState | None:
         where = f"{self.checkpoint.folder.location}/{held.file}: {quoted(held.name)}"
         if held.dtype != "U8" or held.nbytes > MAX_BYTES:
-            found, needed = f"{held.dtype} {list(held.shape)}", f"at most {MAX_BYTES} bytes of U8"
-            facts = {"name": quoted(held.name), "found": found, "kind": kind, "needed": needed}
-            self.problems.add("companion-malformed", quoted(held.name), **facts)
+            needed = f"at most {MAX_BYTES} bytes of U8"
+            self.malformed(kind, held.name, f"{held.dtype} {list(held.shape)}", needed)
             return None
         if held.name not in contents:
             return None

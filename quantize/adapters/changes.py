@@ -7,6 +7,7 @@ As ``lycoris`` 4.1 (``functional``): the tucker form of each, and a DoRA of any 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.survey import StoredTensor
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.modules import AdapterModule
-from qz.quantize.compute.arrays import NUMPY, Memory, elements
+from qz.quantize.compute.arrays import NUMPY, Memory
 from qz.quantize.compute.tables import widen
 
 Floats = NDArray[np.float32]
@@ -212,8 +213,8 @@ class Changes:
 def matrix_shape(shape: tuple[int, ...], *, experts: bool) -> tuple[int, int]:
     """(rows, columns) that changes are computed in: of 3-D ``experts`` the rows of all of their matrices."""
     if experts and shape:
-        return elements(shape[:-1]), shape[-1]
-    return (shape[0] if shape else 1), max(elements(shape[1:]), 1)
+        return math.prod(shape[:-1]), shape[-1]
+    return (shape[0] if shape else 1), max(math.prod(shape[1:]), 1)
 
 
 def delta_shape(module: AdapterModule) -> tuple[int, int]:
@@ -221,15 +222,15 @@ def delta_shape(module: AdapterModule) -> tuple[int, int]:
     shapes = {part: tensor.shape for part, tensor in module.parts.items()}
 
     def product(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, int]:
-        inner = elements(left[1:])
+        inner = math.prod(left[1:])
         if len(left) < 2 or len(right) < 2 or inner != right[0]:
             raise _misfit(module)
-        return left[0], elements(right[1:])
+        return left[0], math.prod(right[1:])
 
     kind = module.kind
     if kind == "difference":
         shape = shapes["difference"]
-        return (shape[0], elements(shape[1:])) if shape else (1, 1)
+        return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     if kind == "LoHa":
         if "hada_t1" in shapes:
             return _tucker(module, "hada_t1", "hada_w1_a", "hada_w1_b")
@@ -242,7 +243,7 @@ def delta_shape(module: AdapterModule) -> tuple[int, int]:
         if len(one) != 2:
             raise _misfit(module)
         if "lokr_w2" in shapes:
-            two = (shapes["lokr_w2"][0], elements(shapes["lokr_w2"][1:])) if len(shapes["lokr_w2"]) > 1 else (0, 0)
+            two = (shapes["lokr_w2"][0], math.prod(shapes["lokr_w2"][1:])) if len(shapes["lokr_w2"]) > 1 else (0, 0)
         elif "lokr_t2" in shapes:
             two = _tucker(module, "lokr_t2", "lokr_w2_a", "lokr_w2_b")
         else:
@@ -252,9 +253,9 @@ def delta_shape(module: AdapterModule) -> tuple[int, int]:
         return product(shapes["embedding_up"], shapes["embedding_down"])
     if "mid" in shapes:
         mid, down, up = shapes["mid"], shapes["down"], shapes["up"]
-        if len(mid) < 3 or elements(up[1:]) != mid[0] or down[0] != mid[1]:
+        if len(mid) < 3 or math.prod(up[1:]) != mid[0] or down[0] != mid[1]:
             raise _misfit(module)
-        return up[0], elements(down[1:]) * elements(mid[2:])
+        return up[0], math.prod(down[1:]) * math.prod(mid[2:])
     return product(shapes["up"], shapes["down"])
 
 
@@ -262,7 +263,7 @@ def _tucker(module: AdapterModule, core: str, out: str, into: str) -> tuple[int,
     middle, first, second = (module.parts[name].shape for name in (core, out, into))
     if len(middle) < 3 or len(first) != 2 or len(second) != 2 or middle[:2] != (first[0], second[0]):
         raise _misfit(module)
-    return first[1], second[1] * elements(middle[2:])
+    return first[1], second[1] * math.prod(middle[2:])
 
 
 def _misfit(module: AdapterModule) -> MalformedInput:
@@ -304,7 +305,7 @@ def read_alpha(module: AdapterModule) -> float | None:
     if tensor is None:
         return None
     raw = np.empty(tensor.nbytes, np.uint8)
-    if elements(tensor.shape) == 1 and tensor.dtype in (*_ALPHAS, "BF16"):
+    if math.prod(tensor.shape) == 1 and tensor.dtype in (*_ALPHAS, "BF16"):
         module.adapter.read_into(tensor, 0, raw.data)
         if tensor.dtype == "BF16":
             value = float(widen(raw.view(np.uint16), "BF16")[0])

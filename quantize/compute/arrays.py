@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,11 +57,3 @@ def count_nonfinite(array: NDArray[Any], dtype: str, memory: Memory) -> int:
     if exponents.max() < _EXPONENT[dtype]:  # saves a pass in nearly all cases
         return 0
     return int(np.count_nonzero(exponents == _EXPONENT[dtype]))
-
-
-def elements(shape: Iterable[int]) -> int:
-    """How many values a tensor of this shape has."""
-    count = 1
-    for length in shape:
-        count *= length
-    return count

@@ -132,8 +132,7 @@ def gptq_4bit(values: Array, dtype: str, quant_type: QuantType, scales: Array, h
     with _one_gptq:
         factor = _factors().of(hessian, torch.device("cpu"))
         codes = gptq.codes(torch_kernels.tensor(values, dtype), quant_type, torch.from_numpy(scales), factor).view(-1)
-    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=torch_search.zero_code(quant_type))
-    packed[:] = torch_search.packed_pairs(padded).numpy()
+    packed[:] = torch_search.packed_codes(codes, quant_type).numpy()
 
 
 def quantize_int8(values: Array, dtype: str, weight: Array, scb: Array) -> NonFinite:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from qz.formats.decoded import Decoded
 from qz.formats.encodings import Blocks, Columns, Grid, Identity, Joined, Pieces, Strided
-from qz.quantize.compute.arrays import elements
 from qz.quantize.decoding.blocks import BlocksReader
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader
@@ -47,7 +47,7 @@ def decoding_reader(folder: Folder, tensor: Decoded) -> Reader:
     if isinstance(tensor.encoding, Pieces):
         pieces = tensor.encoding.tensors
         return PiecesReader(
-            [decoding_reader(folder, each) for each in pieces], [elements(each.shape) for each in pieces]
+            [decoding_reader(folder, each) for each in pieces], [math.prod(each.shape) for each in pieces]
         )
     if isinstance(tensor.encoding, Identity):
         return IdentityReader(tensor)

@@ -5,6 +5,7 @@ The library is shown the checkpoint as it will be, so class, names, tied weights
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,6 @@ from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
 from qz.formats.malformed import quoted
-from qz.quantize.compute.arrays import elements
 from qz.quantize.libraries.architecture import (
     FLOATS,
     SAFETENSORS_NAMES,
@@ -191,7 +191,7 @@ def dtype_before(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight])
         companions = part_names(weights)
         for name, tensor in checkpoint.tensors.items():
             if name not in companions and (dtype := torch_name(tensor.dtype, name)) in FLOATS:
-                counts[dtype] += elements(tensor.shape)
+                counts[dtype] += math.prod(tensor.shape)
         if len(counts) > 1:
             del counts["float32"]
     return counts.most_common(1)[0][0] if counts else "float16"

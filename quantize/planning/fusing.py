@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Change, Piece, delta_shape, matrix_shape
 from qz.quantize.adapters.modules import AdapterModule
 from qz.quantize.adapters.placement import Placement, placements, spellings
-from qz.quantize.compute.arrays import NUMPY, elements
+from qz.quantize.compute.arrays import NUMPY
 from qz.quantize.planning.membership import ALONE, Membership
 from qz.quantize.planning.plan import Plan, Step
 from qz.quantize.planning.sources import Composed, Fused, Source
@@ -159,7 +160,7 @@ def _own_shape(module: AdapterModule, what: What) -> tuple[int, int]:
         return delta_shape(module)
     part = {"bias": "bias_difference", "bias of B": "up_bias", "replace": "replacement"}[what]
     shape = module.parts[part].shape or (1,)
-    return shape[0], elements(shape[1:])
+    return shape[0], math.prod(shape[1:])
 
 
 def _axis(
@@ -171,14 +172,14 @@ def _axis(
     """
     outputs, inputs = own[::-1] if conv1d else own
     if (magnitude := module.parts.get("magnitude")) is not None:
-        if elements(magnitude.shape) == outputs:
+        if math.prod(magnitude.shape) == outputs:
             return "columns" if conv1d else "rows"
     elif (magnitude := module.parts.get("dora_scale")) is not None and not conv1d:
         first, *rest = magnitude.shape or (1,)
         inputs = shape[1] if len(shape) > 1 else 1
-        if first == outputs and elements(tuple(rest)) == 1:
+        if first == outputs and math.prod(tuple(rest)) == 1:
             return "rows"
-        if first == 1 and rest[:1] == [inputs] and elements(tuple(rest)) == inputs:
+        if first == 1 and rest[:1] == [inputs] and math.prod(tuple(rest)) == inputs:
             return "columns"
     else:
         return None

@@ -6,6 +6,7 @@ whole, the fused weight has the bytes of its quantized parts, one after the othe
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ from qz import Unsupported, UsageError
 from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import BITS
-from qz.quantize.compute.arrays import elements
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved, TensorSpec, Weight
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.plan import Plan, Step, make_plan
@@ -192,7 +192,7 @@ def _saved(tensor: StoredTensor | Decoded, steps: list[Step], method: FourBit, p
     if not quantized.pop():
         weight = Weight(tensor.name, (tensor.name,), dtype, tensor.shape)
         stored = SAFETENSORS_NAMES[dtype]
-        nbytes = elements(tensor.shape) * BITS[stored] // 8
+        nbytes = math.prod(tensor.shape) * BITS[stored] // 8
         return [Saved(tensor.name, stored, tensor.shape, weight, nbytes)]
     if len(tensor.shape) != 2 or not tensor.name.endswith(".weight") or any(size % BLOCK_SIZE for size in sizes):
         raise Unsupported(

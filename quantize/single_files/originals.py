@@ -6,6 +6,7 @@ what each original tensor is put together from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from qz import Unsupported
 from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import BITS
-from qz.quantize.compute.arrays import elements
 from qz.quantize.libraries.architecture import TensorSpec, torch_name
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe
@@ -103,7 +103,7 @@ def inverted(
             if start != end:
                 break
             end += part.count
-        if end != elements(spec.shape):
+        if end != math.prod(spec.shape):
             raise Unsupported(refusal.format(f"only a part of {quoted(name)} is used"))
         found[name] = (spec, tuple(part for _, part in sorted(parts[name].items())))
     return found

@@ -17,7 +17,7 @@ from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Changes, matrix_shape
 from qz.quantize.compute import kernels
-from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, elements, values
+from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, values
 from qz.quantize.compute.tables import QUANT_MAPS
 from qz.quantize.decoding.open import Reader as Reader
 from qz.quantize.decoding.open import decoding_reader
@@ -70,7 +70,7 @@ class _Stored:
 
     def __init__(self, folder: Folder, source: StoredTensor) -> None:
         self.folder, self.source = folder, source
-        self.size = source.nbytes // max(elements(source.shape), 1)
+        self.size = source.nbytes // max(math.prod(source.shape), 1)
 
     def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
         raw = memory("raw", (stop - start) * self.size)
@@ -83,7 +83,7 @@ class _Stacked:
 
     def __init__(self, folder: Folder, source: Stacked, dequantizer: Dequantizer) -> None:
         self.source = source
-        self.unit = elements(source.parts[0].shape)
+        self.unit = math.prod(source.parts[0].shape)
         self.readers = [reader(folder, part, dequantizer) for part in source.parts]
 
     def read(self, start: int, stop: int, target: str, memory: Memory, /) -> tuple[Bytes, str]:
@@ -198,7 +198,7 @@ class _Fused:
         of_experts = any(change.expert is not None for change in source.changes)
         self.base, self.columns = base, matrix_shape(shape, experts=of_experts)[1]
         norms = {change.magnitude_of for change in source.changes}
-        whole = elements(shape) if "columns" in norms else self.columns if "rows" in norms else 1
+        whole = math.prod(shape) if "columns" in norms else self.columns if "rows" in norms else 1
         self.unit = math.lcm(base.unit, max(whole, 1))
         self.changes = Changes(source.changes, self.columns)
 
@@ -221,7 +221,7 @@ class _Composed:
 
     def __init__(self, folder: Folder, source: Composed, dequantizer: Dequantizer) -> None:
         readers = {id(part): reader(folder, part, dequantizer) for part, _, _ in source.parts}
-        self.parts = [(readers[id(part)], elements(part.shape), start, count) for part, start, count in source.parts]
+        self.parts = [(readers[id(part)], math.prod(part.shape), start, count) for part, start, count in source.parts]
 
     def read(self, start: int, stop: int, _: str, memory: Memory, /) -> tuple[Bytes, str]:
         out, begins = memory("composed", (stop - start) * 4).view(np.float32), 0
@@ -259,7 +259,7 @@ def assemble(folder: Folder, weight: Weight, sources: Iterable[Source]) -> Bytes
     target = SAFETENSORS_NAMES[weight.dtype]
     tensors = {}
     for source in sources:
-        count = elements(source.shape)
+        count = math.prod(source.shape)
         raw, stored = _read_whole(reader(folder, source), count, target)
         flat = torch.from_numpy(raw) if count else torch.empty(0, dtype=torch.uint8)  # which has a stride
         tensor = flat.view(getattr(torch, TORCH_NAMES[stored])).reshape(source.shape)

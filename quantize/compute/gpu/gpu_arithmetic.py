@@ -25,7 +25,7 @@ from qz.quantize.compute.cores import usable_cores
 from qz.quantize.compute.gpu import gptq
 from qz.quantize.compute.gpu.lanes import Computed, Lane, lane
 from qz.quantize.compute.gpu.torch_kernels import DTYPES, tensor
-from qz.quantize.compute.gpu.torch_search import BlockWeights, encode, improve, packed_pairs, zero_code
+from qz.quantize.compute.gpu.torch_search import BlockWeights, encode, improve, packed_codes
 from qz.quantize.compute.kernels import NonFinite
 from qz.quantize.libraries.importing.lean_imports import lean_imports
 from qz.quantize.methods import BLOCK_SIZE, NESTED_BLOCK_SIZE
@@ -168,8 +168,7 @@ class Accelerator:
                 factor = self._factors.of(hessian, device)
                 weight, its_scales = (each.to(device) for each in given)
                 codes = gptq.codes(weight, quant_type, its_scales, factor).view(-1)
-                padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=zero_code(quant_type))
-                packed[:] = packed_pairs(padded).cpu().numpy()
+                packed[:] = packed_codes(codes, quant_type).cpu().numpy()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

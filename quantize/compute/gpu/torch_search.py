@@ -158,22 +158,27 @@ def _search(
     return _Found(order[position], found), usable & (error(position, found) < limit)
 
 
+def packed_codes(codes: torch.Tensor, quant_type: str) -> torch.Tensor:
+    """uint8[ceil(n / 2)] of n codes; a last byte of one code is filled up with that of zero."""
+    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=_zero_code(quant_type))
+    return packed_pairs(padded)
+
+
 def packed_pairs(codes: torch.Tensor) -> torch.Tensor:
-    """Pairs of codes as bytes, the first in the high half."""
+    """uint8[n / 2] of an even number of codes, the first of a pair in the high half."""
     pairs = codes.view(-1, 2)
     return (pairs[:, 0] << 4) | pairs[:, 1]
 
 
 @once
 def table_tensors(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bounds, levels in ascending order, and the codes of these levels."""
+    """Bounds, float32[15], levels in ascending order, float32[16], and the codes of these levels, uint8[16]."""
     order = tables.order(quant_type)
     levels = torch.from_numpy(tables.QUANT_MAPS[quant_type][order])
     return torch.from_numpy(tables.bounds(quant_type)).to(device), levels.to(device), torch.from_numpy(order).to(device)
 
 
-def zero_code(quant_type: str) -> int:
-    """What fills the half of a byte that no value needs."""
+def _zero_code(quant_type: str) -> int:
     return int(tables.order(quant_type)[int((tables.bounds(quant_type) < 0).sum())])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qz.quantize.compute import kernels
-from qz.quantize.compute.arrays import NUMPY, Buffers, count_nonfinite, elements, values
+from qz.quantize.compute.arrays import NUMPY, Buffers, count_nonfinite, values
 from qz.quantize.planning.sources import fused_parts, unfused
 from qz.quantize.streaming.readers import PIECE, reader
 
@@ -38,7 +39,7 @@ def count_without_adapters(folder: Folder, step: Step, dtype: str | None = None)
     """How many values of a weight's sources are not finite before LoRAs are fused into them; in ``dtype``, if given."""
     memory, found = Buffers().get, 0
     for base in (base for source in step.sources for base in unfused(source)):
-        opened, count = reader(folder, base), elements(base.shape)
+        opened, count = reader(folder, base), math.prod(base.shape)
         length = max(opened.unit, PIECE // opened.unit * opened.unit)
         for start in range(0, count, length):
             raw, stored = opened.read(start, min(start + length, count), dtype or base.dtype, memory)
