@@ -383,6 +383,30 @@ def test_the_class_in_the_pipelines_index_decides(named: list[str] | None, chang
     assert contents(output / "text_encoder_2") == contents(right / "text_encoder_2")
 
 
+def test_the_class_in_the_pipelines_index_is_enough(changed: Path, tmp_path: Path) -> None:
+    """As diffusers loads it: where config.json names no class at all, of a model of either library."""
+    right, output = tmp_path / "right", tmp_path / "out"
+    run(quantize, changed, output=right)
+    for name, keys in (("transformer", ["_class_name"]), ("text_encoder_2", ["architectures", "model_type"])):
+        path = changed / name / "config.json"
+        path.write_text(
+            json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in keys})
+        )
+    run(quantize, changed, output=output)
+    for name in ("transformer", "text_encoder_2"):
+        assert contents(output / name) == contents(right / name)
+    assert not qz.api.inspect(changed, plan=True).errors
+
+
+def test_a_class_in_the_pipelines_index_that_the_weights_are_not_of_is_told(changed: Path, tmp_path: Path) -> None:
+    index = changed / "model_index.json"
+    rewrite(index, text_encoder_2=["transformers", "UMT5EncoderModel"])
+    with pytest.raises(
+        MalformedInput, match=r"does not fit UMT5EncoderModel: .* Check the class that model_index.json"
+    ):
+        run(quantize, changed, output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("config", [True, False])
 def test_a_component_of_onnx_goes_along(config: bool, changed: Path, tmp_path: Path) -> None:
     """Its class reads model.onnx, and weights that are too large for that lie beside it."""

@@ -242,7 +242,7 @@ def component_in(
     if not has_weights(sizes):
         return Component(name, library, class_name, folder, first=first)
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
-    checkpoint, problems = survey(folder, variant if has_variant else None)
+    checkpoint, problems = survey(folder, variant if has_variant else None, class_in_config(library, class_name))
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or checkpoint is None:
         unread = Unread(
@@ -254,6 +254,15 @@ def component_in(
         other = f"{folder.location} has no weights of the variant {quoted(variant)}; the plain ones are taken"
         checkpoint = replace(checkpoint, choices=(*checkpoint.choices, other))
     return Component(name, library, class_name, folder, as_component(checkpoint, library, class_name), first)
+
+
+def class_in_config(library: str, class_name: str) -> dict[str, Any]:
+    """How a component's config.json would name the class that model_index.json does; empty where that is not told."""
+    if _SEVERAL.search(class_name):  # its nets are of another class
+        return {}
+    if library == "diffusers":
+        return {"_class_name": class_name}
+    return {"architectures": [class_name]} if library == "transformers" else {}
 
 
 def as_component(checkpoint: Checkpoint, library: str, class_name: str) -> Checkpoint:

@@ -105,18 +105,21 @@ def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def survey(folder: Folder, variant: str | None = None) -> tuple[Checkpoint | None, tuple[Problem, ...]]:
+def survey(
+    folder: Folder, variant: str | None = None, names_class: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint | None, tuple[Problem, ...]]:
     """What could be read of the checkpoint in ``folder``, and everything that is wrong with it, worst first.
 
     ``variant`` names one of several sets of weights, such as ``fp16``; without it the plain one is taken, or the only
-    one there is. Never raises for a bad checkpoint, only for a folder that cannot be listed.
+    one there is. ``names_class``: the entries of config.json that name a class, for one that has none of them. Never
+    raises for a bad checkpoint, only for a folder that cannot be listed.
     """
     if any(name.lower().endswith(".gguf") for name in (*folder.sizes(), folder.named_file or "")):
         from qz.formats.checkpoint.gguf import gguf_files, survey_gguf
 
         if files := gguf_files(folder):
             return survey_gguf(folder, files, variant)
-    found = _Survey(folder)
+    found = _Survey(folder, names_class)
     checkpoint = found.run(variant)
     return checkpoint, found.problems.worst_first()
 
@@ -147,8 +150,9 @@ def _stored(header: Header | PickledFile, file: str) -> Iterator[StoredTensor | 
 class _Survey:
     """One pass over one folder."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, names_class: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
+        self.names_class = names_class or {}
         self.sizes = folder.sizes()
         self.problems = Problems(folder.location)
 
@@ -211,6 +215,8 @@ class _Survey:
             return None
         if "model_type" not in config and "pretrained_cfg" in config:  # of timm; as transformers reads it
             config = config | {"model_type": "timm_wrapper"}
+        if library_of(config) is None:
+            config = config | dict(self.names_class)
         if library_of(config) is None:
             instead = other_forms(self.folder) or "Use the config.json that belongs to the model."
             self.problems.add("library-unknown", "config.json", instead=instead)

@@ -52,9 +52,14 @@ class FolderReading(NamedTuple):
         return checkpoint_contents(self.checkpoint, self.weights, self.problems)
 
 
-def read_folder(folder: Folder, variant: str | None = None) -> FolderReading:
-    """Read config, index, headers and quant states. Raises only for a folder that cannot be looked into."""
-    checkpoint, problems = survey(folder, variant)
+def read_folder(
+    folder: Folder, variant: str | None = None, names_class: Mapping[str, Any] | None = None
+) -> FolderReading:
+    """Read config, index, headers and quant states, as ``survey`` does.
+
+    Raises only for a folder that cannot be looked into.
+    """
+    checkpoint, problems = survey(folder, variant, names_class)
     if checkpoint is None:
         return FolderReading(folder, None, {}, problems)
     encoded, found = read_encoded(checkpoint)

@@ -13,6 +13,7 @@ from qz.formats.checkpoint.pipeline import (
     Pipeline,
     Unread,
     as_component,
+    class_in_config,
     has_weights,
     named_components,
     with_followers,
@@ -298,7 +299,7 @@ def _look(
     if not has_weights(sizes):
         return None
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
-    look = read_folder(folder, variant if has_variant else None)
+    look = read_folder(folder, variant if has_variant else None, class_in_config(*entry))
     errors = [problem for problem in look.problems if problem.severity == "error"]
     if errors:
         unread = Unread(frozenset(problem.kind for problem in errors), as_error(folder.location, errors))

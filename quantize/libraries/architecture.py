@@ -217,6 +217,9 @@ def skip_list(skips: Skips, request: LoadRequest) -> list[str] | None:
     return list(dict.fromkeys([*defaults, *request.skips]))
 
 
+OF_A_COMPONENT = "Check the class that model_index.json names for it, or download this component again."
+
+
 def checked(
     missing: set[str],
     mismatched: list[str],

@@ -17,6 +17,7 @@ import torch
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.architecture import (
     FLOATS,
+    OF_A_COMPONENT,
     OF_QUANTIZATION,
     SAFETENSORS_NAMES,
     Architecture,
@@ -60,6 +61,7 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         class_name,
         checkpoint.folder.location,
         tensors,
+        OF_A_COMPONENT if checkpoint.class_module is not None else None,
     )
     selection = select(model, request, fp32)
 

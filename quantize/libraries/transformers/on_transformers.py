@@ -14,6 +14,7 @@ import torch
 from qz import MalformedInput
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.architecture import (
+    OF_A_COMPONENT,
     Architecture,
     Footprint,
     LoadRequest,
@@ -76,7 +77,8 @@ def examine(
     others = [text for name, text in mismatched.items() if name not in transposed_weights]
     where = checkpoint.folder.location
     advice = advice_on_missing(model, where, missing, fitting) if missing and not others else None
-    checked(missing, others, class_name, where, tensors, advice)
+    in_pipeline = OF_A_COMPONENT if checkpoint.class_module is not None else None
+    checked(missing, others, class_name, where, tensors, advice or in_pipeline)
     elsewhere = packed_elsewhere(model, origins, tensors)
     load_dtype = _name(model.config.dtype)
     selection = select(model, request)
