@@ -24,6 +24,7 @@ from qz.cli.coercion import LeanCommand, LeanGroup
 from qz.cli.options.general import DebugOpt, VersionOpt
 from qz.cli.output import say, warn, wrapped
 from qz.cli.streams import closed_pipe, spell_out
+from qz.formats.output.storage.signals import Arrival
 from qz.open_files import remedy
 from qz.out_of_memory import is_out_of_memory
 from qz.redaction import redact
@@ -103,13 +104,14 @@ def global_options(
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, to put work down cleanly. The second ends at once.
+    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, to put work down cleanly. The second ends at once,
+    unless it is an echo of the first.
 
     What handles the interrupt may say how to go on with ``add_note``; that becomes part of the message.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.first: Arrival | None = None
         self.error = KeyboardInterrupt()
         self.late = False
         """Set when the command has come to its end, which an interrupt no longer changes."""
@@ -120,13 +122,15 @@ class Interruption:
         sys.unraisablehook = self.dropped
 
     def receive(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.first is not None:
+            if self.first.echoed_by(number):
+                return
             if sys.stderr.isatty():
                 # Erase the progress bar and show the cursor, which it has hidden.
                 os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")
             os._exit(128 + number)
         if not self.late:
-            self.signal = number
+            self.first = Arrival(number)
             raise self.error
 
     def dropped(self, found: sys.UnraisableHookArgs) -> None:
@@ -148,7 +152,7 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        return 128 + (self.signal or signal.SIGINT)
+        return 128 + (self.first.number if self.first else signal.SIGINT)
 
     @property
     def message(self) -> str:
@@ -178,7 +182,7 @@ def run(args: Sequence[str]) -> int:
     except BrokenPipeError:
         return closed_pipe()
     except Exception as error:  # noqa: BLE001  the one place that turns them into text
-        if interruption.signal is None:
+        if interruption.first is None:
             interruption.late = True
             code, message = explain(error)
             report(code, message, as_json=as_json, trace=error if debug else None)

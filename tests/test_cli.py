@@ -33,10 +33,11 @@ ERRORS = {error.__name__: error for error in QzError.__subclasses__()}
 
 # A command that behaves as its argument says, under the app's own error handling.
 SCRIPT = """
-import sys, time
+import os, signal, sys, time
 import qz.cli.app
 from qz.cli.entry import main
 from qz.cli.options.reports import JsonOpt
+from qz.formats.output.storage.signals import defer_signals
 
 def act(what: str, as_json: JsonOpt = False) -> None:
     if what == "sleep":
@@ -53,6 +54,18 @@ def act(what: str, as_json: JsonOpt = False) -> None:
                 time.sleep(3600)
             except KeyboardInterrupt:
                 print("still here", flush=True)
+    if what == "twice, deferred":
+        with defer_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("put down", flush=True)
+    if what == "twice":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("put down", flush=True)
+            raise
     if what == "bug":
         raise ZeroDivisionError("hf_" + "aB3" * 12)
     if what == "long":
@@ -335,6 +348,13 @@ def test_an_interrupt_ends_with_its_code_and_says_how_to_go_on(script: Path, num
     assert process.returncode == code
     assert err == "Error: Interrupted. It goes on later.\n"
     assert json.loads(out) == {"type": "exit_error", "code": code, "message": "Interrupted. It goes on later."}
+
+
+@pytest.mark.parametrize("what", ["twice", "twice, deferred"])
+def test_an_interrupt_that_comes_twice_at_once_is_one(script: Path, what: str) -> None:
+    """A terminal sends it to all, and ``uv run``, ``npm`` or ``timeout`` hands on what it got."""
+    result = act(script, what)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "put down\n", "Error: Interrupted.\n")
 
 
 def test_the_second_interrupt_ends_at_once(script: Path) -> None:

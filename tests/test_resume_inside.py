@@ -160,7 +160,7 @@ def test_a_run_that_is_killed_again_and_again_comes_to_its_end(run: Run, place: 
 HEARD = f"""
 import sys, time
 {INTERRUPT}
-while sys.unraisablehook.__self__.signal is None:  # of the command's ``Interruption``
+while sys.unraisablehook.__self__.first is None:  # of the command's ``Interruption``
     time.sleep(0.01)
 time.sleep(0.5)
 """

@@ -10,17 +10,34 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 0.5
+"""Seconds for which a signal may come again: ``uv run``, ``npm`` and ``timeout`` hand on the Ctrl-C that a terminal
+sends to all of them, so that it comes twice."""
+
+
+class Arrival:
+    """The first signal of a process, and when it came."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._time = time.monotonic()
+
+    def echoed_by(self, number: int) -> bool:
+        """Whether a signal that comes now is this one, handed on by another program as well."""
+        return number == self.number and time.monotonic() - self._time < ECHO
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM waits until the end of the block; a second one ends the waiting at once.
+    """Inside, the first SIGINT or SIGTERM waits until the end of the block; a second one ends the waiting at once,
+    unless it is an echo of the first.
 
     Both reach the handlers that were there before, if those are Python's. Off the main thread, where no handler ever
     runs, this does nothing.
@@ -29,13 +46,13 @@ def defer_signals() -> Iterator[None]:
         yield
         return
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    waiting: list[int] = []
+    waiting: list[Arrival] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        waiting.append(number)
-        if len(waiting) == 2:
-            first = waiting[0]
-            waiting.clear()
+        if not waiting:
+            waiting.append(Arrival(number))
+        elif not waiting[0].echoed_by(number):
+            first = waiting.pop().number
             restore()
             with suppress(KeyboardInterrupt):
                 handlers[first](first, frame)
@@ -55,4 +72,4 @@ def defer_signals() -> Iterator[None]:
     finally:
         restore()
         if waiting:
-            handlers[waiting[0]](waiting[0], None)
+            handlers[waiting[0].number](waiting[0].number, None)
