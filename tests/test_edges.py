@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,23 @@ def test_a_skip_that_matches_nothing_names_what_is_near(server: Runner, place: P
 def test_a_skip_that_matches_a_module_of_any_kind_is_fine(server: Runner, place: Path) -> None:
     for skip in ("q_proj", "model.layers.1", "embed_tokens", r".*mlp\.(up|down)_proj"):
         assert server.run("quantize", "m", "--skip", skip, "--dry-run", cwd=place).code == 0, skip
+
+
+def test_a_skip_of_modules_whose_linear_layers_it_does_not_match_is_told_with_what_does(
+    server: Runner, place: Path
+) -> None:
+    """transformers would quantize all of them, and say nothing."""
+    for skip in ("mlp", "self_attn", "layers.1"):
+        ended = server.run("quantize", "m", "--skip", skip, "--dry-run", cwd=place)
+        assert ended.code == 2, ended.stderr
+        advice = re.search(r"Name the layers inside: --skip '(.+)'\.", told(ended))
+        assert advice is not None
+        again = server.run("quantize", "m", "--skip", advice[1], "--dry-run", "--json", cwd=place)
+        assert again.code == 0, again.stderr
+        skipped = json.loads(again.stdout)["skipped"]
+        assert skipped.pop(0) == "lm_head"
+        assert skipped
+        assert all(f".{skip}." in path for path in skipped)
 
 
 def test_a_filter_that_matches_nothing_is_an_error(server: Runner, place: Path) -> None:

@@ -193,9 +193,17 @@ def document(text: str) -> bytes:
     return text.encode("utf-8")
 
 
-def unmatched(skips: Iterable[str], modules: Iterable[str], matches: Callable[[str, str], bool]) -> tuple[str, ...]:
-    """Those of ``skips`` that match none of the modules, by ``matches(skip, module)``."""
-    paths = [path for path in modules if path]
+def unmatched(
+    skips: Iterable[str], modules: Iterable[str], linears: Iterable[str], matches: Callable[[str, str], bool]
+) -> tuple[str, ...]:
+    """Those of ``skips`` that match, by ``matches(skip, module)``, neither a linear layer nor a module without any.
+
+    A module with linear layers inside does not count: what matches its path alone leaves these as they were.
+    """
+    of_linears = set(linears)
+    steps = [path.split(".") for path in of_linears]
+    around = {".".join(each[:count]) for each in steps for count in range(1, len(each))}
+    paths = [path for path in modules if path and (path in of_linears or path not in around)]
     return tuple(skip for skip in skips if not any(matches(skip, path) for path in paths))
 
 

@@ -33,8 +33,24 @@ def linears(plan: Plan) -> list[str]:
     return [*(weight.name.removesuffix(".weight") for weight in plan.quantized), *plan.architecture.kept_linears]
 
 
+def _is_pattern(skip: str) -> bool:
+    try:
+        re.compile(skip)
+    except re.error:
+        return False
+    return True
+
+
 def refuse_unmatched(skips: Iterable[str], where: str, names: Iterable[str]) -> None:
-    """Raise UsageError for the first of ``skips``, which match nothing."""
+    """Raise UsageError for the first of ``skips``, which match nothing; ``names``: paths of the linear layers."""
+    names = list(names)
     for skip in skips:
+        inside = re.compile(rf"(?:.*\.)?(?:{skip})\.") if _is_pattern(skip) else None
+        if inside is not None and any(map(inside.match, names)):
+            raise UsageError(
+                f"--skip {quoted(skip, LONGEST_SHOWN)} names a module of {where}, but transformers matches a name with "
+                "the end of a linear layer's path, or as a pattern with its beginning. Name the layers inside: "
+                f"--skip {quoted(f'.*{skip}.*', LONGEST_SHOWN)}."
+            )
         shown = skip if len(skip) <= LONGEST_SHOWN else quoted(skip, LONGEST_SHOWN)
         raise UsageError(f"--skip {shown} matches no module of {where}. {nearest(skip, names)}".rstrip())

@@ -95,7 +95,10 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         documents=_documents(model, request, selection.skips),
         notes=selection.notes,
         unmatched_skips=unmatched(
-            request.skips, (path for path, _ in model.named_modules()), lambda skip, path: matches([skip], path)
+            request.skips,
+            (path for path, _ in model.named_modules()),
+            (*selection.linears, *selection.kept),
+            lambda skip, path: matches([skip], path),
         ),
     )
 

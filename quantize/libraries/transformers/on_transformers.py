@@ -125,6 +125,7 @@ def examine(
         unmatched_skips=unmatched(
             request.skips,
             (path for path, _ in model.named_modules()),
+            (*selection.linears, *selection.kept),
             lambda skip, path: not should_convert_module(path, [skip]),
         ),
     )
