@@ -87,12 +87,12 @@ def test_a_quarter_of_what_hessians_are_made_of_is_qzs_own_text_of_many_kinds(to
     assert sum(map(len, rows)) == tokens
 
 
-def test_the_report_says_that_qzs_own_text_was_read_too(qz: Qz, tmp_path: Path) -> None:
+def test_the_report_says_that_qzs_own_text_was_read_too(forked_qz: Qz, tmp_path: Path) -> None:
     model_folder("llama-tied", tmp_path / "model")
     some_text(tmp_path / "words.txt")
     how = ("--text", "words.txt", "--tokens", "900", "--device", "cpu")
-    alone = qz("calibrate", "model", "-o", "one", *how)
-    mixed = qz("calibrate", "model", "-o", "two", *how, "--hessians")
+    alone = forked_qz("calibrate", "model", "-o", "one", *how)
+    mixed = forked_qz("calibrate", "model", "-o", "two", *how, "--hessians")
     assert "qz's own" not in alone.stdout + alone.stderr
     assert "words.txt and qz's own: 900 tokens" in " ".join(mixed.stdout.split()), mixed.stderr
 
