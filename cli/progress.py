@@ -57,7 +57,7 @@ class Display:
         self.first_bytes: int | None = None
         self.last_line = self.started
         self.last: Progress | None = None
-        """In a log, what is not told yet, once something was."""
+        """In a log, the step that is not reported yet, once one was."""
         self.bar: RichProgress | None = None
         self.task: Any = None
 

@@ -73,7 +73,7 @@ class Promised:
             self.require_hash(file, listed or self._hash(file, read), location)
 
     def require_hash(self, file: str, sha256: str, location: str) -> None:
-        """The hash of all of a file, wherever that is known from."""
+        """Compare the hash of a whole file, wherever it comes from."""
         if self._is_promised(file, location) and sha256 != self._files[file].sha256:
             raise self._differs(file, location, f"its SHA-256 is {sha256}")
         self._right.add(file)

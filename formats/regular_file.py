@@ -1,4 +1,4 @@
-"""A file by its path, where whoever names it may name a FIFO, a device, or something far too large."""
+"""A file by its path, which may turn out to be a FIFO, a device, or far too large."""
 
 from __future__ import annotations
 

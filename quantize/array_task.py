@@ -19,7 +19,7 @@ INDEXES = (
 
 
 def parse_part(text: str, environment: Mapping[str, str]) -> Share:
-    """``3/7``; ``auto``, for the task's number and the count of an array job; ``auto/7`` where only the number is told.
+    """``3/7``; ``auto``, for the task's number and the count of an array job; ``auto/7`` if only the number is known.
 
     Raises UsageError.
     """

@@ -271,7 +271,7 @@ class Conversion:
 
 
 def open_file(source: OpenedSource, settings: Settings) -> tuple[Checkpoint | Pipeline, tuple[str, ...]]:
-    """The model or pipeline that the one file of a source holds, and what is to be told of where its config is."""
+    """The model or pipeline that the one file of a source holds, and notes on where its config comes from."""
     from qz.formats.output.recorded.promises import hold_to_record
     from qz.formats.source import notes_of, open_source
     from qz.quantize.single_files.open import open_single_file

@@ -20,7 +20,7 @@ NESTED_BLOCK_SIZE = 256
 """Absmax values that share one nested absmax under double quantization."""
 
 LOW_COVERAGE = 0.5
-"""The share of the parameters below which the user is told that few of them are quantized."""
+"""Share of the parameters; where less is quantized, the report says so."""
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}

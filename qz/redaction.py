@@ -1,4 +1,4 @@
-"""Secrets taken out of text before anybody sees it: tokens, and what makes a link good for everyone who reads it."""
+"""Removes secrets from text before it is shown: tokens, and signatures that make a link work for everyone."""
 
 from __future__ import annotations
 

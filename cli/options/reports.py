@@ -1,4 +1,4 @@
-"""What is told of a run."""
+"""How a run is reported."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def require_new(path: Path, option: str) -> None:
 
 
 def store(path: Path, text: str, option: str) -> None:
-    """Write a file that is not there yet: what came into its place meanwhile is not replaced."""
+    """Write a new file; one that appeared under its name in the meantime is not replaced."""
     made = False
     try:
         with path.open("x", encoding="utf-8") as file:

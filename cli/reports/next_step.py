@@ -1,4 +1,4 @@
-"""What can be done next, told when a command is done: Python that loads what was made, and commands, to be pasted."""
+"""Suggestions at the end of a command: Python that loads what was made, and commands to paste."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def after_part(place: Path, push: str | None) -> list[list[str]]:
 
 
 def named(path: Path) -> str:
-    """A path that nobody takes for a repository or an option."""
+    """A path that cannot be taken for a repository or an option."""
     text = str(path)
     return text if path.is_absolute() or text.startswith(".") else os.path.join(".", text)
 

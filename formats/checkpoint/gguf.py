@@ -54,7 +54,7 @@ def gguf_files(folder: Folder) -> list[str]:
 
 def is_denoiser(folder: Folder, file: str) -> bool:
     """Whether a file in GGUF is a diffusion model's, as of ComfyUI and diffusers: without a vocabulary or llama.cpp's
-    names. What is malformed may be one: it is told of when it is read."""
+    names. A malformed file may be one: that is reported when it is read."""
     names = gguf_names(read_at(folder, file), folder.sizes().get(file, 0), f"{folder.location}/{file}")
     try:
         return not any(map(_LLAMA_CPP.match, names))

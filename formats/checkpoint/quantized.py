@@ -238,7 +238,7 @@ class _Quantized:
         return state
 
     def sizes(self, kind: Kind, parts: Mapping[str, StoredTensor], state: QuantState | None, *, double: bool) -> None:
-        """What lies there against what the quant state says must."""
+        """Compare the sizes of the parts with the quant state."""
         if "quant_map" in parts:
             self.expect(kind, parts["quant_map"], "F32", 16)
         if "nested_quant_map" in parts:

@@ -189,7 +189,7 @@ class ReadAhead:
             self._release(segment)
 
     def _give_up(self) -> None:
-        """Everyone waits for segments that have no buffer: free those that nobody is reading."""
+        """All readers wait for segments without a buffer: free the buffers that none is reading."""
         for segment in list(self._held):
             if segment.hashed and not segment.readers:
                 segment.unread = 0
@@ -263,7 +263,7 @@ class ReadAhead:
             return segment
 
     def _release(self, segment: _Segment) -> None:
-        """Free the buffer if nobody needs it. The lock is held."""
+        """Free the buffer if no reader needs it. The lock is held."""
         if segment.state is _State.READY and segment.hashed and segment.unread <= 0 and not segment.readers:
             segment.state = _State.GONE
             self._held.discard(segment)

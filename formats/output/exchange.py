@@ -1,4 +1,4 @@
-"""How a staged folder gets the name of the output, with an old output aside meanwhile, and how a crash is repaired."""
+"""How a staged folder gets the name of the output, an old output being moved aside, and how a crash is repaired."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Exchange:
         self.done = False
 
     def carry_out(self, journal: Journal, *, overwrite: bool) -> None:
-        """Exchange, remove what was replaced, then the journal. Signals are to be held meanwhile."""
+        """Exchange, remove what was replaced, then the journal. The caller holds signals back."""
         parent, name = self._parent, self._name
         refuse_output(parent, name, overwrite)
         self._require_in_place()

@@ -22,7 +22,7 @@ from qz.formats.output.storage.disk import Disk
 
 
 def check_output(output: Path, overwrite: bool, sources: Iterable[Folder], disk: Disk | None = None) -> None:
-    """Raise now what would be raised later for what lies there, to spare the user a long planning.
+    """Raise now what an existing output would raise later, to spare the user a long planning.
 
     Raises OutputRefused (it exists, it overlaps a source), PermissionRefused, TryAgain. Nothing is written.
     """

@@ -59,7 +59,7 @@ class Blob:
         return is_small and self.content is not None and entry.blob_id == git_hash(self.read())
 
     def hashed(self) -> str:
-        """Its SHA-256, for which the file is read if nobody has done so yet."""
+        """Its SHA-256; the file is read for it once."""
         if self.sha256 is None:
             if isinstance(self.content, bytes) or self.content is None:
                 self.sha256 = hashlib.sha256(self.read()).hexdigest()

@@ -26,7 +26,7 @@ README = "README.md"
 PAGE = "report.html"
 """What `--page` wrote beside the checkpoint, if it did; the card links to it."""
 OWN_PAGE = b'<meta name="generator" content="qz '
-"""In its head, by which it is told from the page of anybody else."""
+"""In its head, which tells it from anyone else's page."""
 MAX_CARD_BYTES = 10_000_000
 IN_MEMORY = 5_000_000
 """Bytes of a file beside the weights that is kept as it was verified, to be sent from memory."""

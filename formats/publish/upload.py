@@ -138,7 +138,7 @@ class Uploads:
 
 @dataclass(eq=False)
 class _Addition(CommitOperationAdd):
-    """A file that tells how much of it was read, stops being read when told, and is not taken for one to go by Xet."""
+    """A file that reports how much of it was read, can be stopped, and is not sent by Xet."""
 
     file: VerifiedFile | None = field(default=None, repr=False)
     read: Callable[[int], None] = field(default=ignore, repr=False)
@@ -231,7 +231,7 @@ class _State:
         self._lock = threading.Lock()
 
     def reader(self, batch: Sequence[Blob]) -> Callable[[int], None]:
-        """What is to be told how many bytes of the batch are done."""
+        """The callback for how many bytes of the batch are done."""
 
         def read(position: int) -> None:
             with self._lock:

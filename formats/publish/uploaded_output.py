@@ -192,7 +192,7 @@ class _Room:
         self._waiting = [name for name in self._waiting if name not in names]
 
     def admit(self, names: Iterable[str]) -> None:
-        """Let in what is here already, whoever's turn it is."""
+        """Admit files that are here already, whatever the order."""
         self._inside |= set(names)
         self.skip(self._inside)
 

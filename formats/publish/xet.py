@@ -252,7 +252,7 @@ class _Sent:
             self._change.notify_all()
 
     def end(self) -> None:
-        """Let nobody wait any more."""
+        """Wake all waiting threads, which then give up."""
         with self._lock:
             self._ended = True
             self._change.notify_all()

@@ -1,1 +1,1 @@
-"""What running a model tells of its weights: statistics of their inputs, scores, and what quantizing changed."""
+"""What running a model shows about its weights: statistics of their inputs, scores, and what quantizing changed."""

@@ -45,7 +45,7 @@ class OutputError:
 
 @dataclass(frozen=True, slots=True)
 class TimestepError:
-    """Of a denoiser's output at one timestep, or at the step of that number where it is not told of timesteps."""
+    """Of a denoiser's output at one timestep, or at the step of that number if it takes no timesteps."""
 
     component: str
     timestep: float

@@ -137,7 +137,7 @@ class Calibration:
 
 
 def scores_json(scores: Scores) -> dict[str, Any]:
-    """What is told of scores, the most sensitive linear first."""
+    """Scores as JSON values, the most sensitive linear first."""
     ranked = sorted(scores.of.items(), key=lambda item: (-item[1], item[0]))
     linears = [{"name": name.removesuffix(".weight"), "score": score} for name, score in ranked]
     return {**scores.about(), "linears": linears}
@@ -165,7 +165,7 @@ def calibrate(
 
 
 def token_warnings(tokens: int, unseen: tuple[str, ...], *, hessians: bool) -> tuple[str, ...]:
-    """What to tell of linears that saw few tokens, or none."""
+    """Warnings about linears that saw few tokens, or none."""
     found = []
     if hessians and tokens < GPTQ_TOKENS:
         found.append(f"with fewer than {GPTQ_TOKENS:,} tokens, GPTQ fits the text more than the model")

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are weights of linear layers, told by names, shapes and config alone.
+"""Which tensors of a checkpoint are weights of linear layers, judged by names, shapes and config alone.
 
 The libraries decide it by module type, which takes their code and seconds of imports. This rule decides it in
 milliseconds, and is an estimate: ``tests/test_estimate.py`` holds it against what the libraries say. Learned from

@@ -40,7 +40,7 @@ GENERATION_CONFIG = "generation_config.json"
 def question(
     checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest, versions: Mapping[str, str]
 ) -> str:
-    """A name for what a library is asked: the SHA-256 of all that it is told, and of which library it is."""
+    """A name for what a library is asked: the SHA-256 of all that it is given, and of which library it is."""
     generation = GENERATION_CONFIG in checkpoint.folder.sizes()
     asked = {
         "python": sys.version,

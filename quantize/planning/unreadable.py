@@ -61,7 +61,7 @@ def why_kept(component: Component, copied: Container[str] = ()) -> str | None:
 
 
 def _needs_none(component: Component) -> str | None:
-    """Why it may be right that a component has no weights: its class has no parameters, or nobody knows it."""
+    """Why it may be right that a component has no weights: its class has no parameters, or is unknown."""
     from qz.quantize.libraries.architecture import LoadRequest
     from qz.quantize.libraries.examine import examine
 

@@ -120,7 +120,7 @@ class PipelineSummary:
     """The kind of device that writes the same bytes."""
     left_out_of_root: tuple[str, ...] = ()
     loras: tuple[Mapping[str, Any], ...] = ()
-    """Those that were fused, as the record tells of them; ``weights`` counts those of all components."""
+    """Those that were fused, as the record lists them; ``weights`` counts those of all components."""
     combinations: tuple[Combination, ...] = ()
     """Methods of the components that were chosen from, for a size."""
     kept_layers: KeptLayers | None = None

@@ -93,7 +93,7 @@ class Summary:
     refinement: Mapping[str, Any] = field(default_factory=dict)
     """How scales and codes are chosen: ``scales``, ``rounding``, ``importance``; empty if nothing is quantized."""
     loras: tuple[Mapping[str, Any], ...] = ()
-    """Those that were fused into the weights, in their order, as the record tells of them."""
+    """Those that were fused into the weights, in their order, as the record lists them."""
     kept_layers: KeptLayers | None = None
     """What stays unquantized for a size or a loss."""
 
@@ -304,7 +304,7 @@ def made_from(checkpoint: Checkpoint) -> set[str]:
 
 
 def _left_out(plan: Plan) -> tuple[str, ...]:
-    """What is told of weight files that the source's index does not list."""
+    """A note on weight files that the source's index does not list."""
     files = ", ".join(quoted(name) for name in plan.checkpoint.unused[:4])
     more = len(plan.checkpoint.unused) - 4
     if not files:
@@ -313,7 +313,7 @@ def _left_out(plan: Plan) -> tuple[str, ...]:
 
 
 def _adapter(plan: Plan) -> tuple[str, ...]:
-    """What is told of an adapter beside the model, which transformers loads with it wherever PEFT is installed."""
+    """A note on an adapter beside the model, which transformers loads with it wherever PEFT is installed."""
     folder = plan.checkpoint.folder
     if ADAPTER_CONFIG not in folder.sizes() or folder.named_file is not None or plan.method is None or plan.adapters:
         return ()
@@ -322,7 +322,7 @@ def _adapter(plan: Plan) -> tuple[str, ...]:
 
 
 def code_left_out(carried: Iterable[Companion], inside: str = "") -> tuple[str, ...]:
-    """What is told of code that files in the output name, and that is not copied; ``inside``: the folder of them."""
+    """A note on code that files in the output name, and that is not copied; ``inside``: the folder of them."""
     named = ((each.name, file) for each in carried for file in each.code)
     return tuple(
         f"{inside}{name} names code in {file}, which is not copied: what needs it, needs a copy of it in the output"
@@ -331,7 +331,7 @@ def code_left_out(carried: Iterable[Companion], inside: str = "") -> tuple[str, 
 
 
 def _encoded(plan: Plan) -> tuple[str, ...]:
-    """What is told of a source that another tool quantized."""
+    """A note on a source that another tool quantized."""
     checkpoint = plan.checkpoint
     notes = []
     if checkpoint.encoded_as is not None:

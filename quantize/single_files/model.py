@@ -63,7 +63,7 @@ def model_of(file: OriginalFile, configs: Folder) -> Checkpoint:
         variant=None,
         files=(file.name,),
         sizes={file.name: file.folder.sizes()[file.name]},
-        tensors={**{name: file.tensors[name] for name in left}, **own},  # what the class has no use for will be told
+        tensors={**{name: file.tensors[name] for name in left}, **own},  # what the class does not use is reported later
         header_metadata={file.name: dict(file.metadata)},
         encoded_as=file.encoded_as,
         left_out=file.left_out,

@@ -87,7 +87,7 @@ class ComparedOutput(DiscardOutput):
         self.compared: set[str] = set()
 
     def _misplaced(self) -> list[TensorDifference]:
-        """Tensors that are not where they are planned, and those that nobody planned."""
+        """Tensors that are not where the plan has them, and those that are in no plan."""
         found: list[TensorDifference] = []
         left = dict(self._stored)
         for layout in self._plan.shards:
@@ -146,7 +146,7 @@ class ComparedOutput(DiscardOutput):
             self._note(tensor, np.frombuffer(there, np.uint8), np.frombuffer(data, np.uint8), offset)
 
     def _book(self, tensor: str, nbytes: int, all_bytes: int) -> None:
-        """Count what is compared, to tell of each weight that is equal as a whole."""
+        """Count what is compared, to note each weight that is equal as a whole."""
         weight = self._places[tensor][1].weight.name
         outputs = self._places[tensor][1].outputs
         with self._lock:

@@ -114,7 +114,7 @@ def recompute(
 def _planned(
     source: OpenedSource, about: Mapping[str, Any], settings: Settings
 ) -> tuple[Sequence[Part], tuple[str, ...]]:
-    """The parts of the output, and what is to be told of where a single file's config is."""
+    """The parts of the output, and notes on where a single file's config comes from."""
     from qz.formats.checkpoint.pipeline import Pipeline, open_pipeline
     from qz.formats.folder import is_pipeline
     from qz.quantize.conversion import companions_of, membership_of, open_file

@@ -30,7 +30,7 @@ P = ParamSpec("P")
 
 
 def once_more_if_lost(convert: Callable[P, Converted]) -> Callable[P, Converted]:
-    """Convert again if the Hub has lost meanwhile what was sent to it; what it still has is not made anew."""
+    """Convert again if the Hub has lost files that were sent to it; what it still has is not made again."""
 
     @wraps(convert)
     def converted(*arguments: P.args, **named: P.kwargs) -> Converted:
@@ -104,7 +104,7 @@ def publication_for(publishing: Publishing, source: OpenedSource, on_progress: O
 def published(
     done: Converted, conversion: Conversion, publishing: Publishing | None, original: OpenedSource | None = None
 ) -> Converted:
-    """The report of a conversion, with what is to be told of what it read, and of the push, if one was asked for.
+    """The report of a conversion, with notes on what it read, and the result of the push, if one was asked for.
 
     ``original``: what it was compared with.
     """

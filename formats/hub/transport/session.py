@@ -48,7 +48,7 @@ def _quiet() -> Callable[[], None]:
 
 
 def hub_session() -> httpx2.Client:
-    """huggingface_hub's session, with timeouts and bounds: it is made anew after some failures."""
+    """huggingface_hub's session, with timeouts and bounds: the library replaces it after some failures."""
     session = get_session()
     change_global(session, lambda: _bounded(session))
     return session

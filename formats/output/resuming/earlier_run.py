@@ -99,7 +99,7 @@ def has_file(staged: Directory, file: WrittenFile) -> bool:
 
 
 def has_begun(staged: Directory, name: str) -> bool:
-    """Whether a shard lies there, under its name or its temporary one, that this user began."""
+    """Whether a shard that this user began is there, under its name or its temporary one."""
     found = staged.status(name + TEMPORARY) or staged.status(name)
     return _is_file(found) and found.st_uid == os.geteuid()
 

@@ -1,4 +1,4 @@
-"""What an interrupted run tells of what it leaves for the next one."""
+"""What an interrupted run says about what it leaves for the next one."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Journal:
             self._disk.truncate(self._descriptor, self.path, self._stop)
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
-        """Forget whatever it held, and begin anew."""
+        """Empty the journal, and start over."""
         self._disk.truncate(self._descriptor, self.path, 0)
         self.finished, self.pieces, self.uploaded, self._stop = {}, {}, set(), 0
         entry = {"fingerprint": fingerprint}

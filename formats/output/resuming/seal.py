@@ -1,4 +1,4 @@
-"""Marks by which a run knows that an entry of a journal was written by this user, and not by whoever may write there.
+"""Marks that show a run which entries of a journal this user wrote, and not someone else who may write there.
 
 A mark is the HMAC-SHA256 (RFC 2104) of the entry under a random key, which lies in the user's own cache, readable by
 nobody else.
@@ -39,7 +39,7 @@ def user_key() -> bytes | None:
 
 
 def _make(path: Path) -> None:
-    """Under another name first: whoever finds the key finds all of it."""
+    """Under another name first, so that the key is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{NAME}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

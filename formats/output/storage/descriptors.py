@@ -54,15 +54,15 @@ class Descriptors:
         self._folder.disk.close(self._open.pop(name), self._folder.path / name)
 
     def close(self, name: str) -> None:
-        """Close this file, if it is open and nobody uses it."""
+        """Close this file, if it is open and not in use."""
         with self._lock:
             if name in self._open and not self._is_used(name):
                 self._close(name)
 
     def close_all(self) -> None:
-        """Close everything once nobody uses it, for good: a late write must not hit a number used for another file.
+        """Close all for good, once no other thread uses them: a late write must not hit a number used for another file.
 
-        This thread does not: a use of its own that is still noted was left by an interrupt.
+        Uses of this thread are not waited for: one that is still noted was left by an interrupt.
         """
         own = threading.get_ident()
         with self._lock:

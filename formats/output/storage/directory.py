@@ -68,7 +68,7 @@ class Directory:
     # Looking
 
     def status(self, name: str) -> os.stat_result | None:
-        """What lies there, links not followed; None if nothing."""
+        """The status of what is there, links not followed; None if there is nothing."""
         with self.disk.operation("stat", self.path / name):
             try:
                 with self._holding(name) as (folder, base):

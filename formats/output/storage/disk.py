@@ -125,7 +125,7 @@ def _is_in_memory(descriptor: int) -> bool:
 
 
 def _ask_to_store(descriptor: int, start: int, stop: int) -> None:
-    """Called with ``_asking`` held, which it releases. A descriptor that is closed meanwhile is of no consequence."""
+    """Called with ``_asking`` held, which it releases. A descriptor that is closed by then does no harm."""
     try:
         _sync_file_range(
             ctypes.c_int(descriptor),

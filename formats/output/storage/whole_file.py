@@ -13,7 +13,7 @@ from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 
 REMAINS_DIGITS = 8
-"""In the name that a file has until it is whole: no file of anybody else's is in its place."""
+"""Part of a file's name until it is whole, so that it cannot be anyone else's file."""
 
 
 def write_whole(path: Path, pieces: Iterable[memoryview]) -> str:

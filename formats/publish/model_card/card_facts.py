@@ -82,7 +82,7 @@ class CardFacts:
     experts: bool = False
     """Whether the experts of an MoE model are quantized, which the library cannot load."""
     page: str | None = None
-    """The name of the page that tells of all layers, where it lies beside the checkpoint."""
+    """The name of the page that lists all layers, if it lies beside the checkpoint."""
 
     @property
     def base_model(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Python that loads a checkpoint by its library's own classes: for its card, and for whoever has just made it."""
+"""Python that loads a checkpoint by its library's own classes: for its card, and for the user who has just made it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ Place = OnHub | Here
 
 
 def loading(facts: CardFacts, place: Place) -> list[str]:
-    """Lines that load what lies there as one object; by ``qz.load`` where the library cannot."""
+    """Lines that load the checkpoint there as one object; by ``qz.load`` where the library cannot."""
     if facts.experts:
         return _by_qz(facts, place, "transformers cannot load quantized experts")
     if isinstance(place, Here) and not place.gpu and facts.library == "diffusers" and facts.methods:

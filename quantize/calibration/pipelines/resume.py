@@ -90,7 +90,7 @@ class CallStore:
         return call
 
     def restart(self, whole: Iterable[str]) -> None:
-        """The pipeline begins anew, with models that are loaded whole."""
+        """The pipeline starts over, with models that are loaded whole."""
         self.kept.sums.whole = sorted(whole)
         self._returned.clear()
         self._known.clear()

@@ -58,11 +58,11 @@ def blocks_of(model: Any) -> dict[str, Any]:
 
 
 Entering = Callable[[str, Any, int], None]
-"""What is told that a batch, by its number, goes through a part, by its path and module."""
+"""Called before a batch (its number) goes through a part (its path and module)."""
 Replay = Callable[[str], Sequence[Sequence[Any]] | None]
 """For a part that an earlier run went through, each batch's outputs of it, one for each call; else None."""
 Leaving = Callable[[str, Any], None]
-"""What is told that all batches have gone through a part, while its weights are still there."""
+"""Called when all batches have gone through a part, while its weights are still loaded."""
 
 
 class Loads(Protocol):

@@ -19,7 +19,7 @@ from qz.quantize.libraries.transformers.runnable import ExpertLayer
 
 
 class Recorder:
-    """Hooks on ``linears``, by path. A forward ends at ``head``, whose output nobody needs.
+    """Hooks on ``linears``, by path. A forward ends at ``head``, whose output is not needed.
 
     With ``hessians``, linears that are called with the same tensor share one sum, under the name of the first.
     ``experts``, by the paths of their layers, are recorded by what ``expert_key`` gives, and have no Hessians.

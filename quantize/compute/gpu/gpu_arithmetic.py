@@ -316,7 +316,7 @@ def _notes(kind: str) -> tuple[str, ...]:
 
 
 def _import_bitsandbytes() -> None:
-    """Register its operations; its log of a CPU kernel that nobody asked for is kept from the user."""
+    """Register its operations; its log message about a CPU kernel is not shown."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401
 

@@ -71,7 +71,7 @@ _start = threading.Thread.start
 
 @contextmanager
 def isolated() -> Iterator[Isolation]:
-    """Close the network and foreign code to this thread, and to those that it starts meanwhile; others go on.
+    """Deny network and foreign code to this thread, and to those that it starts inside; others go on.
 
     May be nested. A refusal that a library swallowed is raised after all if the work fails. The audit hook stays for
     the life of the process, as such hooks do; outside an isolation it does nothing.
@@ -134,7 +134,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _start_isolated(thread: threading.Thread) -> None:
-    """``Thread.start``: what an isolated thread starts is isolated with it. Python tells of it from 3.12 on only."""
+    """``Thread.start``: what an isolated thread starts is isolated with it. Python reports it from 3.12 on only."""
     isolation = _isolations.get(threading.current_thread())
     if isolation is not None and isolation.active:
         _isolations[thread] = isolation

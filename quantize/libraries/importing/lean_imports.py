@@ -54,7 +54,7 @@ def keep(packages: Iterable[str]) -> None:
 
 
 def kept() -> frozenset[str]:
-    """What ``keep`` was told."""
+    """What ``keep`` was given."""
     return frozenset(_kept)
 
 

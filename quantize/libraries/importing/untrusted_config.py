@@ -57,7 +57,7 @@ def _is_number(value: object) -> bool:
 
 
 def note_removed(removed: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to tell of keys that were taken out, but for those that the libraries do not save either."""
+    """Notes on keys that were removed, except those that the libraries do not save either."""
     told = [path for path, value in removed.items() if path != "auto_map" and not _is_inert(value)]
     if not told:
         return ()

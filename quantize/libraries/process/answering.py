@@ -49,7 +49,7 @@ def _answered(data: bytes, questions: IO[bytes], answers: IO[bytes]) -> dict[str
 
     try:
         architecture = ask_library(checkpoint, tensors, request, compare if can_compare else None)
-    except Exception as error:  # noqa: BLE001  told as it is, and raised again over there
+    except Exception as error:  # noqa: BLE001  sent as it is, and raised again by the asking process
         told = error if isinstance(error, QzError | MemoryError) else None
         return {
             "error": next(

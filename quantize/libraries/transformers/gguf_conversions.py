@@ -1,4 +1,4 @@
-"""GGUF files of the architectures that transformers reads by conversions of its own kind, such as Qwen3.5 and LFM2.
+"""GGUF files of the architectures that transformers reads by its own conversions, such as Qwen3.5 and LFM2.
 
 Asked of ``transformers.integrations.gguf`` (5.23, not public): config and conversions. Where each row of a weight comes
 from is found as in ``gguf``.

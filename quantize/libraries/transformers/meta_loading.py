@@ -109,7 +109,7 @@ def store(path: Path, data: bytes, size: int | None = None) -> None:
 
 
 def no_room(error: OSError) -> IOFailed:
-    """What to tell of a temporary file that could not be written."""
+    """The error for a temporary file that could not be written."""
     advice = remedy(error, "Free some space there, or name another folder with TMPDIR.")
     return IOFailed(
         f"A small file cannot be kept in the folder for temporary files: {error.strerror or error}. {advice}"
