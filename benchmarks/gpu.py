@@ -258,7 +258,9 @@ from qz.quantize.libraries.importing import lean_imports; lap("import qz's first
 devices.prewarm_cuda("auto")
 import torch; lap("import torch")
 lean_imports.allow()
-from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
+from qz.quantize.convert import carry_out, plan_quantization
+from qz.quantize.settings import Settings
+from qz.quantize.streaming.output_parts import Target
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.reports.summary import Source
 from qz.quantize.streaming.run import Run

@@ -115,7 +115,8 @@ def rule() -> None:
 
 def disagreement(library: str, name: str, model: Any, config: dict[str, Any], state: dict[str, Any]) -> float:
     """The share of the parameters about which the rule and the library disagree."""
-    from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+    from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.decoded import StoredTensor
     from qz.quantize.inspection.estimate import METHODS
     from qz.quantize.inspection.linear_layers import values
     from qz.quantize.inspection.model import plain

@@ -37,12 +37,11 @@ from qz.quantize.planning.sources import Source as TensorSource
 from qz.quantize.planning.unquantized import equal_sources, is_bitsandbytes, refuse_quantized
 from qz.quantize.quantizing_device import arithmetic_for
 from qz.quantize.reports.summary import Source, Summary, summarize
-from qz.quantize.settings import Settings as Settings
+from qz.quantize.settings import Settings
 from qz.quantize.source_identity import identity, recorded_identity
 from qz.quantize.streaming.discard import DiscardOutput
 from qz.quantize.streaming.measuring.measure import Measure
-from qz.quantize.streaming.output_parts import Target as Target
-from qz.quantize.streaming.output_parts import model_part, write_parts
+from qz.quantize.streaming.output_parts import Target, model_part, write_parts
 from qz.quantize.streaming.run import Run
 from qz.quantize.up_to_date import settings_fingerprint
 

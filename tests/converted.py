@@ -10,12 +10,14 @@ from qz import UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.local_folder import LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES, Cpu
-from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
+from qz.quantize.convert import carry_out, plan_quantization
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.planning.plan import Plan
 from qz.quantize.reports.summary import Source, Summary
+from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.measure import Measure
+from qz.quantize.streaming.output_parts import Target
 
 
 def method_of(name: str) -> Method:

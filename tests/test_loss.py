@@ -22,11 +22,13 @@ from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.folder import Folder
 from qz.formats.local_folder import LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES
-from qz.quantize.convert import Settings, Target, carry_out, plan_quantization
+from qz.quantize.convert import carry_out, plan_quantization
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.reports.summary import Source, Summary
+from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss, Tally
 from qz.quantize.streaming.measuring.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
+from qz.quantize.streaming.output_parts import Target
 from reference import METHODS, tensors_of
 from zoo import build
 

@@ -28,7 +28,8 @@ from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, QzError, U
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats.checkpoint.pipeline import Component, Pipeline, open_pipeline
-from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.decoded import StoredTensor
 from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import verify_record
 from qz.quantize.methods import FourBit, Int8

@@ -11,8 +11,9 @@ from typing import Any
 
 from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.problems import require_none
-from qz.formats.checkpoint.survey import StoredTensor, survey_file
+from qz.formats.checkpoint.survey import survey_file
 from qz.formats.checkpoint.weights import PICKLE
+from qz.formats.decoded import StoredTensor
 from qz.formats.file_hash import sha256_in
 from qz.formats.folder import Folder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json

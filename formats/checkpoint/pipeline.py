@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from qz import MissingInput, QzError, Unsupported
 from qz.formats.checkpoint.problems import as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.checkpoint.survey import Checkpoint, read_file, survey
+from qz.formats.checkpoint.survey import Checkpoint, survey
 from qz.formats.checkpoint.weights import PICKLE
-from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline, read_text
+from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file, read_text
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed, quoted
 

@@ -17,7 +17,8 @@ from qz.formats.malformed import Malformed, quoted
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+    from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.decoded import StoredTensor
 
 _FOUR_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATES: dict[str, Kind] = {"bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}

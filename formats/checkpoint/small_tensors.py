@@ -10,7 +10,7 @@ from qz.formats.folder import Folder, Range
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qz.formats.checkpoint.survey import StoredTensor
+    from qz.formats.decoded import StoredTensor
 
 _GAP = 16_384
 _READ = 1 << 20

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from qz.formats.pickles.file import PickledFile
 
-__all__ = ["Checkpoint", "Library", "Problem", "StoredTensor", "open_checkpoint", "read_file", "survey", "survey_file"]
-
 MAX_CONFIG_BYTES = 8_000_000
 """In memory a library needs several times as much for one: 400 MB with the libraries themselves."""
 MAX_INDEX_BYTES = 50_000_000

@@ -18,7 +18,7 @@ from qz.formats.sources.scaled import block_of, stated_block
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from qz.formats.checkpoint.survey import StoredTensor
+    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
 
 _SCALES = ("F32", "BF16", "F16")

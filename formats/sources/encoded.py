@@ -15,7 +15,8 @@ from qz.formats.malformed import quoted
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+    from qz.formats.checkpoint.survey import Checkpoint
+    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
 
 _NOMINAL = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -11,7 +11,7 @@ from qz.formats.malformed import quoted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qz.formats.checkpoint.survey import StoredTensor
+    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
 
 _GPTQ_BITS = (2, 3, 4, 8)

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qz.formats.checkpoint.problems import Problems
-    from qz.formats.checkpoint.survey import StoredTensor
-    from qz.formats.decoded import Decoded
+    from qz.formats.decoded import Decoded, StoredTensor
     from qz.formats.folder import Folder
 
 

@@ -20,7 +20,7 @@ from qz.formats.malformed import quoted
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from qz.formats.checkpoint.survey import StoredTensor
+    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E8M0", "U8")

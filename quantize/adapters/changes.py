@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.formats.checkpoint.adapter_file import AdapterFile
-from qz.formats.checkpoint.survey import StoredTensor
+from qz.formats.decoded import StoredTensor
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.modules import AdapterModule
 from qz.quantize.compute.arrays import NUMPY, Memory

@@ -17,8 +17,7 @@ from qz.quantize.decoding.codes import Floats, look_up, table
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qz.formats.checkpoint.survey import StoredTensor
-    from qz.formats.decoded import Decoded
+    from qz.formats.decoded import Decoded, StoredTensor
     from qz.formats.folder import Folder
 
 _STORED: dict[str, Any] = {

@@ -19,8 +19,7 @@ from qz.formats.checkpoint.pipeline import (
     with_followers,
 )
 from qz.formats.checkpoint.problems import Problem, Problems, as_error, kind_of, worst_first
-from qz.formats.checkpoint.survey import read_file
-from qz.formats.folder import PIPELINE_INDEX, Folder
+from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import read_record

@@ -14,7 +14,8 @@ from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.problems import Problem, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
-from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.decoded import StoredTensor
 from qz.formats.malformed import quoted
 from qz.quantize.libraries.architecture import (
     FLOATS,

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from qz import Unsupported
 from qz.formats.checkpoint.quantized import QuantizedWeight
-from qz.formats.checkpoint.survey import StoredTensor
-from qz.formats.decoded import Decoded
+from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.encodings import TransposedBlocks
 from qz.quantize.adapters.changes import Change
 

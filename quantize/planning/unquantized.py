@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from qz import Unsupported
 from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.checkpoint.survey import Checkpoint, StoredTensor
-from qz.formats.decoded import Decoded
+from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import Malformed
 from qz.quantize.planning.sources import Source, stored_parts
 

@@ -6,9 +6,9 @@ from collections.abc import Container
 
 from qz import QzError, Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline, as_component
-from qz.formats.checkpoint.survey import Checkpoint, read_file
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.checkpoint.weights import PICKLE, architecture_of, library_of
-from qz.formats.folder import Folder
+from qz.formats.folder import Folder, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.recorded.record import read_record
 

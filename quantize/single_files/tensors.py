@@ -11,8 +11,8 @@ from qz import Unsupported
 from qz.counted import counted
 from qz.formats.checkpoint.gguf import survey_gguf
 from qz.formats.checkpoint.problems import require_none
-from qz.formats.checkpoint.survey import Checkpoint, StoredTensor, survey_file
-from qz.formats.decoded import CODES, Decoded
+from qz.formats.checkpoint.survey import Checkpoint, survey_file
+from qz.formats.decoded import CODES, Decoded, StoredTensor
 from qz.formats.encodings import Identity, Joined, Strided, joined_part
 from qz.formats.folder import Folder
 from qz.formats.malformed import Malformed, quoted

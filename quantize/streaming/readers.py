@@ -11,16 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
-from qz.formats.checkpoint.survey import StoredTensor
-from qz.formats.decoded import Decoded
+from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Changes, matrix_shape
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, values
 from qz.quantize.compute.tables import QUANT_MAPS
-from qz.quantize.decoding.open import Reader as Reader
-from qz.quantize.decoding.open import decoding_reader
+from qz.quantize.decoding.open import Reader, decoding_reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TORCH_NAMES, Weight
 from qz.quantize.planning.sources import Composed, Fused, Packed, Source, Stacked
 

@@ -16,7 +16,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from qz.formats.checkpoint.survey import StoredTensor
+from qz.formats.decoded import StoredTensor
 from qz.formats.folder import Folder, Range
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
@@ -24,6 +24,7 @@ from qz.formats.slots import Slots
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.compute.arrays import NUMPY, Buffers, Memory, count_nonfinite, values
+from qz.quantize.decoding.open import Reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.computable import cast_by_torch
@@ -34,7 +35,7 @@ from qz.quantize.streaming.encoder import Encoder
 from qz.quantize.streaming.measuring.not_finite import NotFinite, adapters_of, count_without_adapters
 from qz.quantize.streaming.measuring.observer import Observer, Values
 from qz.quantize.streaming.open_shards import Job, OpenShards
-from qz.quantize.streaming.readers import Reader, assemble, reader
+from qz.quantize.streaming.readers import assemble, reader
 from qz.quantize.streaming.work import Chunk, Work, nonfinite_weight
 from qz.quantize.streaming.workers import Workers
 

@@ -16,8 +16,8 @@ from qz.quantize.streaming.measuring.not_finite import adapters_of, count_withou
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
+    from qz.quantize.decoding.open import Reader
     from qz.quantize.planning.plan import Plan, Step
-    from qz.quantize.streaming.readers import Reader
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from qz.quantize.streaming.discard import DiscardedShard, DiscardOutput
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qz.formats.checkpoint.survey import StoredTensor
+    from qz.formats.decoded import StoredTensor
     from qz.formats.folder import Folder
     from qz.quantize.planning.plan import Plan
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.problems import require_none
-from qz.formats.checkpoint.survey import StoredTensor, open_checkpoint, survey_file
+from qz.formats.checkpoint.survey import open_checkpoint, survey_file
+from qz.formats.decoded import StoredTensor
 from qz.formats.folder import PIECE, Folder, Range, place_of
 from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import Record

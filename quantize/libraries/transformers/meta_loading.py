@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from qz import IOFailed
-from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, read_file
+from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint
+from qz.formats.folder import read_file
 from qz.formats.hub.bars import bars_as_found
 from qz.formats.json_files import read_json
 from qz.open_files import remedy

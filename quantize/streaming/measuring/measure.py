@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput, MissingInput, Unsupported
-from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, open_checkpoint, read_file
-from qz.formats.folder import Folder
+from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
+from qz.formats.folder import Folder, read_file
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory
+from qz.quantize.decoding.open import Reader
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, LoadRequest
 from qz.quantize.libraries.examine import examine
 from qz.quantize.libraries.plain import plain_checkpoint
@@ -24,7 +25,7 @@ from qz.quantize.planning.unquantized import equal_tensors, refuse_quantized
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss, Tally
 from qz.quantize.streaming.measuring.observer import Values
-from qz.quantize.streaming.readers import Reader, assemble, reader
+from qz.quantize.streaming.readers import assemble, reader
 
 if TYPE_CHECKING:
     from qz.quantize.compute.arithmetic import Arithmetic
