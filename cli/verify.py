@@ -12,7 +12,7 @@ from qz.counted import counted
 if TYPE_CHECKING:
     from qz.quantize.verification.report import Verification
 
-MOST = 20
+SHOWN = 20
 """Differences that the table shows; the JSON has all."""
 DIFFERENCES = (Column("where", foldable=True), Column("what", foldable=True), Column("explained by", foldable=True))
 
@@ -115,7 +115,7 @@ def rows(found: Verification) -> list[tuple[str, str, str]]:
         for each in found.recomputed.differences:
             how = each.missing or f"{counted(each.bytes, 'byte')}, first at {each.first:,}"
             listed.append((each.name, how, each.explained or "–"))
-    shown = [(plain(name), how, why) for name, how, why in listed[:MOST]]
-    if len(listed) > MOST:
-        shown.append((f"… and {len(listed) - MOST:,} more, see --json", "", ""))
+    shown = [(plain(name), how, why) for name, how, why in listed[:SHOWN]]
+    if len(listed) > SHOWN:
+        shown.append((f"… and {len(listed) - SHOWN:,} more, see --json", "", ""))
     return shown

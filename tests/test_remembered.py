@@ -229,13 +229,13 @@ def test_where_nothing_can_be_kept_the_library_is_asked(
 
 def test_the_oldest_answers_make_room(source: Path, cache: Path, answered: Answered) -> None:
     cache.mkdir(parents=True)
-    for number in range(answer_cache.MOST):
+    for number in range(answer_cache.MOST_ANSWERS):
         path = cache / f"{number:064x}"
         path.write_bytes(b"old")
         os.utime(path, ns=(number, number))
     assert answered(source) == "asked"
     names = {path.name for path in cache.iterdir()}
-    assert len(names) == answer_cache.MOST
+    assert len(names) == answer_cache.MOST_ANSWERS
     assert f"{0:064x}" not in names
     assert f"{1:064x}" in names
     assert answered(source) == "remembered"

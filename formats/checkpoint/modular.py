@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MODULAR_INDEX = "modular_model_index.json"
 _PLAIN = re.compile(r"[A-Za-z0-9_./@ -]+")
 _NO_MODEL = re.compile(r"Tokenizer|Processor|Scheduler|Extractor|Guidance|Guider")
-MOST = 4
+MOST_NAMED = 4
 """Components that a message names."""
 
 
@@ -38,4 +38,4 @@ def commands_for(index: Mapping[str, Any], location: str, here: Collection[str])
         if not repository or not all(isinstance(text, str) and _PLAIN.fullmatch(text) for text in texts):
             continue
         commands.append(f"`qz quantize '{repository}'" + (f" --subfolder '{folder}'" if folder else "") + f"` ({name})")
-    return shown(commands, MOST) + ("." if commands else "")
+    return shown(commands, MOST_NAMED) + ("." if commands else "")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MOST_LOOKED_INTO = 30
 """Folders of one without a config.json, and the folders in those, together."""
-MOST = 3
+MOST_NAMED = 3
 """Forms that a message names."""
 
 _EXPORTED = "Use the model that this was made from, with its weights in safetensors."
@@ -66,7 +66,7 @@ def other_forms(folder: Folder) -> str | None:
                 there.setdefault(form, path)
     if not there:
         return None
-    told = shown([f"{form.name} ({quoted(path, 60)})" for form, path in there.items()], MOST)
+    told = shown([f"{form.name} ({quoted(path, 60)})" for form, path in there.items()], MOST_NAMED)
     return f"It holds {told}. {next(iter(there)).how}"
 
 

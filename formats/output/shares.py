@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 PARTS = ".parts"
 PART_FILE = "part.json"
-MOST = 10_000
+MOST_PARTS = 10_000
 """Parts of one output."""
 _NAME = re.compile(r"(\d+)-of-(\d+)", re.ASCII)
 
@@ -56,9 +56,9 @@ class Share:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a part that cannot be."""
-        if not 1 <= self.number <= self.count <= MOST:
+        if not 1 <= self.number <= self.count <= MOST_PARTS:
             raise UsageError(
-                f"--part {self.number}/{self.count} is not one of 1/N to N/N, where N is at most {MOST:,}."
+                f"--part {self.number}/{self.count} is not one of 1/N to N/N, where N is at most {MOST_PARTS:,}."
             )
 
     def __str__(self) -> str:
@@ -79,10 +79,10 @@ class Share:
         if match is None:
             return None
         number, count = int(match[1]), int(match[2])
-        if not 1 <= number <= count <= MOST or name != f"{number}-of-{count}":
+        if not 1 <= number <= count <= MOST_PARTS or name != f"{number}-of-{count}":
             raise MalformedInput(
-                f"{place / name} is named like a part, but parts are 1-of-N to N-of-N, where N is at most {MOST:,}. "
-                "Give it its right name, or move it away."
+                f"{place / name} is named like a part, but parts are 1-of-N to N-of-N, where N is at most "
+                f"{MOST_PARTS:,}. Give it its right name, or move it away."
             )
         return cls(number, count)
 

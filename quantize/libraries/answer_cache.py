@@ -29,7 +29,7 @@ from qz.formats.regular_file import read_regular
 from qz.formats.user_cache import user_cache
 from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequest, Saved, TensorSpec, Weight
 
-MOST = 256
+MOST_ANSWERS = 256
 """Answers that are kept, the newest."""
 MOST_BYTES = 256_000_000
 """Of one answer; that for 400,000 tensors takes a hundred."""
@@ -91,7 +91,7 @@ def keep(question: str, told: dict[str, Any]) -> None:
             except BaseException:
                 os.unlink(file.name)
                 raise
-        for old in sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime_ns)[MOST:]:
+        for old in sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime_ns)[MOST_ANSWERS:]:
             old.unlink()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from qz.formats.regular_file import read_regular
 from qz.formats.user_cache import user_cache
 
-MOST = 32
+MOST_KEPT = 32
 """Interrupted comparisons that are kept, the newest."""
 MOST_BYTES = 1 << 28
 PERIOD = 1.0
@@ -66,7 +66,7 @@ class Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not self._path.exists():
                 others = sorted(self._path.parent.iterdir(), key=lambda path: -path.stat().st_mtime_ns)
-                for old in others[MOST - 1 :]:
+                for old in others[MOST_KEPT - 1 :]:
                     old.unlink()
             with self._path.open("a") as file:
                 file.write(text)

@@ -25,7 +25,7 @@ CODE = re.compile(
 INERT = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "grouped_mm", "batched_mm")
 """Implementations that the libraries have themselves: they leave no trace in what is saved."""
 COUNTS = re.compile(r"(?:.*_)?(?:layers?|depths?|blocks?|labels|classes|experts|stages|heads|groups|repeats?|stacks?)")
-MOST = 100_000
+USUAL_COUNT = 100_000
 """What a count may be in any model; beyond it, four times the tensors, or twice their largest extent."""
 PARTS, PARTS_PER_TENSOR = 4_000, 32
 """How many parameters and modules a class may have, and how many more for each stored tensor."""
@@ -87,7 +87,7 @@ def require_plausible(config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
     Lists as long as such a count are made before the library compares anything with the tensors.
     """
     extent = max((length for shape in shapes.values() for length in shape), default=0)
-    most = max(MOST, 4 * len(shapes), 2 * extent)
+    most = max(USUAL_COUNT, 4 * len(shapes), 2 * extent)
 
     def check(value: Any, path: str, counts: bool) -> None:
         if isinstance(value, Mapping):
