@@ -378,6 +378,20 @@ def test_a_config_that_outlived_its_quantization_is_told_as_such(key: str, left:
     quantized(source, tmp_path / "output", "nf4")
 
 
+def test_a_part_of_a_config_that_outlived_its_quantization_is_told_with_its_place(tmp_path: Path) -> None:
+    source = saved(glmga(), tmp_path / "source")
+    config = config_of(source)
+    config["text_config"]["quantization_config"] = config["vision_config"]["quantization_config"] = {"bits": 4}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Unsupported, match=r"but none of its weights is. .* remove `.*`") as refused:
+        quantized(source, tmp_path / "output", "nf4")
+    for keys in re.findall(r"`([\w.]+)`", str(refused.value)):
+        part, _, key = keys.partition(".")
+        del config[part][key]
+    (source / "config.json").write_text(json.dumps(config))
+    quantized(source, tmp_path / "output", "nf4")
+
+
 @pytest.mark.parametrize("left", [[1], "bitsandbytes", 5])
 def test_a_quantization_config_that_is_no_object_is_refused(left: Any, tmp_path: Path) -> None:
     source = saved(llama(), tmp_path / "source")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from qz import Unsupported
 from qz.formats.checkpoint.quantization_config import stated_quantization
@@ -15,6 +16,13 @@ COMPARE_BYTES = 1 << 20
 _KEYS = ("quantization_config", "quantization", "compression_config")
 
 
+def _keys_in(config: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Where config.json speaks of a quantization: the paths of these keys, dotted."""
+    found = [f"{inside}{key}" for key in _KEYS if stated_quantization({key: config.get(key)}) is not None]
+    parts = ((key, value) for key, value in config.items() if isinstance(value, dict) and key not in _KEYS)
+    return found + [each for key, value in parts for each in _keys_in(value, f"{inside}{key}.")]
+
+
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already; Malformed if what it
     says of that cannot be understood."""
@@ -23,8 +31,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     if isinstance(config, dict):
         method = str(config.get("quant_method", "an unknown method"))
         if all(map(_is_plain, checkpoint.tensors.values())):
-            there = [key for key in _KEYS if checkpoint.config.get(key) is not None]
-            keys = " and ".join(f"`{key}`" for key in there or _KEYS[:1])
+            keys = " and ".join(f"`{key}`" for key in _keys_in(checkpoint.config))
             raise Unsupported(
                 f"{where}/config.json says that the model is quantized with {method}, but none of its weights is. If "
                 f"they are the plain weights, remove {keys} from it and run this again."
