@@ -1,6 +1,7 @@
 """Loops over blocks and rows, compiled by numba, that LLVM turns into vector code: ``numba_kernels`` calls them.
 
-Each is for one dtype, releases the GIL and uses the calling thread only.
+Each is for one dtype, releases the GIL and uses the calling thread only. Arguments are those of ``kernels``; with a
+``bf16`` or ``to_bf16``, 16-bit values are of bfloat16 where it is true, and of float16 otherwise.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ def _scale(absmax: Any, steps: Any) -> Any:
 
 
 # In the loops over i, arrays are rows or slices: an index that may be negative would keep LLVM from making vectors.
+#
+# int8: ``steps`` int8[1024] is what reciprocals are off by, see ``_scale``; ``magnitudes`` float32[32768] the values of
+# float16 by their bits. Returned are the count and the first flat index of what is not finite in float16.
 
 
 @compiled(_NON_FINITE(array(types.uint16, 2), _I8, array(types.int8, 2, output=True), _F32_OUT))
