@@ -378,6 +378,21 @@ def test_a_config_that_outlived_its_quantization_is_told_as_such(key: str, left:
     quantized(source, tmp_path / "output", "nf4")
 
 
+def test_what_an_index_does_not_say_of_its_shards_is_taken_from_them_as_the_library_does(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    llama().bfloat16().save_pretrained(source, max_shard_size="60KB")
+    index = source / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    places = told["weight_map"]
+    del places["model.norm.weight"]
+    one, other = "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
+    places[one], places[other] = places[other], places[one]
+    index.write_text(json.dumps(told))
+    same_as_the_library(transformers.LlamaForCausalLM, source, tmp_path / "output", "nf4")
+    notes = quantized(source, tmp_path / "again", "nf4").warnings
+    assert any("does not say that" in text and "(and 2 more such)" in text for text in notes), notes
+
+
 def test_a_part_of_a_config_that_outlived_its_quantization_is_told_with_its_place(tmp_path: Path) -> None:
     source = saved(glmga(), tmp_path / "source")
     config = config_of(source)

@@ -222,6 +222,7 @@ WARNINGS: dict[str, str] = {
     "index-metadata": (
         '{where} has no "metadata", without which diffusers cannot load the shards. Save the checkpoint anew.'
     ),
+    "index-differs": "{where} does not say that {name} is in {held}, which transformers loads, too: it is taken.",
     "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",
     "file-unused": "{where} is not listed by the index, so no loader reads it. Delete it, or download the index again.",
     "pickle-files": "{where} is a pickle file, which can run code. It is not read; delete it if nothing needs it.",
@@ -231,7 +232,7 @@ WARNINGS: dict[str, str] = {
     ),
     "custom-code": ("{location} brings code of its own{named}. qz never runs it: the class must come with {library}."),
 }
-CHOICES = ("variant-only", "two-layouts")
+CHOICES = ("variant-only", "two-layouts", "index-differs")
 """The warnings that say which of several things were taken."""
 _PLACES = {kind: place for place, kind in enumerate((*ERRORS, "", *WARNINGS))}
 
@@ -286,8 +287,13 @@ class Problems:
         self._found.setdefault(kind, []).append(Problem(severity, kind, where, message))
 
     def choices(self) -> tuple[str, ...]:
-        """The messages of those kinds."""
-        return tuple(problem.message.removesuffix(".") for kind in CHOICES for problem in self._found.get(kind, ()))
+        """The messages of those kinds, the first of each."""
+        found = [(self._found[kind], self._more.get(kind, 0)) for kind in CHOICES if kind in self._found]
+        counts = [len(alike) - 1 + more for alike, more in found]
+        return tuple(
+            alike[0].message.removesuffix(".") + (f" (and {more} more such)" if more else "")
+            for (alike, _), more in zip(found, counts, strict=True)
+        )
 
     def worst_first(self) -> tuple[Problem, ...]:
         """All of them, by their kind's place in the tables above."""

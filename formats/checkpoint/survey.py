@@ -173,7 +173,7 @@ class _Survey:
         headers = self.headers(files)
         tensors = self.tensors(files, headers, weight_map)
         if index and weights.index:
-            self.reconcile(weights.index, weight_map, headers, tensors)
+            self.reconcile(weights.index, weight_map, headers, tensors, library)
             if len(headers) == len(files):
                 self.metadata(weights.index, index, library, tensors)
         unused = unused_files(self.folder, library, weights.variant, files, self.problems)
@@ -362,22 +362,26 @@ class _Survey:
         weight_map: Mapping[str, str],
         headers: Mapping[str, Header | PickledFile],
         tensors: Mapping[str, StoredTensor | Decoded],
+        library: Library,
     ) -> None:
-        """The index against the headers. What is in a shard that cannot be read is not counted as absent."""
+        """The index against the headers. What is in a shard that cannot be read is not counted as absent.
+
+        transformers takes all that is in the shards, whichever of them the index names for a tensor.
+        """
         if len(weight_map) == len(tensors) and all(weight_map.get(name) == held.file for name, held in tensors.items()):
             return
-        where = self.path(index)
+        where, taken = self.path(index), library == "transformers"
         for name, file in weight_map.items():
             found = tensors.get(name)
             if found is None and file in headers:
                 self.problems.add("tensor-absent", quoted(name), where=where, name=quoted(name), file=file)
             elif found is not None and found.file != file:
                 facts = {"where": where, "name": quoted(name), "file": file, "held": found.file}
-                self.problems.add("tensor-elsewhere", quoted(name), **facts)
+                self.problems.add("index-differs" if taken else "tensor-elsewhere", quoted(name), **facts)
         for name, held in tensors.items():
             if name not in weight_map:
                 facts = {"where": where, "name": quoted(name), "held": held.file}
-                self.problems.add("tensor-unindexed", quoted(name), **facts)
+                self.problems.add("index-differs" if taken else "tensor-unindexed", quoted(name), **facts)
 
     def metadata(
         self, name: str, index: Mapping[str, Any], library: Library, tensors: Mapping[str, StoredTensor | Decoded]

@@ -290,10 +290,10 @@ CASES: dict[str, Case] = {
     "shard: one pointer, one missing": ("sharded", {ONE: LFS, TWO: None}, ("git-lfs-pointer", "shard-missing")),
     "shard: not in the index": ("sharded", {"model-00003-of-00003.safetensors": {"x": W}}, ("file-unused",)),
     # The index against the shards
-    "tensor: absent": ("sharded", {TWO: {"c.weight": None, "d.weight": W}}, ("tensor-absent", "tensor-unindexed")),
-    "tensor: in another shard": index({"weight_map": MAP | {"b.weight": TWO}}, "tensor-elsewhere"),
+    "tensor: absent": ("sharded", {TWO: {"c.weight": None, "d.weight": W}}, ("tensor-absent", "index-differs")),
+    "tensor: in another shard": index({"weight_map": MAP | {"b.weight": TWO}}, "index-differs"),
     "tensor: in two shards": ("sharded", {TWO: {"a.weight": W}}, ("tensor-twice",)),
-    "tensor: not in the index": ("sharded", {TWO: {"d.weight": W}}, ("tensor-unindexed", "index-total-size")),
+    "tensor: not in the index": ("sharded", {TWO: {"d.weight": W}}, ("index-differs", "index-total-size")),
     "tensor: 1,000 absent": index(
         {"weight_map": MAP | {f"model.layers.{place}.weight": ONE for place in range(1000)}}, "tensor-absent"
     ),
@@ -306,5 +306,25 @@ CASES: dict[str, Case] = {
         "diffusers",
         {FLUX: None, FLUX + ".index.json": {"weight_map": {"x": "s.safetensors"}}, "s.safetensors": {"x": W}},
         ("index-metadata",),
+    ),
+    "tensor: not in the index under diffusers": (
+        "diffusers",
+        {
+            FLUX: None,
+            FLUX + ".index.json": {"metadata": {}, "weight_map": {"x": "s.safetensors", "z": "t.safetensors"}},
+            "s.safetensors": {"x": W, "y": W},
+            "t.safetensors": {"z": W},
+        },
+        ("tensor-unindexed",),
+    ),
+    "tensor: in another shard under diffusers": (
+        "diffusers",
+        {
+            FLUX: None,
+            FLUX + ".index.json": {"metadata": {}, "weight_map": {"x": "t.safetensors", "z": "s.safetensors"}},
+            "s.safetensors": {"x": W},
+            "t.safetensors": {"z": W},
+        },
+        ("tensor-elsewhere",),
     ),
 }
