@@ -27,6 +27,7 @@ from qz.cli.streams import closed_pipe, spell_out
 from qz.formats.output.storage.signals import Arrival
 from qz.open_files import remedy
 from qz.out_of_memory import is_out_of_memory
+from qz.quantize.libraries.importing.boundary import broken_import
 from qz.redaction import redact
 from qz.trace import trace_lines
 
@@ -241,6 +242,8 @@ def explain(error: Exception) -> tuple[int, str]:
         return 74, f"{describe(error)}. {remedy(error, otherwise)}"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in DISTRIBUTIONS:
         return 78, f"{text}. Install qz with its dependencies: pip install qz-cli."
+    if broken := broken_import(error):
+        return 78, broken
     kind = type(error).__name__
     advice = "This is a bug in qz. Run the command again with --debug, and report what it shows."
     return 1, f"Internal error: {kind}: {text}\n{advice}"

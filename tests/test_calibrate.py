@@ -97,6 +97,20 @@ def test_the_report_says_that_qzs_own_text_was_read_too(forked_qz: Qz, tmp_path:
     assert "words.txt and qz's own: 900 tokens" in " ".join(mixed.stdout.split()), mixed.stderr
 
 
+def test_a_package_that_cannot_be_imported_is_named(qz: Qz, tmp_path: Path) -> None:
+    """As a torchvision made for another torch, which transformers imports where it is there."""
+    model_folder("llama-tied", tmp_path / "model")
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "__init__.py").write_text("raise RuntimeError('made for another torch')")
+    for how in (("calibrate", "model", "-o", "sums"), ("quantize", "model", "--nf4", "--dry-run")):
+        done = qz(*how, QZ_LEAN="0", QZ_CACHE="", PYTHONPATH=str(tmp_path))
+        assert done.returncode == 78
+        told = (
+            "Error: accelerate is installed, and cannot be imported: RuntimeError: made for another torch. Install the"
+        )
+        assert " ".join(done.stderr.split()).startswith(told)
+
+
 def test_of_a_very_long_text_only_pieces_are_made_tokens_of() -> None:
     words = "".join(f"{number:06} " for number in range(2_000_000 // 7 * 4))
     pieces = text.excerpts(words, 64_000).split()

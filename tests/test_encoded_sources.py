@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from converted import dequantized, quantized
 from encoded import State, awq, compressed, gptq, linears, rewritten, said_by_compressed_tensors
 from qz import MalformedInput, Unsupported
+from qz.formats.patterns import is_simple
 from qz.quantize.inspection.report import Inspection
 from reference import differing_files, differing_tensors, tensors_of, transformers_model
 
@@ -118,6 +120,19 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
     return folder
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*lm_head", r"model\.layers\.\d+\.mlp.*", r".*(q|k|v)_proj$", r"a*a*b", r"[a-z.]+\d?"]
+)
+def test_patterns_that_are_matched_need_the_square_of_a_name_at_most(pattern: str) -> None:
+    assert is_simple(pattern)
+    assert re.match(pattern, "a" * 2000) is None or pattern.startswith("[")  # within the test's time
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "a*a*a*b", ".*.*.*b.*", "a{0,9}" * 3 + "b", "a" * 501])
+def test_patterns_that_may_take_for_ever_are_not_matched(pattern: str) -> None:
+    assert not is_simple(pattern)
 
 
 def test_the_experts_of_gpt_oss(gpt_oss: Path, tmp_path: Path) -> None:

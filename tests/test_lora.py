@@ -274,6 +274,7 @@ def moved(tensors: dict[str, torch.Tensor]) -> None:
         (lambda t, c: c.update(layer_replication=[[0, 2]]), Unsupported, "repeats layers"),
         (lambda t, c: c.update(alpha_pattern={"(a+)+b": 2}), Unsupported, "too involved"),
         (lambda t, c: c.update(alpha_pattern={"[": 2}), MalformedInput, "no regular expression"),
+        (lambda t, c: c.update(alpha_pattern={"a{99999999999999}": 2}), MalformedInput, "no regular expression"),
         (lambda t, c: c.update(rank_pattern=["q_proj"]), MalformedInput, "rank_pattern, which is not an object"),
     ],
 )  # fmt: skip

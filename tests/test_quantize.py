@@ -124,6 +124,8 @@ REFUSALS: dict[str, tuple[list[str], int, str]] = {
     "an unknown compute dtype": (["source", "--compute-dtype", "int8"], 2, "bfloat16"),
     "double quant of int8": (["source", "--int8", "--double-quant"], 2, "4-bit"),
     "a pattern that is no pattern": (["source", "--skip", "layers.(0"], 2, "regular expression"),
+    "a pattern of many digits": (["source", "--skip", "a{99999999999999}"], 2, "regular expression"),
+    "a pattern of many brackets": (["source", "--skip", "(" * 3000 + ")" * 3000], 2, "regular expression"),
     "an existing output": (["source", "-o", "taken"], 73, "--overwrite"),
     "the output is the input": (["source", "-o", "source", "--overwrite"], 73, "overlap"),
     "the output is inside the input": (["source", "-o", "source/out"], 73, "overlap"),

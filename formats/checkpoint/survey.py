@@ -86,6 +86,8 @@ class Checkpoint:
     choices: tuple[str, ...] = ()
     original: dict[str, StoredTensor | Decoded] | None = None
     """Of a single file in other names than the library's, its tensors by those names."""
+    own_code: bool = False
+    """Whether ``auto_map`` named code with the class, which is never run, and was taken out of ``config``."""
 
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:

@@ -13,6 +13,7 @@ from qz.formats.checkpoint.small_tensors import read_small
 from qz.formats.decoded import CODES, FLOATS_8, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded
 from qz.formats.encodings import Grid
 from qz.formats.malformed import quoted
+from qz.formats.patterns import INVALID, is_simple
 from qz.formats.sources.scaled import block_of, stated_block
 
 if TYPE_CHECKING:
@@ -151,11 +152,11 @@ def _is_target(name: str, targets: Any) -> bool:
             continue
         if target == module:
             return True
-        if target.startswith("re:"):
+        if target.startswith("re:") and is_simple(target[3:]):
             try:
                 if re.match(target[3:], module):
                     return True
-            except re.error:
+            except INVALID:
                 continue
     return False
 

@@ -13,6 +13,7 @@ from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
 from qz.formats.checkpoint.adapters import FUSED, LOAD_BESIDE, MERGE, how_to_use
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
+from qz.formats.patterns import INVALID, is_simple
 
 IN_HEAD = "lora_adapter_metadata"
 _ELSEWHERE = "Merge it with the program that trained it, then quantize that."
@@ -38,7 +39,6 @@ _CONVERT = (
     "PEFT converts it if the adapter was saved before training, too: "
     "`model.save_pretrained('LORA', path_initial_model_for_weight_conversion='INITIAL')`. Then name that with --lora."
 )
-_LONGEST_PATTERN, _MOST_REPEATS = 500, 2
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,11 @@ def _pattern_value(patterns: Mapping[str, float], path: str, otherwise: float, w
     for pattern, value in patterns.items():
         if pattern == path or path.endswith(f".{pattern}"):
             return value
-        repeats = sum(pattern.count(sign) for sign in "*+{?")
-        if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+        if not is_simple(pattern):
             raise Unsupported(f"{where}: the pattern {quoted(pattern)} is too involved to be matched safely.")
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
-        except re.error:
+        except INVALID:
             raise _wrong(where, f"the pattern {quoted(pattern)}, which is no regular expression,") from None
     return otherwise

@@ -106,7 +106,7 @@ def ask_library(
     shapes = {name: given.shape for name, given in tensors.items()}
     require_plausible(config, shapes, where)
     harmless, removed = without_code(config)
-    asked = replace(checkpoint, config=harmless)
+    asked = replace(checkpoint, config=harmless, own_code="auto_map" in removed)
     with (
         lean_imports.lean_imports(),
         library_errors(checkpoint.library, str(checkpoint.architecture or "the model"), where),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qz import UsageError
 from qz.formats.malformed import quoted
+from qz.formats.patterns import INVALID
 
 if TYPE_CHECKING:
     from qz.quantize.planning.plan import Plan
@@ -36,7 +37,7 @@ def linears(plan: Plan) -> list[str]:
 def _is_pattern(skip: str) -> bool:
     try:
         re.compile(skip)
-    except re.error:
+    except INVALID:
         return False
     return True
 

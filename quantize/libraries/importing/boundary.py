@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from types import TracebackType
 
 from qz import QzError, Unsupported
@@ -33,11 +34,32 @@ def library_errors(library: str, built: str, where: str) -> Iterator[None]:
             raise
         lean = "set QZ_LEAN=0, which imports the libraries whole" if lean_imports.is_allowed() else ""
         advice = f"Check config.json, try another version of {library}{lean and f', or {lean}'}."
+        if broken := broken_import(error):
+            raise Unsupported(broken) from error
         if isinstance(error, ImportError):
             advice = f"Install that too{lean and f'; if it is there, {lean}'}."
         raise Unsupported(
             f"{library} cannot build {built} from {where}/config.json: {describe(error)}. {advice}"
         ) from error
+
+
+def broken_import(error: BaseException) -> str | None:
+    """What to do about a package that is there and cannot be imported, such as a torchvision made for another torch.
+
+    None where ``error`` was not raised by a package while it was imported, or says that a package is not there.
+    """
+    while isinstance(error, ImportError) and error.__cause__ is not None:  # transformers' own, for what it imports late
+        error = error.__cause__
+    importing = ""
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "<module>":
+            importing = frame.f_globals.get("__name__", "").partition(".")[0]
+    if importing in ("", "__main__", "qz") or isinstance(error, QzError | ModuleNotFoundError | MemoryError):
+        return None
+    return (
+        f"{importing} is installed, and cannot be imported: {describe(error)}. Install the version of it that fits the "
+        f"others, or remove it if you do not need it: pip uninstall {importing}."
+    )
 
 
 def describe(error: BaseException) -> str:

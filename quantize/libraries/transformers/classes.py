@@ -69,8 +69,8 @@ def names_listed(checkpoint: Checkpoint) -> list[str]:
 
 def classes_to_choose_from(checkpoint: Checkpoint, wrong: ModelClass | None = None) -> list[ModelClass]:
     """The classes to choose from where config.json does not say which one: several that it names; one of another family
-    than its model type, after the class of the type with the same head; or, where it names none that there is, all of
-    the model type.
+    than its model type, after the class of the type with the same head; or, where it names none that there is, nor code
+    beside it that has one, all of the model type.
 
     Empty where it says which one, and for a component, whose class the pipeline names. If the one that it names is
     ``wrong``, those of the model type that have a head.
@@ -86,7 +86,7 @@ def classes_to_choose_from(checkpoint: Checkpoint, wrong: ModelClass | None = No
     likes = [like for name in listed if (like := _like(name, known))]
     if named:
         return _classes(checkpoint, [*likes, *listed]) if _is_of_another_family(checkpoint, named[0].model) else []
-    elsewhere = any(_class_of_a_pipeline(name, None) for name in listed)
+    elsewhere = checkpoint.own_code or any(_class_of_a_pipeline(name, None) for name in listed)
     return [] if likes or elsewhere else _classes(checkpoint, known)
 
 

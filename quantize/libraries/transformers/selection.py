@@ -10,6 +10,7 @@ import torch
 
 from qz import Unsupported, UsageError
 from qz.formats.malformed import quoted
+from qz.formats.patterns import INVALID
 from qz.quantize.libraries.architecture import LoadRequest, Skips, skip_list
 from qz.quantize.libraries.exemptions import exempt
 from qz.quantize.libraries.skip_names import spelled_out
@@ -102,5 +103,5 @@ def _require_patterns(skips: Iterable[str]) -> None:
     for pattern in skips:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except INVALID as error:
             raise UsageError(f"--skip {quoted(pattern)} is not a regular expression: {error}.") from error
