@@ -65,7 +65,7 @@ def change(folder: Path, tensor: str, offset: int) -> None:
     ("method", "more"),
     [
         (FourBit("nf4"), {}),
-        (FourBit("fp4", double_quant=True), {"dtype": "float16", "skip": ("layers.0.self_attn",)}),
+        (FourBit("fp4", double_quant=True), {"dtype": "float16", "skip": ("model.layers.0.self_attn",)}),
         (FourBit("nf4", double_quant=True), {"scales": "search"}),
         (Int8(threshold=5.0), {"weights_only": True}),
     ],
