@@ -56,7 +56,7 @@ class LocalFolder:
         weakref.finalize(self, _close_all, self._open)  # descriptors are plain numbers, which nothing else closes
         self._marks: dict[str, _Mark] = {}
         self._read: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an interrupted thread that has it must still be able to close the folder
         try:
             mode = os.stat(self._real).st_mode
         except OSError as error:
