@@ -30,7 +30,7 @@ from qz.quantize.planning.budget.kept_layers import with_kept_layers
 from qz.quantize.planning.dequantization import dequantized_checkpoint
 from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.membership import ALONE, Membership
-from qz.quantize.planning.nearest import linears, refuse_unmatched
+from qz.quantize.planning.nearest import refuse_unmatched
 from qz.quantize.planning.original_layout import in_original_names
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.sources import Source as TensorSource
@@ -86,7 +86,7 @@ def plan_conversion(checkpoint: Checkpoint, settings: Settings, member: Membersh
 
     plan = planned(request)
     if not member.whole_pipeline:
-        refuse_unmatched(plan.architecture.unmatched_skips, checkpoint.folder.location, linears(plan))
+        refuse_unmatched(plan.architecture.unmatched_skips, checkpoint.folder.location, [plan])
     if settings.keep_nonfinite and (modules := nonfinite_modules(plan, settings)):
         request = replace(request, skips=(*request.skips, *modules))
         plan = planned(request)

@@ -25,7 +25,7 @@ from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.components import Choice, choose, plan_each, without_weights
 from qz.quantize.planning.fusing import fused
 from qz.quantize.planning.membership import Membership
-from qz.quantize.planning.nearest import linears, nearest, refuse_unmatched
+from qz.quantize.planning.nearest import nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
 from qz.quantize.planning.unquantized import equal_tensors
 from qz.quantize.planning.unreadable import KEPT, kept_unread
@@ -319,8 +319,7 @@ def _require_matches(plans: Mapping[str, Plan], skips: tuple[str, ...]) -> None:
         else:
             raise UsageError(f"--skip {skip}: {component} is not quantized anyway. Leave this --skip out.")
         if asked and all(pattern in plan.architecture.unmatched_skips for plan in asked.values()):
-            names = [name for plan in asked.values() for name in linears(plan)]
-            refuse_unmatched([pattern], " or ".join(asked), names)
+            refuse_unmatched([pattern], " or ".join(asked), asked.values())
 
 
 def _plan(choice: Choice, settings: Settings) -> Plan:

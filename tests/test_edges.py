@@ -235,6 +235,16 @@ def test_a_skip_of_modules_whose_linear_layers_it_does_not_match_is_told_with_wh
         assert all(f".{skip}." in path for path in skipped)
 
 
+@pytest.mark.parametrize("skip", ["self_atn", "mpl", "q_porj"])
+def test_the_nearest_name_of_a_misspelt_skip_can_be_skipped(server: Runner, place: Path, skip: str) -> None:
+    ended = server.run("quantize", "m", "--skip", skip, "--dry-run", cwd=place)
+    assert ended.code == 2
+    advice = re.search(r"(?:Did you mean|Names there:) '?([^ ,?']+)", told(ended))
+    assert advice is not None, told(ended)
+    again = server.run("quantize", "m", "--skip", advice[1], "--dry-run", cwd=place)
+    assert again.code == 0, (advice[1], again.stderr)
+
+
 def test_a_filter_that_matches_nothing_is_an_error(server: Runner, place: Path) -> None:
     ended = server.run("inspect", "m", "--filter", "*q_porj*", cwd=place)
     assert (ended.code, ended.stdout) == (2, "")
