@@ -126,6 +126,7 @@ def summarize_pipeline(
         seconds=seconds,
         resumed=resumed,
         notes=_notes(plan, of_root),
+        lacking=plan.pipeline.lacking,
         left_out_of_root=of_root,
         loras=_fused_loras(plan),
         combinations=plan.combinations,

@@ -13,11 +13,16 @@ __version__ = "0.1.0"
 
 
 def load(
-    source: str | PathLike[str], *, subfolder: str | None = None, variant: str | None = None, device: str = "auto"
+    source: str | PathLike[str],
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    device: str = "auto",
+    **components: Any,
 ) -> Any:
     """A model or a pipeline from a folder that qz wrote: see ``qz.api.load``."""
     # By name, as the rooms import this module, and it imports none of them.
-    return import_module("qz.api").load(source, subfolder=subfolder, variant=variant, device=device)
+    return import_module("qz.api").load(source, subfolder=subfolder, variant=variant, device=device, **components)
 
 
 LINE_BREAKS = "[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"

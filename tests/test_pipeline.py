@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from transformers import T5EncoderModel
+from transformers import CLIPTextModel, T5EncoderModel
 
 import pipelines
 import qz.api
@@ -28,10 +28,13 @@ from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, QzError, U
 from qz.cli.dequantize import dequantize
 from qz.cli.quantize import quantize
 from qz.formats.checkpoint.pipeline import Component, Pipeline, open_pipeline
+from qz.formats.checkpoint.pipeline_class import arguments_of
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.decoded import StoredTensor
 from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import verify_record
+from qz.formats.publish.model_card.card_facts import facts_here
+from qz.formats.publish.model_card.snippet import Here, loading
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.planning.components import choose
 
@@ -319,6 +322,48 @@ def test_a_component_that_its_class_makes_itself_needs_no_folder(
     assert made in index
     assert not (tmp_path / "out" / made).exists()
     assert qz.api.inspect(str(tmp_path / "out")).errors == ()
+
+
+@pytest.mark.parametrize("entry", [{"text_encoder": [None, None]}, {}])
+def test_a_component_that_its_class_requires_and_the_index_does_not_give_is_told_and_passed(
+    entry: dict[str, Any], changed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = CLIPTextModel.from_pretrained(changed / "text_encoder")
+    shutil.rmtree(changed / "text_encoder")
+    index = json.loads((changed / "model_index.json").read_text())
+    del index["text_encoder"]
+    (changed / "model_index.json").write_text(json.dumps(index | entry))
+    report = run(quantize, changed, output=tmp_path / "out")
+    (told,) = (warning for warning in report["warnings"] if "gives no text_encoder, which FluxPipeline req" in warning)
+    assert told in {problem.message for problem in qz.api.inspect(changed).problems}
+    with pytest.raises(MissingInput, match="text_encoder=text_encoder"):
+        qz.load(tmp_path / "out", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    made = {"text_encoder": encoder}
+    exec("\n".join(loading(facts_here(tmp_path / "out"), Here("./out", gpu=False))), made)
+    assert made["pipeline"].text_encoder is encoder
+
+
+def test_settings_that_look_like_components_are_none(changed: Path, tmp_path: Path) -> None:
+    """As from_pretrained: what the class of the pipeline does not take as a component is a setting, or is ignored."""
+    rewrite(changed / "model_index.json", sizes=["small", "large"])
+    run(quantize, changed, output=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["sizes"] == ["small", "large"]
+    assert qz.api.inspect(tmp_path / "out").problems == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["FluxPipeline", "StableDiffusionPipeline", "WanPipeline", "LLaDA2Pipeline", "KandinskyCombinedPipeline"]
+)
+def test_what_a_pipeline_takes_is_read_as_the_library_has_it(name: str) -> None:
+    found, known = arguments_of(name), getattr(diffusers, name)
+    assert found is not None
+    parameters = inspect.signature(known.__init__).parameters.values()
+    required = {each.name for each in parameters if each.default is each.empty} - {"self"}
+    optional = set(known._optional_components)
+    assert found.components == required | optional
+    connected = {each for each in required if known._load_connected_pipes and each.startswith("prior_")}
+    assert set(found.needed) == required - optional - connected
 
 
 def test_all_damaged_components_are_named_at_once(changed: Path, tmp_path: Path) -> None:

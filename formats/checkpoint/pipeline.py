@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, QzError, Unsupported
-from qz.formats.checkpoint.problems import as_error
+from qz.formats.checkpoint.pipeline_class import arguments_of
+from qz.formats.checkpoint.problems import WARNINGS, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, survey
 from qz.formats.checkpoint.weights import PICKLE
@@ -25,10 +26,6 @@ _SEVERAL = re.compile(r"Multi[A-Z]")
 _OF_TWO_REPOSITORIES = re.compile(r"Kandinsky(?:V22)?(?:Img2Img|Inpaint|Controlnet|Pipeline)|StableCascade|Wuerstchen")
 """Pipelines whose combined class loads the other half from the repository that the card's head names (``prior``)."""
 _PRIOR = re.compile(r"\A---\n(?:(?!---).*\n)*?prior:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)")
-
-
-_MADE_BY_ITS_CLASS = {"LLaDA2Pipeline": {"tokenizer"}, "LongCatAudioDiTPipeline": {"scheduler"}}
-"""By pipeline, what its class makes by itself: optional arguments, which it names in the index, but does not save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +106,8 @@ class Pipeline:
     """Where the one file of weights lies that its components were found in."""
     notes: tuple[str, ...] = ()
     """What the user should know of where its parts come from."""
+    lacking: tuple[str, ...] = ()
+    """Components that its class requires, and that the index does not give: who loads it passes them."""
 
     def require_read(self, spared: Container[str] = ()) -> None:
         """Raise one error for all components whose weights could not be read, but for those in ``spared``."""
@@ -179,7 +178,22 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
         for component in components:
             component.folder.close()
         raise
-    return Pipeline(folder, class_name, tuple(components), notes=_prior_of(folder, class_name))
+    notes, lacking = _prior_of(folder, class_name), lacking_components(index)
+    if lacking:
+        notes += (WARNINGS["component-null"].format(where=where, **facts_of_lacking(class_name, lacking)),)
+    return Pipeline(folder, class_name, tuple(components), notes=notes, lacking=lacking)
+
+
+def lacking_components(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that the class of a pipeline requires, and that its index does not give."""
+    arguments = arguments_of(str(index.get("_class_name")))
+    return arguments.lacking(index) if arguments is not None else ()
+
+
+def facts_of_lacking(class_name: str, names: Iterable[str]) -> dict[str, str]:
+    """What the text of the problem ``component-null`` names."""
+    passed = ", ".join(f"{name}=…" for name in names)
+    return {"class_name": class_name, "names": " and no ".join(names), "arguments": passed}
 
 
 def _prior_of(folder: Folder, class_name: str) -> tuple[str, ...]:
@@ -216,14 +230,21 @@ def with_followers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> di
 
 
 def named_components(index: Mapping[str, Any], folder: Folder) -> dict[str, tuple[str, str]]:
-    """Name → library and class of what the index names, without what has no folder as the pipeline's class makes it."""
-    spared = _MADE_BY_ITS_CLASS.get(str(index.get("_class_name")), set()) - set(folder.subfolders())
+    """Name → library and class of what the index names, without settings that look like it: what has no folder, and
+    is no component for the pipeline's class."""
+    arguments = arguments_of(str(index.get("_class_name")))
+    there = folder.subfolders()
+
+    def is_setting(name: str) -> bool:
+        known = arguments is None or name in arguments.components or name in there
+        return not known and _NAME.fullmatch(name) is not None
+
     components = {name: value for name, value in index.items() if is_component(name, value)}
-    return {name: (value[0], value[1]) for name, value in components.items() if name not in spared}
+    return {name: (value[0], value[1]) for name, value in components.items() if not is_setting(name)}
 
 
 def is_component(name: str, value: Any) -> bool:
-    """Whether an entry of the index is a component: its library and class, which are null for one that is left out."""
+    """Whether an entry of the index looks like a component: library and class, which are null for one left out."""
     pair = isinstance(value, list) and len(value) == 2
     return pair and not name.startswith("_") and all(isinstance(part, str) for part in value)
 

@@ -225,6 +225,10 @@ WARNINGS: dict[str, str] = {
     "index-differs": "{where} does not say that {name} is in {held}, which transformers loads, too: it is taken.",
     "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",
     "file-unused": "{where} is not listed by the index, so no loader reads it. Delete it, or download the index again.",
+    "component-null": (
+        "{where} gives no {names}, which {class_name} requires: from_pretrained loads the pipeline only if you pass "
+        "{arguments}."
+    ),
     "pickle-files": "{where} is a pickle file, which can run code. It is not read; delete it if nothing needs it.",
     "experts-quantized": (
         "{location} has quantized experts ({name} …), which transformers 5 cannot load: it would merge their codes. "

@@ -14,7 +14,9 @@ from qz.formats.checkpoint.pipeline import (
     Unread,
     as_component,
     class_in_config,
+    facts_of_lacking,
     has_weights,
+    lacking_components,
     named_components,
     with_followers,
 )
@@ -281,6 +283,8 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
             unsafe.append(name)
     for name in unsafe:
         problems.add("unsafe-name", PIPELINE_INDEX, name=quoted(name))
+    if class_name is not None and entries and (lacking := lacking_components(index)):
+        problems.add("component-null", PIPELINE_INDEX, **facts_of_lacking(class_name, lacking))
     if class_name is not None and not entries and not unsafe:
         problems.add("index-malformed", PIPELINE_INDEX, why="it names no component")
     return class_name, entries

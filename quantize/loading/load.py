@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def load(source: str, subfolder: str | None, variant: str | None, device: str) -> Any:
-    """A model or pipeline of transformers or diffusers, in evaluation mode."""
+def load(
+    source: str, subfolder: str | None, variant: str | None, device: str, components: Mapping[str, Any] | None = None
+) -> Any:
+    """A model or pipeline of transformers or diffusers, in evaluation mode. ``components``: see ``qz.api.load``."""
     path = local_path(source)
     if path is None or not path.is_dir():
         raise MissingInput(
@@ -32,7 +34,9 @@ def load(source: str, subfolder: str | None, variant: str | None, device: str) -
         if is_pipeline(folder):
             from qz.quantize.loading.pipelines import load_pipeline
 
-            return load_pipeline(open_pipeline(folder, variant), root, place)
+            return load_pipeline(open_pipeline(folder, variant), root, place, components or {})
+        if components:
+            raise UsageError(f"{source} is one model, not a pipeline: it takes no {', '.join(components)}.")
         return load_model(open_checkpoint(folder, variant), root, place)
 
 

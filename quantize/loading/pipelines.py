@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qz import Unsupported
+from qz import MissingInput, Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline
+from qz.formats.folder import PIPELINE_INDEX
 from qz.quantize.libraries.class_search import classes_in_diffusers
 from qz.quantize.loading.load import load_model
 
 
-def load_pipeline(pipeline: Pipeline, root: Path, device: str) -> Any:
-    """The pipeline, its models on ``device`` in the dtypes they are stored in."""
+def load_pipeline(pipeline: Pipeline, root: Path, device: str, given: Mapping[str, Any]) -> Any:
+    """The pipeline, its models on ``device`` in the dtypes they are stored in. ``given``: components as they are."""
     import diffusers
 
     pipeline_class: Any = getattr(diffusers, pipeline.class_name, None)
@@ -20,14 +22,20 @@ def load_pipeline(pipeline: Pipeline, root: Path, device: str) -> Any:
         raise Unsupported(
             f"diffusers {diffusers.__version__} has no class {pipeline.class_name}, which {root} asks for."
         )
-    pipeline.require_read()
+    pipeline.require_read(given)
+    if lacking := [name for name in pipeline.lacking if name not in given]:
+        passed = ", ".join(f"{name}={name}" for name in lacking)
+        raise MissingInput(
+            f"{root}/{PIPELINE_INDEX} gives no {' and no '.join(lacking)}, which {pipeline.class_name} requires. Pass "
+            f"what the pipeline is to use: qz.load(…, {passed})."
+        )
     models: dict[str, list[Any]] = {}
     for component in pipeline.components:
-        if component.checkpoint is not None:
+        if component.checkpoint is not None and (component.first or component.name) not in given:
             model = load_model(component.checkpoint, root / component.name, device)
             models.setdefault(component.first or component.name, []).append(model)
     whole = {each.name: _whole(each, models[each.name]) for each in pipeline.components if each.name in models}
-    return pipeline_class.from_pretrained(root, **whole)
+    return pipeline_class.from_pretrained(root, **whole, **given)
 
 
 def _whole(component: Component, models: list[Any]) -> Any:

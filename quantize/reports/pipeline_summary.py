@@ -118,6 +118,8 @@ class PipelineSummary:
     """Which part of the output was made, if not all of it."""
     bytes_of: str = ""
     """The kind of device that writes the same bytes."""
+    lacking: tuple[str, ...] = ()
+    """Components that who loads the output passes: its class requires them, and model_index.json does not give them."""
     left_out_of_root: tuple[str, ...] = ()
     loras: tuple[Mapping[str, Any], ...] = ()
     """Those that were fused, as the record lists them; ``weights`` counts those of all components."""
@@ -225,5 +227,6 @@ class PipelineSummary:
             "components": [component.as_json() for component in self.components],
             "bytes": {**report["bytes"], "all_files": self.bytes_all},
             **kept_layers_json(self),
+            **({"lacking": list(self.lacking)} if self.lacking else {}),
             **({"combinations": [each.as_json() for each in self.combinations]} if self.combinations else {}),
         }

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, MissingInput, QzError, Unsupported
 from qz.counted import counted, shown
 from qz.formats.checkpoint.layouts import OF_PIPELINES
-from qz.formats.checkpoint.pipeline import Component, Pipeline, component_in, has_weights, is_component
+from qz.formats.checkpoint.pipeline import (
+    Component,
+    Pipeline,
+    component_in,
+    facts_of_lacking,
+    has_weights,
+    is_component,
+    lacking_components,
+)
+from qz.formats.checkpoint.problems import WARNINGS
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.checkpoint.weights import library_of
 from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
@@ -160,13 +169,18 @@ class _Found:
         notes.append(f"settings, tokenizers and configs come from {place}")
         if unused := [*left, *self.file.left_out]:
             notes.append(f"{counted(len(unused), 'tensor')} of the file not used: {shown(map(quoted, unused))}")
+        made = {**index, **{name: [None, None] for name in dropped}}
+        if null := lacking_components(made):
+            where = f"{configs.location}/{PIPELINE_INDEX}"
+            notes.append(WARNINGS["component-null"].format(where=where, **facts_of_lacking(class_name, null)))
         return Pipeline(
             self.configs,
             class_name,
             tuple(every[name] for name in index if name in every),
-            index=dump_json({**index, **{name: [None, None] for name in dropped}}),
+            index=dump_json(made),
             file_folder=self.file.folder,
             notes=tuple(notes),
+            lacking=null,
         )
 
     def _require_all(self, lacking: list[str]) -> None:

@@ -165,6 +165,7 @@ class PipelineReport(Report):
     loss: Loss | None
     components: list[Component]
     combinations: NotRequired[list[Combination]]
+    lacking: NotRequired[list[str]]
     kept_layers: NotRequired[KeptLayers]
 
 
@@ -197,6 +198,7 @@ class Recorded(TypedDict):
     kept_layers: NotRequired[KeptLayers]
     components: NotRequired[list[Component]]
     combinations: NotRequired[list[Combination]]
+    lacking: NotRequired[list[str]]
     origin: NotRequired[dict[str, Any]]
     nonfinite: list[NonFinite] | None
     warnings: list[str]

@@ -77,6 +77,8 @@ class CardFacts:
     pipeline: bool = False
     """Whether it is a whole pipeline; ``components`` are its models."""
     components: tuple[Component, ...] = ()
+    lacking: tuple[str, ...] = ()
+    """Components that its class requires, and that who loads it passes."""
     loads_in: tuple[tuple[str, bool, str], ...] = ()
     """Programs with their versions, whether they load it by the rules from their code, and what is to know."""
     experts: bool = False
@@ -145,6 +147,7 @@ def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], files: Collect
         tokenizer=not {"tokenizer.json", "tokenizer_config.json"}.isdisjoint(files),
         pipeline="model_index.json" in files or "components" in about,
         components=_components(about.get("components")),
+        lacking=tuple(name for name in about.get("lacking") or () if isinstance(name, str) and name.isidentifier()),
         loads_in=tuple(
             (f"{each.get('name')} ({each.get('package')})", bool(each.get("loads")), str(each.get("why") or ""))
             for each in about.get("loads_in") or ()

@@ -111,12 +111,17 @@ def snippet(facts: CardFacts, place: OnHub) -> str:
     )
 
 
+def _passed(facts: CardFacts) -> str:
+    """Arguments for the components of a pipeline that the user has to bring."""
+    return "".join(f", {name}={name}" for name in facts.lacking)
+
+
 def _by_qz(facts: CardFacts, place: Place, why: str) -> list[str]:
     variable = "pipeline" if facts.pipeline else _component_of(facts, place) or "model"
     if isinstance(place, Here):
-        return [f"import qz  # {why}", "", f"{variable} = qz.load({place.arguments()})"]
+        return [f"import qz  # {why}", "", f"{variable} = qz.load({place.arguments()}{_passed(facts)})"]
     imports = [f"import qz  # {why}", "from huggingface_hub import snapshot_download"]
-    return [*imports, "", f"{variable} = qz.load({place.downloaded()})"]
+    return [*imports, "", f"{variable} = qz.load({place.downloaded()}{_passed(facts)})"]
 
 
 def _pipeline(facts: CardFacts, place: Place) -> list[str]:
@@ -126,7 +131,8 @@ def _pipeline(facts: CardFacts, place: Place) -> list[str]:
     if isinstance(place, OnHub) and place.folder:
         imports.append("from huggingface_hub import snapshot_download")
         where = place.downloaded()
-    return [*imports, "", f"pipeline = DiffusionPipeline.from_pretrained({where}, {_dtype_argument(facts, place)})"]
+    arguments = f"{where}{_passed(facts)}, {_dtype_argument(facts, place)}"
+    return [*imports, "", f"pipeline = DiffusionPipeline.from_pretrained({arguments})"]
 
 
 def _class_of(facts: CardFacts) -> str:
