@@ -8,7 +8,7 @@ from qz import MissingInput
 from qz.formats.malformed import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from qz.formats.promised import Promised
 
@@ -26,7 +26,7 @@ class Range(NamedTuple):
 
 
 class Folder(Protocol):
-    """Files to read by offset. Thread-safe. Names are plain file names inside this folder."""
+    """Files to read by offset. Thread-safe. Names are plain file names inside this folder, and those ``include``d."""
 
     location: str
     """How to show it to the user: a path, or ``repo_id@commit``."""
@@ -41,6 +41,13 @@ class Folder(Protocol):
 
     def sizes(self) -> Mapping[str, int]:
         """Every regular file's name and size in bytes."""
+        ...
+
+    def include(self, name: str, files: Iterable[str]) -> None:
+        """Count files of the folder ``name`` inside among this one's, as ``NAME/FILE``: those of them that are there.
+
+        Raises what ``subfolder`` raises.
+        """
         ...
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> None:

@@ -20,7 +20,7 @@ from qz.formats.malformed import Malformed, quoted
 from qz.open_files import remedy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from qz.formats.folder import Range
     from qz.formats.promised import Promised
@@ -71,6 +71,14 @@ class LocalFolder:
             self._list()
         sizes = self._sizes or {}
         return MappingProxyType(sizes if self.only is None else {k: sizes[k] for k in (self.only,) if k in sizes})
+
+    def include(self, name: str, files: Iterable[str]) -> None:
+        inner = self.subfolder(name)
+        sizes, _ = inner.sizes(), self.sizes()
+        assert self._sizes is not None
+        for file in files:
+            if file in sizes:
+                self._sizes[f"{name}/{file}"], self._marks[f"{name}/{file}"] = sizes[file], inner._marks[file]
 
     def subfolders(self) -> Sequence[str]:
         if self._sizes is None:
@@ -168,7 +176,7 @@ class LocalFolder:
                 opened.users -= 1
 
     def _opened(self, file: str, where: str) -> int:
-        if file in ("", ".", "..") or "/" in file or "\0" in file:
+        if file in ("", ".", "..") or ("/" in file and file not in self.sizes()) or "\0" in file:
             raise Malformed("unsafe-name", f"{quoted(file)} is not a plain file name inside {self.location}.")
         path = os.path.join(self._real, file)
         try:

@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -633,6 +633,8 @@ class Remote:
 
     def identity(self) -> dict[str, Any]:
         return {}
+
+    def include(self, name: str, files: Iterable[str]) -> None: ...
 
     def subfolder(self, name: str) -> Remote:
         return self

@@ -20,9 +20,10 @@ from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, Multilingual
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
-import qz
+import qz.api
 import zoo
 from converted import dequantized, plan_of, quantized
+from hub_server import connected
 from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.local_folder import LocalFolder
@@ -391,6 +392,35 @@ def test_what_an_index_does_not_say_of_its_shards_is_taken_from_them_as_the_libr
     same_as_the_library(transformers.LlamaForCausalLM, source, tmp_path / "output", "nf4")
     notes = quantized(source, tmp_path / "again", "nf4").warnings
     assert any("does not say that" in text and "(and 2 more such)" in text for text in notes), notes
+
+
+def test_shards_in_folders_that_an_index_names_are_read_where_the_library_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By transformers; diffusers refuses such names, and so does qz for its models."""
+    source = tmp_path / "source"
+    llama().bfloat16().save_pretrained(source, max_shard_size="60KB")
+    told = json.loads((source / "model.safetensors.index.json").read_text())
+    (source / "a" / "b").mkdir(parents=True)
+    for number, file in enumerate(sorted(set(told["weight_map"].values()))):
+        place = ("{}", "a/{}", "a/b/{}")[number % 3].format(file)
+        (source / file).rename(source / place)
+        told["weight_map"] |= dict.fromkeys((key for key, value in told["weight_map"].items() if value == file), place)
+    (source / "model.safetensors.index.json").write_text(json.dumps(told))
+    same_as_the_library(transformers.LlamaForCausalLM, source, tmp_path / "output", "nf4")
+    assert qz.api.inspect(source).problems == ()
+    assert quantized(source, tmp_path / "report", "nf4").left_out == ()
+    assert qz.api.verify(tmp_path / "report", against=source).intact
+    with connected(monkeypatch, tmp_path / "hub") as hub:
+        hub.add("org/it", {str(path.relative_to(source)): path for path in source.rglob("*.*")})
+        for download in (False, True):
+            qz.api.quantize("org/it", output=tmp_path / "far", if_exists="overwrite", download=download)
+            assert differing_files(tmp_path / "output-reference", tmp_path / "far") == []
+    outside = tmp_path / "outside"
+    (source / "a").rename(outside)
+    (source / "a").symlink_to(outside)
+    with pytest.raises(MalformedInput, match="is not a folder inside"):
+        qz.api.quantize(source, output=tmp_path / "none")
 
 
 def test_a_part_of_a_config_that_outlived_its_quantization_is_told_with_its_place(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     "unsafe-name": (
         MalformedInput,
         (
-            "{where} names {name} as a shard; a shard lies beside its index and ends in .safetensors. Do not use "
-            "this checkpoint."
+            "{where} names {name} as a shard; a shard ends in .safetensors and lies beside its index or, of a model of "
+            "transformers, in a folder there. Do not use this checkpoint."
         ),
     ),
     "link-outside": (MalformedInput, ""),

@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
@@ -30,7 +31,7 @@ from qz.formats.checkpoint.weights import (
     unused_files,
 )
 from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_at, read_file
+from qz.formats.folder import PIPELINE_INDEX, Folder, place_of, read_at, read_file
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
@@ -167,7 +168,7 @@ class _Survey:
         architecture = architecture_of(config, library)
         self.code(config, library)
         weights = find_weights(self.folder, library, variant, self.problems)
-        index = self.index(weights.index) if weights and weights.index else None
+        index = self.index(weights.index, library) if weights and weights.index else None
         if weights is None or (index is None and weights.single is None):
             return None
         weight_map: dict[str, str] = index["weight_map"] if index else {}
@@ -289,7 +290,7 @@ class _Survey:
             where = "config.json" if "auto_map" in config else scripts[0]
             self.problems.add("custom-code", where, named=named, library=library)
 
-    def index(self, name: str) -> dict[str, Any] | None:
+    def index(self, name: str, library: Library) -> dict[str, Any] | None:
         """The index with a weight_map that is safe to follow, or None."""
         try:
             index = read_json(read_file(self.folder, name, MAX_INDEX_BYTES), self.path(name), limit=MAX_INDEX_BYTES)
@@ -308,10 +309,18 @@ class _Survey:
             self.problems.add("index-malformed", name, why=why)
             return None
         suffix = ".bin" if ".bin." in name else ".safetensors"
-        unsafe = sorted(file for file in set(index["weight_map"].values()) if not is_shard_name(file, suffix))
+        files = sorted(set(index["weight_map"].values()))
+        unsafe = [file for file in files if not is_shard_name(file, library, suffix)]
         for file in unsafe:
             self.problems.add("unsafe-name", name, name=quoted(file))
-        return None if unsafe else index
+        if unsafe:
+            return None
+        for parent, inside in groupby(files, lambda file: file.rpartition("/")[0]):
+            if parent:
+                with suppress(QzError):  # which reading a header raises, too
+                    self.folder.include(parent, [file.rpartition("/")[2] for file in inside])
+        self.sizes = self.folder.sizes()
+        return index
 
     def headers(self, files: Sequence[str]) -> dict[str, Header | PickledFile]:
         """The headers that can be read, in the order of ``files``."""
@@ -328,7 +337,7 @@ class _Survey:
         read = read_at(self.folder, file)
         try:
             if file not in self.sizes:
-                read_file(self.folder, file, 1)
+                read_file(*place_of(self.folder, file), 1)
             if self.folder.allow_pickle and PICKLE.search(file):
                 from qz.formats.pickles.file import read_pickled
 

@@ -167,11 +167,14 @@ def unused_files(
     return tuple(unused)
 
 
-def is_shard_name(name: Any, suffix: str = ".safetensors") -> bool:
-    """Whether ``name`` is a plain file name that a shard may have."""
+def is_shard_name(name: Any, library: Library, suffix: str = ".safetensors") -> bool:
+    """Whether a shard may have this name: a plain one or, for transformers, one in a folder inside."""
     if not isinstance(name, str) or not name.endswith(suffix) or len(name.encode("utf-8", "replace")) > 255:
         return False
-    return "/" not in name and "\\" not in name and not UNSAFE_TEXT.search(name)
+    if "\\" in name or UNSAFE_TEXT.search(name):
+        return False
+    *folders, _ = name.split("/")
+    return not folders or (library == "transformers" and all(each not in ("", ".", "..") for each in folders))
 
 
 def library_of(config: Mapping[str, Any]) -> Library | None:

@@ -71,7 +71,9 @@ class CachedFiles:
                 self._found[file.name] = None
                 path = try_to_load_from_cache(self._repo_id, file.path, revision=self._commit)
                 if isinstance(path, str):
-                    folder = next(iter(self.folders()), None) or self._snapshot(Path(path).parent)
+                    folder = next(iter(self.folders()), None) or self._snapshot(Path(path), file)
+                    if file.depth:
+                        folder.include(*file.place)
                     if folder.sizes().get(file.name) == file.size:
                         self._found[file.name] = folder
             return self._found[file.name]
@@ -88,13 +90,16 @@ class CachedFiles:
             folder = self.find(file)
             if folder is None:
                 path = self._download(file)
-                folder = self._snapshot(path.parent)
+                folder = self._snapshot(path, file)
+                if file.depth:
+                    folder.include(*file.place)
                 with self._lock:
                     self._found[file.name] = folder
             return folder
 
-    def _snapshot(self, path: Path) -> LocalFolder:
-        folder = LocalFolder(path)
+    def _snapshot(self, path: Path, file: RemoteFile) -> LocalFolder:
+        """The folder of the cache that counts ``file``, which is at ``path``."""
+        folder = LocalFolder(path.parents[file.depth])
         folder.promised = self._promised
         return folder
 

@@ -11,6 +11,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -113,6 +114,12 @@ class HubFolder:
     def subfolders(self) -> Sequence[str]:
         self._listed()
         return self._folders if self.only is None else ()
+
+    def include(self, name: str, files: Iterable[str]) -> None:
+        inner, own = self.subfolder(name)._listed(), self._listed()
+        for file in files:
+            if file in inner:
+                own[f"{name}/{file}"] = replace(inner[file], depth=name.count("/") + 1)
 
     def subfolder(self, name: str) -> HubFolder:
         if any(part in ("", ".", "..") or "\0" in part for part in name.split("/")):

@@ -366,6 +366,9 @@ class _ByRanges:
     def identity(self) -> dict[str, Any]:
         return self._folder.identity()
 
+    def include(self, name: str, files: Iterable[str]) -> None:
+        self._folder.include(name, files)
+
     def subfolder(self, name: str) -> Folder:
         return self._folder.subfolder(name)
 

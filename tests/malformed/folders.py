@@ -261,7 +261,8 @@ CASES: dict[str, Case] = {
     "index: no permission": ("sharded", {INDEX: ("mode", "0")}, ("permission",)),
     "name: up": shard("../x.safetensors", "unsafe-name"),
     "name: absolute": shard("/tmp/x.safetensors", "unsafe-name"),
-    "name: in a folder": shard("weights/x.safetensors", "unsafe-name"),
+    "name: in a folder that is not there": shard("weights/x.safetensors", "shard-missing", "file-unused"),
+    "name: up from a folder": shard("weights/../x.safetensors", "unsafe-name"),
     "name: backslashes": shard("..\\x.safetensors", "unsafe-name"),
     "name: a pickle": shard("model-00002-of-00002.bin", "unsafe-name"),
     "name: another ending": shard("config.json", "unsafe-name"),
@@ -272,7 +273,7 @@ CASES: dict[str, Case] = {
     "name: newline": shard("x\n.safetensors", "unsafe-name"),
     "name: bidi": shard("\u202esrosnetefas.safetensors", "unsafe-name"),
     "name: 300 characters": shard("x" * 300 + ".safetensors", "unsafe-name"),
-    "name: Rich markup": shard("[red]x[/red].safetensors", "unsafe-name"),
+    "name: Rich markup": shard("[red]x[\\red].safetensors", "unsafe-name"),
     "name: Rich markup without a slash": shard("[bold]x.safetensors", "shard-missing", "file-unused"),
     # Shards
     "shard: missing": ("sharded", {TWO: None}, ("shard-missing",)),

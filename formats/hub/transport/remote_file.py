@@ -22,11 +22,19 @@ class RemoteFile:
     git: str
     sha256: str | None
     xet: str | None = None
+    depth: int = 0
+    """Folders inside the one that it counts for, in which it lies."""
 
     @property
     def name(self) -> str:
         """Its name inside its folder."""
-        return self.path.rpartition("/")[2]
+        return "/".join(self.path.split("/")[-1 - self.depth :])
+
+    @property
+    def place(self) -> tuple[str, list[str]]:
+        """As ``Folder.include`` takes it."""
+        folder, _, base = self.name.rpartition("/")
+        return folder, [base]
 
     @property
     def digest(self) -> str:

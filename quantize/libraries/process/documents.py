@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qz import MissingInput
@@ -42,6 +42,9 @@ class Documents:
 
     def identity(self) -> dict[str, Any]:
         return {}
+
+    def include(self, name: str, files: Iterable[str]) -> None:  # noqa: ARG002
+        raise MissingInput(f"{self.location}/{name} does not exist.")
 
     def subfolder(self, name: str) -> Documents:
         raise MissingInput(f"{self.location}/{name} does not exist.")
