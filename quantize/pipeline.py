@@ -319,7 +319,7 @@ def _require_matches(plans: Mapping[str, Plan], skips: tuple[str, ...]) -> None:
         else:
             raise UsageError(f"--skip {skip}: {component} is not quantized anyway. Leave this --skip out.")
         if asked and all(pattern in plan.architecture.unmatched_skips for plan in asked.values()):
-            refuse_unmatched([pattern], " or ".join(asked), asked.values())
+            refuse_unmatched([pattern], " or ".join(asked), asked.values(), component + slash if slash else "")
 
 
 def _plan(choice: Choice, settings: Settings) -> Plan:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import re
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -288,6 +290,28 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(error, match=words):
         run(quantize, sources["flux"], output=tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("component", "skip"),
+    [
+        ("", "DenseRelu"),
+        ("transformer/", "atn"),
+        ("transformer/", "transformer_blocks.0.attn.to_qq"),
+        ("text_encoder_2/", "DenseRelu"),
+        ("text_encoder_2/", "encoder.block.0.layer.0.k"),
+    ],
+)
+def test_what_a_skip_that_matches_nothing_is_told_can_be_typed(
+    component: str, skip: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=rf"--skip '?{component}{skip}'? ") as raised:
+        run(quantize, sources["flux"], output=tmp_path / "out", dry_run=True, skip=[component + skip])
+    advice = re.search(r"(?:Did you mean|Names there:|Name the layers inside: --skip) (.+)[?.]\Z", str(raised.value))
+    assert advice is not None
+    for each in re.split(" or |, ", advice[1]):
+        report = run(quantize, sources["flux"], output=tmp_path / "out", dry_run=True, skip=shlex.split(each))
+        assert report["skipped"]
 
 
 @pytest.fixture
