@@ -113,7 +113,7 @@ _OTHER_FILES = (
     (
         (b"pk\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04"),
         "pickle",
-        ("a pickle file under another name, which qz never loads. Get real safetensors weights."),
+        "a pickle file, not safetensors, and can run code: qz does not load it. Get the weights in safetensors.",
     ),
     ((b"gguf",), "gguf", "a GGUF file, not safetensors. Use the original checkpoint."),
     ((b"<!doc", b"<html"), "not-safetensors", "a web page, not weights: a failed download. Download it again."),

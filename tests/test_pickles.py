@@ -6,6 +6,7 @@ import io
 import json
 import os
 import runpy
+import shlex
 import shutil
 import tracemalloc
 import warnings
@@ -20,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import Qz
 from converted import carried_out
 from qz import MalformedInput
 from qz.api import dequantize, inspect, quantize, verify
@@ -281,9 +283,13 @@ def test_the_error_names_the_file_and_what_it_asks_for(pickled: Callable[..., Pa
         planned(LocalFolder(folder))
 
 
-def test_an_output_of_pickles_is_verified_with_the_same_consent(pickled: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_output_of_pickles_is_verified_with_the_same_consent(
+    pickled: Callable[..., Path], tmp_path: Path, forked_qz: Qz
+) -> None:
     source = pickled(1, ZIPPED)
     quantize(source, tmp_path / "out", device="cpu", allow_pickle=True)
-    with pytest.raises(MalformedInput, match="--allow-pickle"):
+    with pytest.raises(MalformedInput, match="was made of them with --allow-pickle") as raised:
         verify(tmp_path / "out", source, device="cpu")
-    assert verify(tmp_path / "out", source, device="cpu", allow_pickle=True).intact
+    program, *words = shlex.split(str(raised.value).split("`")[1])
+    done = forked_qz(*words)
+    assert (program, done.returncode) == ("qz", 0), done.stderr

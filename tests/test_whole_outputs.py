@@ -388,6 +388,69 @@ def test_an_adapter_without_its_config_is_told_by_its_tensors(names: list[str], 
             run(quantize, source)
 
 
+ONTO_A_PIPELINE: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "a token by its name": ("embedding of textual inversion", {"<fox>": (32,)}),
+    "a token of A1111": ("embedding of textual inversion", {"emb_params": (2, 32)}),
+    "a token in an encoder by its name": ("embedding of textual inversion", {"clip_l": (2, 32)}),
+    "an IP-Adapter of FLUX": (
+        "IP-Adapter",
+        {f"image_proj.proj.{name}": shape for name, shape in {"weight": (256, 24), "bias": (256,)}.items()}
+        | {f"image_proj.norm.{name}": (64,) for name in ("weight", "bias")}
+        | {
+            f"ip_adapter.0.to_{name}_ip.{part}": (64, 64)[: 1 + (part == "weight")]
+            for name in "kv"
+            for part in ("weight", "bias")
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized_flux(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("quantized") / "flux"
+    run(quantize, flux, output=output)
+    return output
+
+
+@pytest.mark.parametrize("case", ONTO_A_PIPELINE)
+def test_what_is_loaded_onto_a_pipeline_is_loaded_onto_a_quantized_one_as_the_advice_says(
+    case: str, quantized_flux: Path, tmp_path: Path
+) -> None:
+    kind, shapes = ONTO_A_PIPELINE[case]
+    save_file({name: torch.ones(shape) / 50 for name, shape in shapes.items()}, tmp_path / "some.safetensors")
+    pipe = qz.load(quantized_flux, device="cpu")
+    for source in (tmp_path, tmp_path / "some.safetensors"):
+        with pytest.raises(Unsupported, match=rf"holds only an {kind}, not a model. Quantize the pipeline") as raised:
+            run(quantize, source)
+    exec(str(raised.value).split("`")[1], {"pipeline": pipe})
+    if kind == "IP-Adapter":
+        assert "IPAdapter" in type(pipe.transformer.transformer_blocks[0].attn.processor).__name__
+    else:
+        assert len(pipe.tokenizer.encode("<fox>" if "<fox>" in shapes else "<TOKEN>")) == 3 + (len(shapes) - 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "onto a UNet that is not quantized only"),
+        (["768.0.linear.0.weight", "768.1.linear.0.weight"], "only a hypernetwork, not a model. Neither library loads"),
+    ],
+)
+def test_what_is_not_loaded_onto_a_quantized_pipeline_is_told_so(names: list[str], told: str, tmp_path: Path) -> None:
+    """diffusers casts a UNet after it has loaded an IP-Adapter onto it, which it refuses for a quantized one."""
+    save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "some.safetensors")
+    with pytest.raises(Unsupported, match=told):
+        run(quantize, tmp_path / "some.safetensors")
+
+
+def test_models_beside_an_ip_adapter_are_not_all_that_is_told(tmp_path: Path) -> None:
+    (tmp_path / "models" / "image_encoder").mkdir(parents=True)
+    (tmp_path / "models" / "image_encoder" / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    save_file({"ip_adapter.1.to_k_ip.weight": torch.zeros(4, 4)}, tmp_path / "models" / "ip-adapter_sd15.safetensors")
+    with pytest.raises(MissingInput, match=r"models/image_encoder.* It holds an IP-Adapter .*load_ip_adapter"):
+        run(quantize, tmp_path)
+
+
 def test_a_pipeline_saved_with_a_lora_attached_is_named_for_what_it_is(pipeline: Path, tmp_path: Path) -> None:
     loaded = DiffusionPipeline.from_pretrained(pipeline)
     loaded.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qz import QzError
 from qz.counted import shown
+from qz.formats.checkpoint.additions import EMBEDDING, IP_ADAPTER
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from qz.formats.folder import Folder
 
@@ -22,7 +23,7 @@ MOST_NAMED = 3
 
 _EXPORTED = "Use the model that this was made from, with its weights in safetensors."
 _ANOTHER = "Use a repository of this model that has config.json and model.safetensors."
-_FOR_A_PIPELINE = "It is loaded into a pipeline, and there is nothing in it to quantize."
+_FOR_A_PIPELINE = "It is loaded onto a pipeline with `pipeline.{}(…)`, and there is nothing in it to quantize."
 
 
 class _Form(NamedTuple):
@@ -36,6 +37,14 @@ def _form(name: str, sign: str, how: str = _EXPORTED) -> _Form:
     return _Form(name, re.compile(sign), how)
 
 
+ADDITIONS = (
+    _form(
+        EMBEDDING,
+        r"learned_embeds(?:-\w+)?\.(?:bin|safetensors)",
+        _FOR_A_PIPELINE.format("load_textual_inversion"),
+    ),
+    _form(IP_ADAPTER, r"ip[-_]adapter.*\.(?:bin|safetensors)", _FOR_A_PIPELINE.format("load_ip_adapter")),
+)
 _FORMS = (
     _form("ONNX", r".*\.onnx(?:_data|\.data)?"),
     _form("OpenVINO", r"openvino_\w+\.(?:xml|bin)"),
@@ -51,17 +60,16 @@ _FORMS = (
     _form("Llama's own layout", r"consolidated\.\d\d\.pth", _ANOTHER),
     _form("Mistral's own layout", r"consolidated(?:-\d{5}-of-\d{5})?\.safetensors", _ANOTHER),
     _form("OpenCLIP", r"open_clip_(?:model\.safetensors|pytorch_model\.bin)", _ANOTHER),
-    _form("an embedding of textual inversion", r"learned_embeds(?:-\w+)?\.(?:bin|safetensors)", _FOR_A_PIPELINE),
     _form("a static embedding of sentence-transformers", r"\d+_StaticEmbedding", "It has no layer to quantize."),
-    _form("an IP-Adapter", r"ip[-_]adapter.*\.(?:bin|safetensors)", _FOR_A_PIPELINE),
+    *ADDITIONS,
 )
 
 
-def other_forms(folder: Folder) -> str | None:
+def other_forms(folder: Folder, among: Sequence[_Form] = _FORMS) -> str | None:
     """The forms, each with a file of it, and what to do; None if there is none that is known."""
     there: dict[_Form, str] = {}
     for path in files_inside(folder):
-        for form in _FORMS:
+        for form in among:
             if form.sign.fullmatch(path.rpartition("/")[2]):
                 there.setdefault(form, path)
     if not there:

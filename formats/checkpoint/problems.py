@@ -100,7 +100,7 @@ ERRORS: dict[str, tuple[type[QzError], str]] = {
     ),
     "models-inside": (
         MissingInput,
-        "{location} has no config.json, but there are models in it: {inside}. Name one with --subfolder.",
+        "{location} has no config.json, but there are models in it: {inside}. Name one with --subfolder.{also}",
     ),
     "git-lfs-pointer": (MalformedInput, ""),
     "pickle": (MalformedInput, ""),

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from qz import QzError
 from qz.counted import shown
 from qz.formats.checkpoint import adapters
+from qz.formats.checkpoint.additions import addition
 from qz.formats.checkpoint.concurrent_reads import several_at_once
 from qz.formats.checkpoint.layouts import original_layout
 from qz.formats.checkpoint.models_inside import models_inside
 from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
-from qz.formats.checkpoint.other_forms import files_inside, other_forms
+from qz.formats.checkpoint.other_forms import ADDITIONS, files_inside, other_forms
 from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.weights import (
     PICKLE,
@@ -238,7 +239,8 @@ class _Survey:
             header = self.header(weights[0])
             return isinstance(header, Header) and self.other_tools(weights[0], header.tensors)
         elif models := models_inside(self.folder):
-            self.problems.add("models-inside", "config.json", inside=shown(models))
+            also = other_forms(self.folder, ADDITIONS)
+            self.problems.add("models-inside", "config.json", inside=shown(models), also=f" {also}" if also else "")
         elif settings is not None and other_forms(self.folder) is None:
             self.problems.add("settings-only", settings, what=SETTINGS_ONLY[settings], name=settings)
         else:
@@ -275,7 +277,10 @@ class _Survey:
 
     def other_tools(self, file: str, names: Iterable[str], class_name: str | None = None) -> bool:
         names = list(names)
-        if adapters.is_adapter(names):
+        folders = self.folder.subfolders()
+        if class_name is None and (facts := addition(self.folder.location, file, names, folders)):
+            self.problems.add("adapter-only", file, **facts)
+        elif adapters.is_adapter(names):
             self.adapter(file, "an adapter" if adapters.other_kind(names) else "a LoRA adapter", names)
         elif facts := original_layout(names, class_name):
             self.problems.add("original-layout", file, **facts)

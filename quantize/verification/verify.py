@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, UsageError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qz.quantize.verification.recorded_settings import Given
 
 
+ALLOW_PICKLE = "--allow-pickle"
 GPTQ = (
     "GPTQ's sums are those of PyTorch's BLAS, so on another machine some codes may differ: that cannot be told from "
     "damage here. Verify on a machine of the kind that made it, or compare with the recorded hashes."
@@ -63,16 +65,17 @@ def verify_against(
     with _source(location, revision, file, record.about, settings) as source:
         _require_alike(record.about, source, settings)
         commit = source.folder.identity().get("commit")
-        found = recompute(
-            output.folder,
-            record,
-            source,
-            settings,
-            sample=sample,
-            seed=secrets.randbits(32),
-            resume=resume,
-            progress=progress,
-        )
+        with _pickles_asked_for(output.location, location, record.about):
+            found = recompute(
+                output.folder,
+                record,
+                source,
+                settings,
+                sample=sample,
+                seed=secrets.randbits(32),
+                resume=resume,
+                progress=progress,
+            )
         loras = notes_of(*(lora.folder for lora in settings.loras))
         notes = (*output.notes, *source.notes, *loras, *found.notes, *_other_versions(record.about))
         if found.differences and settings.rounding == "gptq":
@@ -112,6 +115,21 @@ def _source(
     # Not held to its own record: the comparison finds what differs, and a sample reads little.
     allow_pickle = settings.allow_pickle
     return opened(location, told.get("subfolder"), revision, allow_pickle=allow_pickle, file=file, held=False)
+
+
+@contextmanager
+def _pickles_asked_for(output: str, source: str, about: Mapping[str, Any]) -> Iterator[None]:
+    """Where pickles are refused, as nobody allowed them here: say so if they were when the output was made."""
+    try:
+        yield
+    except MalformedInput as error:
+        if ALLOW_PICKLE not in (about.get("command") or ()) or ALLOW_PICKLE not in str(error):
+            raise
+        command = shlex.join(["qz", "verify", output, "--against", source, ALLOW_PICKLE])
+        raise MalformedInput(
+            f"{source} has only pickle weights, which can run code, and {output} was made of them with {ALLOW_PICKLE}. "
+            f"qz reads them, and runs nothing of them, if you say so here, too: `{command}`."
+        ) from error
 
 
 def _require_alike(about: Mapping[str, Any], source: OpenedSource, settings: Settings) -> None:
