@@ -133,18 +133,18 @@ def flux(folder: Path, halvings: int = 0) -> Path:
     return saved(pipeline, folder, torch.bfloat16)
 
 
-def sd3(folder: Path, halvings: int = 0, *, with_t5: bool = True) -> Path:
+def sd3(folder: Path, halvings: int = 0, *, with_t5: bool = True, layers: int = 2, heads: int = 4) -> Path:
     """Stable Diffusion 3: a transformer, two CLIP encoders and a T5, which may be left out.
 
-    ``halvings``: as of ``flux``.
+    ``halvings``: as of ``flux``. ``layers`` and ``heads``: of the transformer, which attends to 333 tokens of a text.
     """
     torch.manual_seed(1)
     tokenizer = clip_tokenizer(folder.with_name("clip-files"))
     tokenizer_3 = t5_tokenizer() if with_t5 else None
     transformer = SD3Transformer2DModel(
-        sample_size=32, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64, out_channels=4,
-        pos_embed_max_size=32,
+        sample_size=32, patch_size=1, in_channels=4, num_layers=layers, attention_head_dim=64 // heads,
+        num_attention_heads=heads, joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64,
+        out_channels=4, pos_embed_max_size=32,
     )  # fmt: skip
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,

@@ -191,7 +191,7 @@ def flux(forks: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(language_model, place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct")
     (place / "black-forest-labs").mkdir()
     repo = pipelines.flux(place / "black-forest-labs" / "FLUX.1-dev", halvings=5)
-    pipelines.sd3(place / "my-pipeline", halvings=5, with_t5=False)  # a T5 is asked for 512 tokens a prompt
+    pipelines.sd3(place / "my-pipeline", halvings=7, with_t5=False, layers=1, heads=1)
     shutil.copytree(repo / "transformer", place / "my-model")
     assert forks.run("quantize", "my-model", "--quiet", cwd=place).code == 0
     (place / "my-model-nf4").rename(place / "made-before")
@@ -309,7 +309,7 @@ def test_hf_runs_qz_as_the_page_of_the_shell_says(tiny_llama: Path, tmp_path: Pa
     assert "./nowhere does not exist" in done.stderr
 
 
-def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
+def test_the_lines_that_publish_run(flux: Path, tmp_path: Path, quick: str) -> None:
     """Word for word, against a Hub on this machine."""
     place = tmp_path / "here"
     shutil.copytree(flux, place)
@@ -318,7 +318,7 @@ def test_the_lines_that_publish_run(flux: Path, tmp_path: Path) -> None:
     assert lines
     with HubServer() as hub:
         given = {"HF_ENDPOINT": hub.url, "HF_TOKEN": OWNER, "HF_HOME": str(tmp_path / "home")}
-        shell = environment(**given) | {"HF_HUB_OFFLINE": "0"}
+        shell = environment(PATH=quick, **given) | {"HF_HUB_OFFLINE": "0"}
         first = (
             "qz quantize ./black-forest-labs/FLUX.1-dev --subfolder transformer --nf4",
             "qz quantize HuggingFaceTB/SmolLM2-1.7B-Instruct --nf4",
@@ -380,7 +380,7 @@ def run_step(name: str, place: Path, inputs: dict[str, str], **more: str) -> sub
 
 def test_the_action_quantizes_and_verifies(tiny_llama: Path, tmp_path: Path, quick: str) -> None:
     inputs = {"source": str(tiny_llama), "method": "nf4", "double-quant": "true", "skip": "q_proj\nk_proj\n"}
-    result = run_step("Quantize", tmp_path, inputs)
+    result = run_step("Quantize", tmp_path, inputs, PATH=quick)
     assert result.returncode == 0, result.stderr
     outputs = dict(line.split("=", 1) for line in (tmp_path / "output").read_text().splitlines())
     assert set(outputs) == set(ACTION["outputs"])
@@ -448,11 +448,11 @@ def test_the_action_reads_and_publishes_without_a_stored_token(tiny_llama: Path,
         assert run_step("Publish", tmp_path, swapped, **runner).returncode == 77
 
 
-def test_the_action_publishes_without_an_output_here(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_action_publishes_without_an_output_here(tiny_llama: Path, tmp_path: Path, quick: str) -> None:
     with HubServer() as hub:
         runner = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         inputs = {"source": str(tiny_llama), "token": OWNER, "args": "--push\nme/new\n--push-only"}
-        result = run_step("Quantize", tmp_path, inputs, **runner)
+        result = run_step("Quantize", tmp_path, inputs, PATH=quick, **runner)
         assert result.returncode == 0, result.stderr
         assert "model.safetensors" in hub.repos["me/new"].files()
     assert "output=" in (tmp_path / "output").read_text().splitlines()
@@ -466,10 +466,10 @@ def test_the_action_passes_on_the_exit_code(tmp_path: Path) -> None:
     assert json.loads(result.stdout.splitlines()[-1])["code"] == 66
 
 
-def test_inputs_of_the_action_are_data_and_never_code(tiny_llama: Path, tmp_path: Path) -> None:
+def test_inputs_of_the_action_are_data_and_never_code(tiny_llama: Path, tmp_path: Path, quick: str) -> None:
     hostile = "x; touch pwned; $(touch pwned) `touch pwned`\n--push"
     for names in (("subfolder", "revision", "skip", "output", "args"), ("method",), ("dtype",), ("source",)):
-        run_step("Quantize", tmp_path, {"source": str(tiny_llama)} | dict.fromkeys(names, hostile))
+        run_step("Quantize", tmp_path, {"source": str(tiny_llama)} | dict.fromkeys(names, hostile), PATH=quick)
         assert not (tmp_path / "pwned").exists()
 
 
