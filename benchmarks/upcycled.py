@@ -5,7 +5,7 @@ random, two experts a token; attention and embeddings are SmolLM2's. The loss ha
 text is of three kinds, and none that ``benchmarks.quality`` calibrates on or tries: five novels, fortunes, and the
 docstrings of Python's standard library. It is saved in bfloat16. Minutes of a GPU, a day of a CPU.
 
-    python -m benchmarks.upcycled [--steps 600] [--experts 8] [--batch 16] [--length 512] [--device cuda]
+    python -m benchmarks.upcycled [--steps 400] [--experts 8] [--batch 16] [--length 512] [--device cuda]
 
 It ends with the perplexities beside SmolLM2's, the share of a layer's tokens that each expert gets, and how far apart
 the experts are.
@@ -118,7 +118,7 @@ def apart(model: Any) -> float:
 
 
 def trained(
-    device: str, steps: int = 600, experts: int = 8, batch: int = 16, length: int = 512, tried: int = 48
+    device: str, steps: int = 400, experts: int = 8, batch: int = 16, length: int = 512, tried: int = 48
 ) -> Path:
     """The folder of the model, which is trained if it is not there."""
     if (FOLDER / "config.json").is_file():
@@ -150,7 +150,7 @@ def trained(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--experts", type=int, default=8, help="of a layer")
     parser.add_argument("--batch", type=int, default=16, help="sequences of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")

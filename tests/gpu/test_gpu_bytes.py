@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from converted import dequantized, quantized
-from qz.quantize.compute import kernels
+from qz.quantize.compute import kernels, scale_search
 from qz.quantize.compute.devices import arithmetic_on
 from qz.quantize.compute.gpu.gpu_arithmetic import Accelerator
 from qz.quantize.compute.gpu.torch_kernels import tensor
@@ -248,6 +248,8 @@ def test_values_that_are_not_finite_are_counted(pieces: Accelerator, dtype: str,
         assert (found.count, found.first) == (1 if where == 6399 else 2, where)
         codes, scb = np.empty((64, 100), np.int8), np.empty(64, np.float32)
         assert pieces.quantize_int8(given.reshape(64, 100), dtype, codes, scb) == found
+        for weights in (None, scale_search.tiled_weights(np.ones(64, np.float32))):
+            assert pieces.search_4bit(given, dtype, "nf4", weights, 0, packed, absmax) == found
 
 
 def test_two_runs_on_all_gpus_and_any_threads_write_the_same_bytes(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ template <typename T> struct Nearest {
 // Eight lanes take a block of 64 values: lane i has those at i, i + 8, … i + 56, so half of a sum needs no exchange.
 extern "C" __global__ void search(
     const void* values, int count, int kind, const float* known, const int* on_grid, int candidates, const float* tiled,
-    int column, int columns, unsigned char* packed, float* scales, int blocks
+    int column, int columns, unsigned char* packed, float* scales, int blocks, float* seen
 ) {
     const float *bounds_ = known, *levels_ = known + 15, *inverses = known + 35;
     const float least = known[31], most = known[32], least_gain = known[33], grid = known[34];
@@ -105,14 +105,17 @@ extern "C" __global__ void search(
     const unsigned lanes = 0xffu << (threadIdx.x % 32 - lane);
     for (int block = (blockIdx.x * blockDim.x + threadIdx.x) / 8; block < blocks; block += step) {
         const float absmax = scales[block];
-        if (!(absmax > least && absmax < most)) continue;
-        const float inverse = __fdiv_rn(1.0f, absmax);
         const long long start = (long long)block * 64 + lane;
-        const unsigned first = weighted ? (column + block * 64u) % columns + lane : 0;
         float x[8], y[8], w[8];
         for (int k = 0; k < 8; k++) {
             const long long at = start + 8 * k;
             x[k] = at < count ? widened(values, at, kind) : 0.0f;
+            if (!(fabsf(x[k]) <= 3.402823466e38f)) *seen = __int_as_float(0x7f800000);
+        }
+        if (!(absmax > least && absmax < most)) continue;
+        const float inverse = __fdiv_rn(1.0f, absmax);
+        const unsigned first = weighted ? (column + block * 64u) % columns + lane : 0;
+        for (int k = 0; k < 8; k++) {
             y[k] = __fmul_rn(x[k], inverse);
             w[k] = weighted ? tiled[first + 8 * k] : 1.0f;
         }

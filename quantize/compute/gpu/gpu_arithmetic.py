@@ -23,7 +23,7 @@ from qz import TryAgain
 from qz.out_of_memory import is_out_of_memory
 from qz.quantize.compute.cores import usable_cores
 from qz.quantize.compute.gpu import gptq
-from qz.quantize.compute.gpu.lanes import Computed, Lane, lane
+from qz.quantize.compute.gpu.lanes import Computed, Lane, extremes, lane
 from qz.quantize.compute.gpu.torch_kernels import DTYPES, tensor
 from qz.quantize.compute.gpu.torch_search import BlockWeights, encode, improve, packed_codes
 from qz.quantize.compute.kernels import NonFinite
@@ -98,7 +98,7 @@ class Accelerator:
         dtype = DTYPES[target]
 
         def compute(_: int, part: torch.Tensor) -> Computed:
-            return part, (part.to(dtype),)
+            return extremes(part), (part.to(dtype),)
 
         if self._in_pieces(1, [(tensor(values, source), 1)], compute, [(tensor(out, target), 1)]):
             from qz.quantize.compute import kernels
@@ -110,7 +110,7 @@ class Accelerator:
     ) -> NonFinite:
         def compute(_: int, part: torch.Tensor) -> Computed:
             codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
-            return part, (codes.view(-1), scales)
+            return extremes(part), (codes.view(-1), scales)
 
         given = tensor(values, dtype)
         outs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), BLOCK_SIZE)]
@@ -134,8 +134,8 @@ class Accelerator:
             codes, scales = torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
             codes = codes.view(-1)
             of_blocks = BlockWeights(tiled[0], column + start) if tiled else None
-            improve(part, of_blocks, quant_type, codes, scales)
-            return part, (codes, scales)
+            seen = improve(part, of_blocks, quant_type, codes, scales)
+            return extremes(part) if seen is None else seen, (codes, scales)
 
         outs = [(torch.from_numpy(packed), 2), (torch.from_numpy(absmax), BLOCK_SIZE)]
         return count(given) if self._in_pieces(2 * BLOCK_SIZE, inputs, compute, outs) else NonFinite(0, -1)
@@ -182,7 +182,7 @@ class Accelerator:
         def compute(_: int, part: torch.Tensor) -> Computed:
             half = part.view(-1, columns).to(torch.float16)
             codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half, 0.0)
-            return half, (codes.view(-1), scales)
+            return extremes(half), (codes.view(-1), scales)
 
         given = tensor(values.reshape(-1), dtype)
         outs = [(torch.from_numpy(weight.reshape(-1)), 1), (torch.from_numpy(scb), columns)]

@@ -11,7 +11,8 @@ from qz.quantize.compute.gpu.torch_kernels import DTYPES
 
 Tensors = Sequence[torch.Tensor]
 Computed = tuple[torch.Tensor | None, Tensors]
-"""What must be finite, if anything, and the results, each of one dimension and at least as long as asked for."""
+"""At most two numbers that are finite if all are that must be, and the results, each of one dimension and at least as
+long as asked for."""
 
 
 class Lane:
@@ -25,7 +26,7 @@ class Lane:
         checked, results = compute(*(each.to(self.device) for each in inputs))
         for out, result in zip(outs, results, strict=True):
             out.copy_(result[: out.numel()])
-        return checked is None or _are_finite(extremes(checked))
+        return checked is None or _are_finite(checked)
 
 
 class CudaLane(Lane):
@@ -41,7 +42,7 @@ class CudaLane(Lane):
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.kernels = torch.cuda.default_stream(device)
         self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.extremes = {dtype: torch.empty(2, dtype=dtype, pin_memory=True) for dtype in DTYPES.values()}
+        self.checked = {dtype: torch.empty(2, dtype=dtype, pin_memory=True) for dtype in DTYPES.values()}
 
     def run(self, inputs: Tensors, compute: Callable[..., Computed], outs: Tensors) -> bool:
         with torch.cuda.stream(self.stream):
@@ -50,16 +51,15 @@ class CudaLane(Lane):
             self.stream.synchronize()
         with torch.cuda.stream(self.kernels):
             checked, results = compute(*there)
-            bounds = None if checked is None else extremes(checked)
             self.computed.record(self.kernels)
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.computed)
             for out, result in zip(outs, results, strict=True):
                 out.copy_(result[: out.numel()], non_blocking=True)
-            if bounds is not None:
-                self.extremes[bounds.dtype].copy_(bounds, non_blocking=True)
+            if checked is not None:
+                self.checked[checked.dtype].copy_(checked, non_blocking=True)
             self.stream.synchronize()
-        return bounds is None or _are_finite(self.extremes[bounds.dtype])
+        return checked is None or _are_finite(self.checked[checked.dtype])
 
 
 def lane(device: torch.device) -> Lane:

@@ -39,15 +39,15 @@ class BlockWeights:
 
 def improve(
     values: torch.Tensor, weights: BlockWeights | None, quant_type: str, packed: torch.Tensor, scales: torch.Tensor
-) -> None:
+) -> torch.Tensor | None:
     """Improve ``packed`` and ``scales``, which begin as absmax gives them, in place where the search finds better.
 
     ``values``: 1-D of the float dtype that they are loaded in; a short last block counts as filled up with zeros.
-    ``packed``: uint8[ceil(n / 2)]. ``scales``: float32[ceil(n / 64)].
+    ``packed``: uint8[ceil(n / 2)]. ``scales``: float32[ceil(n / 64)]. Where a kernel does it, the return is float32[1]
+    on the device: infinity if a value is not finite, else 0.
     """
     if (function := cuda_kernels.kernel("search", values.device)) is not None:
-        _launch(function, values, weights, quant_type, packed, scales)
-        return
+        return _launch(function, values, weights, quant_type, packed, scales)
     step = _BLOCKS.get(values.device.type, 1 << 18)
     for start in range(0, scales.numel(), step):
         part = slice(start, start + step)
@@ -60,6 +60,7 @@ def improve(
         )
         codes.copy_(chosen)
         scales[part] = torch.where(better, found.scales, scales[part])
+    return None
 
 
 def _launch(
@@ -69,15 +70,17 @@ def _launch(
     quant_type: str,
     packed: torch.Tensor,
     scales: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     """``improve`` in one pass of ``cuda_source.SEARCH``."""
     device = values.device
     known, on_grid, candidates = _search_tables(quant_type, device)
+    seen = torch.zeros(1, device=device)
     tiled, column, columns = (known, 0, 0) if weights is None else (weights.tiled, weights.column, weights.columns)
     cuda_kernels.launch(
         function, device, -(-scales.numel() // 4), values, values.numel(), cuda_kernels.KINDS[values.dtype], known,
-        on_grid, candidates[weights is not None], tiled, column, columns, packed, scales, scales.numel(),
+        on_grid, candidates[weights is not None], tiled, column, columns, packed, scales, scales.numel(), seen,
     )  # fmt: skip
+    return seen
 
 
 @once
