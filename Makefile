@@ -110,7 +110,7 @@ hostile: $(READY)
 
 zoo: $(READY)
 	$(PIP) install --quiet -e ".[zoo]" -c constraints.txt
-	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(BIN)/python -m whole_zoo --page
+	PYTHONPATH=tests PYTHONHASHSEED=0 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(BIN)/python -m whole_zoo --page
 
 consumers: $(READY)
 	cd tests && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QZ_CACHE= $(abspath $(BIN))/python -m real_consumers $(abspath .consumers)

@@ -48,6 +48,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.page or asked.page_only:
         _require_pins()
+    if asked.page and sys.flags.hash_randomization:
+        sys.exit("PYTHONHASHSEED=0 is not set: errors of the libraries would name sets in another order every time")
     rows = _read(asked.results) if not asked.slice else []
     if not asked.page_only:
         rows += _run(asked, {(row["library"], row["kind"], row["architecture"]) for row in rows})

@@ -30,8 +30,8 @@ class Transformers:
         """The model, and what loading left over or missed."""
         if hasattr(self._class, "load_speakers"):  # Qwen2.5-Omni: it takes the pair for a model, and saves no voices
             torch.save({}, folder / "spk_dict.pt")
-            return self._loader.from_pretrained(folder), {}
-        model, info = self._loader.from_pretrained(folder, output_loading_info=True)
+            return self._loader.from_pretrained(str(folder)), {}
+        model, info = self._loader.from_pretrained(str(folder), output_loading_info=True)
         left = {key: sorted(map(str, names))[:3] for key, names in info.items() if names and key != "error_msgs"}
         return model, left
 

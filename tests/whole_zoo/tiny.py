@@ -194,6 +194,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "sam2_video": _OF_A_LATER_SAM,
     "sam2_hiera_det_model": {"hidden_size": 16, "embed_dim_per_stage": [16, 32, 64, 128]},
     "sam2_vision_model": {"backbone_channel_list": [128, 64, 32, 16]},
+    "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32},
     "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "sapiens2": {"head_config": {"upsample_out_channels": [32, 16], "conv_out_channels": [16]}},
     "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},

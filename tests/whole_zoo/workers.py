@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,6 +23,9 @@ from whole_zoo.oracles import without_limits_of_cpus
 CPU_LIMIT, LIMIT = 200, 600
 """Seconds of CPU time and of wall-clock time for one case."""
 ROWS = "rows.jsonl"
+_PREFIX = "qz-zoo-"
+_FOLDER = re.compile(re.escape(os.path.join(tempfile.gettempdir(), _PREFIX)) + r"\w*")
+"""Of a case, whose name is another one every time; what is told of it may end in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ def run_cases(cases: Iterable[Case], jobs: int, end: float) -> Iterator[list[dic
     try:
         while True:
             while len(running) < jobs and time.monotonic() < end and (case := next(waiting, None)) is not None:
-                folder = Path(tempfile.mkdtemp(prefix="qz-zoo-"))
+                folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
                 running[_fork(case, folder)] = _Running(case, folder, time.monotonic())
             if not running:
                 return
@@ -90,7 +94,8 @@ def _rows(ended: _Running, status: int) -> list[dict[str, Any]]:
         else:
             row.faults.append(f"{how} {doing}")
         rows.append(asdict(row))
-    return [{**row, "seconds": round(time.monotonic() - ended.started, 1)} for row in rows]
+    seconds = round(time.monotonic() - ended.started, 1)
+    return [{**row, "seconds": seconds} for row in json.loads(_FOLDER.sub("FOLDER", json.dumps(rows)))]
 
 
 def _ending(folder: Path, status: int) -> str:
