@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from typer.core import TyperCommand, TyperGroup
@@ -48,15 +50,23 @@ def process_value(param: Any, typers_own: Callable[..., Any], context: Any, valu
 
 def as_it_stands(param: Any, value: Any) -> Any:
     """The value for the command; ValueError if that takes more than a look, or the parser of its option says so."""
-    annotation, parser = param.type_descriptor.annotation, param.type_descriptor.parameter_info.parser
+    annotation, info = param.type_descriptor.annotation, param.type_descriptor.parameter_info
     if value is None and not param.required:
         return () if param.multiple else None
-    if value is not None and parser is not None and not param.multiple:
-        return parser(value)
-    if annotation in (str, int, float) and type(value) is annotation:
+    if value is not None and info.parser is not None and not param.multiple:
+        return info.parser(value)
+    if annotation in (bool, str, int, float) and type(value) is annotation:
         return value
     if annotation == list[str] and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
         return list(value)
     if get_origin(annotation) is Literal and value in get_args(annotation):
         return value
+    if annotation is Path and isinstance(value, str) and not is_examined(value, info):
+        return Path(value)
     raise ValueError
+
+
+def is_examined(path: str, info: Any) -> bool:
+    """Whether Typer has more to do with a path than to make it one, or something to say against it."""
+    any_kind = info.file_okay and info.dir_okay and not (info.exists or info.writable or info.resolve_path)
+    return not any_kind or (os.path.exists(path) and not os.access(path, os.R_OK))
