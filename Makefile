@@ -31,7 +31,7 @@ help:
 	@echo "make hostile the memory of commands that are given what is malformed or made to fill it (HOSTILE='--part 1/8' for some)"
 	@echo "make zoo     every model class of the libraries, built tiny, and docs/reference/models.md (goes on where it stopped)"
 	@echo "make consumers  what vLLM, SGLang, InvokeAI and unsloth read of an output, and docs/reference/consumers.md"
-	@echo "make soak    minutes of kills and failures against the writer"
+	@echo "make soak    minutes of kills and failures against the writer, and every model with every method"
 	@echo "make format  let ruff lay out the code"
 	@echo "make clean   remove what the other targets made"
 

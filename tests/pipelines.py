@@ -160,8 +160,11 @@ def sd3(folder: Path, halvings: int = 0, *, with_t5: bool = True, layers: int = 
     return saved(pipeline, folder, torch.float16)
 
 
-def sdxl(folder: Path) -> Path:
-    """Stable Diffusion XL: a UNet with deep attention and two CLIP encoders, in float32."""
+def sdxl(folder: Path, halvings: int = 0) -> Path:
+    """Stable Diffusion XL: a UNet with deep attention and two CLIP encoders, in float32.
+
+    ``halvings``: as of ``flux``.
+    """
     torch.manual_seed(2)
     tokenizer = clip_tokenizer(folder.with_name("clip-files"))
     unet = UNet2DConditionModel(
@@ -169,13 +172,13 @@ def sdxl(folder: Path) -> Path:
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, transformer_layers_per_block=(1, 6), projection_class_embeddings_input_dim=80,
+        addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=80,
         cross_attention_dim=64,
     )  # fmt: skip
     pipeline = StableDiffusionXLPipeline(
         unet=unet,
         scheduler=EulerDiscreteScheduler(),
-        vae=vae(),
+        vae=vae(halvings=halvings),
         text_encoder=clip(tokenizer, 32, projected=False),
         tokenizer=tokenizer,
         text_encoder_2=clip(tokenizer, 32, projected=True),

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from conftest import Qz
 from converted import dequantized, quantized
+from covering import in_turn
 from forward import output_of
 from qz import MalformedInput, Unsupported
 from qz.quantize.compute import kernels
@@ -50,12 +51,23 @@ def same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
     return one is not None and one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
 
 
-@pytest.fixture(scope="module", params=[*TRANSFORMERS, *DIFFUSERS])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, torch.dtype, Path]:
-    folder = tmp_path_factory.mktemp("source") / request.param
-    built = build(request.param)
-    built.save_pretrained(folder)
-    return type(built), built.dtype, folder
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, torch.dtype, Path]]:
+    @cache
+    def saved(name: str) -> tuple[Any, torch.dtype, Path]:
+        folder = tmp_path_factory.mktemp("source") / name
+        built = build(name)
+        built.save_pretrained(folder)
+        return type(built), built.dtype, folder
+
+    return saved
+
+
+@pytest.fixture
+def model(
+    request: pytest.FixtureRequest, models: Callable[[str], tuple[Any, torch.dtype, Path]]
+) -> tuple[Any, torch.dtype, Path]:
+    return models(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +106,9 @@ class Back:
 
 
 @pytest.fixture(scope="module")
-def back(model: tuple[Any, torch.dtype, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Back]:
-    _, _, source = model
-
+def backs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Back]:
     @cache
-    def made(method: str) -> Back:
+    def made(source: Path, method: str) -> Back:
         folder = tmp_path_factory.mktemp("back")
         quantized(source, folder / "packed", method)
         return Back(folder / "packed", folder / "output", dequantized(folder / "packed", folder / "output"))
@@ -106,7 +116,16 @@ def back(model: tuple[Any, torch.dtype, Path], tmp_path_factory: pytest.TempPath
     return made
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.fixture
+def back(model: tuple[Any, torch.dtype, Path], backs: Callable[[Path, str], Back]) -> Callable[[str], Back]:
+    return partial(backs, model[2])
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    in_turn([*TRANSFORMERS, *DIFFUSERS], ["nf4", "int8"], ["fp4", "nf4-double"]),
+    indirect=["model"],
+)
 def test_every_value_is_bitsandbytes_own(
     model: tuple[Any, torch.dtype, Path], back: Callable[[str], Back], method: str
 ) -> None:
@@ -126,7 +145,7 @@ def test_every_value_is_bitsandbytes_own(
     assert config_of(found.output) == config_of(source)
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize(("model", "method"), in_turn([*TRANSFORMERS, *DIFFUSERS], ["nf4", "int8"]), indirect=["model"])
 def test_the_result_loads_and_computes_like_the_dequantized_model(
     model: tuple[Any, torch.dtype, Path], back: Callable[[str], Back], method: str
 ) -> None:

@@ -12,32 +12,51 @@ import torch
 from safetensors import safe_open
 
 from converted import matching, quantized
+from covering import in_turn
 from forward import output_of
-from reference import METHODS, config_of, differing_files, differing_tensors, diffusers_model
+from reference import config_of, differing_files, differing_tensors, diffusers_model
 from zoo import DIFFUSERS, build
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CASES = [
-    pytest.param(method, dtype, marks=[] if dtype == "auto" or method in ("nf4", "int8") else [pytest.mark.soak])
-    for method in METHODS
-    for dtype in DTYPES
-]
-"""What 4-bit methods are given when a dtype is asked for does not depend on which of them it is."""
+CASES = in_turn(
+    DIFFUSERS,
+    [("nf4", "auto")],
+    [("int8", "auto")],
+    [("fp4", "auto"), ("nf4-double", "auto")],
+    [(method, dtype) for dtype in ("bfloat16", "float16") for method in ("nf4", "int8")],
+    [(method, dtype) for dtype in ("bfloat16", "float16") for method in ("fp4", "nf4-double")],
+)
+SOME = in_turn(DIFFUSERS, ["nf4", "int8"], ["fp4", "nf4-double"])
 SKIPS = ["proj_out", "transformer_blocks.0", "blocks.0"]
 
 
-@pytest.fixture(scope="module", params=DIFFUSERS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    folder = tmp_path_factory.mktemp("source") / request.param
-    build(request.param).save_pretrained(folder)
-    return build(request.param), folder
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    @cache
+    def saved(name: str) -> tuple[Any, Path]:
+        folder = tmp_path_factory.mktemp("source") / name
+        built = build(name)
+        built.save_pretrained(folder)
+        return built, folder
+
+    return saved
+
+
+@pytest.fixture(params=DIFFUSERS)
+def model(request: pytest.FixtureRequest, models: Callable[[str], tuple[Any, Path]]) -> tuple[Any, Path]:
+    return models(request.param)
 
 
 @pytest.fixture(scope="module")
-def theirs(model: tuple[Any, Path]) -> Callable[[str, torch.dtype], Any]:
-    """The library's quantized model by method and dtype, loaded once."""
+def loaded() -> Callable[..., Any]:
+    """The library's quantized models by class, folder, method and dtype, each loaded once."""
+    return cache(diffusers_model)
+
+
+@pytest.fixture
+def theirs(model: tuple[Any, Path], loaded: Callable[..., Any]) -> Callable[[str, torch.dtype], Any]:
     original, source = model
-    return cache(partial(diffusers_model, type(original), source))
+    return partial(loaded, type(original), source)
 
 
 def assert_is_the_librarys(output: Path, reference: Path, method: str) -> None:
@@ -48,7 +67,7 @@ def assert_is_the_librarys(output: Path, reference: Path, method: str) -> None:
         assert differing_files(reference, output) == []
 
 
-@pytest.mark.parametrize(("method", "dtype"), CASES)
+@pytest.mark.parametrize(("model", "method", "dtype"), CASES, indirect=["model"])
 def test_the_whole_folder_is_the_librarys_in_every_dtype(
     model: tuple[Any, Path], theirs: Callable[[str, torch.dtype], Any], method: str, dtype: str, tmp_path: Path
 ) -> None:
@@ -60,7 +79,7 @@ def test_the_whole_folder_is_the_librarys_in_every_dtype(
     assert summary.footprint_after == expected.get_memory_footprint()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("model", "method"), SOME, indirect=["model"])
 def test_the_whole_folder_is_the_librarys_with_skips(model: tuple[Any, Path], method: str, tmp_path: Path) -> None:
     original, source = model
     skips = matching(SKIPS, source)
@@ -72,7 +91,7 @@ def test_the_whole_folder_is_the_librarys_with_skips(model: tuple[Any, Path], me
     assert summary.footprint_after == expected.get_memory_footprint()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("model", "method"), SOME, indirect=["model"])
 def test_many_shards_hold_the_librarys_tensors_and_keep_a_weight_with_its_companions(
     model: tuple[Any, Path], theirs: Callable[[str, torch.dtype], Any], method: str, tmp_path: Path
 ) -> None:
@@ -91,7 +110,7 @@ def test_many_shards_hold_the_librarys_tensors_and_keep_a_weight_with_its_compan
         assert all(name.removesuffix("SCB") + "weight" in names for name in names if name.endswith(".SCB"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("model", "method"), SOME, indirect=["model"])
 def test_the_output_loads_without_naming_a_config_and_computes_the_same(
     model: tuple[Any, Path], theirs: Callable[[str, torch.dtype], Any], method: str, tmp_path: Path
 ) -> None:

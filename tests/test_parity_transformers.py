@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from converted import matching, plan_of, quantized
+from covering import in_turn
 from forward import output_of
 from reference import METHODS, differing_files, differing_tensors, transformers_model
 from zoo import ODD, TRANSFORMERS, build
@@ -21,29 +22,44 @@ SHARDS = {"5GB": 5 * 10**9, "40KB": 40_000}
 """One shard, and many."""
 WRITTEN = {"auto": ("5GB", "40KB"), "bfloat16": ("40KB",), "float16": ("5GB",)}
 """Every dtype, and both sizes of shards, in each model; not every pair of the two."""
-CASES = [
-    pytest.param(method, dtype, marks=[] if dtype == "auto" or method in ("nf4", "int8") else [pytest.mark.soak])
-    for method in METHODS
-    for dtype in WRITTEN
-]
-"""What 4-bit methods are given when a dtype is asked for does not depend on which of them it is."""
-
-
-@pytest.fixture(scope="module", params=TRANSFORMERS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    folder = tmp_path_factory.mktemp("source") / request.param
-    built = build(request.param)
-    built.save_pretrained(folder)
-    return type(built), folder
+CASES = in_turn(
+    TRANSFORMERS,
+    [("nf4", "auto")],
+    [("int8", "auto")],
+    [("fp4", "auto"), ("nf4-double", "auto")],
+    [(method, dtype) for dtype in ("bfloat16", "float16") for method in METHODS],
+)
 
 
 @pytest.fixture(scope="module")
-def theirs(model: tuple[Any, Path]) -> Callable[[str, str], Any]:
-    """The library's quantized model by method and dtype, loaded once."""
-    return cache(partial(transformers_model, *model))
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    @cache
+    def saved(name: str) -> tuple[Any, Path]:
+        folder = tmp_path_factory.mktemp("source") / name
+        built = build(name)
+        built.save_pretrained(folder)
+        return type(built), folder
+
+    return saved
 
 
-@pytest.mark.parametrize(("method", "dtype"), CASES)
+@pytest.fixture(params=TRANSFORMERS)
+def model(request: pytest.FixtureRequest, models: Callable[[str], tuple[Any, Path]]) -> tuple[Any, Path]:
+    return models(request.param)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Callable[..., Any]:
+    """The library's quantized models by class, folder, method and dtype, each loaded once."""
+    return cache(transformers_model)
+
+
+@pytest.fixture
+def theirs(model: tuple[Any, Path], loaded: Callable[..., Any]) -> Callable[[str, str], Any]:
+    return partial(loaded, *model)
+
+
+@pytest.mark.parametrize(("model", "method", "dtype"), CASES, indirect=["model"])
 def test_the_whole_folder_is_the_librarys_in_every_dtype_and_shard_size(
     model: tuple[Any, Path], theirs: Callable[[str, str], Any], method: str, dtype: str, tmp_path: Path
 ) -> None:
@@ -63,16 +79,17 @@ def test_the_whole_folder_is_the_librarys_in_every_dtype_and_shard_size(
         assert summary.bytes_output == sum(sizes.values()) - sizes["qz.json"]
 
 
+SKIPS = [
+    ("nf4", [r".*attn.*"]),
+    ("nf4", [r".*mlp.*", "fc1"]),
+    ("nf4", [r".*\.0\..*"]),
+    ("nf4", ["layer.1.attention", "layers.1"]),
+    ("int8", [r".*mlp.*", "fc1"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("method", "skips"),
-    [
-        ("nf4", [r".*attn.*"]),
-        ("nf4", [r".*mlp.*", "fc1"]),
-        ("nf4", [r".*\.0\..*"]),
-        ("nf4", ["layer.1.attention", "layers.1"]),
-        pytest.param("int8", [r".*mlp.*", "fc1"], marks=pytest.mark.soak),
-    ],
-    ids=str,
+    ("model", "method", "skips"), in_turn(TRANSFORMERS, SKIPS[:2], SKIPS[2:]), indirect=["model"], ids=str
 )
 def test_skips_add_up_with_the_librarys_defaults(
     model: tuple[Any, Path], method: str, skips: list[str], tmp_path: Path
@@ -92,7 +109,9 @@ def test_skips_add_up_with_the_librarys_defaults(
     assert differing_files(reference, output) == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("model", "method"), in_turn(TRANSFORMERS, ["nf4", "int8"], ["fp4", "nf4-double"]), indirect=["model"]
+)
 def test_the_output_loads_without_naming_a_config_and_computes_the_same(
     model: tuple[Any, Path], theirs: Callable[[str, str], Any], method: str, tmp_path: Path
 ) -> None:

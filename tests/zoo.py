@@ -149,7 +149,7 @@ def unet() -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        block_out_channels=(64, 128),
+        block_out_channels=(64, 64),
         layers_per_block=1,
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,15 +102,22 @@ def lora_mixin(pipeline_class: str | None, model_class: str) -> Any:
     Found in the text of the library's pipelines: importing them would import all that they need. Raises Unsupported if
     there is none.
     """
+    return lora_mixins()[_mixin_name(pipeline_class, model_class)]
+
+
+@cache
+def _mixin_name(pipeline_class: str | None, model_class: str) -> str:
     known = lora_mixins()
     votes: dict[str, int] = {}
     needle = re.compile(rf"\b{re.escape(model_class)}\b")
     for path in sorted(Path(diffusers.__file__).parent.glob("pipelines/**/pipeline_*.py")):
         text = path.read_text(encoding="utf-8")
+        if model_class not in text and (pipeline_class is None or pipeline_class not in text):
+            continue
         for name, bases in _CLASS.findall(text):
-            mixins = [base.strip() for base in bases.split(",") if base.strip() in known]
+            mixins: list[str] = [base.strip() for base in bases.split(",") if base.strip() in known]
             if mixins and name == pipeline_class:
-                return known[mixins[-1]]
+                return mixins[-1]
             if mixins and needle.search(text):
                 for mixin in mixins:
                     votes[mixin] = votes.get(mixin, 0) + 1
@@ -118,4 +126,4 @@ def lora_mixin(pipeline_class: str | None, model_class: str) -> Any:
         raise Unsupported(
             f"diffusers {diffusers.__version__} loads no LoRA into a {what}, so how to fuse one is not known."
         )
-    return known[max(votes, key=lambda name: (votes[name], name))]
+    return max(votes, key=lambda name: (votes[name], name))
