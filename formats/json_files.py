@@ -22,12 +22,13 @@ class _RefusedError(ValueError):
     """Something that Python's JSON reader takes and qz does not."""
 
 
-def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, Any]:
+def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES, tag_floats: bool = False) -> dict[str, Any]:
     """The JSON object in ``data``; Malformed, naming ``where``, for anything else.
 
     Refused beyond what JSON forbids: more than ``limit`` bytes (text beyond ASCII: ``MAX_BYTES``), ``MAX_DEPTH``
     levels, ``MAX_CONTAINERS`` lists and objects, ``MAX_VALUES`` values (by their commas; not with a larger ``limit``),
-    duplicate keys, NaN and infinities, integers of more than ``MAX_DIGITS``.
+    duplicate keys, NaN and infinities, integers of more than ``MAX_DIGITS``. With ``tag_floats`` NaN and infinities
+    become what transformers 5 writes for them; before, it wrote them as they are.
     """
     if data.startswith(b"version https://git-lfs"):
         raise Malformed(
@@ -41,7 +42,7 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, A
     if limit <= MAX_BYTES and data.count(b",") >= MAX_VALUES:
         raise _malformed(f"{where} holds more than {MAX_VALUES} values, too many for such a file")
     try:
-        value = _DECODER.decode(data.decode("utf-8"))
+        value = (_TAGGING if tag_floats else _DECODER).decode(data.decode("utf-8"))
     except _RefusedError as error:
         raise _malformed(f"{where} is refused: {error}") from None
     except UnicodeDecodeError as error:
@@ -128,3 +129,6 @@ def _constant(text: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_int, parse_float=_float, parse_constant=_constant)
+_TAGGING = json.JSONDecoder(
+    object_pairs_hook=_distinct, parse_int=_int, parse_float=_float, parse_constant=lambda text: {"__float__": text}
+)

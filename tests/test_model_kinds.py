@@ -423,6 +423,18 @@ def test_shards_in_folders_that_an_index_names_are_read_where_the_library_reads_
         qz.api.quantize(source, output=tmp_path / "none")
 
 
+def test_numbers_that_json_has_not_are_read_as_older_versions_of_the_library_wrote_them(tmp_path: Path) -> None:
+    """As in the configs of Nemotron-H and Mamba 2: ``"time_step_limit": [0.0, Infinity]``."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1}
+    config = transformers.Mamba2Config(**sizes, vocab_size=64, chunk_size=8)
+    source = saved(transformers.Mamba2ForCausalLM(config), tmp_path / "source")
+    text, count = re.subn(r'\{\s*"__float__": "Infinity"\s*\}', "Infinity", (source / "config.json").read_text())
+    assert count == 1
+    (source / "config.json").write_text(text)
+    same_as_the_library(transformers.Mamba2ForCausalLM, source, tmp_path / "output", "nf4")
+    assert qz.api.inspect(source, plan=True).problems == ()
+
+
 def test_a_part_of_a_config_that_outlived_its_quantization_is_told_with_its_place(tmp_path: Path) -> None:
     source = saved(glmga(), tmp_path / "source")
     config = config_of(source)

@@ -99,6 +99,12 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, StoredTensor)}
 
 
+def read_config(data: bytes, where: str) -> dict[str, Any]:
+    """A config.json of either library; Malformed for one that is none."""
+    config = read_json(data, where, limit=MAX_CONFIG_BYTES, tag_floats=True)
+    return config if library_of(config) != "diffusers" else read_json(data, where, limit=MAX_CONFIG_BYTES)
+
+
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
     """The checkpoint in ``folder``, or one error that names everything wrong with it: MissingInput, Unsupported, …"""
     checkpoint, problems = survey(folder, variant)
@@ -210,7 +216,7 @@ class _Survey:
             return None
         try:
             data = read_file(self.folder, "config.json", MAX_CONFIG_BYTES)
-            config = read_json(data, self.path("config.json"), limit=MAX_CONFIG_BYTES)
+            config = read_config(data, self.path("config.json"))
         except QzError as error:
             instead = "" if "config.json" in self.sizes else self.instead()
             self.problems.add_error(error, "config.json", missing="config-missing", instead=instead)

@@ -188,7 +188,7 @@ def _texts(companion: Companion) -> list[str]:
     if companion.bytes <= MAX_BYTES:
         with suppress(Malformed):
             data = b'{"": ' + read_file(companion.folder, companion.file, MAX_BYTES) + b"}"  # modules.json is a list
-            collect(read_json(data, f"{companion.folder.location}/{companion.file}"))
+            collect(read_json(data, f"{companion.folder.location}/{companion.file}", tag_floats=True))
     return found
 
 

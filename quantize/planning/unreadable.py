@@ -6,10 +6,10 @@ from collections.abc import Container
 
 from qz import QzError, Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline, as_component
-from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.checkpoint.survey import Checkpoint, read_config
 from qz.formats.checkpoint.weights import PICKLE, architecture_of, library_of
 from qz.formats.folder import Folder, read_file
-from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.json_files import MAX_BYTES
 from qz.formats.output.recorded.record import read_record
 
 KEPT = "kept as it is"
@@ -66,7 +66,7 @@ def _needs_none(component: Component) -> str | None:
     from qz.quantize.libraries.examine import examine
 
     where = f"{component.folder.location}/config.json"
-    config = read_json(read_file(component.folder, "config.json", MAX_BYTES), where)
+    config = read_config(read_file(component.folder, "config.json", MAX_BYTES), where)
     library = library_of(config)
     if library is None:
         return None
