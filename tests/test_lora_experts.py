@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import run
 from conftest import Qz
+from forked import Runner
 from mixtures import mixture
 from qz import MalformedInput, Unsupported
 from qz.cli.dequantize import dequantize
@@ -107,12 +108,17 @@ def test_a_whole_tensor_of_experts_is_not_put_into_one_of_them(tmp_path: Path) -
         run(quantize, base, experts=True, lora=[str(adapter)], dry_run=True)
 
 
-def test_a_command_of_its_own_finds_the_experts_whether_the_model_is_remembered_or_not(qz: Qz, tmp_path: Path) -> None:
+def test_a_command_of_its_own_finds_the_experts_of_a_model_that_is_remembered(
+    qz: Qz, forks: Runner, tmp_path: Path
+) -> None:
     base = mixture("qwen3_moe", tmp_path / "base")
     adapter = on_all_experts(base, tmp_path / "adapter")
-    for _ in range(2):
-        done = qz("quantize", base, "--lora", adapter, "--dry-run", "--quiet", QZ_CACHE=str(tmp_path / "cache"))
-        assert done.returncode == 0, done.stderr
+    memory = {"QZ_CACHE": str(tmp_path / "cache")}
+    first = forks.run("quantize", base, "--dry-run", cwd=tmp_path, environment=memory)
+    assert first.code == 0, first.stderr
+    assert list((tmp_path / "cache/architectures").iterdir())
+    done = qz("quantize", base, "--lora", adapter, "--dry-run", "--quiet", **memory)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers.models.llama import modeling_llama
 
 import qz as package
 from pace import HANG
@@ -90,11 +91,10 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> Answered:
     return answered
 
 
-def answered_alone(source: Path, *options: str, package_in: Path | None = None) -> str:
+def answered_alone(source: Path, *options: str) -> str:
     """The same of a process of its own, which does not import torch: another one asks the library."""
     done = subprocess.run(
         [sys.executable, "-c", ANSWERED, "quantize", str(source), "--dry-run", "--quiet", *options],
-        env=importing_from(package_in),
         capture_output=True,
         text=True,
         timeout=HANG,
@@ -102,10 +102,6 @@ def answered_alone(source: Path, *options: str, package_in: Path | None = None) 
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
-
-
-def importing_from(place: Path | None) -> dict[str, str]:
-    return {**os.environ, **({"PYTHONPATH": str(place)} if place is not None else {})}
 
 
 @pytest.mark.parametrize(("name", "method"), GRID, ids=str)
@@ -155,23 +151,31 @@ def test_another_wish_config_or_tensor_is_another_question(source: Path, cache: 
 
 
 RECALLED = """
-import sys
+import json, os, sys
 from qz.quantize.libraries import answer_cache
-print("remembered" if answer_cache.recall(sys.argv[1]) is not None else "asked")
+question, *answer = sys.argv[1:]
+for each in answer:
+    answer_cache.keep(question, json.loads(each))
+assert answer_cache.__file__.startswith(os.getcwd())
+print("remembered" if answer_cache.recall(question) is not None else "asked")
 assert "torch" not in sys.modules
 """
 
 
-def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) -> None:
+def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path, answered: Answered) -> None:
+    said = examine(open_checkpoint(LocalFolder(source)), LoadRequest(FourBit("nf4")))
+    [kept] = cache.iterdir()
+    code = json.loads(kept.read_bytes().split(b"\n", 1)[1])["code"]
+    assert {on_transformers.__file__, modeling_llama.__file__} <= code.keys()
     root = Path(package.__file__).resolve().parent
     shutil.copytree(root, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
-    assert answered_alone(source, package_in=tmp_path) == "asked"
-    [question] = (each.name for each in cache.iterdir())
+    answer = json.dumps(answer_cache.encoded(said))
 
-    def recalled(package_in: Path | None = None) -> str:
+    def recalled(*answer: str) -> str:
+        """What a process with the copied package remembers, once it has kept the ``answer``, if there is one."""
         done = subprocess.run(
-            [sys.executable, "-c", RECALLED, question],
-            env=importing_from(package_in),
+            [sys.executable, "-c", RECALLED, kept.name, *answer],
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=HANG,
@@ -179,16 +183,16 @@ def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path) 
         )
         return done.stdout.strip()
 
-    assert recalled(tmp_path) == "remembered"
-    module = tmp_path / "qz" / "quantize" / "libraries" / "transformers" / "on_transformers.py"
+    assert recalled(answer) == "remembered"
+    module = tmp_path / "qz" / "quantize" / "libraries" / "answer_cache.py"
     before = module.stat().st_mtime_ns
     os.utime(module, ns=(1, 1))
-    assert recalled(tmp_path) == "asked"
-    assert answered_alone(source, package_in=tmp_path) == "asked"
-    assert recalled(tmp_path) == "remembered"
+    assert recalled() == "asked"
+    assert recalled(answer) == "remembered"
     os.utime(module, ns=(before, before))
-    assert recalled(tmp_path) == "asked"
-    assert recalled() == "asked"  # another installation, whose code may differ
+    assert recalled() == "asked"
+    assert answered(source) == "asked"  # another installation, whose code may differ
+    assert answered(source) == "remembered"
     assert len(list(cache.iterdir())) == 1
 
 
