@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -123,11 +125,16 @@ def _converter(function: Any) -> Any:
 
 def needs_conversion(model_class: Any, config: Any, state: dict[str, Any]) -> bool:
     """Whether the library would convert the state dict of a file; not if it has the class's own names already."""
+    return _own_names(model_class, json.dumps(dict(config), sort_keys=True)) != set(state)
+
+
+@lru_cache(maxsize=16)
+def _own_names(model_class: Any, config: str) -> frozenset[str]:
+    """Of the tensors of a model; remembered, since a file is looked at several times, and building takes a while."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        own = set(model_class.from_config(dict(config)).state_dict())
-    return own != set(state)
+        return frozenset(model_class.from_config(json.loads(config)).state_dict())
 
 
 def default_pipeline(state: dict[str, Any]) -> str | None:

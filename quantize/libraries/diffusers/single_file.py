@@ -101,6 +101,8 @@ def _converted(class_name: str, config: Mapping[str, Any], trace: Trace, state: 
             f"diffusers reads no {class_name} from a single file, so what its tensors mean is not known. Use a "
             "repository of this model in diffusers' layout."
         )
+    if not needs_conversion(model_class, config, state):
+        return state
     with trace:
-        made: dict[str, Any] = converter(dict(config), state) if needs_conversion(model_class, config, state) else state
+        made: dict[str, Any] = converter(dict(config), state)
     return made
