@@ -490,7 +490,9 @@ def test_thousands_of_problems_of_one_kind_are_counted(tmp_path: Path) -> None:
     assert problems[-1].message == f"{folder} has 4,800 more problems of the kind tensor-absent."
 
 
-def test_pickles_are_refused_with_the_command_that_converts_them(saved: Path, tmp_path: Path) -> None:
+def test_pickles_are_refused_with_the_command_that_converts_them(
+    saved: Path, python_with_libraries: list[str], tmp_path: Path
+) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
@@ -503,7 +505,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(saved: Path, tm
     _, _, command = str(raised.value).partition("python -c ")
     assert command.startswith('"import glob, torch; ')
     subprocess.run(
-        [sys.executable, "-c", command.strip('"')], cwd=tmp_path, check=True, capture_output=True, timeout=HANG
+        [*python_with_libraries, "-c", command.strip('"')], cwd=tmp_path, check=True, capture_output=True, timeout=HANG
     )
     converted = open_checkpoint(LocalFolder(folder))
     assert set(converted.tensors) == set(open_checkpoint(LocalFolder(saved / "llama-None")).tensors)

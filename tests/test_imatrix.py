@@ -213,7 +213,7 @@ def test_counts_that_cannot_be_cost_neither_time_nor_memory() -> None:
 
 @pytest.mark.parametrize(("kind", "element"), [(8, struct.pack("<Q", 2) + b"ab"), (11, struct.pack("<q", 10**12))])
 def test_long_lists_of_metadata_are_passed_over(kind: int, element: bytes) -> None:
-    count = 200_000
+    count = 50_000
     entries = [
         struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, kind, count) + element * count,
         struct.pack("<Q", 1) + b"b" + struct.pack("<IQ", 8, 1) + b"x",
@@ -225,7 +225,7 @@ def test_long_lists_of_metadata_are_passed_over(kind: int, element: bytes) -> No
     tracemalloc.stop()
     assert (header.metadata, header.lengths) == ({"b": "x"}, {"a": count})
     assert [data[start:stop] for start, stop in header.kept] == entries[1:]
-    assert most < 8 << 20
+    assert most < 2 << 20
 
 
 def test_a_pipeline_has_no_single_imatrix(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_of_a_model_type_that_nobody_knows_no_class_is_asked_for(tmp_path: Path)
 
 
 @pytest.mark.parametrize("missing", ["pooler", "class"])
-def test_the_advice_on_missing_weights_works(missing: str, tmp_path: Path) -> None:
+def test_the_advice_on_missing_weights_works(missing: str, python_with_libraries: list[str], tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.BertConfig(**sizes, vocab_size=100)
     if missing == "pooler":
@@ -317,7 +317,7 @@ def test_the_advice_on_missing_weights_works(missing: str, tmp_path: Path) -> No
     if missing == "pooler":
         code = re.search(r'python -c "(.*)"', str(refused.value))
         assert code is not None
-        subprocess.run([sys.executable, "-c", code[1]], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run([*python_with_libraries, "-c", code[1]], cwd=tmp_path, check=True, capture_output=True)
         source = tmp_path / "NEW"
     else:
         named = re.search(r'"architectures": \["(\w+)"\]', str(refused.value))
