@@ -368,6 +368,40 @@ def test_a_component_that_its_class_requires_and_the_index_does_not_give_is_told
     assert made["pipeline"].text_encoder is encoder
 
 
+def emptied(pipeline: Path) -> None:
+    shutil.rmtree(pipeline / "scheduler")
+    (pipeline / "scheduler").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        (emptied, MissingInput, "scheduler is empty"),
+        (
+            lambda pipeline: (pipeline / "scheduler" / "scheduler_config.json").rename(
+                pipeline / "scheduler" / "a.json"
+            ),
+            MissingInput,
+            "has no scheduler_config.json, which FlowMatchEulerDiscreteScheduler is loaded from",
+        ),
+        (
+            lambda pipeline: rewrite(pipeline / "model_index.json", vae=["diffusers", "AutoencoderKL", {}]),
+            MalformedInput,
+            "it gives vae as something else than its library and class",
+        ),
+    ],
+)
+def test_a_component_that_from_pretrained_could_not_load_is_refused(
+    change: Any, error: type[QzError], told: str, changed: Path, tmp_path: Path
+) -> None:
+    change(changed)
+    with pytest.raises((OSError, ValueError)):
+        DiffusionPipeline.from_pretrained(changed)
+    with pytest.raises(error, match=told):
+        run(quantize, changed, output=tmp_path / "out")
+    assert told in " ".join(problem.message for problem in qz.api.inspect(changed).errors)
+
+
 def test_settings_that_look_like_components_are_none(changed: Path, tmp_path: Path) -> None:
     """As from_pretrained: what the class of the pipeline does not take as a component is a setting, or is ignored."""
     rewrite(changed / "model_index.json", sizes=["small", "large"])

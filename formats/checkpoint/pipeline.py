@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_]+")
+SCHEDULER_CONFIG = "scheduler_config.json"
 _SEVERAL = re.compile(r"Multi[A-Z]")
 """Classes of diffusers that hold several nets of another class: MultiControlNetModel, MultiAdapter, …"""
 _OF_TWO_REPOSITORIES = re.compile(r"Kandinsky(?:V22)?(?:Img2Img|Inpaint|Controlnet|Pipeline)|StableCascade|Wuerstchen")
 """Pipelines whose combined class loads the other half from the repository that the card's head names (``prior``)."""
 _PRIOR = re.compile(r"\A---\n(?:(?!---).*\n)*?prior:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)")
+
+
+NEITHER = "it gives {} as something else than its library and class, or [null, null]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,8 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
                 "copies. Quantize its components one by one with --subfolder."
             )
         raise Malformed("index-malformed", f"{where} has no _class_name, so it is not a pipeline. Download it again.")
+    if unclear := unclear_components(index):
+        raise Malformed("index-malformed", f"{where}: {NEITHER.format(unclear[0])}. Correct it, or download it again.")
     entries = named_components(index, folder)
     unsafe = [name for name in entries if not _NAME.fullmatch(name)]
     if unsafe:
@@ -182,6 +188,12 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     if lacking:
         notes += (WARNINGS["component-null"].format(where=where, **facts_of_lacking(class_name, lacking)),)
     return Pipeline(folder, class_name, tuple(components), notes=notes, lacking=lacking)
+
+
+def unclear_components(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that the index gives as something that no loader understands; see ``NEITHER``."""
+    arguments = arguments_of(str(index.get("_class_name")))
+    return arguments.unclear(index) if arguments is not None else ()
 
 
 def lacking_components(index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -260,6 +272,7 @@ def component_in(
             f"{folder.location} is a {class_name} with code of its own ({library}.py), which qz neither runs nor "
             "copies. Quantize the other components one by one with --subfolder."
         )
+    require_settings(folder, library, class_name)
     if not has_weights(sizes):
         return Component(name, library, class_name, folder, first=first)
     has_variant = any(f".{variant}." in file or f".{variant}-" in file for file in sizes)
@@ -275,6 +288,18 @@ def component_in(
         other = f"{folder.location} has no weights of the variant {quoted(variant)}; the plain ones are taken"
         checkpoint = replace(checkpoint, choices=(*checkpoint.choices, other))
     return Component(name, library, class_name, folder, as_component(checkpoint, library, class_name), first)
+
+
+def require_settings(folder: Folder, library: str, class_name: str) -> None:
+    """Raise MissingInput for a component's folder in which there is nothing, or not what its class is loaded from."""
+    sizes = folder.sizes()
+    if not sizes and not folder.subfolders():
+        raise MissingInput(f"{folder.location} is empty. Download the whole pipeline.")
+    if library == "diffusers" and class_name.endswith("Scheduler") and SCHEDULER_CONFIG not in sizes:
+        raise MissingInput(
+            f"{folder.location} has no {SCHEDULER_CONFIG}, which {class_name} is loaded from. Download the whole "
+            "pipeline."
+        )
 
 
 def class_in_config(library: str, class_name: str) -> dict[str, Any]:

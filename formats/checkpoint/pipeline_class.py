@@ -28,10 +28,22 @@ class PipelineArguments:
     needed: tuple[str, ...]
     """Components that may not be None."""
 
+    def unclear(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """Components that the index gives as something else than library and class, or null for both."""
+        given = {name: value for name, value in index.items() if name in self.components}
+        return tuple(name for name, value in given.items() if not _is_pair(value) and not _is_null(value))
+
     def lacking(self, index: Mapping[str, Any]) -> tuple[str, ...]:
         """Components that the index does not give, and without which from_pretrained raises ValueError."""
-        values = {name: index.get(name) for name in self.needed}
-        return tuple(name for name, value in values.items() if not isinstance(value, list) or value[:1] in ([], [None]))
+        return tuple(name for name in self.needed if name not in index or _is_null(index[name]))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _is_null(value: Any) -> bool:
+    return isinstance(value, list) and value[:1] == [None]
 
 
 @cache

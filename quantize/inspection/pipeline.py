@@ -9,6 +9,7 @@ from typing import Any
 
 from qz import QzError
 from qz.formats.checkpoint.pipeline import (
+    NEITHER,
     Component,
     Pipeline,
     Unread,
@@ -18,6 +19,8 @@ from qz.formats.checkpoint.pipeline import (
     has_weights,
     lacking_components,
     named_components,
+    require_settings,
+    unclear_components,
     with_followers,
 )
 from qz.formats.checkpoint.problems import Problem, Problems, as_error, kind_of, worst_first
@@ -202,6 +205,7 @@ def inspect_pipeline(
         firsts[name] = first
         try:
             inner.append(folder.subfolder(name))
+            require_settings(inner[-1], *entries[name])
         except QzError as error:
             missing.append(_gone(name, error))
             continue
@@ -283,6 +287,8 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
             unsafe.append(name)
     for name in unsafe:
         problems.add("unsafe-name", PIPELINE_INDEX, name=quoted(name))
+    for name in unclear_components(index):
+        problems.add("index-malformed", PIPELINE_INDEX, why=NEITHER.format(name))
     if class_name is not None and entries and (lacking := lacking_components(index)):
         problems.add("component-null", PIPELINE_INDEX, **facts_of_lacking(class_name, lacking))
     if class_name is not None and not entries and not unsafe:
