@@ -247,10 +247,10 @@ def kill_at_random(server: Runner, run: Run, place: Path, expected: dict[str, di
     assert len(kept - {None}) > 2
 
 
-def test_40_kills_at_random_moments_then_the_same_bytes(
+def test_20_kills_at_random_moments_then_the_same_bytes(
     server: Runner, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    kill_at_random(server, run, place, expected, 40)
+    kill_at_random(server, run, place, expected, 20)
 
 
 ONE_LINEAR = ("--skip", ".*mlp.*", "--skip", "k_proj", "--skip", "v_proj", "--skip", "o_proj")  # has every operation
@@ -317,13 +317,13 @@ def kill_a_resumed_run_at_every(
 def test_a_kill_at_writes_syncs_and_every_rename_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_at_every(STORES, run, place, small, stride=3)
+    kill_at_every(STORES, run, place, small, stride=6)
 
 
 def test_a_kill_at_writes_syncs_and_every_rename_of_a_resumed_run_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_a_resumed_run_at_every(STORES, run, place, small, stride=3)
+    kill_a_resumed_run_at_every(STORES, run, place, small, stride=6)
 
 
 # Failing operations
@@ -374,7 +374,7 @@ def fail_everywhere(
 def test_an_error_at_an_operation_of_any_kind_is_told_and_leaves_nothing_half_done(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=4)
+    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=8)
 
 
 def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(
@@ -478,7 +478,7 @@ def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
 ) -> None:
     moments = Moments(3)
     codes = []
-    for _ in range(30):
+    for _ in range(20):
         way = moments.random.choice(list(WAYS))
         number = moments.random.choice([signal.SIGINT, signal.SIGTERM])
         running = server.start(*WAYS[way], cwd=place)
@@ -495,8 +495,8 @@ def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
             check_interrupted(ended, place, expected[way])
         moments.learn(finish(run, place, WAYS[way], expected[way]) or ended)
         clear(place)
-    assert codes.count(130) > 3
-    assert codes.count(143) > 3
+    assert codes.count(130) > 2
+    assert codes.count(143) > 2
 
 
 @pytest.mark.parametrize(("act", "code"), [(INTERRUPT, 130), (TERMINATE, 143)])
@@ -562,7 +562,7 @@ def test_of_8_concurrent_starts_one_works_and_the_others_are_told_at_once(
     server: Runner, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
     wait = "while not os.path.exists('go'): time.sleep(0.01)"
-    for _ in range(5):
+    for _ in range(3):
         runs = [server.start(*QUANTIZE, cwd=place, at=0, only=("reserve",), act=wait) for _ in range(8)]
         done: list[Ended] = []
         while len(done) < 7:  # one is at work until we say so
@@ -652,7 +652,7 @@ def kill_a_pipeline(server: Runner, place: Path, pipeline: Path, every: int) -> 
 
 
 def test_kills_during_a_pipeline_then_the_same_bytes(server: Runner, place: Path, pipeline: Path) -> None:
-    kill_a_pipeline(server, place, pipeline, every=29)
+    kill_a_pipeline(server, place, pipeline, every=43)
 
 
 # A source that changes

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -192,7 +193,8 @@ def operations(run: Callable[[], object]) -> int:
     return counter.count
 
 
-STRIDES = [4, pytest.param(1, marks=pytest.mark.soak)]
+STRIDES = [8, pytest.param(1, marks=pytest.mark.soak)]
+"""Of operations that ``moments`` chooses from."""
 
 
 def moments(run: Callable[[], object], stride: int) -> list[int]:
@@ -1131,13 +1133,21 @@ def test_runs_that_race_without_waiting_leave_one_output(tmp_path: Path, referen
 # Failures and kills at every operation
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+ERRORS = [
+    (errno.ENOSPC, errno.EIO, errno.EACCES),
+    *(pytest.param((code,), marks=pytest.mark.soak) for code in (errno.ENOSPC, errno.EIO, errno.EACCES)),
+]
+
+
+@pytest.mark.parametrize("codes", ERRORS, ids=str)
 def test_an_error_at_any_operation_leaves_no_half_output(
-    tmp_path: Path, reference: dict[str, bytes], code: int
+    tmp_path: Path, reference: dict[str, bytes], codes: tuple[int, ...]
 ) -> None:
-    exit_code = 77 if code == errno.EACCES else 74
+    """With one of the errors each, or with the same all of them."""
     total = operations(lambda: make(tmp_path / "count/out"))
     for number in range(total):
+        code = codes[number % len(codes)]
+        exit_code = 77 if code == errno.EACCES else 74
         output = tmp_path / str(number) / "out"
         output.parent.mkdir()
         at = At(number, FailWith(code))
@@ -1170,10 +1180,12 @@ def after_a_kill(output: Path, number: int, reference: dict[str, bytes], where: 
     assert_nothing_beside(output)
 
 
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
 @in_small_process
-def test_a_kill_at_any_operation_is_recovered_by_the_same_command(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    total = operations(lambda: make(tmp_path / "count/out"))
-    for number in range(total):
+def test_a_kill_at_any_operation_is_recovered_by_the_same_command(
+    tmp_path: Path, reference: dict[str, bytes], stride: int
+) -> None:
+    for number in moments(lambda: make(tmp_path / "count/out"), stride):
         output = tmp_path / str(number) / "out"
         output.parent.mkdir()
         with hooked(At(number, die)):
@@ -1182,24 +1194,28 @@ def test_a_kill_at_any_operation_is_recovered_by_the_same_command(tmp_path: Path
         shutil.rmtree(output.parent)
 
 
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
 @in_small_process
-def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(tmp_path: Path, reference: dict[str, bytes]) -> None:
+def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(
+    tmp_path: Path, reference: dict[str, bytes], stride: int
+) -> None:
     interrupted(tmp_path / "model")
-    number = 0
-    while True:
-        output = tmp_path / str(number) / "out"
-        output.parent.mkdir()
-        shutil.copytree(tmp_path / "model.partial", output.parent / "out.partial")
-        shutil.copy(tmp_path / "model.partial.journal", output.parent / "out.partial.journal")
+
+    def interrupted_in(place: Path) -> Path:
+        place.mkdir()
+        shutil.copytree(tmp_path / "model.partial", place / "out.partial")
+        shutil.copy(tmp_path / "model.partial.journal", place / "out.partial.journal")
+        return place / "out"
+
+    whole = interrupted_in(tmp_path / "whole")
+    numbers = moments(lambda: make(whole), stride)
+    assert numbers[-1] > 50
+    for number in numbers:
+        output = interrupted_in(tmp_path / str(number))
         with hooked(At(number, die)):
-            ended = in_child(lambda output=output: make(output))  # type: ignore[misc]
-        if ended == 0:
-            break
-        assert ended == -signal.SIGKILL
+            assert in_child(lambda output=output: make(output)) == -signal.SIGKILL  # type: ignore[misc]
         after_a_kill(output, number, reference, f"operation {number}")
         shutil.rmtree(output.parent)
-        number += 1
-    assert number > 50
 
 
 @in_small_process
@@ -1273,9 +1289,11 @@ class Platter:
 
 
 @pytest.mark.parametrize("names", ["late", "at once"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("overwrite", "stride"), [(False, 1), (True, 3), pytest.param(True, 1, marks=pytest.mark.soak)]
+)
 def test_a_power_cut_at_any_operation_is_recovered(
-    tmp_path: Path, reference: dict[str, bytes], overwrite: bool, names: str
+    tmp_path: Path, reference: dict[str, bytes], overwrite: bool, stride: int, names: str
 ) -> None:
     root, state = tmp_path / "root", tmp_path / "state"
     root.mkdir()
@@ -1283,11 +1301,15 @@ def test_a_power_cut_at_any_operation_is_recovered(
     if overwrite:
         make(root / "out", config=b'{"old": 1}')
         old = contents(root / "out")
-    platter = Platter(root, names)
+    shutil.copytree(root, tmp_path / "whole")
+    chosen = moments(lambda: make(tmp_path / "whole/out", overwrite=overwrite), stride)
+    platter, number = Platter(root, names), itertools.count()
     resumed = set()
 
     def cut(operation: str, path: str) -> None:
         platter(operation, path)
+        if next(number) not in chosen:
+            return
         platter.restore(state)
         output = state / "out"
         assert_absent_or_complete(output, reference, old)
