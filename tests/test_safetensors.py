@@ -88,7 +88,7 @@ def test_layout_sorts_every_pair_of_dtypes_as_safetensors_does() -> None:
         assert ours(pair, {"format": "pt"}) == theirs(pair, {"format": "pt"})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(entries(all_names))
 def test_a_written_header_is_byte_for_byte_that_of_save_file(listed: list[Entry]) -> None:
     metadata = {"format": "pt"} if listed else {}  # without tensors, safetensors 0.8.0 writes invalid JSON there
@@ -150,7 +150,7 @@ def test_metadata_keys_keep_their_order() -> None:
 # Reading
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(entries(safe_names), st.dictionaries(all_names, all_names, max_size=3))
 def test_what_safetensors_writes_is_read_back(listed: list[Entry], metadata: dict[str, str]) -> None:
     if not listed:
@@ -284,10 +284,10 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         + b"}"
     ),
     "objects": lambda: b'{"a":' * 16_000_000,
-    "metadata": lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % place for place in range(5_000_000)) + b"}}",
-    "backslashes": lambda: b'{"' + b"\\" * 90_000_000,
-    "white space": lambda: b"{" + b" " * 90_000_000,
-    "a long string": lambda: b'{"' + b"\xf0\x9f\x98\x80" * 20_000_000 + b'":{}}',
+    "metadata": lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % place for place in range(1_000_000)) + b"}}",
+    "backslashes": lambda: b'{"' + b"\\" * 30_000_000,
+    "white space": lambda: b"{" + b" " * 30_000_000,
+    "a long string": lambda: b'{"' + b"\xf0\x9f\x98\x80" * 7_000_000 + b'":{}}',
 }
 
 
@@ -302,7 +302,7 @@ def test_a_bomb_costs_neither_time_nor_memory(name: str) -> None:
     finally:
         tracemalloc.stop()
     assert watch.loops < 50
-    assert peak < 300_000_000
+    assert peak < 3 * len(data)
 
 
 # Fuzzing
