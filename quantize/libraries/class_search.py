@@ -17,13 +17,14 @@ from typing import Any
 from qz.formats.malformed import quoted
 
 LONGEST_NAME = 100
+"""Letters; no class has a longer name."""
 _ROOMS = ("models", "pipelines")
 """Folders of the package whose modules have model classes."""
 
 
 def classes_in_diffusers(name: Any, module: str | None) -> Iterator[type]:
     """Classes of that name, the likeliest first; ``module`` is the one of a pipeline that model_index.json names."""
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or len(name) > LONGEST_NAME or not name.isidentifier():
         return
     # diffusers imports bitsandbytes, which suggests installing kernels that qz does not use.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
@@ -63,5 +64,6 @@ def _modules_that_define(name: str) -> Iterator[str]:
     definition = re.compile(rf"^class {name}\b", re.MULTILINE)
     for room in _ROOMS:
         for path in sorted((root / room).rglob("*.py")):
-            if definition.search(path.read_text(encoding="utf-8")):
+            text = path.read_text(encoding="utf-8")
+            if name in text and definition.search(text):
                 yield ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts))
