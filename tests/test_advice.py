@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,18 @@ def strings(tree: ast.Module) -> Iterator[str]:
 def test_every_command_that_a_message_names_is_one(texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     commands = {line for text in texts for line in re.findall(r"`((?:qz|hf) [^`]+)`", text)}
     assert {"qz dequantize PLACE", "qz calibrate --scores", "hf auth login"} <= commands
+
+    @cache
+    def offered_by_hf(*words: str) -> set[str]:
+        with pytest.raises(SystemExit) as ended:
+            hf([*words, "--help"])
+        assert ended.value.code == 0, words
+        return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+
     for program, *words in map(shlex.split, sorted(commands)):
         options = {word for word in words if word.startswith("-")}
         if program == "hf":
-            with pytest.raises(SystemExit) as ended:
-                hf([*itertools.takewhile(str.islower, words), "--help"])
-            assert ended.value.code == 0, words
-            offered = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+            offered = offered_by_hf(*itertools.takewhile(str.islower, words))
         else:
             offered = {name for each in QZ[words[0]].params for name in (*each.opts, *each.secondary_opts)}
         assert options <= offered, words

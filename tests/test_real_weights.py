@@ -64,7 +64,9 @@ def same_as_transformers(model_class: Any, source: Path, method: str, folder: Pa
         assert differing_files(folder / "reference", folder / "output") == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["nf4-double", "int8", *(pytest.param(method, marks=pytest.mark.soak) for method in ("nf4", "fp4"))]
+)
 @pytest.mark.usefixtures("one_thread")
 def test_minilm_is_quantized_as_transformers_does(minilm: Path, method: str, tmp_path: Path) -> None:
     from transformers import BertModel
