@@ -700,6 +700,25 @@ def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
         assert len(list(tmp_path.rglob("*cast_16*.nbc"))) == made
 
 
+ENCODE = """
+import numpy as np
+from qz.quantize.compute import kernels
+values, packed = np.linspace(-3, 3, 64, dtype=np.float32), np.empty(32, np.uint8)
+kernels.encode_4bit(values, "F32", {quant_type!r}, np.full(1, 3, np.float32), packed)
+print(packed.tobytes().hex())
+"""
+
+
+def test_code_of_a_quant_type_is_found_by_the_next_process_and_is_not_anothers(tmp_path: Path) -> None:
+    values, packed = np.linspace(-3, 3, 64, dtype=np.float32), np.empty(32, np.uint8)
+    runs: list[tuple[int, Literal["nf4", "fp4"]]] = [(1, "nf4"), (1, "nf4"), (2, "fp4")]
+    for made, quant_type in runs:
+        kernels.encode_4bit(values, "F32", quant_type, np.full(1, 3, np.float32), packed)
+        found = python(ENCODE.format(quant_type=quant_type), NUMBA_CACHE_DIR=str(tmp_path))
+        assert found == packed.tobytes().hex()
+        assert len(list(tmp_path.rglob("*encode*.nbc"))) == made
+
+
 def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: Path) -> None:
     """In a copy of the package, where a file's age says nothing."""
     shutil.copytree(Path(qz.__file__).parent, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))

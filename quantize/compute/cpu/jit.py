@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic as _intrinsic
 
 from qz.quantize.compute.once import once
@@ -25,8 +26,18 @@ def array(dtype: Any, dimensions: int = 1, *, output: bool = False) -> Any:
     return types.Array(dtype, dimensions, "C", readonly=not output, aligned=False)
 
 
-def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]:
+class _NamedCache(FunctionCache):  # type: ignore[misc]  # numba has no types
+    """Files of one function, by its name. numba also tells by a pickle what a function closes over, and where these are
+    functions of its own it has another pickle of them in every process: nothing would be found again."""
+
+    def _index_key(self, signature: Any, codegen: Any) -> Any:
+        return signature, codegen.magic_tuple()
+
+
+def compiled(signature: Any, *, name: str = "", **options: Any) -> Callable[[_Function], _Function]:
     """``numba.njit`` for this signature, at the first call: compiled, or loaded from the cache of an earlier process.
+
+    ``name``: for a function with a closure, of which there may be several; it says what is closed over.
 
     The cache lies beside the module, or in the user's cache directory where that cannot be written (or where
     ``NUMBA_CACHE_DIR`` says); without a home there is none. Processes that write it at the same time replace whole
@@ -34,14 +45,18 @@ def compiled(signature: Any, **options: Any) -> Callable[[_Function], _Function]
     """
 
     def decorate(function: _Function) -> _Function:
+        assert name or function.__closure__ is None, "what is cached is found by its name alone"
         built: list[Callable[..., Any]] = []
         known: set[tuple[object, ...]] = set()
 
         def build(*, keep: bool) -> Callable[..., Any]:
+            dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
             if keep:  # numba itself looks at the function's own file only; its name is part of the cache's
-                function.__qualname__ = f"{function.__name__}_{sources_digest()}"
-            decorator = numba.njit([signature], nogil=True, error_model="numpy", cache=keep, **options)
-            return cast(Callable[..., Any], decorator(function))
+                function.__qualname__ = f"{name or function.__name__}_{sources_digest()}"
+                dispatcher._cache = _NamedCache(function)
+            dispatcher.compile(signature)
+            dispatcher.disable_compile()
+            return cast(Callable[..., Any], dispatcher)
 
         @wraps(function)
         def call(*arguments: Any) -> Any:

@@ -276,7 +276,8 @@ def _search_of(quant_type: str, weighted: bool) -> Any:
             types.int64,
             array(types.uint8, output=True),
             array(types.float32, output=True),
-        )
+        ),
+        name=f"search_{quant_type}{'_weighted' if weighted else ''}",
     )
     def search(values: Any, weights: Any, column: int, inverses: Any, rounding: int, packed: Any, scales: Any) -> None:
         y, levels = np.empty(64, np.float32), np.empty(64, np.float32)
@@ -307,7 +308,10 @@ def _encode_of(quant_type: str) -> Any:
     nearest = _nearest_of(quant_type)
     least = np.float32(scale_search.LEAST_SCALE)
 
-    @compiled(types.void(array(types.float32), array(types.float32), array(types.uint8, output=True)))
+    @compiled(
+        types.void(array(types.float32), array(types.float32), array(types.uint8, output=True)),
+        name=f"encode_{quant_type}",
+    )
     def encode(values: Any, scales: Any, packed: Any) -> None:
         levels, zeros = np.empty(64, np.float32), np.zeros(64, np.float32)
         for block in range(scales.size):
