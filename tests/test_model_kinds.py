@@ -431,6 +431,7 @@ def test_numbers_that_json_has_not_are_read_as_older_versions_of_the_library_wro
     text, count = re.subn(r'\{\s*"__float__": "Infinity"\s*\}', "Infinity", (source / "config.json").read_text())
     assert count == 1
     (source / "config.json").write_text(text)
+    (source / "generation_config.json").write_text('{"temperature": Infinity}')
     same_as_the_library(transformers.Mamba2ForCausalLM, source, tmp_path / "output", "nf4")
     assert qz.api.inspect(source, plan=True).problems == ()
 

@@ -53,7 +53,8 @@ def load(
             generation = None
             if GENERATION_CONFIG in checkpoint.folder.sizes() and model_class.model.can_generate():
                 data = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
-                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}")  # refuses what is not JSON
+                # Refuses what is not JSON.
+                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}", tag_floats=True)
                 store(folder / GENERATION_CONFIG, data)
                 generation = GenerationConfig.from_pretrained(folder)
             shared = generation if shares_generation_config(model_class.model) else None
