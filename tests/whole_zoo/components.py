@@ -246,9 +246,17 @@ def _paint_by_example(kind: Any) -> Any:
     )  # fmt: skip
 
 
+def _glm_image(kind: Any) -> Any:
+    """Says as many tokens as it is asked for, as a trained one does."""
+    model = next(transformers_cases.small_models(kind.config_class, kind.__name__, kind))
+    model.generation_config.eos_token_id = None
+    return model
+
+
 _BY_HAND = {"ChatGLMModel": _chatglm, "T5GemmaEncoder": _t5gemma, "T5GemmaEncoderModel": _t5gemma,
-            "PaintByExampleImageEncoder": _paint_by_example}  # fmt: skip
-"""Classes whose config does not tell the sizes that they take."""
+            "PaintByExampleImageEncoder": _paint_by_example,
+            "GlmImageForConditionalGeneration": _glm_image}  # fmt: skip
+"""Classes whose config does not tell the sizes that they take, and one that must not stop early."""
 
 
 def _required(kind: type) -> list[str]:

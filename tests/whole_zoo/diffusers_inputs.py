@@ -81,7 +81,7 @@ def _cosmos3() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _residues(length: int = 8) -> dict[str, Any]:
+def residues(length: int = 8) -> dict[str, Any]:
     """A chain of so many residues, nothing of which is known or asked for."""
     flags, numbers = torch.zeros(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.long)
     of_atoms, of_pairs = torch.zeros(1, length, 37), torch.zeros(1, length, length, dtype=torch.long)
@@ -253,11 +253,11 @@ _KNOWN: dict[str, Inputs] = {
         "encoder_hidden_states": values(1, 12, 64), "img_shapes": [[(1, 4, 4)]],
     },
     "RFD4ProteinaAutoencoder": lambda: {
-        "z_latent": values(1, 8, 4), "ca_coors_nm": values(1, 8, 3), **_residues(),
+        "z_latent": values(1, 8, 4), "ca_coors_nm": values(1, 8, 3), **residues(),
     },
     "RFD4ProteinaTransformer": lambda: {
         "bb_ca": values(1, 8, 3), "local_latents": values(1, 8, 4), "bb_ca_time": _time(),
-        "local_latents_time": _time(), **_residues(),
+        "local_latents_time": _time(), **residues(),
     },
     "SD3ControlNetModel": lambda: _picture(4, pooled_projections=values(1, 64), controlnet_cond=values(1, 4, 8, 8)),
     "SanaControlNetModel": lambda: _picture(4, 8, 32, controlnet_cond=values(1, 4, 32, 32)),

@@ -11,6 +11,7 @@ import numpy
 import torch
 from PIL import Image
 
+from whole_zoo.diffusers_inputs import residues
 from whole_zoo.input_values import random_values as values
 
 Parts = Mapping[str, Any]
@@ -52,7 +53,7 @@ _OF_EIGHT = {"block_out_channels": [32] * 4, "down_block_types": ["DownEncoderBl
 """A latent for eight by eight pixels, as in the published pipelines."""
 
 _OF_PROTEINS = {"class": "RFD4ProteinaScheduler", "schedule_mode": "log", "noise_mode": "1/t", "tsr_k": 1.0,
-                "tsr_sigma": 1.0}  # fmt: skip
+                "tsr_sigma": 1.0, "tail_steps": 0}  # fmt: skip
 
 IMPOSSIBLE = {
     "(StableDiffusion)?Onnx.*": "its parts are ONNX files, which bitsandbytes does not quantize",
@@ -73,7 +74,6 @@ _NO_CALL = {
     "Kandinsky5I2I.*|LongCatImageEdit.*|QwenImage(Edit.*|Layered)Pipeline|VisualCloze.*": _LARGE,
     "Kandinsky6SR.*": "takes films of at least 256 by 256 pixels, too many for a small model on a CPU",
     "MusicLDM.*": _GONE,
-    "RFD4Proteina.*": "takes the features of a protein's residues, which the zoo does not have",
     "EasyAnimateControl.*": "gives its own encode_prompt an argument that it does not take",
     "LTX2DFRTemporalRefine.*": "takes what another pipeline gives",
 }
@@ -136,6 +136,11 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("HeliosPipeline", {"scheduler": {"stages": 1}}, {}),
     ("HeliosPyramid.*", {"scheduler": {"gamma": 0.25}}, {}),
     ("(HunyuanDiT|PixArtSigma|StableDiffusion3)PAG.*", {"transformer": {"num_layers": 2}}, {}),
+    (
+        "GlmImage.*",
+        {"vae": {**_OF_EIGHT, "latent_channels": 16}, "transformer": {"prior_vq_quantizer_codebook_size": 256}},
+        {},
+    ),
     ("HunyuanDiT.*|OmniGen.*|TextToVideoSD.*", {"vae": _OF_EIGHT}, {}),
     ("HunyuanDiTControlNet.*", {
         "transformer": {"num_layers": 4},
@@ -212,7 +217,19 @@ _NEEDS: tuple[tuple[str, Parts, Mapping[str, Any]], ...] = (
     ("QwenImage(?!21).*", {"transformer": {"in_channels": 64, "out_channels": 16}}, {}),
     ("QwenImageControlNet.*", {"controlnet": {"in_channels": 64, "out_channels": 16}}, {}),
     ("QwenImageControlNetInpaint.*", {"controlnet": {"extra_condition_channels": 4}}, {}),
-    ("RFD4Proteina.*", {"bb_ca_scheduler": _OF_PROTEINS, "local_latents_scheduler": _OF_PROTEINS}, {}),
+    ("RFD4Proteina.*", {
+        "bb_ca_scheduler": _OF_PROTEINS, "local_latents_scheduler": _OF_PROTEINS, "recycle_depths": [1, 1],
+    }, {
+        "output_type": "pt",
+        **{name: lambda _, name=name: residues()[name] for name in ("padding_mask", "token_type", "atom37_mask")},
+        **{
+            name: lambda _, name=name: residues()["conditioning"][name]
+            for name in ("is_in_context_conditioning", "supports_local_latent")
+        },
+        "conditioning_features": lambda _: residues()["conditioning"] | {
+            "condition_sequence_1_residue": torch.zeros(1, 8, dtype=torch.long)
+        },
+    }),
     ("SanaControlNet.*", {"controlnet": {
         "in_channels": 32, "out_channels": 32, "attention_head_dim": 32, "cross_attention_head_dim": 32,
         "cross_attention_dim": 64, "caption_channels": 64,
