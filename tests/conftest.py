@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +22,9 @@ from forked import Runner, Server
 from pace import HANG
 from preloaded import Preloaded
 from qz.quantize.libraries.importing import gpu_driver, work_bounds
+
+if TYPE_CHECKING:
+    from zoo import Saved
 
 isolated_environment.enter()
 if not gpu_driver.may_have_a_gpu():
@@ -128,6 +133,21 @@ def plain_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain") / "source"
     llama(tied=False, inner=192).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """The models of ``zoo`` by name, each built and saved once. Not to be changed by a test."""
+    from zoo import build
+
+    @cache
+    def saved(name: str) -> Saved:
+        folder = tmp_path_factory.mktemp("source") / name
+        built = build(name)
+        built.save_pretrained(folder)
+        return type(built), built.dtype, folder
+
+    return saved
 
 
 @pytest.fixture(scope="session")

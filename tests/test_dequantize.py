@@ -33,7 +33,7 @@ from reference import (
     raw,
     tensors_of,
 )
-from zoo import DIFFUSERS, ODD, TRANSFORMERS, build, llama
+from zoo import DIFFUSERS, ODD, TRANSFORMERS, Saved, build, llama
 
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
@@ -51,22 +51,8 @@ def same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
     return one is not None and one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, torch.dtype, Path]]:
-    @cache
-    def saved(name: str) -> tuple[Any, torch.dtype, Path]:
-        folder = tmp_path_factory.mktemp("source") / name
-        built = build(name)
-        built.save_pretrained(folder)
-        return type(built), built.dtype, folder
-
-    return saved
-
-
 @pytest.fixture
-def model(
-    request: pytest.FixtureRequest, models: Callable[[str], tuple[Any, torch.dtype, Path]]
-) -> tuple[Any, torch.dtype, Path]:
+def model(request: pytest.FixtureRequest, models: Callable[[str], Saved]) -> Saved:
     return models(request.param)
 
 
@@ -117,7 +103,7 @@ def backs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Bac
 
 
 @pytest.fixture
-def back(model: tuple[Any, torch.dtype, Path], backs: Callable[[Path, str], Back]) -> Callable[[str], Back]:
+def back(model: Saved, backs: Callable[[Path, str], Back]) -> Callable[[str], Back]:
     return partial(backs, model[2])
 
 
@@ -126,9 +112,7 @@ def back(model: tuple[Any, torch.dtype, Path], backs: Callable[[Path, str], Back
     in_turn([*TRANSFORMERS, *DIFFUSERS], ["nf4", "int8"], ["fp4", "nf4-double"]),
     indirect=["model"],
 )
-def test_every_value_is_bitsandbytes_own(
-    model: tuple[Any, torch.dtype, Path], back: Callable[[str], Back], method: str
-) -> None:
+def test_every_value_is_bitsandbytes_own(model: Saved, back: Callable[[str], Back], method: str) -> None:
     _, _, source = model
     found = back(method)
     stored, original, written = tensors_of(found.packed), tensors_of(source), tensors_of(found.output)
@@ -147,7 +131,7 @@ def test_every_value_is_bitsandbytes_own(
 
 @pytest.mark.parametrize(("model", "method"), in_turn([*TRANSFORMERS, *DIFFUSERS], ["nf4", "int8"]), indirect=["model"])
 def test_the_result_loads_and_computes_like_the_dequantized_model(
-    model: tuple[Any, torch.dtype, Path], back: Callable[[str], Back], method: str
+    model: Saved, back: Callable[[str], Back], method: str
 ) -> None:
     """Of the other methods only values differ: see above."""
     model_class, dtype, source = model

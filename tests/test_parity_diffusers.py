@@ -15,7 +15,7 @@ from converted import matching, quantized
 from covering import in_turn
 from forward import output_of
 from reference import config_of, differing_files, differing_tensors, diffusers_model
-from zoo import DIFFUSERS, build
+from zoo import DIFFUSERS, Saved
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES = in_turn(
@@ -30,20 +30,8 @@ SOME = in_turn(DIFFUSERS, ["nf4", "int8"], ["fp4", "nf4-double"])
 SKIPS = ["proj_out", "transformer_blocks.0", "blocks.0"]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    @cache
-    def saved(name: str) -> tuple[Any, Path]:
-        folder = tmp_path_factory.mktemp("source") / name
-        built = build(name)
-        built.save_pretrained(folder)
-        return built, folder
-
-    return saved
-
-
 @pytest.fixture(params=DIFFUSERS)
-def model(request: pytest.FixtureRequest, models: Callable[[str], tuple[Any, Path]]) -> tuple[Any, Path]:
+def model(request: pytest.FixtureRequest, models: Callable[[str], Saved]) -> Saved:
     return models(request.param)
 
 
@@ -54,9 +42,9 @@ def loaded() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def theirs(model: tuple[Any, Path], loaded: Callable[..., Any]) -> Callable[[str, torch.dtype], Any]:
-    original, source = model
-    return partial(loaded, type(original), source)
+def theirs(model: Saved, loaded: Callable[..., Any]) -> Callable[[str, torch.dtype], Any]:
+    model_class, _, source = model
+    return partial(loaded, model_class, source)
 
 
 def assert_is_the_librarys(output: Path, reference: Path, method: str) -> None:
@@ -69,10 +57,10 @@ def assert_is_the_librarys(output: Path, reference: Path, method: str) -> None:
 
 @pytest.mark.parametrize(("model", "method", "dtype"), CASES, indirect=["model"])
 def test_the_whole_folder_is_the_librarys_in_every_dtype(
-    model: tuple[Any, Path], theirs: Callable[[str, torch.dtype], Any], method: str, dtype: str, tmp_path: Path
+    model: Saved, theirs: Callable[[str, torch.dtype], Any], method: str, dtype: str, tmp_path: Path
 ) -> None:
-    original, source = model
-    expected = theirs(method, DTYPES[dtype] or original.dtype)
+    _, own_dtype, source = model
+    expected = theirs(method, DTYPES[dtype] or own_dtype)
     expected.save_pretrained(tmp_path / "reference")
     summary = quantized(source, tmp_path / "output", method, dtype=dtype)
     assert_is_the_librarys(tmp_path / "output", tmp_path / "reference", method)
@@ -80,11 +68,11 @@ def test_the_whole_folder_is_the_librarys_in_every_dtype(
 
 
 @pytest.mark.parametrize(("model", "method"), SOME, indirect=["model"])
-def test_the_whole_folder_is_the_librarys_with_skips(model: tuple[Any, Path], method: str, tmp_path: Path) -> None:
-    original, source = model
+def test_the_whole_folder_is_the_librarys_with_skips(model: Saved, method: str, tmp_path: Path) -> None:
+    model_class, own_dtype, source = model
     skips = matching(SKIPS, source)
     assert skips
-    expected = diffusers_model(type(original), source, method, original.dtype, list(skips))
+    expected = diffusers_model(model_class, source, method, own_dtype, list(skips))
     expected.save_pretrained(tmp_path / "reference")
     summary = quantized(source, tmp_path / "output", method, skips=tuple(skips))
     assert_is_the_librarys(tmp_path / "output", tmp_path / "reference", method)
@@ -93,11 +81,11 @@ def test_the_whole_folder_is_the_librarys_with_skips(model: tuple[Any, Path], me
 
 @pytest.mark.parametrize(("model", "method"), SOME, indirect=["model"])
 def test_many_shards_hold_the_librarys_tensors_and_keep_a_weight_with_its_companions(
-    model: tuple[Any, Path], theirs: Callable[[str, torch.dtype], Any], method: str, tmp_path: Path
+    model: Saved, theirs: Callable[[str, torch.dtype], Any], method: str, tmp_path: Path
 ) -> None:
-    original, source = model
+    _, own_dtype, source = model
     reference, output = tmp_path / "reference", tmp_path / "output"
-    theirs(method, original.dtype).save_pretrained(reference, max_shard_size="40KB")
+    theirs(method, own_dtype).save_pretrained(reference, max_shard_size="40KB")
     quantized(source, output, method, max_shard_bytes=40_000)
     assert differing_tensors(reference, output) == []
     files = list(output.glob("*.safetensors"))
@@ -112,11 +100,11 @@ def test_many_shards_hold_the_librarys_tensors_and_keep_a_weight_with_its_compan
 
 @pytest.mark.parametrize(("model", "method"), SOME, indirect=["model"])
 def test_the_output_loads_without_naming_a_config_and_computes_the_same(
-    model: tuple[Any, Path], theirs: Callable[[str, torch.dtype], Any], method: str, tmp_path: Path
+    model: Saved, theirs: Callable[[str, torch.dtype], Any], method: str, tmp_path: Path
 ) -> None:
-    original, source = model
+    model_class, own_dtype, source = model
     output = tmp_path / "output"
     summary = quantized(source, output, method, max_shard_bytes=40_000)
-    ours = diffusers_model(type(original), output, None, original.dtype)
+    ours = diffusers_model(model_class, output, None, own_dtype)
     assert ours.get_memory_footprint() == summary.footprint_after
-    assert torch.equal(output_of(ours), output_of(theirs(method, original.dtype)))
+    assert torch.equal(output_of(ours), output_of(theirs(method, own_dtype)))

@@ -16,7 +16,7 @@ from converted import matching, plan_of, quantized
 from covering import in_turn
 from forward import output_of
 from reference import METHODS, differing_files, differing_tensors, transformers_model
-from zoo import ODD, TRANSFORMERS, build
+from zoo import ODD, TRANSFORMERS, Saved
 
 SHARDS = {"5GB": 5 * 10**9, "40KB": 40_000}
 """One shard, and many."""
@@ -31,21 +31,10 @@ CASES = in_turn(
 )
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    @cache
-    def saved(name: str) -> tuple[Any, Path]:
-        folder = tmp_path_factory.mktemp("source") / name
-        built = build(name)
-        built.save_pretrained(folder)
-        return type(built), folder
-
-    return saved
-
-
 @pytest.fixture(params=TRANSFORMERS)
-def model(request: pytest.FixtureRequest, models: Callable[[str], tuple[Any, Path]]) -> tuple[Any, Path]:
-    return models(request.param)
+def model(request: pytest.FixtureRequest, models: Callable[[str], Saved]) -> tuple[Any, Path]:
+    model_class, _, folder = models(request.param)
+    return model_class, folder
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Inner sizes are multiples of 64: bitsandbytes' CPU forward (0.50.2, AVX512-BF16)
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ TEXT = {**SMALL, "vocab_size": 100}
 SHORT = {**TEXT, "max_position_embeddings": 512}
 """Where the default is far beyond the tensors, and the library would be asked in a process of its own each time."""
 
+
+Saved = tuple[Any, torch.dtype, Path]
+"""The class of a model, its dtype, and the folder that it was saved in."""
 
 ODD = ("llama-odd",)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, QzError, Unsupported
-from qz.formats.checkpoint.pipeline_class import arguments_of
+from qz.formats.checkpoint.pipeline_class import arguments_of, is_pair
 from qz.formats.checkpoint.problems import WARNINGS, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, survey
@@ -257,8 +257,7 @@ def named_components(index: Mapping[str, Any], folder: Folder) -> dict[str, tupl
 
 def is_component(name: str, value: Any) -> bool:
     """Whether an entry of the index looks like a component: library and class, which are null for one left out."""
-    pair = isinstance(value, list) and len(value) == 2
-    return pair and not name.startswith("_") and all(isinstance(part, str) for part in value)
+    return is_pair(value) and not name.startswith("_")
 
 
 def component_in(

@@ -31,14 +31,15 @@ class PipelineArguments:
     def unclear(self, index: Mapping[str, Any]) -> tuple[str, ...]:
         """Components that the index gives as something else than library and class, or null for both."""
         given = {name: value for name, value in index.items() if name in self.components}
-        return tuple(name for name, value in given.items() if not _is_pair(value) and not _is_null(value))
+        return tuple(name for name, value in given.items() if not is_pair(value) and not _is_null(value))
 
     def lacking(self, index: Mapping[str, Any]) -> tuple[str, ...]:
         """Components that the index does not give, and without which from_pretrained raises ValueError."""
         return tuple(name for name in self.needed if name not in index or _is_null(index[name]))
 
 
-def _is_pair(value: Any) -> bool:
+def is_pair(value: Any) -> bool:
+    """Whether a value of an index is two strings: a library and a class of it."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
