@@ -14,7 +14,7 @@ from qz.formats.output.recorded.record import WrittenFile
 from qz.progress import OnProgress, ignore
 from qz.quantize.compute import backends
 from qz.quantize.convert import about, fingerprint
-from qz.quantize.libraries.diffusers.classes import unknown_classes
+from qz.quantize.libraries.diffusers.component_classes import class_notes
 from qz.quantize.pipeline import PipelinePlan
 from qz.quantize.planning.components import Choice
 from qz.quantize.planning.plan import Plan
@@ -172,7 +172,7 @@ def _notes(plan: PipelinePlan, left_out: Iterable[str]) -> tuple[str, ...]:
     return (
         *plan.pipeline.notes,
         *plan.notes,
-        *unknown_classes(plan.pipeline),
+        *class_notes(plan.pipeline.class_name, plan.pipeline.classes),
         *(text for checkpoint in kept if checkpoint is not None for text in checkpoint.choices),
         *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
         *(text for part in plan.parts if part.plan is None for text in code_left_out(part.carried, part.prefix)),

@@ -113,6 +113,11 @@ class Pipeline:
     lacking: tuple[str, ...] = ()
     """Components that its class requires, and that the index does not give: who loads it passes them."""
 
+    @property
+    def classes(self) -> dict[str, tuple[str, str]]:
+        """Library and class of each component that the index names."""
+        return {each.name: (each.library, each.class_name) for each in self.components if each.first is None}
+
     def require_read(self, spared: Container[str] = ()) -> None:
         """Raise one error for all components whose weights could not be read, but for those in ``spared``."""
         errors = {each.name: each.unread.error for each in self.components if each.unread and each.name not in spared}

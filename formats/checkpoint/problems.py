@@ -229,6 +229,7 @@ WARNINGS: dict[str, str] = {
         "{where} gives no {names}, which {class_name} requires: from_pretrained loads the pipeline only if you pass "
         "{arguments}."
     ),
+    "component-class": "{where}: {told}.",
     "pickle-files": "{where} is a pickle file, which can run code. It is not read; delete it if nothing needs it.",
     "experts-quantized": (
         "{location} has quantized experts ({name} …), which transformers 5 cannot load: it would merge their codes. "

@@ -33,6 +33,7 @@ from qz.quantize.inspection.consumers import verdicts_on_pipeline
 from qz.quantize.inspection.estimate import METHODS, Estimate
 from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
+from qz.quantize.libraries.diffusers.component_classes import class_notes
 from qz.quantize.planning.components import choose
 from qz.quantize.planning.unreadable import pickles_copied, why_kept
 
@@ -291,6 +292,8 @@ def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tu
         problems.add("index-malformed", PIPELINE_INDEX, why=NEITHER.format(name))
     if class_name is not None and entries and (lacking := lacking_components(index)):
         problems.add("component-null", PIPELINE_INDEX, **facts_of_lacking(class_name, lacking))
+    for told in class_notes(class_name, entries) if class_name is not None else ():
+        problems.add("component-class", PIPELINE_INDEX, told=told)
     if class_name is not None and not entries and not unsafe:
         problems.add("index-malformed", PIPELINE_INDEX, why="it names no component")
     return class_name, entries

@@ -10,6 +10,7 @@ from qz import MissingInput, Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.folder import PIPELINE_INDEX
 from qz.quantize.libraries.class_search import classes_in_diffusers
+from qz.quantize.libraries.diffusers.component_classes import class_notes
 from qz.quantize.loading.load import load_model
 
 
@@ -22,6 +23,8 @@ def load_pipeline(pipeline: Pipeline, root: Path, device: str, given: Mapping[st
         raise Unsupported(
             f"diffusers {diffusers.__version__} has no class {pipeline.class_name}, which {root} asks for."
         )
+    if notes := class_notes(pipeline.class_name, pipeline.classes):  # of components that are passed, too
+        raise Unsupported(f"{root}: {'. '.join(notes)}.")
     pipeline.require_read(given)
     if lacking := [name for name in pipeline.lacking if name not in given]:
         passed = ", ".join(f"{name}={name}" for name in lacking)

@@ -1,0 +1,175 @@
+"""Which components of a pipeline diffusers' from_pretrained cannot load by what model_index.json names, and why.
+
+Read from the texts of the installed libraries, as importing them takes seconds: what diffusers 0.42 finds in
+``get_class_obj_and_candidates`` and transformers 5.23 in ``_LazyModule``. What a text leaves open counts as found.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from qz.counted import shown as few
+from qz.quantize.libraries.class_search import LONGEST_NAME, shown
+
+_LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
+"""Where diffusers looks for classes of components, beside the folders of its pipelines."""
+_FILES = ("tokenization_", "processing_", "image_processing_", "feature_extraction_", "video_processing_", "modeling_")
+"""Files of transformers whose classes are components, or bases of them."""
+_AUTO = re.compile(r"Auto(?:Tokenizer|\w*Processor|FeatureExtractor|Model\w*|Pipeline\w*)")
+"""Classes that find another one: diffusers does not take them for a tokenizer, processor or model."""
+_CLASS = re.compile(rb"^class (\w+)", re.MULTILINE)
+_MODULES = {"mistral-common": "mistral_common", "onnx": "onnxruntime", "opencv": "cv2", "vision": "PIL"}
+"""What the libraries call a package → what is imported of it, where these differ."""
+
+
+class Unloadable(NamedTuple):
+    """Why a class is not loaded: ``packages`` if it is only that these are not installed."""
+
+    why: str
+    packages: str = ""
+
+
+def class_notes(pipeline_class: str, classes: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+    """Notes on what from_pretrained does not find of a pipeline: its own class, or one of its components'.
+
+    ``classes``: of each component that model_index.json names, the library and the class.
+    """
+    exported = _text(_package("diffusers") / "__init__.py")
+    if '"DiffusionPipeline"' not in exported:
+        return ()
+    notes = []
+    if f'"{pipeline_class}"' not in exported:
+        notes.append(
+            f"diffusers {version('diffusers')} has no pipeline class {shown(pipeline_class)}, which "
+            "model_index.json names: it loads the output only if a newer version has it, or with the code of the "
+            "class: custom_pipeline=…, trust_remote_code=True"
+        )
+    lost: list[str] = []
+    needing: dict[str, list[str]] = defaultdict(list)
+    for name, named in classes.items():
+        found = _unloadable(*named)
+        if found is not None and found.packages:
+            needing[found.packages].append(name)
+        elif found is not None:
+            lost.append(f"{name}: {found.why}")
+    if lost:
+        notes.append(
+            f"diffusers {version('diffusers')} does not find what model_index.json names, so that from_pretrained "
+            f"loads the pipeline neither quantized nor before ({few(lost, 5)}): install versions that have it, or "
+            f"load each component by itself, and make {shown(pipeline_class)}(…) of them"
+        )
+    notes += [f"{few(names)} can be loaded only where {needed} is installed" for needed, names in needing.items()]
+    return tuple(notes)
+
+
+@cache
+def _unloadable(library: str, class_name: str) -> Unloadable | None:
+    if library not in (*_LIBRARIES, *os.listdir(_package("diffusers") / "pipelines")):
+        return Unloadable(f"{shown(library)} is no library that it loads {shown(class_name)} from")
+    if library == "onnxruntime.training":
+        return None
+    if _AUTO.fullmatch(class_name):
+        return Unloadable(f"{class_name} only finds other classes")
+    needed = None
+    if class_name.isidentifier() and len(class_name) <= LONGEST_NAME:
+        needed = _of_library(library, class_name)
+    if needed is None:
+        owner = "transformers" if library == "transformers" else "diffusers"
+        inside = "" if library in _LIBRARIES else f" in its {library}"
+        return Unloadable(f"{owner} {version(owner)} has no {shown(class_name)}{inside}")
+    packages = " and ".join(each for each in needed if find_spec(_MODULES.get(each, each)) is None)
+    return Unloadable("", packages) if packages else None
+
+
+def _of_library(library: str, class_name: str) -> tuple[str, ...] | None:
+    """The packages that a class needs; None for one that there is not."""
+    if library == "transformers":
+        return _of_transformers(class_name)
+    if library == "diffusers":
+        return _of_diffusers(class_name)
+    folder = _package("diffusers") / "pipelines" / library
+    return () if any(class_name in _text(path) for path in sorted(folder.rglob("*.py"))) else None
+
+
+def _of_diffusers(class_name: str) -> tuple[str, ...] | None:
+    """By the stand-ins that diffusers exports where a package is missing."""
+    root = _package("diffusers")
+    if f'"{class_name}"' not in _text(root / "__init__.py"):
+        return None
+    stand_in = re.compile(rf"^class {class_name}\(.*\n    _backends = \[(.*)\]", re.MULTILINE)
+    for path in sorted((root / "utils").glob("dummy_*_objects.py")):
+        if found := stand_in.search(_text(path)):
+            return tuple(re.findall(r'"([^"]+)"', found[1]))
+    return ()
+
+
+def _of_transformers(class_name: str) -> tuple[str, ...] | None:
+    """Names of earlier versions stand for today's classes."""
+    root = _package("transformers")
+    fast = class_name.endswith(("TokenizerFast", "ImageProcessorFast"))
+    name = class_name.removesuffix("Fast") if fast else class_name
+    for stem in dict.fromkeys((name, class_name)):
+        if (path := _defining(stem)) is not None:
+            slow = path.parent / path.name.replace("image_processing_", "image_processing_pil_")
+            return _needed(path, stem, instead=not fast and slow.is_file())
+    aliases = _package("diffusers") / "utils" / "deprecation_utils.py"
+    named = (root / "__init__.py", root / "convert_slow_tokenizer.py", aliases)
+    return () if any(f'"{each}"' in _text(path) for path in named for each in (class_name, name)) else None
+
+
+def _needed(path: Path, name: str, *, instead: bool) -> tuple[str, ...]:
+    """``instead``: where torchvision is missing, the library takes another class."""
+    text = _text(path)
+    stated = re.search(rf"^@requires\(backends=\(([^)]*)\)\)\n(?:@.*\n)*class {name}\b", text, re.MULTILINE)
+    needed = re.findall(r'"([^"]+)"', stated[1]) if stated else []
+    if path.name.startswith("video_processing_") or re.search(r"def __init__\([^)]*\bvideo_processor\b", text):
+        needed += ["vision", "torchvision"]
+    elif path.name.startswith("image_processing_"):
+        needed += ["vision", *(["torchvision"] if "(TorchvisionBackend" in text and not instead else [])]
+    return tuple(dict.fromkeys(needed))
+
+
+def _defining(name: str) -> Path | None:
+    """The file of transformers that defines a class, mostly in the folder whose name begins that of the class."""
+    lower = name.lower()
+    likely = (folder for folder in _folders() if lower.startswith(folder.name.replace("_", "")))
+    return next((found[name] for folder in likely if name in (found := _defined_in(folder))), None) or _all().get(name)
+
+
+@cache
+def _folders() -> tuple[Path, ...]:
+    root = _package("transformers")
+    return (*(folder for folder in sorted((root / "models").iterdir()) if folder.is_dir()), root)
+
+
+@cache
+def _all() -> dict[str, Path]:
+    return {name: path for folder in _folders() for name, path in _defined_in(folder).items()}
+
+
+@cache
+def _defined_in(folder: Path) -> dict[str, Path]:
+    """Name of a class → the file in a folder that defines it."""
+    files = sorted(path for path in folder.iterdir() if path.name.startswith(_FILES))
+    return {name.decode(): path for path in files for name in _CLASS.findall(path.read_bytes())}
+
+
+@cache
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _package(name: str) -> Path:
+    found = find_spec(name)
+    return Path(found.origin).parent if found is not None and found.origin else Path()
