@@ -19,7 +19,7 @@ from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
 from qz.quantize.pipeline_loss import fit_to_loss
-from qz.quantize.pipeline_size import fit_to_size, unquantized
+from qz.quantize.pipeline_size import fit_to_size, kept_footprint
 from qz.quantize.planning.budget.component_sizes import Combination
 from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.components import Choice, choose, plan_each, without_weights
@@ -27,7 +27,7 @@ from qz.quantize.planning.fusing import fused
 from qz.quantize.planning.membership import Membership
 from qz.quantize.planning.nearest import nearest, refuse_unmatched
 from qz.quantize.planning.plan import Plan, make_plan
-from qz.quantize.planning.unquantized import equal_tensors
+from qz.quantize.planning.unquantized import contradiction, equal_tensors
 from qz.quantize.planning.unreadable import KEPT, kept_unread
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss
@@ -231,7 +231,12 @@ def compose(
     A dtype that was asked for is theirs, too, as ``torch_dtype`` is of all components where diffusers loads a pipeline.
     """
     others = [each for each in pipeline.components if each.checkpoint and each.name not in plans]
-    kept = {each.name: unquantized(each) for each in others}
+    kept: dict[str, Footprint] = {}
+    faults: dict[str, QzError] = {}
+    for each in others:
+        kept[each.name], fault = kept_footprint(each)
+        if fault is not None:
+            faults[each.name] = fault
     loras = settings.loras
     placed = _placed(pipeline, loras)
     plans = {name: fused(plan, placed[name], loras) if name in placed else plan for name, plan in plans.items()}
@@ -245,6 +250,9 @@ def compose(
             continue
         if each.in_other_file:  # it has no file of its own to copy
             casts[each.name] = _unquantized(each, settings)
+            continue
+        if each.name in faults:
+            made[each.name] = replace(choice, reason=f"{KEPT}: {faults[each.name]}")
             continue
         if settings.dtype == "auto":
             continue
@@ -274,6 +282,8 @@ def _unquantized(component: Component, settings: Settings) -> Plan:
     one."""
     checkpoint = component.checkpoint
     assert checkpoint is not None
+    if (fault := contradiction(checkpoint)) is not None:
+        raise fault
     if component.quantization is not None:
         raise Unsupported(f"{component.name} is quantized with {component.quantization.get('quant_method')}.")
     request = LoadRequest(None, settings.dtype)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qz import QzError, Unsupported, UsageError
+from qz import MalformedInput, QzError, Unsupported, UsageError
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine
@@ -15,7 +15,9 @@ from qz.quantize.planning.budget.component_sizes import Combination, Option, com
 from qz.quantize.planning.budget.kept_layers import Point, readable
 from qz.quantize.planning.budget.shared_loss import shared_room
 from qz.quantize.planning.components import Choice, kind_of
+from qz.quantize.planning.dequantization import refuse_codes
 from qz.quantize.planning.plan import Plan
+from qz.quantize.planning.unquantized import contradiction
 from qz.quantize.planning.unreadable import KEPT
 from qz.quantize.settings import Settings
 
@@ -79,15 +81,26 @@ def fit_to_size(
 
 def unquantized(component: Component, dtype: str = "auto") -> Footprint:
     """Of a component that is not quantized: the library's figure, or what is stored if the library does not know it."""
+    return kept_footprint(component, dtype)[0]
+
+
+def kept_footprint(component: Component, dtype: str = "auto") -> tuple[Footprint, QzError | None]:
+    """As ``unquantized``, and what keeps the library from loading the component as it is: tensors that do not fit its
+    class or its config. What qz itself cannot handle is no fault of it."""
     checkpoint = component.checkpoint
     assert checkpoint is not None
-    if component.quantization is None and checkpoint.encoded_as is None:
-        try:
-            return examine(checkpoint, LoadRequest(None, dtype)).footprint
-        except QzError:  # copied as it is: whether it can be loaded does not matter here
-            pass
-    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not _COMPANION.search(tensor.name))
-    return Footprint(stored, stored)
+    nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not _COMPANION.search(tensor.name))
+    stored = Footprint(nbytes, nbytes)
+    if (fault := contradiction(checkpoint)) is not None:
+        return stored, fault
+    if component.quantization is not None or checkpoint.encoded_as is not None:
+        return stored, None
+    try:
+        architecture = examine(checkpoint, LoadRequest(None, dtype))
+        refuse_codes(checkpoint, architecture, checkpoint.tensors)
+    except QzError as error:
+        return stored, error if isinstance(error, MalformedInput) else None
+    return architecture.footprint, None
 
 
 def _options(

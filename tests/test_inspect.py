@@ -156,7 +156,7 @@ def test_what_the_libraries_save_is_understood_and_its_footprint_is_theirs(
         assert ours["memory_footprint_exact"]
 
 
-def test_a_model_quantized_by_another_tool_is_named(tmp_path: Path, models: Path, inspect: Inspect) -> None:
+def test_a_config_of_another_tool_over_plain_weights_is_named(tmp_path: Path, models: Path, inspect: Inspect) -> None:
     shutil.copytree(models / "llama-tied", tmp_path / "awq")
     config = json.loads((tmp_path / "awq" / "config.json").read_text())
     (tmp_path / "awq" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
@@ -164,7 +164,7 @@ def test_a_model_quantized_by_another_tool_is_named(tmp_path: Path, models: Path
     assert found["quantization"]["method"] == "awq"
     assert found["quantization"]["quantized_parameters"] is None
     assert found["estimates"] is None
-    assert [problem["kind"] for problem in found["problems"]] == ["quantized-by-other"]
+    assert [problem["kind"] for problem in found["problems"]] == ["quantization-left-over"]
 
 
 def test_ties_are_shown(models: Path, inspect: Inspect) -> None:

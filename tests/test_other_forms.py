@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Qz
 from qz import MalformedInput, MissingInput, QzError, Unsupported
+from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.checkpoint.weights import PICKLE
+from qz.formats.decoded import StoredTensor
 from qz.formats.local_folder import LocalFolder
 from qz.formats.source import opened
 
@@ -139,3 +142,45 @@ def test_a_file_that_is_none_of_weights_is_told_to_name_the_folder(name: str, tm
     told = rf"{re.escape(name)} is no file of weights\. Name the folder of the model, such as {tmp_path}"
     with pytest.raises(MalformedInput, match=told), opened(str(tmp_path / name)):
         pass
+
+
+PLAIN = {"q.weight": ("BF16", (8, 16)), "q.bias": ("F32", (8,)), "ids": ("I64", (1, 8)), "steps": ("I64", ())}
+STATED = [{"quant_method": method} for method in ("torchao", "awq", "fp8", "quanto", "modelopt", "gguf", "nobody")] + [
+    {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8}},
+    {},
+]
+
+
+@pytest.mark.parametrize("stated", STATED, ids=str)
+def test_a_config_of_any_method_over_plain_weights_is_left_over(stated: dict[str, Any]) -> None:
+    tensors = {name: StoredTensor(name, dtype, shape, "", 0, 0) for name, (dtype, shape) in PLAIN.items()}
+    assert left_over({"text_config": {"quantization_config": stated}}, tensors) == (
+        stated.get("quant_method", "an unknown method"),
+        "`text_config.quantization_config`",
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "packed"),
+    [
+        ("torchao", {"q._weight_qdata": ("I8", (8, 16)), "q._weight_scale": ("F32", (8, 1))}),
+        ("torchao", {"q._weight_qdata": ("F8_E4M3", (8, 16)), "q._weight_scale": ("F32", (8, 1))}),
+        ("gptq", {"q.qweight": ("I32", (2, 8)), "q.scales": ("F16", (1, 8))}),
+        ("quanto", {"q.weight._data": ("U8", (8, 8)), "q.weight._scale": ("BF16", (8, 1))}),
+        ("compressed-tensors", {"q.compressed": ("BF16", (64,)), "q.bitmask": ("U8", (8, 2))}),
+        ("spqr", {"q.dense_weights": ("I64", (128,)), "q.row_offsets": ("I32", (9,))}),
+        ("bitsandbytes", {"q.weight": ("U8", (64, 1)), "q.weight.absmax": ("F32", (2,))}),
+    ],
+)  # fmt: skip
+def test_what_a_method_packed_is_not_left_over(method: str, packed: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    held = PLAIN | packed
+    tensors = {name: StoredTensor(name, dtype, shape, "", 0, 0) for name, (dtype, shape) in held.items()}
+    assert left_over({"quantization_config": {"quant_method": method}}, tensors) is None
+
+
+def test_a_model_that_is_quantized_whenever_it_runs_is_not_left_over() -> None:
+    """BitNet's weights are stored in bfloat16, and its layers round them: without its config it is another model."""
+    stated = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    assert left_over({"quantization_config": stated}, {}) is None

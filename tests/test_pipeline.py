@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 import pipelines
@@ -640,8 +641,6 @@ def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_end
 
 
 def test_untouched_weights_of_some_size_are_not_copied_twice(changed: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = changed / "text_encoder" / "model.safetensors"
     config = changed / "text_encoder" / "config.json"
     rewrite(config, vocab_size=60_000)
@@ -689,6 +688,48 @@ def test_dequantize_undoes_it(
         run(dequantize, tmp_path / "back", output=tmp_path / "again")
     with pytest.raises(Unsupported, match="already quantized"):
         run(quantize, output, output=tmp_path / "again")
+
+
+def test_configs_that_outlived_their_quantization_are_told_of_every_component(changed: Path, tmp_path: Path) -> None:
+    """Whether it would be quantized or not. With what the warnings tell done, there is nothing left to tell."""
+    left = {"transformer": {"quant_method": "torchao"}, "text_encoder": {}, "vae": [1]}
+    for name, stated in left.items():
+        rewrite(changed / name / "config.json", quantization_config=stated)
+    dry = partial(run, quantize, changed, output=tmp_path / "out", dry_run=True)
+    told = dry()["warnings"]
+    pattern = r"(\w+) is kept as it is: \S+/\1/config.json .*quantiz.* remove \S+"
+    assert {found[1] for each in told if (found := re.match(pattern, each))} == left.keys()
+    with pytest.raises(Unsupported, match="quantized with torchao, but none of its weights is"):
+        dry(components="transformer")
+    rewrite(changed / "text_encoder_2" / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(Unsupported, match="nothing can be quantized as it is:") as refused:
+        dry()
+    assert len(str(refused.value).splitlines()) == 1 + len(left) + 1
+    for config in changed.glob("*/config.json"):
+        told = json.loads(config.read_text())
+        told.pop("quantization_config", None)
+        config.write_text(json.dumps(told))
+    assert dry()["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("text_encoder/model", ".fc1.weight", ".fc1.weight", "holds I8 codes, but nothing that says what they stand"),
+        ("text_encoder/model", ".fc1.weight", ".fc1._weight_qdata", "does not fit CLIPTextModel: missing: "),
+        ("vae/diffusion_pytorch_model", ".to_q.weight", ".to_q.SCB", "already quantized with bitsandbytes"),
+    ],
+)
+def test_packed_weights_of_a_kept_component_are_told_where_no_config_says_how(
+    file: str, old: str, new: str, told: str, changed: Path, tmp_path: Path
+) -> None:
+    path = changed / f"{file}.safetensors"
+    tensors = load_file(path).items()
+    codes = {name.replace(old, new): each.char() if name.endswith(old) else each for name, each in tensors}
+    save_file(codes, path, metadata={"format": "pt"})
+    (warning,) = run(quantize, changed, output=tmp_path / "out", dry_run=True)["warnings"]
+    assert warning.startswith(f"{file.partition('/')[0]} is kept as it is: ")
+    assert told in warning
 
 
 def test_a_second_run_with_nothing_to_do_says_so(

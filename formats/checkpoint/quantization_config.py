@@ -76,7 +76,6 @@ def read_settings(config: Mapping[str, Any], problems: Problems) -> Settings:
         refuse("does not say its quant_method")
         return Settings(present=True)
     if not method.startswith("bitsandbytes"):  # there are bitsandbytes_4bit and bitsandbytes_8bit too
-        problems.add("quantized-by-other", "config.json", method=quoted(method, 40))
         return Settings(present=True, method=method)
     skipped, threshold = said.get("llm_int8_skip_modules"), said.get("llm_int8_threshold", 6.0)
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(each, str) for each in skipped)):

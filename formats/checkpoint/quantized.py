@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from qz.counted import counted
+from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.problems import Problem, Problems
 from qz.formats.checkpoint.quant_state import MAX_BYTES, QuantState, parse_quant_state
 from qz.formats.checkpoint.quantization_config import Kind, check_settings, read_settings
@@ -89,6 +90,10 @@ class _Quantized:
             check_settings(self.settings, kinds, self.checkpoint.library, self.problems)
             self.experts(weights)
             self.floats8()
+        elif left := left_over(self.checkpoint.config, self.checkpoint.tensors):
+            self.problems.add("quantization-left-over", "config.json", **left._asdict())
+        else:
+            self.problems.add("quantized-by-other", "config.json", method=quoted(self.settings.method, 40))
         return weights, self.problems.worst_first()
 
     def experts(self, weights: Mapping[str, QuantizedWeight]) -> None:

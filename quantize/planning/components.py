@@ -168,9 +168,12 @@ def _despite_convolutions(pipeline: Pipeline, method: Method, choices: list[Choi
         quantized = [choice.name for choice in choices if choice.component.quantization is not None]
         where = pipeline.folder.location
         if quantized:
-            from qz.quantize.planning.unquantized import is_bitsandbytes  # numpy, which `qz inspect` does not need
+            # With numpy, which `qz inspect` does not need.
+            from qz.quantize.planning.unquantized import contradiction, is_bitsandbytes
 
-            checkpoints = filter(None, (choice.component.checkpoint for choice in choices))
+            checkpoints = [choice.component.checkpoint for choice in choices if choice.component.checkpoint is not None]
+            if faults := [str(fault) for each in checkpoints if (fault := contradiction(each)) is not None]:
+                raise Unsupported(f"{where}: nothing can be quantized as it is:", *faults)
             known = any(map(is_bitsandbytes, checkpoints))
             start = f"Run `qz dequantize {where}` first" if known else "Start from the original weights"
             raise Unsupported(

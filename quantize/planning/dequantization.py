@@ -159,7 +159,7 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
 def nothing_quantized(checkpoint: Checkpoint, problems: tuple[Problem, ...]) -> QzError:
     """The error for a checkpoint without a quantized weight; its config may say otherwise."""
     where = checkpoint.folder.location
-    if any(problem.kind.startswith("quantization-config") for problem in problems):
+    if any(problem.kind.startswith("quantization-") for problem in problems):
         return MalformedInput(
             f"{where}/config.json says that the model is quantized, but none of its weights is. Remove "
             "`quantization_config` from it if the weights are right, or download the checkpoint again."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from qz import Unsupported
+from qz import QzError, Unsupported
+from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.decoded import Decoded, StoredTensor
@@ -13,29 +13,17 @@ from qz.formats.malformed import Malformed
 from qz.quantize.planning.sources import Source, stored_parts
 
 COMPARE_BYTES = 1 << 20
-_KEYS = ("quantization_config", "quantization", "compression_config")
-
-
-def _keys_in(config: Mapping[str, Any], inside: str = "") -> list[str]:
-    """Where config.json speaks of a quantization: the paths of these keys, dotted."""
-    found = [f"{inside}{key}" for key in _KEYS if stated_quantization({key: config.get(key)}) is not None]
-    parts = ((key, value) for key, value in config.items() if isinstance(value, dict) and key not in _KEYS)
-    return found + [each for key, value in parts for each in _keys_in(value, f"{inside}{key}.")]
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise Unsupported if the checkpoint says, or its tensors show, that it is quantized already; Malformed if what it
     says of that cannot be understood."""
+    if (error := contradiction(checkpoint)) is not None:
+        raise error
     config = stated_quantization(checkpoint.config)
     where = checkpoint.folder.location
-    if isinstance(config, dict):
+    if config is not None:
         method = str(config.get("quant_method", "an unknown method"))
-        if all(map(_is_plain, checkpoint.tensors.values())):
-            keys = " and ".join(f"`{key}`" for key in _keys_in(checkpoint.config))
-            raise Unsupported(
-                f"{where}/config.json says that the model is quantized with {method}, but none of its weights is. If "
-                f"they are the plain weights, remove {keys} from it and run this again."
-            )
         bits = " (4 bit)" if config.get("load_in_4bit") else " (8 bit)" if config.get("load_in_8bit") else ""
         hint = (
             f"Run `qz dequantize {where}` first, or start from the original weights."
@@ -43,28 +31,36 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             else "Start from the original weights."
         )
         raise Unsupported(f"{where} is already quantized with {method}{bits}. {hint}")
-    if config is not None:
-        raise Malformed(
-            "quantization-config-malformed",
-            f"{where}/config.json has a quantization_config that is not an object. If these are the plain weights, "
-            "remove it and run this again.",
-        )
     for tensor in checkpoint.tensors.values():
         if tensor.dtype.startswith(("F8_", "F4", "F6_")):
             raise Unsupported(
                 f"{where} holds {tensor.dtype} weights ({tensor.name}); bitsandbytes quantizes 16- and 32-bit floats "
                 "only. Start from the bfloat16 weights of this model."
             )
-        if ".quant_state.bitsandbytes__" in tensor.name:
-            raise Unsupported(
-                f"{where} is already quantized with bitsandbytes ({tensor.name}), though config.json does not say so. "
-                f"Run `qz inspect {where}`."
-            )
 
 
-def _is_plain(tensor: StoredTensor | Decoded) -> bool:
-    """Whether no library would have stored the codes of a quantized weight so: a vector, or numbers too wide."""
-    return len(tensor.shape) < 2 or (tensor.dtype in ("F64", "F32", "F16", "BF16", "I64") and encoding(tensor) is None)
+def contradiction(checkpoint: Checkpoint) -> QzError | None:
+    """The error where config.json says of a quantization what the tensors do not show, or nothing of what they show: no
+    library loads that as it is meant."""
+    where, config = checkpoint.folder.location, stated_quantization(checkpoint.config)
+    if (left := left_over(checkpoint.config, checkpoint.tensors)) is not None:
+        return Unsupported(
+            f"{where}/config.json says that the model is quantized with {left.method}, but none of its weights is. If "
+            f"they are the plain weights, remove {left.keys} from it and run this again."
+        )
+    if config is not None and not isinstance(config, dict):
+        return Malformed(
+            "quantization-config-malformed",
+            f"{where}/config.json has a quantization_config that is not an object. If these are the plain weights, "
+            "remove it and run this again.",
+        )
+    packed = (name for name in checkpoint.tensors if ".quant_state.bitsandbytes__" in name or name.endswith(".SCB"))
+    if config is None and (name := next(packed, None)) is not None:
+        return Unsupported(
+            f"{where} is already quantized with bitsandbytes ({name}), though config.json does not say so. "
+            f"Run `qz inspect {where}`."
+        )
+    return None
 
 
 def is_bitsandbytes(checkpoint: Checkpoint) -> bool:

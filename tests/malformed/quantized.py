@@ -43,6 +43,13 @@ def config(base: str, said: object, *kinds: str) -> Case:
     return base, {"config.json": {"model_type": "llama", "quantization_config": said}}, kinds
 
 
+def other(method: str, packed: dict[str, object]) -> Case:
+    """What another tool packed, in a form that qz does not read."""
+    said = {"model_type": "llama", "quantization_config": {"quant_method": method}}
+    return "single", {"config.json": said, FILE: packed}, ("quantized-by-other",)
+
+
+LEFT_OVER = "quantization-left-over"
 MISMATCH = "quantization-config-mismatch"
 DIFFERS = "quantization-config-differs"
 CASES: dict[str, Case] = {
@@ -210,14 +217,18 @@ CASES: dict[str, Case] = {
         "nf4", BITSANDBYTES | {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["q"]}, "skipped-but-quantized"
     ),
     # Other methods
-    "other: AWQ": config("single", {"quant_method": "awq", "bits": 4}, "quantized-by-other"),
-    "other: GPTQ": config("single", {"quant_method": "gptq", "bits": 4}, "quantized-by-other"),
-    "other: fp8": config("single", {"quant_method": "fp8"}, "quantized-by-other"),
-    "other: with ESC": config("single", {"quant_method": "\x1b[2J\u202e"}, "quantized-by-other"),
-    "other: compressed-tensors": (
+    "other: torchao": other("torchao", {"q._weight_qdata": ("I8", (8, 16)), "q._weight_scale": ("F32", (8, 1))}),
+    "other: quanto": other("quanto", {"q.weight._data": ("I8", (8, 16)), "q.weight._scale": ("BF16", (8, 1))}),
+    "other: with ESC": other("\x1b[2J\u202e", {"q.weight": ("U8", (8, 8))}),
+    "other: AWQ over plain weights": config("single", {"quant_method": "awq", "bits": 4}, LEFT_OVER),
+    "other: GPTQ over plain weights": config("single", {"quant_method": "gptq", "bits": 4}, LEFT_OVER),
+    "other: fp8 over plain weights": config("single", {"quant_method": "fp8"}, LEFT_OVER),
+    "other: torchao over plain weights": config("single", {"quant_method": "torchao"}, LEFT_OVER),
+    "other: with ESC over plain weights": config("single", {"quant_method": "\x1b[2J\u202e"}, LEFT_OVER),
+    "other: compressed-tensors over plain weights": (
         "single",
         {"config.json": {"model_type": "llama", "compression_config": {"format": "x"}}},
-        ("quantized-by-other",),
+        (LEFT_OVER,),
     ),
     "other: fp8 weights beside nf4": tensors("nf4", {"a.weight": ("F8_E4M3", (2, 2))}, "fp8-weights"),
     # diffusers
