@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import math
 import os
 import platform
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
@@ -685,19 +686,73 @@ def test_code_for_older_cpus_gives_the_same_bytes(cpu: str, features: str, monke
     assert python(DIGEST, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features) == told.getvalue().strip()
 
 
-CAST = """
+class Forks:
+    """A Python that has imported numba, and runs programs that print one line in forks: numba alone takes longer to
+    get ready than a small kernel to be compiled. ``prepared``: with what numba makes at its first compilation, which is
+    for one CPU."""
+
+    def __init__(self, *, prepared: bool) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FORKS, str(int(prepared))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, code: str, **environment: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([code, environment]) + "\n")
+        self._process.stdin.flush()
+        said, _, status = self._process.stdout.readline().rpartition(" ")
+        assert status == "0\n"
+        return said
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+
+FORKS = """
+import json, os, sys
+import numba
+if sys.argv[1] == "1":
+    numba.njit("void(float32[::1])")(lambda values: None)
+for line in sys.stdin:
+    code, environment = json.loads(line)
+    if os.fork() == 0:
+        status = 1
+        try:
+            os.environ.update(environment)
+            numba.config.reload_config()
+            exec(code)
+            sys.stdout.flush()
+            status = 0
+        finally:
+            os._exit(status)
+    print("", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared_forks() -> Iterator[Forks]:
+    with Forks(prepared=True) as forks:
+        yield forks
+
+
+SMALL = """
 import numpy as np
 from qz.quantize.compute.cpu import numba_kernels
-assert numba_kernels.cast(np.zeros(64, np.uint16), "BF16", "F16", np.empty(64, np.uint16)) is None
-print(numba_kernels.__file__)
+numba_kernels.dequantize_int8(np.zeros((1, 1), np.int8), np.zeros(1, np.float32), "F32", np.empty((1, 1), np.float32))
+print(numba_kernels.__file__, end="")
 """
 
 
 @on_x86_64
 def test_code_cached_for_one_cpu_is_not_run_on_another(tmp_path: Path) -> None:
-    for made, cpu in ((1, "x86-64"), (1, "x86-64"), (2, "haswell")):
-        python(CAST, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
-        assert len(list(tmp_path.rglob("*cast_16*.nbc"))) == made
+    with Forks(prepared=False) as forks:
+        for made, cpu in ((1, "x86-64"), (1, "x86-64"), (2, "haswell")):
+            forks.run(SMALL, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
+            assert len(list(tmp_path.rglob("*dequantize_int8_f32*.nbc"))) == made
 
 
 ENCODE = """
@@ -705,21 +760,23 @@ import numpy as np
 from qz.quantize.compute import kernels
 values, packed = np.linspace(-3, 3, 64, dtype=np.float32), np.empty(32, np.uint8)
 kernels.encode_4bit(values, "F32", {quant_type!r}, np.full(1, 3, np.float32), packed)
-print(packed.tobytes().hex())
+print(packed.tobytes().hex(), end="")
 """
 
 
-def test_code_of_a_quant_type_is_found_by_the_next_process_and_is_not_anothers(tmp_path: Path) -> None:
+def test_code_of_a_quant_type_is_found_by_the_next_process_and_is_not_anothers(
+    prepared_forks: Forks, tmp_path: Path
+) -> None:
     values, packed = np.linspace(-3, 3, 64, dtype=np.float32), np.empty(32, np.uint8)
     runs: list[tuple[int, Literal["nf4", "fp4"]]] = [(1, "nf4"), (1, "nf4"), (2, "fp4")]
     for made, quant_type in runs:
         kernels.encode_4bit(values, "F32", quant_type, np.full(1, 3, np.float32), packed)
-        found = python(ENCODE.format(quant_type=quant_type), NUMBA_CACHE_DIR=str(tmp_path))
+        found = prepared_forks.run(ENCODE.format(quant_type=quant_type), NUMBA_CACHE_DIR=str(tmp_path))
         assert found == packed.tobytes().hex()
         assert len(list(tmp_path.rglob("*encode*.nbc"))) == made
 
 
-def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: Path) -> None:
+def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(prepared_forks: Forks, tmp_path: Path) -> None:
     """In a copy of the package, where a file's age says nothing."""
     shutil.copytree(Path(qz.__file__).parent, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
     compute, made = tmp_path / "qz/quantize/compute", 0
@@ -729,9 +786,9 @@ def test_code_is_compiled_anew_when_any_source_of_the_kernels_changed(tmp_path: 
             times = source.stat().st_atime_ns, source.stat().st_mtime_ns
             source.write_text(source.read_text() + "# changed\n")
             os.utime(source, ns=times)
-        environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
-        where = python(CAST, NUMBA_CACHE_DIR=str(tmp_path / "cache"), **environment)
+        there = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        where = prepared_forks.run(there + SMALL, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
         assert where == str(compute / "cpu/numba_kernels.py")
-        found = len(list((tmp_path / "cache").rglob("*cast_16*.nbc")))
+        found = len(list((tmp_path / "cache").rglob("*dequantize_int8_f32*.nbc")))
         assert found - made == (0 if made and not changed else 1), changed
         made = found

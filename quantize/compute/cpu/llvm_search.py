@@ -299,7 +299,9 @@ def _search_of(quant_type: str, weighted: bool) -> Any:
             nearest(x, 0, np.float32(1) / found, levels, codes)
             if error(x, found, inverse, levels, rounding, weights, first) < limit:
                 scales[block] = found
-                packed[block * 32 : block * 32 + 32] = codes
+                target = packed[block * 32 : block * 32 + 32]
+                for i in range(32):  # numba compiles `target[:] = codes` for seconds: its error has strings put together
+                    target[i] = codes[i]
 
     return search
 
