@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
             config.add_cleanup(preloaded.end)
             python = preloaded.python
             os.environ["QZ_TEST_PYTHON"] = shlex.join(python)
+            os.environ["QZ_TEST_PYTHON_WITH_TORCH"] = shlex.join(preloaded.python_with_torch)
             config.option.tx = [f"popen//python={shlex.join(python)}"] * len(config.option.tx)
         server = Server(python, QZ_CACHE=cache.name)
         config.add_cleanup(server.end)
@@ -99,6 +100,12 @@ def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
 def python_with_libraries() -> list[str]:
     """The command of a Python for programs that import the libraries whole: with xdist, one that has them already."""
     return shlex.split(os.environ.get("QZ_TEST_PYTHON", shlex.quote(sys.executable)))
+
+
+@pytest.fixture(scope="session")
+def python_with_torch() -> list[str]:
+    """As ``python_with_libraries``, with torch alone: for programs of which it matters how they import the others."""
+    return shlex.split(os.environ.get("QZ_TEST_PYTHON_WITH_TORCH", shlex.quote(sys.executable)))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 ``python preloaded.py ADDRESS ARGUMENTS`` is ``python ARGUMENTS`` in such a fork, with its own environment, folder and
 standard streams. The workers of xdist and the server of ``forked`` are such: by itself each would spend its first 15
-seconds on the same imports.
+seconds on the same imports. At ``ADDRESS.torch`` is one that has imported torch alone, for programs of which it matters
+how they import the libraries.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Preloaded:
         self._process = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE)
         self.python = (sys.executable, __file__, address)
         """The command to which a Python's arguments are added."""
+        self.python_with_torch = (sys.executable, __file__, f"{address}.torch")
 
     def end(self) -> None:
         self._process.communicate()
@@ -88,8 +90,12 @@ def connected(address: str) -> socket.socket:
 def serve(address: str) -> None:
     """Import, and fork for each that asks, until standard input is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in IMPORTED:
-        importlib.import_module(name)
+    importlib.import_module("torch")
+    if os.fork() == 0:
+        address = f"{address}.torch"
+    else:
+        for name in IMPORTED:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
@@ -108,20 +114,22 @@ def become(connection: socket.socket) -> NoReturn:
     """In the fork: be the Python that was asked for. Whoever asked waits until the connection is closed."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    import huggingface_hub.constants
-
     code: object = 1
     try:
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - what is open may be another kind of file now
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)
         wish = json.loads(connection.makefile("r").readline())
         connection.sendall(f"{os.getpid()}\n".encode())
         os.chdir(wish["folder"])
         os.environ.clear()
         os.environ.update(wish["environment"])
-        importlib.reload(huggingface_hub.constants)  # which it read from the environment
+        if constants := sys.modules.get("huggingface_hub.constants"):
+            importlib.reload(constants)  # which it read from the environment
         run(wish["arguments"])
         code = 0
     except SystemExit as end:

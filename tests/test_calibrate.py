@@ -100,8 +100,10 @@ def test_the_report_says_that_qzs_own_text_was_read_too(forked_qz: Qz, tmp_path:
 
 WITHOUT_ACCELERATE = """
 import os
-import torch  # once, for both
+import torch._dynamo  # once, for both: what the libraries import before they fail
 from qz.cli.app import run
+from qz.quantize.libraries.importing import work_bounds
+work_bounds.set_hard()  # as in the process that would be asked
 for how in (["calibrate", "model", "-o", "sums"], ["quantize", "model", "--nf4", "--dry-run"]):
     if os.fork() == 0:
         os._exit(run(how))

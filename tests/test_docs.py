@@ -431,9 +431,7 @@ def test_the_name_of_an_output_is_one_output_of_the_action(tiny_llama: Path, tmp
     assert run_step("Verify", tmp_path, {"output": name}, PATH=quick).returncode == 0
 
 
-def test_the_action_reads_and_publishes_without_a_stored_token(
-    tiny_llama: Path, tmp_path: Path, quick: str
-) -> None:
+def test_the_action_reads_and_publishes_without_a_stored_token(tiny_llama: Path, tmp_path: Path, quick: str) -> None:
     """Each step as what it may: one reads what is gated, the other one writes."""
     with HubServer() as hub:
         hub.add("big/gated", {path.name: path for path in tiny_llama.iterdir()}, gated="auto", granted={"me"})

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,16 @@ from zoo import build
 
 pytestmark = pytest.mark.usefixtures("no_memory")
 
-Qz = Callable[..., subprocess.CompletedProcess[str]]
-
-SHOWS_MODULES = """
+RUNS = """
 import sys
 from qz.cli.app import run
 from qz.quantize.libraries.importing import lean_imports, work_bounds
 lean_imports.allow()
 work_bounds.set_hard()  # as in the process that is asked for a command
+"""
+SHOWS_MODULES = (
+    RUNS
+    + """
 used, unused, *arguments = sys.argv[1:]
 assert run(arguments) == 0
 assert used in sys.modules
@@ -43,11 +43,16 @@ if unused == "diffusers":
     import torch._dynamo
     assert hasattr(torch._dynamo, "optimize")
 """
+)
 
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QZ_CACHE", "")
+
+
+def python(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def tiny_rae(model_class: Any) -> Any:
@@ -76,13 +81,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("order", [("transformer", "vae"), ("redux", "transformer")], ids=" ".join)
 def test_the_libraries_are_imported_for_all_components_in_any_order(
-    qz: Qz, parts: dict[str, Path], order: tuple[str, ...], tmp_path: Path
+    python_with_torch: list[str], parts: dict[str, Path], order: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """A command of its own writes what this process does, of a model of diffusers that contains one of transformers and
+    """A process of its own writes what this process does, of a model of diffusers that contains one of transformers and
     of one that is not among ``diffusers.models``, too. For others transformers is left out: half of diffusers' import
     time."""
     pipeline(tmp_path / "source", parts, order)
-    done = qz("quantize", "source", "--components", ",".join(order), "-o", "there", "--quiet")
+    arguments = ["quantize", "source", "--components", ",".join(order), "-o", "there", "--quiet"]
+    done = python([*python_with_torch, "-c", f"{RUNS}sys.exit(run(sys.argv[1:]))", *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     for name in order:
         quantized(parts[name], tmp_path / "here" / name, "nf4")
@@ -121,8 +127,10 @@ assert "transformers" not in sys.modules and len(names) > 100
 """
 
 
-def test_every_other_model_of_diffusers_can_be_imported_without_transformers() -> None:
-    done = subprocess.run([sys.executable, "-c", CHECKS_CLASSES], capture_output=True, text=True, check=False)
+def test_every_other_model_of_diffusers_can_be_imported_without_transformers(
+    python_with_torch: list[str], tmp_path: Path
+) -> None:
+    done = python([*python_with_torch, "-c", CHECKS_CLASSES], tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -165,16 +173,12 @@ LIBRARIES = {"qwen3-moe": ("transformers", "diffusers"), "flux": ("diffusers", "
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_planning_leaves_the_compiler_out_puts_everything_back_and_changes_no_byte(name: str, tmp_path: Path) -> None:
+def test_planning_leaves_the_compiler_out_puts_everything_back_and_changes_no_byte(
+    name: str, python_with_torch: list[str], tmp_path: Path
+) -> None:
     build(name).save_pretrained(tmp_path / "source")
-    arguments = ["quantize", str(tmp_path / "source"), "-o", str(tmp_path / "there"), "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-c", SHOWS_MODULES, *LIBRARIES[name], *arguments],
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+    arguments = ["quantize", "source", "-o", "there", "--quiet"]
+    done = python([*python_with_torch, "-c", SHOWS_MODULES, *LIBRARIES[name], *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     quantized(tmp_path / "source", tmp_path / "here", "nf4")
     assert differing_files(tmp_path / "here", tmp_path / "there") == []

@@ -300,7 +300,7 @@ def _search_of(quant_type: str, weighted: bool) -> Any:
             if error(x, found, inverse, levels, rounding, weights, first) < limit:
                 scales[block] = found
                 target = packed[block * 32 : block * 32 + 32]
-                for i in range(32):  # numba compiles `target[:] = codes` for seconds: its error has strings put together
+                for i in range(32):  # `target[:] = codes` takes numba seconds: an error with strings put together
                     target[i] = codes[i]
 
     return search
