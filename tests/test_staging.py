@@ -186,24 +186,26 @@ def in_child(run: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def operations(run: Callable[[], object]) -> int:
-    counter = At(-1, die)
-    with hooked(counter):
-        run()
-    return counter.count
-
-
-STRIDES = [8, pytest.param(1, marks=pytest.mark.soak)]
-"""Of operations that ``moments`` chooses from."""
+def strides(here: int) -> list[Any]:
+    """Of operations that ``moments`` chooses from: some ``here``, and all of them in ``make soak``."""
+    return [here, pytest.param(1, marks=pytest.mark.soak)]
 
 
 def moments(run: Callable[[], object], stride: int) -> list[int]:
-    """Which operations of a run, from 0: those beside a rename, as it decides, and each ``stride``-th other one."""
+    """Which operations of a run, from 0: each rename, those beside a folder's, as it decides, the first of each kind,
+    and each ``stride``-th other one."""
     kinds: list[str] = []
-    with hooked(lambda operation, path: kinds.append(operation)):
+    folders: set[int] = set()
+
+    def note(operation: str, path: str) -> None:
+        if operation == "rename" and ".partial/" not in path:
+            folders.update(range(len(kinds) - 1, len(kinds) + 2))
+        kinds.append(operation)
+
+    with hooked(note):
         run()
-    beside = [kinds[max(0, number - 1) : number + 2] for number in range(len(kinds))]
-    return [number for number, near in enumerate(beside) if number % stride == 0 or "rename" in near]
+    first = {kinds.index(kind) for kind in kinds}
+    return [n for n, kind in enumerate(kinds) if n % stride == 0 or n in first | folders or kind == "rename"]
 
 
 def assert_absent_or_complete(output: Path, *complete: dict[str, bytes]) -> None:
@@ -747,12 +749,15 @@ def test_what_others_put_into_the_partial_folder_stays_out_of_the_output(
         staging.commit()
 
 
-def test_a_torn_or_damaged_journal_costs_time_but_never_bytes(tmp_path: Path, reference: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("stride", [29, pytest.param(11, marks=pytest.mark.soak)])
+def test_a_torn_or_damaged_journal_costs_time_but_never_bytes(
+    tmp_path: Path, reference: dict[str, bytes], stride: int
+) -> None:
     interrupted(tmp_path / "model", after=2)
     journal = (tmp_path / "model.partial.journal").read_bytes()
     kept = set()
     chosen = random.Random(0)
-    damaged = [journal[:stop] for stop in range(0, len(journal), 11)]
+    damaged = [journal[:stop] for stop in range(0, len(journal), stride)]
     damaged += [
         journal[:i] + bytes([journal[i] ^ 1]) + journal[i + 1 :] for i in chosen.sample(range(25, len(journal)), 20)
     ]
@@ -893,11 +898,12 @@ def test_the_key_is_made_once_and_nobody_else_can_read_it(tmp_path: Path, monkey
     assert user_key() is None
 
 
+@pytest.mark.parametrize("stride", strides(5))
 @pytest.mark.parametrize("kind", ["link", "folder", "empty folder"])
 def test_whatever_is_put_in_the_place_of_the_staged_folder_nothing_is_written_there_or_lost(
-    tmp_path: Path, reference: dict[str, bytes], kind: str
+    tmp_path: Path, reference: dict[str, bytes], kind: str, stride: int
 ) -> None:
-    """At every operation of the run, by somebody who may write in the folder around it."""
+    """At any operation of the run, by somebody who may write in the folder around it."""
 
     def replace(partial: Path, victim: Path) -> None:
         if partial.is_dir() and not partial.is_symlink() and not (partial.parent / "moved").exists():
@@ -909,8 +915,8 @@ def test_whatever_is_put_in_the_place_of_the_staged_folder_nothing_is_written_th
                 if kind == "folder":
                     (partial / "precious").write_text("mine")
 
-    total, complete = operations(lambda: make(tmp_path / "count/out")), 0
-    for number in range(total):
+    numbers, complete = moments(lambda: make(tmp_path / "count/out"), stride), 0
+    for number in numbers:
         place = tmp_path / str(number)
         (place / "victim").mkdir(parents=True)
         (place / "victim/precious").write_text("mine")
@@ -932,12 +938,15 @@ def test_whatever_is_put_in_the_place_of_the_staged_folder_nothing_is_written_th
             assert (place / "out.partial").is_symlink() == (kind == "link"), at.where
             assert kind != "folder" or (place / "out.partial/precious").read_text() == "mine", at.where
         shutil.rmtree(place)
-    assert 0 < complete < total / 2
+    assert 0 < complete < len(numbers) / 2
 
 
-def test_a_parent_that_is_moved_away_gets_the_output_or_none(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    total, codes = operations(lambda: make(tmp_path / "count/out")), set()
-    for number in range(total):
+@pytest.mark.parametrize("stride", strides(4))
+def test_a_parent_that_is_moved_away_gets_the_output_or_none(
+    tmp_path: Path, reference: dict[str, bytes], stride: int
+) -> None:
+    codes = set()
+    for number in moments(lambda: make(tmp_path / "count/out"), stride):
         place = tmp_path / str(number)
         (place / "parent").mkdir(parents=True)
         (place / "other").mkdir()
@@ -966,7 +975,7 @@ def test_a_parent_that_is_moved_away_gets_the_output_or_none(tmp_path: Path, ref
 def test_folders_of_any_depth_are_removed(tmp_path: Path, reference: dict[str, bytes]) -> None:
     interrupted(tmp_path / "out")
     here = os.open(tmp_path / "out.partial", os.O_RDONLY)
-    for depth in range(3000):
+    for depth in range(2100):  # longer than a path may be
         os.mkdir("x", dir_fd=here)
         if depth % 500 == 0:
             os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=here))
@@ -1065,9 +1074,10 @@ def test_a_lock_on_a_journal_that_its_owner_just_removed_does_not_count(tmp_path
             pass
 
 
+@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.soak)])
 @in_small_process
-def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    for round_ in range(20):
+def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dict[str, bytes], rounds: int) -> None:
+    for round_ in range(rounds):
         output = tmp_path / str(round_) / "out"
         output.parent.mkdir()
         start, finish = os.pipe(), os.pipe()
@@ -1106,9 +1116,12 @@ def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dic
         assert_nothing_beside(output)
 
 
+@pytest.mark.parametrize("rounds", [4, pytest.param(10, marks=pytest.mark.soak)])
 @in_small_process
-def test_runs_that_race_without_waiting_leave_one_output(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    for round_ in range(10):
+def test_runs_that_race_without_waiting_leave_one_output(
+    tmp_path: Path, reference: dict[str, bytes], rounds: int
+) -> None:
+    for round_ in range(rounds):
         output = tmp_path / str(round_) / "out"
         output.parent.mkdir()
         children = []
@@ -1134,19 +1147,18 @@ def test_runs_that_race_without_waiting_leave_one_output(tmp_path: Path, referen
 
 
 ERRORS = [
-    (errno.ENOSPC, errno.EIO, errno.EACCES),
-    *(pytest.param((code,), marks=pytest.mark.soak) for code in (errno.ENOSPC, errno.EIO, errno.EACCES)),
+    ((errno.ENOSPC, errno.EIO, errno.EACCES), 3),
+    *(pytest.param((code,), 1, marks=pytest.mark.soak) for code in (errno.ENOSPC, errno.EIO, errno.EACCES)),
 ]
 
 
-@pytest.mark.parametrize("codes", ERRORS, ids=str)
+@pytest.mark.parametrize(("codes", "stride"), ERRORS, ids=str)
 def test_an_error_at_any_operation_leaves_no_half_output(
-    tmp_path: Path, reference: dict[str, bytes], codes: tuple[int, ...]
+    tmp_path: Path, reference: dict[str, bytes], codes: tuple[int, ...], stride: int
 ) -> None:
     """With one of the errors each, or with the same all of them."""
-    total = operations(lambda: make(tmp_path / "count/out"))
-    for number in range(total):
-        code = codes[number % len(codes)]
+    for turn, number in enumerate(moments(lambda: make(tmp_path / "count/out"), stride)):
+        code = codes[turn % len(codes)]
         exit_code = 77 if code == errno.EACCES else 74
         output = tmp_path / str(number) / "out"
         output.parent.mkdir()
@@ -1180,7 +1192,7 @@ def after_a_kill(output: Path, number: int, reference: dict[str, bytes], where: 
     assert_nothing_beside(output)
 
 
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", strides(6))
 @in_small_process
 def test_a_kill_at_any_operation_is_recovered_by_the_same_command(
     tmp_path: Path, reference: dict[str, bytes], stride: int
@@ -1194,7 +1206,7 @@ def test_a_kill_at_any_operation_is_recovered_by_the_same_command(
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", strides(6))
 @in_small_process
 def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(
     tmp_path: Path, reference: dict[str, bytes], stride: int
@@ -1218,10 +1230,11 @@ def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(
         shutil.rmtree(output.parent)
 
 
+@pytest.mark.parametrize("rounds", [5, pytest.param(15, marks=pytest.mark.soak)])
 @in_small_process
-def test_many_kills_in_a_row_are_recovered(tmp_path: Path, reference: dict[str, bytes]) -> None:
+def test_many_kills_in_a_row_are_recovered(tmp_path: Path, reference: dict[str, bytes], rounds: int) -> None:
     chosen = random.Random(5)
-    for round_ in range(15):
+    for round_ in range(rounds):
         output = tmp_path / str(round_) / "out"
         output.parent.mkdir()
         kills = 0
@@ -1290,7 +1303,8 @@ class Platter:
 
 @pytest.mark.parametrize("names", ["late", "at once"])
 @pytest.mark.parametrize(
-    ("overwrite", "stride"), [(False, 1), (True, 3), pytest.param(True, 1, marks=pytest.mark.soak)]
+    ("overwrite", "stride"),
+    [(False, 4), (True, 8), *(pytest.param(overwrite, 1, marks=pytest.mark.soak) for overwrite in (False, True))],
 )
 def test_a_power_cut_at_any_operation_is_recovered(
     tmp_path: Path, reference: dict[str, bytes], overwrite: bool, stride: int, names: str
@@ -1395,7 +1409,7 @@ def test_a_failed_overwrite_keeps_the_old_output(old_and_new: tuple[Path, dict[s
     assert_nothing_beside(model)
 
 
-@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("stride", strides(12))
 @pytest.mark.parametrize("act", [die, FailWith(errno.EIO)])
 @in_small_process
 def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
@@ -1431,7 +1445,7 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("stride", strides(12))
 @pytest.mark.parametrize("killed_at", ["the second rename", "the removal of the old"])
 @in_small_process
 def test_an_error_while_recovering_an_overwrite_is_recovered(

@@ -67,6 +67,8 @@ class Case:
     """The model type in transformers, the class in diffusers."""
     architecture: str
     rows_of: Callable[[Case, Path], Iterator[Row]]
+    methods: tuple[str, ...] = ()
+    """Those to try; none: ``METHODS``, and for some classes those that are tried on a part of them."""
 
     def rows(self, folder: Path) -> Iterator[Row]:
         return self.rows_of(self, folder)
@@ -132,7 +134,7 @@ def model_rows(small_models: Callable[[], Iterator[Any]]) -> Callable[[Case, Pat
         except Exception as error:
             yield case.row(result="not built", why=f"does not load what it saved: {type(error).__name__}: {error}")
             return
-        for method in methods_of(case.architecture):
+        for method in case.methods or methods_of(case.architecture):
             row = case.row(method)
             try:
                 _compare(row, model, inputs, source, folder / method)
