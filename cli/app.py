@@ -14,6 +14,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -208,12 +209,19 @@ def spelled_out(args: list[str]) -> list[str]:
 def invoke(args: Sequence[str]) -> Any:
     """Hand a command line to Typer. The app's own help is plain text: Rich would take half of the time it needs."""
     first = next((word for word in args if not word.startswith("-")), None)
-    group: Any = typer.main.get_command(app([first] if first in COMMANDS else COMMANDS))
-    group.rich_markup_mode = None
+    group = described((first,) if first in COMMANDS else tuple(COMMANDS), shutil.get_terminal_size().columns)
     if not gc.isenabled():  # the process runs one command: see ``entry``
         gc.freeze()
         gc.enable()
     return group.main(args=args, prog_name="qz", standalone_mode=False)
+
+
+@cache
+def described(commands: tuple[str, ...], width: int) -> Any:  # noqa: ARG001  the app is made for a terminal of it
+    """The app as Typer runs it: for a program that runs many command lines, described once."""
+    group: Any = typer.main.get_command(app(commands))
+    group.rich_markup_mode = None
+    return group
 
 
 def explain(error: Exception) -> tuple[int, str]:

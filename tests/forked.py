@@ -341,6 +341,7 @@ def warm() -> None:
     from diffusers import FluxPipeline  # noqa: F401 - what a third of the runs would import, a second each
     from transformers import CLIPTextModel, LlamaConfig, LlamaForCausalLM, T5EncoderModel  # noqa: F401 - the same
 
+    from qz.cli.app import COMMANDS
     from qz.quantize.compute import kernels, scale_search
 
     tqdm.tqdm.monitor_interval = 0  # its thread
@@ -357,6 +358,8 @@ def warm() -> None:
             command = ["quantize", "source", *method, "-o", "out", "--overwrite", "--threads", "1"]
             assert in_the_server(command, folder) == 0
             assert in_the_server(["dequantize", "out", "-o", "back", "--overwrite", "--threads", "1"], folder) == 0
+        for name in COMMANDS:
+            assert in_the_server([name, "--help"], folder) == 0
 
     # What --importance and --rounding gptq load besides, without the statistics that the commands would want.
     values, packed, scales = np.ones(64, np.uint16), np.empty(32, np.uint8), np.empty(1, np.float32)

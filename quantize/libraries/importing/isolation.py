@@ -152,9 +152,10 @@ def _installed() -> tuple[str, ...]:
         found = module.__spec__ if module is not None else None if name in sys.modules else find_spec(name)
         for place in (found.submodule_search_locations or ()) if found is not None else ():
             places += [place, *_linked(place)]
-    for name, module in list(sys.modules.items()):
+    for finder in sys.meta_path:
+        name = str(getattr(finder, "__module__", ""))
         if name.startswith("__editable__"):  # setuptools' finder of editable installs
-            places += [os.path.dirname(place) for place in getattr(module, "MAPPING", {}).values()]
+            places += [os.path.dirname(place) for place in getattr(sys.modules.get(name), "MAPPING", {}).values()]
     return tuple({os.path.join(os.path.realpath(place), "") for place in places})
 
 
