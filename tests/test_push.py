@@ -261,8 +261,11 @@ def test_a_damaged_checkpoint_is_not_pushed(hub: HubServer, made: Path) -> None:
 
 
 def test_without_a_token_there_is_no_push(hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is no model is told first: with a token it would be of no use, either."""
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in failure(lambda: push(made, to()), PermissionRefused)
+    assert "no config.json" in failure(lambda: push(made.parent, to()), MissingInput)
+    failure(lambda: push(made / "none", to()), MissingInput)
     assert not hub.requests
 
 

@@ -145,13 +145,23 @@ def _named(folder: LocalFolder, prefix: str) -> set[str]:
     return {prefix + name for name in own}
 
 
+def require_model(folder: LocalFolder) -> None:
+    """Raise MissingInput for a folder in which nothing is of a model, by its names alone."""
+    if folder.sizes().keys().isdisjoint((RECORD, "config.json", "model_index.json")):
+        raise _no_model(folder)
+
+
 def _config(folder: LocalFolder, names: Iterable[str]) -> Mapping[str, Any]:
     found = config_here(folder, names)
     if not found:
-        raise MissingInput(
-            f"{folder.location} has no config.json, so it is not a model folder. Name the folder that qz wrote."
-        )
+        raise _no_model(folder)
     return found
+
+
+def _no_model(folder: LocalFolder) -> MissingInput:
+    return MissingInput(
+        f"{folder.location} has no config.json, so it is not a model folder. Name the folder that qz wrote."
+    )
 
 
 def config_here(folder: Folder, names: Iterable[str]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from qz.formats.hub.repository import HubFolder
 from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish.blobs import Blob
-from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, README, OwnFiles, own_files
+from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, README, OwnFiles, own_files, require_model
 from qz.formats.publish.destination import Destination, PushedFile, PushResult
 from qz.formats.publish.model_card.card import in_words, write_card
 from qz.formats.publish.model_card.card_facts import CardFacts, facts_of, inherit
@@ -37,13 +37,14 @@ def push(
     """Publish the checkpoint in ``folder``. Afterwards all of it is visible in one commit, or nothing changed.
 
     ``source_private``: whether it came from a private or gated repository, if the caller knows more than the record.
-    Raises MalformedInput (the checkpoint is damaged), PermissionRefused (no token, no right, or it would become public
-    without being told to), OutputRefused (other weights are there), TryAgain (the branch changed meanwhile, or a rate
-    limit), HubUnreachable.
+    Raises MissingInput (no such folder, or no model in it), MalformedInput (the checkpoint is damaged),
+    PermissionRefused (no token, no right, or it would become public without being told to), OutputRefused (other
+    weights are there), TryAgain (the branch changed meanwhile, or a rate limit), HubUnreachable.
     """
-    remote = Remote(to)
     local = LocalFolder(folder)
     try:
+        require_model(local)
+        remote = Remote(to)
         own = _verified(local, progress)
         own.require_stated()
         blobs = [
