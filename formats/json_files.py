@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from qz.formats.malformed import Malformed, quoted
 
 MAX_BYTES = 10_000_000
+MAX_CONFIG_BYTES = 8_000_000
+"""Of a config.json. In memory a library needs several times as much for one: 400 MB with the libraries themselves."""
 MAX_CONTAINERS = 100_000
 MAX_VALUES = 150_000
 """In a file of up to ``MAX_BYTES``: in memory, short ones take twenty times what they take in the file."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
+from qz.formats.weight_names import STEMS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 DEFAULT_SHARD_BYTES = 10**9
 """Of one file at most. Its SHA-256 is work for one thread, that of several files for several: 5 GB take as long
 to hash as all of FLUX takes a GPU or 16 cores to quantize. Parts differ by it, and --push-only needs a disk for two."""
-STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 
 
 class Item(NamedTuple):

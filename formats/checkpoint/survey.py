@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,17 +12,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
-from qz.counted import shown
-from qz.formats.checkpoint import adapters
-from qz.formats.checkpoint.additions import addition
 from qz.formats.checkpoint.concurrent_reads import several_at_once
-from qz.formats.checkpoint.layouts import original_layout
-from qz.formats.checkpoint.models_inside import models_inside
-from qz.formats.checkpoint.modular import MODULAR_INDEX, commands_for
-from qz.formats.checkpoint.other_forms import ADDITIONS, files_inside, other_forms
+from qz.formats.checkpoint.other_contents import adapters
+from qz.formats.checkpoint.other_contents.other_forms import other_forms
+from qz.formats.checkpoint.other_contents.recognition import (
+    Recognized,
+    instead_of_config,
+    recognize_file,
+    recognize_folder,
+)
 from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.weights import (
-    PICKLE,
     Library,
     architecture_of,
     find_weights,
@@ -32,27 +31,19 @@ from qz.formats.checkpoint.weights import (
     unused_files,
 )
 from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import PIPELINE_INDEX, Folder, place_of, read_at, read_file
-from qz.formats.json_files import read_json
+from qz.formats.folder import Folder, place_of, read_at, read_file
+from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.formats.safetensors import Header, read_header
+from qz.formats.weight_names import PICKLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from qz.formats.pickles.file import PickledFile
 
-MAX_CONFIG_BYTES = 8_000_000
-"""In memory a library needs several times as much for one: 400 MB with the libraries themselves."""
 MAX_INDEX_BYTES = 50_000_000
 MAX_SHARDS = 10_000
-SETTINGS_ONLY = {
-    "scheduler_config.json": "a scheduler",
-    "tokenizer_config.json": "a tokenizer",
-    "preprocessor_config.json": "a processor",
-    "modular_config.json": "the code of a modular pipeline",
-}
-"""Files that say what a folder without config.json holds, if it is not a model."""
 
 GGUF = "gguf"
 """What ``encoded_as`` says of GGUF files."""
@@ -139,7 +130,7 @@ def survey_file(
     found = _Survey(folder)
     headers = found.headers([file])
     tensors = found.tensors([file], headers, {})
-    found.other_tools(file, tensors)
+    found.add(recognize_file(folder, file, tensors))
     if headers and not tensors:
         found.problems.add("no-tensors", file, location=found.path(file))
     header = headers.get(file)
@@ -190,7 +181,7 @@ class _Survey:
         if not tensors and len(headers) == len(files):
             self.problems.add("no-tensors", files[0])
         if library == "diffusers" or adapters.is_adapter(tensors):
-            self.other_tools(files[0], tensors, architecture)
+            self.add(recognize_file(self.folder, files[0], tensors, architecture))
         if (name := adapters.unmerged(tensors)) is not None:
             how = adapters.HOW_UNMERGED[library]
             self.problems.add("adapter-unmerged", tensors[name].file, name=quoted(name), library=library, how=how)
@@ -212,13 +203,13 @@ class _Survey:
 
     def config(self) -> dict[str, Any] | None:
         """config.json, or None with the reason why there is none that can be used."""
-        if "config.json" not in self.sizes and self.no_model():
+        if "config.json" not in self.sizes and self.is_no_model():
             return None
         try:
             data = read_file(self.folder, "config.json", MAX_CONFIG_BYTES)
             config = read_config(data, self.path("config.json"))
         except QzError as error:
-            instead = "" if "config.json" in self.sizes else self.instead()
+            instead = "" if "config.json" in self.sizes else instead_of_config(self.folder)
             self.problems.add_error(error, "config.json", missing="config-missing", instead=instead)
             return None
         if "model_type" not in config and "pretrained_cfg" in config:  # of timm; as transformers reads it
@@ -230,69 +221,20 @@ class _Survey:
             self.problems.add("library-unknown", "config.json", instead=instead)
         return config
 
-    def no_model(self) -> bool:
+    def is_no_model(self) -> bool:
         """Whether a folder without config.json is something well known that is not a model."""
-        weights = sorted(name for name in self.sizes if name.endswith(".safetensors"))
-        settings = next((name for name in SETTINGS_ONLY if name in self.sizes), None)
-        if PIPELINE_INDEX in self.sizes:
-            inside = ", ".join(self.folder.subfolders()) or "none"
-            self.problems.add("pipeline-root", "model_index.json", inside=inside)
-        elif MODULAR_INDEX in self.sizes:
-            self.problems.add("modular-pipeline", MODULAR_INDEX, components=self.modular_components())
-        elif "adapter_config.json" in self.sizes:
-            self.adapter("adapter_config.json", "an adapter")
-        elif weights:
-            header = self.header(weights[0])
-            return isinstance(header, Header) and self.other_tools(weights[0], header.tensors)
-        elif models := models_inside(self.folder):
-            also = other_forms(self.folder, ADDITIONS)
-            self.problems.add("models-inside", "config.json", inside=shown(models), also=f" {also}" if also else "")
-        elif settings is not None and other_forms(self.folder) is None:
-            self.problems.add("settings-only", settings, what=SETTINGS_ONLY[settings], name=settings)
-        else:
-            return False
-        return True
+        found = recognize_folder(self.folder, self.names_in)
+        self.add(found)
+        return found is not None
 
-    def instead(self) -> str:
-        """What to do about a folder without config.json."""
-        if forms := other_forms(self.folder):
-            return forms
-        names = list(files_inside(self.folder))
-        if single := next((name for name in names if name.endswith(".safetensors")), None):
-            return f"If {quoted(single, 60)} is a whole model of diffusers, name that file."
-        if pickle := next(filter(PICKLE.search, names), None):
-            return f"{quoted(pickle, 60)} alone does not say what model it is of. Use a repository with a config.json."
-        return "Download that too."
+    def names_in(self, file: str) -> Iterable[str]:
+        """Of the tensors; none if the file cannot be read."""
+        header = self.header(file)
+        return header.tensors if isinstance(header, Header) else ()
 
-    def modular_components(self) -> str:
-        try:
-            index = read_json(read_file(self.folder, MODULAR_INDEX, MAX_CONFIG_BYTES), self.path(MODULAR_INDEX))
-        except QzError as error:
-            return str(error)
-        remote = re.fullmatch(r"(.+)@[0-9a-f]{12,40}(/.+)?", self.folder.location)
-        here = () if remote and remote[2] else self.folder.subfolders()
-        return commands_for(index, remote[1] if remote else self.folder.location, here) or "it names none."
-
-    def adapter(self, file: str, what: str, names: Iterable[str] = ()) -> None:
-        config: Mapping[str, Any] = {}
-        if (name := "adapter_config.json") in self.sizes:
-            with suppress(QzError):  # reported when the adapter is read
-                config = read_json(read_file(self.folder, name, MAX_CONFIG_BYTES), self.path(name))
-        how = adapters.how_to_use(self.folder.location, config, names)
-        self.problems.add("adapter-only", file, what=what, how=how)
-
-    def other_tools(self, file: str, names: Iterable[str], class_name: str | None = None) -> bool:
-        names = list(names)
-        folders = self.folder.subfolders()
-        if class_name is None and (facts := addition(self.folder.location, file, names, folders)):
-            self.problems.add("adapter-only", file, **facts)
-        elif adapters.is_adapter(names):
-            self.adapter(file, "an adapter" if adapters.other_kind(names) else "a LoRA adapter", names)
-        elif facts := original_layout(names, class_name):
-            self.problems.add("original-layout", file, **facts)
-        else:
-            return False
-        return True
+    def add(self, found: Recognized | None) -> None:
+        if found is not None:
+            self.problems.add(found.kind, found.where, **found.facts)
 
     def code(self, config: Mapping[str, Any], library: Library) -> None:
         scripts = sorted(name for name in self.sizes if name.endswith(".py"))

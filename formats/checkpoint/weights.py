@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qz import MissingInput, QzError
 from qz.counted import counted
-from qz.formats.checkpoint.other_forms import other_forms
+from qz.formats.checkpoint.other_contents.other_forms import other_forms
 from qz.formats.malformed import UNSAFE_TEXT, quoted
-from qz.formats.shards import STEMS
+from qz.formats.weight_names import PICKLE, PICKLED, STEMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,10 +23,6 @@ Library = Literal["transformers", "diffusers"]
 VARIANTS = ("bf16", "fp16", "fp32")
 """Which variant to take if there are no plain weights: the first of these, else the first by name."""
 
-PICKLE = re.compile(r"\A(?!(?:openvino_|ggml).*\.bin\Z).*\.(?:bin|pt|pth|ckpt|pkl)\Z", re.IGNORECASE)
-"""Names of pickles. OpenVINO and whisper.cpp give their weights such a name, too."""
-PICKLED = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
-"""Stem of the weights in safetensors → of the same in pickles, as the libraries look for them."""
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}.*\.safetensors")
 _VARIANT = r"(?:\.(?P<variant>[A-Za-z0-9_]+))?"
 
@@ -184,11 +180,6 @@ def library_of(config: Mapping[str, Any]) -> Library | None:
     if isinstance(config.get("model_type"), str) or architecture_of(config, "transformers"):
         return "transformers"
     return None
-
-
-def is_weights(name: str) -> bool:
-    """Whether a file of that name holds weights, in whatever format."""
-    return name.endswith((".safetensors", ".gguf")) or PICKLE.search(name) is not None
 
 
 def architecture_of(config: Mapping[str, Any], library: Library) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
-from qz.formats.checkpoint.adapters import FUSED, LOAD_BESIDE, MERGE, how_to_use
+from qz.formats.checkpoint.other_contents.adapters import FUSED, LOAD_BESIDE, MERGE, how_to_use
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.formats.patterns import INVALID, is_simple

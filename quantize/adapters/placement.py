@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.counted import shown
 from qz.formats.checkpoint.adapter_file import CONFIG, AdapterFile
-from qz.formats.checkpoint.adapters import MERGE
+from qz.formats.checkpoint.other_contents.adapters import MERGE
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.quantize.adapters.changes import Expert, Piece, delta_shape, read_alpha

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qz.formats.checkpoint.layouts import original_layout
+from qz.formats.checkpoint.other_contents.original_layouts import original_layout
 from qz.quantize.consumers.contents import Contents
 from qz.quantize.consumers.sglang_classes import SGLANG_CLASSES
 from qz.quantize.consumers.verdict import Finding

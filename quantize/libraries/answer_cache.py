@@ -23,8 +23,9 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import read_file
+from qz.formats.json_files import MAX_CONFIG_BYTES
 from qz.formats.regular_file import read_regular
 from qz.formats.user_cache import user_cache
 from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequest, Saved, TensorSpec, Weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz import Unsupported
-from qz.formats.checkpoint.layouts import OF_PIPELINES
+from qz.formats.checkpoint.other_contents.original_layouts import OF_PIPELINES
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, QzError, Unsupported
 from qz.counted import counted, shown
-from qz.formats.checkpoint.layouts import OF_PIPELINES
+from qz.formats.checkpoint.other_contents.original_layouts import OF_PIPELINES
 from qz.formats.checkpoint.pipeline import (
     Component,
     Pipeline,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from qz import IOFailed
-from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint
+from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import read_file
 from qz.formats.hub.bars import bars_as_found
-from qz.formats.json_files import read_json
+from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.open_files import remedy
 from qz.quantize.libraries.architecture import OF_QUANTIZATION, LoadRequest, TensorSpec
 from qz.quantize.libraries.transformers.classes import ModelClass

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput, MissingInput, Unsupported
-from qz.formats.checkpoint.survey import MAX_CONFIG_BYTES, Checkpoint, open_checkpoint
+from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
 from qz.formats.folder import Folder, read_file
-from qz.formats.json_files import read_json
+from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qz import QzError
 from qz.counted import shown
-from qz.formats.checkpoint.additions import EMBEDDING, IP_ADAPTER
+from qz.formats.checkpoint.other_contents.additions import EMBEDDING, IP_ADAPTER
 from qz.formats.malformed import quoted
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from qz.formats.checkpoint.other_forms import folders_inside
-from qz.formats.checkpoint.weights import is_weights
+from qz.formats.checkpoint.other_contents.other_forms import folders_inside
 from qz.formats.folder import PIPELINE_INDEX
+from qz.formats.weight_names import is_weights
 
 if TYPE_CHECKING:
     from qz.formats.folder import Folder
