@@ -92,8 +92,15 @@ def keep(question: str, told: dict[str, Any]) -> None:
             except BaseException:
                 os.unlink(file.name)
                 raise
-        for old in sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime_ns)[MOST_ANSWERS:]:
-            old.unlink()
+        _leave_newest(folder)
+
+
+def _leave_newest(folder: Path) -> None:
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    if len(found) > MOST_ANSWERS:
+        for old in sorted(found, key=lambda entry: -entry.stat().st_mtime_ns)[MOST_ANSWERS:]:
+            os.unlink(old)
 
 
 def _folder() -> Path | None:
@@ -104,16 +111,13 @@ def _folder() -> Path | None:
 def _code() -> dict[str, list[int]]:
     """Path → state of the files of ``CODE`` that are loaded. Raises OSError if one cannot be looked at."""
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in CODE]
-    return {path: _loaded_state(path) for module in modules if (path := getattr(module, "__file__", None))}
+    return {path: _state(path) for module in modules if (path := getattr(module, "__file__", None))}
 
 
 @cache
-def _loaded_state(path: str) -> list[int]:
-    """As first seen: a file that is changed later is not what this process loaded."""
-    return _state(path)
-
-
 def _state(path: str) -> list[int]:
+    """As first seen: a file that is changed later is not what this process loads. There are a thousand, and to look at
+    each took a third of a plan that is known."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns]
 

@@ -143,20 +143,37 @@ def _start_isolated(thread: threading.Thread) -> None:
 
 def _installed() -> tuple[str, ...]:
     """Folders whose code may run: Python's own, those of ``sys.path`` but the working directory, and the packages'."""
+    imported = tuple(sys.modules[name] is not None if name in sys.modules else None for name in PACKAGES)
+    finders = tuple(getattr(finder, "__module__", "") for finder in sys.meta_path)
+    here = os.getcwd()
+    searched = {_real(os.path.join(here, place)) for place in sys.path if place}
+    return tuple((searched - {_real(here)}) | _packages(tuple(sys.path), imported, finders))
+
+
+@cache
+def _packages(
+    search: tuple[str, ...],  # noqa: ARG001  where find_spec looks
+    imported: tuple[bool | None, ...],
+    finders: tuple[str, ...],
+) -> frozenset[str]:
+    """Python's folders and those of ``PACKAGES``, of which some are ``imported``, or kept from being so (False)."""
     paths = sysconfig.get_paths()
     places = [sys.prefix, sys.base_prefix, paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]]
-    here = os.path.realpath(os.getcwd())
-    places += [place for place in sys.path if place and os.path.realpath(place) != here]
-    for name in PACKAGES:
-        module = sys.modules.get(name)
-        found = module.__spec__ if module is not None else None if name in sys.modules else find_spec(name)
+    for name, known in zip(PACKAGES, imported, strict=True):
+        found = sys.modules[name].__spec__ if known else find_spec(name) if known is None else None
         for place in (found.submodule_search_locations or ()) if found is not None else ():
             places += [place, *_linked(place)]
-    for finder in sys.meta_path:
-        name = str(getattr(finder, "__module__", ""))
+    for name in finders:
         if name.startswith("__editable__"):  # setuptools' finder of editable installs
-            places += [os.path.dirname(place) for place in getattr(sys.modules.get(name), "MAPPING", {}).values()]
-    return tuple({os.path.join(os.path.realpath(place), "") for place in places})
+            mapping = getattr(sys.modules.get(name), "MAPPING", {})
+            places += [os.path.dirname(place) for place in mapping.values()]
+    return frozenset(map(_real, places))
+
+
+@cache
+def _real(place: str) -> str:
+    """As it was when it was first looked at: to follow the links on the way to thirty folders takes milliseconds."""
+    return os.path.join(os.path.realpath(place), "")
 
 
 @cache
