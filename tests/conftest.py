@@ -129,6 +129,24 @@ def forked_qz(tmp_path: Path, forks: Runner) -> Qz:
     return run
 
 
+@pytest.fixture
+def qz_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Qz]:
+    """As ``forked_qz``, in this process and a tenth of its time: for what is refused and leaves nothing."""
+    from qz.cli.app import run
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = run([*map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    yield command
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def plain_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 Llama, 64 wide and 192 inside, to be stored in the forms of other tools. Not to be changed by a test."""

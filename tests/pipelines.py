@@ -63,12 +63,12 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=32)
 
 
-def clip(tokenizer: CLIPTokenizer, width: int, *, projected: bool) -> CLIPTextModel:
+def clip(tokenizer: CLIPTokenizer, width: int, *, projected: bool, layers: int = 2) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
@@ -136,7 +136,8 @@ def flux(folder: Path, halvings: int = 0) -> Path:
 def sd3(folder: Path, halvings: int = 0, *, with_t5: bool = True, layers: int = 2, heads: int = 4) -> Path:
     """Stable Diffusion 3: a transformer, two CLIP encoders and a T5, which may be left out.
 
-    ``halvings``: as of ``flux``. ``layers`` and ``heads``: of the transformer, which attends to 333 tokens of a text.
+    ``halvings``: as of ``flux``. ``heads``: of the transformer, which attends to 333 tokens of a text; ``layers``: of
+    it and of the CLIP encoders.
     """
     torch.manual_seed(1)
     tokenizer = clip_tokenizer(folder.with_name("clip-files"))
@@ -150,9 +151,9 @@ def sd3(folder: Path, halvings: int = 0, *, with_t5: bool = True, layers: int = 
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(halvings=halvings),
-        text_encoder=clip(tokenizer, 32, projected=True),
+        text_encoder=clip(tokenizer, 32, projected=True, layers=layers),
         tokenizer=tokenizer,
-        text_encoder_2=clip(tokenizer, 32, projected=True),
+        text_encoder_2=clip(tokenizer, 32, projected=True, layers=layers),
         tokenizer_2=tokenizer,
         text_encoder_3=t5(tokenizer_3, 64) if tokenizer_3 else None,
         tokenizer_3=tokenizer_3,

@@ -30,6 +30,7 @@ IMPORTED = (
     "accelerate",
     "bitsandbytes",
     "gguf",
+    "numba",
     "peft",
     "pydantic",
     *("full_checkpoints", "mixtures", "pipelines", "tiny_denoisers"),  # the classes that tests build

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import typer.main
 
 import qz as package
 from conftest import Qz
+from forked import Runner
 from pace import HANG
 from qz import QzError
 from qz.cli.app import EXAMPLES, app, explain
@@ -411,33 +413,44 @@ def test_an_ascii_terminal_does_not_fail_a_run(script: Path) -> None:
     assert "\n... and 16 more lines" in result.stderr
 
 
-def complete(line: str, cwd: Path, shell: str = "bash") -> list[str]:
-    """What the shell offers after ``line``."""
-    words = line.split(" ")
-    environment = {"_QZ_COMPLETE": f"complete_{shell}", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    result = subprocess.run(
-        [sys.executable, "-m", "qz"],
-        cwd=cwd,
-        env={**os.environ, **environment, "_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=True,
-    )
-    return [re.sub(r"^plain,", "", entry) for entry in result.stdout.split()]
+def asked(line: str, shell: str) -> dict[str, str]:
+    """The environment in which ``shell`` runs qz to ask what it offers after ``line``."""
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    of_typer = {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    return {"_QZ_COMPLETE": f"complete_{shell}", **words, **of_typer}
 
 
-def test_completion_knows_commands_folders_and_components(tmp_path: Path) -> None:
+def offered(said: str) -> list[str]:
+    return [re.sub(r"^plain,", "", entry) for entry in said.split()]
+
+
+@pytest.fixture
+def complete(forks: Runner, tmp_path: Path) -> Callable[..., list[str]]:
+    """What the shell offers after a line."""
+
+    def complete(line: str, shell: str = "bash") -> list[str]:
+        ended = forks.run(cwd=tmp_path, environment=asked(line, shell))
+        assert ended.code == 0, ended.stderr
+        return offered(ended.stdout)
+
+    return complete
+
+
+def test_completion_works_as_a_shell_asks_for_it(qz: Qz) -> None:
+    assert offered(qz(**asked("qz quan", "bash")).stdout) == ["quantize"]
+
+
+def test_completion_knows_commands_folders_and_components(tmp_path: Path, complete: Callable[..., list[str]]) -> None:
     for component in ("transformer", "text_encoder"):
         (tmp_path / "flux" / component).mkdir(parents=True)
         (tmp_path / "flux" / component / "config.json").write_text("{}")
     (tmp_path / "flux" / "scheduler").mkdir()
-    assert complete("qz quan", tmp_path) == ["quantize"]
-    assert complete("qz quantize fl", tmp_path) == ["flux"]
-    assert complete("qz quantize flux --subfolder ", tmp_path) == ["text_encoder", "transformer"]
-    assert complete("qz quantize flux --subfolder tr", tmp_path) == ["transformer"]
-    assert complete("qz quantize nothing --subfolder ", tmp_path) == []
-    assert "--double-quant" in complete("qz quantize flux --dou", tmp_path)
+    assert complete("qz quan") == ["quantize"]
+    assert complete("qz quantize fl") == ["flux"]
+    assert complete("qz quantize flux --subfolder ") == ["text_encoder", "transformer"]
+    assert complete("qz quantize flux --subfolder tr") == ["transformer"]
+    assert complete("qz quantize nothing --subfolder ") == []
+    assert "--double-quant" in complete("qz quantize flux --dou")
 
 
 OFFERED = {
@@ -459,10 +472,12 @@ OFFERED = {
     ],
     ids=["bash", "zsh", "fish"],
 )
-def test_completion_knows_the_values_of_options(shell: str, lines: list[str], tmp_path: Path) -> None:
+def test_completion_knows_the_values_of_options(
+    shell: str, lines: list[str], complete: Callable[..., list[str]]
+) -> None:
     for line in lines:
-        offered = set(re.findall(r"[\w:-]+", " ".join(complete(line, tmp_path, shell))))
-        assert OFFERED[line] <= offered - {"_arguments"}
+        found = set(re.findall(r"[\w:-]+", " ".join(complete(line, shell))))
+        assert OFFERED[line] <= found - {"_arguments"}
 
 
 def test_completion_can_be_shown_for_installation(qz: Qz) -> None:

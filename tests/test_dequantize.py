@@ -109,7 +109,7 @@ def back(model: Saved, backs: Callable[[Path, str], Back]) -> Callable[[str], Ba
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    in_turn([*TRANSFORMERS, *DIFFUSERS], ["nf4", "int8"], ["fp4", "nf4-double"]),
+    in_turn([*TRANSFORMERS, *DIFFUSERS], METHODS),
     indirect=["model"],
 )
 def test_every_value_is_bitsandbytes_own(model: Saved, back: Callable[[str], Back], method: str) -> None:
@@ -129,11 +129,10 @@ def test_every_value_is_bitsandbytes_own(model: Saved, back: Callable[[str], Bac
     assert config_of(found.output) == config_of(source)
 
 
-@pytest.mark.parametrize(("model", "method"), in_turn([*TRANSFORMERS, *DIFFUSERS], ["nf4", "int8"]), indirect=["model"])
+@pytest.mark.parametrize(("model", "method"), in_turn([*TRANSFORMERS, *DIFFUSERS], METHODS), indirect=["model"])
 def test_the_result_loads_and_computes_like_the_dequantized_model(
     model: Saved, back: Callable[[str], Back], method: str
 ) -> None:
-    """Of the other methods only values differ: see above."""
     model_class, dtype, source = model
     found = back(method)
     how = {"torch_dtype": dtype} if source.name in DIFFUSERS else {}  # transformers reads it from the config

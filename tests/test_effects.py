@@ -150,13 +150,11 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", WITHOUT_EFFECT)
-def test_an_option_without_effect_is_refused(
-    case: str, sources: dict[str, Path], tmp_path: Path, forked_qz: Qz
-) -> None:
+def test_an_option_without_effect_is_refused(case: str, sources: dict[str, Path], tmp_path: Path, qz_here: Qz) -> None:
     """Usage, but for experts that a model does not have: that is unsupported."""
     command, named = WITHOUT_EFFECT[case]
     before = sorted(tmp_path.iterdir())
-    ended = forked_qz(*(sources.get(word, word) for word in command.split()))
+    ended = qz_here(*(sources.get(word, word) for word in command.split()))
     assert ended.returncode == (78 if case == "--experts of a model without" else 2), ended.stderr
     assert named in ended.stderr
     assert sorted(tmp_path.iterdir()) == before

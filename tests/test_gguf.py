@@ -54,12 +54,18 @@ def stored(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
 
 
 def write_llama(
-    file: Path, kind: str, architecture: str = "llama", tied: bool = False, experts: int = 0, tensors_in_file: int = 0
+    file: Path,
+    kind: str,
+    architecture: str = "llama",
+    tied: bool = False,
+    experts: int = 0,
+    tensors_in_file: int = 0,
+    layers: int = 2,
 ) -> Path:
-    """A Llama of two layers with matrices of ``kind``, as llama.cpp writes it, in several files if it is told to."""
+    """A Llama with matrices of ``kind``, as llama.cpp writes it, in several files if it is told to."""
     random = np.random.default_rng(1)
     writer = gguf.GGUFWriter(file, architecture, split_max_tensors=tensors_in_file)
-    writer.add_block_count(2)
+    writer.add_block_count(layers)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INNER)
@@ -81,17 +87,19 @@ def write_llama(
         "ffn_down": (HIDDEN, INNER),
     }
     shapes: dict[str, tuple[int, ...]] = {
-        f"blk.{layer}.{name}.weight": shape for layer in range(2) for name, shape in sizes.items()
+        f"blk.{layer}.{name}.weight": shape for layer in range(layers) for name, shape in sizes.items()
     }
-    norms = [f"blk.{layer}.{name}_norm.weight" for layer in range(2) for name in ("attn", "ffn")]
+    norms = [f"blk.{layer}.{name}_norm.weight" for layer in range(layers) for name in ("attn", "ffn")]
     shapes |= {"token_embd.weight": (VOCABULARY, HIDDEN)} | ({} if tied else {"output.weight": (VOCABULARY, HIDDEN)})
     if architecture == "qwen2":
-        shapes |= {f"blk.{layer}.attn_{name}.bias": (sizes[f"attn_{name}"][0],) for layer in range(2) for name in "qkv"}
+        shapes |= {
+            f"blk.{layer}.attn_{name}.bias": (sizes[f"attn_{name}"][0],) for layer in range(layers) for name in "qkv"
+        }
     if architecture == "gemma2":
-        norms += [f"blk.{layer}.post_{name}_norm.weight" for layer in range(2) for name in ("attention", "ffw")]
+        norms += [f"blk.{layer}.post_{name}_norm.weight" for layer in range(layers) for name in ("attention", "ffw")]
         writer.add_key_length(HIDDEN // HEADS)
     if architecture in ("qwen2moe", "qwen3moe"):
-        for layer in range(2):
+        for layer in range(layers):
             block = f"blk.{layer}."
             for name in ("gate", "up", "down"):
                 shape = shapes.pop(f"{block}ffn_{name}.weight")
@@ -155,13 +163,13 @@ def test_the_experts_of_a_layer_are_read_one_by_one(tmp_path: Path, architecture
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "source").mkdir()
-    file = write_llama(tmp_path / "source/model.gguf", kind, architecture)
+    file = write_llama(tmp_path / "source/model.gguf", kind, architecture, layers=1)
     sizes = {"moe_intermediate_size": INNER}  # transformers does not take them from the file
     if architecture == "qwen2moe":
         sizes["shared_expert_intermediate_size"] = INNER
     expected = theirs(file, torch.bfloat16, **sizes).state_dict()
     dequantized_model(file.parent, tmp_path / "output", dtype="bfloat16", chunk_bytes=50_000)
-    assert "model.layers.1.mlp.experts.3.up_proj.weight" in tensors_of(tmp_path / "output")
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in tensors_of(tmp_path / "output")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "output").state_dict()
     assert found.keys() == expected.keys()
     assert [name for name, mine in found.items() if not mine.equal(expected[name])] == []
@@ -195,7 +203,7 @@ def test_a_model_in_several_files_is_read_as_if_it_were_in_one(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTIZED, *SCALES])
 def test_every_type_of_block_has_transformers_values(tmp_path: Path, kind: str) -> None:
     (tmp_path / "source").mkdir()
-    file = write_llama(tmp_path / "source/model.gguf", kind)
+    file = write_llama(tmp_path / "source/model.gguf", kind, layers=1)
     expected = theirs(file, torch.bfloat16).state_dict()
     dequantized_model(file.parent, tmp_path / "output", dtype="bfloat16", chunk_bytes=50_000)
     found = tensors_of(tmp_path / "output")

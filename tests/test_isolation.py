@@ -105,17 +105,18 @@ def fields_that_reach_code(source: str) -> Iterator[str]:
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, ast.FunctionDef):
             continue
+        nodes = list(ast.walk(function))
+        calls = [each for each in nodes if isinstance(each, ast.Call) and LOADS_CODE.fullmatch(name_of(each.func))]
         held: dict[str, set[str]] = {}
-        for _ in range(2):
-            for node in ast.walk(function):
+        for _ in range(2 if calls else 0):
+            for node in nodes:
                 if isinstance(node, ast.Assign) and (fields := config_fields(node.value, held)):
                     for target in (each for whole in node.targets for each in ast.walk(whole)):
                         if isinstance(target, ast.Name):
                             held[target.id] = held.get(target.id, set()) | fields
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and LOADS_CODE.fullmatch(name_of(node.func)):
-                for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-                    yield from config_fields(argument, held)
+        for call in calls:
+            for argument in (*call.args, *(keyword.value for keyword in call.keywords)):
+                yield from config_fields(argument, held)
 
 
 def library_sources() -> Iterator[str]:
