@@ -22,12 +22,13 @@ import tempfile
 import termios
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from covering import in_turn
 from forked import EACCES, EIO, ENOSPC, INTERRUPT, TERMINATE, Ended, Runner
 from hub_server import OWNER, HubServer
 from pace import HANG
@@ -247,10 +248,10 @@ def kill_at_random(server: Runner, run: Run, place: Path, expected: dict[str, di
     assert len(kept - {None}) > 2
 
 
-def test_20_kills_at_random_moments_then_the_same_bytes(
+def test_10_kills_at_random_moments_then_the_same_bytes(
     server: Runner, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    kill_at_random(server, run, place, expected, 20)
+    kill_at_random(server, run, place, expected, 10)
 
 
 ONE_LINEAR = ("--skip", ".*mlp.*", "--skip", "k_proj", "--skip", "v_proj", "--skip", "o_proj")  # has every operation
@@ -317,13 +318,13 @@ def kill_a_resumed_run_at_every(
 def test_a_kill_at_writes_syncs_and_every_rename_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_at_every(STORES, run, place, small, stride=6)
+    kill_at_every(STORES, run, place, small, stride=16)
 
 
 def test_a_kill_at_writes_syncs_and_every_rename_of_a_resumed_run_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_a_resumed_run_at_every(STORES, run, place, small, stride=6)
+    kill_a_resumed_run_at_every(STORES, run, place, small, stride=16)
 
 
 # Failing operations
@@ -374,7 +375,7 @@ def fail_everywhere(
 def test_an_error_at_an_operation_of_any_kind_is_told_and_leaves_nothing_half_done(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=8)
+    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=24)
 
 
 def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(
@@ -447,13 +448,16 @@ Staging.__init__ = begin
 """
 """Before a run: SIGINT at the ``number``-th line of these functions (a regular expression) that its main thread comes
 to once its output is begun."""
+LOCKS = "use|__exit__|wait|_acquire_restore"
 
 
 @pytest.mark.parametrize(
     ("functions", "numbers"),
     [
-        pytest.param("_staging|__enter__", range(1, 32, 2), id="begins"),
-        pytest.param("use|__exit__|wait|_acquire_restore", range(1, 240, 12), id="locks"),
+        pytest.param("_staging|__enter__", range(1, 32, 4), id="begins"),
+        pytest.param(LOCKS, range(1, 240, 24), id="locks"),
+        pytest.param("_staging|__enter__", range(1, 32), id="begins, any line", marks=pytest.mark.soak),
+        pytest.param(LOCKS, range(1, 240, 6), id="locks, more lines", marks=pytest.mark.soak),
         pytest.param(".*", random.Random(1).sample(range(30_000), 700), id="anywhere", marks=pytest.mark.soak),
     ],
 )
@@ -558,11 +562,12 @@ def test_the_second_interrupt_ends_a_run_that_is_stuck(
 # Two runs at once
 
 
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_of_8_concurrent_starts_one_works_and_the_others_are_told_at_once(
-    server: Runner, place: Path, expected: dict[str, dict[str, str]]
+    server: Runner, place: Path, expected: dict[str, dict[str, str]], rounds: int
 ) -> None:
     wait = "while not os.path.exists('go'): time.sleep(0.01)"
-    for _ in range(3):
+    for _ in range(rounds):
         runs = [server.start(*QUANTIZE, cwd=place, at=0, only=("reserve",), act=wait) for _ in range(8)]
         done: list[Ended] = []
         while len(done) < 7:  # one is at work until we say so
@@ -581,10 +586,11 @@ def test_of_8_concurrent_starts_one_works_and_the_others_are_told_at_once(
         clear(place)
 
 
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_runs_that_race_without_waiting_leave_one_output(
-    server: Runner, place: Path, expected: dict[str, dict[str, str]]
+    server: Runner, place: Path, expected: dict[str, dict[str, str]], rounds: int
 ) -> None:
-    for _ in range(3):
+    for _ in range(rounds):
         runs = [server.start(*QUANTIZE, cwd=place) for _ in range(8)]
         codes = sorted(each.wait().code for each in runs)
         assert codes[0] == 0
@@ -652,7 +658,7 @@ def kill_a_pipeline(server: Runner, place: Path, pipeline: Path, every: int) -> 
 
 
 def test_kills_during_a_pipeline_then_the_same_bytes(server: Runner, place: Path, pipeline: Path) -> None:
-    kill_a_pipeline(server, place, pipeline, every=43)
+    kill_a_pipeline(server, place, pipeline, every=83)
 
 
 # A source that changes
@@ -679,8 +685,7 @@ def own_source(place: Path, models: Path) -> Path:
     return place / "source"
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("way", CHANGED)
+@pytest.mark.parametrize(("way", "moment"), in_turn(CHANGED, list(MOMENTS)))
 def test_a_source_that_changes_during_the_run_is_named_and_makes_no_output(
     server: Runner, place: Path, own_source: Path, models: Path, way: str, moment: str
 ) -> None:
@@ -798,11 +803,12 @@ def same_weights(folder: Path, expected: dict[str, str]) -> bool:
 
 
 @pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize("renames", [(0, 3, 7), pytest.param(range(8), marks=pytest.mark.soak)], ids=["some", "all"])
 def test_a_run_from_the_hub_that_is_killed_is_continued(
-    server: Runner, place: Path, expected: dict[str, dict[str, str]]
+    server: Runner, place: Path, expected: dict[str, dict[str, str]], renames: Iterable[int]
 ) -> None:
     resumed = 0
-    for number in range(8):
+    for number in renames:
         assert server.run(*HUB, cwd=place, at=number, only=("rename",)).code == -signal.SIGKILL
         ended = server.run(*HUB, cwd=place)
         check(ended)
@@ -917,8 +923,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "debug"), in_turn(CASES, [False, True]))
 def test_every_end_has_its_code_its_advice_and_its_json_and_never_the_token(
     server: Runner, place: Path, models: Path, case: str, debug: bool
 ) -> None:
@@ -982,16 +987,19 @@ def test_a_token_is_in_no_file_and_no_message_of_a_run_from_a_private_repository
 # Limits
 
 
-def test_64_descriptors_are_enough_for_500_shards_in_and_out(server: Runner, place: Path) -> None:
-    save_llama(place / "many", layers=72, shard="1KB")
+@pytest.mark.parametrize(("shards", "layers"), [(200, 29), pytest.param(500, 72, marks=pytest.mark.soak)])
+def test_64_descriptors_are_enough_for_hundreds_of_shards_in_and_out(
+    server: Runner, place: Path, shards: int, layers: int
+) -> None:
+    save_llama(place / "many", layers=layers, shard="1KB")
     sources = len(list((place / "many").glob("*.safetensors")))
     few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
     command = ("quantize", "many", "-o", "out", "--max-shard-size", "2KB", "--threads", "8")
     ended = server.run(*command, "--quiet", cwd=place, before=few)
     check(ended)
     assert ended.code == 0, ended.stderr
-    assert sources > 500
-    assert len(list((place / "out").glob("*.safetensors"))) > 500
+    assert sources > shards
+    assert len(list((place / "out").glob("*.safetensors"))) > shards
     assert verify_record(LocalFolder(place / "out")) == ()
 
 
@@ -1092,21 +1100,22 @@ def seeded(place: Path, expected: dict[str, dict[str, str]], seeds: str, ways: S
         clear(place)
 
 
-def test_hash_seeds_do_not_change_a_byte(place: Path, expected: dict[str, dict[str, str]]) -> None:
-    seeded(place, expected, "12", ["nf4-double", "dequantize"])
+def test_a_hash_seed_does_not_change_a_byte(place: Path, expected: dict[str, dict[str, str]]) -> None:
+    seeded(place, expected, "1", ["nf4-double"])
 
 
 # Real file systems
 
 
-def test_real_disks_of_20_sizes_and_the_same_command_once_there_is_room(
-    server: Runner, place: Path, expected: dict[str, dict[str, str]]
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.soak)])
+def test_real_disks_of_many_sizes_and_the_same_command_once_there_is_room(
+    server: Runner, place: Path, expected: dict[str, dict[str, str]], step: int
 ) -> None:
     mounted = place / "mounted"
     mounted.mkdir()
     whole = sum(path.stat().st_size for path in (place / "source").iterdir())
     codes = []
-    for number in range(1, 21):
+    for number in range(1, 21, step):
         size = whole * number // 16 // 4096 * 4096
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
         if subprocess.run(mount, capture_output=True, check=False).returncode:
