@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,12 @@ def beside(output: Path) -> list[str]:
 # The invariant
 
 
-@pytest.mark.parametrize("count", range(1, 8))
+def some(counts: Sequence[int], *here: int) -> list[Any]:
+    """Those ``here``; make soak has all of them."""
+    return [pytest.param(count, marks=[] if count in here else pytest.mark.soak) for count in counts]
+
+
+@pytest.mark.parametrize("count", some(range(1, 8), 1, 2, 5))
 def test_any_number_of_parts_makes_what_one_run_makes(
     source: Path, whole: dict[str, bytes], tmp_path: Path, count: int
 ) -> None:
@@ -140,7 +145,7 @@ def test_parts_with_importance_make_what_one_run_makes(source: Path, tmp_path: P
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("count", some((1, 3, 7), 3))
 def test_parts_of_a_pipeline_make_what_one_run_makes(pipeline: Path, tmp_path: Path, count: int) -> None:
     how: dict[str, Any] = {"dtype": "float16", "component_methods": {"text_encoder_2": Int8()}}
     api.quantize(pipeline, tmp_path / "one", **SETTINGS, **how)
@@ -455,12 +460,13 @@ def test_a_merge_waits_for_a_part_that_is_being_made(forks: Runner, place: Path)
     held.wait()
 
 
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_merge_that_is_killed_at_any_moment_goes_on(
-    forks: Runner, place: Path, source: Path, whole: dict[str, bytes]
+    forks: Runner, place: Path, source: Path, whole: dict[str, bytes], stride: int
 ) -> None:
     in_parts(api.quantize, source, place / "made", 3)
     kinds = ("write", "rename", "unlink", "rmdir", "mkdir")
-    for at in range(0, 1000, 5):
+    for at in range(0, 1000, stride):
         shutil.rmtree(place / "out", ignore_errors=True)
         shutil.copytree(place / "made.parts", place / "out.parts")
         ended = forks.run("merge", "out", cwd=place, at=at, act=KILL, only=kinds)

@@ -91,7 +91,7 @@ def kill_at_changes(hub: HubServer, server: Runner, place: Path, expected: dict[
 def test_a_kill_at_some_changes_of_the_disk(
     hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes]
 ) -> None:
-    kill_at_changes(hub, server, place, expected, every=97)
+    kill_at_changes(hub, server, place, expected, every=167)
 
 
 @pytest.mark.soak

@@ -119,10 +119,10 @@ def kill_late(run: Run, *command: str) -> None:
     assert run(*command, at=60, only=("write",)).code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(12, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("kills", "least"), [(3, 2), pytest.param(12, 4, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("way", WAYS)
 def test_kills_within_a_shard_then_the_same_bytes_and_the_same_figures(
-    run: Run, place: Path, way: str, kills: int
+    run: Run, place: Path, way: str, kills: int, least: int
 ) -> None:
     command, output = (*WAYS[way], "--json"), place / "out"
     undisturbed = run(*command, only=STORES)
@@ -141,7 +141,7 @@ def test_kills_within_a_shard_then_the_same_bytes_and_the_same_figures(
             assert json.loads(continued.stdout)["resumed"] is True
             kept.append(float(found[1]))
     assert kept == sorted(kept), "a later kill keeps as much"
-    assert len(set(kept)) >= 4
+    assert len(set(kept)) >= least
 
 
 def test_a_run_that_is_killed_again_and_again_comes_to_its_end(run: Run, place: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +320,9 @@ def test_code_that_a_component_names_is_told(pipeline: Path, tmp_path: Path) -> 
     assert [text for text in report["warnings"] if text.startswith(told)]
 
 
-def test_the_command_that_converts_pickles_works_where_it_is_pasted(pipeline: Path, tmp_path: Path) -> None:
+def test_the_command_that_converts_pickles_works_where_it_is_pasted(
+    pipeline: Path, tmp_path: Path, python_with_libraries: list[str]
+) -> None:
     folder = pipeline / "text_encoder_2"
     held: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors*"):
@@ -334,7 +336,11 @@ def test_the_command_that_converts_pickles_works_where_it_is_pasted(pipeline: Pa
         run(quantize, pipeline, output=tmp_path / "out")
     command = re.search(r'python -c ".*"', str(raised.value))
     assert command is not None
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(python_with_libraries)} "$@"\n')
+    python.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
     subprocess.run(["bash", "-c", command.group()], check=True, env={**os.environ, "PATH": path})
     run(quantize, pipeline, output=tmp_path / "out")
     assert load_file(folder / "model.safetensors").keys() == held.keys()
