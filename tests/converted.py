@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from qz import UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.local_folder import LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES, Cpu
-from qz.quantize.convert import carry_out, plan_quantization
+from qz.quantize.convert import carry_out, plan_conversion, plan_quantization
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.planning.dequantization import plan_dequantization
+from qz.quantize.planning.membership import Membership
 from qz.quantize.planning.plan import Plan
 from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import Settings
@@ -56,13 +56,8 @@ def carried_out(
 
 
 def matching(skips: list[str], source: Path) -> list[str]:
-    """Those of ``skips`` that match a module of the model; one that matches none is refused."""
-    with suppress(UsageError):
-        plan_of(source, "nf4", skips=tuple(skips))
-        return skips
-    found = []
-    for skip in skips:
-        with suppress(UsageError):
-            plan_of(source, "nf4", skips=(skip,))
-            found.append(skip)
-    return found
+    """Those of ``skips`` that match a module of the model, unless they leave nothing to quantize: both are refused."""
+    wanted = Settings(FourBit("nf4"), skips=tuple(skips))
+    with closing(LocalFolder(source)) as folder:
+        plan = plan_conversion(open_checkpoint(folder), wanted, Membership(whole_pipeline=True))
+    return [skip for skip in skips if skip not in plan.architecture.unmatched_skips] if plan.quantized else []

@@ -20,13 +20,12 @@ from zoo import DIFFUSERS, Saved
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES = in_turn(
     DIFFUSERS,
-    [("nf4", "auto")],
-    [("int8", "auto")],
+    [("nf4", "auto"), ("int8", "auto")],
     [("fp4", "auto"), ("nf4-double", "auto")],
     [(method, dtype) for dtype in ("bfloat16", "float16") for method in ("nf4", "int8")],
     [(method, dtype) for dtype in ("bfloat16", "float16") for method in ("fp4", "nf4-double")],
 )
-SOME = in_turn(DIFFUSERS, ["nf4", "int8"], ["fp4", "nf4-double"])
+SOME = in_turn(DIFFUSERS, ["nf4", "int8", "fp4", "nf4-double"])
 SKIPS = ["proj_out", "transformer_blocks.0", "blocks.0"]
 
 
