@@ -92,7 +92,7 @@ def by_torch(
     return float(error.square().sum()), float(reference.square().sum()), float(error.abs().max())
 
 
-@pytest.mark.parametrize(("name", "method"), in_turn(NAMES, ["nf4", "int8"], ["fp4", "nf4-double"]))
+@pytest.mark.parametrize(("name", "method"), in_turn(NAMES, ["nf4", "int8", "fp4", "nf4-double"]))
 def test_both_reports_are_what_torch_computes_from_the_files(name: str, method: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "source")
     reported = while_quantizing(tmp_path / "source", tmp_path / "packed", method)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from covering import in_turn
 from hub_server import OWNER, READER, HubServer, connected
 from pushes import ABOUT, COMMIT, CONFIG, card_of, failure, files_of, hurry, make, shard, to
 from qz import (
@@ -424,8 +425,7 @@ def test_a_commit_that_lacks_a_file_is_noticed(hub: HubServer, made: Path) -> No
 STEPS = ["info", "create", "validate_yaml", "preupload", *XET, *LFS, "commit", "tree"]
 
 
-@pytest.mark.parametrize("kind", STEPS)
-@pytest.mark.parametrize("how", [{"status": 500}, {"status": 503}, {"drop": True}], ids=["500", "503", "drop"])
+@pytest.mark.parametrize(("kind", "how"), in_turn(STEPS, [{"status": 500}, {"status": 503}, {"drop": True}]), ids=str)
 def test_a_passing_failure_at_any_step_is_overcome(
     hub: HubServer, made: Path, kind: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,8 +452,12 @@ HUB_STEPS = ["info", "create", "validate_yaml", "preupload", "xet_token", "branc
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
-        *[(kind, case) for kind in HUB_STEPS for case in LASTING if (kind, case) != ("xet_token", "404")],
-        *[(kind, case) for kind in LFS for case in ("401", "404", "500", "drop")],
+        *(
+            pair
+            for pair in in_turn(HUB_STEPS, ["401", "403", "404", "400"], ["429", "500", "drop"])
+            if pair.values != ("xet_token", "404")
+        ),
+        *in_turn(LFS, ["401", "404"], ["500", "drop"]),
     ],
 )
 def test_a_lasting_failure_at_any_step_is_a_documented_error_and_no_commit(
@@ -469,10 +473,13 @@ def test_a_lasting_failure_at_any_step_is_a_documented_error_and_no_commit(
 
 
 @pytest.mark.parametrize(
-    ("status", "error"),
-    [(401, PermissionRefused), (403, PermissionRefused), (400, HubUnreachable), (429, TryAgain), (503, HubUnreachable)],
+    ("kind", "status", "error"),
+    in_turn(
+        ["xorb_grant", "xorb_put", "xorb_commit", "shard"],
+        [(401, PermissionRefused), (403, PermissionRefused)],
+        [(400, HubUnreachable), (429, TryAgain), (503, HubUnreachable)],
+    ),
 )
-@pytest.mark.parametrize("kind", ["xorb_grant", "xorb_put", "xorb_commit", "shard"])
 def test_a_lasting_refusal_of_the_xet_storage_is_a_documented_error_and_no_commit(
     hub: HubServer, made: Path, kind: str, status: int, error: type[QzError]
 ) -> None:

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,18 @@ def test_everything_that_is_installed_is_pinned() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", pins()["torch"]), "a local version would pin one platform's build"
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Those inside a node, however deep. To look into expressions as well would take most of the time."""
+    for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for each in getattr(node, block, ()):
+            yield each
+            yield from statements(each)
+
+
 def imported(path: Path) -> set[str]:
     """The top-level packages that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -320,8 +320,8 @@ def fuzzer() -> ModuleType:
 
 def test_what_is_accepted_safetensors_accepts_with_the_same_tensors() -> None:
     """Some seconds' worth; `make fuzz` runs ten million."""
-    tally = fuzzer().fuzz(seed=time.time_ns() % (1 << 32), count=15_000)
-    assert tally.inputs == 15_000
+    tally = fuzzer().fuzz(seed=time.time_ns() % (1 << 32), count=8_000)
+    assert tally.inputs == 8_000
     assert tally.accepted > tally.inputs / 20
 
 
