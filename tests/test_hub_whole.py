@@ -51,13 +51,13 @@ def qz(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four shards, 32 MB."""
+    """Four shards, 14 MB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2000,
-        hidden_size=512,
+        hidden_size=256,
         intermediate_size=1024,
         num_hidden_layers=6,
         num_attention_heads=8,
@@ -66,7 +66,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="bfloat16",
     )
     folder = tmp_path_factory.mktemp("llama") / "llama"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="10MB")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="3600KB")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Llama\n")
     return folder
 
@@ -309,7 +309,7 @@ def test_a_resumed_run_fetches_only_what_its_unfinished_shards_need(
 ) -> None:
     hub.add("big/llama", files_of(llama))
     last = next(path for path in llama.iterdir() if "00004-of" in path.name)
-    options = ("--nf4", "-o", "out", "--max-shard-size", "3MB", "--threads", "1")
+    options = ("--nf4", "-o", "out", "--max-shard-size", "1300KB", "--threads", "1")
     from hub_server import Blob
 
     ordered = hub.fail("cdn", nth=2, matching=Blob.of(last).sha256, status=500)
@@ -326,7 +326,7 @@ def test_a_resumed_run_fetches_only_what_its_unfinished_shards_need(
 @pytest.mark.usefixtures("only_the_cdn")
 def test_a_run_is_not_resumed_with_another_commit(hub: HubServer, llama: Path, qz: Command) -> None:
     hub.add("big/llama", files_of(llama))
-    options = ("--nf4", "-o", "out", "--max-shard-size", "3MB", "--threads", "1")
+    options = ("--nf4", "-o", "out", "--max-shard-size", "1300KB", "--threads", "1")
     ordered = hub.fail("cdn", nth=7, status=500)
     assert qz("quantize", "big/llama", *options)["code"] == 69
     hub.faults.remove(ordered)
@@ -352,7 +352,7 @@ def test_nothing_of_a_repository_without_access_is_made(
 def test_the_way_back_is_streamed_and_compared_with_an_original_on_the_hub(
     hub: HubServer, llama: Path, qz: Command, method: list[str], tmp_path: Path
 ) -> None:
-    made = qz("quantize", llama, *method, "--report", "-o", "packed", "--max-shard-size", "4MB")
+    made = qz("quantize", llama, *method, "--report", "-o", "packed", "--max-shard-size", "2MB")
     hub.add("big/llama", files_of(llama))
     hub.add("me/packed", files_of(tmp_path / "packed"))
     done = qz("dequantize", "me/packed", "--against", "big/llama", "-o", "back")
