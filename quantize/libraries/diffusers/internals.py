@@ -193,6 +193,8 @@ def _captured(create: Any, model_class: Any, config: Any, state: dict[str, Any])
     """The state dict that ``create`` loads into the model that it builds, which it does not give away."""
     from diffusers.loaders import single_file_utils as library
 
+    from qz.quantize.libraries.transformers.internals import no_init_weights
+
     class Model:
         """Stands for the class: its config is given, not read from a folder."""
 
@@ -202,7 +204,8 @@ def _captured(create: Any, model_class: Any, config: Any, state: dict[str, Any])
                 return model_class.config_class.from_dict(dict(config))
 
         def __new__(cls, built: Any) -> Any:
-            return model_class(built)
+            with no_init_weights():  # of which none is looked at, and which take longer than all the rest
+                return model_class(built)
 
     def capture(_: Any, loaded: dict[str, Any], **__: Any) -> None:
         raise _CapturedError(loaded)
