@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from qz.formats.malformed import Malformed, quoted
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NonFinite = Literal["refuse", "tag", "keep"]
 MAX_BYTES = 10_000_000
 MAX_CONFIG_BYTES = 8_000_000
 """Of a config.json. In memory a library needs several times as much for one: 400 MB with the libraries themselves."""
@@ -24,15 +28,15 @@ class _RefusedError(ValueError):
     """Something that Python's JSON reader takes and qz does not."""
 
 
-def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES, tag_floats: bool = False) -> dict[str, Any]:
+def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES, nonfinite: NonFinite = "refuse") -> dict[str, Any]:
     """The JSON object in ``data``; Malformed, naming ``where``, for anything else.
 
     Refused beyond what JSON forbids: more than ``limit`` bytes (text beyond ASCII: ``MAX_BYTES``), ``MAX_DEPTH``
     levels, ``MAX_CONTAINERS`` lists and objects, ``MAX_VALUES`` values (by their commas; not with a larger ``limit``),
-    duplicate keys, NaN and infinities, integers of more than ``MAX_DIGITS``. With ``tag_floats`` NaN and infinities
-    become what transformers 5 writes for them; before, it wrote them as they are.
+    duplicate keys, NaN and infinities, integers of more than ``MAX_DIGITS``. ``nonfinite``: to ``tag`` NaN and
+    infinities gives what transformers 5 writes for them; it used to ``keep`` them as they are, as diffusers does.
     """
-    if data.startswith(b"version https://git-lfs"):
+    if is_pointer(data):
         raise Malformed(
             "git-lfs-pointer", f"{where} is a Git-LFS pointer, not the file. Run `git lfs pull`, or download it again."
         )
@@ -44,7 +48,7 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES, tag_floats: bo
     if limit <= MAX_BYTES and data.count(b",") >= MAX_VALUES:
         raise _malformed(f"{where} holds more than {MAX_VALUES} values, too many for such a file")
     try:
-        value = (_TAGGING if tag_floats else _DECODER).decode(data.decode("utf-8"))
+        value = _DECODERS[nonfinite].decode(data.decode("utf-8"))
     except _RefusedError as error:
         raise _malformed(f"{where} is refused: {error}") from None
     except UnicodeDecodeError as error:
@@ -61,6 +65,11 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES, tag_floats: bo
     if containers > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise _malformed(f"{where} is nested more than {MAX_DEPTH} levels deep")
     return value
+
+
+def is_pointer(data: bytes) -> bool:
+    """Whether a file is what Git has in its place where Git LFS did not fetch it."""
+    return data.startswith(b"version https://git-lfs")
 
 
 def _malformed(why: str) -> Malformed:
@@ -130,7 +139,12 @@ def _constant(text: str) -> NoReturn:
     raise _RefusedError(f'{text} is not JSON (transformers writes it as {{"__float__": "{text}"}})')
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_int, parse_float=_float, parse_constant=_constant)
-_TAGGING = json.JSONDecoder(
-    object_pairs_hook=_distinct, parse_int=_int, parse_float=_float, parse_constant=lambda text: {"__float__": text}
-)
+def _decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_int, parse_float=_float, parse_constant=constant)
+
+
+_DECODERS: dict[NonFinite, json.JSONDecoder] = {
+    "refuse": _decoder(_constant),
+    "tag": _decoder(lambda text: {"__float__": text}),
+    "keep": _decoder(float),
+}

@@ -14,6 +14,7 @@ from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import Folder
 from qz.formats.local_folder import LocalFolder
 from qz.formats.output.companions import Companion, companions, terms
+from qz.formats.output.damaged import require_undamaged
 from qz.formats.output.recorded.record import read_record
 from qz.progress import OnProgress, ignore
 from qz.quantize.command import command
@@ -122,13 +123,16 @@ def nonfinite_modules(plan: Plan, settings: Settings) -> list[str]:
 def companion_files(checkpoint: Checkpoint, root: Folder, settings: Settings) -> tuple[Companion, ...]:
     """What is copied beside the converted weights, so that the output works wherever the original did.
 
-    ``root`` is the repository, if ``checkpoint`` lies in a folder of it: its licence covers that folder too.
+    ``root`` is the repository, if ``checkpoint`` lies in a folder of it: its licence covers that folder too. Raises
+    Malformed for files that would be copied damaged.
     """
     if settings.weights_only or root.named_file is not None:
         return ()
     found = companions(checkpoint.folder)
     names = {each.name for each in found}
-    return (*found, *(each for each in terms(root) if each.name not in names))
+    carried = (*found, *(each for each in terms(root) if each.name not in names))
+    require_undamaged(carried)
+    return carried
 
 
 def carry_out(

@@ -11,6 +11,7 @@ from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.pipeline import Component, Pipeline
 from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
+from qz.formats.output.damaged import require_undamaged
 from qz.quantize.adapters.placement import Placement, placements
 from qz.quantize.convert import plan_quantization
 from qz.quantize.importance.score_file import refuse_unscored, score_file
@@ -264,7 +265,9 @@ def compose(
         if cast is not None:
             casts[each.name] = cast
             made[each.name] = replace(choice, reason=f"{choice.reason}; cast to {settings.dtype}")
-    return PipelinePlan(pipeline, tuple(made[choice.name] for choice in choices), plans, kept, casts, loras)
+    plan = PipelinePlan(pipeline, tuple(made[choice.name] for choice in choices), plans, kept, casts, loras)
+    require_undamaged(plan.carried)
+    return plan
 
 
 def _placed(pipeline: Pipeline, loras: tuple[AdapterFile, ...]) -> dict[str, list[Placement]]:

@@ -298,3 +298,35 @@ def test_the_record_is_the_same_for_a_copy_of_the_source_elsewhere(repository: P
     run(quantize, repository, output=tmp_path / "one")
     run(quantize, tmp_path / "elsewhere" / "chat", output=tmp_path / "other")
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 466062\n"
+DAMAGED = {
+    "a pointer": (
+        "tokenizer.json",
+        POINTER,
+        r"tokenizer\.json is a Git-LFS pointer, not the file\. Run `git lfs pull`",
+    ),
+    "a pointer to what is no JSON": ("tokenizer.model", POINTER, r"tokenizer\.model is a Git-LFS pointer"),
+    "empty": ("tokenizer_config.json", "", r"tokenizer_config\.json is not valid JSON"),
+    "cut off": ("tokenizer_config.json", '{"tokenizer_class": "Llama', r"tokenizer_config\.json is not valid JSON"),
+    "large and cut off": ("tokenizer.json", '{"a": "' + "x" * 300_000, r"tokenizer\.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_would_be_copied_damaged_is_refused(name: str, repository: Path, tmp_path: Path) -> None:
+    """No loader reads it; with the weights alone the same run is possible."""
+    file, text, told = DAMAGED[name]
+    source = Path(shutil.copytree(repository, tmp_path / "source"))
+    (source / file).write_text(text)
+    with pytest.raises(MalformedInput, match=told):
+        run(quantize, source, output=tmp_path / "out", dry_run=True)
+    run(quantize, source, output=tmp_path / "out", dry_run=True, weights_only=True)
+
+
+def test_what_no_loader_reads_may_be_anything(repository: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(repository, tmp_path / "source"))
+    (source / "results.json").write_text("")
+    (source / "tokenizer_config.json").write_text('{"model_max_length": Infinity}')
+    run(quantize, source, output=tmp_path / "out", dry_run=True)

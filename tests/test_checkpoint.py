@@ -484,7 +484,7 @@ def test_thousands_of_problems_of_one_kind_are_counted(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     write(folder / "s.safetensors", "a")
     weight_map = {"a": "s.safetensors"} | {f"layers.{place}": "s.safetensors" for place in range(5000)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     _, problems = survey(LocalFolder(folder))
     assert len(problems) == 201
     assert problems[-1].message == f"{folder} has 4,800 more problems of the kind tensor-absent."

@@ -436,6 +436,18 @@ def test_numbers_that_json_has_not_are_read_as_older_versions_of_the_library_wro
     assert qz.api.inspect(source, plan=True).problems == ()
 
 
+def test_numbers_that_json_has_not_stay_in_a_config_as_diffusers_writes_them(tmp_path: Path) -> None:
+    sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8, "patch_size": 1}
+    heads = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32}
+    odd = {"norm_eps": float("inf"), "timestep_scale": float("nan")}
+    model_class, source = diffusers.SanaTransformer2DModel, tmp_path / "source"
+    model_class(**sizes, **heads, **odd, in_channels=4, out_channels=4, caption_channels=32).save_pretrained(source)
+    assert re.search(r"Infinity.*NaN", (source / "config.json").read_text(), re.DOTALL)
+    diffusers_model(model_class, source, "nf4").save_pretrained(tmp_path / "reference")
+    quantized(source, tmp_path / "output", "nf4")
+    assert differing_files(tmp_path / "reference", tmp_path / "output") == []
+
+
 def test_a_part_of_a_config_that_outlived_its_quantization_is_told_with_its_place(tmp_path: Path) -> None:
     source = saved(glmga(), tmp_path / "source")
     config = config_of(source)

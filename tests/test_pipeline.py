@@ -712,6 +712,23 @@ def test_configs_that_outlived_their_quantization_are_told_of_every_component(ch
     assert dry()["warnings"] == []
 
 
+def test_an_index_without_metadata_is_written_as_loaders_read_it(changed: Path, tmp_path: Path) -> None:
+    """Of a component that is kept; transformers and diffusers raise KeyError for such a source."""
+    (index,) = (changed / "text_encoder_2").glob("*.index.json")
+    told = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": told["weight_map"]}))
+    assert "index-metadata" in {problem.kind for problem in qz.api.inspect(changed).problems}
+    with pytest.raises(KeyError, match="metadata"):
+        T5EncoderModel.from_pretrained(changed / "text_encoder_2")
+    run(quantize, changed, output=tmp_path / "out", component=["text_encoder_2=none"])
+    written = json.loads((tmp_path / "out" / "text_encoder_2" / index.name).read_text())
+    assert (written["metadata"]["total_size"], written["weight_map"]) == (
+        told["metadata"]["total_size"],
+        told["weight_map"],
+    )
+    T5EncoderModel.from_pretrained(tmp_path / "out" / "text_encoder_2")
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "told"),
     [

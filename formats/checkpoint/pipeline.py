@@ -140,9 +140,15 @@ def pipeline_class(folder: Folder) -> str | None:
     """The class that a pipeline's model_index.json names; None for a folder that is no pipeline."""
     if not is_pipeline(folder):
         return None
-    index = read_json(read_file(folder, PIPELINE_INDEX, MAX_BYTES), f"{folder.location}/{PIPELINE_INDEX}")
+    index = read_index(folder)
     name = index.get("_class_name")
     return name if isinstance(name, str) else None
+
+
+def read_index(folder: Folder) -> dict[str, Any]:
+    """model_index.json. Raises MissingInput or Malformed."""
+    data = read_file(folder, PIPELINE_INDEX, MAX_BYTES)
+    return read_json(data, f"{folder.location}/{PIPELINE_INDEX}", nonfinite="keep")
 
 
 def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
@@ -152,7 +158,7 @@ def open_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     Raises MissingInput, MalformedInput or Unsupported (code of its own).
     """
     where = f"{folder.location}/{PIPELINE_INDEX}"
-    index = read_json(read_file(folder, PIPELINE_INDEX, MAX_BYTES), where)
+    index = read_index(folder)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         if isinstance(class_name, list):

@@ -224,7 +224,7 @@ WARNINGS: dict[str, str] = {
         "{where}: quantization_config says {said}, but {found}. The tensors count; correct the config."
     ),
     "index-metadata": (
-        '{where} has no "metadata", without which diffusers cannot load the shards. Save the checkpoint anew.'
+        '{where} has no "metadata", without which {library} cannot load the shards. Save the checkpoint anew.'
     ),
     "index-differs": "{where} does not say that {name} is in {held}, which transformers loads, too: it is taken.",
     "index-total-size": "{where} gives a total_size of {said}; the tensors have {held} bytes.",

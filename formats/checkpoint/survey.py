@@ -92,8 +92,10 @@ class Checkpoint:
 
 def read_config(data: bytes, where: str) -> dict[str, Any]:
     """A config.json of either library; Malformed for one that is none."""
-    config = read_json(data, where, limit=MAX_CONFIG_BYTES, tag_floats=True)
-    return config if library_of(config) != "diffusers" else read_json(data, where, limit=MAX_CONFIG_BYTES)
+    config = read_json(data, where, limit=MAX_CONFIG_BYTES, nonfinite="tag")
+    if library_of(config) != "diffusers":
+        return config
+    return read_json(data, where, limit=MAX_CONFIG_BYTES, nonfinite="keep")
 
 
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
@@ -355,5 +357,5 @@ class _Survey:
             said, held = metadata.get("total_size"), sum(tensor.nbytes for tensor in tensors.values())
             if said is not None and said != held:
                 self.problems.add("index-total-size", name, said=quoted(str(said), 30), held=held)
-        elif library == "diffusers":
-            self.problems.add("index-metadata", name)
+        else:
+            self.problems.add("index-metadata", name, library=library)

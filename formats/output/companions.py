@@ -187,7 +187,7 @@ def _texts(companion: Companion) -> list[str]:
     if companion.bytes <= MAX_BYTES:
         with suppress(Malformed):
             data = b'{"": ' + read_file(companion.folder, companion.file, MAX_BYTES) + b"}"  # modules.json is a list
-            collect(read_json(data, f"{companion.folder.location}/{companion.file}", tag_floats=True))
+            collect(read_json(data, f"{companion.folder.location}/{companion.file}", nonfinite="tag"))
     return found
 
 
@@ -267,9 +267,10 @@ def settings(folder: Folder) -> tuple[Companion, ...]:
 
 
 def weights(checkpoint: Checkpoint) -> tuple[tuple[Companion, ...], dict[str, bytes]]:
-    """A whole component with weights: files to copy, and an index to write if they are of a variant.
+    """A whole component with weights: files to copy, and an index to write where it cannot be copied.
 
-    A variant's files get the plain names, which loaders look for by themselves, and which its index has to say.
+    A variant's files get the plain names, which loaders look for by themselves, and which its index has to say. Without
+    ``metadata`` no library reads an index.
     """
     folder, variant = checkpoint.folder, checkpoint.variant
     sizes = folder.sizes()
@@ -279,14 +280,20 @@ def weights(checkpoint: Checkpoint) -> tuple[tuple[Companion, ...], dict[str, by
         stem = STEMS[checkpoint.library]
         pickled = checkpoint.files[0].endswith(".bin")
         index = f"{PICKLED[stem]}.bin.index.json" if pickled else f"{stem}.safetensors.index.json"
-        if variant is None:
+        has_metadata = isinstance(checkpoint.index.get("metadata"), dict)
+        if variant is None and has_metadata:
             names.append(index)
         else:
             places = {name: plain_name(file, variant) for name, file in checkpoint.index["weight_map"].items()}
-            documents[index] = dump_json({**checkpoint.index, "weight_map": places})
+            total = {} if has_metadata else {"metadata": {"total_size": _stored_bytes(checkpoint)}}
+            documents[index] = dump_json({**checkpoint.index, **total, "weight_map": places})
     plain = [Companion(folder, name, plain_name(name, variant), sizes[name]) for name in names]
     config = _matching(folder, (re.compile(r"config\.json"),))
     return (*config, *companions(folder), *plain), documents
+
+
+def _stored_bytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
 def plain_name(file: str, variant: str | None) -> str:

@@ -177,7 +177,7 @@ def config_among(names: Iterable[str], read: Callable[[str], bytes], where: str 
     found: Mapping[str, Any] = {}
     for name in sorted(names, key=lambda name: (name.count("/"), name)):
         if name.rpartition("/")[2] == "config.json":
-            config = read_json(read(name), where + name, tag_floats=True)
+            config = read_json(read(name), where + name, nonfinite="tag")
             found = found or config
             if "quantization_config" in config:
                 return config

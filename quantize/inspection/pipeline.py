@@ -19,13 +19,13 @@ from qz.formats.checkpoint.pipeline import (
     has_weights,
     lacking_components,
     named_components,
+    read_index,
     require_settings,
     unclear_components,
     with_followers,
 )
 from qz.formats.checkpoint.problems import Problem, Problems, as_error, kind_of, worst_first
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
-from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.folder import PIPELINE_INDEX, Folder
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import read_record
 from qz.quantize.consumers.verdict import Verdict
@@ -268,7 +268,7 @@ def _gone(name: str, error: QzError) -> Problem:
 def _index(folder: Folder, problems: Problems) -> tuple[str | None, dict[str, tuple[str, str]]]:
     """The pipeline's class, and its components' libraries and classes by name."""
     try:
-        index = read_json(read_file(folder, PIPELINE_INDEX, MAX_BYTES), f"{folder.location}/{PIPELINE_INDEX}")
+        index = read_index(folder)
     except QzError as error:
         problems.add_error(error, PIPELINE_INDEX, missing="config-missing", instead="Download that too.")
         return None, {}

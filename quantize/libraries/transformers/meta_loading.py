@@ -54,7 +54,7 @@ def load(
             if GENERATION_CONFIG in checkpoint.folder.sizes() and model_class.model.can_generate():
                 data = read_file(checkpoint.folder, GENERATION_CONFIG, MAX_CONFIG_BYTES)
                 # Refuses what is not JSON.
-                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}", tag_floats=True)
+                read_json(data, f"{checkpoint.folder.location}/{GENERATION_CONFIG}", nonfinite="tag")
                 store(folder / GENERATION_CONFIG, data)
                 generation = GenerationConfig.from_pretrained(folder)
             shared = generation if shares_generation_config(model_class.model) else None
