@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import run
 from conftest import Qz
+from covering import in_turn
 from forked import Runner
 from mixtures import mixture
 from qz import MalformedInput, Unsupported
@@ -51,18 +52,21 @@ def on_all_experts(base: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe_text"])
-def test_an_adapter_of_all_experts_gives_the_bytes_of_its_merge_by_peft(name: str, tmp_path: Path) -> None:
+NAMES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe_text"]
+
+
+@pytest.mark.parametrize(("name", "way"), in_turn(NAMES, ["quantize", "quantize --experts", "dequantize"]))
+def test_an_adapter_of_all_experts_gives_the_bytes_of_its_merge_by_peft(name: str, way: str, tmp_path: Path) -> None:
     base = mixture(name, tmp_path / "base")
     rank = {"rank_pattern": {r".*experts\.down_proj": 4}, "alpha_pattern": {r".*experts\.down_proj": 3}}
     adapter = on_all_experts(base, tmp_path / "adapter", **rank)
-    wanted = merged(base, adapter, tmp_path / "merged")
-    run(quantize, wanted, output=tmp_path / "wanted")
-    run(quantize, base, output=tmp_path / "made", lora=[str(adapter)])
-    assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
-    run(quantize, wanted, output=tmp_path / "wanted4", experts=True)
-    run(quantize, base, output=tmp_path / "made4", experts=True, lora=[str(adapter)])
-    assert differing_tensors(tmp_path / "wanted4", tmp_path / "made4") == []
+    if way != "dequantize":
+        experts = way.endswith("--experts")
+        wanted = merged(base, adapter, tmp_path / "merged")
+        run(quantize, wanted, output=tmp_path / "wanted", experts=experts)
+        run(quantize, base, output=tmp_path / "made", experts=experts, lora=[str(adapter)])
+        assert differing_tensors(tmp_path / "wanted", tmp_path / "made") == []
+        return
     run(quantize, base, output=tmp_path / "base4", experts=True)
     run(dequantize, tmp_path / "base4", output=tmp_path / "plain")
     run(dequantize, tmp_path / "base4", output=tmp_path / "back", lora=[str(adapter)])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import run
 from conftest import Qz
+from covering import in_turn
 from hub_server import HubServer, connected
 from original_names import ltx_model, ltx_names, sd3_model, sd3_names, single_file
 from pushes import hurry
@@ -59,8 +60,11 @@ def made(make: Callable[[], Any], renamed: Any, place: Path) -> tuple[Path, Path
     return place / "folder", single_file(renamed(built.state_dict()), place / "original.safetensors")
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("options", [{}, {"double_quant": True}, {"int8": True}], ids=["nf4", "double", "int8"])
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    in_turn([{}, {"double_quant": True}, {"int8": True}], ["", "model.diffusion_model."]),
+    ids=str,
+)
 def test_a_single_file_gives_the_bytes_of_from_single_file(
     model: tuple[Any, Path, Path], prefix: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
