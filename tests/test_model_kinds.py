@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING
 import qz.api
 import zoo
 from converted import dequantized, plan_of, quantized
+from covering import in_turn
 from hub_server import connected
 from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
@@ -81,8 +82,7 @@ def gemma3n() -> Any:
     )
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-@pytest.mark.parametrize("make", [gemma3n])
+@pytest.mark.parametrize(("make", "method"), in_turn([gemma3n], ["nf4", "int8"]))
 def test_a_tied_head_does_not_make_another_layer_the_last_one(make: Any, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = make()
@@ -151,8 +151,7 @@ READ_BY_OTHERS = {
 }
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-@pytest.mark.parametrize("make", READ_BY_OTHERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("make", "method"), in_turn(READ_BY_OTHERS, ["nf4", "int8"]))
 def test_a_linear_whose_weight_other_code_reads_stays_as_it_is(make: Any, method: str, tmp_path: Path) -> None:
     inputs, keys = READ_BY_OTHERS[make]
     if make is longt5 and method == "int8":

@@ -101,7 +101,7 @@ def denoiser_name(name: str) -> str:
     return "unet" if name == "sdxl" else "transformer"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["flux", "sdxl", pytest.param("sd3", marks=pytest.mark.soak)])
 def test_the_output_draws_what_parts_draw_that_the_libraries_quantized_themselves(
     name: str, sources: dict[str, Path], quantized: dict[str, tuple[Path, dict[str, Any]]]
 ) -> None:

@@ -1101,7 +1101,7 @@ def seeded(place: Path, expected: dict[str, dict[str, str]], seeds: str, ways: S
 
 
 def test_a_hash_seed_does_not_change_a_byte(place: Path, expected: dict[str, dict[str, str]]) -> None:
-    seeded(place, expected, "1", ["nf4-double"])
+    seeded(place, expected, "1", ["nf4"])  # the others import torch: make soak
 
 
 # Real file systems
