@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -91,6 +92,7 @@ def connected(address: str) -> socket.socket:
 def serve(address: str) -> None:
     """Import, and fork for each that asks, until standard input is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    re._MAXCACHE = 1 << 16  # type: ignore[attr-defined]  # transformers has more patterns, which each fork would compile
     importlib.import_module("torch")
     if os.fork() == 0:
         address = f"{address}.torch"
