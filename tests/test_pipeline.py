@@ -374,10 +374,17 @@ def emptied(pipeline: Path) -> None:
     (pipeline / "scheduler").mkdir()
 
 
+def with_a_misnamed_processor(pipeline: Path) -> None:
+    rewrite(pipeline / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    (pipeline / "feature_extractor").mkdir()
+    (pipeline / "feature_extractor" / "image_processor.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
         (emptied, MissingInput, "scheduler is empty"),
+        (with_a_misnamed_processor, MissingInput, "no preprocessor_config.json, which CLIPImageProcessor is loaded"),
         (
             lambda pipeline: (pipeline / "scheduler" / "scheduler_config.json").rename(
                 pipeline / "scheduler" / "a.json"

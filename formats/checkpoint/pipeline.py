@@ -305,11 +305,22 @@ def require_settings(folder: Folder, library: str, class_name: str) -> None:
     sizes = folder.sizes()
     if not sizes and not folder.subfolders():
         raise MissingInput(f"{folder.location} is empty. Download the whole pipeline.")
-    if library == "diffusers" and class_name.endswith("Scheduler") and SCHEDULER_CONFIG not in sizes:
+    needed = _settings_of(library, class_name)
+    if needed and sizes.keys().isdisjoint(needed):
         raise MissingInput(
-            f"{folder.location} has no {SCHEDULER_CONFIG}, which {class_name} is loaded from. Download the whole "
-            "pipeline."
+            f"{folder.location} has no {needed[0]}, which {class_name} is loaded from. Download the whole pipeline."
         )
+
+
+def _settings_of(library: str, class_name: str) -> tuple[str, ...]:
+    """The files, of which a class without weights needs one; none where it is loaded without, or from others."""
+    if library == "diffusers" and class_name.endswith("Scheduler"):
+        return (SCHEDULER_CONFIG,)
+    if library == "diffusers" and class_name.endswith("Guidance"):
+        return ("guider_config.json",)
+    if library == "transformers" and class_name.removesuffix("Fast").endswith(("ImageProcessor", "FeatureExtractor")):
+        return ("preprocessor_config.json", "processor_config.json")
+    return ()
 
 
 def class_in_config(library: str, class_name: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +47,7 @@ def class_notes(pipeline_class: str, classes: Mapping[str, tuple[str, str]]) -> 
     notes = []
     if f'"{pipeline_class}"' not in exported:
         notes.append(
-            f"diffusers {version('diffusers')} has no pipeline class {shown(pipeline_class)}, which "
+            f"diffusers {_version('diffusers')} has no pipeline class {shown(pipeline_class)}, which "
             "model_index.json names: it loads the output only if a newer version has it, or with the code of the "
             "class: custom_pipeline=…, trust_remote_code=True"
         )
@@ -62,7 +61,7 @@ def class_notes(pipeline_class: str, classes: Mapping[str, tuple[str, str]]) -> 
             lost.append(f"{name}: {found.why}")
     if lost:
         notes.append(
-            f"diffusers {version('diffusers')} does not find what model_index.json names, so that from_pretrained "
+            f"diffusers {_version('diffusers')} does not find what model_index.json names, so that from_pretrained "
             f"loads the pipeline neither quantized nor before ({few(lost, 5)}): install versions that have it, or "
             f"load each component by itself, and make {shown(pipeline_class)}(…) of them"
         )
@@ -84,7 +83,7 @@ def _unloadable(library: str, class_name: str) -> Unloadable | None:
     if needed is None:
         owner = "transformers" if library == "transformers" else "diffusers"
         inside = "" if library in _LIBRARIES else f" in its {library}"
-        return Unloadable(f"{owner} {version(owner)} has no {shown(class_name)}{inside}")
+        return Unloadable(f"{owner} {_version(owner)} has no {shown(class_name)}{inside}")
     packages = " and ".join(each for each in needed if find_spec(_MODULES.get(each, each)) is None)
     return Unloadable("", packages) if packages else None
 
@@ -160,6 +159,12 @@ def _defined_in(folder: Path) -> dict[str, Path]:
     """Name of a class → the file in a folder that defines it."""
     files = sorted(path for path in folder.iterdir() if path.name.startswith(_FILES))
     return {name.decode(): path for path in files for name in _CLASS.findall(path.read_bytes())}
+
+
+def _version(library: str) -> str:
+    from importlib.metadata import version  # takes 30 ms, and only notes need it
+
+    return version(library)
 
 
 @cache
