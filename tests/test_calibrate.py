@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,8 @@ def test_the_report_says_that_qzs_own_text_was_read_too(forked_qz: Qz, tmp_path:
 
 
 WITHOUT_ACCELERATE = """
-import os
+import os, sys
+sys.path.insert(0, sys.argv[1])
 import torch._dynamo  # once, for both: what the libraries import before they fail
 from qz.cli.app import run
 from qz.quantize.libraries.importing import work_bounds
@@ -111,14 +111,14 @@ for how in (["calibrate", "model", "-o", "sums"], ["quantize", "model", "--nf4",
 """
 
 
-def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+def test_a_package_that_cannot_be_imported_is_named(python_with_torch: list[str], tmp_path: Path) -> None:
     """As a torchvision made for another torch, which transformers imports where it is there."""
     model_folder("llama-tied", tmp_path / "model")
-    (tmp_path / "accelerate").mkdir()
-    (tmp_path / "accelerate" / "__init__.py").write_text("raise RuntimeError('made for another torch')")
-    environment = {**os.environ, "QZ_LEAN": "0", "QZ_CACHE": "", "PYTHONPATH": str(tmp_path)}
+    (tmp_path / "installed/accelerate").mkdir(parents=True)
+    (tmp_path / "installed/accelerate/__init__.py").write_text("raise RuntimeError('made for another torch')")
+    environment = {**os.environ, "QZ_LEAN": "0", "QZ_CACHE": ""}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_ACCELERATE],
+        [*python_with_torch, "-c", WITHOUT_ACCELERATE, tmp_path / "installed"],
         cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["78", "78"], done.stderr
