@@ -201,10 +201,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     ],
 )
 def test_wrong_use_is_answered_with_what_is_right(
-    forked_qz: Qz, arguments: list[str], message: str, tmp_path: Path
+    qz_here: Qz, arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "x").mkdir()
-    result = forked_qz(*arguments, "--json")
+    result = qz_here(*arguments, "--json")
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) <= 5
