@@ -142,8 +142,9 @@ def test_every_field_of_a_config_that_the_libraries_load_code_by_is_taken_out(so
     calls = re.compile(rf"\b(?:{LOADS_CODE.pattern})\(")
     alike = re.compile(r"get_interface\(\s*self\.config\._attn_implementation, eager_attention_forward\s*\)")
     found: set[str] = set()
+    beginnings = [name.partition("\\")[0] for name in LOADS_CODE.pattern.split("|")]  # found faster than a pattern
     for source in sources:
-        if calls.search(alike.sub("", source)):
+        if any(name in source for name in beginnings) and calls.search(alike.sub("", source)):
             found.update(fields_that_reach_code(source))
     assert {"_attn_implementation", "auto_map"} <= found, "the scan does not find what is known"
     unknown = {field for field in found if not CODE.fullmatch(field) and field not in HARMLESS}
@@ -153,10 +154,15 @@ def test_every_field_of_a_config_that_the_libraries_load_code_by_is_taken_out(so
 def test_every_field_of_a_config_whose_name_speaks_of_code_is_taken_out_or_known_as_harmless(
     sources: list[str],
 ) -> None:
-    field = re.compile(
-        r"""\bconfig\.([A-Za-z_]\w*)|getattr\((?:self\.)?\w*config, ?["'](\w+)["']|kwargs\.(?:pop|get)\(["'](\w+)["']"""
-    )
-    found = {name for source in sources for names in field.findall(source) for name in names if name}
+    fields = [
+        re.compile(pattern)  # each by itself, and beginning with letters: twenty times as fast
+        for pattern in (
+            r"config\.(?<!\wconfig\.)([A-Za-z_]\w*)",
+            r"""getattr\((?:self\.)?\w*config, ?["'](\w+)["']""",
+            r"""kwargs\.(?:pop|get)\(["'](\w+)["']""",
+        )
+    ]
+    found = {name for source in sources for field in fields for name in field.findall(source)}
     assert "_experts_implementation" in found, "the scan does not find what is known"
     unknown = {name for name in found if SPEAKS_OF_CODE.search(name) and not CODE.fullmatch(name)} - HARMLESS
     assert not unknown
