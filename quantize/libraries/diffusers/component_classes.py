@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from qz.counted import shown as few
 from qz.quantize.libraries.class_search import LONGEST_NAME, shown
+from qz.quantize.libraries.source_code.installed import folder_of, text_of
 
 _LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
 """Where diffusers looks for classes of components, beside the folders of its pipelines."""
@@ -27,6 +28,7 @@ _AUTO = re.compile(r"Auto(?:Tokenizer|\w*Processor|FeatureExtractor|Model\w*|Pip
 _CLASS = re.compile(rb"^class (\w+)", re.MULTILINE)
 _MODULES = {"mistral-common": "mistral_common", "onnx": "onnxruntime", "opencv": "cv2", "vision": "PIL"}
 """What the libraries call a package → what is imported of it, where these differ."""
+_text = cache(text_of)
 
 
 class Unloadable(NamedTuple):
@@ -41,7 +43,7 @@ def class_notes(pipeline_class: str, classes: Mapping[str, tuple[str, str]]) -> 
 
     ``classes``: of each component that model_index.json names, the library and the class.
     """
-    exported = _text(_package("diffusers") / "__init__.py")
+    exported = _text(folder_of("diffusers") / "__init__.py")
     if '"DiffusionPipeline"' not in exported:
         return ()
     notes = []
@@ -71,7 +73,7 @@ def class_notes(pipeline_class: str, classes: Mapping[str, tuple[str, str]]) -> 
 
 @cache
 def _unloadable(library: str, class_name: str) -> Unloadable | None:
-    if library not in (*_LIBRARIES, *os.listdir(_package("diffusers") / "pipelines")):
+    if library not in (*_LIBRARIES, *os.listdir(folder_of("diffusers") / "pipelines")):
         return Unloadable(f"{shown(library)} is no library that it loads {shown(class_name)} from")
     if library == "onnxruntime.training":
         return None
@@ -94,13 +96,13 @@ def _of_library(library: str, class_name: str) -> tuple[str, ...] | None:
         return _of_transformers(class_name)
     if library == "diffusers":
         return _of_diffusers(class_name)
-    folder = _package("diffusers") / "pipelines" / library
+    folder = folder_of("diffusers") / "pipelines" / library
     return () if any(class_name in _text(path) for path in sorted(folder.rglob("*.py"))) else None
 
 
 def _of_diffusers(class_name: str) -> tuple[str, ...] | None:
     """By the stand-ins that diffusers exports where a package is missing."""
-    root = _package("diffusers")
+    root = folder_of("diffusers")
     if f'"{class_name}"' not in _text(root / "__init__.py"):
         return None
     stand_in = re.compile(rf"^class {class_name}\(.*\n    _backends = \[(.*)\]", re.MULTILINE)
@@ -112,14 +114,14 @@ def _of_diffusers(class_name: str) -> tuple[str, ...] | None:
 
 def _of_transformers(class_name: str) -> tuple[str, ...] | None:
     """Names of earlier versions stand for today's classes."""
-    root = _package("transformers")
+    root = folder_of("transformers")
     fast = class_name.endswith(("TokenizerFast", "ImageProcessorFast"))
     name = class_name.removesuffix("Fast") if fast else class_name
     for stem in dict.fromkeys((name, class_name)):
         if (path := _defining(stem)) is not None:
             slow = path.parent / path.name.replace("image_processing_", "image_processing_pil_")
             return _needed(path, stem, instead=not fast and slow.is_file())
-    aliases = _package("diffusers") / "utils" / "deprecation_utils.py"
+    aliases = folder_of("diffusers") / "utils" / "deprecation_utils.py"
     named = (root / "__init__.py", root / "convert_slow_tokenizer.py", aliases)
     return () if any(f'"{each}"' in _text(path) for path in named for each in (class_name, name)) else None
 
@@ -145,7 +147,7 @@ def _defining(name: str) -> Path | None:
 
 @cache
 def _folders() -> tuple[Path, ...]:
-    root = _package("transformers")
+    root = folder_of("transformers")
     return (*(folder for folder in sorted((root / "models").iterdir()) if folder.is_dir()), root)
 
 
@@ -165,16 +167,3 @@ def _version(library: str) -> str:
     from importlib.metadata import version  # takes 30 ms, and only notes need it
 
     return version(library)
-
-
-@cache
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-def _package(name: str) -> Path:
-    found = find_spec(name)
-    return Path(found.origin).parent if found is not None and found.origin else Path()

@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.importing.lean_imports import OPTIONAL
+from qz.quantize.libraries.source_code.installed import folder_of, text_of
 
 FROM_THE_HUB = "kernels"
 """Downloads code: no model is built with it."""
@@ -51,15 +51,15 @@ def _model_types(config: Any) -> Iterator[str]:
 def _imported_by_model_type(model_type: str) -> frozenset[str]:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", model_type):
         return frozenset()
-    folder = _package("transformers") / "models" / model_type.replace("-", "_")
+    folder = folder_of("transformers") / "models" / model_type.replace("-", "_")
     return frozenset(package for path in folder.glob("modeling_*.py") for package in _imported_by(path))
 
 
 @cache
 def _imported_by_class(name: str) -> frozenset[str]:
     """Of a class of diffusers. Those outside ``diffusers.models`` are there only where transformers is."""
-    models = _package("diffusers") / "models"
-    listed = re.finditer(r'\["([\w.]+)"\] = \[([^\]]*)\]', _text(models / "__init__.py"))
+    models = folder_of("diffusers") / "models"
+    listed = re.finditer(r'\["([\w.]+)"\] = \[([^\]]*)\]', text_of(models / "__init__.py"))
     module = next((found[1] for found in listed if f'"{name}"' in found[2]), None)
     if module is None:
         return OF_TRANSFORMERS
@@ -67,16 +67,4 @@ def _imported_by_class(name: str) -> frozenset[str]:
 
 
 def _imported_by(path: Path) -> frozenset[str]:
-    return frozenset(found[1] for found in _IMPORT.finditer(_text(path)))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-def _package(name: str) -> Path:
-    found = find_spec(name)
-    return Path(found.origin).parent if found and found.origin else Path()
+    return frozenset(found[1] for found in _IMPORT.finditer(text_of(path)))
