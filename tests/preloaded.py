@@ -83,10 +83,16 @@ def connected(address: str) -> socket.socket:
             connection.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
+            assert not failed(address).exists(), "the libraries could not be imported"
             assert time.monotonic() < end, "the libraries were not imported"
             time.sleep(0.05)
         else:
             return connection
+
+
+def failed(address: str) -> Path:
+    """What is left by one that could not import: whoever waits need wait no longer."""
+    return Path(f"{address}.failed")
 
 
 def serve(address: str) -> None:
@@ -166,4 +172,8 @@ if __name__ == "__main__":
     if sys.argv[2:]:
         ask(sys.argv[1], sys.argv[2:])
     else:
-        serve(sys.argv[1])
+        try:
+            serve(sys.argv[1])
+        except BaseException:
+            failed(sys.argv[1]).touch()
+            raise
