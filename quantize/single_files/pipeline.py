@@ -20,12 +20,13 @@ from qz.formats.checkpoint.pipeline import (
     has_weights,
     is_component,
     lacking_components,
+    read_index,
 )
 from qz.formats.checkpoint.problems import WARNINGS
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.checkpoint.weights import library_of
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
-from qz.formats.json_files import MAX_BYTES, dump_json, read_json
+from qz.formats.folder import PIPELINE_INDEX, Folder
+from qz.formats.json_files import dump_json
 from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed, quoted, quoted_names
 from qz.quantize.libraries.importing import lean_imports
@@ -61,7 +62,7 @@ def pipeline_of(file: OriginalFile, configs: Folder, *, weights_too: bool) -> Pi
     MalformedInput for parts that are mixed, incomplete or unlike the config, and Unsupported for a class of pipelines
     that diffusers does not read from single files.
     """
-    index = read_json(read_file(configs, PIPELINE_INDEX, MAX_BYTES), f"{configs.location}/{PIPELINE_INDEX}")
+    index = read_index(configs)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         raise Malformed(

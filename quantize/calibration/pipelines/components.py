@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from qz import Unsupported
-from qz.formats.checkpoint.pipeline import Component, Pipeline
+from qz.formats.checkpoint.pipeline import Component, Pipeline, read_index
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
-from qz.formats.json_files import read_json
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.running.text import MAX_TOKENIZER_BYTES
 from qz.quantize.calibration.running.weights import Weights
@@ -154,9 +153,8 @@ def weights_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
 def _copy_settings(pipeline: Pipeline, place: Path) -> list[str]:
     """What diffusers reads of a pipeline whose models it is given; the names of components that were left out of it."""
-    data = read_file(pipeline.folder, PIPELINE_INDEX, MAX_TOKENIZER_BYTES)
-    (place / PIPELINE_INDEX).write_bytes(data)
-    index = read_json(data, f"{pipeline.folder.location}/{PIPELINE_INDEX}")
+    (place / PIPELINE_INDEX).write_bytes(read_file(pipeline.folder, PIPELINE_INDEX, MAX_TOKENIZER_BYTES))
+    index = read_index(pipeline.folder)
     for component in pipeline.components:
         if component.checkpoint is None:
             (place / component.name).mkdir()

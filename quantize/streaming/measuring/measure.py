@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
-from qz.formats.folder import Folder, read_file
+from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
@@ -207,9 +207,10 @@ def original_checkpoint(folder: Folder, quantized: Checkpoint, subfolder: str | 
 
     ``subfolder`` chooses between several such components. Raises MissingInput where there is none.
     """
-    if "config.json" in folder.sizes() or "model_index.json" not in folder.sizes():
+    if "config.json" in folder.sizes() or PIPELINE_INDEX not in folder.sizes():
         return open_checkpoint(folder)
-    index = read_json(read_file(folder, "model_index.json", MAX_CONFIG_BYTES), f"{folder.location}/model_index.json")
+    data = read_file(folder, PIPELINE_INDEX, MAX_CONFIG_BYTES)
+    index = read_json(data, f"{folder.location}/{PIPELINE_INDEX}", nonfinite="keep")
     named = {
         name for name, entry in index.items() if isinstance(entry, list) and entry[-1:] == [quantized.architecture]
     }
