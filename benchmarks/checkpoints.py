@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qz.formats.safetensors import encode_header, layout
-from qz.formats.shards import file_names, index, index_name
+from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.shards import file_names, index, index_name
 
 LLAMA_1B = {
     "hidden_size": 2048,

@@ -258,14 +258,15 @@ from qz.quantize.libraries.importing import lean_imports; lap("import qz's first
 devices.prewarm_cuda("auto")
 import torch; lap("import torch")
 lean_imports.allow()
-from qz.quantize.convert import carry_out, plan_quantization
+from qz.quantize.models.plan import plan_quantization
+from qz.quantize.models.run import carry_out
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.output_parts import Target
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.reports.summary import Source
 from qz.quantize.streaming.run import Run
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.shards import shard_writer
 from qz.formats.output.storage.disk import Disk
 lap("import qz")

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.checkpoints import flux, llama
 from benchmarks.whole import QZ, any_of, run
-from qz.formats.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors import encode_header, layout
 
 LAYERS = 250
 HIDDEN = 12_288
@@ -116,7 +116,7 @@ def rule() -> None:
 def disagreement(library: str, name: str, model: Any, config: dict[str, Any], state: dict[str, Any]) -> float:
     """The share of the parameters about which the rule and the library disagree."""
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.decoded import StoredTensor
+    from qz.formats.tensors.decoded import StoredTensor
     from qz.quantize.inspection.estimate import METHODS
     from qz.quantize.inspection.linear_layers import values
     from qz.quantize.inspection.model import plain

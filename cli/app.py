@@ -87,7 +87,7 @@ def app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     for name in commands:
         examples = [continued(line, width - 8) for line in EXAMPLES[name]] if narrow else EXAMPLES[name]
         epilog = "\n\n".join(["Examples:", *examples])
-        function = getattr(importlib.import_module(f"qz.cli.{name}"), name)
+        function = getattr(importlib.import_module(f"qz.cli.commands.{name}"), name)
         made.command(name, cls=LeanCommand, short_help=COMMANDS[name], epilog=epilog)(function)
     return made
 

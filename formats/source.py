@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused
-from qz.formats.links import followed
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.links import followed
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.promises import hold_to_record
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from qz.formats.checkpoint.adapter_file import AdapterFile
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 _REPO_FILE = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<path>(?:/[^/@]+)+)?(?:@(?P<revision>[^@\s]+))?", re.ASCII

@@ -18,9 +18,10 @@ from qz.formats.source import OpenedSource, default_output, download
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.libraries.importing.lean_imports import gc_paused
 from qz.quantize.methods import FourBit
+from qz.quantize.provenance.source_identity import identity
+from qz.quantize.provenance.up_to_date import UpToDate, up_to_date
 from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import IfExists, Settings
-from qz.quantize.source_identity import identity
 from qz.quantize.streaming import shares
 from qz.quantize.streaming.output_parts import (
     Target,
@@ -30,16 +31,15 @@ from qz.quantize.streaming.output_parts import (
     staged_bytes,
     weights_of,
 )
-from qz.quantize.up_to_date import UpToDate, up_to_date
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.formats.output.companions import Companion
     from qz.formats.output.shares import Share
     from qz.formats.publish.publication import Publication
-    from qz.quantize.pipeline import PipelinePlan
+    from qz.quantize.pipelines.plan import PipelinePlan
     from qz.quantize.planning.membership import Membership
     from qz.quantize.planning.plan import Plan
     from qz.quantize.reports.pipeline_summary import PipelineSummary
@@ -112,7 +112,7 @@ class Conversion:
         return replace(done, notes=(*done.notes, *notes))
 
     def _model(self, checkpoint: Checkpoint, plan: PlanModel, measure: MeasureModel | None) -> Report:
-        from qz.quantize.convert import carry_out
+        from qz.quantize.models.run import carry_out
         from qz.quantize.reports.summary import summarize
 
         self._download([checkpoint])
@@ -149,7 +149,7 @@ class Conversion:
         return self._pipeline(pipeline, plan)
 
     def _pipeline(self, pipeline: Pipeline, plan: PlanPipeline) -> PipelineSummary | UpToDate:
-        from qz.quantize.pipeline_run import carry_out_pipeline, summarize_pipeline
+        from qz.quantize.pipelines.run import carry_out_pipeline, summarize_pipeline
 
         try:
             self._download([each.checkpoint for each in pipeline.components if each.checkpoint])
@@ -211,8 +211,8 @@ class Conversion:
         ``source``: its identity.
         """
         from qz.quantize.compute.devices import arithmetic_on
-        from qz.quantize.convert import fingerprint
-        from qz.quantize.quantizing_device import arithmetic_for
+        from qz.quantize.provenance.fingerprints import fingerprint
+        from qz.quantize.streaming.quantizing_device import arithmetic_for
 
         if target.share is not None:
             refuse_linked(target.output, target.disk)
@@ -238,7 +238,7 @@ class Conversion:
         """Before the libraries are imported, which takes seconds."""
         from qz.quantize.compute import backends
         from qz.quantize.libraries import process
-        from qz.quantize.quantizing_device import import_torch, prewarm
+        from qz.quantize.streaming.quantizing_device import import_torch, prewarm
 
         self.on_progress(Progress("Reading headers"))
         if not self.dry_run:
@@ -298,7 +298,7 @@ def membership_of(source: OpenedSource, settings: Settings) -> Membership:
 
 def companions_of(source: OpenedSource, checkpoint: Checkpoint, settings: Settings) -> tuple[Companion, ...]:
     """What is copied beside the weights: nothing of what lies beside a single file, which belongs to others."""
-    from qz.quantize.convert import companion_files
+    from qz.quantize.models.run import companion_files
 
     return () if source.file is not None else companion_files(checkpoint, source.root, settings)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from qz import UsageError
-from qz.formats.safetensors import BITS
+from qz.formats.tensors.safetensors import BITS
 
 QuantType = Literal["nf4", "fp4"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qz import UsageError
-from qz.formats.shards import DEFAULT_SHARD_BYTES
+from qz.formats.tensors.shards import DEFAULT_SHARD_BYTES
 from qz.quantize.methods import COMPUTE_DTYPES, Int8, Method, full_name
 
 if TYPE_CHECKING:

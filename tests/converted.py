@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES, Cpu
-from qz.quantize.convert import carry_out, plan_conversion, plan_quantization
 from qz.quantize.methods import FourBit, Int8, Method
+from qz.quantize.models.plan import plan_conversion, plan_quantization
+from qz.quantize.models.run import carry_out
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.planning.membership import Membership
 from qz.quantize.planning.plan import Plan

@@ -34,8 +34,7 @@ from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.gguf_header import read_gguf_header
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import WrittenFile, encode_record, hash_of, read_record
 from qz.formats.output.recorded.statement import TYPE
 from qz.formats.output.resuming.difference import describe_difference
@@ -43,19 +42,20 @@ from qz.formats.output.resuming.journal import Journal
 from qz.formats.output.shares import PART_FILE, Share, ShareReceipt, read_share
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
+from qz.formats.tensors.gguf_header import read_gguf_header
 from qz.quantize.adapters.changes import Changes
 from qz.quantize.calibration.running.unfinished import Sums, Unfinished
-from qz.quantize.convert import plan_quantization
 from qz.quantize.importance.matching import read_importance
 from qz.quantize.importance.statistics import InputSums, write_statistics
 from qz.quantize.libraries.importing import work_bounds
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import Nf4
+from qz.quantize.models.plan import plan_quantization
 from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.sources import Fused
+from qz.quantize.provenance.up_to_date import UpToDate, up_to_date
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.shares import not_finite
-from qz.quantize.up_to_date import UpToDate, up_to_date
 from qz.quantize.verification.journal import _read as read_comparison
 from test_gguf import write_llama
 

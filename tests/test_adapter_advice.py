@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import zoo
 from commands import run
 from qz import Unsupported
-from qz.cli.quantize import quantize
+from qz.cli.commands.quantize import quantize
 
 PROJECTIONS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 IDS = torch.arange(40)[None]

@@ -24,7 +24,7 @@ import qz.quantize
 from qz import MalformedInput
 from qz.cli.app import app
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 
 ROOMS = [Path(next(iter(room.__path__))) for room in (qz, qz.cli, qz.formats, qz.quantize)]
 QZ: dict[str, Any] = typer.main.get_command(app()).commands  # type: ignore[attr-defined]

@@ -20,10 +20,11 @@ from conftest import Qz
 from hub_server.client import connected
 from qz import MissingInput, OutputRefused, QzError, UsageError, api
 from qz.api import Fp4, Int8, Nf4, Progress
-from qz.cli import dequantize, inspect, push, quantize
+from qz.cli.commands import dequantize, inspect, push, quantize
+from qz.quantize.provenance.fingerprints import settings_fingerprint
+from qz.quantize.provenance.up_to_date import UpToDate
 from qz.quantize.reports.summary import Summary
 from qz.quantize.settings import Settings
-from qz.quantize.up_to_date import UpToDate, settings_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, Callable[..., Any]] = {

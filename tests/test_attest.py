@@ -24,7 +24,7 @@ from qz import MalformedInput, MissingInput, OutputRefused, PermissionRefused, U
 from qz.cli.reports.markup import page, section
 from qz.formats.attestation.attest import _require_no_other_signature
 from qz.formats.attestation.signing import require_signed
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import encode_record, read_record
 from qz.formats.publish.checkpoint_files import IN_MEMORY, own_files
 from test_scales import statistics

@@ -25,7 +25,7 @@ import pipelines
 from conftest import Qz
 from qz import MalformedInput, MissingInput, TryAgain, Unsupported, UsageError, api
 from qz.formats.checkpoint.pipeline import open_pipeline
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.pipelines.components import opened_models
 from qz.quantize.calibration.pipelines.denoising import Call, Drawn, in_order

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from commands import contents, run
 from hub_server import connected
 from qz import IOFailed, MalformedInput
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
-from qz.formats.local_folder import LocalFolder
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output import companions
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging

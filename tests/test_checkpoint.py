@@ -23,14 +23,14 @@ from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, Unsupporte
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
-from qz.formats.folder import Range
+from qz.formats.files.folder import Range
+from qz.formats.files.local_folder import MAX_OPEN, LocalFolder
+from qz.formats.files.promised import Promised
 from qz.formats.json_files import dump_json, read_json
-from qz.formats.local_folder import MAX_OPEN, LocalFolder
 from qz.formats.output.preflight import check_output
 from qz.formats.output.storage.disk import Disk
-from qz.formats.promised import Promised
-from qz.formats.safetensors import encode_header, layout
 from qz.formats.source import open_source
+from qz.formats.tensors.safetensors import encode_header, layout
 
 
 def write(path: Path, *names: str, size: int = 4) -> int:
@@ -734,7 +734,7 @@ def test_reading_a_checkpoint_imports_no_framework(tmp_path: Path) -> None:
     code = f"""
 import pathlib, sys
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.checkpoint.quantized import read_quantized
 read_quantized(open_checkpoint(LocalFolder(pathlib.Path({str(tmp_path / "model")!r}))))
 heavy = ("torch", "numpy", "transformers", "diffusers", "huggingface_hub", "safetensors", "rich", "concurrent.futures")

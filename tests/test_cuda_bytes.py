@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 
 from converted import plan_of
 from qz import OutputRefused, api
-from qz.formats.shards import DEFAULT_SHARD_BYTES
+from qz.formats.tensors.shards import DEFAULT_SHARD_BYTES
 from qz.quantize.compute import cuda_tables, kernels, tables
 from qz.quantize.compute.cpu.cpu_arithmetic import Cpu
 from qz.quantize.compute.devices import as_cuda
-from qz.quantize.convert import carry_out
 from qz.quantize.libraries.importing import gpu_driver
 from qz.quantize.methods import FourBit
-from qz.quantize.quantizing_device import quantizing_tasks
+from qz.quantize.models.run import carry_out
 from qz.quantize.reports.summary import Source
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.output_parts import Target
+from qz.quantize.streaming.quantizing_device import quantizing_tasks
 from test_verify import change
 
 TINY = np.float32(2.0**-126)

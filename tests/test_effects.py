@@ -19,8 +19,8 @@ from pipelines import flux
 from qz import QzError, api
 from qz.api.effects import NEEDS
 from qz.cli.app import COMMANDS
+from qz.cli.commands.quantize import quantize
 from qz.cli.options.methods import MethodOptions
-from qz.cli.quantize import quantize
 from qz.quantize.methods import Method
 from test_api import OTHERWISE_NAMED
 
@@ -46,7 +46,7 @@ OF_METHODS = {"nf4", "fp4", "int8", "double_quant", "compute_dtype", "threshold"
 def test_it_is_known_of_every_option_when_it_has_an_effect(command: str) -> None:
     always = {name for names in ALWAYS.values() for name in names.split()}
     needing = {need.argument for need in NEEDS if need.concerns(command)}
-    function = getattr(import_module(f"qz.cli.{command}"), command)
+    function = getattr(import_module(f"qz.cli.commands.{command}"), command)
     options = {OTHERWISE_NAMED.get(each) or each for each in introspection.signature(function).parameters}
     assert options - OF_METHODS <= always | needing
     assert needing <= introspection.signature(getattr(api, command)).parameters.keys()

@@ -17,9 +17,9 @@ from commands import contents, run
 from hooks import every_disk
 from hub_server import HubServer, connected
 from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError, api
-from qz.cli.inspect import inspect
-from qz.cli.quantize import quantize
-from qz.cli.verify import verify
+from qz.cli.commands.inspect import inspect
+from qz.cli.commands.quantize import quantize
+from qz.cli.commands.verify import verify
 from qz.progress import Progress
 from reference import differing_files
 

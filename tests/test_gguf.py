@@ -19,11 +19,11 @@ from gguf import GGMLQuantizationType as Type
 from converted import dequantized as dequantized_model
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.api import inspect, quantize
-from qz.formats import gguf_header
 from qz.formats.checkpoint.gguf import TYPES
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.encodings import Blocks
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
+from qz.formats.tensors import gguf_header
+from qz.formats.tensors.encodings import Blocks
 from qz.quantize.compute import kernels
 from qz.quantize.decoding.blocks import dequantized
 from qz.quantize.inspection.report import Inspection

@@ -19,10 +19,10 @@ from full_checkpoints import sd15, sd15_file
 from hub_server import connected
 from qz import MalformedInput, Unsupported
 from qz.api import inspect
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
-from qz.cli.verify import verify
-from qz.formats.local_folder import LocalFolder
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
+from qz.cli.commands.verify import verify
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.libraries.architecture import TensorSpec
 from qz.quantize.libraries.diffusers.tracing import Converted, Piece
 from qz.quantize.single_files.originals import original_specs

@@ -153,7 +153,7 @@ def test_a_model_of_it_runs_and_its_loss_is_told(
     from transformers import LlamaForCausalLM
 
     from commands import run
-    from qz.cli.quantize import quantize
+    from qz.cli.commands.quantize import quantize
 
     torch.manual_seed(0)
     source, known, _ = calibrated

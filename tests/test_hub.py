@@ -42,10 +42,10 @@ from hub_server import OWNER, READER, Blob, HubServer, connected
 from pace import HANG
 from qz import HubUnreachable, MalformedInput, MissingInput, PermissionRefused, QzError, TryAgain, UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import Range
+from qz.formats.files.folder import Range
 from qz.formats.hub.read_ahead import AheadFile, Pace, ReadAhead
-from qz.formats.safetensors import encode_header, layout
 from qz.formats.source import save_memory
+from qz.formats.tensors.safetensors import encode_header, layout
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from hub_server.rules import table
 from pace import HANG
 from qz import HubUnreachable, IOFailed, MalformedInput, PermissionRefused, QzError, TryAgain, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import Range
+from qz.formats.files.folder import Range
 from qz.formats.hub.transport import backoff, limits
 from qz.formats.hub.transport.backoff import Retries
 

@@ -20,7 +20,7 @@ from hub_reading import CONFIG, FILES, QUICK, WEIGHTS, close_all, failure, opene
 from hub_server import READER, HubServer, connected
 from pace import HANG
 from qz import HubUnreachable, MalformedInput, QzError, TryAgain
-from qz.formats.folder import Range
+from qz.formats.files.folder import Range
 from qz.formats.hub.transport import session, xet
 from qz.formats.hub.transport.backoff import Retries
 

@@ -15,7 +15,7 @@ import torch
 
 from converted import plan_of, quantized
 from qz import MalformedInput, MissingInput, UsageError
-from qz.formats.gguf_header import read_gguf_header
+from qz.formats.tensors.gguf_header import read_gguf_header
 from qz.quantize.importance.imatrix import is_imatrix, read_imatrix
 from qz.quantize.importance.statistics import InputSums, write_statistics
 from qz.quantize.libraries.architecture import Saved, Weight

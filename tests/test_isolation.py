@@ -22,11 +22,11 @@ import readers
 from pace import HANG
 from qz import MalformedInput, QzError, Unsupported, api
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
-from qz.quantize.convert import plan_quantization
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.libraries.importing.isolation import isolated, trusted
 from qz.quantize.libraries.importing.untrusted_config import CODE, without_code
 from qz.quantize.methods import FourBit
+from qz.quantize.models.plan import plan_quantization
 from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
 

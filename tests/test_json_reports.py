@@ -16,7 +16,7 @@ from conftest import Qz
 from forked import Runner
 from hub_server import connected
 from json_contract import checked
-from qz.cli.push import push
+from qz.cli.commands.push import push
 from qz.json_reports import OF_COMMANDS
 
 

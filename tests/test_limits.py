@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qz import QzError, api
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.preflight import check_interrupted
 from qz.formats.output.resuming.journal import Journal
 from qz.formats.output.storage.directory import Directory

@@ -19,9 +19,9 @@ from commands import run
 from conftest import Qz
 from hub_server import HubServer, connected
 from qz import MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError, api
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
-from qz.cli.verify import verify
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
+from qz.cli.commands.verify import verify
 from qz.formats.checkpoint.adapter_file import parse_scale
 from reference import differing_tensors, tensors_of
 

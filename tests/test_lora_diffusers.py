@@ -18,13 +18,13 @@ import pipelines
 from commands import run
 from converted import plan_of
 from qz import MalformedInput, Unsupported
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
-from qz.cli.verify import verify
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
+from qz.cli.commands.verify import verify
 from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
-from qz.formats.local_folder import LocalFolder
-from qz.formats.safetensors import encode_header, layout
+from qz.formats.files.local_folder import LocalFolder
+from qz.formats.tensors.safetensors import encode_header, layout
 from qz.quantize.adapters.changes import Changes
 from qz.quantize.adapters.placement import placements
 from qz.quantize.planning.fusing import fuse

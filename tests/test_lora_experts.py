@@ -19,8 +19,8 @@ from covering import in_turn
 from forked import Runner
 from mixtures import mixture
 from qz import MalformedInput, Unsupported
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
 from reference import differing_tensors, tensors_of
 
 EXPERTS = {"r": 2, "lora_alpha": 6, "init_lora_weights": False, "target_modules": ["o_proj"]}

@@ -20,10 +20,11 @@ from hooks import every_disk
 from json_contract import checked
 from qz import MalformedInput, MissingInput, OutputRefused, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import Folder
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import Folder
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.compute.cpu.cpu_arithmetic import CHUNK_BYTES
-from qz.quantize.convert import carry_out, plan_quantization
+from qz.quantize.models.plan import plan_quantization
+from qz.quantize.models.run import carry_out
 from qz.quantize.planning.dequantization import plan_dequantization
 from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import Settings

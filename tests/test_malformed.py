@@ -21,9 +21,9 @@ from qz import QzError
 from qz.formats.checkpoint.problems import ERRORS, WARNINGS, Problem, worst_first
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import open_checkpoint, survey
-from qz.formats.local_folder import LocalFolder
-from qz.formats.safetensors import Header, encode_header, layout, read_header
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.sources.encoded import read_encoded
+from qz.formats.tensors.safetensors import Header, encode_header, layout, read_header
 
 CORPUS = Path(__file__).parent / "malformed"
 HEADERS: dict[str, tuple[bytes, str, str]] = runpy.run_path(str(CORPUS / "headers.py"))["CASES"]

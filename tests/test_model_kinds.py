@@ -27,7 +27,7 @@ from covering import in_turn
 from hub_server import connected
 from qz import MalformedInput, QzError, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.libraries.architecture import LoadRequest, TensorSpec
 from qz.quantize.libraries.examine import examine
 from reference import config_of, differing_files, differing_tensors, diffusers_model, transformers_model

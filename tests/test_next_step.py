@@ -19,8 +19,8 @@ from conftest import Qz
 from forked import Runner
 from hub_server import connected
 from mixtures import mixture
-from qz.cli.calibrate import next_command
-from qz.cli.push import push
+from qz.cli.commands.calibrate import next_command
+from qz.cli.commands.push import push
 from qz.cli.reports.next_step import after_output, repository_name
 from qz.formats.publish.model_card.card_facts import facts_here
 from qz.formats.publish.model_card.snippet import Here, loading

@@ -18,9 +18,9 @@ from commands import run
 from converted import plan_of
 from original_names import State, ltx_names, sd3_names
 from qz import Unsupported, UsageError
-from qz.cli.quantize import quantize
-from qz.cli.verify import verify
-from qz.formats.local_folder import LocalFolder
+from qz.cli.commands.quantize import quantize
+from qz.cli.commands.verify import verify
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.importance.hessian_reader import HessianPlace
 from qz.quantize.importance.statistics import InputSums, write_hessians, write_statistics
 from qz.quantize.libraries.architecture import TensorSpec

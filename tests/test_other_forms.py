@@ -16,10 +16,10 @@ from qz import MalformedInput, MissingInput, QzError, Unsupported
 from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.decoded import StoredTensor
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.source import opened
-from qz.formats.weight_names import PICKLE
+from qz.formats.tensors.decoded import StoredTensor
+from qz.formats.tensors.weight_names import PICKLE
 
 LLAMA = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
 MADE_FROM = "Use the model that this was made from, with its weights in safetensors."

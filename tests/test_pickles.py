@@ -26,13 +26,13 @@ from converted import carried_out
 from qz import MalformedInput
 from qz.api import dequantize, inspect, quantize, verify
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.record import read_record
 from qz.formats.pickles.file import read_pickled
-from qz.quantize.convert import plan_quantization
 from qz.quantize.inspection.report import Inspection
 from qz.quantize.methods import FourBit
+from qz.quantize.models.plan import plan_quantization
 from qz.quantize.planning.plan import Plan
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.readers import reader

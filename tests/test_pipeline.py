@@ -28,16 +28,16 @@ from commands import contents, run
 from hooks import every_disk
 from hub_server import connected
 from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, QzError, Unsupported, UsageError
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
 from qz.formats.checkpoint.pipeline import Component, Pipeline, open_pipeline
 from qz.formats.checkpoint.pipeline_class import arguments_of
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.decoded import StoredTensor
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import verify_record
 from qz.formats.publish.model_card.card_facts import facts_here
 from qz.formats.publish.model_card.snippet import Here, loading
+from qz.formats.tensors.decoded import StoredTensor
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.planning.components import choose
 

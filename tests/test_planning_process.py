@@ -25,13 +25,13 @@ from hostile_configs import BOMBS, configure
 from pace import HANG
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
-from qz.formats.safetensors import encode_header, layout
-from qz.quantize.convert import plan_quantization
+from qz.formats.files.local_folder import LocalFolder
+from qz.formats.tensors.safetensors import encode_header, layout
 from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.importing import work_bounds
 from qz.quantize.libraries.process import asking
 from qz.quantize.methods import FourBit
+from qz.quantize.models.plan import plan_quantization
 from qz.quantize.settings import Settings
 from reference import differing_files
 

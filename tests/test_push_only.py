@@ -25,8 +25,8 @@ from pushes import failure, hurry
 from qz import IOFailed, OutputRefused, PermissionRefused, TryAgain, UsageError
 from qz.api import Int8, Nf4, dequantize, quantize
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
-from qz.quantize.convert import plan_quantization
+from qz.formats.files.local_folder import LocalFolder
+from qz.quantize.models.plan import plan_quantization
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.shard_order import by_shard, shard_order
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from converted import carried_out, plan_of, quantized
 from qz import HubUnreachable, IOFailed, MalformedInput, Unsupported, UsageError
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
-from qz.quantize.convert import plan_quantization
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.methods import FourBit
+from qz.quantize.models.plan import plan_quantization
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.workers import Workers
 from reference import differing_files, raw, tensors_of, transformers_model
@@ -158,7 +158,7 @@ def test_too_small_a_disk_is_found_before_any_work(qz: Qz, source: Path, tmp_pat
     """The plan's size is compared with the free space: here through a checkpoint of holes larger than any disk."""
     config = json.loads((source / "config.json").read_text()) | {"vocab_size": 2**40}
     (source / "config.json").write_text(json.dumps(config))
-    from qz.formats.safetensors import encode_header, layout
+    from qz.formats.tensors.safetensors import encode_header, layout
 
     infos = layout(
         (name, "BF16", (2**40, 64) if name in ("model.embed_tokens.weight", "lm_head.weight") else tuple(t.shape))

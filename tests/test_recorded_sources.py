@@ -13,7 +13,7 @@ import pytest
 from hub_server import HubServer, connected
 from pipelines import flux
 from qz import MalformedInput, QzError, api
-from qz.formats import promised
+from qz.formats.files import promised
 from qz.formats.output.recorded.record import RECORD
 from readers import model_folder
 

@@ -32,9 +32,9 @@ from covering import in_turn
 from forked import EACCES, EIO, ENOSPC, INTERRUPT, TERMINATE, Ended, Runner
 from hub_server import OWNER, HubServer
 from pace import HANG
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import verify_record
-from qz.formats.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors import encode_header, layout
 
 CODES = {0, 1, 2, 65, 66, 69, 73, 74, 75, 77, 78, 130, 143}
 """Documented in docs/reference/exit-codes.md; 1 is a bug, which no test here forgives unless it made one."""
@@ -383,7 +383,7 @@ def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(
 ) -> None:
     """A read of weights fails, as on a disk with a bad sector."""
     broken = """
-import qz.formats.folder as f
+import qz.formats.files.folder as f
 def preadv(descriptor, buffers, offset, real=os.preadv, count=[0]):
     wanted = "/source/model" in os.readlink(f"/proc/self/fd/{descriptor}")
     count[0] += wanted
@@ -606,7 +606,7 @@ def test_a_second_run_is_refused_before_it_plans(server: Runner, place: Path) ->
     first = server.start(*QUANTIZE, cwd=place, at=0, only=("reserve",), act=stuck)
     while not (place / "stuck").exists():
         time.sleep(0.01)
-    no_plan = "import qz.quantize.convert as c\ndef never(*_): raise AssertionError\nc.plan_quantization = never"
+    no_plan = "import qz.quantize.models.plan as c\ndef never(*_): raise AssertionError\nc.plan_quantization = never"
     for command in (QUANTIZE, (*QUANTIZE, "--overwrite"), (*QUANTIZE, "--no-resume")):
         ended = server.run(*command, cwd=place, before=no_plan)
         check(ended)
@@ -740,7 +740,7 @@ OTHER: dict[str, tuple[tuple[str, ...], str, str]] = {
     "another device": (
         (),
         (
-            "import qz.quantize.compute.devices as d, qz.quantize.quantizing_device as q\n"
+            "import qz.quantize.compute.devices as d, qz.quantize.streaming.quantizing_device as q\n"
             "q.arithmetic_on = lambda _, gpu=d.Cpu('cuda', 'NVIDIA H100'): gpu"
         ),
         "device: cpu → cuda (NVIDIA H100)",

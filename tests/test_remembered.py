@@ -20,7 +20,7 @@ import qz as package
 from pace import HANG
 from qz.cli.app import run
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.compute.cpu.jit import has_place_for_cache
 from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, Saved

@@ -118,7 +118,7 @@ def test_the_changelog_knows_this_version() -> None:
 
 def test_typer_is_used_by_its_public_names_only() -> None:
     """It bundles its own Click; the other one may not be there."""
-    for path in (ROOT / "cli").glob("*.py"):
+    for path in (ROOT / "cli").rglob("*.py"):
         assert not re.search(r"\btyper\._|import click|from click", path.read_text()), path
 
 

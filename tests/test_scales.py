@@ -19,8 +19,8 @@ from converted import dequantized, quantized
 from covering import in_turn
 from forward import output_of
 from qz import MalformedInput, MissingInput, OutputRefused, UsageError
-from qz.cli.quantize import quantize
-from qz.formats.local_folder import LocalFolder
+from qz.cli.commands.quantize import quantize
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 from qz.formats.publish.model_card.card import write_card
 from qz.formats.publish.model_card.card_facts import facts_of

@@ -13,7 +13,7 @@ from commands import run
 from conftest import Qz
 from converted import plan_of
 from qz import MalformedInput
-from qz.cli.quantize import quantize
+from qz.cli.commands.quantize import quantize
 from qz.quantize.importance.statistics import InputSums, write_statistics
 from reference import differing_tensors
 

@@ -30,9 +30,9 @@ from qz import (
     UsageError,
     api,
 )
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
-from qz.cli.verify import verify
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
+from qz.cli.commands.verify import verify
 from reference import differing_tensors
 
 MODELS: dict[str, tuple[Any, Callable[[], Any], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]] = {

@@ -31,7 +31,7 @@ import pytest
 from safetensors import safe_open
 
 from qz import IOFailed, OutputRefused, PermissionRefused, QzError, TryAgain
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output import staging
 from qz.formats.output.preflight import check_room
@@ -46,7 +46,7 @@ from qz.formats.output.storage import disk
 from qz.formats.output.storage.descriptors import Descriptors
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
-from qz.formats.safetensors import TensorInfo, encode_header, layout
+from qz.formats.tensors.safetensors import TensorInfo, encode_header, layout
 from small_process import in_small_process
 
 Array = np.ndarray[Any, Any]

@@ -19,7 +19,7 @@ import pipelines
 import reference
 from qz import MalformedInput, UsageError, api
 from qz.cli.reports.model import kept_sections
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 from qz.quantize.calibration.running import text
 from qz.quantize.calibration.running.blocks import parts_of

@@ -18,7 +18,7 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 import qz.api
 from commands import run
 from qz import Unsupported
-from qz.cli.quantize import quantize
+from qz.cli.commands.quantize import quantize
 from qz.quantize.libraries.diffusers.component_classes import class_notes
 from whole_zoo.case import seed
 from whole_zoo.components import build_components

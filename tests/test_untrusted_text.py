@@ -21,10 +21,10 @@ from conftest import Qz
 from pushes import ABOUT, COMMIT, CONFIG, make
 from qz import MalformedInput, QzError
 from qz.cli.app import explain
-from qz.cli.dequantize import dequantize
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
 from qz.cli.output import LONGEST_LINE, say, show, warn
-from qz.cli.quantize import quantize
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.record import RECORD, read_record
 from qz.formats.publish.model_card.card import write_card

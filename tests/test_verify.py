@@ -18,7 +18,7 @@ from mixtures import mixture
 from pipelines import flux
 from qz import MalformedInput, UsageError, api
 from qz.formats.output.recorded.record import WrittenFile, encode_record
-from qz.formats.safetensors import read_header
+from qz.formats.tensors.safetensors import read_header
 from qz.progress import Progress
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.verification import recomputation

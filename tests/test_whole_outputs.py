@@ -30,10 +30,10 @@ import qz
 import reference
 from commands import contents, run
 from qz import MalformedInput, MissingInput, Unsupported, api
-from qz.cli.dequantize import dequantize
-from qz.cli.quantize import quantize
+from qz.cli.commands.dequantize import dequantize
+from qz.cli.commands.quantize import quantize
 from qz.formats.checkpoint.other_contents.original_layouts import original_layout
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output import companions
 from qz.quantize.inspection.pipeline import PipelineInspection
 from reference import config_of

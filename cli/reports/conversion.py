@@ -15,9 +15,9 @@ from qz.cli.reports.pipeline import pipeline_sections
 from qz.cli.reports.push import pushed_text
 
 if TYPE_CHECKING:
+    from qz.quantize.provenance.up_to_date import UpToDate
     from qz.quantize.reports.pipeline_summary import PipelineSummary
     from qz.quantize.reports.summary import Summary
-    from qz.quantize.up_to_date import UpToDate
 
 FILES = (Column("file", foldable=True), Column("bytes", right=True))
 
@@ -46,8 +46,8 @@ def present(
 
     ``page``: the file to write it to as HTML as well. ``push``: the repository that was named.
     """
+    from qz.quantize.provenance.up_to_date import UpToDate
     from qz.quantize.reports.pipeline_summary import PipelineSummary
-    from qz.quantize.up_to_date import UpToDate
 
     if summary.pushed is not None:
         for note in summary.pushed.notes:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, OutputRefused, PermissionRefused
 from qz.formats.attestation.materials import materials
 from qz.formats.attestation.signing import sign
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
+from qz.formats.files.regular_file import read_regular
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.output.recorded.statement import BESIDE, SIGNATURE, STATEMENT, TYPE
 from qz.formats.output.storage.whole_file import write_whole
 from qz.formats.publish.checkpoint_files import OwnFile, own_files
-from qz.formats.regular_file import read_regular
 from qz.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 PROVENANCE = "https://slsa.dev/provenance/v1"
 PACKAGE = "pkg:pypi/qz-cli"

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qz import UsageError
-from qz.formats.file_hash import sha256_in
-from qz.formats.folder import Folder, place_of
+from qz.formats.files.file_hash import sha256_in
+from qz.formats.files.folder import Folder, place_of
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.hub.repository import HubFolder
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted
 
 Descriptor = dict[str, Any]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qz import MissingInput, Unsupported, UsageError
+from qz.formats.files.regular_file import read_regular
 from qz.formats.json_files import MAX_BYTES
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.statement import SIGNATURE
-from qz.formats.regular_file import read_regular
 
 BESIDE = ("README.md", ".cache", SIGNATURE)
 """What is there on the Hub, or in a download of it, beside what is signed."""

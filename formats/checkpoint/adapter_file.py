@@ -12,13 +12,13 @@ from typing import Any
 from qz import MissingInput, Unsupported, UsageError
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import survey_file
-from qz.formats.decoded import StoredTensor
-from qz.formats.file_hash import sha256_in
-from qz.formats.folder import Folder, read_file
+from qz.formats.files.file_hash import sha256_in
+from qz.formats.files.folder import Folder, read_file
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.json_files import MAX_BYTES, read_json
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted, quoted_names
-from qz.formats.weight_names import PICKLE
+from qz.formats.tensors.decoded import StoredTensor
+from qz.formats.tensors.weight_names import PICKLE
 
 CONFIG = "adapter_config.json"
 PREFERRED = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from qz.formats.checkpoint.problems import Problem, Problems
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
-from qz.formats.decoded import CODES, Decoded, StoredTensor
-from qz.formats.encodings import Blocks
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_at
-from qz.formats.gguf_header import GgufHeader, GgufTensor, gguf_names, joined_header, read_gguf_header
+from qz.formats.files.folder import PIPELINE_INDEX, Folder, read_at
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
+from qz.formats.tensors.decoded import CODES, Decoded, StoredTensor
+from qz.formats.tensors.encodings import Blocks
+from qz.formats.tensors.gguf_header import GgufHeader, GgufTensor, gguf_names, joined_header, read_gguf_header
 
 if TYPE_CHECKING:
     pass

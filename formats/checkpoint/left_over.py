@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import Decoded, StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,10 +11,10 @@ from qz.formats.checkpoint.pipeline_class import arguments_of, is_pair
 from qz.formats.checkpoint.problems import WARNINGS, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, survey
-from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file, read_text
+from qz.formats.files.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file, read_text
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed, quoted
-from qz.formats.weight_names import PICKLE
+from qz.formats.tensors.weight_names import PICKLE
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping

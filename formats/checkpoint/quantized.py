@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.decoded import StoredTensor
+    from qz.formats.tensors.decoded import StoredTensor
 
 _FOUR_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATES: dict[str, Kind] = {"bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}

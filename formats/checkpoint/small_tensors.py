@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qz.formats.checkpoint.concurrent_reads import several_at_once
-from qz.formats.folder import Folder, Range
+from qz.formats.files.folder import Folder, Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qz.formats.decoded import StoredTensor
+    from qz.formats.tensors.decoded import StoredTensor
 
 _GAP = 16_384
 _READ = 1 << 20

@@ -30,12 +30,12 @@ from qz.formats.checkpoint.weights import (
     library_of,
     unused_files,
 )
-from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import Folder, place_of, read_at, read_file
+from qz.formats.files.folder import Folder, place_of, read_at, read_file
 from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.formats.malformed import quoted
-from qz.formats.safetensors import Header, read_header
-from qz.formats.weight_names import PICKLE
+from qz.formats.tensors.decoded import Decoded, StoredTensor
+from qz.formats.tensors.safetensors import Header, read_header
+from qz.formats.tensors.weight_names import PICKLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -10,13 +10,13 @@ from qz import MissingInput, QzError
 from qz.counted import counted
 from qz.formats.checkpoint.other_contents.other_forms import other_forms
 from qz.formats.malformed import UNSAFE_TEXT, quoted
-from qz.formats.weight_names import PICKLE, PICKLED, STEMS
+from qz.formats.tensors.weight_names import PICKLE, PICKLED, STEMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from qz.formats.checkpoint.problems import Problems
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 Library = Literal["transformers", "diffusers"]
 

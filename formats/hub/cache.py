@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from qz import IOFailed, __version__
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.hub.bars import without_bars
 from qz.formats.hub.transport.errors import hub_errors
 from qz.formats.hub.transport.remote_file import RemoteFile, differs
-from qz.formats.local_folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qz.formats.promised import Promised
+    from qz.formats.files.promised import Promised
 
 CHUNK = 1 << 20
 

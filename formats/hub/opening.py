@@ -12,10 +12,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, exported by name only
 
 from qz import HubUnreachable
+from qz.formats.files.regular_file import read_regular
 from qz.formats.hub.repository import HubFolder
 from qz.formats.hub.transport.errors import hub_errors
 from qz.formats.hub.transport.session import API_TIMEOUT, hub_api, with_retries
-from qz.formats.regular_file import read_regular
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

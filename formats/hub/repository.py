@@ -18,13 +18,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.hub.cache import CachedFiles, require_space
 from qz.formats.hub.listing import list_folder
 from qz.formats.hub.read_ahead import AheadFile, HashedRange, ReadAhead
 from qz.formats.hub.transport.errors import hub_errors
 from qz.formats.hub.transport.remote_file import RemoteFile, differs
 from qz.formats.hub.transport.routes import Routes
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed, quoted
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-    from qz.formats.folder import Range
+    from qz.formats.files.folder import Range
+    from qz.formats.files.promised import Promised
     from qz.formats.hub.read_ahead import Pace
     from qz.formats.hub.transport.backoff import Retries
-    from qz.formats.promised import Promised
 
 HEAD = 1 << 16
 """Bytes fetched at the first look into a weight file: most headers fit."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.folder import Folder, Range, read_file
+from qz.formats.files.folder import Folder, Range, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.output.recorded.record import require_safe_name
-from qz.formats.weight_names import PICKLED, STEMS
+from qz.formats.tensors.weight_names import PICKLED, STEMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence

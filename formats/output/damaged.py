@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from qz.counted import shown
-from qz.formats.folder import read_at
+from qz.formats.files.folder import read_at
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.json_files import is_pointer
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import CHECKPOINT_FILE
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qz import IOFailed
-from qz.formats.folder import Folder
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import Folder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.exchange import refuse_foreign_partial
 from qz.formats.output.refusals import refuse_output, refuse_overlap
 from qz.formats.output.resuming.earlier_run import Resumable, another_run, is_continued

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qz import OutputRefused, QzError
-from qz.formats.links import followed
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.links import followed
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import quoted
 from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
 from qz.formats.output.recorded.record import RECORD, read_record

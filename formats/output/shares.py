@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, OutputRefused, QzError, TryAgain, UsageError
-from qz.formats.folder import read_file
+from qz.formats.files.folder import read_file
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.json_files import MAX_BYTES, read_json
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.record import (
     RECORD,

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
-from qz.formats.folder import PIECE
+from qz.formats.files.folder import PIECE
 from qz.formats.output.exchange import Exchange, recover, refuse_foreign_partial
 from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.output.refusals import refuse_output

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qz.formats.decoded import CODES, Decoded, StoredTensor
-from qz.formats.encodings import Strided
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted, quoted_names
 from qz.formats.pickles.machine import load
 from qz.formats.pickles.values import BrokenPickle, OtherTensor, PickledTensor, Storage, UnsafePickle
-from qz.formats.safetensors import BITS, MAX_NAME, MAX_TENSORS
+from qz.formats.tensors.decoded import CODES, Decoded, StoredTensor
+from qz.formats.tensors.encodings import Strided
+from qz.formats.tensors.safetensors import BITS, MAX_NAME, MAX_TENSORS
 
 Read = Callable[[int, int], bytes | bytearray]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, OutputRefused
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.folder import place_of, read_file
+from qz.formats.files.folder import place_of, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import companions, left_out, settings, terms
 from qz.formats.output.recorded.record import RECORD, Record, read_record, verify_record
@@ -19,8 +19,8 @@ from qz.formats.publish.verified_file import VerifiedFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from qz.formats.folder import Folder
-    from qz.formats.local_folder import LocalFolder
+    from qz.formats.files.folder import Folder
+    from qz.formats.files.local_folder import LocalFolder
 
 README = "README.md"
 PAGE = "report.html"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, QzError, TryAgain, __version__
-from qz.formats.folder import read_text
+from qz.formats.files.folder import read_text
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.hub.repository import HubFolder
-from qz.formats.local_folder import LocalFolder
 from qz.formats.output.recorded.record import RECORD
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.checkpoint_files import MAX_CARD_BYTES, README, OwnFiles, own_files, require_model

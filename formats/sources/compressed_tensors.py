@@ -10,17 +10,17 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.checkpoint.small_tensors import read_small
-from qz.formats.decoded import CODES, FLOATS_8, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded
-from qz.formats.encodings import Grid
 from qz.formats.malformed import quoted
 from qz.formats.patterns import INVALID, is_simple
 from qz.formats.sources.scaled import block_of, stated_block
+from qz.formats.tensors.decoded import CODES, FLOATS_8, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded
+from qz.formats.tensors.encodings import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
+    from qz.formats.tensors.decoded import StoredTensor
 
 _SCALES = ("F32", "BF16", "F16")
 _UNKNOWN = re.compile(r"(?:sparse|marlin|mxfp6)[\w-]*")

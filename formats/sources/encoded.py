@@ -9,15 +9,15 @@ from qz import Unsupported
 from qz.formats.checkpoint.problems import Problem, Problems, require_none
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import GGUF
-from qz.formats.decoded import CODES, FLOATS_8, Decoded
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import CODES, FLOATS_8, Decoded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
+    from qz.formats.tensors.decoded import StoredTensor
 
 _NOMINAL = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SCALED = ("fp8", "fbgemm_fp8", "modelopt", "mxfp8")

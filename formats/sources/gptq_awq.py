@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Decoded
-from qz.formats.encodings import Columns
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import CODES, GROUPS, SCALE, ZERO_POINT, Decoded
+from qz.formats.tensors.encodings import Columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
+    from qz.formats.tensors.decoded import StoredTensor
 
 _GPTQ_BITS = (2, 3, 4, 8)
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.decoded import CODES, SCALE, Decoded
-from qz.formats.encodings import TransposedBlocks
+from qz.formats.tensors.decoded import CODES, SCALE, Decoded
+from qz.formats.tensors.encodings import TransposedBlocks
 
 if TYPE_CHECKING:
     from qz.formats.sources.reading import Reading

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qz.formats.checkpoint.problems import Problems
-    from qz.formats.decoded import Decoded, StoredTensor
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
+    from qz.formats.tensors.decoded import Decoded, StoredTensor
 
 
 @dataclass

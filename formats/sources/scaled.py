@@ -13,15 +13,15 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from qz.formats.checkpoint.small_tensors import read_small
-from qz.formats.decoded import CODES, FLOATS_8, GLOBAL_SCALE, SCALE, Decoded
-from qz.formats.encodings import Grid
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import CODES, FLOATS_8, GLOBAL_SCALE, SCALE, Decoded
+from qz.formats.tensors.encodings import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from qz.formats.decoded import StoredTensor
     from qz.formats.sources.reading import Reading
+    from qz.formats.tensors.decoded import StoredTensor
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E8M0", "U8")
 _OF_ACTIVATIONS = re.compile(

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput
 from qz.formats.checkpoint.adapter_file import AdapterFile
-from qz.formats.decoded import StoredTensor
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import StoredTensor
 from qz.quantize.adapters.modules import AdapterModule
 from qz.quantize.compute.arrays import NUMPY, Memory
 from qz.quantize.compute.tables import widen

@@ -10,8 +10,8 @@ from typing import Literal
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.other_contents.adapters import MERGE_ELSEWHERE, other_kind
-from qz.formats.decoded import StoredTensor
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import StoredTensor
 
 Kind = Literal["LoRA", "LoHa", "LoKr", "difference"]
 

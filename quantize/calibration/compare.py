@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import Unsupported, UsageError
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.folder import Folder
+from qz.formats.files.folder import Folder
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.answers import Divergence, answer
 from qz.quantize.calibration.block_errors import BlockErrors

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qz import Unsupported, UsageError
 from qz.counted import counted
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.folder import Folder
+from qz.formats.files.folder import Folder
 from qz.progress import OnProgress, Progress
 from qz.quantize.calibration.hessian_files import HessianFiles, refuse_existing
 from qz.quantize.importance.matching import GPTQ_TOKENS

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz.formats.checkpoint.gguf import TYPES
-from qz.formats.decoded import CODES, Decoded
-from qz.formats.encodings import Blocks
+from qz.formats.tensors.decoded import CODES, Decoded
+from qz.formats.tensors.encodings import Blocks
 from qz.quantize.compute import kernels
 from qz.quantize.compute.tables import widen
 from qz.quantize.decoding.codes import Floats
@@ -19,7 +19,7 @@ from qz.quantize.decoding.parts import Parts
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.compute.arrays import Bytes, Memory
 
 

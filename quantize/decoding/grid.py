@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qz.formats.decoded import CODES, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded
-from qz.formats.encodings import Grid
+from qz.formats.tensors.decoded import CODES, GLOBAL_SCALE, GROUPS, SCALE, ZERO_POINT, Decoded
+from qz.formats.tensors.encodings import Grid
 from qz.quantize.decoding.codes import Floats, look_up, pairs, table, unpack_rows
 from qz.quantize.decoding.groups import group_indexes
 from qz.quantize.decoding.parts import Parts
@@ -17,7 +17,7 @@ from qz.quantize.decoding.parts import Parts
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.compute.arrays import Bytes, Memory
 
 

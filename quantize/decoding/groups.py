@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput
-from qz.formats.decoded import GROUPS
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import GROUPS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from qz.formats.decoded import Decoded
+    from qz.formats.tensors.decoded import Decoded
     from qz.quantize.compute.arrays import Bytes, Memory
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.decoded import CODES, Decoded
-from qz.formats.encodings import joined_part
-from qz.formats.safetensors import BITS
+from qz.formats.tensors.decoded import CODES, Decoded
+from qz.formats.tensors.encodings import joined_part
+from qz.formats.tensors.safetensors import BITS
 from qz.quantize.decoding.parts import Parts
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.compute.arrays import Bytes, Memory
 
 

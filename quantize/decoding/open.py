@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Protocol
 
-from qz.formats.decoded import Decoded
-from qz.formats.encodings import Blocks, Columns, Grid, Identity, Joined, Pieces, Strided
+from qz.formats.tensors.decoded import Decoded
+from qz.formats.tensors.encodings import Blocks, Columns, Grid, Identity, Joined, Pieces, Strided
 from qz.quantize.decoding.blocks import BlocksReader
 from qz.quantize.decoding.columns import ColumnsReader
 from qz.quantize.decoding.grid import GridReader
@@ -17,7 +17,7 @@ from qz.quantize.decoding.strided import StridedReader
 from qz.quantize.decoding.transposed_blocks import TransposedBlocksReader
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.compute.arrays import Bytes, Memory
 
 

@@ -17,8 +17,8 @@ from qz.quantize.decoding.codes import Floats, look_up, table
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qz.formats.decoded import Decoded, StoredTensor
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
+    from qz.formats.tensors.decoded import Decoded, StoredTensor
 
 _STORED: dict[str, Any] = {
     "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8, "I32": np.int32,

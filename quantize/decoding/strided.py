@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qz.formats.decoded import CODES, Decoded
-from qz.formats.encodings import Strided
-from qz.formats.safetensors import BITS
+from qz.formats.tensors.decoded import CODES, Decoded
+from qz.formats.tensors.encodings import Strided
+from qz.formats.tensors.safetensors import BITS
 from qz.quantize.decoding.parts import Parts
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.compute.arrays import Bytes, Memory
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qz.formats.decoded import CODES, SCALE, Decoded
+from qz.formats.tensors.decoded import CODES, SCALE, Decoded
 from qz.quantize.decoding.codes import Floats, look_up, pairs
 from qz.quantize.decoding.parts import Parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.compute.arrays import Bytes, Memory
 
 BLOCK = 32

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qz.formats.file_hash import sha256_of
-from qz.formats.folder import Folder
+from qz.formats.files.file_hash import sha256_of
+from qz.formats.files.folder import Folder
 from qz.formats.malformed import quoted
 from qz.quantize.importance.statistics_file import header_of, malformed, read_tensor
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qz.formats.file_hash import sha256_of
-from qz.formats.folder import read_at
-from qz.formats.gguf_header import FLOAT32, MAGIC, GgufHeader, GgufTensor, read_gguf_header
-from qz.formats.links import followed
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.file_hash import sha256_of
+from qz.formats.files.folder import read_at
+from qz.formats.files.links import followed
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import Malformed, quoted
+from qz.formats.tensors.gguf_header import FLOAT32, MAGIC, GgufHeader, GgufTensor, read_gguf_header
 from qz.quantize.importance.named_file import require_file_of_statistics
 from qz.quantize.importance.statistics import Floats, InputSums, Statistics, check_sums
 

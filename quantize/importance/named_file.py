@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from qz import MissingInput
-from qz.formats.gguf_header import MAGIC
-from qz.formats.regular_file import NotRegular, open_regular
+from qz.formats.files.regular_file import NotRegular, open_regular
+from qz.formats.tensors.gguf_header import MAGIC
 from qz.quantize.importance.statistics_file import malformed
 
 HEAD = 512

@@ -29,14 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
-from qz.formats.file_hash import sha256_of
-from qz.formats.folder import Folder
+from qz.formats.files.file_hash import sha256_of
+from qz.formats.files.folder import Folder
+from qz.formats.files.links import followed
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.json_files import read_json
-from qz.formats.links import followed
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import quoted
 from qz.formats.output.storage.whole_file import write_whole
-from qz.formats.safetensors import Header, TensorInfo, encode_header, layout
+from qz.formats.tensors.safetensors import Header, TensorInfo, encode_header, layout
 from qz.quantize.importance.hessian_reader import HessianPlace, HessianReader
 from qz.quantize.importance.named_file import require_file_of_statistics
 from qz.quantize.importance.statistics_file import header_of, malformed, read_tensor

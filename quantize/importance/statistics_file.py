@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qz.formats.folder import Folder, read_at
+from qz.formats.files.folder import Folder, read_at
 from qz.formats.malformed import Malformed
-from qz.formats.safetensors import Header, TensorInfo, read_header
+from qz.formats.tensors.safetensors import Header, TensorInfo, read_header
 
 
 def header_of(folder: Folder, file: str) -> Header:

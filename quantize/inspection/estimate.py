@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qz.formats.safetensors import BITS
-from qz.formats.shards import DEFAULT_SHARD_BYTES
+from qz.formats.tensors.safetensors import BITS
+from qz.formats.tensors.shards import DEFAULT_SHARD_BYTES
 from qz.quantize.inspection.linear_layers import TORCH_NAMES, Value
 from qz.quantize.methods import FourBit, Int8, Method, Part
 

@@ -17,13 +17,13 @@ from qz.formats.checkpoint.problems import Problem, Problems, worst_first
 from qz.formats.checkpoint.quantization_config import Settings, read_settings
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
-from qz.formats.decoded import CODES, Decoded, StoredTensor
-from qz.formats.folder import Folder
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import Folder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
-from qz.formats.safetensors import BITS
-from qz.formats.shards import index_name
 from qz.formats.sources.encoded import Encoded, read_encoded
+from qz.formats.tensors.decoded import CODES, Decoded, StoredTensor
+from qz.formats.tensors.safetensors import BITS
+from qz.formats.tensors.shards import index_name
 from qz.quantize.inspection.linear_layers import FLOATS, Value, ties, values
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor
 

@@ -25,7 +25,7 @@ from qz.formats.checkpoint.pipeline import (
     with_followers,
 )
 from qz.formats.checkpoint.problems import Problem, Problems, as_error, kind_of, worst_first
-from qz.formats.folder import PIPELINE_INDEX, Folder
+from qz.formats.files.folder import PIPELINE_INDEX, Folder
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import read_record
 from qz.quantize.consumers.verdict import Verdict

@@ -66,7 +66,7 @@ def _cannot_load(checkpoint: Checkpoint, architecture: Architecture, elsewhere: 
 
 
 def _of_plain(found: Inspection, checkpoint: Checkpoint) -> Inspection:
-    from qz.quantize.convert import plan_conversion
+    from qz.quantize.models.plan import plan_conversion
     from qz.quantize.settings import Settings
 
     plans = {name: plan_conversion(checkpoint, Settings(method)) for name, method in METHODS.items()}

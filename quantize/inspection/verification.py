@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem
-from qz.formats.folder import Folder
+from qz.formats.files.folder import Folder
 from qz.formats.output.recorded.record import RECORD, Record, read_record, verify_record
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.inspection.report import Verified

@@ -24,9 +24,9 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.folder import read_file
+from qz.formats.files.folder import read_file
+from qz.formats.files.regular_file import read_regular
 from qz.formats.json_files import MAX_CONFIG_BYTES
-from qz.formats.regular_file import read_regular
 from qz.formats.user_cache import user_cache
 from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequest, Saved, TensorSpec, Weight
 

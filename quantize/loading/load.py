@@ -11,8 +11,8 @@ from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
-from qz.formats.folder import is_pipeline
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import is_pipeline
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.source import enter, local_path
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qz import MissingInput, Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline
-from qz.formats.folder import PIPELINE_INDEX
+from qz.formats.files.folder import PIPELINE_INDEX
 from qz.quantize.libraries.class_search import classes_in_diffusers
 from qz.quantize.libraries.diffusers.component_classes import class_notes
 from qz.quantize.loading.load import load_model

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, OutputRefused, QzError, UsageError
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.preflight import check_output
 from qz.formats.output.recorded.record import RECORD, Record, read_record
 from qz.formats.output.shares import PART_FILE, PARTS, FinishedShare, Share, SharesFound, find_shares, read_share

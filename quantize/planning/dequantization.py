@@ -15,8 +15,8 @@ from qz.formats.checkpoint.problems import Problem, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.decoded import StoredTensor
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import StoredTensor
 from qz.quantize.libraries.architecture import (
     FLOATS,
     SAFETENSORS_NAMES,

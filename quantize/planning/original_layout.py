@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qz import Unsupported, UsageError
-from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import quoted
-from qz.formats.safetensors import BITS
+from qz.formats.tensors.decoded import Decoded, StoredTensor
+from qz.formats.tensors.safetensors import BITS
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Saved, TensorSpec, Weight
 from qz.quantize.methods import BLOCK_SIZE, FourBit
 from qz.quantize.planning.plan import Plan, Step, make_plan

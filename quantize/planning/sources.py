@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from qz import Unsupported
 from qz.formats.checkpoint.quantized import QuantizedWeight
-from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.encodings import TransposedBlocks
+from qz.formats.tensors.decoded import Decoded, StoredTensor
+from qz.formats.tensors.encodings import TransposedBlocks
 from qz.quantize.adapters.changes import Change
 
 

@@ -8,8 +8,8 @@ from qz import QzError, Unsupported
 from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import Malformed
+from qz.formats.tensors.decoded import Decoded, StoredTensor
 from qz.quantize.planning.sources import Source, stored_parts
 
 COMPARE_BYTES = 1 << 20

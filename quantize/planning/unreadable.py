@@ -8,10 +8,10 @@ from qz import QzError, Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline, as_component
 from qz.formats.checkpoint.survey import Checkpoint, read_config
 from qz.formats.checkpoint.weights import architecture_of, library_of
-from qz.formats.folder import Folder, read_file
+from qz.formats.files.folder import Folder, read_file
 from qz.formats.json_files import MAX_BYTES
 from qz.formats.output.recorded.record import read_record
-from qz.formats.weight_names import PICKLE
+from qz.formats.tensors.weight_names import PICKLE
 
 KEPT = "kept as it is"
 

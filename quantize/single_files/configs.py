@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import HubUnreachable, MissingInput, PermissionRefused, Unsupported, UsageError
 from qz.formats.checkpoint.other_contents.original_layouts import original_layout
-from qz.formats.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file
+from qz.formats.files.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import settings
 from qz.quantize.libraries.importing import lean_imports

@@ -13,9 +13,9 @@ import numpy as np
 
 from qz import Unsupported
 from qz.formats.checkpoint.gguf import in_blocks
-from qz.formats.decoded import CODES, SCALE, Decoded, StoredTensor
-from qz.formats.encodings import Blocks, Grid, Pieces
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import CODES, SCALE, Decoded, StoredTensor
+from qz.formats.tensors.encodings import Blocks, Grid, Pieces
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ from qz.quantize.single_files.configs import denoiser_config
 from qz.quantize.single_files.tensors import require_one_prefix
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.single_files.tensors import OriginalFile
 
 ORDER = (

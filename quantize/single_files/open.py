@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.folder import is_pipeline
+from qz.formats.files.folder import is_pipeline
 from qz.quantize.single_files.configs import OpenConfig, open_configs
 from qz.quantize.single_files.model import model_of
 from qz.quantize.single_files.pipeline import has_more_than_a_denoiser, pipeline_of
@@ -13,7 +13,7 @@ from qz.quantize.single_files.tensors import read_original
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 
 def open_single_file(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qz import Unsupported
-from qz.formats.decoded import Decoded, StoredTensor
 from qz.formats.malformed import quoted
-from qz.formats.safetensors import BITS
+from qz.formats.tensors.decoded import Decoded, StoredTensor
+from qz.formats.tensors.safetensors import BITS
 from qz.quantize.libraries.architecture import TensorSpec, torch_name
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe

@@ -25,9 +25,9 @@ from qz.formats.checkpoint.pipeline import (
 from qz.formats.checkpoint.problems import WARNINGS
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.checkpoint.weights import library_of
-from qz.formats.folder import PIPELINE_INDEX, Folder
+from qz.formats.files.folder import PIPELINE_INDEX, Folder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.json_files import dump_json
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed, quoted, quoted_names
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe

@@ -12,12 +12,12 @@ from qz.counted import counted
 from qz.formats.checkpoint.gguf import survey_gguf
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import Checkpoint, survey_file
-from qz.formats.decoded import CODES, Decoded, StoredTensor
-from qz.formats.encodings import Identity, Joined, Strided, joined_part
-from qz.formats.folder import Folder
+from qz.formats.files.folder import Folder
 from qz.formats.malformed import Malformed, quoted
-from qz.formats.safetensors import BITS
 from qz.formats.sources.encoded import plain_checkpoint
+from qz.formats.tensors.decoded import CODES, Decoded, StoredTensor
+from qz.formats.tensors.encodings import Identity, Joined, Strided, joined_part
+from qz.formats.tensors.safetensors import BITS
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, TensorSpec, torch_name
 
 if TYPE_CHECKING:

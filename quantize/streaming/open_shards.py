@@ -14,7 +14,7 @@ from qz.quantize.planning.sources import stored_parts
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.formats.output.recorded.record import WrittenFile
     from qz.formats.output.resuming.pending import IsVerified
     from qz.formats.output.section import Section

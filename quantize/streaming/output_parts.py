@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import Companion, copy
 from qz.formats.output.recorded.record import WrittenFile
@@ -29,7 +29,7 @@ from qz.quantize.streaming.run import Run
 from qz.quantize.streaming.shard_order import ShardOrder, by_shard, joined, shard_order
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.formats.publish.destination import PushResult
     from qz.formats.publish.publication import Publication
     from qz.quantize.compute.arithmetic import Arithmetic

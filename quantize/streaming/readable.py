@@ -10,8 +10,8 @@ from qz import IOFailed, PermissionRefused, QzError, Unsupported
 from qz.formats.checkpoint.problems import Problem
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
-from qz.formats.folder import Folder
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import Folder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 
 if TYPE_CHECKING:

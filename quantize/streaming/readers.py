@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput
-from qz.formats.decoded import Decoded, StoredTensor
-from qz.formats.folder import Folder
+from qz.formats.files.folder import Folder
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import Decoded, StoredTensor
 from qz.quantize.adapters.changes import Changes, matrix_shape
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Buffers, Bytes, Memory, values

@@ -16,11 +16,11 @@ from operator import attrgetter
 
 import numpy as np
 
-from qz.formats.decoded import StoredTensor
-from qz.formats.folder import Folder, Range
+from qz.formats.files.folder import Folder, Range
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
 from qz.formats.slots import Slots
+from qz.formats.tensors.decoded import StoredTensor
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.compute.arrays import NUMPY, Buffers, Memory, count_nonfinite, values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

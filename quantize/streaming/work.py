@@ -15,7 +15,7 @@ from qz.quantize.streaming.deferred import Deferred
 from qz.quantize.streaming.measuring.not_finite import adapters_of, count_without_adapters
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.decoding.open import Reader
     from qz.quantize.planning.plan import Plan, Step
 

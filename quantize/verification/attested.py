@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from qz import IOFailed, MissingInput, Unsupported
 from qz.formats.attestation.signing import require_signed
 from qz.formats.checkpoint.problems import Problem
+from qz.formats.files.local_folder import LocalFolder
+from qz.formats.files.regular_file import NotRegular, TooLarge, read_regular
 from qz.formats.json_files import MAX_BYTES
-from qz.formats.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import left_out
 from qz.formats.output.recorded.record import verify_files
 from qz.formats.output.recorded.statement import BESIDE, SIGNATURE, read_statement
-from qz.formats.regular_file import NotRegular, TooLarge, read_regular
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.inspection.report import Verified
 from qz.quantize.verification.report import Verification

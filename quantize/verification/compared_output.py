@@ -18,8 +18,8 @@ from qz.quantize.streaming.discard import DiscardedShard, DiscardOutput
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qz.formats.decoded import StoredTensor
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
+    from qz.formats.tensors.decoded import StoredTensor
     from qz.quantize.planning.plan import Plan
 
 

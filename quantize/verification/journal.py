@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qz.formats.regular_file import read_regular
+from qz.formats.files.regular_file import read_regular
 from qz.formats.user_cache import user_cache
 
 MOST_KEPT = 32

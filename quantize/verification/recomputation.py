@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import open_checkpoint, survey_file
-from qz.formats.decoded import StoredTensor
-from qz.formats.folder import PIECE, Folder, Range, place_of
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import PIECE, Folder, Range, place_of
+from qz.formats.files.local_folder import LocalFolder
+from qz.formats.files.promised import Promised
 from qz.formats.output.recorded.record import Record
-from qz.formats.promised import Promised
+from qz.formats.tensors.decoded import StoredTensor
 from qz.progress import OnProgress, Progress, ignore
-from qz.quantize.quantizing_device import arithmetic_of_record
 from qz.quantize.reports.of_record import kind_of_bytes
 from qz.quantize.streaming.output_parts import Part, model_part
+from qz.quantize.streaming.quantizing_device import arithmetic_of_record
 from qz.quantize.streaming.run import Run
 from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference
 from qz.quantize.verification.journal import Journal
@@ -117,9 +117,9 @@ def _planned(
 ) -> tuple[Sequence[Part], tuple[str, ...]]:
     """The parts of the output, and notes on where a single file's config comes from."""
     from qz.formats.checkpoint.pipeline import Pipeline, open_pipeline
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
     from qz.quantize.conversion import companions_of, membership_of, open_file
-    from qz.quantize.convert import plan_quantization
+    from qz.quantize.models.plan import plan_quantization
     from qz.quantize.planning.dequantization import plan_dequantization
 
     if about.get("act") not in ("quantize", "dequantize"):
@@ -134,7 +134,7 @@ def _planned(
     else:
         opened = open_checkpoint(source.folder, settings.variant)
     if isinstance(opened, Pipeline):
-        from qz.quantize.pipeline import plan_pipeline, plan_way_back
+        from qz.quantize.pipelines.plan import plan_pipeline, plan_way_back
 
         return (plan_way_back if back else plan_pipeline)(opened, settings).parts, notes
     checkpoint = opened
@@ -158,8 +158,8 @@ def _binding(
     output: Folder, record: Record, parts: Sequence[Part], settings: Settings, arithmetic: Arithmetic
 ) -> dict[str, Any]:
     """What makes a comparison the same one, as JSON values."""
-    from qz.quantize.convert import fingerprint
-    from qz.quantize.source_identity import identity
+    from qz.quantize.provenance.fingerprints import fingerprint
+    from qz.quantize.provenance.source_identity import identity
 
     folders = {part.name: part.plan.checkpoint.folder for part in parts if part.plan is not None}
     read = identity(folders, [each for part in parts for each in part.carried])

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MissingInput, QzError, Unsupported, UsageError
 from qz.counted import counted
-from qz.formats.file_hash import sha256_of
+from qz.formats.files.file_hash import sha256_of
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.output.recorded.record import RECORD, as_text
-from qz.quantize.command import lora_option
 from qz.quantize.methods import FourBit, Int8, Method
+from qz.quantize.provenance.command import lora_option
+from qz.quantize.provenance.fingerprints import config_fingerprint, settings_fingerprint
 from qz.quantize.settings import Settings
-from qz.quantize.up_to_date import config_fingerprint, settings_fingerprint
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.adapter_file import AdapterFile

@@ -18,7 +18,7 @@ from qz.quantize.inspection.verification import verify as compare_hashes
 from qz.quantize.verification.report import Verification
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.settings import Settings
     from qz.quantize.verification.recorded_settings import Given
 

@@ -34,7 +34,7 @@ def attest(
     asked = Asked.of(attest, locals())
     on_progress(Progress("Reading headers"))
     from qz.formats.attestation.attest import attest as state
-    from qz.formats.local_folder import LocalFolder
+    from qz.formats.files.local_folder import LocalFolder
     from qz.formats.output.recorded.record import read_record
     from qz.formats.source import local_path, opened
 

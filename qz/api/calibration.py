@@ -17,7 +17,7 @@ from qz.quantize.methods import Method, Nf4
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.pipeline import Pipeline
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.formats.source import OpenedSource
     from qz.quantize.calibration.compare import Comparison
     from qz.quantize.calibration.run import Calibration
@@ -148,7 +148,7 @@ def _compare_pipelines(
 ) -> Comparison:
     """``second`` may be the component ``part`` alone."""
     from qz.formats.checkpoint.survey import open_checkpoint
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
     from qz.formats.source import enter
     from qz.quantize.calibration.pipelines.calibrate import drawing_of
     from qz.quantize.calibration.pipelines.compare import compare as run
@@ -181,7 +181,7 @@ def drawn_part(source: OpenedSource, variant: str | None) -> str | None:
     """The component of a pipeline that is to be run with it, empty for the whole of it; None for a model that reads
     text."""
     from qz.formats.checkpoint.survey import open_checkpoint
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
 
     if is_pipeline(source.folder):
         return ""
@@ -195,7 +195,7 @@ def drawn_part(source: OpenedSource, variant: str | None) -> str | None:
 def opened_pipeline(source: OpenedSource, variant: str | None) -> Iterator[Pipeline]:
     """The pipeline that a source is, or is a component of; its components' folders are closed afterwards."""
     from qz.formats.checkpoint.pipeline import open_pipeline
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
 
     pipeline = open_pipeline(source.folder if is_pipeline(source.folder) else source.root, variant)
     try:
@@ -207,7 +207,7 @@ def opened_pipeline(source: OpenedSource, variant: str | None) -> Iterator[Pipel
 
 def tokenizer_of(source: OpenedSource, subfolder: str | None) -> Folder:
     """Where the tokenizer of a model lies: with it, or in a folder of its own in a pipeline."""
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
     from qz.formats.source import enter
 
     beside = (subfolder or "").strip("/").replace("text_encoder", "tokenizer")

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from qz.formats.publish.publication import Publication
     from qz.formats.source import OpenedSource
     from qz.quantize.conversion import Conversion
+    from qz.quantize.provenance.up_to_date import UpToDate
     from qz.quantize.reports.pipeline_summary import PipelineSummary
     from qz.quantize.reports.summary import Summary
     from qz.quantize.settings import Settings
-    from qz.quantize.up_to_date import UpToDate
 
     Converted = Summary | PipelineSummary | UpToDate
 

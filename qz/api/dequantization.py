@@ -13,7 +13,7 @@ from qz.api.conversions import once_more_if_lost, possible_publishing, publicati
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.global_settings import settings_restored
-from qz.formats.shards import DEFAULT_SHARD_BYTES
+from qz.formats.tensors.shards import DEFAULT_SHARD_BYTES
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
 
@@ -60,7 +60,7 @@ def dequantize(
     """
     asked = Asked.of(dequantize, locals())
     on_progress(Progress("Reading headers"))
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
     from qz.formats.output.storage.beside import reachable
     from qz.formats.output.storage.disk import Disk
     from qz.formats.source import local_path, opened, opened_loras
@@ -106,7 +106,7 @@ def dequantize(
             share=share,
             measured=against is not None,
         )
-        from qz.quantize.pipeline import plan_way_back
+        from qz.quantize.pipelines.plan import plan_way_back
 
         if pipeline:
             return published(conversion.pipeline(plan_way_back), conversion, publishing)

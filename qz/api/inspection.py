@@ -57,7 +57,7 @@ def inspect(
         asked.require(folder=False)
         return _inspect_file(path, Origin(location, None, None), allow_pickle, consumers)
     from qz.formats.checkpoint.problems import Problem
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
     from qz.formats.output.recorded.record import damaged_record
     from qz.formats.source import opened
 
@@ -89,8 +89,8 @@ def inspect(
 
 
 def _inspect_file(path: Path, origin: Origin, allow_pickle: bool, consumers: Sequence[str]) -> Inspection:
-    from qz.formats.links import followed
-    from qz.formats.local_folder import LocalFolder
+    from qz.formats.files.links import followed
+    from qz.formats.files.local_folder import LocalFolder
     from qz.quantize.inspection.model import inspect_file
 
     path = followed(path)

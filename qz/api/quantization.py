@@ -12,7 +12,7 @@ from qz.api.conversions import once_more_if_lost, possible_publishing, publicati
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.global_settings import settings_restored
-from qz.formats.shards import DEFAULT_SHARD_BYTES
+from qz.formats.tensors.shards import DEFAULT_SHARD_BYTES
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.methods import FourBit, Method, Nf4
 from qz.quantize.settings import IfExists, Layout, Rounding, Scales, Settings
@@ -20,7 +20,7 @@ from qz.quantize.settings import IfExists, Layout, Rounding, Scales, Settings
 if TYPE_CHECKING:
     from qz.api.conversions import Converted
     from qz.formats.checkpoint.pipeline import Pipeline
-    from qz.quantize.pipeline import PipelinePlan
+    from qz.quantize.pipelines.plan import PipelinePlan
 
 
 @settings_restored()
@@ -97,7 +97,7 @@ def quantize(
 
     if device == "auto" and not dry_run:
         ask_meanwhile()
-    from qz.formats.folder import is_pipeline
+    from qz.formats.files.folder import is_pipeline
     from qz.formats.output.storage.beside import reachable
     from qz.formats.output.storage.disk import Disk
     from qz.formats.source import default_output, local_path, opened, opened_loras
@@ -167,7 +167,7 @@ def quantize(
         plan_asked = partial(_plan_pipeline, asked=asked, method=method, measure_loss=measure_loss)
         if pipeline:
             return published(conversion.pipeline(plan_asked), conversion, publishing)
-        from qz.quantize.convert import plan_quantization
+        from qz.quantize.models.plan import plan_quantization
         from qz.quantize.streaming.measuring.measure import WhileQuantizing
 
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
@@ -182,7 +182,7 @@ def _plan_pipeline(
     pipeline: Pipeline, settings: Settings, *, asked: Asked, method: Method | None, measure_loss: bool
 ) -> PipelinePlan:
     """``plan_pipeline``, with what is asked for and finds no component; ``method``: the one that was named."""
-    from qz.quantize.pipeline import plan_pipeline
+    from qz.quantize.pipelines.plan import plan_pipeline
     from qz.quantize.streaming.measuring.measure import WhileQuantizing
 
     plan = plan_pipeline(pipeline, settings)

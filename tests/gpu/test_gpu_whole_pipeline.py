@@ -11,7 +11,7 @@ import torch
 
 import pipelines
 from commands import run
-from qz.cli.quantize import quantize
+from qz.cli.commands.quantize import quantize
 from reference import bitsandbytes_arguments
 
 QUANTIZED = {

@@ -17,7 +17,7 @@ from converted import quantized
 from mixtures import mixture
 from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.consumers.registry import CONSUMERS, judge
 from qz.quantize.inspection.consumers import checkpoint_contents
 from real_consumers import readers

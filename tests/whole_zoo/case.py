@@ -19,7 +19,7 @@ import torch
 
 from converted import dequantized, quantized
 from qz import QzError
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.inspection.model import inspect_model, read_folder
 from qz.quantize.inspection.report import Origin
 from reference import config_of, dequantized_by_bitsandbytes, differing_files, differing_tensors, tensors_of

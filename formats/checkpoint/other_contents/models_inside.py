@@ -6,11 +6,11 @@ import re
 from typing import TYPE_CHECKING
 
 from qz.formats.checkpoint.other_contents.other_forms import folders_inside
-from qz.formats.folder import PIPELINE_INDEX
-from qz.formats.weight_names import is_weights
+from qz.formats.files.folder import PIPELINE_INDEX
+from qz.formats.tensors.weight_names import is_weights
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 _TRANSFORMER = re.compile(r"sentence_\w+_config\.json|tokenizer_config\.json|vocab\.\w+")
 """Beside the model that sentence-transformers puts other modules after."""

@@ -14,7 +14,7 @@ from qz.formats.malformed import quoted
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 MOST_LOOKED_INTO = 30
 """Folders of one without a config.json, and the folders in those, together."""

@@ -14,10 +14,10 @@ from qz.formats.checkpoint.other_contents.models_inside import models_inside
 from qz.formats.checkpoint.other_contents.modular import MODULAR_INDEX, commands_for
 from qz.formats.checkpoint.other_contents.original_layouts import original_layout
 from qz.formats.checkpoint.other_contents.other_forms import ADDITIONS, files_inside, other_forms
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
+from qz.formats.files.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.formats.malformed import quoted
-from qz.formats.weight_names import PICKLE
+from qz.formats.tensors.weight_names import PICKLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -6,14 +6,14 @@ import os
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from qz.formats.folder import PIPELINE_INDEX
-from qz.formats.links import followed
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import PIPELINE_INDEX
+from qz.formats.files.links import followed
+from qz.formats.files.local_folder import LocalFolder
+from qz.formats.files.promised import Promise, Promised
 from qz.formats.output.recorded.record import RECORD, read_record
-from qz.formats.promised import Promise, Promised
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 
 def hold_to_record(root: Folder, file: str | None = None) -> None:

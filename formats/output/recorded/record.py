@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem, kind_of
-from qz.formats.folder import Range, read_file
+from qz.formats.files.folder import Range, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
 from qz.formats.output.recorded.about import check_about
@@ -24,7 +24,7 @@ from qz.formats.output.recorded.about import check_about
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 RECORD = "qz.json"
 NO_UTF8 = re.compile("[\ud800-\udfff]")
@@ -206,7 +206,7 @@ def _verify_folder(
 
 
 def _verify(folder: Folder, file: WrittenFile, progress: Callable[[int], None] | None) -> Problem | None:
-    from qz.formats.file_hash import sha256_in  # imported here: it loads OpenSSL, and most readers do not verify
+    from qz.formats.files.file_hash import sha256_in  # imported here: it loads OpenSSL, and most readers do not verify
 
     try:
         found = sha256_in(folder, PurePosixPath(file.name).name, file.bytes, progress)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qz import QzError
-from qz.formats.folder import place_of
+from qz.formats.files.folder import place_of
 from qz.formats.json_files import read_json
 from qz.formats.malformed import Malformed
 from qz.formats.output.recorded.record import WrittenFile, as_written
 
 if TYPE_CHECKING:
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 STATEMENT = "qz.statement.json"
 SIGNATURE = "model.sig"

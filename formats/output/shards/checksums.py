@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qz import IOFailed
-from qz.formats.folder import PIECE
+from qz.formats.files.folder import PIECE
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qz import MalformedInput
-from qz.formats.safetensors import Header, TensorInfo, read_header
+from qz.formats.tensors.safetensors import Header, TensorInfo, read_header
 
 if TYPE_CHECKING:
     from pathlib import Path

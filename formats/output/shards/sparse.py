@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qz.formats.folder import PIECE
+from qz.formats.files.folder import PIECE
 from qz.formats.output.shards.shard_layout import TEMPORARY
-from qz.formats.safetensors import read_header
+from qz.formats.tensors.safetensors import read_header
 
 if TYPE_CHECKING:
     from qz.formats.output.storage.directory import Directory

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from qz import IOFailed, OutputRefused
-from qz.formats.links import followed
+from qz.formats.files.links import followed
 
 PARTIAL, ASIDE, JOURNAL = ".partial", ".partial.old", ".partial.journal"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import UNSAFE_TEXT
 from qz.formats.output.recorded.about import LIBRARIES, REPO_ID
 from qz.formats.output.recorded.record import read_record

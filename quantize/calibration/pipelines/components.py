@@ -14,7 +14,7 @@ import torch
 from qz import Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline, read_index
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
+from qz.formats.files.folder import PIPELINE_INDEX, Folder, read_file
 from qz.quantize.calibration.pipelines import memory
 from qz.quantize.calibration.running.text import MAX_TOKENIZER_BYTES
 from qz.quantize.calibration.running.weights import Weights

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from qz import MissingInput, Unsupported, UsageError
-from qz.formats.folder import Folder, read_file
-from qz.formats.regular_file import NotRegular, TooLarge, read_regular
+from qz.formats.files.folder import Folder, read_file
+from qz.formats.files.regular_file import NotRegular, TooLarge, read_regular
 from qz.quantize.libraries.importing.boundary import describe
 from qz.quantize.libraries.importing.isolation import isolated
 

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from qz import IOFailed, MalformedInput, OutputRefused, QzError, TryAgain
 from qz.counted import counted
-from qz.formats.file_hash import sha256_of
+from qz.formats.files.file_hash import sha256_of
+from qz.formats.files.regular_file import read_regular
 from qz.formats.malformed import quoted
 from qz.formats.output.resuming.seal import is_sealed, seal, user_key
 from qz.formats.output.storage.disk import Disk
 from qz.formats.output.storage.whole_file import remove_remains, write_whole
-from qz.formats.regular_file import read_regular
 from qz.quantize.calibration.running.nested import is_library_output, is_of_a_library
 
 JOURNAL, LOCK = "journal.json", "lock"

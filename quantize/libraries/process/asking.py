@@ -22,10 +22,10 @@ from typing import Any
 import qz
 from qz import QzError, TryAgain, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.decoded import StoredTensor
-from qz.formats.folder import read_file
+from qz.formats.files.folder import read_file
 from qz.formats.json_files import MAX_CONFIG_BYTES
 from qz.formats.malformed import Malformed
+from qz.formats.tensors.decoded import StoredTensor
 from qz.quantize.libraries.answer_cache import GENERATION_CONFIG, decoded
 from qz.quantize.libraries.architecture import Architecture, LoadRequest, TensorSpec
 from qz.quantize.libraries.importing import lean_imports

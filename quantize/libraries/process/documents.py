@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qz import MissingInput
-from qz.formats.folder import Range
-from qz.formats.promised import Promised
+from qz.formats.files.folder import Range
+from qz.formats.files.promised import Promised
 
 
 class Documents:

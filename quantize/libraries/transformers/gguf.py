@@ -20,9 +20,9 @@ import transformers
 from qz import Unsupported
 from qz.formats.checkpoint.gguf import in_blocks
 from qz.formats.checkpoint.survey import GGUF, Checkpoint
-from qz.formats.decoded import CODES, Decoded, StoredTensor
-from qz.formats.gguf_header import read_gguf_header
 from qz.formats.malformed import quoted
+from qz.formats.tensors.decoded import CODES, Decoded, StoredTensor
+from qz.formats.tensors.gguf_header import read_gguf_header
 from qz.quantize.libraries.gguf_names import untouched
 from qz.quantize.libraries.importing.untrusted_config import require_plausible
 from qz.quantize.libraries.transformers.expert_rows import stored_rows

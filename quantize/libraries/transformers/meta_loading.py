@@ -14,7 +14,7 @@ import torch
 
 from qz import IOFailed
 from qz.formats.checkpoint.survey import Checkpoint
-from qz.formats.folder import read_file
+from qz.formats.files.folder import read_file
 from qz.formats.hub.bars import bars_as_found
 from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.open_files import remedy

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import UsageError
 from qz.counted import counted
-from qz.formats.safetensors import BITS
+from qz.formats.tensors.safetensors import BITS
 from qz.quantize.libraries.architecture import SAFETENSORS_NAMES, Architecture, Weight
 from qz.quantize.methods import Int8
 from qz.quantize.planning.budget.sensitivity import Candidate, Scores, ranked, without_data

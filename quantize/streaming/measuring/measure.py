@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
-from qz.formats.folder import PIPELINE_INDEX, Folder, read_file
+from qz.formats.files.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels

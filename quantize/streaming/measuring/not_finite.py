@@ -15,7 +15,7 @@ from qz.quantize.streaming.readers import PIECE, reader
 
 if TYPE_CHECKING:
     from qz.formats.checkpoint.adapter_file import AdapterFile
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
     from qz.quantize.planning.plan import Step
 
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 from qz import QzError, Unsupported, UsageError
 from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.pipeline import Component, Pipeline
-from qz.formats.folder import PIPELINE_INDEX, Folder
+from qz.formats.files.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
 from qz.formats.output.damaged import require_undamaged
 from qz.quantize.adapters.placement import Placement, placements
-from qz.quantize.convert import plan_quantization
 from qz.quantize.importance.score_file import refuse_unscored, score_file
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
-from qz.quantize.pipeline_loss import fit_to_loss
-from qz.quantize.pipeline_size import fit_to_size, kept_footprint
+from qz.quantize.models.plan import plan_quantization
+from qz.quantize.pipelines.loss import fit_to_loss
+from qz.quantize.pipelines.size import fit_to_size, kept_footprint
 from qz.quantize.planning.budget.component_sizes import Combination
 from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, curve_of
 from qz.quantize.planning.components import Choice, choose, plan_each, without_weights

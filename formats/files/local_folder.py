@@ -15,15 +15,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qz import IOFailed, MissingInput, PermissionRefused, QzError
-from qz.formats.links import cache_blobs, is_downloaded, is_shared_component, is_shared_file
+from qz.formats.files.links import cache_blobs, is_downloaded, is_shared_component, is_shared_file
 from qz.formats.malformed import Malformed, quoted
 from qz.open_files import remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from qz.formats.folder import Range
-    from qz.formats.promised import Promised
+    from qz.formats.files.folder import Range
+    from qz.formats.files.promised import Promised
 
 MAX_OPEN = 16
 """Files of one folder that stay open while none of them is read."""
@@ -35,7 +35,7 @@ class LocalFolder:
     Only regular files whose real path lies inside the folder count, so a link cannot name a file elsewhere; in a
     snapshot of the Hub's cache, links into that cache's blobs count too. ``shared_links``: the user named this folder,
     so links that its owner made to share weights, configs or components count, unless it was downloaded (see
-    ``qz.formats.links``). Raises MissingInput, MalformedInput (not a folder) or PermissionRefused.
+    ``qz.formats.files.links``). Raises MissingInput, MalformedInput (not a folder) or PermissionRefused.
     """
 
     allow_pickle = False

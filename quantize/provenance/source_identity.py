@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qz.formats.folder import Folder
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import Folder
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.companions import WEIGHT_FILE, Companion, is_checkpoint_file
 
 

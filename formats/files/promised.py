@@ -125,7 +125,9 @@ class Promised:
         return False
 
     def _hash(self, file: str, read: Read) -> str:
-        from qz.formats.file_hash import sha256_by  # imported here: it loads OpenSSL, and most folders have no record
+        from qz.formats.files.file_hash import (
+            sha256_by,  # imported here: it loads OpenSSL, and most folders have no record
+        )
 
         return sha256_by(partial(read, file), self._files[file].bytes)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qz.formats.encodings import Encoding
+    from qz.formats.tensors.encodings import Encoding
 
 
 class StoredTensor(NamedTuple):

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import IOFailed, MissingInput, PermissionRefused
-from qz.formats.folder import PIECE
-from qz.formats.regular_file import NotRegular, open_regular
+from qz.formats.files.folder import PIECE
+from qz.formats.files.regular_file import NotRegular, open_regular
 from qz.open_files import remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qz.formats.folder import Folder
+    from qz.formats.files.folder import Folder
 
 
 def sha256_in(folder: Folder, file: str, size: int, progress: Callable[[int], None] | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
-from qz.formats.weight_names import STEMS
+from qz.formats.tensors.weight_names import STEMS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from qz import UsageError
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.quantize.importance.score_file import unscored
-from qz.quantize.pipeline_size import unquantized
+from qz.quantize.pipelines.size import unquantized
 from qz.quantize.planning.budget.kept_layers import KeptLayers, readable
 from qz.quantize.planning.budget.shared_loss import Curve, loss_at, walk
 from qz.quantize.planning.components import Choice, plan_each

@@ -1,84 +1,26 @@
-"""What a run was asked to make, in a form that an output can keep: is what is there already what is asked for now?"""
+"""Whether the output that is there already is what is asked for now."""
 
 from __future__ import annotations
 
-import os
 import stat
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qz import OutputRefused, QzError
-from qz.formats.file_hash import sha256_of
-from qz.formats.folder import Folder, place_of
-from qz.formats.local_folder import LocalFolder
+from qz.formats.files.folder import Folder, place_of
+from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import RECORD, Record, as_text, read_record
 from qz.formats.output.resuming.difference import describe_difference
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
-from qz.formats.source import local_path, open_source
-from qz.quantize.methods import Method
+from qz.quantize.provenance.fingerprints import settings_fingerprint
+from qz.quantize.provenance.source_identity import changed_file
 from qz.quantize.reports.of_record import kind_of, kind_of_bytes, report_of_record
 from qz.quantize.settings import Settings
-from qz.quantize.single_files.configs import config_digest
-from qz.quantize.source_identity import changed_file
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import PushResult
-
-
-def settings_fingerprint(settings: Settings) -> dict[str, Any]:
-    """The settings that decide the bytes, as JSON values. Device, threads and versions do not."""
-    refined: dict[str, Any] = {}  # only where it applies, because outputs of earlier versions do not have it
-    if settings.scales != "absmax":
-        refined = {"scales": settings.scales, "rounding": settings.rounding}
-        if settings.importance is not None:
-            refined["importance"] = {"file": settings.importance.name, "sha256": sha256_of(settings.importance)}
-    named = ("file", "variant")
-    refined |= {name: value for name in named if (value := getattr(settings, name)) is not None}
-    if settings.config is not None:
-        refined["config"] = config_fingerprint(settings.config)
-    if settings.layout != "diffusers":
-        refined["layout"] = settings.layout
-    if settings.loras:
-        refined["loras"] = [lora.as_json() for lora in settings.loras]
-    if settings.chooses_layers:
-        refined |= {
-            "target_size": settings.target_size,
-            "max_loss": settings.max_loss,
-            "split_groups": settings.split_groups,
-        }
-        if settings.scores is not None:
-            refined["scores"] = {"file": settings.scores.name, "sha256": sha256_of(settings.scores)}
-    if settings.experts:
-        refined["experts"] = True
-    return {
-        "method": method_fingerprint(settings.method),
-        "dtype": settings.dtype,
-        "skips": list(settings.skips),
-        "default_skips": settings.default_skips,
-        "max_shard_bytes": settings.max_shard_bytes,
-        "keep_nonfinite": settings.keep_nonfinite,
-        "weights_only": settings.weights_only,
-        "components": list(settings.components) if settings.components is not None else None,
-        "component_methods": {name: method_fingerprint(method) for name, method in settings.component_methods.items()},
-        **refined,
-    }
-
-
-def config_fingerprint(named: str) -> str | dict[str, str]:
-    """A repository's name; of a folder its own name, and the SHA-256 of the config in it, or of all of a pipeline's."""
-    path = local_path(named)
-    if path is None:
-        return named
-    with closing(open_source(named)) as folder:
-        return {"folder": os.path.basename(os.path.realpath(path)), "sha256": config_digest(folder)}
-
-
-def method_fingerprint(method: Method | None) -> dict[str, Any] | None:
-    """The settings of a method that decide the bytes."""
-    return None if method is None else {"name": method.name, **method.config()}
 
 
 def up_to_date(output: Path, folder: Folder, settings: Settings) -> Record | None:

@@ -8,25 +8,26 @@ from dataclasses import replace
 from typing import Any
 
 from qz.formats.checkpoint.pipeline import Component, has_weights
-from qz.formats.folder import PIPELINE_INDEX, Folder
+from qz.formats.files.folder import PIPELINE_INDEX, Folder
 from qz.formats.output import companions
 from qz.formats.output.recorded.record import WrittenFile
 from qz.progress import OnProgress, ignore
 from qz.quantize.compute import backends
-from qz.quantize.convert import about, fingerprint
 from qz.quantize.libraries.diffusers.component_classes import class_notes
-from qz.quantize.pipeline import PipelinePlan
+from qz.quantize.pipelines.plan import PipelinePlan
 from qz.quantize.planning.components import Choice
 from qz.quantize.planning.plan import Plan
 from qz.quantize.planning.unreadable import KEPT
-from qz.quantize.quantizing_device import arithmetic_for
+from qz.quantize.provenance.about import about
+from qz.quantize.provenance.fingerprints import fingerprint
+from qz.quantize.provenance.source_identity import identity
 from qz.quantize.reports.pipeline_summary import ComponentSummary, PipelineSummary
 from qz.quantize.reports.summary import Source, Summary, code_left_out, fused_weights, made_from, summarize
 from qz.quantize.settings import Settings
-from qz.quantize.source_identity import identity
 from qz.quantize.streaming.measuring.loss import Loss, joined
 from qz.quantize.streaming.measuring.not_finite import NotFinite
 from qz.quantize.streaming.output_parts import Part, Target, write_parts
+from qz.quantize.streaming.quantizing_device import arithmetic_for
 
 
 def carry_out_pipeline(
@@ -36,7 +37,7 @@ def carry_out_pipeline(
     settings: Settings,
     progress: OnProgress = ignore,
 ) -> PipelineSummary:
-    """Write the whole pipeline under one commit; see ``qz.quantize.convert.carry_out``."""
+    """Write the whole pipeline under one commit; see ``qz.quantize.models.run.carry_out``."""
     begun = time.monotonic()
     arithmetic = arithmetic_for(plan.plans.values(), settings, measured=bool(plan.measures))
     sources = [each for each in (plan.pipeline.folder, plan.pipeline.file_folder) if each is not None]

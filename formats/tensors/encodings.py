@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from qz.formats.decoded import CODES
+from qz.formats.tensors.decoded import CODES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qz.formats.decoded import Decoded
+    from qz.formats.tensors.decoded import Decoded
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from qz.formats.malformed import Malformed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from qz.formats.promised import Promised
+    from qz.formats.files.promised import Promised
 
 PIPELINE_INDEX = "model_index.json"
 PIECE = 4 << 20

@@ -1,0 +1,1 @@
+"""One model: planned as its library would quantize it, and carried out."""
