@@ -11,16 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+import pipelines
 from commands import contents, run
 from hub_server import connected
-from qz import IOFailed, MalformedInput
+from qz import IOFailed, MalformedInput, api
 from qz.cli.commands.dequantize import dequantize
 from qz.cli.commands.quantize import quantize
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.output import companions
+from qz.formats.output import companions, copying
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
 from qz.formats.output.storage.disk import Disk
@@ -216,12 +226,12 @@ def carried(folder: LocalFolder, name: str) -> companions.Companion:
 def copied_and_stopped(output: Path, those: list[companions.Companion]) -> None:
     """A run that copies and then ends without a commit."""
     with Staging(output, {}, needed=0) as staging:
-        companions.copy(those, Section(staging, "part"))
+        copying.copy(those, Section(staging, "part"))
     assert not output.exists()
 
 
 def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model" / "tokenizer.json"
+    path = tmp_path / "model" / "tokenizer.model"
     path.parent.mkdir()
     path.write_bytes(b"a" * 10_000_000)
     folder = LocalFolder(path.parent)
@@ -233,7 +243,7 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> No
         done.append(nbytes)
 
     with Staging(tmp_path / "out", {}, needed=0) as staging, pytest.raises(MalformedInput, match="changed"):
-        companions.copy([carried(folder, "tokenizer.json")], Section(staging, ""), change)
+        copying.copy([carried(folder, "tokenizer.model")], Section(staging, ""), change)
     assert sum(done) == 10_000_000
     assert not (tmp_path / "out").exists()
 
@@ -241,35 +251,35 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> No
 def test_large_copies_are_kept_for_the_next_run_and_small_ones_are_made_again(tmp_path: Path) -> None:
     source = tmp_path / "model"
     source.mkdir()
-    (source / "tokenizer.json").write_bytes(bytes(range(256)) * 8_000)
+    (source / "tokenizer.model").write_bytes(bytes(range(256)) * 8_000)
     (source / "vocab.txt").write_bytes(b"small")
     folder = LocalFolder(source)
-    both = [carried(folder, "tokenizer.json"), carried(folder, "vocab.txt")]
+    both = [carried(folder, "tokenizer.model"), carried(folder, "vocab.txt")]
     copied_and_stopped(tmp_path / "out", both)
     renamed: list[str] = []
     watched = Disk(hook=lambda operation, path: renamed.append(path) if operation == "rename" else None)
     copied: list[int] = []
     with Staging(tmp_path / "out", {}, needed=0, disk=watched) as staging:
         assert staging.resumed
-        companions.copy(both, Section(staging, "part"), copied.append)
+        copying.copy(both, Section(staging, "part"), copied.append)
         staging.write_file("config.json", b"{}")
         staging.commit()
     assert copied == [5]
-    assert not any(path.endswith("tokenizer.json") for path in renamed)
-    assert contents(tmp_path / "out").keys() == {"part/tokenizer.json", "part/vocab.txt", "config.json", "qz.json"}
-    assert (tmp_path / "out" / "part" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not any(path.endswith("tokenizer.model") for path in renamed)
+    assert contents(tmp_path / "out").keys() == {"part/tokenizer.model", "part/vocab.txt", "config.json", "qz.json"}
+    assert (tmp_path / "out" / "part" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
 
 
 def test_a_copy_that_was_damaged_between_two_runs_is_found(tmp_path: Path) -> None:
     source = tmp_path / "model"
     source.mkdir()
-    (source / "tokenizer.json").write_bytes(bytes(range(256)) * 8_000)
+    (source / "tokenizer.model").write_bytes(bytes(range(256)) * 8_000)
     folder = LocalFolder(source)
-    copied_and_stopped(tmp_path / "out", [carried(folder, "tokenizer.json")])
-    staged = tmp_path / "out.partial" / "part" / "tokenizer.json"
+    copied_and_stopped(tmp_path / "out", [carried(folder, "tokenizer.model")])
+    staged = tmp_path / "out.partial" / "part" / "tokenizer.model"
     staged.write_bytes(b"x" + staged.read_bytes()[1:])
     with Staging(tmp_path / "out", {}, needed=0) as staging:
-        companions.copy([carried(folder, "tokenizer.json")], Section(staging, "part"))
+        copying.copy([carried(folder, "tokenizer.model")], Section(staging, "part"))
         with pytest.raises(IOFailed, match="damaged"):
             staging.commit()
     assert not (tmp_path / "out").exists()
@@ -322,7 +332,55 @@ def test_what_would_be_copied_damaged_is_refused(name: str, repository: Path, tm
     (source / file).write_text(text)
     with pytest.raises(MalformedInput, match=told):
         run(quantize, source, output=tmp_path / "out", dry_run=True)
+    (error,) = api.inspect(source).errors
+    assert (error.where, re.search(told, error.message) is not None) == (file, True)
     run(quantize, source, output=tmp_path / "out", dry_run=True, weights_only=True)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_on_the_hub_is_refused(
+    name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its publisher has put it there: small files before the run, large ones as soon as they have come."""
+    file, text, told = DAMAGED[name]
+    with connected(monkeypatch, tmp_path / "home") as hub:
+        hub.add("me/chat", {**contents(repository), file: text.encode()})
+        small = len(text) < 100_000
+        if small:
+            with pytest.raises(MalformedInput, match=told):
+                run(quantize, "me/chat", output=tmp_path / "out", dry_run=True)
+        else:
+            run(quantize, "me/chat", output=tmp_path / "out", dry_run=True)
+        assert [error.where for error in api.inspect("me/chat").errors] == [file] * small
+        with pytest.raises(MalformedInput, match=told):
+            run(quantize, "me/chat", output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_damage_inside_of_modules_and_components_is_found(tmp_path: Path) -> None:
+    """A module's weights, a scheduler, a tokenizer: by the commands that would copy them, and by inspect."""
+    torch.manual_seed(0)
+    model = tmp_path / "sentences"
+    BertModel(BertConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        model
+    )
+    (model / "modules.json").write_text(json.dumps([{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]))
+    (model / "2_Dense").mkdir()
+    (model / "2_Dense" / "config.json").write_text("{}")
+    whole = save({"linear.weight": torch.zeros(8, 64)})
+    (model / "2_Dense" / "model.safetensors").write_bytes(whole[:-1])
+    pipeline = pipelines.flux(tmp_path / "pipeline")
+    (pipeline / "scheduler" / "scheduler_config.json").write_text('{"shift": ')
+    for source, file, told in (
+        (model, "2_Dense/model.safetensors", r"cut off, or no safetensors file\. Download it again"),
+        (pipeline, "scheduler/scheduler_config.json", "not valid JSON"),
+    ):
+        with pytest.raises(MalformedInput, match=f"{file} is {told}"):
+            run(quantize, source, output=tmp_path / "out", dry_run=True)
+        assert [error.where for error in api.inspect(source).errors] == [file]
+    (model / "2_Dense" / "model.safetensors").write_bytes(whole)
+    run(quantize, model, output=tmp_path / "out")
+    assert contents(tmp_path / "out")["2_Dense/model.safetensors"] == whole
 
 
 def test_what_no_loader_reads_may_be_anything(repository: Path, tmp_path: Path) -> None:

@@ -238,11 +238,13 @@ def test_one_of_several_nets_that_lacks_its_weights_does(name: str, with_two_net
 
 # --- models -----------------------------------------------------------------------------------------------------------
 def test_modules_voices_tokenizers_and_adapters_go_along(model: Path, tmp_path: Path) -> None:
+    header = '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    weights = f"{chr(len(header))}{chr(0) * 7}{header}x"
     files = {
         "modules.json": '[{"path": ""}, {"path": "2_Dense"}, {"path": "extra"}]',
         "2_Dense/config.json": "{}",
         "2_Dense/pytorch_model.bin": "copied unread",
-        "extra/model.safetensors": "weights of a module",
+        "extra/model.safetensors": weights,
         "speaker_embeddings_path.json": '{"voice": {"prompt": "voices/a.npy"}}',
         "voices/a.npy": "numbers",
         "alphabet.json": "{}",
@@ -251,8 +253,8 @@ def test_modules_voices_tokenizers_and_adapters_go_along(model: Path, tmp_path: 
         "decoder_tokenizer/tokenizer_config.json": "{}",
         "decoder_tokenizer/vocab.json": "{}",
         "speech_lora/adapter_config.json": "{}",
-        "speech_lora/adapter_model.safetensors": "LoRA",
-        "adapter.fra.safetensors": "of a language",
+        "speech_lora/adapter_model.safetensors": weights,
+        "adapter.fra.safetensors": weights,
         "guider_config.json": "{}",
         "spk_dict.pt": "voices, copied unread",
         "Roboto-Regular.ttf": "a font",

@@ -163,7 +163,7 @@ class HubFolder:
             local.read_into(file, offset, view)
         elif self._ahead is not None and file in self._ahead:
             self._ahead.read_into(file, offset, view)
-        elif remote.sha256 is None or remote.size <= WHOLE:
+        elif self._is_small(remote):
             view[:] = memoryview(self._whole(remote))[offset : offset + len(view)]
         elif len(view) == remote.size:
             self._routes.fetch(remote, 0, view)
@@ -174,7 +174,10 @@ class HubFolder:
     def announce(self, ranges: Sequence[Range]) -> None:
         wanted: dict[str, list[tuple[int, int]]] = {}
         for range_ in ranges:
-            local = self._cache.find(self._file(range_.file))
+            remote = self._file(range_.file)
+            local = self._cache.find(remote)
+            if local is None and self._is_small(remote) and remote.path in self._kept:
+                continue
             if local is None:
                 wanted.setdefault(range_.file, []).append((range_.start, range_.stop))
             else:
@@ -274,6 +277,11 @@ class HubFolder:
             raise MissingInput(f"{self.location}/{name} does not exist{offline}.") from None
 
     # What comes by ranges
+
+    @staticmethod
+    def _is_small(remote: RemoteFile) -> bool:
+        """Whether it is fetched whole, and kept, where a part of it is read."""
+        return remote.sha256 is None or remote.size <= WHOLE
 
     def _read_part(self, remote: RemoteFile, offset: int, view: memoryview) -> None:
         done = 0

@@ -9,23 +9,18 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qz.formats.files.folder import Folder, Range, read_file
+from qz.formats.files.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
 from qz.formats.malformed import Malformed, quoted
 from qz.formats.output.recorded.record import require_safe_name
 from qz.formats.tensors.weight_names import PICKLED, STEMS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from qz.formats.checkpoint.survey import Checkpoint
-    from qz.formats.output.section import Section
-
-LARGEST_INDEX = 50_000_000
-"""Bytes of an index or config, which are held in memory until the end of the run."""
 
 TERMS = re.compile(
     r"(?:[A-Z0-9_.-]*[_-])?(?:LICEN[CS]E|NOTICES?|COPYING|(?:ACCEPTABLE_)?USE_POLICY|TERMS)(?:[_-][A-Z0-9_-]*)?"
@@ -106,7 +101,7 @@ CHECKPOINT_FILE = re.compile(
             SENTENCES,
             CONFIGS,
             PROMPTS,
-            re.compile("model_index.json"),
+            re.compile(re.escape(PIPELINE_INDEX)),
         )
     )
 )
@@ -151,6 +146,12 @@ def companions(folder: Folder) -> tuple[Companion, ...]:
         if name in named or ("config.json" not in sizes and any(each in sizes for each in OWN_SETTINGS)):
             found += _everything(inner, f"{name}/")
     return tuple(replace(each, code=_code_named(each)) for each in found)
+
+
+def beside(folder: Folder) -> tuple[Companion, ...]:
+    """Files in ``folder`` itself that loaders look for, but for weights."""
+    names = [name for name in folder.sizes() if CHECKPOINT_FILE.fullmatch(name) and not WEIGHT_FILE.fullmatch(name)]
+    return tuple(Companion(folder, name, name, folder.sizes()[name]) for name in names if name != PIPELINE_INDEX)
 
 
 def _named_folders(found: Sequence[Companion], inside: Sequence[str]) -> set[str]:
@@ -299,23 +300,6 @@ def _stored_bytes(checkpoint: Checkpoint) -> int:
 def plain_name(file: str, variant: str | None) -> str:
     """``model.fp16-00001-of-00002.safetensors`` → ``model-00001-of-00002.safetensors``."""
     return re.sub(rf"\.{re.escape(variant)}(?=[.-])", "", file, count=1) if variant else file
-
-
-def copy(carried: Sequence[Companion], section: Section, progress: Callable[[int], None] | None = None) -> None:
-    """Stream the files into the output, and check that their folders did not change meanwhile."""
-    folders = {id(each.folder): each.folder for each in carried}
-    for key, folder in folders.items():
-        files = [each for each in carried if id(each.folder) == key and each.name not in section.finished]
-        folder.announce([Range(each.file, 0, each.bytes) for each in files if each.bytes])
-        for each in files:
-            if each.bytes > LARGEST_INDEX and each.name.endswith(("config.json", ".index.json")):
-                raise Malformed("json-malformed", f"{folder.location}/{each.file} is too large for such a file.")
-            section.copy_file(each.name, each.bytes, _reader(each), progress, partial(folder.is_verified, each.file))
-        folder.check()
-
-
-def _reader(carried: Companion) -> Callable[[int, memoryview], None]:
-    return lambda offset, buffer: carried.folder.read_into(carried.file, offset, buffer)
 
 
 def _matching(folder: Folder, patterns: Iterable[re.Pattern[str]], prefix: str = "") -> list[Companion]:

@@ -29,6 +29,7 @@ from qz.formats.files.folder import PIPELINE_INDEX, Folder
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import read_record
 from qz.quantize.consumers.verdict import Verdict
+from qz.quantize.inspection.companions import companion_problems
 from qz.quantize.inspection.consumers import verdicts_on_pipeline
 from qz.quantize.inspection.estimate import METHODS, Estimate
 from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
@@ -211,6 +212,9 @@ def inspect_pipeline(
             missing.append(_gone(name, error))
             continue
         looks[name] = _look(inner[-1], variant, entries[name], name, copied)
+        if looks[name] is None:
+            damage = companion_problems(inner[-1], model=False)
+            missing += [each._replace(where=f"{name}/{each.where}") for each in damage]
     components: list[ComponentInspection] = []
     with _examining(looks) if plan else nullcontext():
         for name, look in looks.items():

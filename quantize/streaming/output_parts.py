@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import Malformed
-from qz.formats.output.companions import Companion, copy
+from qz.formats.output.companions import Companion
+from qz.formats.output.copying import copy
 from qz.formats.output.recorded.record import WrittenFile
 from qz.formats.output.refusals import refuse_overlap
 from qz.formats.output.section import Section
