@@ -22,6 +22,7 @@ from forked import Runner, Server
 from pace import HANG
 from preloaded import Preloaded
 from qz.quantize.libraries.importing import gpu_driver, work_bounds
+from rewritten import compile_once
 
 if TYPE_CHECKING:
     from zoo import Saved
@@ -38,7 +39,8 @@ Qz = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The process that starts xdist's workers makes what they share: the libraries, a cache, a server that forks."""
+    """The process that starts xdist's workers makes what they share: the libraries, a cache, a server that forks, and
+    compiled code."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         cache = tempfile.TemporaryDirectory(prefix="qz-cache-")
         config.add_cleanup(cache.cleanup)
@@ -46,13 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
         if sys.platform == "linux" and not gpu_driver.may_have_a_gpu():  # which a fork could not use
             preloaded = Preloaded()
             config.add_cleanup(preloaded.end)
-            python = preloaded.python
-            os.environ["QZ_TEST_PYTHON"] = shlex.join(python)
+            python = preloaded.python_with_qz
+            os.environ["QZ_TEST_PYTHON"] = shlex.join(preloaded.python)
             os.environ["QZ_TEST_PYTHON_WITH_TORCH"] = shlex.join(preloaded.python_with_torch)
             config.option.tx = [f"popen//python={shlex.join(python)}"] * len(config.option.tx)
         server = Server(python, QZ_CACHE=cache.name)
         config.add_cleanup(server.end)
         os.environ |= {"QZ_TEST_CACHE": cache.name, "QZ_TEST_FORKS": server.address}
+        compile_once(config)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,8 +15,8 @@ import importlib
 import itertools
 import json
 import os
-import pkgutil
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,8 +31,8 @@ from functools import partialmethod
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
-import qz
 from pace import HANG
+from preloaded import import_qz
 from qz.formats.output.storage.disk import KEEP_EVERY
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -341,13 +341,11 @@ def warm() -> None:
     from diffusers import FluxPipeline  # noqa: F401 - what a third of the runs would import, a second each
     from transformers import CLIPTextModel, LlamaConfig, LlamaForCausalLM, T5EncoderModel  # noqa: F401 - the same
 
-    from qz.cli.app import COMMANDS
+    from qz.cli.app import COMMANDS, described
     from qz.quantize.compute import kernels, scale_search
 
     tqdm.tqdm.monitor_interval = 0  # its thread
-    for module in pkgutil.walk_packages(qz.__path__, "qz."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+    import_qz()
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     with tempfile.TemporaryDirectory() as folder:
@@ -358,8 +356,9 @@ def warm() -> None:
             command = ["quantize", "source", *method, "-o", "out", "--overwrite", "--threads", "1"]
             assert in_the_server(command, folder) == 0
             assert in_the_server(["dequantize", "out", "-o", "back", "--overwrite", "--threads", "1"], folder) == 0
-        for name in COMMANDS:
-            assert in_the_server([name, "--help"], folder) == 0
+        assert in_the_server(["inspect", "--help"], folder) == 0
+    for name in COMMANDS:
+        described((name,), shutil.get_terminal_size().columns)
 
     # What --importance and --rounding gptq load besides, without the statistics that the commands would want.
     values, packed, scales = np.ones(64, np.uint16), np.empty(32, np.uint8), np.empty(1, np.float32)

@@ -3,7 +3,7 @@
 ``python preloaded.py ADDRESS ARGUMENTS`` is ``python ARGUMENTS`` in such a fork, with its own environment, folder and
 standard streams. The workers of xdist and the server of ``forked`` are such: by itself each would spend its first 15
 seconds on the same imports. At ``ADDRESS.torch`` is one that has imported torch alone, for programs of which it matters
-how they import the libraries.
+how they import the libraries, and at ``ADDRESS.qz`` one that has imported all of qz as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import re
 import runpy
 import select
@@ -40,6 +41,13 @@ PATIENCE = 600
 """Seconds to wait for the imports: a guard against hanging."""
 
 
+def import_qz() -> None:
+    """Every module, but those that are programs."""
+    for module in pkgutil.walk_packages(importlib.import_module("qz").__path__, "qz."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
 class Preloaded:
     """The process that imports and forks. It ends with the one that started it."""
 
@@ -50,6 +58,7 @@ class Preloaded:
         self.python = (sys.executable, __file__, address)
         """The command to which a Python's arguments are added."""
         self.python_with_torch = (sys.executable, __file__, f"{address}.torch")
+        self.python_with_qz = (sys.executable, __file__, f"{address}.qz")
 
     def end(self) -> None:
         self._process.communicate()
@@ -105,6 +114,9 @@ def serve(address: str) -> None:
     else:
         for name in IMPORTED:
             importlib.import_module(name)
+        if os.fork() == 0:
+            address = f"{address}.qz"
+            import_qz()
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)

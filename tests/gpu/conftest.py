@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mine = [item for item in items if HERE in item.path.parents]
+    mine = [item for item in items if item.path.is_relative_to(HERE)]
     if not mine:
         return
     import torch
