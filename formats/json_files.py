@@ -7,7 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from qz.formats.malformed import Malformed, quoted
+from qz.formats.malformed import GIT_LFS_POINTER, Malformed, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES, nonfinite: Non
     duplicate keys, NaN and infinities, integers of more than ``MAX_DIGITS``. ``nonfinite``: to ``tag`` NaN and
     infinities gives what transformers 5 writes for them; it used to ``keep`` them as they are, as diffusers does.
     """
-    if is_pointer(data):
+    if data.startswith(GIT_LFS_POINTER):
         raise Malformed(
             "git-lfs-pointer", f"{where} is a Git-LFS pointer, not the file. Run `git lfs pull`, or download it again."
         )
@@ -65,11 +65,6 @@ def read_json(data: bytes, where: str, *, limit: int = MAX_BYTES, nonfinite: Non
     if containers > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise _malformed(f"{where} is nested more than {MAX_DEPTH} levels deep")
     return value
-
-
-def is_pointer(data: bytes) -> bool:
-    """Whether a file is what Git has in its place where Git LFS did not fetch it."""
-    return data.startswith(b"version https://git-lfs")
 
 
 def _malformed(why: str) -> Malformed:

@@ -10,6 +10,9 @@ from qz import MalformedInput
 # C0, DEL, C1, bidirectional marks, line separators, the byte order mark, and halves of surrogate pairs.
 UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
+GIT_LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git has in the place of one that Git LFS did not fetch."""
+
 
 class Malformed(MalformedInput):
     """A file that breaks the rules; ``kind`` (kebab-case) says which, for those who list problems."""

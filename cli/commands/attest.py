@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qz.cli.options import arguments, reports, selection, signatures
 from qz.cli.output import facts, show
 from qz.cli.progress import Display
+from qz.counted import counted
 
 if TYPE_CHECKING:
     from qz.formats.attestation.attest import Attested
@@ -30,9 +31,10 @@ def attest(
 
 def report(found: Attested) -> list[tuple[str, str]]:
     """The result as labels and values."""
+    stated = f"{counted(found.subjects, 'file')} of the output, {counted(found.materials, 'thing')} that it was made of"
     rows = [
         ("statement", found.statement),
-        ("states", f"{found.subjects:,} files of the output, {found.materials:,} things that it was made of"),
+        ("states", stated),
         ("signature", found.signature or "none: --sign-key signs the folder"),
     ]
     return [*rows, ("left out", ", ".join(found.left_out))] if found.left_out else rows

@@ -90,12 +90,13 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, StoredTensor)}
 
 
-def read_config(data: bytes, where: str) -> dict[str, Any]:
-    """A config.json of either library; Malformed for one that is none."""
-    config = read_json(data, where, limit=MAX_CONFIG_BYTES, nonfinite="tag")
-    if library_of(config) != "diffusers":
+def read_config(folder: Folder) -> dict[str, Any]:
+    """config.json, with NaN and infinities as the library that it is of has them. Raises MissingInput or Malformed."""
+    where, data = f"{folder.location}/config.json", read_file(folder, "config.json", MAX_CONFIG_BYTES)
+    config = read_json(data, where, limit=MAX_CONFIG_BYTES, nonfinite="keep")
+    if library_of(config) == "diffusers" or not (b"NaN" in data or b"Infinity" in data):
         return config
-    return read_json(data, where, limit=MAX_CONFIG_BYTES, nonfinite="keep")
+    return read_json(data, where, limit=MAX_CONFIG_BYTES, nonfinite="tag")
 
 
 def open_checkpoint(folder: Folder, variant: str | None = None) -> Checkpoint:
@@ -208,8 +209,7 @@ class _Survey:
         if "config.json" not in self.sizes and self.is_no_model():
             return None
         try:
-            data = read_file(self.folder, "config.json", MAX_CONFIG_BYTES)
-            config = read_config(data, self.path("config.json"))
+            config = read_config(self.folder)
         except QzError as error:
             instead = "" if "config.json" in self.sizes else instead_of_config(self.folder)
             self.problems.add_error(error, "config.json", missing="config-missing", instead=instead)

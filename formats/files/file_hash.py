@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import IOFailed, MissingInput, PermissionRefused
-from qz.formats.files.folder import PIECE
+from qz.formats.files.folder import in_pieces
 from qz.formats.files.regular_file import NotRegular, open_regular
 from qz.open_files import remedy
 
@@ -28,13 +28,9 @@ def sha256_in(folder: Folder, file: str, size: int, progress: Callable[[int], No
 
 def sha256_by(read: Callable[[int, memoryview], None], size: int, progress: Callable[[int], None] | None = None) -> str:
     """Of ``size`` bytes that ``read`` fills buffers with, from an offset on. Raises what that raises."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, size)))
-    for start in range(0, size, PIECE):
-        piece = buffer[: min(PIECE, size - start)]
-        read(start, piece)
+    digest = hashlib.sha256()
+    for piece in in_pieces(read, size, progress):
         digest.update(piece)
-        if progress is not None:
-            progress(len(piece))
     return digest.hexdigest()
 
 

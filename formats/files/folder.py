@@ -8,7 +8,7 @@ from qz import MissingInput
 from qz.formats.malformed import Malformed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from qz.formats.files.promised import Promised
 
@@ -105,6 +105,22 @@ def read_at(folder: Folder, file: str) -> Callable[[int, int], bytearray]:
         return buffer
 
     return read
+
+
+def in_pieces(
+    read: Callable[[int, memoryview], None], size: int, progress: Callable[[int], None] | None = None
+) -> Iterator[memoryview]:
+    """``size`` bytes, each piece in the buffer that the next one overwrites; ``read`` fills it from an offset on.
+
+    ``progress`` is given the bytes of a piece when the next one is asked for. Raises what ``read`` raises.
+    """
+    buffer = memoryview(bytearray(min(PIECE, size)))
+    for start in range(0, size, PIECE):
+        piece = buffer[: min(PIECE, size - start)]
+        read(start, piece)
+        yield piece
+        if progress is not None:
+            progress(len(piece))
 
 
 def place_of(folder: Folder, name: str) -> tuple[Folder, str]:

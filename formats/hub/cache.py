@@ -71,9 +71,7 @@ class CachedFiles:
                 self._found[file.name] = None
                 path = try_to_load_from_cache(self._repo_id, file.path, revision=self._commit)
                 if isinstance(path, str):
-                    folder = next(iter(self.folders()), None) or self._snapshot(Path(path), file)
-                    if file.depth:
-                        folder.include(*file.place)
+                    folder = self._counting(file, next(iter(self.folders()), None) or self._snapshot(Path(path), file))
                     if folder.sizes().get(file.name) == file.size:
                         self._found[file.name] = folder
             return self._found[file.name]
@@ -90,17 +88,22 @@ class CachedFiles:
             folder = self.find(file)
             if folder is None:
                 path = self._download(file)
-                folder = self._snapshot(path, file)
-                if file.depth:
-                    folder.include(*file.place)
+                folder = self._counting(file, self._snapshot(path, file))
                 with self._lock:
                     self._found[file.name] = folder
             return folder
 
     def _snapshot(self, path: Path, file: RemoteFile) -> LocalFolder:
-        """The folder of the cache that counts ``file``, which is at ``path``."""
+        """The folder of the cache, listed anew, for which ``file`` at ``path`` counts."""
         folder = LocalFolder(path.parents[file.depth])
         folder.promised = self._promised
+        return folder
+
+    @staticmethod
+    def _counting(file: RemoteFile, folder: LocalFolder) -> LocalFolder:
+        """``folder`` with ``file`` among its files, also where that lies in a folder inside."""
+        if file.depth:
+            folder.include(*file.place)
         return folder
 
     def _download(self, file: RemoteFile) -> Path:

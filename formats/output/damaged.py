@@ -12,8 +12,7 @@ from qz.counted import shown
 from qz.formats.checkpoint.concurrent_reads import several_at_once
 from qz.formats.files.folder import read_at
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.json_files import is_pointer
-from qz.formats.malformed import Malformed
+from qz.formats.malformed import GIT_LFS_POINTER, Malformed
 from qz.formats.output.companions import CHECKPOINT_FILE, WEIGHT_FILE
 from qz.formats.tensors.safetensors import read_header
 
@@ -59,7 +58,7 @@ def require_readable(companion: Companion, offset: int, piece: memoryview) -> No
     """Raise Malformed if this piece of a companion shows that no loader can read the file."""
     first, last = offset == 0, offset + len(piece) == companion.bytes
     kind = None
-    if first and last and companion.bytes in _POINTER and is_pointer(bytes(piece)):
+    if first and last and companion.bytes in _POINTER and bytes(piece).startswith(GIT_LFS_POINTER):
         kind = "git-lfs-pointer"
     elif _is_json(companion):
         if first and last and companion.bytes <= _WHOLE:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qz import IOFailed, OutputRefused, QzError
-from qz.formats.files.folder import PIECE
+from qz.formats.files.folder import in_pieces
 from qz.formats.output.exchange import Exchange, recover, refuse_foreign_partial
 from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record, require_safe_name
 from qz.formats.output.refusals import refuse_output
@@ -53,7 +53,7 @@ from qz.formats.output.storage.disk import Disk
 from qz.formats.output.storage.signals import defer_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from qz.formats.output.resuming.earlier_run import Resumable
     from qz.formats.output.shards.pieces import Begun
@@ -289,18 +289,8 @@ class Staging:
                 progress(size)
             return self.write_file(name, bytes(data))
         self._require_new(name)
-
-        def pieces() -> Iterator[memoryview]:
-            buffer = memoryview(bytearray(min(PIECE, size)))
-            for start in range(0, size, PIECE):
-                piece = buffer[: min(PIECE, size - start)]
-                read(start, piece)
-                yield piece
-                if progress is not None:
-                    progress(len(piece))
-
         self._unfinished.add(name)
-        written = self._store(name, pieces(), reserve=size)
+        written = self._store(name, in_pieces(read, size, progress), reserve=size)
         self._unfinished.discard(name)
         if size >= RESUMABLE:
             self._keep(written, is_verified)

@@ -13,7 +13,8 @@ from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from qz.formats.malformed import UNSAFE_TEXT, Malformed, quoted
+from qz.counted import plural
+from qz.formats.malformed import GIT_LFS_POINTER, UNSAFE_TEXT, Malformed, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,7 +85,8 @@ def read_header(read: Callable[[int, int], bytes | bytearray], size: int, where:
     if size == 0:
         raise Malformed("empty-file", f"{where} is empty. Download it again.")
     if size < 8:
-        raise Malformed("not-safetensors", f"{where} has only {size} bytes: not a safetensors file. Download it again.")
+        held = f"only {size} {plural('byte', size)}"
+        raise Malformed("not-safetensors", f"{where} has {held}: not a safetensors file. Download it again.")
     first = read(0, min(size, FIRST_READ))
     length = int.from_bytes(first[:8], "little")
     if length > size - 8 or length > MAX_HEADER or length < 2 or first[8:9] != b"{":
@@ -109,7 +111,7 @@ def _not_a_header(first: bytes | bytearray, length: int, size: int, where: str) 
 
 
 _OTHER_FILES = (
-    ((b"version https://git-lfs",), "git-lfs-pointer", "a Git-LFS pointer, not the weights. Run `git lfs pull` there."),
+    ((GIT_LFS_POINTER,), "git-lfs-pointer", "a Git-LFS pointer, not the weights. Run `git lfs pull` there."),
     (
         (b"pk\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04"),
         "pickle",
@@ -315,10 +317,12 @@ class _Parser:
                 self.fail(f"tensor {quoted(info.name)} {what} (data bytes {info.start} to {info.stop})")
             position = info.stop
         if position > length:
-            why = f"{position - length} bytes of its tensors are missing"
+            less = position - length
+            why = f"{less} {plural('byte', less)} of its tensors {'is' if less == 1 else 'are'} missing"
             raise Malformed("truncated", f"{self.where} is truncated: {why}. Download it again.")
         if position < length:
-            self.fail(f"{length - position} bytes follow the last tensor")
+            more = length - position
+            self.fail(f"{more} {plural('byte', more)} {'follows' if more == 1 else 'follow'} the last tensor")
 
 
 def _shape_and_size(dtype: str, extents: str) -> tuple[tuple[int, ...], int] | None:

@@ -8,8 +8,7 @@ from qz import QzError, Unsupported
 from qz.formats.checkpoint.pipeline import Component, Pipeline, as_component
 from qz.formats.checkpoint.survey import Checkpoint, read_config
 from qz.formats.checkpoint.weights import architecture_of, library_of
-from qz.formats.files.folder import Folder, read_file
-from qz.formats.json_files import MAX_BYTES
+from qz.formats.files.folder import Folder
 from qz.formats.output.recorded.record import read_record
 from qz.formats.tensors.weight_names import PICKLE
 
@@ -66,8 +65,7 @@ def _needs_none(component: Component) -> str | None:
     from qz.quantize.libraries.architecture import LoadRequest
     from qz.quantize.libraries.examine import examine
 
-    where = f"{component.folder.location}/config.json"
-    config = read_config(read_file(component.folder, "config.json", MAX_BYTES), where)
+    config = read_config(component.folder)
     library = library_of(config)
     if library is None:
         return None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from qz import HubUnreachable, MissingInput, PermissionRefused, Unsupported, UsageError
 from qz.formats.checkpoint.other_contents.original_layouts import original_layout
+from qz.formats.checkpoint.survey import read_config
 from qz.formats.files.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file
-from qz.formats.json_files import MAX_BYTES, read_json
+from qz.formats.json_files import MAX_BYTES
 from qz.formats.output.companions import settings
 from qz.quantize.libraries.importing import lean_imports
 from qz.quantize.libraries.importing.boundary import describe
@@ -94,8 +95,3 @@ def _denoiser(folder: Folder) -> Folder:
             "model, or of its pipeline, with --config."
         )
     return folder.subfolder(inside)
-
-
-def read_config(folder: Folder) -> dict[str, Any]:
-    """The config.json in a folder."""
-    return read_json(read_file(folder, "config.json", MAX_BYTES), f"{folder.location}/config.json")

@@ -23,7 +23,7 @@ from qz.formats.checkpoint.pipeline import (
     read_index,
 )
 from qz.formats.checkpoint.problems import WARNINGS
-from qz.formats.checkpoint.survey import Checkpoint
+from qz.formats.checkpoint.survey import Checkpoint, read_config
 from qz.formats.checkpoint.weights import library_of
 from qz.formats.files.folder import PIPELINE_INDEX, Folder
 from qz.formats.files.local_folder import LocalFolder
@@ -34,7 +34,6 @@ from qz.quantize.libraries.importing.boundary import CONVERTER_ERRORS, describe
 from qz.quantize.libraries.importing.isolation import isolated
 from qz.quantize.libraries.importing.optional_packages import OF_TRANSFORMERS
 from qz.quantize.libraries.importing.untrusted_config import parts_bounded, require_plausible, without_code
-from qz.quantize.single_files.configs import read_config
 from qz.quantize.single_files.tensors import prefix_of, require_one_prefix
 
 if TYPE_CHECKING:

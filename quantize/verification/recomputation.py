@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MalformedInput, MissingInput, Unsupported
 from qz.formats.checkpoint.problems import require_none
 from qz.formats.checkpoint.survey import open_checkpoint, survey_file
-from qz.formats.files.folder import PIECE, Folder, Range, place_of
+from qz.formats.files.folder import Folder, Range, in_pieces, place_of
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.files.promised import Promised
 from qz.formats.output.recorded.record import Record
@@ -327,14 +327,8 @@ def _is_same(folder: Folder, name: str, size: int, read: Callable[[int, memoryvi
     try:
         if inner.sizes().get(base) != size:
             return False
-        one, other = memoryview(bytearray(min(PIECE, size))), memoryview(bytearray(min(PIECE, size)))
-        for start in range(0, size, PIECE):
-            length = min(PIECE, size - start)
-            read(start, one[:length])
-            inner.read_into(base, start, other[:length])
-            if one[:length] != other[:length]:
-                return False
-        return True
+        there = partial(inner.read_into, base)
+        return all(one == other for one, other in zip(in_pieces(read, size), in_pieces(there, size), strict=True))
     finally:
         if inner is not folder:
             inner.close()

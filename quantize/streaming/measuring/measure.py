@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qz import MalformedInput, MissingInput, Unsupported
+from qz.formats.checkpoint.pipeline import read_index
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
-from qz.formats.files.folder import PIPELINE_INDEX, Folder, read_file
-from qz.formats.json_files import MAX_CONFIG_BYTES, read_json
+from qz.formats.files.folder import PIPELINE_INDEX, Folder
 from qz.formats.malformed import quoted
 from qz.quantize.compute import kernels
 from qz.quantize.compute.arrays import NUMPY, Bytes, Memory
@@ -209,11 +209,8 @@ def original_checkpoint(folder: Folder, quantized: Checkpoint, subfolder: str | 
     """
     if "config.json" in folder.sizes() or PIPELINE_INDEX not in folder.sizes():
         return open_checkpoint(folder)
-    data = read_file(folder, PIPELINE_INDEX, MAX_CONFIG_BYTES)
-    index = read_json(data, f"{folder.location}/{PIPELINE_INDEX}", nonfinite="keep")
-    named = {
-        name for name, entry in index.items() if isinstance(entry, list) and entry[-1:] == [quantized.architecture]
-    }
+    entries = read_index(folder).items()
+    named = {name for name, entry in entries if isinstance(entry, list) and entry[-1:] == [quantized.architecture]}
     wanted = (subfolder or "").strip("/")
     name = wanted if wanted in named else min(named) if len(named) == 1 else None
     if name is None:
