@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,10 +37,11 @@ from qz.quantize.libraries.class_search import module_of
 from qz.quantize.libraries.diffusers.classes import model_class_of
 from qz.quantize.libraries.diffusers.internals import float32_modules, rename_old_keys
 from qz.quantize.libraries.diffusers.selection import matches, select
+from qz.quantize.methods import Method
 
 
 def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: LoadRequest) -> Architecture:
-    """See ``qz.quantize.libraries.architecture.examine``."""
+    """See ``qz.quantize.libraries.examine.examine``."""
     import diffusers
 
     model_class = model_class_of(checkpoint)
@@ -75,17 +76,11 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
         name: Weight(name, (sources[name],), dtype_of(name), tuple(tensor.shape)) for name, tensor in state.items()
     }
     quantized = {path: replace(weights[f"{path}.weight"], quantized=True) for path in selection.linears}
-    saved = []
-    for name, (owner, part, variable, tensor) in expand(state, quantized, request.method).items():
-        weight = quantized[owner.removesuffix(".weight")] if part else weights[owner]
-        dtype = str(tensor.dtype).removeprefix("torch.") if part else weight.dtype
-        nbytes = tensor.numel() * getattr(torch, dtype).itemsize
-        saved.append(Saved(name, SAFETENSORS_NAMES[dtype], tuple(tensor.shape), weight, nbytes, part, variable))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Architecture(
         class_name=class_name,
         class_module=module_of(type(model), diffusers),
-        saved=tuple(saved),
+        saved=tuple(_saved(state, weights, quantized, request.method)),
         kept_linears=selection.kept,
         dropped=tuple(sorted(source for name, source in sources.items() if name not in state)),
         parameters=parameters,
@@ -101,6 +96,20 @@ def examine(checkpoint: Checkpoint, tensors: Mapping[str, TensorSpec], request: 
             lambda skip, path: matches([skip], path),
         ),
     )
+
+
+def _saved(
+    state: Mapping[str, torch.Tensor],
+    weights: Mapping[str, Weight],
+    quantized: Mapping[str, Weight],
+    method: Method | None,
+) -> Iterator[Saved]:
+    """Each tensor that ``save_pretrained`` writes. ``weights``: by the names in ``state``; ``quantized``: by module."""
+    for name, (owner, part, variable, tensor) in expand(state, quantized, method).items():
+        weight = quantized[owner.removesuffix(".weight")] if part else weights[owner]
+        dtype = str(tensor.dtype).removeprefix("torch.") if part else weight.dtype
+        nbytes = tensor.numel() * getattr(torch, dtype).itemsize
+        yield Saved(name, SAFETENSORS_NAMES[dtype], tuple(tensor.shape), weight, nbytes, part, variable)
 
 
 def _footprint(

@@ -18,6 +18,7 @@ from qz.quantize.libraries.architecture import (
     Architecture,
     Footprint,
     LoadRequest,
+    Saved,
     TensorSpec,
     Weight,
     checked,
@@ -66,7 +67,7 @@ def examine(
     request: LoadRequest,
     equal: Callable[[str, str], bool] | None = None,
 ) -> Architecture:
-    """See ``qz.quantize.libraries.architecture.examine``."""
+    """See ``qz.quantize.libraries.examine.examine``."""
     import transformers
 
     model, missing, mismatched, class_notes, fitting = _loaded(checkpoint, tensors, request)
@@ -90,14 +91,7 @@ def examine(
     state = remove_tied_weights_from_state_dict(state, model)
     entries = expand(state, quantized, request.method)
     saved, notes = saved_tensors(model, entries, quantized, origins, tensors, transposed_weights, request.method)
-    packed: tuple[str, ...] = ()
-    if request.experts and request.method is not None:
-        experts = find_experts(model, request.skips)
-        saved = quantize_experts(model, saved, origins, experts, request.method, load_dtype)
-        packed = experts.parameters
-        notes += (EXPERTS_NOTE,)
-    elif request.method is not None and request.method.bits == 4 and any(map(holds_experts, model.modules())):
-        notes += (f"the experts stay in {load_dtype}, as in the library; --experts quantizes them, too",)
+    saved, packed, expert_notes = _experts(model, saved, origins, request, load_dtype)
 
     used = {source for origin in origins.values() for source in origin.sources}
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -118,7 +112,7 @@ def examine(
         footprint=Footprint(model.get_memory_footprint(), footprint(loaded, in_bits, request) + uncast),
         dtype=load_dtype,
         documents=documents,
-        notes=class_notes + selection.notes + notes,
+        notes=class_notes + selection.notes + notes + expert_notes,
         packed_elsewhere=elsewhere,
         tied={name: kept for name, kept in tied_weights(model).items() if name in origins and kept in origins},
         conv1d=tuple(f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)),
@@ -180,6 +174,20 @@ def _quantized(
             # The library makes this module anew, even inside one that its class keeps in float32.
             bias.data = bias.data.to(model.config.dtype)
     return quantized
+
+
+def _experts(
+    model: Model, saved: tuple[Saved, ...], origins: Mapping[str, Origin], request: LoadRequest, load_dtype: str
+) -> tuple[tuple[Saved, ...], tuple[str, ...], tuple[str, ...]]:
+    """What is ``saved`` with the experts quantized if that is asked for, the parameters that hold them, and what is to
+    be told of them."""
+    method = request.method
+    if request.experts and method is not None:
+        experts = find_experts(model, request.skips)
+        return quantize_experts(model, saved, origins, experts, method, load_dtype), experts.parameters, (EXPERTS_NOTE,)
+    if method is not None and method.bits == 4 and any(map(holds_experts, model.modules())):
+        return saved, (), (f"the experts stay in {load_dtype}, as in the library; --experts quantizes them, too",)
+    return saved, (), ()
 
 
 def _counted(counts: Mapping[str, int], quantized: Mapping[str, Weight], method: Method | None) -> int:
