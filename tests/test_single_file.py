@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from qz import (
 from qz.cli.commands.dequantize import dequantize
 from qz.cli.commands.quantize import quantize
 from qz.cli.commands.verify import verify
+from qz.formats.files.local_folder import LocalFolder
+from qz.quantize.single_files.configs import denoiser_config
 from reference import differing_tensors
 
 MODELS: dict[str, tuple[Any, Callable[[], Any], Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]] = {
@@ -206,6 +209,14 @@ def test_a_config_from_the_cache_is_told_of_and_does_not_say_who_may_see_it(
         assert any("from the Hub cache" in warning for warning in told["warnings"])
     with pytest.raises(HubUnreachable, match="me/sd3"):
         run(quantize, file, output=tmp_path / "sent", config="me/sd3", push="me/sent", public=True)
+
+
+def test_nan_in_the_config_of_a_file_stays_as_it_is(tmp_path: Path) -> None:
+    """As in every config.json of diffusers."""
+    (tmp_path / "config.json").write_text('{"_class_name": "SD3Transformer2DModel", "scale": [NaN, -Infinity]}')
+    scale = denoiser_config(LocalFolder(tmp_path))["scale"]
+    assert math.isnan(scale[0])
+    assert scale[1] == -math.inf
 
 
 def test_tensors_that_the_model_has_no_use_for_are_named(sd3: tuple[Path, Path], tmp_path: Path) -> None:
