@@ -21,12 +21,13 @@ REQUIRED = {
 
 def scripts() -> list[str]:
     """Modules that read arguments when they are run."""
-    found = []
-    for folder, package in FOLDERS.items():
-        for file in sorted((ROOT / folder).glob("*.py")):
-            if re.search(r"^ +\w+ = argparse\.ArgumentParser\(", file.read_text(), re.MULTILINE):
-                found.append(f"{package}{file.stem}")
-    return found
+    reads = re.compile(r"^ +\w+ = argparse\.ArgumentParser\(", re.MULTILINE)
+    return [
+        f"{package}{file.stem}"
+        for folder, package in FOLDERS.items()
+        for file in sorted((ROOT / folder).glob("*.py"))
+        if reads.search(file.read_text())
+    ]
 
 
 class Parsed(Exception):
