@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from qz.formats.tensors.shards import file_names, index, index_name
 
 LLAMA_1B = {

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.checkpoints import flux, llama
 from benchmarks.whole import QZ, any_of, run
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 LAYERS = 250
 HIDDEN = 12_288

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.whole import QZ, run
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from qz.formats.tensors.shards import file_names, index, index_name
 
 SHARD_BYTES = 8_400_000_000

@@ -22,7 +22,8 @@ from typing import Any
 from safetensors import SafetensorError, deserialize
 
 from qz import QzError
-from qz.formats.tensors.safetensors import BITS, encode_header, layout, read_header
+from qz.formats.tensors.safetensors import BITS, read_header
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 NAMES = ("a", "b", "layer.0.weight", "é", "😀", 'x"y', "back\\slash", "tab\t", "", "__metadata__", "\u202e", "a" * 40)
 TOKENS = (

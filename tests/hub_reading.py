@@ -18,7 +18,7 @@ from qz.formats.hub.opening import open_repo
 from qz.formats.hub.read_ahead import Pace
 from qz.formats.hub.repository import HubFolder
 from qz.formats.hub.transport.backoff import Retries
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 QUICK = Retries(attempts=3, first_wait=0.01, longest_wait=0.02, longest_asked=2)
 SMALL = Pace(segment=1 << 18, window=1 << 20, connections=4, patience=0.1)

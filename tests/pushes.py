@@ -16,7 +16,7 @@ from qz.formats.hub.transport import session
 from qz.formats.hub.transport.backoff import Retries
 from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record
 from qz.formats.publish.destination import Destination
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -30,7 +30,7 @@ from qz.formats.json_files import dump_json, read_json
 from qz.formats.output.preflight import check_output
 from qz.formats.output.storage.disk import Disk
 from qz.formats.source import open_source
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 
 def write(path: Path, *names: str, size: int = 4) -> int:

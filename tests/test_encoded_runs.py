@@ -20,7 +20,7 @@ from encoded import State, compressed, fp8_blocks, gptq, rewritten, said_by_comp
 from forked import Runner
 from hub_server import HubServer
 from qz import api
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from reference import tensors_of
 from test_gguf import write_llama
 from test_reliability import BOUNDED, anonymous

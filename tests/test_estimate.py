@@ -18,7 +18,7 @@ from covering import in_turn
 from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from qz.quantize.inspection.estimate import METHODS, estimate
 from qz.quantize.inspection.families import CONV1D, DIFFUSERS_FLOAT32, FLOAT32, NEVER_QUANTIZED
 from qz.quantize.inspection.linear_layers import TORCH_NAMES, Value, ties, values

@@ -45,7 +45,7 @@ from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.files.folder import Range
 from qz.formats.hub.read_ahead import AheadFile, Pace, ReadAhead
 from qz.formats.source import save_memory
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 
 @pytest.fixture

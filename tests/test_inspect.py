@@ -31,7 +31,7 @@ from qz import api
 from qz.cli.app import run
 from qz.cli.reports.tensors import pattern_of, ranges
 from qz.formats.checkpoint.problems import ERRORS
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from reference import diffusers_model, transformers_model
 from test_malformed import FOLDERS, build, place
 

@@ -24,7 +24,7 @@ from qz.cli.commands.verify import verify
 from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from qz.quantize.adapters.changes import Changes
 from qz.quantize.adapters.placement import placements
 from qz.quantize.planning.fusing import fuse

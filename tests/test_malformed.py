@@ -23,7 +23,8 @@ from qz.formats.checkpoint.quantized import read_quantized
 from qz.formats.checkpoint.survey import open_checkpoint, survey
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.sources.encoded import read_encoded
-from qz.formats.tensors.safetensors import Header, encode_header, layout, read_header
+from qz.formats.tensors.safetensors import Header, read_header
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 CORPUS = Path(__file__).parent / "malformed"
 HEADERS: dict[str, tuple[bytes, str, str]] = runpy.run_path(str(CORPUS / "headers.py"))["CASES"]

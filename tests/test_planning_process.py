@@ -26,7 +26,7 @@ from pace import HANG
 from qz import MalformedInput, Unsupported
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from qz.quantize.libraries import answer_cache
 from qz.quantize.libraries.importing import work_bounds
 from qz.quantize.libraries.process import asking

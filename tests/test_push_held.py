@@ -21,7 +21,7 @@ from qz.formats.output.recorded.record import RECORD, WrittenFile, encode_record
 from qz.formats.publish.destination import Destination
 from qz.formats.publish.push import push
 from qz.formats.publish.verified_file import VerifiedFile
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 SECRET = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 WEIGHTS = "model.safetensors"

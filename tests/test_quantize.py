@@ -158,7 +158,7 @@ def test_too_small_a_disk_is_found_before_any_work(qz: Qz, source: Path, tmp_pat
     """The plan's size is compared with the free space: here through a checkpoint of holes larger than any disk."""
     config = json.loads((source / "config.json").read_text()) | {"vocab_size": 2**40}
     (source / "config.json").write_text(json.dumps(config))
-    from qz.formats.tensors.safetensors import encode_header, layout
+    from qz.formats.tensors.safetensors_layout import encode_header, layout
 
     infos = layout(
         (name, "BF16", (2**40, 64) if name in ("model.embed_tokens.weight", "lm_head.weight") else tuple(t.shape))

@@ -34,7 +34,7 @@ from hub_server import OWNER, HubServer
 from pace import HANG
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import verify_record
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 CODES = {0, 1, 2, 65, 66, 69, 73, 74, 75, 77, 78, 130, 143}
 """Documented in docs/reference/exit-codes.md; 1 is a bug, which no test here forgives unless it made one."""

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from pace import stopwatch
 from qz.formats.malformed import Malformed
-from qz.formats.tensors.safetensors import BITS, Header, TensorInfo, encode_header, layout, read_header
+from qz.formats.tensors.safetensors import BITS, Header, TensorInfo, read_header
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 
 # What safetensors' writer calls each dtype; it cannot write the 6-bit ones, and F4 only two to an element.
 WRITTEN = {

@@ -46,7 +46,8 @@ from qz.formats.output.storage import disk
 from qz.formats.output.storage.descriptors import Descriptors
 from qz.formats.output.storage.directory import Directory
 from qz.formats.output.storage.disk import Disk
-from qz.formats.tensors.safetensors import TensorInfo, encode_header, layout
+from qz.formats.tensors.safetensors import TensorInfo
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from small_process import in_small_process
 
 Array = np.ndarray[Any, Any]

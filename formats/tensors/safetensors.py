@@ -1,4 +1,4 @@
-"""The safetensors format: header rules, reading by offset, and the layout that ``save_file`` gives a file.
+"""The safetensors format as it is read: the rules of headers, and where each tensor lies.
 
 Stricter than safetensors 0.8.0, which takes duplicate names, names that hold control characters, and tensors of any
 rank. What :func:`read_header` accepts, safetensors accepts, with the same tensors at the same offsets.
@@ -10,14 +10,13 @@ import json
 import re
 from dataclasses import dataclass
 from operator import itemgetter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from qz.counted import plural
 from qz.formats.malformed import GIT_LFS_POINTER, UNSAFE_TEXT, Malformed, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
 # In the order of safetensors' ``Dtype``; ``save_file`` writes the last of them first.
 BITS = {
@@ -25,7 +24,6 @@ BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-_RANK = {dtype: -place for place, dtype in enumerate(BITS)}
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1_000_000
@@ -35,7 +33,6 @@ MAX_METADATA = 10_000
 MAX_STRING = 10_000_000
 MAX_ENTRY = 4096
 FIRST_READ = 65_536
-PLAIN_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = rb"[ \t\n\r]*+"
@@ -362,42 +359,3 @@ _ENTRY_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_bounde
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 64 for item in value)
-
-
-def layout(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[TensorInfo]:
-    """Places for (name, dtype, shape) in ``save_file``'s order: dtype, widest first, then name (safetensors 0.8.0).
-
-    Raises ValueError for an unknown dtype, or for a shape that does not fill whole bytes.
-    """
-    placed: list[TensorInfo] = []
-    position = 0
-    for name, dtype, shape in sorted(entries, key=lambda entry: (_RANK.get(entry[1], 0), entry[0])):
-        bits = BITS[dtype] if dtype in BITS else _unknown(dtype)
-        for extent in shape:
-            bits *= extent
-        if bits & 7:
-            raise ValueError(f"{name}: {dtype} {list(shape)} does not fill whole bytes")
-        placed.append(TensorInfo(name, dtype, shape, position, position := position + bits // 8))
-    return placed
-
-
-def _unknown(dtype: str) -> NoReturn:
-    raise ValueError(f"unknown dtype {dtype}")
-
-
-def encode_header(
-    tensors: Sequence[TensorInfo], metadata: Mapping[str, str] = PLAIN_METADATA, reserve: int | None = None
-) -> bytes:
-    """All before the data section, as ``save_file`` writes it: length, compact JSON, spaces up to a multiple of 8.
-
-    ``reserve``: the exact number of bytes wanted instead; ValueError if the header does not fit. safetensors writes
-    several metadata keys in random order; here they keep the given one.
-    """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for info in tensors:
-        entries[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.stop)}
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    total = 8 + len(text) + -len(text) % 8 if reserve is None else reserve
-    if total < 8 + len(text) or total - 8 > MAX_HEADER:
-        raise ValueError(f"a header of {8 + len(text)} bytes does not fit in {total}")
-    return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)

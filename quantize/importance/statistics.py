@@ -36,7 +36,8 @@ from qz.formats.files.local_folder import LocalFolder
 from qz.formats.json_files import read_json
 from qz.formats.malformed import quoted
 from qz.formats.output.storage.whole_file import write_whole
-from qz.formats.tensors.safetensors import Header, TensorInfo, encode_header, layout
+from qz.formats.tensors.safetensors import Header, TensorInfo
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from qz.quantize.importance.hessian_reader import HessianPlace, HessianReader
 from qz.quantize.importance.named_file import require_file_of_statistics
 from qz.quantize.importance.statistics_file import header_of, malformed, read_tensor

@@ -14,7 +14,7 @@ from qz import UsageError
 from qz.formats.checkpoint.pipeline import Pipeline
 from qz.quantize.importance.score_file import unscored
 from qz.quantize.pipelines.size import unquantized
-from qz.quantize.planning.budget.kept_layers import KeptLayers, readable
+from qz.quantize.planning.budget.kept_layers import KeptLayers, Point, readable
 from qz.quantize.planning.budget.shared_loss import Curve, loss_at, walk
 from qz.quantize.planning.components import Choice, plan_each
 from qz.quantize.planning.plan import Plan
@@ -81,17 +81,22 @@ def fit_to_loss(pipeline: Pipeline, choices: Sequence[Choice], settings: Setting
             f"--max-loss {most} with --target-size {readable(settings.target_size)}: {where} takes "
             f"{readable(size)} to lose no more. Allow one of them more."
         )
-    told = {name: _kept(plan) for name, plan in plans.items()}
-    kept = KeptLayers(
+    return FittedToLoss(tuple(final.values()), plans, _kept_of_all(plans, points, chosen, settings))
+
+
+def _kept_of_all(plans: Mapping[str, Plan], points: Sequence[Point], chosen: Point, settings: Settings) -> KeptLayers:
+    """What is kept of all components together, at the ``chosen`` one of ``points``, from nothing kept to everything."""
+    kept = {name: _kept(plan) for name, plan in plans.items()}
+    scores = next((each.scores for each in kept.values() if each.scores is not None), None)
+    return KeptLayers(
         settings.target_size,
-        most,
+        settings.max_loss,
         settings.split_groups,
-        next(({**each.scores, "total": points[0].loss} for each in told.values() if each.scores is not None), None),
-        tuple(f"{name}/{path}" for name, each in told.items() for path in each.kept),
+        {**scores, "total": points[0].loss} if scores is not None else None,
+        tuple(f"{name}/{path}" for name, each in kept.items() for path in each.kept),
         chosen.loss,
         tuple(points),
     )
-    return FittedToLoss(tuple(final.values()), plans, kept)
 
 
 def _kept(plan: Plan) -> KeptLayers:

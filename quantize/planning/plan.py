@@ -10,7 +10,7 @@ from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.output.shards.shard_layout import ShardLayout
 from qz.formats.tensors import shards
-from qz.formats.tensors.safetensors import encode_header, layout
+from qz.formats.tensors.safetensors_layout import encode_header, layout
 from qz.quantize.libraries.architecture import Architecture, Saved, Weight
 from qz.quantize.methods import Method
 from qz.quantize.planning.budget.kept_layers import KeptLayers

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qz.formats.output.recorded.record import require_safe_name
 from qz.formats.output.shards.checksums import Chunk, is_as_written
 from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout
-from qz.formats.tensors.safetensors import encode_header
+from qz.formats.tensors.safetensors_layout import encode_header
 
 if TYPE_CHECKING:
     from qz.formats.output.storage.directory import Directory

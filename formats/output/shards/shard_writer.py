@@ -11,7 +11,8 @@ from qz.formats.output.shards.pieces import Begun, Piece, by_tensor, layout_dige
 from qz.formats.output.shards.shard_layout import TEMPORARY, ShardLayout, header_of
 from qz.formats.output.storage.descriptors import Descriptors
 from qz.formats.output.storage.directory import Directory
-from qz.formats.tensors.safetensors import TensorInfo, encode_header
+from qz.formats.tensors.safetensors import TensorInfo
+from qz.formats.tensors.safetensors_layout import encode_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
