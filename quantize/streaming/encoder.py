@@ -18,7 +18,7 @@ from qz.quantize.streaming.deferred import deferred
 if TYPE_CHECKING:
     from qz.quantize.compute.arithmetic import Arithmetic
     from qz.quantize.planning.plan import Plan, Step
-    from qz.quantize.streaming.measuring.observer import Observer
+    from qz.quantize.streaming.measuring.observer import Observer, Values
     from qz.quantize.streaming.open_shards import OpenShards
     from qz.quantize.streaming.work import Work
 
@@ -41,55 +41,65 @@ class Encoder:
         if step.weight.quantized and method is not None and (method.double_quant or self.has_hessian(step)):
             work.absmax = np.empty(-(-step.weight.count // BLOCK_SIZE), np.float32)
 
-    def quantize(
-        self, work: Work, values: NDArray[Any], start: int, buffers: Buffers, original: tuple[NDArray[Any], str]
-    ) -> None:
+    def quantize(self, work: Work, values: NDArray[Any], start: int, buffers: Buffers, original: Values) -> None:
         """Quantize ``values`` of the dtype of the weight, which were ``original`` before the cast, and write them."""
-        weight, method = work.step.weight, self.plan.method
-        dtype = SAFETENSORS_NAMES[weight.dtype]
-        outputs = {saved.part: saved for saved in work.step.outputs}
+        method = self.plan.method
         if isinstance(method, FourBit):
-            packed = buffers.get("packed", -(-len(values) // 2))
-            blocks = -(-len(values) // BLOCK_SIZE)
-            first_block = start // BLOCK_SIZE
-            absmax = (
-                work.absmax[first_block : first_block + blocks]
-                if work.absmax is not None
-                else buffers.get("absmax", blocks * 4).view(np.float32)
-            )
-            refined = self.plan.refinement
-            if refined is None:
-                found = self.arithmetic.quantize_4bit(values, dtype, method.quant_type, packed, absmax)
-            else:
-                weights, column = refined.weights.get(weight.name), start % max(weight.shape[-1], 1)
-                found = self.arithmetic.search_4bit(values, dtype, method.quant_type, weights, column, packed, absmax)
-                if work.absmax is not None:
-                    work.deferred.append(deferred(start, (values, dtype), original, observed=self.observer is not None))
-                    self._note_nonfinite(work, start, found)
-                    return
-            self.shards.write(outputs["weight"], packed, start // 2)
-            if work.absmax is None:
-                self.shards.write(outputs["weight.absmax"], absmax, first_block * 4)
-            if self.observer is not None:
-                self.observer.quantized(work.step, method, start, original, packed, absmax, buffers.get)
+            found = self._quantize_4bit(work, method, values, start, buffers, original)
         else:
-            columns = weight.shape[1]
-            rows = len(values) // columns
-            codes = buffers.get("codes", len(values)).view(np.int8).reshape(rows, columns)
-            scb = buffers.get("scb", rows * 4).view(np.float32)
-            found = self.arithmetic.quantize_int8(values.reshape(rows, columns), dtype, codes, scb)
-            self.shards.write(outputs["weight"], codes, start)
-            self.shards.write(outputs["SCB"], scb, start // columns * 4)
-            if self.observer is not None and method is not None:
-                self.observer.quantized(work.step, method, start, original, codes, scb, buffers.get)
-        self._note_nonfinite(work, start, found)
-
-    def _note_nonfinite(self, work: Work, start: int, found: NonFinite) -> None:
+            found = self._quantize_int8(work, values, start, buffers, original)
         if found.count:
             with self.lock:
                 first = start + found.first
                 work.first = first if work.first < 0 else min(work.first, first)
                 work.nonfinite += found.count
+
+    def _quantize_4bit(
+        self, work: Work, method: FourBit, values: NDArray[Any], start: int, buffers: Buffers, original: Values
+    ) -> NonFinite:
+        """Whole blocks, but for the last of a weight. Codes are chosen in ``complete`` where scales are not final yet."""
+        weight, refined = work.step.weight, self.plan.refinement
+        dtype = SAFETENSORS_NAMES[weight.dtype]
+        packed = buffers.get("packed", -(-len(values) // 2))
+        first_block, blocks = start // BLOCK_SIZE, -(-len(values) // BLOCK_SIZE)
+        absmax = (
+            work.absmax[first_block : first_block + blocks]
+            if work.absmax is not None
+            else buffers.get("absmax", blocks * 4).view(np.float32)
+        )
+        if refined is None:
+            found = self.arithmetic.quantize_4bit(values, dtype, method.quant_type, packed, absmax)
+        else:
+            weights, column = refined.weights.get(weight.name), start % max(weight.shape[-1], 1)
+            found = self.arithmetic.search_4bit(values, dtype, method.quant_type, weights, column, packed, absmax)
+            if work.absmax is not None:
+                work.deferred.append(deferred(start, (values, dtype), original, observed=self.observer is not None))
+                return found
+        outputs = {saved.part: saved for saved in work.step.outputs}
+        self.shards.write(outputs["weight"], packed, start // 2)
+        if work.absmax is None:
+            self.shards.write(outputs["weight.absmax"], absmax, first_block * 4)
+        if self.observer is not None:
+            self.observer.quantized(work.step, method, start, original, packed, absmax, buffers.get)
+        return found
+
+    def _quantize_int8(
+        self, work: Work, values: NDArray[Any], start: int, buffers: Buffers, original: Values
+    ) -> NonFinite:
+        """Whole rows."""
+        weight, method = work.step.weight, self.plan.method
+        columns = weight.shape[1]
+        rows = len(values) // columns
+        codes = buffers.get("codes", len(values)).view(np.int8).reshape(rows, columns)
+        scb = buffers.get("scb", rows * 4).view(np.float32)
+        dtype = SAFETENSORS_NAMES[weight.dtype]
+        found = self.arithmetic.quantize_int8(values.reshape(rows, columns), dtype, codes, scb)
+        outputs = {saved.part: saved for saved in work.step.outputs}
+        self.shards.write(outputs["weight"], codes, start)
+        self.shards.write(outputs["SCB"], scb, start // columns * 4)
+        if self.observer is not None and method is not None:
+            self.observer.quantized(work.step, method, start, original, codes, scb, buffers.get)
+        return found
 
     def complete(self, work: Work) -> None:
         """Write the small tensors beside a weight: maps, nested statistics, quant state, weight format."""
