@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qz import OutputRefused, QzError
+from qz.formats.files.folder import PIPELINE_INDEX
 from qz.formats.files.links import followed
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import quoted
@@ -103,7 +104,7 @@ def _is_checkpoint_folder(root: Directory, name: str, recorded: frozenset[str]) 
     parent, _, base = name.rpartition("/")
     if base == TEMPLATES:
         return parent.count("/") == 0
-    return not parent and (MODULE.fullmatch(base) is not None or root.kind("model_index.json") == "file")
+    return not parent and (MODULE.fullmatch(base) is not None or root.kind(PIPELINE_INDEX) == "file")
 
 
 def refuse_overlap(source: Path, output: Path, disk: Disk) -> None:

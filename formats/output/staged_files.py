@@ -6,6 +6,8 @@ import re
 import stat
 from typing import TYPE_CHECKING
 
+from qz.formats.files.folder import PIPELINE_INDEX
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
@@ -39,4 +41,4 @@ def rank(name: str) -> int:
     base = name.rpartition("/")[2]
     if re.search(r"\.index(\.[^.]+)?\.json$", base):
         return 1
-    return 0 if base not in {"config.json", "model_index.json"} else 2 if base == "config.json" else 3
+    return {"config.json": 2, PIPELINE_INDEX: 3}.get(base, 0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qz import MalformedInput, MissingInput, OutputRefused
 from qz.formats.checkpoint.survey import open_checkpoint
-from qz.formats.files.folder import place_of, read_file
+from qz.formats.files.folder import PIPELINE_INDEX, place_of, read_file
 from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.output.companions import companions, left_out, settings, terms
 from qz.formats.output.recorded.record import RECORD, Record, read_record, verify_record
@@ -100,7 +100,7 @@ def own_files(folder: LocalFolder, progress: Callable[[int], None] | None = None
         names = {RECORD, *hashes}
     else:
         names = _named(folder, "")
-        if "model_index.json" in names:
+        if PIPELINE_INDEX in names:
             for part in folder.subfolders():
                 names |= _named(folder.subfolder(part), f"{part}/")
     names |= {each.name for each in terms(folder)} | (folder.sizes().keys() & BESIDE if record is not None else set())
@@ -136,8 +136,8 @@ def _named(folder: LocalFolder, prefix: str) -> set[str]:
     sizes = folder.sizes()
     weightless = prefix and not any(name.endswith(".safetensors") for name in sizes)
     carried = settings(folder) if weightless else companions(folder)
-    own = {each.name for each in carried} | sizes.keys() & {"model_index.json", "config.json"}
-    if "model_index.json" not in sizes and (not prefix or any(name.endswith(".safetensors") for name in sizes)):
+    own = {each.name for each in carried} | sizes.keys() & {PIPELINE_INDEX, "config.json"}
+    if PIPELINE_INDEX not in sizes and (not prefix or any(name.endswith(".safetensors") for name in sizes)):
         checkpoint = open_checkpoint(folder)
         own |= set(checkpoint.files)
         if checkpoint.index is not None:
@@ -147,7 +147,7 @@ def _named(folder: LocalFolder, prefix: str) -> set[str]:
 
 def require_model(folder: LocalFolder) -> None:
     """Raise MissingInput for a folder in which nothing is of a model, by its names alone."""
-    if folder.sizes().keys().isdisjoint((RECORD, "config.json", "model_index.json")):
+    if folder.sizes().keys().isdisjoint((RECORD, "config.json", PIPELINE_INDEX)):
         raise _no_model(folder)
 
 

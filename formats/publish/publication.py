@@ -12,7 +12,7 @@ from qz.formats.json_files import MAX_BYTES
 from qz.formats.publish.blobs import Blob
 from qz.formats.publish.checkpoint_files import README, config_among
 from qz.formats.publish.destination import UploadsLost
-from qz.formats.publish.push import Plan, superseded
+from qz.formats.publish.push import PushPlan, superseded
 from qz.formats.publish.remote import ObjectsLost, Remote, differing
 from qz.formats.publish.xet import AHEAD
 from qz.progress import OnProgress, Progress, ignore
@@ -104,7 +104,7 @@ class Publication:
         remote = self._remote
         names = frozenset({*uploaded, *here})
         config = config_among(here, lambda name: here[name].read(MAX_BYTES))
-        plan = Plan.of(remote, about, config, names, self._source_private)
+        plan = PushPlan.of(remote, about, config, names, self._source_private)
         blobs = [Blob(self._to.path(name), size, None, digest, lfs=True) for name, (size, digest) in uploaded.items()]
         blobs += [Blob(self._to.path(name), file.size, file, file.hashed()) for name, file in here.items()]
         blobs.sort(key=lambda blob: blob.path)

@@ -52,7 +52,7 @@ def push(
             for file in own.files
         ]
         names = frozenset(file.name for file in own.files)
-        plan = Plan.of(remote, own.record.about if own.record else {}, own.config, names, source_private)
+        plan = PushPlan.of(remote, own.record.about if own.record else {}, own.config, names, source_private)
         result = plan.result(blobs, own.left_out, lambda: _card_here(local))
         if dry_run:
             return replace(result, dry_run=True)
@@ -68,7 +68,7 @@ def require_possible(to: Destination, *, source_private: bool | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Plan:
+class PushPlan:
     """What a push finds on the Hub, and what it is to say there."""
 
     remote: Remote
@@ -85,7 +85,7 @@ class Plan:
         config: Mapping[str, Any],
         names: frozenset[str],
         source_private: bool | None,
-    ) -> Plan:
+    ) -> PushPlan:
         """``about``: of the record; ``config``: of the model; ``names``: of the files. Refuses the wrong audience."""
         facts, restricted = _source(remote, facts_of(about, config, names), restricted=bool(source_private))
         found = remote.target()
@@ -132,7 +132,7 @@ class Plan:
 
 def _carry_out(
     remote: Remote,
-    plan: Plan,
+    plan: PushPlan,
     blobs: list[Blob],
     own: OwnFiles,
     result: PushResult,
@@ -171,7 +171,7 @@ def _send(remote: Remote, blobs: Sequence[Blob], progress: OnProgress) -> int:
 
 def _commit(
     remote: Remote,
-    plan: Plan,
+    plan: PushPlan,
     blobs: Sequence[Blob],
     deleted: Iterable[str],
     parent: str,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qz.formats.files.folder import PIPELINE_INDEX
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import UNSAFE_TEXT
 from qz.formats.output.recorded.about import LIBRARIES, REPO_ID
@@ -145,7 +146,7 @@ def facts_of(about: Mapping[str, Any], config: Mapping[str, Any], files: Collect
         if "qz" in about
         else {},
         tokenizer=not {"tokenizer.json", "tokenizer_config.json"}.isdisjoint(files),
-        pipeline="model_index.json" in files or "components" in about,
+        pipeline=PIPELINE_INDEX in files or "components" in about,
         components=_components(about.get("components")),
         lacking=tuple(name for name in about.get("lacking") or () if isinstance(name, str) and name.isidentifier()),
         loads_in=tuple(
