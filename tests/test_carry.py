@@ -30,7 +30,7 @@ from qz import IOFailed, MalformedInput, api
 from qz.cli.commands.dequantize import dequantize
 from qz.cli.commands.quantize import quantize
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.output import companions, copying
+from qz.formats.output import companions, copying, file_names
 from qz.formats.output.section import Section
 from qz.formats.output.staging import Staging
 from qz.formats.output.storage.disk import Disk
@@ -41,7 +41,8 @@ TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['co
 GOES = """
 tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt
 tokenizer.model spiece.model sentencepiece.bpe.model spm.model source.spm target.spm qwen.tiktoken tekken.json
-preprocessor_config.json processor_config.json video_preprocessor_config.json chat_template.jinja
+tokenizer.4.0.json tokenizer.model.v3 tiktoken.model preprocessor_config.json processor_config.json
+video_preprocessor_config.json chat_template.jinja
 chat_template.json generation_config.json LICENSE LICENSE.md LICENSE.txt LICENCE license.txt LICENSE-MODEL
 MODEL_LICENSE.md NOTICE NOTICE.txt Notice USE_POLICY.md COPYING bpe.codes normalizer.json modules.json
 config_sentence_transformers.json sentence_bert_config.json
@@ -109,7 +110,7 @@ def test_every_tokenizer_file_that_transformers_knows_goes_along() -> None:
     utils = importlib.import_module("transformers.utils")
     names |= {utils.FEATURE_EXTRACTOR_NAME, utils.PROCESSOR_NAME, utils.VIDEO_PROCESSOR_NAME, utils.CHAT_TEMPLATE_FILE}
     assert len(names) > 20
-    allowed = (companions.TOKENIZER, companions.PROCESSOR)
+    allowed = (file_names.TOKENIZER, file_names.PROCESSOR)
     assert not {name for name in names if not any(pattern.fullmatch(name) for pattern in allowed)}
 
 

@@ -34,7 +34,7 @@ from qz.cli.commands.dequantize import dequantize
 from qz.cli.commands.quantize import quantize
 from qz.formats.checkpoint.other_contents.original_layouts import original_layout
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.output import companions
+from qz.formats.output import companions, file_names
 from qz.quantize.inspection.pipeline import PipelineInspection
 from reference import config_of
 from whole_zoo.transformers_cases import small_models
@@ -168,7 +168,7 @@ def test_every_settings_file_that_diffusers_knows_goes_along() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in root.rglob("*.py"))
     names = set(re.findall(r"""(?:config_name|CONFIG_NAME) = ["']([\w.]+\.json)["']""", text))
     assert {"guider_config.json", "mel_config.json", "scheduler_config.json"} <= names
-    known = (companions.CONFIGS, companions.SETTINGS)
+    known = (file_names.CONFIGS, file_names.SETTINGS)
     assert not {name for name in names if not any(pattern.fullmatch(name) for pattern in known)} - {
         "modular_model_index.json",
         "model_index.json",

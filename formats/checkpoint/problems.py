@@ -234,6 +234,8 @@ WARNINGS: dict[str, str] = {
         "{arguments}."
     ),
     "component-class": "{where}: {told}.",
+    "companion-class": "{where}: {told}.",
+    "tokenizer-vocabulary": "{where}: {told}.",
     "pickle-files": "{where} is a pickle file, which can run code. It is not read; delete it if nothing needs it.",
     "experts-quantized": (
         "{location} has quantized experts ({name} …), which transformers 5 cannot load: it would merge their codes. "

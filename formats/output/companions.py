@@ -14,6 +14,25 @@ from typing import TYPE_CHECKING, Any
 from qz.formats.files.folder import PIPELINE_INDEX, Folder, read_file
 from qz.formats.json_files import MAX_BYTES, dump_json, read_json
 from qz.formats.malformed import Malformed, quoted
+from qz.formats.output.file_names import (
+    CONFIGS,
+    GENERATION,
+    MODULE,
+    NO_DATA,
+    OWN_SETTINGS,
+    PROCESSOR,
+    PROMPTS,
+    SECRET,
+    SENTENCES,
+    TEMPLATE,
+    TEMPLATES,
+    TERMS,
+    TOKENIZER,
+    TRAINING,
+    WEIGHT_FILE,
+    Names,
+    is_looked_for,
+)
 from qz.formats.output.recorded.record import require_safe_name
 from qz.formats.tensors.weight_names import PICKLED, STEMS
 
@@ -21,90 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from qz.formats.checkpoint.survey import Checkpoint
-
-TERMS = re.compile(
-    r"(?:[A-Z0-9_.-]*[_-])?(?:LICEN[CS]E|NOTICES?|COPYING|(?:ACCEPTABLE_)?USE_POLICY|TERMS)(?:[_-][A-Z0-9_-]*)?"
-    r"(?:\.(?:md|txt|pdf|html|rst))?",
-    re.IGNORECASE,
-)
-"""The terms under which a model may be used."""
-
-# Every name in transformers' VOCAB_FILES_NAMES (5.23), and what its base classes save beside them.
-TOKENIZER = re.compile(
-    r"(?:tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|vocab-src|vocab-tgt|target_vocab|entity_vocab"
-    r"|word_shape|word_pronunciation|byte_maps|emoji|normalizer|encoder|tekken)\.json"
-    r"|vocab(?:[_-]\w+)?\.txt|merges\.txt|dict\.txt|vocab\.bpe|bpe\.codes|prophetnet\.tokenizer"
-    r"|(?:tokenizer|spiece|spm|spm_char|sentencepiece|sentencepiece\.bpe|bpe)\.model|tokenizer\.model\.v\d\w*"
-    r"|(?:source|target)\.spm|[A-Za-z0-9_-]+\.tiktoken"
-)
-PROCESSOR = re.compile(
-    r"(?:preprocessor|processor|image_processor|video_preprocessor|audio_tokenizer|feature_extractor)_config\.json"
-    r"|chat_template\.(?:jinja|json)"
-)
-GENERATION = re.compile(r"generation_config\.json")
-SENTENCES = re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json")
-"""How sentence-transformers puts a model together; its further modules lie in folders such as ``1_Pooling``."""
-SETTINGS = re.compile(r"(?:config|scheduler_config)\.json")
-"""Of a pipeline's component without weights."""
-
-CONFIGS = re.compile(r"(?:scheduler|guider|mel|modular|mellon_pipeline|decision|judge)_config\.json")
-"""Settings under the names that classes of the libraries give them, beside a model.
-
-Not an adapter's: transformers then loads the adapter's base model in the place of this one.
-"""
-PROMPTS = re.compile(
-    r"alphabet\.json|[a-z0-9_]+_path\.json|prompts?\.(?:json|txt)|adapter\.[A-Za-z0-9_-]+\.safetensors"
-    r"|spk_dict\.pt|[A-Za-z0-9_-]+\.(?:ttf|otf)"
-)
-"""Of processors: a decoder's alphabet, paths of voices, prompts, a font; an adapter for each language, as MMS has them.
-
-Qwen2.5-Omni does not load without the voices in ``spk_dict.pt``, the one pickle here; it is copied unread.
-"""
-
-TEMPLATES = "additional_chat_templates"
-TEMPLATE = re.compile(r"[A-Za-z0-9_-]+\.jinja")
-MODULE = re.compile(r"\d+_[A-Za-z]+|query_\d+_\w+|document_\d+_\w+")
-"""Folders of sentence-transformers' modules."""
-OWN_SETTINGS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json",
-                "attrs.json")  # fmt: skip
-"""A folder with one of these is a second tokenizer, processor or adapter, or a language model (pyctcdecode)."""
-_TRAINING = re.compile(r"checkpoint-\d+|runs|logs|wandb")
-_NO_DATA = re.compile(
-    r"\..*|.*\.(?:py|ipynb|sh|md|png|jpe?g|gif|webp|svg|pdf|mp4|wav|mp3|zip|tar|gz|bin|pt|pth|ckpt|pkl|h5|msgpack|ot|onnx"
-    r"|tflite|gguf|safetensors|bak)|trainer_state\.json|training_args\..*|\w+_results\.json|requirements\.txt|events\.out.*",
-    re.IGNORECASE,
-)
-"""What no loader reads from a folder of settings: code, cards, pictures, archives, weights, what training left."""
-_SECRET = re.compile(
-    r"(?:.*[._-])?(?:id_(?:rsa|dsa|ecdsa|ed25519)|credentials?|secrets?|passwords?|token|api[_-]?keys?|aws|netrc"
-    r"|kubeconfig)(?:[._-].*)?|[^.]+|.*\.(?:env|pem|key|p12|pfx|kdbx)",
-    re.IGNORECASE,
-)
-"""Not part of any model, and maybe a secret: neither copied nor published, unless a loader names it."""
-
-_VARIANT = r"(?:\.[A-Za-z0-9_]+)?"
-WEIGHT_FILE = re.compile(
-    rf"(?:{'|'.join(STEMS.values())}){_VARIANT}(?:-\d{{5}}-of-\d{{5}})?{_VARIANT}\.safetensors"
-    rf"|(?:{'|'.join(STEMS.values())}){_VARIANT}\.safetensors(?:\.index{_VARIANT}|{_VARIANT}\.index)\.json"
-)
-"""Weights and their index, under every name that a library has ever given them."""
-INDEXES = re.compile(r".*\.(?:safetensors|bin)\..*json")
-CHECKPOINT_FILE = re.compile(
-    "|".join(
-        f"(?:{pattern.pattern})"
-        for pattern in (
-            WEIGHT_FILE,
-            SETTINGS,
-            TOKENIZER,
-            PROCESSOR,
-            GENERATION,
-            SENTENCES,
-            CONFIGS,
-            PROMPTS,
-            re.compile(re.escape(PIPELINE_INDEX)),
-        )
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +52,8 @@ class Companion:
     bytes: int
     code: tuple[str, ...] = ()
     """Code beside it that it names, which is not copied."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""
 
     def __post_init__(self) -> None:
         try:
@@ -139,7 +76,7 @@ def companions(folder: Folder) -> tuple[Companion, ...]:
     if any(each.name == "modules.json" for each in found):
         named.update(filter(MODULE.fullmatch, inside))
     for name in inside:
-        if name == TEMPLATES or _TRAINING.fullmatch(name) or name.startswith("."):
+        if name == TEMPLATES or TRAINING.fullmatch(name) or name.startswith("."):
             continue
         inner = folder.subfolder(name)
         sizes = inner.sizes()
@@ -150,8 +87,9 @@ def companions(folder: Folder) -> tuple[Companion, ...]:
 
 def beside(folder: Folder) -> tuple[Companion, ...]:
     """Files in ``folder`` itself that loaders look for, but for weights."""
-    names = [name for name in folder.sizes() if CHECKPOINT_FILE.fullmatch(name) and not WEIGHT_FILE.fullmatch(name)]
-    return tuple(Companion(folder, name, name, folder.sizes()[name]) for name in names if name != PIPELINE_INDEX)
+    names = (name for name in folder.sizes() if not name.endswith(".safetensors") and name != PIPELINE_INDEX)
+    found = [name for name in names if is_looked_for(name) and not WEIGHT_FILE.fullmatch(name)]
+    return tuple(Companion(folder, name, name, folder.sizes()[name]) for name in found)
 
 
 def _named_folders(found: Sequence[Companion], inside: Sequence[str]) -> set[str]:
@@ -210,9 +148,9 @@ def _everything(folder: Folder, prefix: str, depth: int = 2) -> list[Companion]:
 
 def _is_data(name: str) -> bool:
     """Whether a loader may read this file of a folder of settings."""
-    if _NO_DATA.fullmatch(name):
+    if NO_DATA.fullmatch(name):
         return False
-    return CHECKPOINT_FILE.fullmatch(name) is not None or _SECRET.fullmatch(name) is None
+    return is_looked_for(name) or SECRET.fullmatch(name) is None
 
 
 def whole(folder: Folder) -> tuple[Companion, ...]:
@@ -223,7 +161,7 @@ def whole(folder: Folder) -> tuple[Companion, ...]:
 
 def of_onnx(folder: Folder) -> tuple[Companion, ...]:
     """All of a component that ONNX Runtime runs: ``model.onnx``, what its weights are in beside it, and settings."""
-    return (*settings(folder), *_matching(folder, (re.compile(r".*\.onnx"),)))
+    return (*settings(folder), *_matching(folder, (Names(r".*\.onnx"),)))
 
 
 def left_out(folder: Folder, used: Collection[str], prefix: str = "", *, hidden: bool = False) -> tuple[str, ...]:
@@ -244,14 +182,6 @@ def left_out(folder: Folder, used: Collection[str], prefix: str = "", *, hidden:
         else:
             names.append(f"{name}/")
     return tuple(sorted(names))
-
-
-def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name, which may lie in a folder inside, belongs to a model or pipeline."""
-    parent, _, base = name.rpartition("/")
-    if parent.rpartition("/")[2] == TEMPLATES:
-        return TEMPLATE.fullmatch(base) is not None
-    return CHECKPOINT_FILE.fullmatch(base) is not None or TERMS.fullmatch(base) is not None
 
 
 def terms(folder: Folder) -> tuple[Companion, ...]:
@@ -289,7 +219,7 @@ def weights(checkpoint: Checkpoint) -> tuple[tuple[Companion, ...], dict[str, by
             total = {} if has_metadata else {"metadata": {"total_size": _stored_bytes(checkpoint)}}
             documents[index] = dump_json({**checkpoint.index, **total, "weight_map": places})
     plain = [Companion(folder, name, plain_name(name, variant), sizes[name]) for name in names]
-    config = _matching(folder, (re.compile(r"config\.json"),))
+    config = _matching(folder, (Names(r"config\.json"),))
     return (*config, *companions(folder), *plain), documents
 
 
@@ -302,7 +232,7 @@ def plain_name(file: str, variant: str | None) -> str:
     return re.sub(rf"\.{re.escape(variant)}(?=[.-])", "", file, count=1) if variant else file
 
 
-def _matching(folder: Folder, patterns: Iterable[re.Pattern[str]], prefix: str = "") -> list[Companion]:
+def _matching(folder: Folder, patterns: Iterable[Names], prefix: str = "") -> list[Companion]:
     sizes = folder.sizes()
     allowed = list(patterns)
     names = [name for name in sizes if any(pattern.fullmatch(name) for pattern in allowed)]

@@ -13,7 +13,7 @@ from qz.formats.checkpoint.concurrent_reads import several_at_once
 from qz.formats.files.folder import read_at
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import GIT_LFS_POINTER, Malformed
-from qz.formats.output.companions import CHECKPOINT_FILE, WEIGHT_FILE
+from qz.formats.output.file_names import WEIGHT_FILE, is_looked_for
 from qz.formats.tensors.safetensors import read_header
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _error(kind: str, found: Sequence[Companion]) -> Malformed:
 
 def _is_json(companion: Companion) -> bool:
     """Whether loaders read JSON from it; what else lies there is copied whatever it is."""
-    return companion.file.endswith(".json") and CHECKPOINT_FILE.fullmatch(companion.file) is not None
+    return companion.file.endswith(".json") and is_looked_for(companion.file)
 
 
 def _holds_weights(companion: Companion) -> bool:

@@ -11,7 +11,7 @@ from qz.formats.files.folder import PIPELINE_INDEX
 from qz.formats.files.links import followed
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.malformed import quoted
-from qz.formats.output.companions import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
+from qz.formats.output.file_names import MODULE, TEMPLATES, WEIGHT_FILE, is_checkpoint_file
 from qz.formats.output.recorded.record import RECORD, read_record
 from qz.formats.output.recorded.statement import BESIDE
 from qz.formats.output.storage.beside import ASIDE, PARTIAL, require_name, sibling

@@ -24,7 +24,7 @@ from qz.formats.sources.encoded import Encoded, read_encoded
 from qz.formats.tensors.decoded import CODES, Decoded, StoredTensor
 from qz.formats.tensors.safetensors import BITS
 from qz.formats.tensors.shards import index_name
-from qz.quantize.inspection.companions import companion_problems
+from qz.quantize.inspection.companions import problems_beside_model
 from qz.quantize.inspection.linear_layers import FLOATS, Value, ties, values
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor
 
@@ -76,7 +76,7 @@ def inspect_model(
     """What was looked at. With ``plan`` the model's library is asked, which is exact and takes seconds."""
     checkpoint = look.checkpoint
     if checkpoint is None:
-        return _unread(look.folder, origin, look.problems).with_problems(companion_problems(look.folder))
+        return _unread(look.folder, origin, look.problems).with_problems(problems_beside_model(look.folder, None))
     origin = origin._replace(library=checkpoint.library, architecture=checkpoint.architecture)
     found = _described(checkpoint, origin, look.weights, look.problems, look.encoded)
     if plan and not found.errors:
@@ -87,7 +87,7 @@ def inspect_model(
         from qz.quantize.inspection.consumers import judged
 
         found = judged(found, look.contents(), consumers)
-    return found.with_problems(companion_problems(look.folder))
+    return found.with_problems(problems_beside_model(look.folder, checkpoint.config))
 
 
 def inspect_file(folder: Folder, name: str, origin: Origin, *, consumers: Sequence[str] = ()) -> Inspection:

@@ -29,11 +29,12 @@ from qz.formats.files.folder import PIPELINE_INDEX, Folder
 from qz.formats.malformed import quoted
 from qz.formats.output.recorded.record import read_record
 from qz.quantize.consumers.verdict import Verdict
-from qz.quantize.inspection.companions import companion_problems
+from qz.quantize.inspection.companions import problems_of_settings
 from qz.quantize.inspection.consumers import verdicts_on_pipeline
 from qz.quantize.inspection.estimate import METHODS, Estimate
 from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
+from qz.quantize.libraries.companion_classes import require_vocabulary
 from qz.quantize.libraries.diffusers.component_classes import class_notes
 from qz.quantize.planning.components import choose
 from qz.quantize.planning.unreadable import pickles_copied, why_kept
@@ -208,13 +209,13 @@ def inspect_pipeline(
         try:
             inner.append(folder.subfolder(name))
             require_settings(inner[-1], *entries[name])
+            require_vocabulary(inner[-1], *entries[name])
         except QzError as error:
             missing.append(_gone(name, error))
             continue
         looks[name] = _look(inner[-1], variant, entries[name], name, copied)
         if looks[name] is None:
-            damage = companion_problems(inner[-1], model=False)
-            missing += [each._replace(where=f"{name}/{each.where}") for each in damage]
+            missing += problems_of_settings(inner[-1], name, *entries[name])
     components: list[ComponentInspection] = []
     with _examining(looks) if plan else nullcontext():
         for name, look in looks.items():

@@ -13,6 +13,7 @@ from qz.progress import OnProgress, ignore
 from qz.quantize.compute import backends
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.consumers.planned import loads_in
+from qz.quantize.libraries.companion_classes import notes_on_model
 from qz.quantize.planning.plan import Plan
 from qz.quantize.provenance.about import about
 from qz.quantize.provenance.fingerprints import fingerprint
@@ -36,7 +37,10 @@ def companion_files(checkpoint: Checkpoint, root: Folder, settings: Settings) ->
     names = {each.name for each in found}
     carried = (*found, *(each for each in terms(root) if each.name not in names))
     require_undamaged(carried)
-    return carried
+    notes = notes_on_model(carried, checkpoint.config)
+    return tuple(
+        replace(each, notes=tuple(note.as_text() for note in notes if note.where == each.name)) for each in carried
+    )
 
 
 def carry_out(

@@ -15,6 +15,7 @@ from qz.formats.output.damaged import require_undamaged
 from qz.quantize.adapters.placement import Placement, placements
 from qz.quantize.importance.score_file import refuse_unscored, score_file
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
+from qz.quantize.libraries.companion_classes import notes_on_component, require_vocabulary
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method
@@ -265,9 +266,22 @@ def compose(
         if cast is not None:
             casts[each.name] = cast
             made[each.name] = replace(choice, reason=f"{choice.reason}; cast to {settings.dtype}")
-    plan = PipelinePlan(pipeline, tuple(made[choice.name] for choice in choices), plans, kept, casts, loras)
+    notes = _notes_on_settings(pipeline)
+    final = tuple(made[choice.name] for choice in choices)
+    plan = PipelinePlan(pipeline, final, plans, kept, casts, loras, notes=notes)
     require_undamaged(plan.carried)
     return plan
+
+
+def _notes_on_settings(pipeline: Pipeline) -> tuple[str, ...]:
+    """On components without weights. Raises MissingInput for one that cannot be loaded."""
+    notes: list[str] = []
+    for each in pipeline.components:
+        if each.checkpoint is None and each.unread is None:
+            require_vocabulary(each.folder, each.library, each.class_name)
+            found = notes_on_component(each.folder, each.library, each.class_name)
+            notes += (note.as_text(f"{each.name}/") for note in found)
+    return tuple(notes)
 
 
 def _placed(pipeline: Pipeline, loras: tuple[AdapterFile, ...]) -> dict[str, list[Placement]]:

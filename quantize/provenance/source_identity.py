@@ -9,7 +9,8 @@ from typing import Any
 
 from qz.formats.files.folder import Folder
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.output.companions import WEIGHT_FILE, Companion, is_checkpoint_file
+from qz.formats.output.companions import Companion
+from qz.formats.output.file_names import WEIGHT_FILE, is_checkpoint_file
 
 
 def identity(folders: Mapping[str, Folder], carried: Iterable[Companion]) -> dict[str, Any]:

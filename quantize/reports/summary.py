@@ -11,7 +11,8 @@ from qz.formats.checkpoint.adapter_file import CONFIG as ADAPTER_CONFIG
 from qz.formats.checkpoint.adapter_file import AdapterFile
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
-from qz.formats.output.companions import INDEXES, Companion, left_out
+from qz.formats.output.companions import Companion, left_out
+from qz.formats.output.file_names import INDEXES
 from qz.formats.output.recorded.record import WrittenFile
 from qz.quantize.consumers.planned import warnings as consumer_warnings
 from qz.quantize.methods import LOW_COVERAGE
@@ -249,7 +250,7 @@ def summarize(
         kept_tensors=len(plan.steps) - len(quantized),
         skipped=dict(architecture.kept_linears),
         dropped=architecture.dropped,
-        notes=(*_notes(plan), *code_left_out(carried)),
+        notes=(*_notes(plan), *code_left_out(carried), *(note for each in carried for note in each.notes)),
         bytes_source=plan.bytes_source,
         bytes_output=sum(file.bytes for file in files) if files else plan.bytes_output,
         footprint_before=architecture.footprint.before,

@@ -1,7 +1,7 @@
 """Which components of a pipeline diffusers' from_pretrained cannot load by what model_index.json names, and why.
 
 Read from the texts of the installed libraries, as importing them takes seconds: what diffusers 0.42 finds in
-``get_class_obj_and_candidates`` and transformers 5.23 in ``_LazyModule``. What a text leaves open counts as found.
+``get_class_obj_and_candidates``. What a text leaves open counts as found.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from qz.counted import shown as few
 from qz.quantize.libraries.class_search import LONGEST_NAME, shown
 from qz.quantize.libraries.source_code.installed import folder_of, text_of
+from qz.quantize.libraries.transformers.named_classes import needed_packages, not_installed
 
 _LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
 """Where diffusers looks for classes of components, beside the folders of its pipelines."""
-_FILES = ("tokenization_", "processing_", "image_processing_", "feature_extraction_", "video_processing_", "modeling_")
-"""Files of transformers whose classes are components, or bases of them."""
 _AUTO = re.compile(r"Auto(?:Tokenizer|\w*Processor|FeatureExtractor|Model\w*|Pipeline\w*)")
 """Classes that find another one: diffusers does not take them for a tokenizer, processor or model."""
-_CLASS = re.compile(rb"^class (\w+)", re.MULTILINE)
-_MODULES = {"mistral-common": "mistral_common", "onnx": "onnxruntime", "opencv": "cv2", "vision": "PIL"}
-"""What the libraries call a package → what is imported of it, where these differ."""
 _text = cache(text_of)
 
 
@@ -86,14 +80,14 @@ def _unloadable(library: str, class_name: str) -> Unloadable | None:
         owner = "transformers" if library == "transformers" else "diffusers"
         inside = "" if library in _LIBRARIES else f" in its {library}"
         return Unloadable(f"{owner} {_version(owner)} has no {shown(class_name)}{inside}")
-    packages = " and ".join(each for each in needed if find_spec(_MODULES.get(each, each)) is None)
+    packages = not_installed(needed)
     return Unloadable("", packages) if packages else None
 
 
 def _of_library(library: str, class_name: str) -> tuple[str, ...] | None:
     """The packages that a class needs; None for one that there is not."""
     if library == "transformers":
-        return _of_transformers(class_name)
+        return needed_packages(class_name)
     if library == "diffusers":
         return _of_diffusers(class_name)
     folder = folder_of("diffusers") / "pipelines" / library
@@ -110,57 +104,6 @@ def _of_diffusers(class_name: str) -> tuple[str, ...] | None:
         if found := stand_in.search(_text(path)):
             return tuple(re.findall(r'"([^"]+)"', found[1]))
     return ()
-
-
-def _of_transformers(class_name: str) -> tuple[str, ...] | None:
-    """Names of earlier versions stand for today's classes."""
-    root = folder_of("transformers")
-    fast = class_name.endswith(("TokenizerFast", "ImageProcessorFast"))
-    name = class_name.removesuffix("Fast") if fast else class_name
-    for stem in dict.fromkeys((name, class_name)):
-        if (path := _defining(stem)) is not None:
-            slow = path.parent / path.name.replace("image_processing_", "image_processing_pil_")
-            return _needed(path, stem, instead=not fast and slow.is_file())
-    aliases = folder_of("diffusers") / "utils" / "deprecation_utils.py"
-    named = (root / "__init__.py", root / "convert_slow_tokenizer.py", aliases)
-    return () if any(f'"{each}"' in _text(path) for path in named for each in (class_name, name)) else None
-
-
-def _needed(path: Path, name: str, *, instead: bool) -> tuple[str, ...]:
-    """``instead``: where torchvision is missing, the library takes another class."""
-    text = _text(path)
-    stated = re.search(rf"^@requires\(backends=\(([^)]*)\)\)\n(?:@.*\n)*class {name}\b", text, re.MULTILINE)
-    needed = re.findall(r'"([^"]+)"', stated[1]) if stated else []
-    if path.name.startswith("video_processing_") or re.search(r"def __init__\([^)]*\bvideo_processor\b", text):
-        needed += ["vision", "torchvision"]
-    elif path.name.startswith("image_processing_"):
-        needed += ["vision", *(["torchvision"] if "(TorchvisionBackend" in text and not instead else [])]
-    return tuple(dict.fromkeys(needed))
-
-
-def _defining(name: str) -> Path | None:
-    """The file of transformers that defines a class, mostly in the folder whose name begins that of the class."""
-    lower = name.lower()
-    likely = (folder for folder in _folders() if lower.startswith(folder.name.replace("_", "")))
-    return next((found[name] for folder in likely if name in (found := _defined_in(folder))), None) or _all().get(name)
-
-
-@cache
-def _folders() -> tuple[Path, ...]:
-    root = folder_of("transformers")
-    return (*(folder for folder in sorted((root / "models").iterdir()) if folder.is_dir()), root)
-
-
-@cache
-def _all() -> dict[str, Path]:
-    return {name: path for folder in _folders() for name, path in _defined_in(folder).items()}
-
-
-@cache
-def _defined_in(folder: Path) -> dict[str, Path]:
-    """Name of a class → the file in a folder that defines it."""
-    files = sorted(path for path in folder.iterdir() if path.name.startswith(_FILES))
-    return {name.decode(): path for path in files for name in _CLASS.findall(path.read_bytes())}
 
 
 def _version(library: str) -> str:
