@@ -77,7 +77,7 @@ def act(what: str, as_json: JsonOpt = False) -> None:
             print("x" * 100)
     print("done")
 
-sys.modules["qz.cli.act"] = sys.modules[__name__]
+sys.modules["qz.cli.commands.act"] = sys.modules[__name__]
 qz.cli.app.COMMANDS["act"] = "Act."
 qz.cli.app.EXAMPLES["act"] = ()
 main()

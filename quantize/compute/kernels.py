@@ -1,8 +1,9 @@
 """The arithmetic of bitsandbytes' 4-bit and 8-bit types on CPU, bit for bit, over caller-owned numpy buffers.
 
 Reference: bitsandbytes 0.50.2, ``torch.ops.bitsandbytes.quantize_4bit`` and friends on CPU, and ``bnb.nn.Int8Params``
-for int8. The loops are numba's (``numba_kernels``), or torch's where numba does not work (``torch_kernels``): same
-bytes, but slower. Every function may be called from many threads; none needs threads of its own, all release the GIL.
+for int8. The loops are numba's (``numba_kernels``); those that make 4 bits of 16 need LLVM alone (``block_kernels``);
+where neither works they are torch's (``torch_kernels``): the same bytes, but slower. Every function may be called from
+many threads; none needs threads of its own, all release the GIL.
 
 Dtypes are safetensors' names. Values of "BF16" and "F16" travel as their bits in uint16 arrays, "F32" as float32.
 """
