@@ -34,6 +34,8 @@ _TOLD = {
     "json-malformed": (("not valid JSON",) * 2, "Correct that, or download it again."),
     "truncated": (("cut off, or no safetensors file",) * 2, "Download it again."),
 }
+_NO_HEADER = ("empty-file", "not-safetensors", "header-malformed", "pickle", "gguf")
+"""Kinds of what the header of a file of weights is refused for."""
 
 
 def require_undamaged(carried: Iterable[Companion]) -> None:
@@ -71,7 +73,7 @@ def require_readable(companion: Companion, offset: int, piece: memoryview) -> No
 
 
 def _damage(companion: Companion) -> str | None:
-    """The kind of damage."""
+    """The kind of damage. Raises Malformed where the file cannot be read, or is not the one that it has to be."""
     read, size = read_at(companion.folder, companion.file), companion.bytes
     try:
         if _is_json(companion) or size in _POINTER:
@@ -81,7 +83,11 @@ def _damage(companion: Companion) -> str | None:
         if _holds_weights(companion) and isinstance(companion.folder, LocalFolder):
             read_header(read, size, companion.name)
     except Malformed as error:
-        return error.kind if error.kind in _TOLD else "truncated"
+        if error.kind in _TOLD:
+            return error.kind
+        if error.kind in _NO_HEADER:
+            return "truncated"
+        raise  # such as a file that is not as a record says
     return None
 
 
