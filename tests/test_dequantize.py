@@ -431,7 +431,7 @@ def test_a_config_that_promises_what_is_not_there_is_refused(tiny_llama: Path, t
     folder = copied(tiny_llama, tmp_path)
     said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps({**config_of(folder), "quantization_config": said}))
-    with pytest.raises(MalformedInput, match="says that the model is quantized, but none of its weights is"):
+    with pytest.raises(MalformedInput, match="quantized with bitsandbytes, but none of its weights is"):
         dequantized(folder, tmp_path / "output")
 
 

@@ -77,7 +77,7 @@ def without_tokenizer(folder: Path) -> None:
 
 def follow(message: str, folder: Path, words: list[str], original: Path) -> list[str]:
     """Do what the message says to ``folder``; the words of the next command."""
-    if named := re.search(r"[Rr]emove ([`\w ]+?) (?:from it )?(?:and run this again|if the weights)", message):
+    if named := re.search(r"[Rr]emove ([`\w ]+?) (?:from it\.|and run this again)", message):
         config(**dict.fromkeys(re.findall(r"`(\w+)`", named[1]) or ["quantization_config"]))(folder)
     elif named := re.search(r'Add the class that .*?(\{.*?\}|"architectures": \[.*?\])', message):
         config(**json.loads("{" + named[1] + "}"))(folder)

@@ -175,6 +175,8 @@ def test_the_corpus_has_at_least_150_cases() -> None:
         "pickle-tensor",
         "component-null",  # of a whole pipeline: tested in test_pipeline.py
         "component-class",  # likewise
+        "companion-class",  # of files beside a model: tested in test_companion_classes.py
+        "tokenizer-vocabulary",  # likewise
         "experts-quantized",  # what --experts writes: tested in test_experts.py
         "gguf-type",  # needs a whole file: tested in test_gguf.py
     }

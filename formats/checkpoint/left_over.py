@@ -21,6 +21,13 @@ class LeftOver(NamedTuple):
     method: str
     keys: str
 
+    def told(self, where: str) -> str:
+        """What is wrong with the config.json at ``where``, and what to do."""
+        return (
+            f"{where} says that the model is quantized with {self.method}, but none of its weights is. If they are the "
+            f"plain weights, remove {self.keys} from it."
+        )
+
 
 def left_over(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor | Decoded]) -> LeftOver | None:
     """What a config says of a quantization that none of the tensors shows; None where one does, or it says nothing."""

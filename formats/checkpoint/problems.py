@@ -208,10 +208,7 @@ WARNINGS: dict[str, str] = {
         "{where}: the model is quantized with {method}, which qz neither reads nor changes. Quantize the "
         "original model instead."
     ),
-    "quantization-left-over": (
-        "{where} says that the model is quantized with {method}, but none of its weights is. If they are the plain "
-        "weights, remove {keys} from it."
-    ),
+    "quantization-left-over": "{told}",
     "encoding-unknown": (
         "{where}: the model is already quantized, in a form that qz does not know: {what}. Start from the original "
         "weights."

@@ -91,7 +91,8 @@ class _Quantized:
             self.experts(weights)
             self.floats8()
         elif left := left_over(self.checkpoint.config, self.checkpoint.tensors):
-            self.problems.add("quantization-left-over", "config.json", **left._asdict())
+            told = left.told(f"{self.checkpoint.folder.location}/config.json")
+            self.problems.add("quantization-left-over", "config.json", told=told)
         else:
             self.problems.add("quantized-by-other", "config.json", method=quoted(self.settings.method, 40))
         return weights, self.problems.worst_first()

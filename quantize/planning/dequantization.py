@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qz import MalformedInput, QzError, Unsupported
+from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.problems import Problem, as_error
 from qz.formats.checkpoint.quantization_config import stated_quantization
 from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
@@ -159,11 +160,10 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
 def nothing_quantized(checkpoint: Checkpoint, problems: tuple[Problem, ...]) -> QzError:
     """The error for a checkpoint without a quantized weight; its config may say otherwise."""
     where = checkpoint.folder.location
-    if any(problem.kind.startswith("quantization-") for problem in problems):
-        return MalformedInput(
-            f"{where}/config.json says that the model is quantized, but none of its weights is. Remove "
-            "`quantization_config` from it if the weights are right, or download the checkpoint again."
-        )
+    if (left := left_over(checkpoint.config, checkpoint.tensors)) is not None:
+        return MalformedInput(left.told(f"{where}/config.json"))
+    if stated := [problem for problem in problems if problem.kind.startswith("quantization-")]:
+        return as_error(where, stated)
     place = where if checkpoint.original is None else f"{where}/{checkpoint.files[0]}"
     return Unsupported(f"{place} is not quantized: there is nothing to dequantize. `qz quantize {place}` quantizes it.")
 

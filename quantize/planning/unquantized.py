@@ -44,10 +44,7 @@ def contradiction(checkpoint: Checkpoint) -> QzError | None:
     library loads that as it is meant."""
     where, config = checkpoint.folder.location, stated_quantization(checkpoint.config)
     if (left := left_over(checkpoint.config, checkpoint.tensors)) is not None:
-        return Unsupported(
-            f"{where}/config.json says that the model is quantized with {left.method}, but none of its weights is. If "
-            f"they are the plain weights, remove {left.keys} from it and run this again."
-        )
+        return Unsupported(left.told(f"{where}/config.json"))
     if config is not None and not isinstance(config, dict):
         return Malformed(
             "quantization-config-malformed",
