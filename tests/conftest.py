@@ -79,14 +79,12 @@ def no_memory_of_other_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield
 
 
-@pytest.fixture
-def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
-    """Run ``qz ARGUMENTS`` as a process in ``tmp_path``, with no terminal and without a runner's settings."""
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+def started_by(python: Sequence[str], folder: Path) -> Qz:
+    """``qz ARGUMENTS`` as a process of this Python."""
 
-    def run(*arguments: str | Path, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, cwd: Path = folder, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "qz", *map(str, arguments)],
+            [*python, "-m", "qz", *map(str, arguments)],
             cwd=cwd,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
             stdin=subprocess.DEVNULL,
@@ -97,6 +95,20 @@ def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
         )
 
     return run
+
+
+@pytest.fixture
+def qz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
+    """Run ``qz ARGUMENTS`` as a process in ``tmp_path``, with no terminal and without a runner's settings."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    return started_by([sys.executable], tmp_path)
+
+
+@pytest.fixture
+def qz_with_torch(python_with_torch: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qz:
+    """As ``qz``, with torch imported before, in two seconds less: for what of the libraries a command imports."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    return started_by(python_with_torch, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,15 @@ def become(connection: socket.socket) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code: object = 1
+    fork, leave = os.getpid(), os._exit
+
+    def leave_and_tell(status: int) -> NoReturn:
+        if os.getpid() == fork:  # and not a fork of it
+            with contextlib.suppress(OSError):
+                connection.sendall(str(status).encode())
+        leave(status)
+
+    os._exit = leave_and_tell  # by which some programs end, as qz does
     try:
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         for number, stream in enumerate(streams):
@@ -161,8 +170,7 @@ def become(connection: socket.socket) -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-            connection.sendall(str(code if isinstance(code, int) else int(code is not None)).encode())
-        os._exit(0)
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def run(arguments: list[str]) -> None:

@@ -450,11 +450,11 @@ def test_the_table_of_types_is_that_of_the_package() -> None:
 
 
 def test_the_command_reads_a_file_by_its_path(
-    tmp_path: Path, qz: Callable[..., Any], forked_qz: Callable[..., Any]
+    tmp_path: Path, qz_with_torch: Callable[..., Any], forked_qz: Callable[..., Any]
 ) -> None:
     """In a process of its own, which imports no more of the libraries than it needs."""
     write_llama(tmp_path / "tiny-Q5_0.gguf", "Q5_0")
-    done = qz("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--json")
+    done = qz_with_torch("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["left_out"] == []
     assert (tmp_path / "tiny-Q5_0-nf4/model.safetensors").is_file()

@@ -113,7 +113,7 @@ def test_a_whole_tensor_of_experts_is_not_put_into_one_of_them(tmp_path: Path) -
 
 
 def test_a_command_of_its_own_finds_the_experts_of_a_model_that_is_remembered(
-    qz: Qz, forks: Runner, tmp_path: Path
+    qz_with_torch: Qz, forks: Runner, tmp_path: Path
 ) -> None:
     base = mixture("qwen3_moe", tmp_path / "base")
     adapter = on_all_experts(base, tmp_path / "adapter")
@@ -121,7 +121,7 @@ def test_a_command_of_its_own_finds_the_experts_of_a_model_that_is_remembered(
     first = forks.run("quantize", base, "--dry-run", cwd=tmp_path, environment=memory)
     assert first.code == 0, first.stderr
     assert list((tmp_path / "cache/architectures").iterdir())
-    done = qz("quantize", base, "--lora", adapter, "--dry-run", "--quiet", **memory)
+    done = qz_with_torch("quantize", base, "--lora", adapter, "--dry-run", "--quiet", **memory)
     assert done.returncode == 0, done.stderr
 
 

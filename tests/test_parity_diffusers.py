@@ -20,8 +20,7 @@ from zoo import DIFFUSERS, Saved
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES = in_turn(
     DIFFUSERS,
-    [("nf4", "auto"), ("int8", "auto")],
-    [("fp4", "auto"), ("nf4-double", "auto")],
+    [(method, "auto") for method in ("nf4", "int8", "fp4", "nf4-double")],
     [(method, dtype) for dtype in ("bfloat16", "float16") for method in ("nf4", "int8")],
     [(method, dtype) for dtype in ("bfloat16", "float16") for method in ("fp4", "nf4-double")],
 )
