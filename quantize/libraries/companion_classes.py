@@ -154,7 +154,7 @@ def _unloadable(name: str) -> str | None:
 
         return f"it names {shown(name)}, which transformers {version('transformers')} does not have"
     packages = not_installed(needed[0])
-    return f"{name}, which it names, can be loaded only where {packages} is installed" if packages else None
+    return f"{name}, which it names, can be loaded only with {packages} installed" if packages else None
 
 
 def _own_class(folder: Folder, class_name: str) -> str | None:

@@ -61,7 +61,7 @@ def class_notes(pipeline_class: str, classes: Mapping[str, tuple[str, str]]) -> 
             f"loads the pipeline neither quantized nor before ({few(lost, 5)}): install versions that have it, or "
             f"load each component by itself, and make {shown(pipeline_class)}(…) of them"
         )
-    notes += [f"{few(names)} can be loaded only where {needed} is installed" for needed, names in needing.items()]
+    notes += [f"{few(names)} can be loaded only with {needed} installed" for needed, names in needing.items()]
     return tuple(notes)
 
 

@@ -37,7 +37,8 @@ def needed_packages(class_name: str) -> tuple[str, ...] | None:
 
 def not_installed(packages: tuple[str, ...]) -> str:
     """Those of them, for a message; empty if there are all."""
-    return " and ".join(each for each in packages if not _is_installed(_MODULES.get(each, each)))
+    missing = (each for each in packages if not _is_installed(_MODULES.get(each, each)))
+    return " and ".join("Pillow" if each == "vision" else each for each in missing)
 
 
 def _is_installed(module: str) -> bool:
