@@ -407,7 +407,7 @@ def perform(wish: dict[str, Any], stdout: int, stderr: int, operations: int) -> 
             if len(log) == wish["at"] + 1:
                 exec(wish["act"], {**globals(), "operation": operation, "path": path})
 
-    how = {"hook": hook, "keep_every": wish.get("keep_every", KEEP_EVERY)}
+    how = {"hook": hook, "keep_every": wish.get("keep_every", KEEP_EVERY), "keep_apart": 0}
     Disk.__init__ = partialmethod(Disk.__init__, **how)  # type: ignore[assignment,method-assign]
     exec(wish["before"], dict(globals()))
     code = run(wish["arguments"])

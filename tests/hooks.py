@@ -15,5 +15,5 @@ from qz.formats.output.storage.disk import KEEP_EVERY, Disk
 def every_disk(hook: Callable[[str, str], None], keep_every: int = KEEP_EVERY) -> Iterator[None]:
     """Inside, each ``Disk`` that is made calls ``hook`` before every operation, and has this ``keep_every``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Disk, "__init__", partialmethod(Disk.__init__, hook=hook, keep_every=keep_every))
+        patch.setattr(Disk, "__init__", partialmethod(Disk.__init__, hook=hook, keep_every=keep_every, keep_apart=0))
         yield

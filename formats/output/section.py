@@ -38,9 +38,8 @@ class Section:
         found = self._staging.begun.items()
         return {name.removeprefix(self._prefix): begun for name, begun in found if name.startswith(self._prefix)}
 
-    @property
-    def keep_every(self) -> int:
-        return self._staging.keep_every
+    def is_worth_keeping(self, nbytes: int, seconds: float) -> bool:
+        return self._staging.is_worth_keeping(nbytes, seconds)
 
     def open_shard(self, layout: ShardLayout, is_verified: IsVerified = lambda: True) -> ShardWriter:
         return self._staging.open_shard(replace(layout, file=self._prefix + layout.file), is_verified)

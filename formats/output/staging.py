@@ -179,10 +179,9 @@ class Staging:
         allocated = sum(found.st_blocks * 512 for found in begun if found is not None)
         return allocated + sum(file.bytes for file in self.finished.values())
 
-    @property
-    def keep_every(self) -> int:
-        """After so many bytes of whole tensors of a shard they are worth a ``keep``."""
-        return self._disk.keep_every
+    def is_worth_keeping(self, nbytes: int, seconds: float) -> bool:
+        """Whether so many bytes of whole tensors of a shard are worth a ``keep`` so many seconds after the last one."""
+        return nbytes >= self._disk.keep_every and seconds >= self._disk.keep_apart
 
     @property
     def _staged(self) -> Directory:

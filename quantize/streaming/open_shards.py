@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,6 @@ class _OpenShard:
     files: set[str] = field(default_factory=set)
     """Of the source, which they are made of."""
     nbytes: int = 0
-    is_keeping: bool = False
 
 
 class OpenShards:
@@ -59,6 +59,8 @@ class OpenShards:
             if home in self._shards and name not in self._kept:
                 self._shards[home].left += 1
         self._lock = threading.Lock()
+        self._is_keeping = False
+        self._kept_at = time.monotonic()
 
     def wants(self, saved: Saved) -> bool:
         """Whether an output still has to be written: an earlier run did not."""
@@ -106,7 +108,7 @@ class OpenShards:
                 shard.files |= _source_files(step)
                 if not shard.left:
                     jobs.append(self._finishing(shard))
-                elif shard.nbytes >= self._staging.keep_every and not shard.is_keeping:
+                elif not self._is_keeping and self._is_worth_keeping(shard):
                     jobs.append(self._keeping(shard))
         return jobs
 
@@ -116,14 +118,18 @@ class OpenShards:
         shard.writer = None
         return lambda: self._on_finished(writer.finish())
 
+    def _is_worth_keeping(self, shard: _OpenShard) -> bool:
+        return self._staging.is_worth_keeping(shard.nbytes, time.monotonic() - self._kept_at)
+
     def _keeping(self, shard: _OpenShard) -> Job:
-        """Have what is whole and not kept yet for a later run, whatever becomes of this one."""
+        """Have what is whole and not kept yet for a later run, whatever becomes of this one. One shard at a time."""
         writer, tensors, is_verified = shard.writer, shard.tensors, self._are_verified(shard.files)
-        shard.tensors, shard.files, shard.nbytes, shard.is_keeping = [], set(), 0, True
+        shard.tensors, shard.files, shard.nbytes, self._is_keeping = [], set(), 0, True
 
         def keep() -> None:
             self._staging.keep(writer, tensors, is_verified)  # type: ignore[arg-type]  # nothing discarded is kept
-            shard.is_keeping = False
+            self._kept_at = time.monotonic()
+            self._is_keeping = False
 
         return keep
 

@@ -138,6 +138,7 @@ def _ask_to_store(descriptor: int, start: int, stop: int) -> None:
 
 
 KEEP_EVERY = 256 << 20
+KEEP_APART = 1.0
 Hook = Callable[[str, str], None]
 
 
@@ -153,6 +154,8 @@ class Disk:
     """Whether ``sync`` waits for the disk; not with ``--no-fsync``."""
     keep_every: int = KEEP_EVERY
     """After so many bytes of finished tensors of a shard they are stored and noted, so that a later run keeps them."""
+    keep_apart: float = KEEP_APART
+    """Seconds without that, after each time: to store takes the disk's cache and its journal, for which all writers wait."""
     hook: Hook = _no_hook
     """Called with the name of each operation and its path, before the operation."""
 
