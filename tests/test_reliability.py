@@ -857,16 +857,30 @@ def test_bytes_that_arrived_wrong_never_get_into_an_output_not_even_by_resuming(
 
 
 @pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize(
+    ("nth", "before", "options"),
+    [(3, "", ()), (6, "import qz.formats.hub.repository as h; h.WHOLE = 1 << 12", ()), (3, "", ("--download",))],
+    ids=["small files", "weights by ranges", "downloads"],
+)
 def test_an_interrupt_while_the_hub_is_silent_ends_soon(
-    server: Runner, place: Path, hub: HubServer, expected: dict[str, dict[str, str]]
+    server: Runner,
+    place: Path,
+    hub: HubServer,
+    expected: dict[str, dict[str, str]],
+    nth: int,
+    before: str,
+    options: tuple[str, ...],
 ) -> None:
-    fault = hub.fail("cdn", nth=5, stall=3600)
-    running = server.start(*HUB, cwd=place)
-    while fault.seen < 5:
+    """Before the requests that are under way time out: each may wait 10 seconds for the next byte."""
+    fault = hub.fail("cdn", nth=nth, stall=3600)
+    running = server.start(*HUB, *options, cwd=place, before=before)
+    while fault.seen < nth:
         time.sleep(0.01)
     time.sleep(0.5)
+    seen = fault.seen
     running.kill(signal.SIGINT)
     ended = running.wait()
+    assert fault.seen == seen  # none was repeated
     hub.faults.remove(fault)
     check(ended)
     assert ended.code == 130

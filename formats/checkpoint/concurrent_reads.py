@@ -20,7 +20,7 @@ def several_at_once(folder: Folder, read: Callable[[T], R], things: Sequence[T])
     """``read`` of each, in order; several at a time where most of the time is spent waiting for the Hub."""
     if len(things) < 2 or isinstance(folder, LocalFolder):
         return [read(each) for each in things]
-    from concurrent.futures import ThreadPoolExecutor
+    from qz.thread_pool import thread_pool
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with thread_pool(THREADS) as pool:
         return list(pool.map(read, things))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from qz.formats.hub.transport.errors import hub_errors
 from qz.formats.hub.transport.remote_file import RemoteFile, differs
 from qz.formats.hub.transport.routes import Routes
 from qz.formats.malformed import Malformed, quoted
+from qz.thread_pool import thread_pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -227,7 +227,7 @@ class HubFolder:
             if progress:
                 progress(name, remote.size)
 
-        with ThreadPoolExecutor(4, thread_name_prefix="qz-hub") as pool:
+        with thread_pool(4) as pool:
             for _ in pool.map(fetch, names):
                 pass
 
