@@ -32,6 +32,7 @@ IMPORTED = (
     "accelerate",
     "bitsandbytes",
     "gguf",
+    "model_signing",
     "numba",
     "peft",
     "pydantic",

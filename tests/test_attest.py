@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,10 +74,19 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def theirs(folder: Path, public: Path) -> subprocess.CompletedProcess[str]:
+Theirs = Callable[[Path, Path], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def theirs(python_with_libraries: list[str]) -> Theirs:
     """The command of model-signing."""
-    words: list[str | Path] = ["verify", "key", folder, "--signature", folder / "model.sig", "--public_key", public]
-    return subprocess.run([sys.executable, "-m", "model_signing", *words], check=False, capture_output=True, text=True)
+
+    def verify(folder: Path, public: Path) -> subprocess.CompletedProcess[str]:
+        words = ["verify", "key", str(folder), "--signature", str(folder / "model.sig"), "--public_key", str(public)]
+        command = [*python_with_libraries, "-m", "model_signing", *words]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    return verify
 
 
 def test_the_statement_names_every_file_and_what_it_was_made_of(tiny_llama: Path, made: Path) -> None:
@@ -120,7 +129,7 @@ def test_a_statement_is_verified_and_what_differs_is_named(made: Path, tmp_path:
 
 
 def test_what_a_statement_or_a_signature_does_not_cover_is_named(
-    made: Path, keys: tuple[Path, Path], tmp_path: Path, qz: Qz
+    made: Path, keys: tuple[Path, Path], tmp_path: Path, forked_qz: Qz
 ) -> None:
     (made / "notes").mkdir()
     (made / "notes/mine.txt").write_text("mine")
@@ -131,7 +140,7 @@ def test_what_a_statement_or_a_signature_does_not_cover_is_named(
         ("--public-key", keys[1], "file-unsigned"),
         ("--statement", made / "qz.statement.json", "file-unstated"),
     ):
-        result = qz("verify", made, option, file, "--json")
+        result = forked_qz("verify", made, option, file, "--json")
         problems = json.loads(result.stdout)["problems"]
         assert [(each["severity"], each["kind"], each["where"]) for each in problems] == [
             ("warning", kind, name) for name in others
@@ -222,7 +231,9 @@ def test_a_folder_that_takes_no_new_file_is_told(quantized: Path) -> None:
             output.chmod(0o755)
 
 
-def test_model_signing_checks_what_is_signed(made: Path, keys: tuple[Path, Path], tmp_path: Path, qz: Qz) -> None:
+def test_model_signing_checks_what_is_signed(
+    made: Path, keys: tuple[Path, Path], forked_qz: Qz, theirs: Theirs
+) -> None:
     private, public = keys
     (made / "notes.txt").write_text("mine")
     report = api.attest(made, sign_key=private)
@@ -230,14 +241,14 @@ def test_model_signing_checks_what_is_signed(made: Path, keys: tuple[Path, Path]
     (made / "README.md").write_text("as a push adds one")
     assert theirs(made, public).returncode == 0
     assert api.verify(made, public_key=public).intact
-    result = qz("verify", made, "--statement", made / "qz.statement.json", "--public-key", public)
+    result = forked_qz("verify", made, "--statement", made / "qz.statement.json", "--public-key", public)
     assert result.returncode == 0
     with pytest.raises(UsageError, match=r"key\.pem is not a public key"):
         api.verify(made, public_key=private)
 
     flip(made / "qz.statement.json")
     assert theirs(made, public).returncode != 0
-    result = qz("verify", made, "--public-key", public, "--json")
+    result = forked_qz("verify", made, "--public-key", public, "--json")
     [problem] = json.loads(result.stdout.splitlines()[0])["problems"]
     assert (result.returncode, problem["kind"]) == (65, "signature-invalid")
     assert "qz.statement.json" in problem["message"]
@@ -254,7 +265,7 @@ def test_model_signing_checks_what_is_signed(made: Path, keys: tuple[Path, Path]
 
 
 def test_what_lies_in_a_component_and_is_not_its_own_is_neither_signed_nor_pushed(
-    keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keys: tuple[Path, Path], theirs: Theirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import snapshot_download
 
@@ -295,7 +306,7 @@ def test_without_the_package_the_extra_is_named(made: Path, keys: tuple[Path, Pa
 
 
 def test_a_push_takes_both_along_and_a_download_is_verified(
-    tiny_llama: Path, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, keys: tuple[Path, Path], theirs: Theirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import snapshot_download
 

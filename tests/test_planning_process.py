@@ -126,7 +126,8 @@ def test_a_model_larger_than_what_planning_may_take_is_planned_and_experts_are_n
     source: Path, tmp_path: Path
 ) -> None:
     """FLUX.1-dev's layers, narrower: 0.7 GB that diffusers makes on the CPU and moves to meta, one by one. Then a
-    config that is to be refused, beside weights that the library merges, asked of the same process."""
+    config that is to be refused, beside weights that the library merges, and one that a list is made of in a loop, all
+    asked of the same process."""
     from diffusers import FluxTransformer2DModel
 
     config = {"num_attention_heads": 4, "attention_head_dim": 128, "guidance_embeds": True}
@@ -139,13 +140,17 @@ def test_a_model_larger_than_what_planning_may_take_is_planned_and_experts_are_n
         file.truncate(file.tell() + tensors[-1].stop)
     work_bounds.set_hard()
     assert tensors[-1].stop > work_bounds.allowance(each.shape for each in tensors)[0]
+    looped = Path(shutil.copytree(source, tmp_path / "looped"))
+    configure(looped, BOMBS["positions of a recurrent model"])
     weights = load_file(source / "model.safetensors") | {"experts.weight": torch.zeros(1)}
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     configure(source, BOMBS["a product of small sizes"])
-    done, imported, here, there = as_command(tmp_path, ["quantize", "large", "--dry-run"], ["quantize", "source"])
+    commands = [["quantize", "large", "--dry-run"], ["quantize", "source"], ["quantize", "looped"]]
+    done, imported, here, there = as_command(tmp_path, *commands)
     assert "(dry run: nothing written)" in done.stdout, done.stderr
     assert done.returncode == MalformedInput.exit_code, done.stderr
-    assert "config.json describes a model whose building takes more than" in done.stderr
+    for name in ("source", "looped"):
+        assert f"{name}/config.json describes a model whose building takes more than" in done.stderr
     assert imported == "[]"
     assert max(here, there) <= MOST_MB
 
@@ -162,18 +167,12 @@ def test_weights_made_one_by_one_take_the_memory_of_one_whatever_malloc_keeps(mo
         process.end()
 
 
-TRIED = (
-    "positions of a recurrent model",  # a list made in a loop
-    pytest.param("a table made in a loop", marks=pytest.mark.soak),
-    pytest.param("a table made at once", marks=pytest.mark.soak),
-)
-"""The others are for `make hostile`; one more is tried with experts, and a table made at once by a program below."""
-
-
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["positions of a recurrent model", "a table made in a loop", "a table made at once"])
 def test_a_config_whose_sizes_would_fill_the_memory_is_refused_before_they_do(
     name: str, source: Path, tmp_path: Path
 ) -> None:
+    """Each in a process of its own; the others are for `make hostile`."""
     configure(source, BOMBS[name])
     done, _, here, there = as_command(tmp_path, ["quantize", "source"])
     assert done.returncode == MalformedInput.exit_code, done.stderr

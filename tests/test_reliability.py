@@ -318,13 +318,13 @@ def kill_a_resumed_run_at_every(
 def test_a_kill_at_writes_syncs_and_every_rename_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_at_every(STORES, run, place, small, stride=16)
+    kill_at_every(STORES, run, place, small, stride=32)
 
 
 def test_a_kill_at_writes_syncs_and_every_rename_of_a_resumed_run_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    kill_a_resumed_run_at_every(STORES, run, place, small, stride=16)
+    kill_a_resumed_run_at_every(STORES, run, place, small, stride=32)
 
 
 # Failing operations
@@ -375,7 +375,7 @@ def fail_everywhere(
 def test_an_error_at_an_operation_of_any_kind_is_told_and_leaves_nothing_half_done(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=24)
+    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=48)
 
 
 def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(
@@ -658,7 +658,7 @@ def kill_a_pipeline(server: Runner, place: Path, pipeline: Path, every: int) -> 
 
 
 def test_kills_during_a_pipeline_then_the_same_bytes(server: Runner, place: Path, pipeline: Path) -> None:
-    kill_a_pipeline(server, place, pipeline, every=83)
+    kill_a_pipeline(server, place, pipeline, every=131)
 
 
 # A source that changes

@@ -1148,7 +1148,7 @@ def test_runs_that_race_without_waiting_leave_one_output(
 
 
 ERRORS = [
-    ((errno.ENOSPC, errno.EIO, errno.EACCES), 3),
+    ((errno.ENOSPC, errno.EIO, errno.EACCES), 5),
     *(pytest.param((code,), 1, marks=pytest.mark.soak) for code in (errno.ENOSPC, errno.EIO, errno.EACCES)),
 ]
 
@@ -1193,7 +1193,7 @@ def after_a_kill(output: Path, number: int, reference: dict[str, bytes], where: 
     assert_nothing_beside(output)
 
 
-@pytest.mark.parametrize("stride", strides(6))
+@pytest.mark.parametrize("stride", strides(10))
 @in_small_process
 def test_a_kill_at_any_operation_is_recovered_by_the_same_command(
     tmp_path: Path, reference: dict[str, bytes], stride: int
@@ -1207,7 +1207,7 @@ def test_a_kill_at_any_operation_is_recovered_by_the_same_command(
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("stride", strides(6))
+@pytest.mark.parametrize("stride", strides(10))
 @in_small_process
 def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(
     tmp_path: Path, reference: dict[str, bytes], stride: int
@@ -1305,7 +1305,7 @@ class Platter:
 @pytest.mark.parametrize("names", ["late", "at once"])
 @pytest.mark.parametrize(
     ("overwrite", "stride"),
-    [(False, 4), (True, 8), *(pytest.param(overwrite, 1, marks=pytest.mark.soak) for overwrite in (False, True))],
+    [(False, 8), (True, 16), *(pytest.param(overwrite, 1, marks=pytest.mark.soak) for overwrite in (False, True))],
 )
 def test_a_power_cut_at_any_operation_is_recovered(
     tmp_path: Path, reference: dict[str, bytes], overwrite: bool, stride: int, names: str
@@ -1410,7 +1410,7 @@ def test_a_failed_overwrite_keeps_the_old_output(old_and_new: tuple[Path, dict[s
     assert_nothing_beside(model)
 
 
-@pytest.mark.parametrize("stride", strides(12))
+@pytest.mark.parametrize("stride", strides(20))
 @pytest.mark.parametrize("act", [die, FailWith(errno.EIO)])
 @in_small_process
 def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
@@ -1446,7 +1446,7 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("stride", strides(12))
+@pytest.mark.parametrize("stride", strides(20))
 @pytest.mark.parametrize("killed_at", ["the second rename", "the removal of the old"])
 @in_small_process
 def test_an_error_while_recovering_an_overwrite_is_recovered(
