@@ -155,7 +155,7 @@ class Disk:
     keep_every: int = KEEP_EVERY
     """After so many bytes of finished tensors of a shard they are stored and noted, so that a later run keeps them."""
     keep_apart: float = KEEP_APART
-    """Seconds without that, after each time: to store takes the disk's cache and its journal, for which all writers wait."""
+    """Seconds without that after each time, as all writers wait while the disk empties its cache and its journal."""
     hook: Hook = _no_hook
     """Called with the name of each operation and its path, before the operation."""
 
