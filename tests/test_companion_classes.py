@@ -38,9 +38,9 @@ from qz import MissingInput, api
 from qz.cli.commands.dequantize import dequantize
 from qz.cli.commands.quantize import quantize
 from qz.formats.files.local_folder import LocalFolder
-from qz.quantize.libraries.companion_classes import notes_on_component, require_vocabulary
-from qz.quantize.libraries.transformers.named_classes import needed_packages
-from qz.quantize.libraries.transformers.tokenizer_classes import automatic_class, tokenizer_class
+from qz.quantize.libraries.companions.named_classes import needed_packages
+from qz.quantize.libraries.companions.notes import notes_on_component, require_vocabulary
+from qz.quantize.libraries.companions.tokenizer_classes import automatic_class, tokenizer_class
 
 ROOT = Path(transformers.__file__).parent
 BASES = ("SentencePieceBackend", "PreTrainedTokenizerBase")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qz.formats.checkpoint.problems import Problem
     from qz.formats.files.folder import Folder
     from qz.formats.output.companions import Companion
-    from qz.quantize.libraries.companion_classes import Note
+    from qz.quantize.libraries.companions.notes import Note
 
 
 _GENERATION = "generation_config.json"
@@ -48,7 +48,7 @@ def _may_be_companion(name: str) -> bool:
 
 def _look_at(folder: Folder, config: Mapping[str, Any] | None, problems: Problems) -> None:
     from qz.formats.output.companions import beside, companions
-    from qz.quantize.libraries.companion_classes import notes_on_model
+    from qz.quantize.libraries.companions.notes import notes_on_model
 
     found = {each.name: each for each in beside(folder)}
     if isinstance(folder, LocalFolder) and folder.subfolders():
@@ -63,7 +63,7 @@ def _look_at(folder: Folder, config: Mapping[str, Any] | None, problems: Problem
 def problems_of_settings(folder: Folder, name: str, library: str, class_name: str) -> tuple[Problem, ...]:
     """The same of the component ``name`` of a pipeline, which has no weights."""
     from qz.formats.output.companions import beside
-    from qz.quantize.libraries.companion_classes import notes_on_component
+    from qz.quantize.libraries.companions.notes import notes_on_component
 
     problems = Problems(folder.location)
     try:

@@ -34,7 +34,7 @@ from qz.quantize.inspection.consumers import verdicts_on_pipeline
 from qz.quantize.inspection.estimate import METHODS, Estimate
 from qz.quantize.inspection.model import FolderReading, inspect_model, read_folder
 from qz.quantize.inspection.report import File, Inspection, Origin, Quantization, Share, Tensor, Verified
-from qz.quantize.libraries.companion_classes import require_vocabulary
+from qz.quantize.libraries.companions.notes import require_vocabulary
 from qz.quantize.libraries.diffusers.component_classes import class_notes
 from qz.quantize.planning.components import choose
 from qz.quantize.planning.unreadable import pickles_copied, why_kept

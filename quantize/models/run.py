@@ -13,7 +13,7 @@ from qz.progress import OnProgress, ignore
 from qz.quantize.compute import backends
 from qz.quantize.compute.arithmetic import Arithmetic
 from qz.quantize.consumers.planned import loads_in
-from qz.quantize.libraries.companion_classes import notes_on_model
+from qz.quantize.libraries.companions.notes import notes_on_model
 from qz.quantize.planning.plan import Plan
 from qz.quantize.provenance.about import about
 from qz.quantize.provenance.fingerprints import fingerprint

@@ -15,7 +15,7 @@ from qz.formats.output.damaged import require_undamaged
 from qz.quantize.adapters.placement import Placement, placements
 from qz.quantize.importance.score_file import refuse_unscored, score_file
 from qz.quantize.libraries.architecture import Footprint, LoadRequest
-from qz.quantize.libraries.companion_classes import notes_on_component, require_vocabulary
+from qz.quantize.libraries.companions.notes import notes_on_component, require_vocabulary
 from qz.quantize.libraries.examine import examine, examining
 from qz.quantize.libraries.plain import plain_checkpoint
 from qz.quantize.methods import FourBit, Method

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from qz.counted import shown as few
 from qz.quantize.libraries.class_search import LONGEST_NAME, shown
+from qz.quantize.libraries.companions.named_classes import needed_packages, not_installed
 from qz.quantize.libraries.source_code.installed import folder_of, text_of
-from qz.quantize.libraries.transformers.named_classes import needed_packages, not_installed
 
 _LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
 """Where diffusers looks for classes of components, beside the folders of its pipelines."""

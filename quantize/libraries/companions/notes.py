@@ -14,8 +14,8 @@ from qz.formats.json_files import MAX_BYTES, read_json
 from qz.formats.malformed import Malformed
 from qz.formats.output.companions import Companion
 from qz.quantize.libraries.class_search import LONGEST_NAME, shown
-from qz.quantize.libraries.transformers.named_classes import needed_packages, not_installed
-from qz.quantize.libraries.transformers.tokenizer_classes import (
+from qz.quantize.libraries.companions.named_classes import needed_packages, not_installed
+from qz.quantize.libraries.companions.tokenizer_classes import (
     TokenizerClass,
     automatic_class,
     has_tokenizer_json,
