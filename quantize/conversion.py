@@ -23,10 +23,10 @@ from qz.quantize.provenance.up_to_date import UpToDate, up_to_date
 from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import IfExists, Settings
 from qz.quantize.streaming import shares
-from qz.quantize.streaming.output_parts import (
+from qz.quantize.streaming.output_folders import (
     Target,
     asked_for,
-    model_part,
+    model_folder,
     resumable,
     staged_bytes,
     weights_of,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from qz.quantize.planning.plan import Plan
     from qz.quantize.reports.pipeline_summary import PipelineSummary
     from qz.quantize.streaming.measuring.measure import Measure
-    from qz.quantize.streaming.output_parts import Part
+    from qz.quantize.streaming.output_folders import OutputFolder
 
     PlanModel = Callable[[Checkpoint, Settings, Membership], Plan]
     MeasureModel = Callable[[Checkpoint], Measure]
@@ -128,12 +128,12 @@ class Conversion:
         origin = replace(self._origin(checkpoint.library, made.class_name), module=made.class_module)
         carried = companions_of(self.source, checkpoint, self.settings)
         if self.dry_run:
-            part = model_part(planned, carried, measure=measuring)
-            resumed = self._refuse(target, [part], identity({"": self.source.folder}, part.carried))
+            folder = model_folder(planned, carried, measure=measuring)
+            resumed = self._refuse(target, [folder], identity({"": self.source.folder}, folder.carried))
             loss = measuring.alone(planned, self.settings) if measuring else None
             place, device = target.place, self.settings.device
             summary = summarize(planned, origin, place, device=device, carried=carried, resumed=resumed, loss=loss)
-            return as_share(summary, [part], self.share)
+            return as_share(summary, [folder], self.share)
         done = carry_out(planned, origin, target, self.settings, self.on_progress, carried, measuring)
         return replace(done, share=self.share)
 
@@ -160,7 +160,9 @@ class Conversion:
                 return found
             origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
-                resumed = self._refuse(target, planned.parts, identity(planned.folders, planned.carried))
+                resumed = self._refuse(
+                    target, planned.output_folders, identity(planned.source_folders, planned.carried)
+                )
                 device = self.settings.device
                 losses = {
                     name: each.alone(planned.plans[name], self.settings) for name, each in planned.measures.items()
@@ -168,7 +170,7 @@ class Conversion:
                 summary = summarize_pipeline(
                     planned, origin, target.place, device=device, resumed=resumed, losses=losses
                 )
-                return as_share(summary, planned.parts, self.share)
+                return as_share(summary, planned.output_folders, self.share)
             done = carry_out_pipeline(planned, origin, target, self.settings, self.on_progress)
             return replace(done, share=self.share)
         finally:
@@ -205,7 +207,7 @@ class Conversion:
         check_output(output, self.if_exists == "overwrite", [self.source.root], self.disk)
         return None
 
-    def _refuse(self, target: Target, parts: Sequence[Part], source: dict[str, Any]) -> bool:
+    def _refuse(self, target: Target, folders: Sequence[OutputFolder], source: dict[str, Any]) -> bool:
         """Raise in a dry run what the run would raise once everything is planned; whether it would go on with another.
 
         ``source``: its identity.
@@ -216,23 +218,24 @@ class Conversion:
 
         if target.share is not None:
             refuse_linked(target.output, target.disk)
-        check_room(target.staged, staged_bytes(parts, target), target.disk)
+        check_room(target.staged, staged_bytes(folders, target), target.disk)
         if target.publication is not None:
             check_output(target.staged, target.share is not None, (), target.disk)
-            target.publication.check(weights_of(parts))
+            target.publication.check(weights_of(folders))
         places = [sibling(target.staged, JOURNAL), *([target.folder] if target.share is not None else [])]
         left = target.resume and any(target.disk.status(place) is not None for place in places)
         if not left:
             if self.settings.device not in ("auto", "cpu"):
                 arithmetic_on(self.settings.device)  # raises if the device does not exist
             return False
-        measured = any(part.measure is not None for part in parts)
-        arithmetic = arithmetic_for([part.plan for part in parts if part.plan], self.settings, measured=measured)
+        measured = any(folder.measure is not None for folder in folders)
+        plans = [folder.plan for folder in folders if folder.plan is not None]
+        arithmetic = arithmetic_for(plans, self.settings, measured=measured)
         asked = asked_for(target, fingerprint(source, self.settings, arithmetic))
         if shares.made_before(target, asked) is not None:
             return True
-        elsewhere = shares.elsewhere(shares.owners_of(parts, target.share), target.share)
-        return check_interrupted(target.staged, asked, target.disk, resumable(parts, elsewhere))
+        elsewhere = shares.elsewhere(shares.owners_of(folders, target.share), target.share)
+        return check_interrupted(target.staged, asked, target.disk, resumable(folders, elsewhere))
 
     def _begin(self) -> None:
         """Before the libraries are imported, which takes seconds."""
@@ -303,9 +306,9 @@ def companions_of(source: OpenedSource, checkpoint: Checkpoint, settings: Settin
     return () if source.file is not None else companion_files(checkpoint, source.root, settings)
 
 
-def as_share(summary: S, parts: Sequence[Part], share: Share | None) -> S:
+def as_share(summary: S, folders: Sequence[OutputFolder], share: Share | None) -> S:
     """The report of a dry run, with those weight files only that the part makes."""
-    own = shares.shards_of(parts, share)
+    own = shares.shards_of(folders, share)
     kept = tuple(shard for shard in summary.shards if own is None or shard.name.lstrip("/") in own)
     made = replace(summary, shards=kept, share=share)
     if share is not None and isinstance(made, Summary):

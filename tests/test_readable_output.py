@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qz import MalformedInput, QzError, Unsupported, api
 from qz.quantize.methods import Fp4, Int8, Method, Nf4
-from qz.quantize.streaming import output_parts
+from qz.quantize.streaming import output_folders
 from qz.quantize.streaming.readable import UnreadableOutput, require_readable
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -102,7 +102,7 @@ def test_whatever_the_reader_refuses_is_not_kept_and_not_used_by_a_later_run(
         require_readable(folder, parts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output_parts, "require_readable", damaged)
+        patch.setattr(output_folders, "require_readable", damaged)
         with pytest.raises(UnreadableOutput, match=r"could not be read back, so it was not kept: .*nf5"):
             quantize(source)
     assert not left(source)

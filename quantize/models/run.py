@@ -21,7 +21,7 @@ from qz.quantize.provenance.source_identity import identity
 from qz.quantize.reports.summary import Source, Summary, summarize
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.measure import Measure
-from qz.quantize.streaming.output_parts import Target, model_part, write_parts
+from qz.quantize.streaming.output_folders import Target, model_folder, write_folders
 from qz.quantize.streaming.quantizing_device import arithmetic_for
 
 
@@ -63,20 +63,20 @@ def carry_out(
     begun = time.monotonic()
     folder = plan.checkpoint.folder
     arithmetic = arithmetic or arithmetic_for([plan], settings, measured=measure is not None)
-    part = model_part(plan, carried, measure=measure)
+    made = model_folder(plan, carried, measure=measure)
     summary = replace(
-        summarize(plan, source, target.place, device=arithmetic.name, carried=part.carried),
+        summarize(plan, source, target.place, device=arithmetic.name, carried=made.carried),
         bytes_of=arithmetic.bytes_of,
     )
-    written = write_parts(
-        [part],
+    written = write_folders(
+        [made],
         [folder, *(measure.folders if measure else ())],
         target,
         arithmetic,
         settings.threads or arithmetic.threads,
-        fingerprint=fingerprint(identity({"": folder}, part.carried), settings, arithmetic),
+        fingerprint=fingerprint(identity({"": folder}, made.carried), settings, arithmetic),
         about={
-            **about(summary.as_json(), {"": folder}, part.carried, source.location, settings),
+            **about(summary.as_json(), {"": folder}, made.carried, source.location, settings),
             "loads_in": loads_in(plan),
         },
         measured=lambda: {"loss": measure.loss().recorded()} if measure else {},
@@ -88,10 +88,10 @@ def carry_out(
         target.place,
         device=arithmetic.name,
         written=written.files,
-        carried=part.carried,
+        carried=made.carried,
         seconds=time.monotonic() - begun,
         resumed=written.resumed,
-        nonfinite=written.nonfinite[part.name],
+        nonfinite=written.nonfinite[made.name],
         loss=measure.loss() if measure else None,
     )
     notes = (*done.notes, *arithmetic.notes, *backends.notes(), *written.notes)

@@ -34,7 +34,7 @@ from qz.quantize.planning.unreadable import KEPT, kept_unread
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss
 from qz.quantize.streaming.measuring.measure import Measure
-from qz.quantize.streaming.output_parts import Part, model_part
+from qz.quantize.streaming.output_folders import OutputFolder, model_folder
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PipelinePlan:
         return {name: measure.loss() for name, measure in self.measures.items()}
 
     @property
-    def folders(self) -> dict[str, Folder]:
+    def source_folders(self) -> dict[str, Folder]:
         """Those of the source: its root under the empty name, and each component's.
 
         Of one file the folder that it lies in is the root, and the configs' has the name of their index.
@@ -78,30 +78,30 @@ class PipelinePlan:
     @property
     def carried(self) -> tuple[companions.Companion, ...]:
         """All that is copied."""
-        return tuple(each for part in self.parts for each in part.carried)
+        return tuple(each for folder in self.output_folders for each in folder.carried)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def output_folders(self) -> tuple[OutputFolder, ...]:
         """The folders of the output: its root, and one for each component."""
         root, made = self.pipeline.folder, self.pipeline.index
         index = companions.Companion(root, PIPELINE_INDEX, PIPELINE_INDEX, root.sizes()[PIPELINE_INDEX])
         carried = companions.terms(root) if made is not None else (index, *companions.terms(root))
-        parts = [Part("", None, carried, {PIPELINE_INDEX: made} if made is not None else {})]
+        folders = [OutputFolder("", None, carried, {PIPELINE_INDEX: made} if made is not None else {})]
         for component in (choice.component for choice in self.choices):
             plan = self.plans.get(component.name) or self.casts.get(component.name)
             if plan is not None:
                 carried, measure = companions.companions(component.folder), self.measures.get(component.name)
-                parts.append(model_part(plan, carried, component.name, measure))
+                folders.append(model_folder(plan, carried, component.name, measure))
             elif component.is_of_onnx:
-                parts.append(Part(component.name, None, companions.of_onnx(component.folder)))
+                folders.append(OutputFolder(component.name, None, companions.of_onnx(component.folder)))
             elif component.unread is not None:
-                parts.append(Part(component.name, None, companions.whole(component.folder)))
+                folders.append(OutputFolder(component.name, None, companions.whole(component.folder)))
             elif component.checkpoint is not None:
                 carried, documents = companions.weights(component.checkpoint)
-                parts.append(Part(component.name, None, carried, documents))
+                folders.append(OutputFolder(component.name, None, carried, documents))
             else:
-                parts.append(Part(component.name, None, companions.settings(component.folder)))
-        return tuple(parts)
+                folders.append(OutputFolder(component.name, None, companions.settings(component.folder)))
+        return tuple(folders)
 
 
 def plan_pipeline(pipeline: Pipeline, settings: Settings) -> PipelinePlan:

@@ -26,7 +26,7 @@ from qz.quantize.reports.summary import Source, Summary, code_left_out, fused_we
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss, joined
 from qz.quantize.streaming.measuring.not_finite import NotFinite
-from qz.quantize.streaming.output_parts import Part, Target, write_parts
+from qz.quantize.streaming.output_folders import OutputFolder, Target, write_folders
 from qz.quantize.streaming.quantizing_device import arithmetic_for
 
 
@@ -44,14 +44,14 @@ def carry_out_pipeline(
     planned = replace(
         summarize_pipeline(plan, source, target.place, device=arithmetic.name), bytes_of=arithmetic.bytes_of
     )
-    written = write_parts(
-        plan.parts,
+    written = write_folders(
+        plan.output_folders,
         sources,
         target,
         arithmetic,
         settings.threads or arithmetic.threads,
-        fingerprint=fingerprint(identity(plan.folders, plan.carried), settings, arithmetic),
-        about=about(planned.as_json(), plan.folders, plan.carried, source.location, settings),
+        fingerprint=fingerprint(identity(plan.source_folders, plan.carried), settings, arithmetic),
+        about=about(planned.as_json(), plan.source_folders, plan.carried, source.location, settings),
         measured=lambda: recorded_losses(planned, plan.losses()),
         progress=progress,
     )
@@ -96,34 +96,34 @@ def summarize_pipeline(
     """Sum the plan up; ``written`` are the files of a finished run, none for a dry run. By component: ``nonfinite``,
     ``losses``.
     """
-    parts = {part.name: part for part in plan.parts}
+    folders = {folder.name: folder for folder in plan.output_folders}
     whole = plan.pipeline.file_folder is None  # otherwise the folder is not the source, but that of the configs
     models = {
         name: summarize(
-            part.plan,
-            _source_of(part.plan, name, source),
+            folder.plan,
+            _source_of(folder.plan, name, source),
             "",
             device=device,
-            written=_files_inside(part, written),
-            carried=part.carried,
+            written=_files_inside(folder, written),
+            carried=folder.carried,
             nonfinite=(nonfinite or {}).get(name),
             loss=(losses or {}).get(name),
         )
-        for name, part in parts.items()
-        if part.plan is not None
+        for name, folder in folders.items()
+        if folder.plan is not None
     }
-    shards = tuple(file for file in written if file.name.endswith(".safetensors")) or _planned_shards(plan.parts)
-    used = {*(each.name for each in parts[""].carried), *parts}
+    shards = tuple(file for file in written if file.name.endswith(".safetensors"))
+    used = {*(each.name for each in folders[""].carried), *folders}
     of_root = companions.left_out(plan.pipeline.folder, used) if whole else ()
     return PipelineSummary(
         source=source,
         output=output,
         device=device,
         dry_run=not written,
-        components=tuple(_component(plan, each, parts[each.name], models.get(each.name)) for each in plan.choices),
-        carried=tuple(f"{part.name}/{each.name}".lstrip("/") for part in plan.parts for each in part.carried),
-        bytes_all=sum(file.bytes for file in written) or sum(part.bytes_output for part in plan.parts),
-        shards=shards,
+        components=tuple(_component(plan, each, folders[each.name], models.get(each.name)) for each in plan.choices),
+        carried=tuple(folder.prefix + each.name for folder in folders.values() for each in folder.carried),
+        bytes_all=sum(file.bytes for file in written) or sum(folder.bytes_output for folder in folders.values()),
+        shards=shards or _planned_shards(folders.values()),
         seconds=seconds,
         resumed=resumed,
         notes=_notes(plan, of_root),
@@ -141,7 +141,7 @@ def _source_of(plan: Plan, component: str, pipeline: Source) -> Source:
     return replace(pipeline, subfolder=component, library=library, architecture=architecture)
 
 
-def _component(plan: PipelinePlan, choice: Choice, part: Part, made: Summary | None) -> ComponentSummary:
+def _component(plan: PipelinePlan, choice: Choice, folder: OutputFolder, made: Summary | None) -> ComponentSummary:
     """A component's row; ``made``: the report of its model, if that is written anew."""
     component, model = choice.component, choice.component.checkpoint
     whole = plan.pipeline.file_folder is None
@@ -155,20 +155,20 @@ def _component(plan: PipelinePlan, choice: Choice, part: Part, made: Summary | N
         footprint=plan.kept[choice.name].before if choice.name in plan.kept else 0,
         model=made if choice.name not in plan.casts else None,
         cast=made if choice.name in plan.casts else None,
-        left_out=companions.left_out(component.folder, used_files(component, part)) if whole else (),
+        left_out=companions.left_out(component.folder, used_files(component, folder)) if whole else (),
     )
 
 
-def _files_inside(part: Part, written: Iterable[WrittenFile]) -> list[WrittenFile]:
-    """The written files of a part, by their names in its folder."""
-    inside = f"{part.name}/"
+def _files_inside(folder: OutputFolder, written: Iterable[WrittenFile]) -> list[WrittenFile]:
+    """The written files of a folder, by their names in it."""
+    inside = f"{folder.name}/"
     return [replace(file, name=file.name.removeprefix(inside)) for file in written if file.name.startswith(inside)]
 
 
 def _notes(plan: PipelinePlan, left_out: Iterable[str]) -> tuple[str, ...]:
     """What the user should know. ``left_out``: names in the source's root that are not in the output."""
-    unconverted = [part.name for part in plan.parts if part.plan is None]
-    kept = [choice.component.checkpoint for choice in plan.choices if choice.name in unconverted]
+    copied = {folder.name: folder for folder in plan.output_folders if folder.plan is None}
+    kept = [choice.component.checkpoint for choice in plan.choices if choice.name in copied]
     strays = [name for name in left_out if name.endswith("/") and _holds_a_model(plan.pipeline.folder, name)]
     return (
         *plan.pipeline.notes,
@@ -176,7 +176,7 @@ def _notes(plan: PipelinePlan, left_out: Iterable[str]) -> tuple[str, ...]:
         *class_notes(plan.pipeline.class_name, plan.pipeline.classes),
         *(text for checkpoint in kept if checkpoint is not None for text in checkpoint.choices),
         *(f"{choice.name} is {choice.reason}" for choice in plan.choices if choice.reason.startswith(KEPT)),
-        *(text for part in plan.parts if part.plan is None for text in code_left_out(part.carried, part.prefix)),
+        *(text for folder in copied.values() for text in code_left_out(folder.carried, folder.prefix)),
         *(f"{name} holds a model that {PIPELINE_INDEX} does not name; it was left out" for name in strays),
     )
 
@@ -189,9 +189,11 @@ def _fused_loras(plan: PipelinePlan) -> tuple[Mapping[str, Any], ...]:
     )
 
 
-def used_files(component: Component, part: Part) -> set[str]:
+def used_files(component: Component, folder: OutputFolder) -> set[str]:
     """Names of the component's files that are in the output, as they are or in what was made of them."""
-    used = {name for each in part.carried for name in (each.name, each.file if each.folder is component.folder else "")}
+    used = {
+        name for each in folder.carried for name in (each.name, each.file if each.folder is component.folder else "")
+    }
     return used | (made_from(component.checkpoint) if component.checkpoint is not None else set())
 
 
@@ -199,10 +201,10 @@ def _holds_a_model(root: Folder, name: str) -> bool:
     return has_weights(root.subfolder(name.rstrip("/")).sizes())
 
 
-def _planned_shards(parts: tuple[Part, ...]) -> tuple[WrittenFile, ...]:
+def _planned_shards(folders: Iterable[OutputFolder]) -> tuple[WrittenFile, ...]:
     shards: list[WrittenFile] = []
-    for part in parts:
-        files = [(layout.file, layout.size) for layout in part.plan.shards] if part.plan is not None else []
-        files += [(each.name, each.bytes) for each in part.carried if each.name.endswith(".safetensors")]
-        shards += [WrittenFile(f"{part.name}/{name}", nbytes, "") for name, nbytes in files]
+    for folder in folders:
+        files = [(layout.file, layout.size) for layout in folder.plan.shards] if folder.plan is not None else []
+        files += [(each.name, each.bytes) for each in folder.carried if each.name.endswith(".safetensors")]
+        shards += [WrittenFile(f"{folder.name}/{name}", nbytes, "") for name, nbytes in files]
     return tuple(shards)

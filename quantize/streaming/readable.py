@@ -15,7 +15,7 @@ from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 
 if TYPE_CHECKING:
-    from qz.quantize.streaming.output_parts import Part
+    from qz.quantize.streaming.output_folders import OutputFolder
 
 
 _NOT_THE_OUTPUTS = ("io-failed", "permission")
@@ -26,9 +26,9 @@ class UnreadableOutput(Unsupported):
     """Raised where qz itself cannot read what was written: it is neither kept nor used by a later run."""
 
 
-def converted(parts: Iterable[Part]) -> dict[str, str]:
+def converted(folders: Iterable[OutputFolder]) -> dict[str, str]:
     """The folders in which a converted model lies, and where it comes from."""
-    return {part.name: part.plan.checkpoint.folder.location for part in parts if part.plan is not None}
+    return {folder.name: folder.plan.checkpoint.folder.location for folder in folders if folder.plan is not None}
 
 
 def require_readable(folder: Path, models: Mapping[str, str]) -> None:

@@ -18,14 +18,14 @@ from qz.quantize.streaming.measuring.not_finite import NotFinite
 if TYPE_CHECKING:
     from qz.formats.publish.publication import Publication
     from qz.quantize.planning.plan import Plan
-    from qz.quantize.streaming.output_parts import Part, Target
+    from qz.quantize.streaming.output_folders import OutputFolder, Target
 
 
-def owners_of(parts: Sequence[Part], share: Share | None) -> dict[str, int]:
+def owners_of(folders: Sequence[OutputFolder], share: Share | None) -> dict[str, int]:
     """For every weight file and every large file that is copied, the number of the part that makes it."""
     if share is None:
         return {}
-    return divided([(name, read + written) for name, read, written in _files(parts)], share.count)
+    return divided([(name, read + written) for name, read, written in _files(folders)], share.count)
 
 
 def divided(files: Sequence[tuple[str, int]], count: int) -> dict[str, int]:
@@ -68,11 +68,11 @@ def _stretches(files: Sequence[tuple[str, int]], room: int) -> list[int]:
     return needed
 
 
-def shards_of(parts: Sequence[Part], share: Share | None) -> set[str] | None:
+def shards_of(folders: Sequence[OutputFolder], share: Share | None) -> set[str] | None:
     """The files that the part makes; None for a run that makes all."""
     if share is None:
         return None
-    return {name for name, number in owners_of(parts, share).items() if number == share.number}
+    return {name for name, number in owners_of(folders, share).items() if number == share.number}
 
 
 def elsewhere(owners: Mapping[str, int], share: Share | None) -> frozenset[str]:
@@ -80,23 +80,23 @@ def elsewhere(owners: Mapping[str, int], share: Share | None) -> frozenset[str]:
     return frozenset(name for name, number in owners.items() if share is not None and number != share.number)
 
 
-def bytes_elsewhere(parts: Sequence[Part], share: Share | None) -> int:
+def bytes_elsewhere(folders: Sequence[OutputFolder], share: Share | None) -> int:
     """Bytes of the output that other parts write."""
-    others = elsewhere(owners_of(parts, share), share)
-    return sum(written for name, _, written in _files(parts) if name in others)
+    others = elsewhere(owners_of(folders, share), share)
+    return sum(written for name, _, written in _files(folders) if name in others)
 
 
-def _files(parts: Sequence[Part]) -> Iterator[tuple[str, int, int]]:
+def _files(folders: Sequence[OutputFolder]) -> Iterator[tuple[str, int, int]]:
     """Name, bytes read for it and bytes of it, in the order of the source."""
-    for part in parts:
-        if part.plan is not None:
-            read, first = _read_for(part.plan)
-            for home in sorted(range(len(part.plan.shards)), key=lambda home: (first.get(home, 0), home)):
-                layout = part.plan.shards[home]
-                yield part.prefix + layout.file, read.get(home, 0), layout.size
-        for each in part.carried:
+    for folder in folders:
+        if folder.plan is not None:
+            read, first = _read_for(folder.plan)
+            for home in sorted(range(len(folder.plan.shards)), key=lambda home: (first.get(home, 0), home)):
+                layout = folder.plan.shards[home]
+                yield folder.prefix + layout.file, read.get(home, 0), layout.size
+        for each in folder.carried:
             if each.bytes >= RESUMABLE:
-                yield part.prefix + each.name, each.bytes, each.bytes
+                yield folder.prefix + each.name, each.bytes, each.bytes
 
 
 def _read_for(plan: Plan) -> tuple[dict[int, int], dict[int, int]]:
@@ -136,7 +136,7 @@ def receipt(
     share: Share,
     fingerprint: Mapping[str, Any],
     owners: Mapping[str, int],
-    parts: Sequence[Part],
+    folders: Sequence[OutputFolder],
     nonfinite: Mapping[str, Mapping[str, NotFinite]],
     publication: Publication | None,
 ) -> bytes:
@@ -144,10 +144,10 @@ def receipt(
     counts = {
         folder: {name: asdict(count) for name, count in found.items()} for folder, found in nonfinite.items() if found
     }
-    folders = tuple(part.name for part in parts if part.plan is not None)
+    models = tuple(folder.name for folder in folders if folder.plan is not None)
     uploaded = publication is not None
     restricted = publication is not None and publication.is_restricted
-    return ShareReceipt(share, fingerprint, owners, folders, counts, uploaded, restricted).encode()
+    return ShareReceipt(share, fingerprint, owners, models, counts, uploaded, restricted).encode()
 
 
 def not_finite(found: ShareReceipt) -> dict[str, dict[str, NotFinite]]:

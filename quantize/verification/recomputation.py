@@ -20,7 +20,7 @@ from qz.formats.output.recorded.record import Record
 from qz.formats.tensors.decoded import StoredTensor
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.reports.of_record import kind_of_bytes
-from qz.quantize.streaming.output_parts import Part, model_part
+from qz.quantize.streaming.output_folders import OutputFolder, model_folder
 from qz.quantize.streaming.quantizing_device import arithmetic_of_record
 from qz.quantize.streaming.run import Run
 from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference
@@ -78,19 +78,20 @@ def recompute(
     """
     begun, about = time.monotonic(), record.about
     progress(Progress("Planning"))
-    parts, notes = _planned(source, about, settings)
+    folders, notes = _planned(source, about, settings)
     recorded = kind_of_bytes(about)
-    arithmetic = arithmetic_of_record([part.plan for part in parts if part.plan is not None], settings, recorded)
+    plans = [expected.plan for expected in folders if expected.plan is not None]
+    arithmetic = arithmetic_of_record(plans, settings, recorded)
     other_device = recorded != arithmetic.bytes_of
-    chosen = _Sample(parts, sample, seed) if sample is not None else None
+    chosen = _Sample(folders, sample, seed) if sample is not None else None
     threads = settings.threads or arithmetic.threads
     journal = None
     if sample is None:
-        journal = Journal(_binding(output, record, parts, settings, arithmetic), resume=resume)
+        journal = Journal(_binding(output, record, folders, settings, arithmetic), resume=resume)
     found = _Comparison(output, arithmetic, threads, other_device, progress, chosen, journal)
     try:
-        for part in parts:
-            found.compare(part)
+        for expected in folders:
+            found.compare(expected)
     except BaseException as error:
         if journal is not None and journal.keep():
             error.add_note(GO_ON)
@@ -114,8 +115,8 @@ def recompute(
 
 def _planned(
     source: OpenedSource, about: Mapping[str, Any], settings: Settings
-) -> tuple[Sequence[Part], tuple[str, ...]]:
-    """The parts of the output, and notes on where a single file's config comes from."""
+) -> tuple[Sequence[OutputFolder], tuple[str, ...]]:
+    """The folders that the output should have, and notes on where a single file's config comes from."""
     from qz.formats.checkpoint.pipeline import Pipeline, open_pipeline
     from qz.formats.files.folder import is_pipeline
     from qz.quantize.conversion import companions_of, membership_of, open_file
@@ -136,10 +137,10 @@ def _planned(
     if isinstance(opened, Pipeline):
         from qz.quantize.pipelines.plan import plan_pipeline, plan_way_back
 
-        return (plan_way_back if back else plan_pipeline)(opened, settings).parts, notes
+        return (plan_way_back if back else plan_pipeline)(opened, settings).output_folders, notes
     checkpoint = opened
     plan = (plan_dequantization if back else plan_quantization)(checkpoint, settings, membership_of(source, settings))
-    return [model_part(plan, companions_of(source, checkpoint, settings))], notes
+    return [model_folder(plan, companions_of(source, checkpoint, settings))], notes
 
 
 def _stored(folder: Folder, plan: Plan) -> Mapping[str, StoredTensor]:
@@ -155,45 +156,45 @@ def _stored(folder: Folder, plan: Plan) -> Mapping[str, StoredTensor]:
 
 
 def _binding(
-    output: Folder, record: Record, parts: Sequence[Part], settings: Settings, arithmetic: Arithmetic
+    output: Folder, record: Record, folders: Sequence[OutputFolder], settings: Settings, arithmetic: Arithmetic
 ) -> dict[str, Any]:
     """What makes a comparison the same one, as JSON values."""
     from qz.quantize.provenance.fingerprints import fingerprint
     from qz.quantize.provenance.source_identity import identity
 
-    folders = {part.name: part.plan.checkpoint.folder for part in parts if part.plan is not None}
-    read = identity(folders, [each for part in parts for each in part.carried])
+    sources = {expected.name: expected.plan.checkpoint.folder for expected in folders if expected.plan is not None}
+    read = identity(sources, [each for expected in folders for each in expected.carried])
     return {
         **fingerprint(read, settings, arithmetic),
         "output": output.identity(),
-        "stamps": _stamps(output.path, parts) if isinstance(output, LocalFolder) else {},
+        "stamps": _stamps(output.path, folders) if isinstance(output, LocalFolder) else {},
         "record": [asdict(file) for file in record.files],
     }
 
 
-def _stamps(output: Path, parts: Iterable[Part]) -> dict[str, tuple[int, int] | None]:
+def _stamps(output: Path, folders: Iterable[OutputFolder]) -> dict[str, tuple[int, int] | None]:
     """Size, and time of the last change in nanoseconds, of all files that may be found equal, wherever they lie."""
     found: dict[str, tuple[int, int] | None] = {}
-    for part in parts:
-        shards = part.plan.shards if part.plan is not None else ()
-        for name in (*(shard.file for shard in shards), *(each.name for each in part.carried)):
+    for expected in folders:
+        shards = expected.plan.shards if expected.plan is not None else ()
+        for name in (*(shard.file for shard in shards), *(each.name for each in expected.carried)):
             try:
-                status = (output / part.name / name).stat()
-                found[part.prefix + name] = (status.st_size, status.st_mtime_ns)
+                status = (output / expected.name / name).stat()
+                found[expected.prefix + name] = (status.st_size, status.st_mtime_ns)
             except OSError:
-                found[part.prefix + name] = None
+                found[expected.prefix + name] = None
     return found
 
 
 class _Sample:
     """Weights and large files chosen at random until they make up a share of all bytes; at least one."""
 
-    def __init__(self, parts: Iterable[Part], share: float, seed: int) -> None:
+    def __init__(self, folders: Iterable[OutputFolder], share: float, seed: int) -> None:
         things: list[tuple[str, str, int]] = []
-        for part in parts:
-            steps = part.plan.steps if part.plan is not None else ()
-            things += [(part.name, step.weight.name, sum(s.nbytes for s in step.sources)) for step in steps]
-            things += [(part.name, f"/{each.name}", each.bytes) for each in part.carried if each.bytes >= LARGE]
+        for expected in folders:
+            steps = expected.plan.steps if expected.plan is not None else ()
+            things += [(expected.name, step.weight.name, sum(s.nbytes for s in step.sources)) for step in steps]
+            things += [(expected.name, f"/{each.name}", each.bytes) for each in expected.carried if each.bytes >= LARGE]
         random.Random(seed).shuffle(things)  # noqa: S311 - a sample, not a secret
         left = share * sum(nbytes for _, _, nbytes in things)
         self._chosen: set[tuple[str, str]] = set()
@@ -234,26 +235,26 @@ class _Comparison:
         self.planned: set[str] = set()
         """Names of all files that the output has to have."""
 
-    def compare(self, part: Part) -> None:
+    def compare(self, expected: OutputFolder) -> None:
         """One folder: its model, the small files that are made with it, and what was copied."""
         try:
-            folder = self._output.subfolder(part.name) if part.name else self._output
+            folder = self._output.subfolder(expected.name) if expected.name else self._output
         except (MissingInput, MalformedInput) as error:
-            raise MalformedInput(f"{self._output.location} lacks {part.name}: {error}") from error
-        prefix = part.prefix
-        if part.plan is not None:
-            self._compare_model(part, folder, prefix)
-        shards = part.plan.shards if part.plan is not None else ()
-        self.planned |= {prefix + each.file for each in shards} | {prefix + each.name for each in part.carried}
-        made = {**(part.plan.files if part.plan is not None else {}), **part.documents}
+            raise MalformedInput(f"{self._output.location} lacks {expected.name}: {error}") from error
+        prefix = expected.prefix
+        if expected.plan is not None:
+            self._compare_model(expected, folder, prefix)
+        shards = expected.plan.shards if expected.plan is not None else ()
+        self.planned |= {prefix + each.file for each in shards} | {prefix + each.name for each in expected.carried}
+        made = {**(expected.plan.files if expected.plan is not None else {}), **expected.documents}
         self.planned |= {prefix + name for name in made}
         for name, data in made.items():
             self._note_file(prefix + name, _is_same(folder, name, len(data), _bytes_of(data)))
-        for each in part.carried:
-            if self._sample is not None and each.bytes >= LARGE and not self._sample.has_file(part.name, each.name):
+        for each in expected.carried:
+            if self._sample is not None and each.bytes >= LARGE and not self._sample.has_file(expected.name, each.name):
                 self.all_files += 1
                 continue
-            if (part.name, f"/{each.name}") in self._equal:
+            if (expected.name, f"/{each.name}") in self._equal:
                 self._note_file(prefix + each.name, same=True)
                 continue
             read = partial(each.folder.read_into, each.file)
@@ -261,25 +262,25 @@ class _Comparison:
             self._note_file(prefix + each.name, same)
             self.bytes += each.bytes
             if same and each.bytes >= LARGE:
-                self._note_equal(part.name, f"/{each.name}")
+                self._note_equal(expected.name, f"/{each.name}")
 
     def _note_file(self, name: str, same: bool) -> None:
         self.files, self.all_files = self.files + 1, self.all_files + 1
         if not same:
             self.unlike_files.append(name)
 
-    def _compare_model(self, part: Part, folder: Folder, prefix: str) -> None:
-        plan = part.plan
+    def _compare_model(self, expected: OutputFolder, folder: Folder, prefix: str) -> None:
+        plan = expected.plan
         assert plan is not None
         there = ComparedOutput(
             plan,
             folder,
             _stored(folder, plan),
             other_device=self._other_device,
-            on_equal=partial(self._note_equal, part.name),
+            on_equal=partial(self._note_equal, expected.name),
         )
-        only: Collection[str] | None = self._sample.weights(part.name) if self._sample is not None else None
-        before = [step for step in plan.steps if (part.name, step.weight.name) in self._equal]
+        only: Collection[str] | None = self._sample.weights(expected.name) if self._sample is not None else None
+        before = [step for step in plan.steps if (expected.name, step.weight.name) in self._equal]
         if before:
             self._go_on(before, plan)
             done = {step.weight.name for step in before}

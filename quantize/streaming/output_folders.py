@@ -71,7 +71,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class OutputFolder:
     """One folder of the output, or the output itself where ``name`` is empty: what is converted into it, and copied."""
 
     name: str = ""
@@ -108,7 +108,7 @@ class Written:
     files: tuple[WrittenFile, ...]
     resumed: bool
     nonfinite: Mapping[str, Mapping[str, NotFinite]]
-    """Of each converted part, by name, its tensors that were kept and hold values that are not finite."""
+    """Of each converted model, by its folder, the tensors that were kept and hold values that are not finite."""
     pushed: PushResult | None = None
     bytes_read: int = 0
     """Of the source, in this run: not what an earlier one had finished."""
@@ -120,13 +120,15 @@ def lanes_of(folder: Folder, threads: int) -> int:
     return LANES if threads >= MANY_THREADS and isinstance(folder, LocalFolder) else 1
 
 
-def model_part(plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None) -> Part:
+def model_folder(
+    plan: Plan, carried: Iterable[Companion] = (), name: str = "", measure: Measure | None = None
+) -> OutputFolder:
     """A converted model and the files copied with it, except those that the plan writes itself."""
-    return Part(name, plan, tuple(each for each in carried if each.name not in plan.files), measure=measure)
+    return OutputFolder(name, plan, tuple(each for each in carried if each.name not in plan.files), measure=measure)
 
 
-def write_parts(
-    parts: Sequence[Part],
+def write_folders(
+    folders: Sequence[OutputFolder],
     sources: Iterable[Folder],
     target: Target,
     arithmetic: Arithmetic,
@@ -137,7 +139,7 @@ def write_parts(
     measured: Callable[[], Mapping[str, Any]] = dict,
     progress: OnProgress = ignore,
 ) -> Written:
-    """Write all parts under one commit: afterwards the output is complete and checked, or absent.
+    """Write all folders under one commit: afterwards the output is complete and checked, or absent.
 
     ``sources`` must not overlap the output. ``fingerprint`` and ``about``: see ``Staging``. ``measured`` tells, when
     all is computed, what else belongs into the record. Raises what reading, computing and writing raise; finished
@@ -148,36 +150,40 @@ def write_parts(
     fingerprint = asked_for(target, fingerprint)
     if (made := shares.made_before(target, fingerprint)) is not None:
         return Written(tuple(made.files.values()), True, shares.not_finite(made.receipt))
-    owners = shares.owners_of(parts, target.share)
+    owners = shares.owners_of(folders, target.share)
     elsewhere = shares.elsewhere(owners, target.share)
     publication = target.publication
     if publication is not None:
-        parts = [replace(part, plan=by_shard(part.plan)) if part.plan is not None else part for part in parts]
-        publication.begin(weights_of(parts))
+        folders = [
+            replace(folder, plan=by_shard(folder.plan)) if folder.plan is not None else folder for folder in folders
+        ]
+        publication.begin(weights_of(folders))
         progress = publication.converting
     with (
-        _staging(parts, target, elsewhere, fingerprint, about) as staging,
+        _staging(folders, target, elsewhere, fingerprint, about) as staging,
         _trust(staging, local),
     ):
         shares.require_alone(target, fingerprint)
         resumed = staging.resumed
-        meter = _Meter(progress, _doing(parts))
-        jobs = [_job(part, staging, elsewhere, arithmetic, meter) for part in parts]
+        meter = _Meter(progress, _doing(folders))
+        jobs = [_job(folder, staging, elsewhere, arithmetic, meter) for folder in folders]
         if resumed:
             begun = sum(each.bytes for each in staging.begun.values())
-            meter.go_on((len(staging.finished), len(resumable(parts, elsewhere))), begun)
+            meter.go_on((len(staging.finished), len(resumable(folders, elsewhere))), begun)
         for number, job in enumerate(jobs):
             lanes = 1 if job.run is None or publication is not None else lanes_of(job.run.folder, threads)
-            _write_part(job, meter, arithmetic, threads, lanes)
-            if job.part.name:  # its buffers for reading ahead are no longer needed
-                _close(_folders(job.part), parts[number + 1 :])
+            _write_folder(job, meter, arithmetic, threads, lanes)
+            if job.folder.name:  # its buffers for reading ahead are no longer needed
+                _close(_sources(job.folder), folders[number + 1 :])
         staging.record(measured())
-        found = {job.part.name: job.run.kept_nonfinite for job in jobs if job.run is not None}
+        found = {job.folder.name: job.run.kept_nonfinite for job in jobs if job.run is not None}
         if target.share is not None:
-            staging.write_file(PART_FILE, shares.receipt(target.share, fingerprint, owners, parts, found, publication))
+            staging.write_file(
+                PART_FILE, shares.receipt(target.share, fingerprint, owners, folders, found, publication)
+            )
             written = staging.commit()  # the merge reads the whole output back
         else:
-            written = staging.commit(lambda folder: require_readable(folder, converted(parts)))
+            written = staging.commit(lambda staged: require_readable(staged, converted(folders)))
     return Written(written, resumed, found, getattr(staging, "pushed", None), meter.all_bytes, staging.notes)
 
 
@@ -192,45 +198,47 @@ def _refuse_overlaps(sources: Iterable[LocalFolder], target: Target) -> None:
 
 
 class _Job(NamedTuple):
-    """A part, where it is written, and what converts it, if it is not only copied."""
+    """A folder, where it is written, and what converts its model, if it is not only copied."""
 
-    part: Part
+    folder: OutputFolder
     section: Section
     run: Run | None
 
 
-def _job(part: Part, staging: Staging, elsewhere: frozenset[str], arithmetic: Arithmetic, meter: _Meter) -> _Job:
-    section = SectionOfShare(staging, part.name, elsewhere) if elsewhere else Section(staging, part.name)
+def _job(
+    folder: OutputFolder, staging: Staging, elsewhere: frozenset[str], arithmetic: Arithmetic, meter: _Meter
+) -> _Job:
+    section = SectionOfShare(staging, folder.name, elsewhere) if elsewhere else Section(staging, folder.name)
     run = None
-    if part.plan is not None:
-        run = Run(part.plan, part.plan.checkpoint.folder, section, arithmetic, meter.show, observer=part.measure)
-    meter.expect(run, part.carried, section)
-    return _Job(part, section, run)
+    if folder.plan is not None:
+        run = Run(folder.plan, folder.plan.checkpoint.folder, section, arithmetic, meter.show, observer=folder.measure)
+    meter.expect(run, folder.carried, section)
+    return _Job(folder, section, run)
 
 
-def _write_part(job: _Job, meter: _Meter, arithmetic: Arithmetic, threads: int, lanes: int) -> None:
+def _write_folder(job: _Job, meter: _Meter, arithmetic: Arithmetic, threads: int, lanes: int) -> None:
     """Everything that one folder of the output gets: what is copied, what is converted, and small files."""
-    part, section, run = job
-    copy(part.carried, section, meter.copied)
+    folder, section, run = job
+    copy(folder.carried, section, meter.copied)
     if run is not None:
         run.convert(threads, lanes)
         run.look_again(threads, section.elsewhere)
         meter.finish(run)
-    if part.plan is not None and part.measure is not None:
-        part.measure.finish(part.plan, arithmetic, threads)
-    for name, data in {**(part.plan.files if part.plan else {}), **part.documents}.items():
+    if folder.plan is not None and folder.measure is not None:
+        folder.measure.finish(folder.plan, arithmetic, threads)
+    for name, data in {**(folder.plan.files if folder.plan else {}), **folder.documents}.items():
         section.write_file(name, data)
 
 
 def _staging(
-    parts: Sequence[Part],
+    folders: Sequence[OutputFolder],
     target: Target,
     elsewhere: frozenset[str],
     fingerprint: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> Staging:
     """The staging area of a folder, or of an output that is published as it is made. ``elsewhere``: made by others."""
-    needed = staged_bytes(parts, target)
+    needed = staged_bytes(folders, target)
     if target.publication is None:
         return Staging(
             target.folder,
@@ -240,12 +248,12 @@ def _staging(
             resume=target.resume,
             about=about,
             disk=target.disk,
-            resumable=resumable(parts, elsewhere),
+            resumable=resumable(folders, elsewhere),
         )
     from qz.formats.publish.uploaded_output import UploadedOutput
     from qz.formats.publish.uploaded_share import UploadedShare
 
-    order = _order(parts)
+    order = _order(folders)
     kind = UploadedOutput if target.share is None else UploadedShare
     return kind(
         target.publication,
@@ -257,13 +265,13 @@ def _staging(
         resume=target.resume,
         about=about,
         disk=target.disk,
-        resumable=resumable(parts, elsewhere),
+        resumable=resumable(folders, elsewhere),
     )
 
 
-def resumable(parts: Sequence[Part], elsewhere: Collection[str] = ()) -> dict[str, ShardLayout | None]:
-    """As ``Part.resumable``, of all parts but what is made ``elsewhere``."""
-    return {name: layout for part in parts for name, layout in part.resumable.items() if name not in elsewhere}
+def resumable(folders: Sequence[OutputFolder], elsewhere: Collection[str] = ()) -> dict[str, ShardLayout | None]:
+    """As ``OutputFolder.resumable``, of all folders, without what is made ``elsewhere``."""
+    return {name: layout for folder in folders for name, layout in folder.resumable.items() if name not in elsewhere}
 
 
 def asked_for(target: Target, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -271,24 +279,26 @@ def asked_for(target: Target, fingerprint: Mapping[str, Any]) -> Mapping[str, An
     return fingerprint if target.publication is None else {**fingerprint, "push": target.publication.place}
 
 
-def staged_bytes(parts: Sequence[Part], target: Target) -> int:
-    """Bytes on the disk, at most, while the parts are written."""
-    needed = sum(part.bytes_output for part in parts)
+def staged_bytes(folders: Sequence[OutputFolder], target: Target) -> int:
+    """Bytes on the disk, at most, while the folders are written."""
+    needed = sum(folder.bytes_output for folder in folders)
     if target.publication is None:
-        return needed - shares.bytes_elsewhere(parts, target.share)
-    sent = sum(shard.size for part in parts if part.plan is not None for shard in part.plan.shards)
-    copied = [each.bytes for part in parts for each in part.carried if each.bytes >= RESUMABLE]
-    return needed - sent - sum(copied) + max([_order(parts).bytes, *copied])
+        return needed - shares.bytes_elsewhere(folders, target.share)
+    sent = sum(shard.size for folder in folders if folder.plan is not None for shard in folder.plan.shards)
+    copied = [each.bytes for folder in folders for each in folder.carried if each.bytes >= RESUMABLE]
+    return needed - sent - sum(copied) + max([_order(folders).bytes, *copied])
 
 
-def _order(parts: Sequence[Part]) -> ShardOrder:
-    return joined([shard_order(by_shard(part.plan), part.name) for part in parts if part.plan is not None])
+def _order(folders: Sequence[OutputFolder]) -> ShardOrder:
+    return joined([shard_order(by_shard(folder.plan), folder.name) for folder in folders if folder.plan is not None])
 
 
-def weights_of(parts: Sequence[Part]) -> list[str]:
-    """Names of the weights that the parts will have."""
-    names = [part.prefix + shard.file for part in parts if part.plan is not None for shard in part.plan.shards]
-    names += [part.prefix + each.name for part in parts for each in part.carried]
+def weights_of(folders: Sequence[OutputFolder]) -> list[str]:
+    """Names of the weight files that the folders will have."""
+    names = [
+        folder.prefix + shard.file for folder in folders if folder.plan is not None for shard in folder.plan.shards
+    ]
+    names += [folder.prefix + each.name for folder in folders for each in folder.carried]
     return [name for name in names if name.endswith(".safetensors")]
 
 
@@ -309,21 +319,21 @@ def _trust(staging: Staging, local: Sequence[LocalFolder]) -> Iterator[None]:
         raise
 
 
-def _folders(part: Part) -> list[Folder]:
-    folders = [part.plan.checkpoint.folder] if part.plan is not None else []
-    return [*folders, *(each.folder for each in part.carried)]
+def _sources(folder: OutputFolder) -> list[Folder]:
+    model = [folder.plan.checkpoint.folder] if folder.plan is not None else []
+    return [*model, *(each.folder for each in folder.carried)]
 
 
-def _close(folders: Iterable[Folder], before: Iterable[Part]) -> None:
-    """Close those of ``folders`` that none of the parts after them reads."""
-    later = {id(folder) for part in before for folder in _folders(part)}
-    for folder in folders:
-        if id(folder) not in later:
-            folder.close()
+def _close(sources: Iterable[Folder], before: Iterable[OutputFolder]) -> None:
+    """Close those of ``sources`` that nothing is read from ``before`` these folders are written."""
+    later = {id(source) for folder in before for source in _sources(folder)}
+    for source in sources:
+        if id(source) not in later:
+            source.close()
 
 
-def _doing(parts: Sequence[Part]) -> str:
-    return "Quantizing" if any(part.plan and part.plan.method for part in parts) else "Dequantizing"
+def _doing(folders: Sequence[OutputFolder]) -> str:
+    return "Quantizing" if any(folder.plan and folder.plan.method for folder in folders) else "Dequantizing"
 
 
 class _Meter:
