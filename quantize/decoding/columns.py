@@ -45,7 +45,7 @@ class ColumnsReader:
     def _spread(self, operation: np.ufunc, values: Floats, of_groups: Floats) -> None:
         """``values`` = operation(values, of_groups), where (rows, groups) holds for the columns of each group."""
         if self._irregular is not None:
-            operation(values, of_groups[:, self._irregular], out=values)
+            operation(values, np.take(of_groups, self._irregular, 1), out=values)  # an index would give it transposed
             return
         grouped = values.reshape(len(values), -1, self.columns // of_groups.shape[1])
         operation(grouped, of_groups[:, :, None], out=grouped)

@@ -101,7 +101,7 @@ class GridReader:
         """``values`` = operation(values, scales), where each scale holds for the columns of its block."""
         groups, width = scales.shape[1], self.grid.block[1]
         if GROUPS in self.tensor.parts:
-            operation(values, scales[:, group_indexes(self.parts, groups)], out=values)
+            operation(values, np.take(scales, group_indexes(self.parts, groups), 1), out=values)
         elif groups == 1:
             operation(values, scales, out=values)
         else:
