@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,8 @@ def as_it_stands(param: Any, value: Any) -> Any:
         return info.parser(value)
     if annotation in (bool, str, int, float) and type(value) is annotation:
         return value
+    if annotation in (int, float) and is_plain_number(value) and info.min is info.max is None:
+        return annotation(value)
     if annotation == list[str] and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
         return list(value)
     if get_origin(annotation) is Literal and value in get_args(annotation):
@@ -64,6 +67,11 @@ def as_it_stands(param: Any, value: Any) -> Any:
     if annotation is Path and isinstance(value, str) and not is_examined(value, info):
         return Path(value)
     raise ValueError
+
+
+def is_plain_number(value: Any) -> bool:
+    """Whether it is a text of digits, with a point or without, which Typer and Python read alike."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", value) is not None
 
 
 def is_examined(path: str, info: Any) -> bool:

@@ -145,7 +145,7 @@ def test_a_source_that_does_not_exist_is_told_before_any_library_is_imported(tmp
     [
         ["--part", "1/2", "--threads", "1", "--max-shard-size", "1MB", "--dtype", "bf16"],
         ["--method", "nf4", "--scales", "absmax", "--skip", "lm_head", "--compute-dtype", "fp16"],
-        ["--nf4", "-o", "there", "--no-fsync", "--dry-run"],
+        ["--nf4", "-o", "there", "--no-fsync", "--dry-run", "--max-loss", "0.5"],
     ],
 )
 def test_values_that_are_right_as_they_stand_are_not_given_to_pydantic(arguments: list[str], tmp_path: Path) -> None:
