@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -205,9 +206,6 @@ class _Run:
 
     def _go_on(self, kept: Unfinished, class_name: str, words: str, model: Runnable, tokenizer: Any) -> Calibration:
         """From where an earlier run was interrupted, or from the beginning."""
-        from qz.quantize.calibration.recording import Recording
-        from qz.quantize.calibration.running.blocks import blocks_of
-        from qz.quantize.calibration.running.recorder import Recorder
         from qz.quantize.calibration.running.weights import Weights
         from qz.quantize.libraries.transformers.runnable import running
 
@@ -216,34 +214,21 @@ class _Run:
         rows = kept.rows or self._rows(class_name, words, model, tokenizer)
         kept.begin(rows)
         tokens = sum(map(len, rows))
-        weights = Weights(self.checkpoint, model)
-        blocks = blocks_of(model.model)
-        files = HessianFiles(request.output, kept)
-        experts = self._experts(class_name, model) if request.experts else None
-        recorder = Recorder(model.linears, model.head, hessians=request.hessians, experts=experts)
-        recording = Recording(recorder, files, blocks, device)
-        if kept.count:
-            self.progress(Progress("Calibrating", kept=(kept.count, len(blocks)), unit="block"))
-        try:
+        weights, files = Weights(self.checkpoint, model), HessianFiles(request.output, kept)
+        with closing(self._recording(class_name, model, files)) as recording:
+            if kept.count:
+                self.progress(Progress("Calibrating", kept=(kept.count, len(recording.blocks)), unit="block"))
             with running(class_name, self.checkpoint.folder.location):
                 self._run_blocks(weights, recording, rows)
             recording.write_hessians()
             sums = recording.input_sums()
             for folder in (self.checkpoint.folder, self.tokenizer_folder):
                 folder.check()
-            told = {
-                "architecture": class_name,
-                "tokens": str(tokens),
-                "text": request.text_name if request.text is None else "own",
-            }
-            scores, read_again = None, 0
-            if request.scores is not None:
-                scores, read_again = self._scores(request.scores, class_name, rows, device)
+            scores, read_again = self._scores(class_name, rows, device)
             refuse_existing(request.output)
-            write_statistics(request.output, sums, told, recording.places(), files.hashes, scores)
+            about = self._about(class_name, tokens)
+            write_statistics(request.output, sums, about, recording.places(), files.hashes, scores)
             kept.remove()
-        finally:
-            recording.close()
         unseen = tuple(name for name, each in sums.items() if each.tokens == 0)
         return Calibration(
             source=self.source,
@@ -264,6 +249,16 @@ class _Run:
             scores=scores,
             resumed=kept.count > 0,
         )
+
+    def _recording(self, class_name: str, model: Runnable, files: HessianFiles) -> Recording:
+        from qz.quantize.calibration.recording import Recording
+        from qz.quantize.calibration.running.blocks import blocks_of
+        from qz.quantize.calibration.running.recorder import Recorder
+
+        blocks = blocks_of(model.model)
+        experts = self._experts(class_name, model) if self.request.experts else None
+        recorder = Recorder(model.linears, model.head, hessians=self.request.hessians, experts=experts)
+        return Recording(recorder, files, blocks, model.device)
 
     def _run_blocks(self, weights: Weights, recording: Recording, rows: list[list[int]]) -> None:
         """Run the model on the tokens, one block in memory at a time; ``recording`` sees what its linears are given."""
@@ -319,11 +314,19 @@ class _Run:
             "versions": {"qz": __version__, **library_versions()},
         }
 
-    def _scores(
-        self, method: Method, class_name: str, rows: list[list[int]], device: torch.device
-    ) -> tuple[Scores, int]:
-        """Of the weights that ``method`` quantizes, on some of the text, in float32: bfloat16's own errors are larger
-        than many a score. And how many bytes were read for that."""
+    def _about(self, class_name: str, tokens: int) -> dict[str, str]:
+        """What the file of statistics says of how it was made."""
+        text = self.request.text_name if self.request.text is None else "own"
+        return {"architecture": class_name, "tokens": str(tokens), "text": text}
+
+    def _scores(self, class_name: str, rows: list[list[int]], device: torch.device) -> tuple[Scores | None, int]:
+        """Scores of what the method quantizes, if they are asked for, and the bytes that were read for them.
+
+        They are of some of the text, in float32: the errors of bfloat16 itself are larger than many a score.
+        """
+        method = self.request.scores
+        if method is None:
+            return None, 0
         import torch
 
         from qz.quantize.calibration import scores
