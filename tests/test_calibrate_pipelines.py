@@ -476,7 +476,7 @@ def test_an_interrupted_run_goes_on_where_it_was_and_finds_the_same(
         return api.calibrate(flux, tmp_path / output, on_progress=look, **{**given, **how})
 
     whole = run("whole")
-    for stop in (("Drawing", 9), ("Drawing", 4), *([("Calibrating transformer", 2)] if hessians else [])):
+    for stop in (("Generating", 9), ("Generating", 4), *([("Calibrating transformer", 2)] if hessians else [])):
         with pytest.raises(Killed):  # in the first step, in the second, and after the first block once more
             run("cut", stop)
         assert not (tmp_path / "cut").exists()

@@ -528,6 +528,6 @@ def test_a_step_whose_length_is_not_known_yet_is_only_named(
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     with progress.Display() as display:
         display(Progress("Reading headers"))
-        display(Progress("Drawing", 12, unit="block"))
+        display(Progress("Generating", 12, unit="block"))
         display(Progress("Calibrating", 3, 57, unit="block"))
-    assert capsys.readouterr().err == "Reading headers …\nDrawing: 12 blocks …\nCalibrating: block 3 of 57\n"
+    assert capsys.readouterr().err == "Reading headers …\nGenerating: 12 blocks …\nCalibrating: block 3 of 57\n"

@@ -270,7 +270,7 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away(columns: int) -> None:
         "with Display() as d:\n"
         "    for i in range(50):\n"
         "        d(Progress('Quantizing', i, 50, i * 10**9, 50 * 10**9))\n"
-        "    d(Progress('Drawing', 49, unit='block'))\n"
+        "    d(Progress('Generating', 49, unit='block'))\n"
         "    d(Progress('Calibrating', 49, 57, unit='block'))\n"
     )
     leader, follower = pty.openpty()

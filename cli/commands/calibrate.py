@@ -115,7 +115,7 @@ def report(found: Calibration) -> list[tuple[str, str]]:
         rows.append(("text", f"{text}: {run_on.read(found)}"))
     else:
         rows.append(("components", ", ".join(found.components)))
-        rows.append(("drawn", f"{text}: {run_on.drawn(found)}, up to {found.tokens:,} tokens"))
+        rows.append(("prompts", f"{text}: {run_on.prompts(found)}, up to {found.tokens:,} tokens"))
         rows.append(("memory", f"{size(found.weights_at_once or 0)} of weights at a time"))
     rows.append(("statistics", found.output))
     if found.hessian_files:
@@ -125,4 +125,4 @@ def report(found: Calibration) -> list[tuple[str, str]]:
         rows.append((f"{whose}all as {scores.method}", f"{LOSSES[scores.loss]} {scores.total:.4g}"))
         most = sorted(scores.of, key=lambda name: -scores.of[name])[:3]
         rows.append((f"{whose}most sensitive", ", ".join(name.removesuffix(".weight") for name in most)))
-    return [*rows, ("time", took(found.seconds, f"{found.device} in {found.dtype}", found.bytes_read))]
+    return [*rows, ("took", took(found.seconds, f"{found.device} in {found.dtype}", found.bytes_read))]

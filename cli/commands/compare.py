@@ -44,7 +44,7 @@ def compare(
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
 ) -> None:
-    """Show what quantizing changed: in each layer's weights, and in what the model makes of a text or draws."""
+    """Show what quantizing changed: in each layer's weights, and in what the model makes of a text or of prompts."""
     from qz import api
     from qz.quantize.compute.allocator import return_freed_memory
     from qz.quantize.libraries.importing import lean_imports
@@ -122,7 +122,7 @@ def report(found: Comparison) -> list[tuple[str, str]]:
     if found.steps is None:
         rows.append(("text", f"{text}: {run_on.read(found)}"))
     else:
-        rows.append(("drawn", f"{text}: {run_on.drawn(found)}"))
+        rows.append(("prompts", f"{text}: {run_on.prompts(found)}"))
     for name, changed in (("denoiser's output", found.denoiser), ("last latents", found.latents)):
         if changed is not None:
             rows.append((name, f"relative squared error {noisy(changed)}, 1 − cosine {changed.cosine_loss:.4g}"))

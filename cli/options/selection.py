@@ -120,8 +120,8 @@ TextOpt = Annotated[
     PANEL.option(
         "--text",
         metavar="FILE",
-        help="What the model reads: plain text in UTF-8. Default: a few pages that come with qz. For a pipeline, what "
-        "it draws: one prompt a line. Default: 16 that come with qz.",
+        help="What the model reads: plain text in UTF-8. Default: a few pages that come with qz. For a pipeline: "
+        "prompts, one a line. Default: 16 that come with qz.",
     ),
 ]
 StepsOpt = Annotated[
@@ -133,7 +133,7 @@ ResolutionOpt = Annotated[
     PANEL.option(
         "--resolution",
         metavar="PIXELS",
-        help="For a pipeline: width and height of what it draws.",
+        help="For a pipeline: width and height of what it generates.",
         show_default="256, or what it is made for if that is less",
     ),
 ]

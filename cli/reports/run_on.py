@@ -16,7 +16,7 @@ def read(found: Calibration | Comparison) -> str:
     return f"{found.tokens:,} tokens in {counted(found.sequences, 'sequence')}"
 
 
-def drawn(found: Calibration | Comparison) -> str:
-    """The prompts that a pipeline drew, and how."""
+def prompts(found: Calibration | Comparison) -> str:
+    """The prompts that a pipeline was given, and how it was run on them."""
     at = f" at {found.resolution} × {found.resolution}" if found.resolution is not None else ""
     return f"{counted(found.sequences, 'prompt')}, {counted(found.steps or 0, 'step')} each{at}, seed {found.seed}"

@@ -59,11 +59,11 @@ def calibrate(
     linear is to being quantized by ``method`` (default: ``Nf4()``), for ``quantize(…, target_size=…)``.
     An interrupted run goes on at the last block that it finished.
 
-    A pipeline draws: ``text`` has a prompt on each line, by default there are 16 of qz's own; each is denoised in
-    ``steps`` (default: 4) at ``resolution`` (default: 256, or what the pipeline is made for if that is less), from
-    noise of ``seed``. All models that take part are recorded, or the component ``subfolder`` of a pipeline; ``scores``
-    are of its denoisers and text encoders. It takes no ``tokens`` and ``generate``. An interrupted run goes on after
-    the last step, or block, that it finished.
+    A pipeline is run on prompts, the lines of ``text`` or 16 of qz's own. Each is denoised in ``steps`` (default: 4) at
+    ``resolution`` (default: 256, or what the pipeline is made for if that is less), from noise of ``seed``. All models
+    that take part are recorded, or the component ``subfolder`` of a pipeline; ``scores`` are of its denoisers and text
+    encoders. It takes no ``tokens`` and no ``generate``. An interrupted run goes on after the last step, or block, that
+    it finished.
 
     Raises ``qz.QzError``; then there is no output.
     """
@@ -82,13 +82,13 @@ def calibrate(
     )
     with opened(str(source), subfolder, revision, allow_pickle=allow_pickle) as found:
         asked.require(folder=found.file is None)
-        part = drawn_part(found, variant)
-        asked.require(reads_text=part is None, draws=part is not None)
-        if part is not None:
+        component = prompted_component(found, variant)
+        asked.require(reads_text=component is None, reads_prompts=component is not None)
+        if component is not None:
             from qz.quantize.calibration.pipelines.calibrate import calibrate as run_pipeline
 
             with opened_pipeline(found, variant) as pipeline:
-                done = run_pipeline(pipeline, part or None, str(source), request, on_progress)
+                done = run_pipeline(pipeline, component or None, str(source), request, on_progress)
         else:
             tokenizer = tokenizer_of(found, subfolder)
             done = run(open_checkpoint(found.folder, variant), tokenizer, str(source), request, on_progress)
@@ -113,7 +113,7 @@ def compare(
     """What quantizing ``original`` to ``other`` changed in its weights, and in what it makes of a text or of prompts.
 
     Both run block by block, one after the other. ``subfolder`` is the component of a pipeline in both, where they have
-    it. Pipelines draw as in ``calibrate``, from other noise. Raises ``qz.QzError``.
+    it. Pipelines are run as by ``calibrate``, from other noise. Raises ``qz.QzError``.
     """
     asked = Asked.of(compare, locals())
     on_progress(Progress("Reading headers"))
@@ -121,13 +121,13 @@ def compare(
     from qz.formats.source import opened
 
     with opened(str(original), subfolder, allow_pickle=allow_pickle) as first:
-        part = drawn_part(first, None)
+        component = prompted_component(first, None)
         chosen = Path(text) if text is not None else None
-        asked.require(reads_text=part is None, draws=part is not None)
-        if part is not None:
+        asked.require(reads_text=component is None, reads_prompts=component is not None)
+        if component is not None:
             how = chosen, steps, resolution, COMPARED_SEED if seed is None else seed
             with opened(str(other), allow_pickle=allow_pickle) as second:
-                done = _compare_pipelines(first, second, part, how, device, on_progress)
+                done = _compare_pipelines(first, second, component, how, device, on_progress)
         else:
             with opened(str(other), subfolder, allow_pickle=allow_pickle) as second:
                 checkpoints = open_checkpoint(first.folder), open_checkpoint(second.folder)
@@ -141,12 +141,12 @@ def compare(
 def _compare_pipelines(
     first: OpenedSource,
     second: OpenedSource,
-    part: str,
+    component: str,
     how: tuple[Path | None, int | None, int | None, int],
     device: str,
     on_progress: OnProgress,
 ) -> Comparison:
-    """``second`` may be the component ``part`` alone."""
+    """``second`` may be the component ``component`` alone."""
     from qz.formats.checkpoint.survey import open_checkpoint
     from qz.formats.files.folder import is_pipeline
     from qz.formats.source import enter
@@ -161,23 +161,23 @@ def _compare_pipelines(
     names = first.location, second.location
     with ExitStack() as stack:
         original = stack.enter_context(opened_pipeline(first, None))
-        if is_pipeline(second.root) and not part:
+        if is_pipeline(second.root) and not component:
             other = stack.enter_context(opened_pipeline(second, None))
-        elif not part:
+        elif not component:
             raise UsageError(
                 f"{second.folder.location} is no pipeline, and {first.folder.location} is one. Name the component that "
                 "was quantized with --subfolder."
             )
         else:
             inside = is_pipeline(second.root)
-            folder = enter(second.root, part) if inside else second.folder
+            folder = enter(second.root, component) if inside else second.folder
             if inside:
                 stack.callback(folder.close)
-            other = with_component(original, part, open_checkpoint(folder))
-        return run(original, other, part or None, names, drawing, request.text_name, device, on_progress)
+            other = with_component(original, component, open_checkpoint(folder))
+        return run(original, other, component or None, names, drawing, request.text_name, device, on_progress)
 
 
-def drawn_part(source: OpenedSource, variant: str | None) -> str | None:
+def prompted_component(source: OpenedSource, variant: str | None) -> str | None:
     """The component of a pipeline that is to be run with it, empty for the whole of it; None for a model that reads
     text."""
     from qz.formats.checkpoint.survey import open_checkpoint

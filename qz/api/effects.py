@@ -35,11 +35,14 @@ ONE_INSIDE = "{}, and {{source}} holds a whole pipeline. Leave it out."
 NO_PIPELINE = "{source} is one model, not a pipeline: leave out --components and --component."
 SENT = "--{} is about files here, and the parts of {{source}} were sent to the Hub. Leave it out."
 FOUR_BIT = "--{} is about 4-bit weights, and no component of {{source}} gets them. Leave it out."
-DRAWS = (
-    "--{} is for models that read text, and {{source}} draws from prompts: --text FILE has one a line, --steps and "
+OF_TEXT = (
+    "--{} is for models that read text, and {{source}} generates from prompts: --text FILE has one a line, --steps and "
     "--resolution say how. Leave it out."
 )
-READS = "--{} is for pipelines of diffusers, which draw, and {{source}} is a model that reads text. Leave it out."
+OF_PROMPTS = (
+    "--{} is for pipelines of diffusers, which generate from prompts, and {{source}} is a model that reads text. Leave "
+    "it out."
+)
 PARTS_ARE_PUBLISHED = (
     "Parts are published when they are merged: leave out --push here, and say `qz merge --push`. Or add --push-only, "
     "to send each weight file when it is finished and keep none here."
@@ -116,10 +119,13 @@ NEEDS = (
     Need("merge", "overwrite", "parts_here", SENT.format("overwrite")),
     Need("merge", "threads", "parts_here", SENT.format("threads")),
     Need("calibrate", "method", "scores", "A method is for scores: add --scores, or leave the method out."),
-    Need("calibrate compare", "tokens", "reads_text", DRAWS.format("tokens")),
-    Need("calibrate", "generate", "reads_text", DRAWS.format("generate")),
-    Need("calibrate", "experts", "reads_text", DRAWS.format("experts")),
-    *(Need("calibrate compare", name, "draws", READS.format(name)) for name in ("steps", "resolution", "seed")),
+    Need("calibrate compare", "tokens", "reads_text", OF_TEXT.format("tokens")),
+    Need("calibrate", "generate", "reads_text", OF_TEXT.format("generate")),
+    Need("calibrate", "experts", "reads_text", OF_TEXT.format("experts")),
+    *(
+        Need("calibrate compare", name, "reads_prompts", OF_PROMPTS.format(name))
+        for name in ("steps", "resolution", "seed")
+    ),
     Need("inspect", "subfolder", "folder", OF_A_FILE.format("subfolder")),
     Need("inspect", "variant", "folder", OF_A_FILE.format("variant")),
     Need("inspect", "plan", "folder", OF_A_FILE.format("plan")),

@@ -70,7 +70,7 @@ def calibrate(
     ):
         kept.open(_fingerprint(pipeline, only, models, drawing, request, str(dtype)))
         if kept.count:
-            progress(Progress("Drawing", kept=(kept.count, 0), unit="step"))
+            progress(Progress("Generating", kept=(kept.count, 0), unit="step"))
         kept.begin([])
         drawn, sums = _draw(models, only, drawing, request, kept, progress)
         chosen = [name for name in drawn.calls if only in (None, name)]
@@ -162,7 +162,7 @@ def _draw(
     recorded = [] if request.hessians else [name for name in models.weights if only in (None, name)]
     calls = CallStore(kept, models, len(drawing.prompts), recorded)
     try:
-        drawn = draw(models, drawing, "Drawing", progress, calls)
+        drawn = draw(models, drawing, "Generating", progress, calls)
         calls.finish()
     finally:
         calls.close()

@@ -81,7 +81,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="qz-") as place:
         with opened_models(original, dtype, where, only) as models:
             warnings = models.warnings
-            drawn = draw(models, drawing, "Drawing with the original", progress)
+            drawn = draw(models, drawing, "Generating with the original", progress)
             denoisers = _denoisers(models, drawn, only)
             blocks = {name: BlockErrors(Path(place, name), states_of, _some(drawn.calls[name])) for name in denoisers}
             outputs = {
@@ -89,7 +89,7 @@ def compare(
                 for name in denoisers
             }
         with opened_models(other, dtype, where, only) as models:
-            changed = draw(models, drawing, "Drawing with the other", progress)
+            changed = draw(models, drawing, "Generating with the other", progress)
             other_outputs = {
                 name: _outputs(models, name, drawn, blocks[name], "Running the other", progress, compare=True)
                 for name in denoisers

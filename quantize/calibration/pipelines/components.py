@@ -59,7 +59,7 @@ class Models:
     @property
     def warnings(self) -> tuple[str, ...]:
         return tuple(
-            f"{name} has no part in this: no class for it can be run here, and {self.class_name} draws without it"
+            f"{name} has no part in this: no class for it can be run here, and {self.class_name} works without it"
             for name in self.left_out
         )
 

@@ -102,7 +102,7 @@ def _draw(models: Models, module: _Pipeline, whole: frozenset[str], task: str, p
     def used(number: int, latents: torch.Tensor) -> None:
         if latents.isnan().any():
             raise MalformedInput(
-                f"{models.where} draws NaN: check its weights, and whether its dtype has the range for them."
+                f"{models.where} generates NaN: check its weights, and whether its dtype has the range for them."
             )
         drawn.latents[number] = latents
 
@@ -110,7 +110,7 @@ def _draw(models: Models, module: _Pipeline, whole: frozenset[str], task: str, p
     drawn = module.drawn
     drawn.whole, drawn.at_once = whole, memory.at_once([module], steps.parts)
     memory.require(drawn.at_once, models.device, f"{models.class_name} in {models.where}")
-    with running(models.class_name, models.where, "calibrated: it cannot draw from a prompt alone"):
+    with running(models.class_name, models.where, "calibrated: it cannot generate from a prompt alone"):
         _load_rest(models, steps)
         steps.run(({"number": number} for number in range(len(module.drawing.prompts))), used)
     drawn.calls = {name: in_order(each) for name, each in drawn.calls.items()}
@@ -142,7 +142,7 @@ def until_denoising(
     handles = [each.register_forward_pre_hook(finish) for each in denoisers]
     try:
         steps = _steps(models, module, whole, lambda _: progress(Progress(task, unit="block")))
-        with running(models.class_name, models.where, "calibrated: it cannot draw from a prompt alone"):
+        with running(models.class_name, models.where, "calibrated: it cannot generate from a prompt alone"):
             _load_rest(models, steps)
             steps.run({"number": number} for number in range(len(drawing.prompts)))
         return module.drawn.calls
@@ -255,7 +255,7 @@ def _arguments(pipeline: Any, where: str, drawing: Drawing) -> dict[str, Any]:
     if others or missing:
         why = f"needs {', '.join(others)}" if others else f"takes no {', '.join(missing)}"
         raise Unsupported(
-            f"{where}: {type(pipeline).__name__} {why}, and calibration has prompts alone to draw from. Quantize it "
+            f"{where}: {type(pipeline).__name__} {why}, and calibration has nothing but prompts. Quantize it "
             "with --scales search, which needs no calibration."
         )
     if drawing.resolution is not None and not {"height", "width"} <= parameters.keys():
