@@ -159,8 +159,8 @@ assert "torch" not in sys.modules
 def test_changed_code_is_asked_again(source: Path, cache: Path, tmp_path: Path, answered: Answered) -> None:
     said = examine(open_checkpoint(LocalFolder(source)), LoadRequest(FourBit("nf4")))
     [kept] = cache.iterdir()
-    code = json.loads(kept.read_bytes().split(b"\n", 1)[1])["code"]
-    assert {on_transformers.__file__, modeling_llama.__file__} <= code.keys()
+    [code] = cache.with_name("code").iterdir()
+    assert {on_transformers.__file__, modeling_llama.__file__} <= json.loads(code.read_bytes()).keys()
     root = Path(package.__file__).resolve().parent
     shutil.copytree(root, tmp_path / "qz", ignore=shutil.ignore_patterns("__pycache__"))
     answer = json.dumps(answer_cache.encoded(said))
@@ -217,6 +217,18 @@ def test_a_damaged_answer_is_asked_for_again(damage: str, source: Path, cache: P
     assert answered(source) == ("asked" if damage == "folder" else "remembered")
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_an_answer_whose_state_of_the_code_is_damaged_is_asked_for_again(
+    damage: str, source: Path, tmp_path: Path, cache: Path
+) -> None:
+    assert run(["quantize", str(source), "--dry-run", "--quiet"]) == 0
+    [state] = cache.with_name("code").iterdir()
+    data = state.read_bytes()
+    state.unlink() if damage == "gone" else state.write_bytes(data[:-20] + b" " * 20 * (damage == "changed"))
+    assert answered_alone(source, tmp_path / "first") == "asked"
+    assert answered_alone(source, tmp_path / "second") == "remembered"
+
+
 @pytest.mark.parametrize("chosen", ["", "/dev/null/nowhere", "/proc/nowhere"])
 def test_where_nothing_can_be_kept_the_library_is_asked(
     chosen: str, source: Path, monkeypatch: pytest.MonkeyPatch, answered: Answered
@@ -227,13 +239,13 @@ def test_where_nothing_can_be_kept_the_library_is_asked(
 
 def test_the_oldest_answers_make_room(source: Path, cache: Path, answered: Answered) -> None:
     cache.mkdir(parents=True)
-    for number in range(answer_cache.MOST_ANSWERS):
+    for number in range(answer_cache.MOST_KEPT):
         path = cache / f"{number:064x}"
         path.write_bytes(b"old")
         os.utime(path, ns=(number, number))
     assert answered(source) == "asked"
     names = {path.name for path in cache.iterdir()}
-    assert len(names) == answer_cache.MOST_ANSWERS
+    assert len(names) == answer_cache.MOST_KEPT
     assert f"{0:064x}" not in names
     assert f"{1:064x}" in names
     assert answered(source) == "remembered"

@@ -7,6 +7,8 @@ holds the library's own functions, is not kept.
 
 Answers lie in ``$QZ_CACHE/architectures``, by default in the user's cache directory; nothing is kept if ``QZ_CACHE`` is
 empty or there is no home. What cannot be read, or does not have the checksum it was written with, counts as absent.
+The state of the code lies in ``$QZ_CACHE/code``, once for all answers that the same code gave: it names a thousand
+files, and to read it with each answer took longer than the answer.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from qz.formats.json_files import MAX_CONFIG_BYTES
 from qz.formats.user_cache import user_cache
 from qz.quantize.libraries.architecture import Architecture, Footprint, LoadRequest, Saved, TensorSpec, Weight
 
-MOST_ANSWERS = 256
-"""Answers that are kept, the newest."""
+MOST_KEPT = 1_000
+"""Answers, and states of code, that are kept: the newest."""
 MOST_BYTES = 256_000_000
 """Of one answer; that for 400,000 tensors takes a hundred."""
 CODE = ("accelerate", "diffusers", "qz", "timm", "transformers")
@@ -66,12 +68,10 @@ def recall(question: str) -> Architecture | None:
         return None
     try:
         checksum, body = read_regular(folder / question, MOST_BYTES).split(b"\n", 1)
-        if hashlib.sha256(body).hexdigest().encode() != checksum:
+        if _sha256(body).encode() != checksum:
             return None
         kept = json.loads(body)
-        if any(_state(path) != state for path, state in kept["code"].items()):
-            return None
-        return decoded(kept["architecture"])
+        return decoded(kept["architecture"]) if _is_loaded(_code_folder(folder) / kept["code"]) else None
     except Exception:  # noqa: BLE001  whatever else lies there, it is no answer
         return None
 
@@ -82,24 +82,30 @@ def keep(question: str, told: dict[str, Any]) -> None:
     if folder is None:
         return
     with suppress(OSError):
-        body = json.dumps({"code": _code(), "architecture": told}).encode()
-        folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, delete=False) as file:
-            try:
-                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-                file.close()
-                os.replace(file.name, folder / question)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        _leave_newest(folder)
+        code = json.dumps(_code()).encode()
+        state = _code_folder(folder) / _sha256(code)
+        if state not in _LOADED:
+            _write(state, code)
+            _LOADED.add(state)
+        body = json.dumps({"code": state.name, "architecture": told}).encode()
+        _write(folder / question, _sha256(body).encode() + b"\n" + body)
 
 
-def _leave_newest(folder: Path) -> None:
-    with os.scandir(folder) as entries:
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all; the oldest files beside it go, if there are too many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    with os.scandir(path.parent) as entries:
         found = list(entries)
-    if len(found) > MOST_ANSWERS:
-        for old in sorted(found, key=lambda entry: -entry.stat().st_mtime_ns)[MOST_ANSWERS:]:
+    if len(found) > MOST_KEPT:
+        for old in sorted(found, key=lambda entry: -entry.stat().st_mtime_ns)[MOST_KEPT:]:
             os.unlink(old)
 
 
@@ -108,10 +114,34 @@ def _folder() -> Path | None:
     return cache / "architectures" if cache is not None else None
 
 
+def _code_folder(answers: Path) -> Path:
+    return answers.with_name("code")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _code() -> dict[str, list[int]]:
     """Path → state of the files of ``CODE`` that are loaded. Raises OSError if one cannot be looked at."""
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in CODE]
     return {path: _state(path) for module in modules if (path := getattr(module, "__file__", None))}
+
+
+_LOADED: set[Path] = set()
+"""States of code that are this process's own."""
+
+
+def _is_loaded(state: Path) -> bool:
+    """Whether each file that it names is as it was, and so what this process would load. Raises OSError if one cannot
+    be read, ValueError if this is no such state."""
+    if state not in _LOADED:
+        data = read_regular(state, MOST_BYTES)
+        if _sha256(data) == state.name and all(
+            _state(path) == as_it_was for path, as_it_was in json.loads(data).items()
+        ):
+            _LOADED.add(state)
+    return state in _LOADED
 
 
 @cache
