@@ -261,7 +261,7 @@ lean_imports.allow()
 from qz.quantize.models.plan import plan_quantization
 from qz.quantize.models.run import carry_out
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.output_folders import Target
+from qz.quantize.streaming.output.output_folders import Target
 from qz.quantize.methods import FourBit, Int8
 from qz.quantize.reports.summary import Source
 from qz.quantize.streaming.run import Run

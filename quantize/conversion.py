@@ -22,8 +22,8 @@ from qz.quantize.provenance.source_identity import identity
 from qz.quantize.provenance.up_to_date import UpToDate, up_to_date
 from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import IfExists, Settings
-from qz.quantize.streaming import shares
-from qz.quantize.streaming.output_folders import (
+from qz.quantize.streaming.output import shares
+from qz.quantize.streaming.output.output_folders import (
     Target,
     asked_for,
     model_folder,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from qz.quantize.planning.plan import Plan
     from qz.quantize.reports.pipeline_summary import PipelineSummary
     from qz.quantize.streaming.measuring.measure import Measure
-    from qz.quantize.streaming.output_folders import OutputFolder
+    from qz.quantize.streaming.output.output_folders import OutputFolder
 
     PlanModel = Callable[[Checkpoint, Settings, Membership], Plan]
     MeasureModel = Callable[[Checkpoint], Measure]

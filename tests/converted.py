@@ -18,7 +18,7 @@ from qz.quantize.planning.plan import Plan
 from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.measure import Measure
-from qz.quantize.streaming.output_folders import Target
+from qz.quantize.streaming.output.output_folders import Target
 
 
 def method_of(name: str) -> Method:

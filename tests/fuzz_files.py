@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from qz import QzError, api
 from qz.formats.checkpoint.adapter_file import open_adapter
 from qz.formats.checkpoint.pipeline import open_pipeline
-from qz.formats.checkpoint.quant_state import parse_quant_state
+from qz.formats.checkpoint.quantization.quant_state import parse_quant_state
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import WrittenFile, encode_record, hash_of, read_record
@@ -55,7 +55,7 @@ from qz.quantize.planning.fusing import fuse
 from qz.quantize.planning.sources import Fused
 from qz.quantize.provenance.up_to_date import UpToDate, up_to_date
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.shares import not_finite
+from qz.quantize.streaming.output.shares import not_finite
 from qz.quantize.verification.journal import _read as read_comparison
 from test_gguf import write_llama
 

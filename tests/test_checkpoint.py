@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 from pace import HANG, stopwatch
 from qz import IOFailed, MalformedInput, MissingInput, OutputRefused, Unsupported
-from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.quantization.quantization_config import stated_quantization
+from qz.formats.checkpoint.quantization.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint, survey, survey_file
 from qz.formats.files.folder import Range
 from qz.formats.files.local_folder import MAX_OPEN, LocalFolder
@@ -735,7 +735,7 @@ def test_reading_a_checkpoint_imports_no_framework(tmp_path: Path) -> None:
 import pathlib, sys
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
-from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.quantization.quantized import read_quantized
 read_quantized(open_checkpoint(LocalFolder(pathlib.Path({str(tmp_path / "model")!r}))))
 heavy = ("torch", "numpy", "transformers", "diffusers", "huggingface_hub", "safetensors", "rich", "concurrent.futures")
 print([name for name in heavy if name in sys.modules])

@@ -22,7 +22,7 @@ from qz.quantize.methods import FourBit
 from qz.quantize.models.run import carry_out
 from qz.quantize.reports.summary import Source
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.output_folders import Target
+from qz.quantize.streaming.output.output_folders import Target
 from qz.quantize.streaming.quantizing_device import quantizing_tasks
 from test_verify import change
 

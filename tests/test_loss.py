@@ -30,7 +30,7 @@ from qz.quantize.reports.summary import Source, Summary
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss, Tally
 from qz.quantize.streaming.measuring.measure import AgainstOriginal, WhileQuantizing, original_checkpoint
-from qz.quantize.streaming.output_folders import Target
+from qz.quantize.streaming.output.output_folders import Target
 from reference import tensors_of
 from zoo import build
 

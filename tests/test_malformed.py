@@ -19,7 +19,7 @@ import safetensors
 from pace import stopwatch
 from qz import QzError
 from qz.formats.checkpoint.problems import ERRORS, WARNINGS, Problem, worst_first
-from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.quantization.quantized import read_quantized
 from qz.formats.checkpoint.survey import open_checkpoint, survey
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.sources.encoded import read_encoded

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Qz
 from qz import MalformedInput, MissingInput, QzError, Unsupported
-from qz.formats.checkpoint.left_over import left_over
-from qz.formats.checkpoint.quantization_config import stated_quantization
+from qz.formats.checkpoint.quantization.left_over import left_over
+from qz.formats.checkpoint.quantization.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.source import opened

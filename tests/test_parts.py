@@ -25,7 +25,7 @@ from qz.formats.output.shares import Share
 from qz.quantize.array_task import parse_part
 from qz.quantize.methods import FourBit, Int8, Method
 from qz.quantize.reports.summary import Summary
-from qz.quantize.streaming.shares import divided
+from qz.quantize.streaming.output.shares import divided
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "threads": 2, "max_shard_bytes": 20_000}
 PARTED = ("--max-shard-size", "20KB", "--threads", "1", "--device", "cpu", "--quiet")

@@ -28,7 +28,7 @@ from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.models.plan import plan_quantization
 from qz.quantize.settings import Settings
-from qz.quantize.streaming.shard_order import by_shard, shard_order
+from qz.quantize.streaming.output.shard_order import by_shard, shard_order
 
 SHARD = 500_000
 COMMAND = ("quantize", "--push", "me/new", "--push-only", "--max-shard-size", "500KB", "--quiet")

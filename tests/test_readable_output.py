@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from qz import MalformedInput, QzError, Unsupported, api
 from qz.quantize.methods import Fp4, Int8, Method, Nf4
-from qz.quantize.streaming import output_folders
-from qz.quantize.streaming.readable import UnreadableOutput, require_readable
+from qz.quantize.streaming.output import output_folders
+from qz.quantize.streaming.output.readable import UnreadableOutput, require_readable
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"

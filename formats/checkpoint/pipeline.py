@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MissingInput, QzError, Unsupported
 from qz.formats.checkpoint.pipeline_class import arguments_of, is_pair
 from qz.formats.checkpoint.problems import WARNINGS, as_error
-from qz.formats.checkpoint.quantization_config import stated_quantization
+from qz.formats.checkpoint.quantization.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint, survey
 from qz.formats.files.folder import PIPELINE_INDEX, Folder, is_pipeline, read_file, read_text
 from qz.formats.json_files import MAX_BYTES, read_json

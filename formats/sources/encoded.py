@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import Unsupported
 from qz.formats.checkpoint.problems import Problem, Problems, require_none
-from qz.formats.checkpoint.quantization_config import stated_quantization
+from qz.formats.checkpoint.quantization.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import GGUF
 from qz.formats.malformed import quoted
 from qz.formats.tensors.decoded import CODES, FLOATS_8, Decoded

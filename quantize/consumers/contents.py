@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from qz.formats.checkpoint.problems import Problems
-from qz.formats.checkpoint.quantization_config import Kind, Settings, read_settings
+from qz.formats.checkpoint.quantization.quantization_config import Kind, Settings, read_settings
 
 EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\.(\w+)|(\w+)\.\d+)\.weight")
 """One expert's weight: ``experts.7.up_proj.weight``, or ``experts.up_projs.7.weight``."""

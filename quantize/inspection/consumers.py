@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem, worst_first
-from qz.formats.checkpoint.quantized import QuantizedWeight, part_names
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight, part_names
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.output.recorded.record import read_record
 from qz.quantize.consumers.contents import Contents, Packed

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qz import QzError
 from qz.formats.checkpoint.problems import Problem, Problems, worst_first
-from qz.formats.checkpoint.quantization_config import Settings, read_settings
-from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
+from qz.formats.checkpoint.quantization.quantization_config import Settings, read_settings
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.files.folder import Folder
 from qz.formats.files.local_folder import LocalFolder

@@ -13,7 +13,7 @@ from qz.formats.malformed import quoted
 from qz.quantize.inspection.estimate import METHODS, Estimate
 
 if TYPE_CHECKING:
-    from qz.formats.checkpoint.quantized import QuantizedWeight
+    from qz.formats.checkpoint.quantization.quantized import QuantizedWeight
     from qz.formats.checkpoint.survey import Checkpoint
     from qz.quantize.inspection.report import Inspection
     from qz.quantize.libraries.architecture import Architecture

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qz import MalformedInput
-from qz.formats.checkpoint.quantized import QuantizedWeight
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.diffusers.classes import model_class_of
 from qz.quantize.libraries.diffusers.internals import float32_modules, load_into_meta, quantizer_of

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from qz import MalformedInput, Unsupported
-from qz.formats.checkpoint.quantized import QuantizedWeight
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight
 from qz.quantize.libraries.expert_layout import expert_lists
 from qz.quantize.libraries.transformers.internals import dot_natural_key, model_on_meta
 from qz.quantize.libraries.transformers.origins import LoadedNames

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qz import MissingInput, UsageError
 from qz.formats.checkpoint.pipeline import open_pipeline
 from qz.formats.checkpoint.problems import require_none
-from qz.formats.checkpoint.quantized import QuantizedWeight, read_quantized
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, open_checkpoint
 from qz.formats.files.folder import is_pipeline
 from qz.formats.files.local_folder import LocalFolder

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qz.formats.checkpoint.quantized import QuantizedWeight
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import Checkpoint
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qz import MalformedInput
-from qz.formats.checkpoint.quantized import QuantizedWeight
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.expert_layout import expert_lists
 from qz.quantize.libraries.transformers.classes import ModelClass, model_class_of

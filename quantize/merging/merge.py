@@ -29,8 +29,8 @@ from qz.quantize.merging.verification import Verification
 from qz.quantize.reports.of_record import report_of_record
 from qz.quantize.reports.summary import told_of_nonfinite
 from qz.quantize.streaming.measuring.not_finite import NotFinite
-from qz.quantize.streaming.readable import require_readable
-from qz.quantize.streaming.shares import not_finite
+from qz.quantize.streaming.output.readable import require_readable
+from qz.quantize.streaming.output.shares import not_finite
 
 if TYPE_CHECKING:
     from qz.formats.publish.destination import Destination, PushResult

@@ -21,7 +21,7 @@ from qz.quantize.provenance.source_identity import identity
 from qz.quantize.reports.summary import Source, Summary, summarize
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.measure import Measure
-from qz.quantize.streaming.output_folders import Target, model_folder, write_folders
+from qz.quantize.streaming.output.output_folders import Target, model_folder, write_folders
 from qz.quantize.streaming.quantizing_device import arithmetic_for
 
 

@@ -34,7 +34,7 @@ from qz.quantize.planning.unreadable import KEPT, kept_unread
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss
 from qz.quantize.streaming.measuring.measure import Measure
-from qz.quantize.streaming.output_folders import OutputFolder, model_folder
+from qz.quantize.streaming.output.output_folders import OutputFolder, model_folder
 
 
 @dataclass(frozen=True)

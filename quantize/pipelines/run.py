@@ -26,7 +26,7 @@ from qz.quantize.reports.summary import Source, Summary, code_left_out, fused_we
 from qz.quantize.settings import Settings
 from qz.quantize.streaming.measuring.loss import Loss, joined
 from qz.quantize.streaming.measuring.not_finite import NotFinite
-from qz.quantize.streaming.output_folders import OutputFolder, Target, write_folders
+from qz.quantize.streaming.output.output_folders import OutputFolder, Target, write_folders
 from qz.quantize.streaming.quantizing_device import arithmetic_for
 
 

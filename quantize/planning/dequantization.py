@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qz import MalformedInput, QzError, Unsupported
-from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.problems import Problem, as_error
-from qz.formats.checkpoint.quantization_config import stated_quantization
-from qz.formats.checkpoint.quantized import QuantizedWeight, part_names, read_quantized
+from qz.formats.checkpoint.quantization.left_over import left_over
+from qz.formats.checkpoint.quantization.quantization_config import stated_quantization
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight, part_names, read_quantized
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import quoted
 from qz.formats.tensors.decoded import StoredTensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qz import Unsupported
-from qz.formats.checkpoint.quantized import QuantizedWeight
+from qz.formats.checkpoint.quantization.quantized import QuantizedWeight
 from qz.formats.tensors.decoded import Decoded, StoredTensor
 from qz.formats.tensors.encodings import TransposedBlocks
 from qz.quantize.adapters.changes import Change

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qz import QzError, Unsupported
-from qz.formats.checkpoint.left_over import left_over
-from qz.formats.checkpoint.quantization_config import stated_quantization
+from qz.formats.checkpoint.quantization.left_over import left_over
+from qz.formats.checkpoint.quantization.quantization_config import stated_quantization
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.formats.malformed import Malformed
 from qz.formats.tensors.decoded import Decoded, StoredTensor

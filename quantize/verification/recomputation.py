@@ -20,7 +20,7 @@ from qz.formats.output.recorded.record import Record
 from qz.formats.tensors.decoded import StoredTensor
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.reports.of_record import kind_of_bytes
-from qz.quantize.streaming.output_folders import OutputFolder, model_folder
+from qz.quantize.streaming.output.output_folders import OutputFolder, model_folder
 from qz.quantize.streaming.quantizing_device import arithmetic_of_record
 from qz.quantize.streaming.run import Run
 from qz.quantize.verification.compared_output import ComparedOutput, TensorDifference

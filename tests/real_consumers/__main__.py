@@ -15,7 +15,7 @@ import torch
 
 from converted import quantized
 from mixtures import mixture
-from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.quantization.quantized import read_quantized
 from qz.formats.checkpoint.survey import open_checkpoint
 from qz.formats.files.local_folder import LocalFolder
 from qz.quantize.consumers.registry import CONSUMERS, judge

@@ -8,10 +8,10 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from qz.counted import counted
-from qz.formats.checkpoint.left_over import left_over
 from qz.formats.checkpoint.problems import Problem, Problems
-from qz.formats.checkpoint.quant_state import MAX_BYTES, QuantState, parse_quant_state
-from qz.formats.checkpoint.quantization_config import Kind, check_settings, read_settings
+from qz.formats.checkpoint.quantization.left_over import left_over
+from qz.formats.checkpoint.quantization.quant_state import MAX_BYTES, QuantState, parse_quant_state
+from qz.formats.checkpoint.quantization.quantization_config import Kind, check_settings, read_settings
 from qz.formats.checkpoint.small_tensors import read_small
 from qz.formats.malformed import Malformed, quoted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qz.formats.checkpoint.quantization_config import stated_quantization
+from qz.formats.checkpoint.quantization.quantization_config import stated_quantization
 from qz.formats.malformed import quoted
 from qz.formats.tensors.decoded import Decoded, StoredTensor
 

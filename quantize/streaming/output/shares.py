@@ -18,7 +18,7 @@ from qz.quantize.streaming.measuring.not_finite import NotFinite
 if TYPE_CHECKING:
     from qz.formats.publish.publication import Publication
     from qz.quantize.planning.plan import Plan
-    from qz.quantize.streaming.output_folders import OutputFolder, Target
+    from qz.quantize.streaming.output.output_folders import OutputFolder, Target
 
 
 def owners_of(folders: Sequence[OutputFolder], share: Share | None) -> dict[str, int]:

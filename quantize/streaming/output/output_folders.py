@@ -22,12 +22,12 @@ from qz.formats.output.storage.beside import sibling
 from qz.formats.output.storage.disk import Disk
 from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.planning.plan import Plan
-from qz.quantize.streaming import shares
 from qz.quantize.streaming.measuring.measure import Measure
 from qz.quantize.streaming.measuring.not_finite import NotFinite
-from qz.quantize.streaming.readable import UnreadableOutput, converted, require_readable
+from qz.quantize.streaming.output import shares
+from qz.quantize.streaming.output.readable import UnreadableOutput, converted, require_readable
+from qz.quantize.streaming.output.shard_order import ShardOrder, by_shard, joined, shard_order
 from qz.quantize.streaming.run import Run
-from qz.quantize.streaming.shard_order import ShardOrder, by_shard, joined, shard_order
 
 if TYPE_CHECKING:
     from qz.formats.files.folder import Folder

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from qz import IOFailed, PermissionRefused, QzError, Unsupported
 from qz.formats.checkpoint.problems import Problem
-from qz.formats.checkpoint.quantized import read_quantized
+from qz.formats.checkpoint.quantization.quantized import read_quantized
 from qz.formats.checkpoint.survey import Checkpoint, survey, survey_file
 from qz.formats.files.folder import Folder
 from qz.formats.files.local_folder import LocalFolder
 from qz.formats.output.recorded.record import read_record
 
 if TYPE_CHECKING:
-    from qz.quantize.streaming.output_folders import OutputFolder
+    from qz.quantize.streaming.output.output_folders import OutputFolder
 
 
 _NOT_THE_OUTPUTS = ("io-failed", "permission")
