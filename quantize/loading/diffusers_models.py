@@ -12,7 +12,7 @@ from qz import MalformedInput
 from qz.formats.checkpoint.quantization.quantized import QuantizedWeight
 from qz.formats.checkpoint.survey import Checkpoint
 from qz.quantize.libraries.diffusers.classes import model_class_of
-from qz.quantize.libraries.diffusers.internals import float32_modules, load_into_meta, quantizer_of
+from qz.quantize.libraries.diffusers.internals import empty_model, float32_modules, load_into_meta, quantizer_of
 from qz.quantize.planning.dequantization import dtype_before
 
 
@@ -20,7 +20,6 @@ def load_diffusers_model(
     checkpoint: Checkpoint, root: Path, weights: Mapping[str, QuantizedWeight], device: str
 ) -> Any:
     """The model on ``device``: built empty, given quantized layers by the library's quantizer, filled file by file."""
-    from accelerate import init_empty_weights
     from safetensors.torch import load_file
 
     model_class = model_class_of(checkpoint)
@@ -32,8 +31,9 @@ def load_diffusers_model(
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with init_empty_weights():
-            model = model_class.from_config({k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
+        model = empty_model(
+            model_class, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        )
     finally:
         torch.set_default_dtype(default)
     fp32 = float32_modules(model)

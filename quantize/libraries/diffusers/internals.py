@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -18,6 +19,18 @@ def _unknown(error: Exception) -> Unsupported:
         f"diffusers {diffusers.__version__} is laid out differently from the versions qz knows ({error}). "
         f"Install one that it knows: pip install '{requirement('diffusers')}', or a newer qz."
     )
+
+
+def empty_model(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """A model whose parameters are on meta and, as in ``from_pretrained``, are not given first values."""
+    from accelerate import init_empty_weights
+
+    try:
+        from diffusers.models.modeling_utils import no_init_weights
+    except ImportError as error:
+        raise _unknown(error) from error
+    with init_empty_weights(), no_init_weights():
+        return model_class.from_config(config)
 
 
 def float32_modules(model: Any) -> list[str]:
@@ -131,10 +144,7 @@ def needs_conversion(model_class: Any, config: Any, state: dict[str, Any]) -> bo
 @lru_cache(maxsize=16)
 def _own_names(model_class: Any, config: str) -> frozenset[str]:
     """Of the tensors of a model; remembered, since a file is looked at several times, and building takes a while."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return frozenset(model_class.from_config(json.loads(config)).state_dict())
+    return frozenset(empty_model(model_class, json.loads(config)).state_dict())
 
 
 def default_pipeline(state: dict[str, Any]) -> str | None:

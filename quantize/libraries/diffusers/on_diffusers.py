@@ -35,7 +35,7 @@ from qz.quantize.libraries.architecture import (
 )
 from qz.quantize.libraries.class_search import module_of
 from qz.quantize.libraries.diffusers.classes import model_class_of
-from qz.quantize.libraries.diffusers.internals import float32_modules, rename_old_keys
+from qz.quantize.libraries.diffusers.internals import empty_model, float32_modules, rename_old_keys
 from qz.quantize.libraries.diffusers.selection import matches, select
 from qz.quantize.methods import Method
 
@@ -157,7 +157,6 @@ def _load_dtype(tensors: Mapping[str, TensorSpec], request: LoadRequest, fp32: l
 
 def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> Any:
     """The model on meta."""
-    from accelerate import init_empty_weights
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -165,9 +164,8 @@ def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with init_empty_weights():
-            config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
-            return model_class.from_config(config)
+        config = {key: value for key, value in checkpoint.config.items() if key not in OF_QUANTIZATION}
+        return empty_model(model_class, config)
     finally:
         torch.set_default_dtype(default)
         logging.set_verbosity(verbosity)
