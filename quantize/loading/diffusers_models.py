@@ -31,9 +31,7 @@ def load_diffusers_model(
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = empty_model(
-            model_class, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        )
+        model = empty_model(model_class, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
     finally:
         torch.set_default_dtype(default)
     fp32 = float32_modules(model)
