@@ -93,7 +93,7 @@ def app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
 
 
 def continued(line: str, width: int) -> str:
-    """A command on lines of ``width`` columns, which a shell joins when they are pasted; kept by Typer as they are."""
+    """A command on lines of ``width`` columns, which a shell joins when they are pasted. ``\b``: Typer keeps them."""
     lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
     return "\b\n" + " \\\n  ".join(lines)
 
@@ -106,8 +106,8 @@ def global_options(
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, to put work down cleanly. The second ends at once,
-    unless it is an echo of the first.
+    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, so that work stops cleanly. The second ends the process
+    at once, unless it is an echo of the first.
 
     What handles the interrupt may say how to go on with ``add_note``; that becomes part of the message.
     """
@@ -116,7 +116,7 @@ class Interruption:
         self.first: Arrival | None = None
         self.error = KeyboardInterrupt()
         self.late = False
-        """Set when the command has come to its end, which an interrupt no longer changes."""
+        """Set when the command has ended; an interrupt no longer changes how."""
         for number in (signal.SIGINT, signal.SIGTERM):
             # What a parent told us to ignore, as nohup and background jobs of a script do, stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -136,7 +136,7 @@ class Interruption:
             raise self.error
 
     def dropped(self, found: sys.UnraisableHookArgs) -> None:
-        """The interrupt met code in which Python drops exceptions, such as a finalizer: raise it again in a moment."""
+        """Raise the interrupt again in a moment where Python dropped it, as in a finalizer."""
         if found.exc_value is self.error:
             signal.signal(signal.SIGALRM, self.again)  # not before: an alarm from outside ends the process
             signal.setitimer(signal.ITIMER_REAL, 0.05)
@@ -170,7 +170,7 @@ def run(args: Sequence[str]) -> int:
     own = list(args[: args.index("--")] if "--" in args else args)
     debug, as_json = "--debug" in own, "--json" in own
     # --debug belongs to the app, and may stand behind the command.
-    args = ["--debug"] * debug + spelled_out([arg for arg in own if arg != "--debug"]) + list(args[len(own) :])
+    args = ["--debug"] * debug + as_options([arg for arg in own if arg != "--debug"]) + list(args[len(own) :])
     quiet_libraries(debug)
     interruption = Interruption()
     try:
@@ -197,7 +197,7 @@ def run(args: Sequence[str]) -> int:
     return int(code or 0) if args else 2
 
 
-def spelled_out(args: list[str]) -> list[str]:
+def as_options(args: list[str]) -> list[str]:
     """``qz version``, ``qz help`` and ``qz help COMMAND`` as the options that they stand for."""
     if args[:1] == ["version"]:
         return ["--version", *args[1:]]
@@ -217,8 +217,8 @@ def invoke(args: Sequence[str]) -> Any:
 
 
 @cache
-def described(commands: tuple[str, ...], width: int) -> Any:  # noqa: ARG001  the app is made for a terminal of it
-    """The app as Typer runs it: for a program that runs many command lines, described once."""
+def described(commands: tuple[str, ...], width: int) -> Any:  # noqa: ARG001  the help is laid out for it
+    """The app as Typer runs it; made once for a program that runs many command lines."""
     group: Any = typer.main.get_command(app(commands))
     group.rich_markup_mode = None
     return group
@@ -258,7 +258,7 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def describe(error: OSError) -> str:
-    """What the system said and of which path."""
+    """What the system said, and about which path."""
     return one_line(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
 
 

@@ -1,4 +1,4 @@
-"""Values that are right as they stand are taken without pydantic: Typer converts with it, and its import takes long."""
+"""Values that need no conversion are taken without pydantic, which Typer converts with and which imports slowly."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class LeanCommand(TyperCommand):
 
 
 class LeanGroup(TyperGroup):
-    """The same for the options that stand before the command."""
+    """A group that does so with the options before the command."""
 
     def get_params(self, ctx: Any) -> Any:
         return lean(super().get_params(ctx))
 
 
 def lean(params: list[Any]) -> list[Any]:
-    """``params``, which look at their values before Typer does."""
+    """``params``, each of which looks at its value before Typer does."""
     for param in params:
         if is_described(param) and not isinstance(param.process_value, partial):
             param.process_value = partial(process_value, param, param.process_value)
@@ -35,7 +35,7 @@ def lean(params: list[Any]) -> list[Any]:
 
 
 def is_described(param: Any) -> bool:
-    """Whether Typer says of an option what this module reads, as since 0.29; else all values are left to Typer."""
+    """Whether Typer, from 0.29 on, tells what this module reads about an option; else its values are left to Typer."""
     descriptor = getattr(param, "type_descriptor", None)
     return hasattr(descriptor, "annotation") and hasattr(getattr(descriptor, "parameter_info", None), "parser")
 
@@ -50,7 +50,7 @@ def process_value(param: Any, typers_own: Callable[..., Any], context: Any, valu
 
 
 def as_it_stands(param: Any, value: Any) -> Any:
-    """The value for the command; ValueError if that takes more than a look, or the parser of its option says so."""
+    """The value for the command; ValueError if it needs more than a look, or if the option's parser refuses it."""
     annotation, info = param.type_descriptor.annotation, param.type_descriptor.parameter_info
     if value is None and not param.required:
         return () if param.multiple else None

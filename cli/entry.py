@@ -1,4 +1,4 @@
-"""The command ``qz``. Its own help is there before Typer is imported, and without Typer's help."""
+"""The command ``qz``. Its own help is a file, shown without importing Typer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qz.cli.streams import closed_pipe, flush_streams, open_streams, tell
 HELP = Path(__file__).with_name("help.txt")
 """What Typer shows on a terminal of ``WIDTH`` columns or more; written by ``make docs``."""
 WIDTH = 80
-ASKING: tuple[list[str], ...] = ([], ["--help"], ["-h"], ["help"])
+HELP_REQUESTS: tuple[list[str], ...] = ([], ["--help"], ["-h"], ["help"])
 
 
 def main() -> NoReturn:
@@ -22,18 +22,18 @@ def main() -> NoReturn:
     gc.disable()  # imported modules are never garbage; ``invoke`` enables it again
     open_streams()
     words = sys.argv[1:]
-    if words in ASKING and "_QZ_COMPLETE" not in os.environ and shutil.get_terminal_size().columns >= WIDTH:
+    if words in HELP_REQUESTS and "_QZ_COMPLETE" not in os.environ and shutil.get_terminal_size().columns >= WIDTH:
         code = show_help(asked=bool(words))
     else:
         code = run_command(words)
-    # Python would take half a second to take the libraries apart. It would abort after a lost GPU, and end by SIGINT,
-    # whatever the code, after an interrupt that met code in a string, as dataclasses execute it (3.11).
+    # Python's own exit takes half a second for the libraries, aborts after a lost GPU and, whatever the code, ends by
+    # SIGINT if an interrupt came in code that was executed from a string, as that of dataclasses is (3.11).
     flush_streams()
     os._exit(code)
 
 
 def show_help(*, asked: bool) -> int:
-    """The exit code: ``qz`` alone asks for nothing, which is a matter of usage."""
+    """Returns the exit code: 2, a usage error, for ``qz`` without arguments."""
     try:
         sys.stdout.write(HELP.read_text(encoding="ascii"))
         sys.stdout.flush()

@@ -282,7 +282,7 @@ def markdown(text: object) -> str:
 
 
 def markdown_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> str:
-    """The same table in GitHub's Markdown."""
+    """Rows under their titles, as a table in GitHub's Markdown."""
     lines = ["| " + " | ".join(markdown(column.title) for column in columns) + " |"]
     lines.append("| " + " | ".join("---:" if column.right else "---" for column in columns) + " |")
     lines += ["| " + " | ".join(markdown(cell) for cell in row) + " |" for row in rows]

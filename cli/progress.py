@@ -93,7 +93,7 @@ class Display:
             self.line(step)
 
     def begin(self, doing: str) -> None:
-        """A new bar, or in a log a new reckoning of time."""
+        """Start a new bar; in a log, start the clock again."""
         self.doing, self.first_bytes, self.told, self.last = doing, None, False, None
         self.started = self.last_line = time.monotonic()
         if not sys.stderr.isatty():
@@ -172,7 +172,7 @@ def bar() -> RichProgress:
             return super().render(task) if task.fields["in_bytes"] else Text()
 
     class Count(TextColumn):
-        """What bytes are not the only count of."""
+        """Things counted beside the bytes."""
 
         def render(self, task: Any) -> Text:
             return super().render(task) if task.fields["in_bytes"] else Text()

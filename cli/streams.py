@@ -20,14 +20,14 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            _to_nowhere(number)
+            _to_dev_null(number)
         if getattr(sys, name) is None:
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115  stays open to the end
             setattr(sys, name, stream)
 
 
 def spell_out() -> None:
-    """Let a stream whose encoding lacks a character not fail a run: it gets what it can show instead."""
+    """Where a stream's encoding lacks a character, write ASCII in its place instead of failing."""
     codecs.register_error("qz.spelled_out", _spelled_out)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -50,31 +50,31 @@ def tell(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
-        _to_nowhere(sys.stderr.fileno())
+        _to_dev_null(sys.stderr.fileno())
 
 
 def closed_pipe() -> int:
-    """Nobody reads what is written, or it cannot be: end in silence, with the exit code of an I/O error."""
+    """Nobody reads what is written, or it cannot be written: end silently, with the exit code of an I/O error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            _to_nowhere(stream.fileno())
+            _to_dev_null(stream.fileno())
     return 74
 
 
 def flush_streams() -> None:
-    """Bring out what is left, as far as it can be."""
+    """Write what is still buffered, as far as that is possible."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
 
 
-def _to_nowhere(number: int) -> None:
-    """Let this descriptor lead to /dev/null."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere == number:
+def _to_dev_null(number: int) -> None:
+    """Point this descriptor at /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null == number:
         os.set_inheritable(number, True)
     else:
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+        os.dup2(null, number)
+        os.close(null)

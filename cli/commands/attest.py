@@ -21,7 +21,7 @@ def attest(
     as_json: reports.JsonOpt = False,
     quiet: reports.QuietOpt = False,
 ) -> None:
-    """State the hashes of an output and of what it was made of, in in-toto's form, beside it; sign the folder."""
+    """Write an in-toto statement beside an output: its hashes, and those of what it was made of. Sign the folder."""
     from qz import api
 
     with Display(quiet=quiet) as display:
@@ -31,7 +31,7 @@ def attest(
 
 def report(found: Attested) -> list[tuple[str, str]]:
     """The result as labels and values."""
-    stated = f"{counted(found.subjects, 'file')} of the output, {counted(found.materials, 'thing')} that it was made of"
+    stated = f"{counted(found.subjects, 'file')} of the output, {counted(found.materials, 'input')} that it was made of"
     rows = [
         ("statement", found.statement),
         ("states", stated),

@@ -54,7 +54,7 @@ def report(done: Merged, output: Path) -> list[tuple[str, str]]:
     """The result as labels and values, with the output as it was named."""
     rows = [("output", str(output) if done.here else "on the Hub only")]
     if done.up_to_date:
-        return [*rows, ("merged", "before this run, and complete: nothing was to be done")]
+        return [*rows, ("merged", "before this run, and complete: nothing to do")]
     return [
         *rows,
         ("parts", f"{done.parts:,}, every hash compared"),

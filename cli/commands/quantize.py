@@ -89,7 +89,7 @@ def quantize(
             variant=variant,
             allow_pickle=allow_pickle,
             components=selection.parse_components(components),
-            component_methods={part: None if each == "none" else how.method(each) for part, each in own.items()},
+            component_methods={where: None if each == "none" else how.method(each) for where, each in own.items()},
             scales=scales,
             importance=importance,
             rounding=rounding,

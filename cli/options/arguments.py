@@ -55,7 +55,7 @@ MergedArg = Annotated[
     Path,
     typer.Argument(
         metavar="OUTPUT",
-        help="The output that the parts are of: what -o/--output named when they were made.",
+        help="The output that the parts belong to: what -o/--output named when they were made.",
         autocompletion=complete_folder,
     ),
 ]

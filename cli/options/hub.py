@@ -26,7 +26,7 @@ PublicOpt = Annotated[
     PANEL.option(
         "--public/--private",
         metavar="",
-        help="Who may see the repository. A new one is private unless it is to be public.",
+        help="Who may see the repository. A new one is private by default.",
     ),
 ]
 ReplaceOpt = Annotated[bool, PANEL.flag("--replace", help="Replace weights in the repository that are not qz's.")]

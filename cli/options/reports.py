@@ -60,7 +60,7 @@ ForOpt = Annotated[
         "--for",
         metavar="CONSUMER",
         autocompletion=complete_consumer,
-        help="Tell whether it loads there, and if not, what would: vllm, sglang, peft, unsloth, invokeai, comfyui, "
+        help="Say whether it loads there, and if not, what would: vllm, sglang, peft, unsloth, invokeai, comfyui, "
         "transformers, or diffusers-cpu (diffusers without a GPU). Exit code 65 if not. Repeat it for more.",
     ),
 ]

@@ -37,8 +37,8 @@ AllowPickleOpt = Annotated[
     bool,
     PANEL.flag(
         "--allow-pickle",
-        help="Read pickled weights (.bin) where there are no others. Nothing in them is run; what is not tensors and "
-        "containers is refused.",
+        help="Read pickled weights (.bin) where there are no others. Nothing in them is run; anything but tensors "
+        "and containers is refused.",
     ),
 ]
 SkipOpt = Annotated[

@@ -40,7 +40,7 @@ def parse_dtype(text: str) -> str:
 
 
 def parse_compute_dtype(text: str) -> str:
-    """The same without ``auto``."""
+    """torch's name of a dtype that 4-bit layers compute in."""
     return one_of_dtypes(text, ("bfloat16", "float16", "float32"))
 
 

@@ -93,7 +93,7 @@ def in_folder(folder: str) -> tuple[str, ...]:
 
 
 def next_steps(summary: Summary | PipelineSummary | UpToDate, push: str | None) -> list[list[str]]:
-    """What is to be done with what was made: with a part something else than with the whole."""
+    """What to do next with the output, the part of one, or what was pushed."""
     if summary.pushed is not None:
         return after_push(summary.pushed)
     if getattr(summary, "share", None) is not None:
