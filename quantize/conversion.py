@@ -59,7 +59,7 @@ Report = Summary | UpToDate
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A source, and how to convert it. ``output`` None: named after the source and the dtypes that come out."""
+    """A source, and how to convert it. ``output`` None: named after the source and the dtype that comes out."""
 
     source: OpenedSource
     settings: Settings
@@ -129,7 +129,7 @@ class Conversion:
         carried = companions_of(self.source, checkpoint, self.settings)
         if self.dry_run:
             folder = model_folder(planned, carried, measure=measuring)
-            resumed = self._refuse(target, [folder], identity({"": self.source.folder}, folder.carried))
+            resumed = self._rehearse(target, [folder], identity({"": self.source.folder}, folder.carried))
             loss = measuring.alone(planned, self.settings) if measuring else None
             place, device = target.place, self.settings.device
             summary = summarize(planned, origin, place, device=device, carried=carried, resumed=resumed, loss=loss)
@@ -160,7 +160,7 @@ class Conversion:
                 return found
             origin = self._origin("diffusers", pipeline.class_name)
             if self.dry_run:
-                resumed = self._refuse(
+                resumed = self._rehearse(
                     target, planned.output_folders, identity(planned.source_folders, planned.carried)
                 )
                 device = self.settings.device
@@ -192,7 +192,7 @@ class Conversion:
         return name if name and name.isidentifier() and name.isascii() else None
 
     def _existing(self, output: Path | None = None) -> UpToDate | None:
-        """What is there already, if nothing is left to do; raises OutputRefused if it may not be replaced.
+        """The existing output, if nothing is left to do; raises OutputRefused if it may not be replaced.
 
         A dry run looks as well, so that it refuses what the run would refuse.
         """
@@ -207,10 +207,10 @@ class Conversion:
         check_output(output, self.if_exists == "overwrite", [self.source.root], self.disk)
         return None
 
-    def _refuse(self, target: Target, folders: Sequence[OutputFolder], source: dict[str, Any]) -> bool:
-        """Raise in a dry run what the run would raise once everything is planned; whether it would go on with another.
+    def _rehearse(self, target: Target, folders: Sequence[OutputFolder], source: dict[str, Any]) -> bool:
+        """Raise, in a dry run, what the run would raise after planning. Returns whether it would continue another one.
 
-        ``source``: its identity.
+        ``source``: the identity of what is read.
         """
         from qz.quantize.compute.devices import arithmetic_on
         from qz.quantize.provenance.fingerprints import fingerprint
@@ -238,7 +238,7 @@ class Conversion:
         return check_interrupted(target.staged, asked, target.disk, resumable(folders, elsewhere))
 
     def _begin(self) -> None:
-        """Before the libraries are imported, which takes seconds."""
+        """Say what is done, and import what will compute while headers are read."""
         from qz.quantize.compute import backends
         from qz.quantize.libraries import process
         from qz.quantize.streaming.quantizing_device import import_torch, prewarm
@@ -256,7 +256,7 @@ class Conversion:
         return Target(output, self.if_exists == "overwrite", self.resume, self.disk, self.publication, self.share)
 
     def _download(self, checkpoints: list[Checkpoint]) -> None:
-        """Every weight file into the Hub cache, from where it is then read."""
+        """Fetch every weight file into the Hub cache, from which it is then read."""
         if not self.download or self.dry_run:
             return
         checkpoints = list({(id(each.folder), each.files): each for each in checkpoints}.values())
@@ -307,7 +307,7 @@ def companions_of(source: OpenedSource, checkpoint: Checkpoint, settings: Settin
 
 
 def as_share(summary: S, folders: Sequence[OutputFolder], share: Share | None) -> S:
-    """The report of a dry run, with those weight files only that the part makes."""
+    """The report of a dry run with only those weight files that the part makes; all of them without ``share``."""
     own = shares.shards_of(folders, share)
     kept = tuple(shard for shard in summary.shards if own is None or shard.name.lstrip("/") in own)
     made = replace(summary, shards=kept, share=share)

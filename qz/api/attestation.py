@@ -27,8 +27,9 @@ def attest(
 ) -> Attested:
     """Write ``qz.statement.json`` beside a finished output: an in-toto statement of its files and of how it was made.
 
-    ``source`` is what it was made of, to state the hashes of its files too; of the Hub at the recorded commit, unless
-    ``revision`` says otherwise. ``sign_key`` names an elliptic-curve key by which model-signing signs the folder.
+    ``source`` is what it was made of, to state the hashes of its files too; a repository on the Hub is read at the
+    recorded commit, unless ``revision`` says otherwise. ``sign_key`` names an elliptic-curve key by which model-signing
+    signs the folder.
     Raises ``qz.QzError``, as where the output is not as qz wrote it.
     """
     asked = Asked.of(attest, locals())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qz.quantize.calibration.run import Calibration
 
 COMPARED_SEED = 1_000_000
-"""Of the noise that compared pipelines begin with: not that of calibration."""
+"""Of the noise that compared pipelines begin with, which is not that of calibration."""
 
 
 @settings_restored()
@@ -146,7 +146,7 @@ def _compare_pipelines(
     device: str,
     on_progress: OnProgress,
 ) -> Comparison:
-    """``second`` may be the component ``component`` alone."""
+    """``second``: a pipeline, or the component alone."""
     from qz.formats.checkpoint.survey import open_checkpoint
     from qz.formats.files.folder import is_pipeline
     from qz.formats.source import enter

@@ -67,7 +67,7 @@ def destination(push: str | None, subfolder: str | None, public: bool | None) ->
 
 
 class Publishing(NamedTuple):
-    """Where an output is published, and whether not everyone may see what it is made of."""
+    """Where an output is published. ``source_private``: something that it is made of is private or gated."""
 
     to: Destination
     source_private: bool
@@ -80,7 +80,7 @@ def possible_publishing(
     source: OpenedSource,
     settings: Settings,
 ) -> Publishing | None:
-    """The same, with its source; raises now what would fail after the work."""
+    """Where the output is published, if it is. Raises now what would fail after the work."""
     to = destination(push, subfolder, public)
     if to is None:
         return None
@@ -92,7 +92,7 @@ def possible_publishing(
 
 
 def publication_for(publishing: Publishing, source: OpenedSource, on_progress: OnProgress) -> Publication:
-    """Where the output goes while it is made."""
+    """What publishes the output while it is made."""
     from qz.formats.publish.publication import Publication
     from qz.formats.source import save_memory
 
@@ -123,7 +123,7 @@ def published(
 
 
 def is_source_restricted(source: OpenedSource, settings: Settings) -> bool:
-    """Whether not everyone may see something that the output is made of, such as a config that is named."""
+    """Whether something that the output is made of, such as a LoRA or a config that is named, is private or gated."""
     from qz.formats.source import is_restricted, open_source
 
     if any(map(is_restricted, [source.folder, *(lora.folder for lora in settings.loras)])):

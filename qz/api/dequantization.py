@@ -114,11 +114,17 @@ def dequantize(
         from qz.quantize.streaming.measuring.measure import AgainstOriginal, original_checkpoint
 
         with nullcontext() if against is None else opened(str(against), allow_pickle=allow_pickle) as original:
-            measure = None
-            if original is not None:
-                measure = lambda it: AgainstOriginal(original_checkpoint(original.folder, it, subfolder))  # noqa: E731
+            measure = (
+                (lambda checkpoint: AgainstOriginal(original_checkpoint(original.folder, checkpoint, subfolder)))
+                if original is not None
+                else None
+            )
             if found.file is not None:
-                require = lambda several: asked.require(one_inside=not several)  # noqa: E731
-                done = conversion.file(plan_dequantization, plan_way_back, measure, require)
+                done = conversion.file(
+                    plan_dequantization,
+                    plan_way_back,
+                    measure,
+                    require=lambda several: asked.require(one_inside=not several),
+                )
                 return published(done, conversion, publishing, original)
             return published(conversion.model(plan_dequantization, measure), conversion, publishing, original)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qz.quantize.inspection.report import Inspection, Origin
 
 LARGE_INDEX = 1 << 20
-"""Bytes: to read the headers of so many tensors takes a while, also from a folder here."""
+"""Bytes of an index that lists so many tensors that reading their headers takes a while, even here."""
 
 
 @settings_restored()

@@ -172,8 +172,12 @@ def quantize(
 
         measure = (lambda _: WhileQuantizing()) if measure_loss else None
         if found.file is not None:
-            require = lambda several: asked.require(pipeline=several, one_inside=not several)  # noqa: E731
-            done = conversion.file(plan_quantization, plan_asked, measure, require)
+            done = conversion.file(
+                plan_quantization,
+                plan_asked,
+                measure,
+                require=lambda several: asked.require(pipeline=several, one_inside=not several),
+            )
             return published(done, conversion, publishing)
         return published(conversion.model(plan_quantization, measure), conversion, publishing)
 
@@ -181,7 +185,7 @@ def quantize(
 def _plan_pipeline(
     pipeline: Pipeline, settings: Settings, *, asked: Asked, method: Method | None, measure_loss: bool
 ) -> PipelinePlan:
-    """``plan_pipeline``, with what is asked for and finds no component; ``method``: the one that was named."""
+    """``plan_pipeline``; refuses or notes what no component takes. ``method``: the one that was named, if one was."""
     from qz.quantize.pipelines.plan import plan_pipeline
     from qz.quantize.streaming.measuring.measure import WhileQuantizing
 
