@@ -93,7 +93,7 @@ def beside(folder: Folder) -> tuple[Companion, ...]:
 
 
 def _named_folders(found: Sequence[Companion], inside: Sequence[str]) -> set[str]:
-    """Folders that a file which goes along names: modules of sentence-transformers, voices of a processor."""
+    """Folders that a copied file names: modules of sentence-transformers, voices of a processor."""
     names = re.compile(r"modules\.json|router_config\.json|[a-z0-9_]+_path\.json")
     values = [value for each in found if inside and names.fullmatch(each.name) for value in _texts(each)]
     return {name for name in inside if any(value == name or value.startswith(f"{name}/") for value in values)}
@@ -108,8 +108,7 @@ def _code_named(companion: Companion) -> tuple[str, ...]:
 
 
 def _texts(companion: Companion) -> list[str]:
-    """All keys and texts in a JSON file that is small enough for one; none of one that cannot be read, which is copied
-    as it is."""
+    """All keys and texts in a JSON file; none of one that is too large or cannot be read, which is copied as it is."""
     found: list[str] = []
 
     def collect(value: Any) -> None:
@@ -131,7 +130,7 @@ def _texts(companion: Companion) -> list[str]:
 
 
 def _everything(folder: Folder, prefix: str, depth: int = 2) -> list[Companion]:
-    """All that a part has which goes along whole: settings and data, and its weights, in one format.
+    """All of a folder that is copied as a whole: settings and data, and its weights in one format.
 
     Of pickles, which are copied unread, only those without safetensors beside them.
     """

@@ -1,4 +1,4 @@
-"""Companions are streamed into the output, and looked at while they are."""
+"""Companions are streamed into the output, and checked on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a staged folder gets the name of the output, an old output being moved aside, and how a crash is repaired."""
+"""How a staged folder gets the name of the output while an old one is moved aside, and how a crash is repaired."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Exchange:
         self.done = False
 
     def carry_out(self, journal: Journal, *, overwrite: bool) -> None:
-        """Exchange, remove what was replaced, then the journal. The caller holds signals back."""
+        """Exchange, remove what was replaced, then the journal. The caller defers signals."""
         parent, name = self._parent, self._name
         refuse_output(parent, name, overwrite)
         self._require_in_place()

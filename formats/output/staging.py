@@ -174,7 +174,7 @@ class Staging:
         self._descriptors = Descriptors(self._staged)
 
     def _bytes_there(self) -> int:
-        """Of what is kept; the space of a shard that was begun is reserved."""
+        """Bytes of what is kept; the space of a shard that was begun is reserved already."""
         begun = (self._staged_status(name + TEMPORARY) for name in self.begun)
         allocated = sum(found.st_blocks * 512 for found in begun if found is not None)
         return allocated + sum(file.bytes for file in self.finished.values())
@@ -249,7 +249,7 @@ class Staging:
         self._pending.add(file, is_verified)
 
     def distrust(self) -> None:
-        """Keep nothing for a later run: the source that the finished shards were made of is no more."""
+        """Keep nothing for a later run: what the finished shards were made of has changed, or they cannot be read."""
         self._journal.finished.clear()
         self._journal.pieces.clear()
 
@@ -365,7 +365,7 @@ class Staging:
         self._parent.close()
 
     def _leave(self, error: BaseException | None) -> None:
-        """Keep what a later run can use, remove the rest, unlock; tell those who interrupted the run."""
+        """Keep what a later run can use, remove the rest, unlock, and note on the error what is kept."""
         interrupted = isinstance(error, KeyboardInterrupt)
         with nullcontext() if interrupted else defer_signals():  # a second interrupt must not be held back
             self._tidy_up()

@@ -20,7 +20,7 @@ class Deferred:
 
 
 def deferred(start: int, values: Values, original: Values, *, observed: bool) -> Deferred:
-    """A copy of what lies in memory that is used again."""
+    """A copy of values whose memory is used again."""
     kept = values[0].copy()
     if not observed:
         return Deferred(start, kept, None)

@@ -1,4 +1,4 @@
-"""An output that is thrown away: the pipeline as a reading of the source."""
+"""An output that is thrown away: the source is only read, by the code that converts it."""
 
 from __future__ import annotations
 

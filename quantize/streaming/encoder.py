@@ -57,7 +57,7 @@ class Encoder:
     def _quantize_4bit(
         self, work: Work, method: FourBit, values: NDArray[Any], start: int, buffers: Buffers, original: Values
     ) -> NonFinite:
-        """Whole blocks, but for the last of a weight. ``complete`` chooses the codes where scales are not final yet."""
+        """Whole blocks, except at the end of a weight. While scales are not final, ``complete`` chooses codes."""
         weight, refined = work.step.weight, self.plan.refinement
         dtype = SAFETENSORS_NAMES[weight.dtype]
         packed = buffers.get("packed", -(-len(values) // 2))

@@ -30,7 +30,7 @@ Job = Callable[[], None]
 
 @dataclass(slots=True)
 class _OpenShard:
-    """``left``: tensors that are still to be written. The rest is of those that are whole and not kept yet."""
+    """``left``: how many tensors are still to be written. All but it is of those that are whole and not kept yet."""
 
     writer: ShardWriter | DiscardedShard | None = None
     left: int = 0
@@ -41,7 +41,7 @@ class _OpenShard:
 
 
 class OpenShards:
-    """Of one run. Thread-safe, once the shards are open."""
+    """The shards of one run. Thread-safe, once they are open."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class OpenShards:
         return self._staging.is_worth_keeping(shard.nbytes, time.monotonic() - self._kept_at)
 
     def _keeping(self, shard: _OpenShard) -> Job:
-        """Have what is whole and not kept yet for a later run, whatever becomes of this one. One shard at a time."""
+        """Keep, for a later run, what is whole and not kept yet. One shard at a time."""
         writer, tensors, is_verified = shard.writer, shard.tensors, self._are_verified(shard.files)
         shard.tensors, shard.files, shard.nbytes, self._is_keeping = [], set(), 0, True
 

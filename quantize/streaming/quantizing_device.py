@@ -31,7 +31,7 @@ def arithmetic_for(plans: Iterable[Plan], settings: Settings, *, measured: bool 
 
 
 def arithmetic_of_record(plans: Iterable[Plan], settings: Settings, recorded: str) -> Arithmetic:
-    """The same, to make again what was ``recorded`` to have the bytes of this kind of device.
+    """The arithmetic to make again what was ``recorded`` to have the bytes of this kind of device.
 
     ``auto`` and ``cpu`` take the CPU where it writes these bytes, whether there is a GPU or not.
     """

@@ -77,7 +77,7 @@ class _Stored:
 
 
 class _Stacked:
-    """Whole matrices, each read and turned."""
+    """Whole matrices, each read and transposed."""
 
     def __init__(self, folder: Folder, source: Stacked, dequantizer: Dequantizer) -> None:
         self.source = source
@@ -89,8 +89,8 @@ class _Stacked:
         for number in range(start // self.unit, -(-stop // self.unit)):
             raw, dtype = self.readers[number].read(0, self.unit, target, memory)
             size = raw.nbytes // self.unit
-            turned = raw.reshape(*self.source.parts[number].shape, size)
-            held.append((turned.swapaxes(0, 1) if turned.ndim == 3 else turned).flatten())  # a copy: raw is reused
+            matrix = raw.reshape(*self.source.parts[number].shape, size)
+            held.append((matrix.swapaxes(0, 1) if matrix.ndim == 3 else matrix).flatten())  # a copy: raw is reused
         return np.concatenate(held), dtype
 
 
@@ -213,7 +213,7 @@ class _Fused:
 
 
 class _Composed:
-    """Float32 of parts of others, each read in its own units."""
+    """Float32 values put together from parts of other sources, each read in its own units."""
 
     unit = 1
 

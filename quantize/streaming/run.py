@@ -60,7 +60,7 @@ class Run:
         observer: Observer | None = None,
         only: Container[str] | None = None,
     ) -> None:
-        """``allow_nonfinite``: weights with values that are not finite are noted in ``nonfinite``, not refused.
+        """``allow_nonfinite``: weights to quantize with NaN or infinity are noted in ``nonfinite``, not refused.
 
         ``observer`` sees what is computed. ``only`` names the weights to convert, into ``DiscardOutput``: no shard is
         complete.
@@ -209,10 +209,10 @@ class Run:
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            done = self._whole(chunk.work) if chunk.whole else self._part(chunk, buffers)
+            done = self._convert_whole(chunk.work) if chunk.whole else self._convert_chunk(chunk, buffers)
             self._count(chunk, done)
 
-    def _part(self, chunk: Chunk, buffers: Buffers) -> int:
+    def _convert_chunk(self, chunk: Chunk, buffers: Buffers) -> int:
         """Read, compute and write one chunk. Returns the bytes read."""
         step, weight, source = chunk.work.step, chunk.work.step.weight, chunk.work.step.sources[0]
         count = chunk.stop - chunk.start
@@ -249,7 +249,7 @@ class Run:
                 self.kept_nonfinite[name] = NotFinite(known.stored + stored, known.overflowed + count - stored)
 
     def _tell_stored_from_made(self, step: Step) -> None:
-        """Of a weight whose values were not seen as they are stored: only now, as few have such values."""
+        """Count the values of a weight that were not finite in the source, where only those made of it were seen."""
         name = step.outputs[0].name
         if (known := self.kept_nonfinite.get(name)) is not None:
             count = known.stored + known.overflowed
@@ -257,8 +257,8 @@ class Run:
             with self.lock:
                 self.kept_nonfinite[name] = NotFinite(stored, count - stored)
 
-    def _whole(self, work: Work) -> int:
-        """A weight that is not cut: it is merged, split or transposed, or torch casts it. Large ones take turns."""
+    def _convert_whole(self, work: Work) -> int:
+        """Convert a weight uncut: it is merged, split or transposed, or torch casts it. Large ones take turns."""
         target = SAFETENSORS_NAMES[work.step.weight.dtype]
         done = sum(source.nbytes for source in work.step.sources)
         nbytes = max(done, work.step.weight.count * _itemsize(target))

@@ -31,7 +31,7 @@ class Work:
     nonfinite: int = 0
     first: int = -1
     absmax: NDArray[np.float32] | None = None
-    """All of the weight's scales, kept where they are quantized too, or codes are chosen for them afterwards."""
+    """All of the weight's scales, kept where they are quantized too, or where codes are chosen for them afterwards."""
     deferred: list[Deferred] = field(default_factory=list)
     """Values that get their codes when the scales are known as a loader will see them."""
 

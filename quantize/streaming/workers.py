@@ -10,18 +10,18 @@ from qz.formats.output.storage.signals import defer_signals
 
 
 class Workers:
-    """What works looks at ``stop`` between two pieces of its work. ``begin`` may be called by one of the workers."""
+    """Whatever works looks at ``stop`` between two pieces. ``begin`` may be called by one of the workers, too."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
-        """What was raised, in its order."""
+        """What was raised, in order."""
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._working = 0
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Let a thread of its own work."""
+        """Run ``work`` in a thread of its own."""
         with defer_signals():  # so that every running thread is counted
             with self._lock:
                 self._working += 1
@@ -32,7 +32,7 @@ class Workers:
                 raise
 
     def wait(self, on_error: Callable[[], None] = lambda: None) -> None:
-        """Until no thread works; ``on_error`` is called once one of them has failed, to free those that wait.
+        """Wait until no thread works; ``on_error`` is called once if one has failed, to release those that wait.
 
         ``Thread.join`` takes a thread for ended when an interrupt ends the waiting (3.11).
         """

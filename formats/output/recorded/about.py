@@ -1,7 +1,7 @@
 """What a record may say of how a checkpoint was made: the kinds of its values, checked when it is read.
 
-A record comes along with a download. What it says ends up in cards, commands and messages, so each value that is used
-has to be of the kind that qz writes there; keys that are not known are left as they are.
+A record may come with a download. What it says ends up in cards, commands and messages, so each value that is used has
+to be of the kind that qz writes there; unknown keys are left as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Check = Callable[[Any], bool]
 REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 METHODS = frozenset({"nf4", "fp4", "int8", "none", ""})
 ENCODINGS = frozenset({"fp8", "fbgemm_fp8", "modelopt", "mxfp8", "mxfp4", "compressed-tensors", "gptq", "awq", "gguf"})
-"""What another tool's quantization is called that a source has; see ``qz.formats.sources``."""
+"""What the quantization of a source by another tool is called; see ``qz.formats.sources``."""
 DTYPES = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "auto", ""})
 LIBRARIES = frozenset({"transformers", "diffusers"})
 LONGEST = 1 << 16

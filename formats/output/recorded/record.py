@@ -1,8 +1,8 @@
 """``qz.json``, the one file qz adds to a checkpoint: every other file's size and SHA-256, to check them again later.
 
-Loaders take files by name and never look at this one. It holds names, sizes, hashes, its own, too, and what the caller
-says about the making of the checkpoint: no path, host or user of the machine that made it, and the same bytes for the
-same checkpoint.
+Loaders take files by name and never look at this one. It holds names, sizes, hashes (its own included) and what the
+caller says about how the checkpoint was made: no path, host or user of the machine that made it, and the same bytes for
+the same checkpoint.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def hash_of(data: bytes) -> str:
 
 
 def as_text(value: Any, unsafe: re.Pattern[str] = NO_UTF8) -> Any:
-    """JSON values in which a byte of a file name that is no UTF-8 is written as ``\\udcff``, for no JSON holds it; and
-    likewise everything else that ``unsafe`` finds.
+    """JSON values in which bytes of a file name that are not UTF-8, which JSON cannot hold, are written as ``\\udcff``;
+    and so is everything else that ``unsafe`` finds.
     """
     if isinstance(value, str):
         return unsafe.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), value)
@@ -166,7 +166,7 @@ def unhashed(record: Record) -> tuple[Problem, ...]:
 def verify_files(
     folder: Folder, files: Iterable[WrittenFile], progress: Callable[[int], None] | None = None
 ) -> tuple[Problem, ...]:
-    """The same for files that someone else lists; others are ignored."""
+    """Read these files again and compare, as ``verify_record`` does; others are ignored."""
     listed = sorted(files, key=lambda file: file.name.rpartition("/")[0])
     found: list[Problem | None] = []
     for parent, inside in groupby(listed, key=lambda file: file.name.rpartition("/")[0]):

@@ -10,7 +10,7 @@ from qz.formats.output.resuming.journal import Journal
 from qz.formats.output.shards.pieces import Piece
 
 IsVerified = Callable[[], bool]
-"""Whether that is known by now. It may raise what is known to be wrong."""
+"""Whether the source is known to be right by now. It may raise what is known to be wrong."""
 
 
 class Pending:

@@ -55,7 +55,7 @@ def _make(path: Path) -> None:
 
 
 def seal(key: bytes, *parts: bytes) -> str:
-    """The mark of these bytes, in hexadecimal; where one part ends makes a difference."""
+    """The mark of these bytes, in hexadecimal. The same bytes cut into other parts have another mark."""
     mark = hmac.new(key, digestmod=hashlib.sha256)
     for part in parts:
         mark.update(len(part).to_bytes(8, "big"))

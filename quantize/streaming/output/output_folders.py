@@ -304,10 +304,7 @@ def weights_of(folders: Sequence[OutputFolder]) -> list[str]:
 
 @contextmanager
 def _trust(staging: Staging, local: Sequence[LocalFolder]) -> Iterator[None]:
-    """If a local source changed, what was made of it is of no use: there will never be the same source again.
-
-    Nor is what could not be read back.
-    """
+    """Let no later run use what was made of a local source that has changed, or what could not be read back."""
     try:
         yield
     except UnreadableOutput:
@@ -337,7 +334,7 @@ def _doing(folders: Sequence[OutputFolder]) -> str:
 
 
 class _Meter:
-    """Several runs and copies as one progress."""
+    """Reports several runs and copies as one progress."""
 
     def __init__(self, progress: OnProgress, doing: str) -> None:
         self.progress = progress

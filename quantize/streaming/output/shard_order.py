@@ -18,7 +18,7 @@ AT_ONCE = 2
 
 @dataclass(frozen=True, slots=True)
 class ShardOrder:
-    """``names``: files in the order in which they are begun. ``bytes``: of the most that are there at a time."""
+    """``names``: files in the order in which they are begun. ``bytes``: of the largest ``at_once`` shards together."""
 
     names: tuple[str, ...]
     at_once: int
@@ -34,7 +34,7 @@ def by_shard(plan: Plan) -> Plan:
 
 
 def shard_order(plan: Plan, folder: str = "") -> ShardOrder:
-    """``folder``: of the output, in which the shards lie."""
+    """The order of one plan, whose shards lie in ``folder`` of the output."""
     last = {home: number for number in range(len(plan.steps)) for home in _homes(plan, number)}
     begun: dict[int, None] = {}
     open_now: set[int] = set()
@@ -59,7 +59,7 @@ def _homes(plan: Plan, step: int) -> set[int]:
 
 
 def joined(orders: Sequence[ShardOrder]) -> ShardOrder:
-    """Of several plans that are carried out one after the other."""
+    """The order of several plans that are carried out one after the other."""
     return ShardOrder(
         tuple(name for order in orders for name in order.names),
         max((order.at_once for order in orders), default=AT_ONCE),
