@@ -82,7 +82,7 @@ def place_of(summary: Summary | PipelineSummary) -> str:
 
 
 def bits(summary: Summary | PipelineSummary) -> str:
-    """Behind the size on disk; of a part that would be its bytes by the parameters of all."""
+    """What follows the size on disk: bits per weight, for which a part has too few bytes."""
     return f" ({summary.bits_per_weight:.2f} bits per weight)" if summary.share is None else " in this part"
 
 

@@ -26,7 +26,7 @@ KEPT = (Column("module"), Column("why it is not quantized"))
 
 
 def conversion_page(summary: Summary | PipelineSummary) -> str:
-    """Of a model, or of a pipeline and each of its models."""
+    """The page of a model, or of a pipeline and each of its models."""
     from qz.quantize.reports.pipeline_summary import PipelineSummary
 
     name = PurePath(summary.output or summary.source.location).name
@@ -61,7 +61,7 @@ def comparison_page(found: Comparison, rows: Sequence[tuple[str, str]], charts: 
 
 
 def by_name(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """``rows`` without the folders of this machine, for the page may be published."""
+    """``rows`` without the folders of this machine, as the page may be published."""
     return [
         (label, PurePath(value).name if label in ("source", "output") and value.startswith(("/", ".", "~")) else value)
         for label, value in rows

@@ -72,7 +72,7 @@ class Loss:
         return {"total": total, "layers": [layer.as_json() for layer in self.layers]}
 
     def recorded(self) -> dict[str, Any]:
-        """The same for a record: in six digits, as sums of several threads differ in the last ones from run to run."""
+        """The JSON value for a record: in six digits, as the last ones of sums differ with the order of threads."""
         told = replace(self, layers=self.layers[:RECORDED]).as_json()
         left_out = len(self.layers) - len(told["layers"])
         return {

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Measure:
-    """A watch that adds up errors. Kept from run to run, it tells which weights are still to be measured."""
+    """An observer that adds up errors. Kept from run to run, it knows which weights are still to be measured."""
 
     folders: tuple[Folder, ...] = ()
     """What is read beside the plan's source."""
@@ -216,7 +216,7 @@ def original_checkpoint(folder: Folder, quantized: Checkpoint, subfolder: str | 
     if name is None:
         there = ", ".join(quoted(name) for name in sorted(named)) or "none"
         raise MissingInput(
-            f"{folder.location} is a pipeline, and which part of it is the original cannot be told (components with "
+            f"{folder.location} is a pipeline, and which component is the original cannot be told (components with "
             f"the class {quantized.architecture}: {there}). Name that folder with --against."
         )
     return open_checkpoint(folder.subfolder(name))
