@@ -57,6 +57,7 @@ def short_prompts() -> Iterator[None]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines")
     (folder / "prompts.txt").write_text(f"{PROMPTS[0]}\n\n  {PROMPTS[1]}\n")
+    (folder / "prompt.txt").write_text(PROMPTS[0])
     return folder
 
 
@@ -66,9 +67,14 @@ def flux(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def known(flux: Path, root: Path) -> Path:
+def calibrated(flux: Path, root: Path) -> Any:
+    """What is said of ``known``."""
+    return api.calibrate(flux, root / "flux.safetensors", text=root / "prompts.txt", hessians=True, **DRAWN)
+
+
+@pytest.fixture(scope="module")
+def known(calibrated: Any, root: Path) -> Path:
     """Statistics of the pipeline's models, with Hessians."""
-    api.calibrate(flux, root / "flux.safetensors", text=root / "prompts.txt", hessians=True, **DRAWN)
     return root / "flux.safetensors"
 
 
@@ -155,18 +161,25 @@ def seen_by_hooks(pipeline: Any) -> dict[str, tuple[torch.Tensor, int]]:
     return sums
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl", "stable_cascade"])
-def test_what_is_recorded_is_what_hooks_on_the_whole_pipeline_see(
-    name: str, flux: Path, root: Path, tmp_path: Path
+def test_what_is_recorded_of_flux_is_what_hooks_on_the_whole_pipeline_see(
+    flux: Path, calibrated: Any, known: Path
 ) -> None:
-    others: dict[str, Callable[[Path], Path]] = {
+    assert_that_hooks_see_the_same(flux, calibrated, known)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "stable_cascade"])
+def test_what_is_recorded_is_what_hooks_on_the_whole_pipeline_see(name: str, root: Path, tmp_path: Path) -> None:
+    build: dict[str, Callable[[Path], Path]] = {
         "sd3": partial(pipelines.sd3, halvings=2),
         "sdxl": partial(pipelines.sdxl, halvings=2),
         "stable_cascade": stable_cascade,
     }
-    folder = flux if name == "flux" else others[name](tmp_path / name)
-    output = tmp_path / "stats.safetensors"
+    folder, output = build[name](tmp_path / name), tmp_path / "stats.safetensors"
     found = api.calibrate(folder, output, text=root / "prompts.txt", hessians=True, **DRAWN)
+    assert_that_hooks_see_the_same(folder, found, output)
+
+
+def assert_that_hooks_see_the_same(folder: Path, found: Any, output: Path) -> None:
     stats, expected = read_statistics(output), seen_by_hooks(whole(folder))
     assert set(expected) == {weight for weight, sums in stats.sums.items() if sums.tokens}
     assert set(found.unseen) == set(stats.sums) - set(expected)
@@ -231,7 +244,7 @@ def test_a_denoiser_that_cannot_be_scored_beside_one_that_can_is_named(root: Pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusers.WanTransformer3DModel, "forward", reads_first)
-        text, stats = root / "prompts.txt", tmp_path / "stats.safetensors"
+        text, stats = root / "prompt.txt", tmp_path / "stats.safetensors"
         found = api.calibrate(tmp_path / "wan", stats, text=text, scores=True, **DRAWN)
     assert list(found.component_scores) == ["transformer_2", "text_encoder"]
     assert [warning for warning in found.warnings if "has no scores" in warning] == [
@@ -273,7 +286,7 @@ def test_weights_that_a_gpu_has_room_for_are_read_once_for_all_steps(flux: Path,
 
 def test_the_seed_decides_what_is_drawn(flux: Path, root: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 5), ("same", 5), ("other", 6)):
-        found = api.calibrate(flux, tmp_path / name, text=root / "prompts.txt", seed=seed, **DRAWN)
+        found = api.calibrate(flux, tmp_path / name, text=root / "prompts.txt", seed=seed, **{**DRAWN, "steps": 1})
         assert found.seed == seed
     assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
     one, other = (read_statistics(tmp_path / name) for name in ("one", "other"))
@@ -408,7 +421,7 @@ def test_what_a_denoiser_is_given_in_another_shape_is_no_loss_of_zero(flux: Path
 
 
 def test_a_loss_is_shared_among_the_components_of_a_pipeline(
-    flux: Path, scored: Path, all_scored: Path, tmp_path: Path, qz: Qz
+    flux: Path, scored: Path, all_scored: Path, tmp_path: Path, forked_qz: Qz
 ) -> None:
     of = read_statistics(all_scored).component_scores
     methods: dict[str, Any] = {"transformer": api.Nf4(), "text_encoder_2": api.Nf4()}
@@ -453,7 +466,7 @@ def test_a_loss_is_shared_among_the_components_of_a_pipeline(
     write_statistics(tmp_path / "int8", read_statistics(all_scored).sums, {}, component_scores=of_int8)
     by_names: Any = api.quantize(flux, target_size=size, importance=tmp_path / "int8", **mixed)
     assert plain.footprint_after < by_names.footprint_after <= size, "importance says nothing of int8"
-    told = qz("quantize", flux, "--max-loss", most, "--scores", all_scored, "--dry-run", "--device", "cpu")
+    told = forked_qz("quantize", flux, "--max-loss", most, "--scores", all_scored, "--dry-run", "--device", "cpu")
     assert told.returncode == 0, told.stderr
     assert "expected loss" in told.stdout
 
@@ -480,8 +493,9 @@ def test_an_interrupted_run_goes_on_where_it_was_and_finds_the_same(
         with pytest.raises(Killed):  # in the first step, in the second, and after the first block once more
             run("cut", stop)
         assert not (tmp_path / "cut").exists()
-    shutil.copytree(tmp_path / "cut.unfinished", tmp_path / "other.unfinished")
-    assert not run("other", seed=1).resumed
+    if not hessians:
+        shutil.copytree(tmp_path / "cut.unfinished", tmp_path / "other.unfinished")
+        assert not run("other", seed=1).resumed
     kept = {each["part"] for each in json.loads((tmp_path / "cut.unfinished/journal.json").read_text())["blocks"]}
     assert {"call 1 of text_encoder", "call 1 of transformer"} < kept
     assert ("transformer/transformer_blocks.0" in kept) == hessians
@@ -539,8 +553,7 @@ def test_calibrate_quantize_and_compare_from_the_command_line(
     picture = (tmp_path / "steps.svg").read_text()
     assert "2 timesteps, from the first to the last" in picture
     assert "transformer.transformer_blocks.0" in picture
-    (tmp_path / "steps.svg").unlink()
-    shown = forked_qz(*asked)
+    shown = forked_qz("compare", flux, "nf4", *drawn, "1", "--text", root / "prompt.txt")
     assert "at 32 × 32" in shown.stdout
     assert "denoiser's output" in shown.stdout
     assert "last latents" in shown.stdout
@@ -561,16 +574,19 @@ def test_a_component_is_calibrated_in_its_pipeline(flux: Path, root: Path, tmp_p
         api.compare(flux, tmp_path / "alone", text=root / "prompts.txt", **DRAWN)
 
 
+@pytest.fixture(scope="module")
+def compared(flux: Path, four_bit: Path, root: Path) -> Any:
+    return api.compare(flux, four_bit, text=root / "prompts.txt", seed=7, **DRAWN)
+
+
 @pytest.fixture
 def dequantized(four_bit: Path, tmp_path: Path) -> Path:
     api.dequantize(four_bit, tmp_path / "back", dtype="float32", device="cpu")
     return tmp_path / "back"
 
 
-def test_what_is_compared_is_what_the_whole_pipelines_draw(
-    flux: Path, four_bit: Path, dequantized: Path, root: Path
-) -> None:
-    found = api.compare(flux, four_bit, text=root / "prompts.txt", seed=7, **DRAWN)
+def test_what_is_compared_is_what_the_whole_pipelines_draw(flux: Path, compared: Any, dequantized: Path) -> None:
+    found = compared
     one, two = whole(flux), whole(dequantized)
     calls: list[Any] = []
     keep = one.transformer.register_forward_hook(
@@ -598,18 +614,16 @@ def test_what_is_compared_is_what_the_whole_pipelines_draw(
 
 
 def test_gptq_and_importance_lose_less_of_what_the_denoiser_returns(
-    flux: Path, four_bit: Path, known: Path, root: Path, tmp_path: Path
+    flux: Path, compared: Any, known: Path, root: Path, tmp_path: Path
 ) -> None:
     components = ("transformer", "text_encoder_2")
     lost = {}
     for name, importance in (("absmax", None), ("importance", known)):
         api.quantize(flux, tmp_path / name, importance=importance, components=components, device="cpu")
-        found = api.compare(flux, tmp_path / name, text=root / "prompts.txt", **DRAWN).denoiser
+        found = api.compare(flux, tmp_path / name, text=root / "prompts.txt", seed=7, **DRAWN).denoiser
         assert found is not None
         lost[name] = found.relative_error
-    gptq = api.compare(flux, four_bit, text=root / "prompts.txt", **DRAWN).denoiser
-    assert gptq is not None
-    assert gptq.relative_error < lost["importance"] < lost["absmax"]
+    assert compared.denoiser.relative_error < lost["importance"] < lost["absmax"]
 
 
 def test_what_cannot_be_drawn_is_refused_by_name(flux: Path, four_bit: Path, root: Path, tmp_path: Path) -> None:
@@ -648,7 +662,7 @@ def test_what_cannot_be_drawn_is_refused_by_name(flux: Path, four_bit: Path, roo
 
 def test_a_pipeline_draws_without_the_optional_component_that_cannot_be_run(root: Path, tmp_path: Path) -> None:
     pipeline = stable_diffusion(tmp_path / "sd")
-    given: dict[str, Any] = {"text": root / "prompts.txt", **DRAWN}
+    given: dict[str, Any] = {"text": root / "prompt.txt", **DRAWN, "steps": 1}
     api.quantize(pipeline, tmp_path / "nf4", device="cpu")
     found = api.compare(pipeline, tmp_path / "nf4", **given)
     assert any("safety_checker has no part in this" in warning for warning in found.warnings)
@@ -713,7 +727,7 @@ def test_a_denoiser_that_returns_zeros_has_an_error_that_is_a_number(flux: Path,
             tensors[name].zero_()
         save_file(tensors, file, {"format": "pt"})
     api.quantize(untrained, tmp_path / "nf4", components=("transformer",), device="cpu")
-    found = api.compare(untrained, tmp_path / "nf4", text=root / "prompts.txt", **DRAWN)
+    found = api.compare(untrained, tmp_path / "nf4", text=root / "prompt.txt", **DRAWN)
     assert found.denoiser is not None
     assert found.denoiser.relative_error == 0
     assert {each.error.relative_error for each in found.timesteps} == {0}

@@ -13,7 +13,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -257,7 +257,7 @@ class Unfinished:
         remove_remains(path)
 
     def _write_journal(self) -> None:
-        value, key = asdict(self._journal), user_key()
+        value, key = {**_fields(self._journal), "sums": _fields(self._journal.sums)}, user_key()
         if key is not None:
             value["mark"] = seal(key, _canonical(value))
         write_whole(self.folder / JOURNAL, [memoryview(json.dumps(value).encode())])
@@ -302,6 +302,11 @@ def _make_own(folder: Path) -> bool:
             "choose another file with -o/--output."
         )
     return False
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """Unlike ``asdict``, without a copy of all that is in them."""
+    return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
