@@ -1,11 +1,11 @@
-"""What both conversions share: making only a part of the output, and publishing it."""
+"""What both conversions share: the request, the source that is opened for it, and publishing the output."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec
@@ -14,6 +14,7 @@ from qz import TryAgain, UsageError
 from qz.progress import OnProgress
 
 if TYPE_CHECKING:
+    from qz.api.effects import Asked
     from qz.formats.output.shares import Share
     from qz.formats.publish.destination import Destination
     from qz.formats.publish.publication import Publication
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from qz.quantize.provenance.up_to_date import UpToDate
     from qz.quantize.reports.pipeline_summary import PipelineSummary
     from qz.quantize.reports.summary import Summary
-    from qz.quantize.settings import Settings
+    from qz.quantize.settings import IfExists, Settings
 
     Converted = Summary | PipelineSummary | UpToDate
 
@@ -46,7 +47,79 @@ def once_more_if_lost(convert: Callable[P, Converted]) -> Callable[P, Converted]
     return converted
 
 
-def share_of(part: str | None, *, measured: bool) -> Share | None:
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest:
+    """What both conversions are asked for besides their ``Settings``. ``measured``: the loss is asked for."""
+
+    source: str
+    subfolder: str | None
+    revision: str | None
+    lora: Sequence[str]
+    output: Path | None
+    if_exists: IfExists
+    resume: bool
+    fsync: bool
+    download: bool
+    push: str | None
+    push_subfolder: str | None
+    push_only: bool
+    public: bool | None
+    part: str | None
+    measured: bool
+    dry_run: bool
+    on_progress: OnProgress
+
+    @contextmanager
+    def opened(self, asked: Asked, settings: Settings) -> Iterator[tuple[Conversion, Publishing | None]]:
+        """The conversion of the opened source, and where its output is published.
+
+        Raises what can be known without a plan, such as UsageError for options that would have no effect.
+        """
+        from qz.formats.files.folder import is_pipeline
+        from qz.formats.output.storage.disk import Disk
+        from qz.formats.source import local_path, opened, opened_loras
+        from qz.quantize.conversion import Conversion
+
+        share = _share_of(self.part, measured=self.measured)
+        asked.require(hub=local_path(self.source) is None, shards=settings.layout != "single-file")
+        asked.require(push=self.push is not None, published=self.part is None or self.push_only)
+        asked.require(output_here=not self.push_only)
+        cached = self.push is None
+        with (
+            opened_loras(self.lora, cached=cached) as loras,
+            opened(
+                self.source,
+                self.subfolder,
+                self.revision,
+                cached=cached,
+                allow_pickle=settings.allow_pickle,
+                file=settings.file,
+            ) as found,
+        ):
+            settings = replace(settings, loras=loras)
+            pipeline, one_file = is_pipeline(found.folder), found.file is not None
+            asked.require(one_file=one_file, folder=not one_file, model=not pipeline)
+            if not one_file:
+                asked.require(pipeline=pipeline)
+            publishing = _possible_publishing(self, found, settings)
+            conversion = Conversion(
+                source=found,
+                settings=settings,
+                output=self.output,
+                if_exists=self.if_exists,
+                resume=self.resume,
+                disk=Disk(durable=self.fsync),
+                download=self.download,
+                dry_run=self.dry_run,
+                on_progress=self.on_progress,
+                publication=_publication_for(publishing, found, self.on_progress) if self.push_only else None,
+                share=share,
+                measured=self.measured,
+            )
+            yield conversion, publishing
+
+
+def _share_of(part: str | None, *, measured: bool) -> Share | None:
     """The part that is asked for, in words or by the environment; None for all."""
     if part is None:
         return None
@@ -73,26 +146,24 @@ class Publishing(NamedTuple):
     source_private: bool
 
 
-def possible_publishing(
-    push: str | None,
-    subfolder: str | None,
-    public: bool | None,
-    source: OpenedSource,
-    settings: Settings,
-) -> Publishing | None:
+def _possible_publishing(request: ConversionRequest, source: OpenedSource, settings: Settings) -> Publishing | None:
     """Where the output is published, if it is. Raises now what would fail after the work."""
-    to = destination(push, subfolder, public)
+    to = destination(request.push, request.push_subfolder, request.public)
     if to is None:
         return None
     from qz.formats.publish.push import require_possible
 
-    private = is_source_restricted(source, settings)
+    private = _is_source_restricted(source, settings)
     require_possible(to, source_private=private)
     return Publishing(to, private)
 
 
-def publication_for(publishing: Publishing, source: OpenedSource, on_progress: OnProgress) -> Publication:
+def _publication_for(
+    publishing: Publishing | None, source: OpenedSource, on_progress: OnProgress
+) -> Publication | None:
     """What publishes the output while it is made."""
+    if publishing is None:
+        return None
     from qz.formats.publish.publication import Publication
     from qz.formats.source import save_memory
 
@@ -122,7 +193,7 @@ def published(
     return replace(done, pushed=pushed)
 
 
-def is_source_restricted(source: OpenedSource, settings: Settings) -> bool:
+def _is_source_restricted(source: OpenedSource, settings: Settings) -> bool:
     """Whether something that the output is made of, such as a LoRA or a config that is named, is private or gated."""
     from qz.formats.source import is_restricted, open_source
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qz import UsageError
-from qz.api.conversions import once_more_if_lost, possible_publishing, publication_for, published, share_of
+from qz.api.conversions import ConversionRequest, once_more_if_lost, published
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.global_settings import settings_restored
@@ -18,7 +17,8 @@ from qz.progress import OnProgress, Progress, ignore
 from qz.quantize.settings import IfExists, Settings
 
 if TYPE_CHECKING:
-    from qz.api.conversions import Converted
+    from qz.api.conversions import Converted, Publishing
+    from qz.quantize.conversion import Conversion
 
 
 @settings_restored()
@@ -60,11 +60,7 @@ def dequantize(
     """
     asked = Asked.of(dequantize, locals())
     on_progress(Progress("Reading headers"))
-    from qz.formats.files.folder import is_pipeline
     from qz.formats.output.storage.beside import reachable
-    from qz.formats.output.storage.disk import Disk
-    from qz.formats.source import local_path, opened, opened_loras
-    from qz.quantize.conversion import Conversion
 
     if lora and against is not None:
         raise UsageError("--against measures what quantization lost, and --lora changes the weights. Use one of them.")
@@ -80,51 +76,57 @@ def dequantize(
         config=str(config) if config is not None else None,
         allow_pickle=allow_pickle,
     )
-    share = share_of(part, measured=against is not None)
-    asked.require(hub=local_path(str(source)) is None)
-    asked.require(push=push is not None, published=part is None or push_only, output_here=not push_only)
-    with (
-        opened_loras(lora, cached=push is None) as loras,
-        opened(str(source), subfolder, revision, cached=push is None, allow_pickle=allow_pickle, file=file) as found,
-    ):
-        settings = replace(settings, loras=loras)
-        pipeline = is_pipeline(found.folder)
-        asked.require(one_file=found.file is not None, folder=found.file is None, model=not pipeline)
-        publishing = possible_publishing(push, push_subfolder, public, found, settings)
-        publication = publication_for(publishing, found, on_progress) if publishing and push_only else None
-        conversion = Conversion(
-            source=found,
-            settings=settings,
-            output=reachable(Path(output)) if output is not None else None,
-            if_exists=if_exists,
-            resume=resume,
-            disk=Disk(durable=fsync),
-            download=download,
-            dry_run=dry_run,
-            on_progress=on_progress,
-            publication=publication,
-            share=share,
-            measured=against is not None,
+    request = ConversionRequest(
+        source=str(source),
+        subfolder=subfolder,
+        revision=revision,
+        lora=lora,
+        output=reachable(Path(output)) if output is not None else None,
+        if_exists=if_exists,
+        resume=resume,
+        fsync=fsync,
+        download=download,
+        push=push,
+        push_subfolder=push_subfolder,
+        push_only=push_only,
+        public=public,
+        part=part,
+        measured=against is not None,
+        dry_run=dry_run,
+        on_progress=on_progress,
+    )
+    with request.opened(asked, settings) as (conversion, publishing):
+        return _dequantized(conversion, publishing, asked, against)
+
+
+def _dequantized(
+    conversion: Conversion, publishing: Publishing | None, asked: Asked, against: AnyPath | None
+) -> Converted:
+    """The report of the conversion, compared with ``against``, and published."""
+    from qz.formats.files.folder import is_pipeline
+    from qz.formats.source import opened
+    from qz.quantize.pipelines.plan import plan_way_back
+
+    source = conversion.source
+    if is_pipeline(source.folder):
+        return published(conversion.pipeline(plan_way_back), conversion, publishing)
+    from qz.quantize.planning.dequantization import plan_dequantization
+    from qz.quantize.streaming.measuring.measure import AgainstOriginal, original_checkpoint
+
+    allow_pickle = conversion.settings.allow_pickle
+    with nullcontext() if against is None else opened(str(against), allow_pickle=allow_pickle) as original:
+        measure = (
+            (lambda checkpoint: AgainstOriginal(original_checkpoint(original.folder, checkpoint, source.subfolder)))
+            if original is not None
+            else None
         )
-        from qz.quantize.pipelines.plan import plan_way_back
-
-        if pipeline:
-            return published(conversion.pipeline(plan_way_back), conversion, publishing)
-        from qz.quantize.planning.dequantization import plan_dequantization
-        from qz.quantize.streaming.measuring.measure import AgainstOriginal, original_checkpoint
-
-        with nullcontext() if against is None else opened(str(against), allow_pickle=allow_pickle) as original:
-            measure = (
-                (lambda checkpoint: AgainstOriginal(original_checkpoint(original.folder, checkpoint, subfolder)))
-                if original is not None
-                else None
+        if source.file is None:
+            done: Converted = conversion.model(plan_dequantization, measure)
+        else:
+            done = conversion.file(
+                plan_dequantization,
+                plan_way_back,
+                measure,
+                require=lambda several: asked.require(one_inside=not several),
             )
-            if found.file is not None:
-                done = conversion.file(
-                    plan_dequantization,
-                    plan_way_back,
-                    measure,
-                    require=lambda several: asked.require(one_inside=not several),
-                )
-                return published(done, conversion, publishing, original)
-            return published(conversion.model(plan_dequantization, measure), conversion, publishing, original)
+        return published(done, conversion, publishing, original)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qz.api.conversions import once_more_if_lost, possible_publishing, publication_for, published, share_of
+from qz.api.conversions import ConversionRequest, once_more_if_lost, published
 from qz.api.effects import Asked
 from qz.api.paths import AnyPath
 from qz.formats.global_settings import settings_restored
@@ -20,6 +20,7 @@ from qz.quantize.settings import IfExists, Layout, Rounding, Scales, Settings
 if TYPE_CHECKING:
     from qz.api.conversions import Converted
     from qz.formats.checkpoint.pipeline import Pipeline
+    from qz.quantize.conversion import Conversion
     from qz.quantize.pipelines.plan import PipelinePlan
 
 
@@ -97,15 +98,12 @@ def quantize(
 
     if device == "auto" and not dry_run:
         ask_meanwhile()
-    from qz.formats.files.folder import is_pipeline
     from qz.formats.output.storage.beside import reachable
-    from qz.formats.output.storage.disk import Disk
-    from qz.formats.source import default_output, local_path, opened, opened_loras
-    from qz.quantize.conversion import Conversion
+    from qz.formats.source import default_output
 
-    name = (method or Nf4()).name
+    chosen = method or Nf4()
     settings = Settings(
-        method or Nf4(),
+        chosen,
         dtype,
         tuple(skip),
         default_skips=default_skips,
@@ -135,51 +133,48 @@ def quantize(
 
         require_file_of_statistics(named)
     location = str(source)
-    share = share_of(part, measured=measure_loss)
-    asked.require(hub=local_path(location) is None, shards=layout != "single-file")
-    asked.require(push=push is not None, published=part is None or push_only, output_here=not push_only)
-    with (
-        opened_loras(lora, cached=push is None) as loras,
-        opened(location, subfolder, revision, cached=push is None, allow_pickle=allow_pickle, file=file) as found,
-    ):
-        settings = replace(settings, loras=loras)
-        pipeline = is_pipeline(found.folder)
-        asked.require(one_file=found.file is not None, folder=found.file is None, model=not pipeline)
-        if found.file is None:
-            asked.require(pipeline=pipeline)
-        publishing = possible_publishing(push, push_subfolder, public, found, settings)
-        publication = publication_for(publishing, found, on_progress) if publishing and push_only else None
-        conversion = Conversion(
-            source=found,
-            settings=settings,
-            output=reachable(Path(output)) if output is not None else default_output(location, subfolder, name),
-            if_exists=if_exists,
-            resume=resume,
-            disk=Disk(durable=fsync),
-            download=download,
-            dry_run=dry_run,
-            on_progress=on_progress,
-            publication=publication,
-            share=share,
-            measured=measure_loss,
-        )
+    request = ConversionRequest(
+        source=location,
+        subfolder=subfolder,
+        revision=revision,
+        lora=lora,
+        output=reachable(Path(output)) if output is not None else default_output(location, subfolder, chosen.name),
+        if_exists=if_exists,
+        resume=resume,
+        fsync=fsync,
+        download=download,
+        push=push,
+        push_subfolder=push_subfolder,
+        push_only=push_only,
+        public=public,
+        part=part,
+        measured=measure_loss,
+        dry_run=dry_run,
+        on_progress=on_progress,
+    )
+    with request.opened(asked, settings) as (conversion, publishing):
+        return published(_quantized(conversion, asked, method), conversion, publishing)
 
-        plan_asked = partial(_plan_pipeline, asked=asked, method=method, measure_loss=measure_loss)
-        if pipeline:
-            return published(conversion.pipeline(plan_asked), conversion, publishing)
-        from qz.quantize.models.plan import plan_quantization
-        from qz.quantize.streaming.measuring.measure import WhileQuantizing
 
-        measure = (lambda _: WhileQuantizing()) if measure_loss else None
-        if found.file is not None:
-            done = conversion.file(
-                plan_quantization,
-                plan_asked,
-                measure,
-                require=lambda several: asked.require(pipeline=several, one_inside=not several),
-            )
-            return published(done, conversion, publishing)
-        return published(conversion.model(plan_quantization, measure), conversion, publishing)
+def _quantized(conversion: Conversion, asked: Asked, method: Method | None) -> Converted:
+    """The report of the conversion; ``method``: the one that was named, if one was."""
+    from qz.formats.files.folder import is_pipeline
+
+    plan_asked = partial(_plan_pipeline, asked=asked, method=method, measure_loss=conversion.measured)
+    if is_pipeline(conversion.source.folder):
+        return conversion.pipeline(plan_asked)
+    from qz.quantize.models.plan import plan_quantization
+    from qz.quantize.streaming.measuring.measure import WhileQuantizing
+
+    measure = (lambda _: WhileQuantizing()) if conversion.measured else None
+    if conversion.source.file is None:
+        return conversion.model(plan_quantization, measure)
+    return conversion.file(
+        plan_quantization,
+        plan_asked,
+        measure,
+        require=lambda several: asked.require(pipeline=several, one_inside=not several),
+    )
 
 
 def _plan_pipeline(
