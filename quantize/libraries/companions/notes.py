@@ -55,7 +55,7 @@ class Note(NamedTuple):
 
 
 def notes_on_model(carried: Iterable[Companion], config: Mapping[str, Any]) -> tuple[Note, ...]:
-    """Of the files that go along with a model of ``config``, also in folders inside, which have a tokenizer each."""
+    """Of the files that are copied with a model of ``config``, also in folders inside, which have a tokenizer each."""
     folders: dict[str, Folder] = {}
     for each in carried:
         if each.file in _TYPES or each.file in _ANNOUNCED:
