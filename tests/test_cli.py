@@ -22,7 +22,6 @@ import typer.main
 
 import qz as package
 from conftest import Qz
-from forked import Runner
 from pace import HANG
 from qz import QzError
 from qz.cli.app import EXAMPLES, app, explain
@@ -425,12 +424,15 @@ def offered(said: str) -> list[str]:
 
 
 @pytest.fixture
-def complete(forks: Runner, tmp_path: Path) -> Callable[..., list[str]]:
+def complete(qz_here: Qz, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """What the shell offers after a line."""
 
     def complete(line: str, shell: str = "bash") -> list[str]:
-        ended = forks.run(cwd=tmp_path, environment=asked(line, shell))
-        assert ended.code == 0, ended.stderr
+        with monkeypatch.context() as patch:
+            for name, value in asked(line, shell).items():
+                patch.setenv(name, value)
+            ended = qz_here()
+        assert ended.returncode == 0, ended.stderr
         return offered(ended.stdout)
 
     return complete

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +13,9 @@ from typing import Any
 
 import pytest
 
-import qz as package
+from forked import Runner
 from hub_reading import CONFIG, FILES, QUICK, WEIGHTS, close_all, failure, opened, read, stream
-from hub_server import READER, HubServer, connected
+from hub_server import READER, HubServer, connected, connected_forks
 from pace import HANG
 from qz import HubUnreachable, MalformedInput, QzError, TryAgain
 from qz.formats.files.folder import Range
@@ -222,24 +220,16 @@ def test_closing_ends_a_stream_that_waits(connect: Connect, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kind", ["cdn", "reconstruction", "xorb"])
-def test_an_interrupt_ends_a_command_that_waits(connect: Connect, kind: str) -> None:
+def test_an_interrupt_ends_a_command_that_waits(connect: Connect, kind: str, forks: Runner, tmp_path: Path) -> None:
     hub = connect() if kind == "cdn" else refusing(connect)
     fault = hub.fail(kind, hang=3600)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qz", "inspect", "me/model"],
-        env=dict(os.environ),
-        cwd=Path(package.__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    running = connected_forks(forks).start("inspect", "me/model", cwd=tmp_path)
     while not fault.seen:
-        assert process.poll() is None, process.communicate()
+        assert not select.select([running.socket], [], [], 0)[0], running.wait()
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(HANG) == 130
-    process.communicate()
+    running.kill(signal.SIGINT)
+    assert running.wait().code == 130
 
 
 @pytest.mark.parametrize("why", ["stored", "disabled", "old"])

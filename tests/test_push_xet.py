@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from hub_server import OWNER, HubServer, connected
+from forked import Runner
+from hub_server import OWNER, HubServer, connected, connected_forks
 from pace import HANG
 from pushes import failure, files_of, hurry, make, shard, to
 from qz import HubUnreachable, OutputRefused, PermissionRefused, TryAgain
@@ -239,23 +239,17 @@ def test_files_are_commits_of_their_own_so_that_no_large_one_is_sent_twice(
 
 
 @pytest.mark.parametrize("way", ["xorb_put", "lfs_put"])
-def test_ctrl_c_ends_a_push_at_once(hub: HubServer, made: Path, way: str) -> None:
+def test_ctrl_c_ends_a_push_at_once(hub: HubServer, made: Path, way: str, forks: Runner, tmp_path: Path) -> None:
     """The storage takes an hour for an answer; nobody is to wait for that."""
     fault = hub.fail(way, hang=3600)
-    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"} if way == "lfs_put" else dict(os.environ)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qz", "push", str(made), "me/new", "--quiet"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    while not fault.seen and process.poll() is None:
+    environment = {"HF_HUB_DISABLE_XET": "1"} if way == "lfs_put" else {}
+    running = connected_forks(forks).start("push", made, "me/new", "--quiet", cwd=tmp_path, environment=environment)
+    while not fault.seen and not select.select([running.socket], [], [], 0)[0]:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=HANG)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
+    running.kill(signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
     assert not hub.commit_bodies
 
 

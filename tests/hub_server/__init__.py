@@ -7,9 +7,9 @@ request of a kind fail in a chosen way; ``requests``, ``bytes_out`` and ``bytes_
 ``python -m hub_server FOLDER`` serves a directory of repositories.
 """
 
-from hub_server.client import connected
+from hub_server.client import connected, connected_forks
 from hub_server.contents import Blob, Entry, Repo
 from hub_server.faults import Answer, Fault
 from hub_server.server import OWNER, READER, HubServer
 
-__all__ = ["OWNER", "READER", "Answer", "Blob", "Entry", "Fault", "HubServer", "Repo", "connected"]
+__all__ = ["OWNER", "READER", "Answer", "Blob", "Entry", "Fault", "HubServer", "Repo", "connected", "connected_forks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
+
+    from forked import Runner
 
 
 class Hurried:
@@ -68,3 +71,9 @@ def connected(monkeypatch: pytest.MonkeyPatch, home: Path, *, xet: bool = True, 
         close_session()
         yield hub
         close_session()
+
+
+def connected_forks(forks: Runner) -> Runner:
+    """Runs of commands that talk to the Hub that this process is ``connected`` to."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+    return forks.within(**{**settings, "HF_HUB_OFFLINE": "0"})
