@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pty
@@ -199,9 +200,9 @@ SPREAD = (2, 4, 7)
 """Renames of a run to NF4 with one thread, from 0: before them one, three and all of its six shards are finished."""
 
 
-def shards_kept(done: Ended | None) -> str | None:
-    """How many the completing run, if there was one, says that it need not make."""
-    found = re.search(r"Continuing: (\d+) of (\d+) shards are done", done.stderr) if done is not None else None
+def shards_kept(shown: str) -> str | None:
+    """How many shards a run says that it need not make."""
+    found = re.search(r"Continuing: (\d+) of (\d+) shards are done", shown)
     return found.group(1) if found else None
 
 
@@ -217,7 +218,8 @@ def kill_at_random(server: Runner, run: Run, place: Path, expected: dict[str, di
         command = (*WAYS["nf4"], "--threads", "1")
         ended = server.run(*command, cwd=place, keep_every=4000, at=at, only=("rename",))
         assert ended.code == -signal.SIGKILL
-        kept.add(shards_kept(finish(run, place, command, expected["nf4"])))
+        done = finish(run, place, command, expected["nf4"])
+        kept.add(shards_kept(done.stderr) if done else None)
         clear(place)
     while landed < kills:
         way = moments.random.choice(list(WAYS))
@@ -240,7 +242,7 @@ def kill_at_random(server: Runner, run: Run, place: Path, expected: dict[str, di
         done = finish(run, place, command, expected[way])
         if done is not None:
             moments.learn(done)
-        if (shards := shards_kept(done)) is not None:
+        if done is not None and (shards := shards_kept(done.stderr)) is not None:
             resumed += 1
             kept.add(shards)
         clear(place)
@@ -248,10 +250,10 @@ def kill_at_random(server: Runner, run: Run, place: Path, expected: dict[str, di
     assert len(kept - {None}) > 2
 
 
-def test_10_kills_at_random_moments_then_the_same_bytes(
+def test_6_kills_at_random_moments_then_the_same_bytes(
     server: Runner, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
-    kill_at_random(server, run, place, expected, 10)
+    kill_at_random(server, run, place, expected, 6)
 
 
 ONE_LINEAR = ("--skip", ".*mlp.*", "--skip", "k_proj", "--skip", "v_proj", "--skip", "o_proj")  # has every operation
@@ -268,10 +270,15 @@ def small(run: Run, place: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     return expected, ended.operations
 
 
+def decides(operation: str) -> bool:
+    """Whether a shard gets its name here, or the output. (At the other files' renames ``test_staging`` tries.)"""
+    return re.fullmatch(r"rename .*(\.safetensors|/out)", operation) is not None
+
+
 def moments_among(operations: tuple[str, ...], kinds: tuple[str, ...], stride: int) -> list[int]:
-    """Which operations of these kinds, counted from 0: every rename, as it decides, and each ``stride``-th other."""
+    """Which operations of these kinds, counted from 0: all that decide, and each ``stride``-th other."""
     chosen = [operation for operation in operations if operation.split()[0] in kinds]
-    return [number for number, each in enumerate(chosen) if number % stride == 0 or each.startswith("rename")]
+    return [number for number, each in enumerate(chosen) if number % stride == 0 or decides(each)]
 
 
 def kill_at_every(
@@ -315,13 +322,13 @@ def kill_a_resumed_run_at_every(
             clear(place)
 
 
-def test_a_kill_at_writes_syncs_and_every_rename_then_the_same_bytes(
+def test_a_kill_at_writes_syncs_and_renames_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
     kill_at_every(STORES, run, place, small, stride=32)
 
 
-def test_a_kill_at_writes_syncs_and_every_rename_of_a_resumed_run_then_the_same_bytes(
+def test_a_kill_at_writes_syncs_and_renames_of_a_resumed_run_then_the_same_bytes(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
     kill_a_resumed_run_at_every(STORES, run, place, small, stride=32)
@@ -338,14 +345,14 @@ def fail_everywhere(
     stride: int = 1,
 ) -> None:
     """Every operation of a run fails once, with the next of ``errors``; with ``stride``, the first of each kind, every
-    ``stride``-th after it, and every rename."""
+    ``stride``-th after it, and all that decide."""
     expected, operations = small
     seen: Counter[str] = Counter()
     tried = 0
     for number, operation in enumerate(operations):
         kind, path = operation.split(" ", 1)
         seen[kind] += 1
-        if (seen[kind] - 1) % stride and kind != "rename":
+        if (seen[kind] - 1) % stride and not decides(operation):
             continue
         act, code = errors[tried % len(errors)]
         tried += 1
@@ -480,11 +487,13 @@ def test_an_interrupt_at_any_line_ends_cleanly_and_the_same_command_continues(
 def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
     server: Runner, run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
+    """Two interrupted runs of each way at least, one by each signal, and each signal's own exit code."""
     moments = Moments(3)
-    codes = []
-    for _ in range(20):
-        way = moments.random.choice(list(WAYS))
-        number = moments.random.choice([signal.SIGINT, signal.SIGTERM])
+    codes: list[int] = []
+    for turn, (way, number) in enumerate(itertools.cycle(itertools.product(WAYS, (signal.SIGINT, signal.SIGTERM)))):
+        if turn >= 8 and min(codes.count(130), codes.count(143)) > 2:
+            break
+        assert turn < 100, codes
         running = server.start(*WAYS[way], cwd=place)
         moments.wait()
         running.kill(number)
@@ -499,8 +508,6 @@ def test_an_interrupt_at_any_moment_ends_cleanly_and_the_same_command_continues(
             check_interrupted(ended, place, expected[way])
         moments.learn(finish(run, place, WAYS[way], expected[way]) or ended)
         clear(place)
-    assert codes.count(130) > 2
-    assert codes.count(143) > 2
 
 
 @pytest.mark.parametrize(("act", "code"), [(INTERRUPT, 130), (TERMINATE, 143)])
@@ -658,7 +665,7 @@ def kill_a_pipeline(server: Runner, place: Path, pipeline: Path, every: int) -> 
 
 
 def test_kills_during_a_pipeline_then_the_same_bytes(server: Runner, place: Path, pipeline: Path) -> None:
-    kill_a_pipeline(server, place, pipeline, every=131)
+    kill_a_pipeline(server, place, pipeline, every=197)
 
 
 # A source that changes
@@ -753,19 +760,19 @@ def interrupt(run: Run) -> None:
     assert run(*QUANTIZE, at=5, only=("rename",)).code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("what", OTHER)
 def test_another_run_into_the_same_place_is_refused_naming_the_difference(
-    run: Run, place: Path, expected: dict[str, dict[str, str]], what: str
+    run: Run, place: Path, expected: dict[str, dict[str, str]]
 ) -> None:
     interrupt(run)
-    options, patch, difference = OTHER[what]
-    ended = run(*QUANTIZE, *options, before=patch)
-    assert ended.code == 73
-    assert f"{place}/out.partial holds an interrupted run that differs: " in ended.stderr
-    assert difference in ended.stderr
-    assert "Repeat that run to continue it, or start over with --no-resume." in ended.stderr
-    again = run(*QUANTIZE)
-    assert "Continuing: " in again.stderr
+    journal = (place / "out.partial.journal").read_bytes()
+    for what, (options, patch, difference) in OTHER.items():
+        ended = run(*QUANTIZE, *options, before=patch)
+        assert ended.code == 73, what
+        assert f"{place}/out.partial holds an interrupted run that differs: " in ended.stderr, what
+        assert difference in ended.stderr, what
+        assert "Repeat that run to continue it, or start over with --no-resume." in ended.stderr, what
+        assert (place / "out.partial.journal").read_bytes() == journal, what
+    assert shards_kept(run(*QUANTIZE).stderr) == str(journal.count(b"\n") - 1)
     assert contents(place / "out") == expected["nf4"]
 
 
@@ -803,7 +810,7 @@ def same_weights(folder: Path, expected: dict[str, str]) -> bool:
 
 
 @pytest.mark.usefixtures("repository")
-@pytest.mark.parametrize("renames", [(0, 3, 7), pytest.param(range(8), marks=pytest.mark.soak)], ids=["some", "all"])
+@pytest.mark.parametrize("renames", [(0, 5), pytest.param(range(8), marks=pytest.mark.soak)], ids=["some", "all"])
 def test_a_run_from_the_hub_that_is_killed_is_continued(
     server: Runner, place: Path, expected: dict[str, dict[str, str]], renames: Iterable[int]
 ) -> None:
@@ -836,7 +843,7 @@ def test_bytes_that_arrived_wrong_never_get_into_an_output_not_even_by_resuming(
     slowly = "import qz.formats.hub.read_ahead as r; r.Pace = lambda p=r.Pace: p(segment=16384, connections=1)\n"
     slowly += "import qz.formats.hub.repository as h; h.WHOLE = 1 << 16"  # the weights come by ranges
     codes = []
-    for number in (2, 3, 4, 5, 99):
+    for number in (2, 4, 99):
         # In the embeddings, which stay as they are: 64 KB of them came with the header.
         fault = hub.fail("cdn", matching=weights, nth=6, times=1, corrupt=True)
         hub.latency = 0.03
@@ -1074,11 +1081,11 @@ def test_memory_stays_below_three_times_the_largest_tensor_and_256_mb(server: Ru
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     if shape == "llama":
-        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 8}
+        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 9, "num_attention_heads": 8}
         config = LlamaConfig(**sizes, vocab_size=1000, tie_word_embeddings=False, dtype="bfloat16")
         total, largest = sparse_model(place / "model", config, LlamaForCausalLM)
     else:
-        config = GPT2Config(n_embd=2560, n_layer=4, n_head=8, vocab_size=1000, dtype="bfloat16")
+        config = GPT2Config(n_embd=2560, n_layer=3, n_head=8, vocab_size=1000, dtype="bfloat16")
         total, largest = sparse_model(place / "model", config, GPT2LMHeadModel)
     allowed = 3 * largest + 256 * 1_000_000
     assert total > allowed, "the model would fit into the bound"
@@ -1124,7 +1131,7 @@ def test_a_hash_seed_does_not_change_a_byte(place: Path, expected: dict[str, dic
 # Real file systems
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.soak)])
 def test_real_disks_of_many_sizes_and_the_same_command_once_there_is_room(
     server: Runner, place: Path, expected: dict[str, dict[str, str]], step: int
 ) -> None:
@@ -1176,13 +1183,28 @@ def test_what_a_run_wrote_can_be_verified_and_a_flipped_bit_is_found(run: Run, p
 # A terminal
 
 
-def in_terminal(server: Runner, place: Path, command: tuple[str, ...], key_at: str = "") -> tuple[int, str]:
+TAKES_LONG = """
+from qz.quantize.streaming.workers import Workers
+told = [each.stop for each in gc.get_objects() if type(each) is Workers and not each.stop.is_set()]
+while not any(stop.wait(0.01) for stop in told): pass
+"""
+"""Work that goes on until the workers are told to stop."""
+INTERRUPTED_BAR = """
+from rich.live import Live
+def stop(self, real=Live.stop):
+    os.kill(os.getpid(), signal.SIGINT)
+    real(self)
+Live.stop = stop
+"""
+
+
+def in_terminal(server: Runner, place: Path, command: tuple[str, ...], key_at: str = "", **how: Any) -> tuple[int, str]:
     """Run in a terminal, and press Ctrl-C when a text appears: the exit code, and all that was shown."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     before = termios.tcgetattr(other)
     environment = {"TERM": "xterm-256color"}
-    running = server.start(*command, cwd=place, terminal=os.ttyname(other), environment=environment)
+    running = server.start(*command, cwd=place, terminal=os.ttyname(other), environment=environment, **how)
     shown, pressed = b"", not key_at
     while True:
         readable: list[int] = select.select([main, running.socket.fileno()], [], [], 60)[0]
@@ -1208,30 +1230,36 @@ def last_lines(shown: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", plain).replace("\r\n", "\n").strip().split("\n")
 
 
-@pytest.mark.parametrize("moment", ["Quantizing", "B/s"])
+@pytest.mark.parametrize(("text", "rename"), [("Quantizing", 0), ("B/s", 4)])
 def test_ctrl_c_during_the_progress_bar_leaves_a_clean_terminal_and_the_next_run_continues(
-    server: Runner, place: Path, moment: str
+    server: Runner, place: Path, expected: dict[str, dict[str, str]], text: str, rename: int
 ) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 8}
-    config = LlamaConfig(**sizes, vocab_size=1000, tie_word_embeddings=False, dtype="bfloat16")
-    sparse_model(place / "model", config, LlamaForCausalLM)
-    command = ("quantize", "model", "-o", "out", "--max-shard-size", "5MB", "--threads", "1")
-    code, shown = in_terminal(server, place, command, moment)
+    """When a file is about to get its name: before any shard is finished, and after some."""
+    command = (*WAYS["nf4"], "--threads", "1")
+    code, shown = in_terminal(server, place, command, text, at=rename, only=("rename",), act=TAKES_LONG)
     assert code == 130, shown
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, shown  # the cursor is there again
     _, interrupted, error = " ".join(last_lines(shown)).rpartition("Error: Interrupted.")
     assert interrupted, shown
+    kept = re.search(r"(\d+) finished shards? (is|are) kept", error)
+    assert kept if rename else "No shard was finished" in error, shown
     code, shown = in_terminal(server, place, command)
     assert code == 0, shown
-    if kept := re.search(r"(\d+) finished shards? (is|are) kept", error):
-        assert f"Continuing: {kept.group(1)} of " in shown
-    else:
-        assert moment == "Quantizing"
+    assert shards_kept(shown) == (kept.group(1) if kept else None)
     assert any(line.startswith("took ") for line in last_lines(shown)), shown
     assert verify_record(LocalFolder(place / "out")) == ()
-    assert left_beside(place) == {"model", "out"}
+    assert contents(place / "out") == expected["nf4"]
+    assert left_beside(place) == {"out"}
+
+
+def test_ctrl_c_while_the_bar_goes_away_leaves_a_clean_terminal(
+    server: Runner, place: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    code, shown = in_terminal(server, place, WAYS["nf4"], before=INTERRUPTED_BAR)
+    assert code == 130, shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, shown
+    assert last_lines(shown) == ["Error: Interrupted."]
+    assert contents(place / "out") == expected["nf4"]
 
 
 # Long runs: make soak
