@@ -15,7 +15,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import tracemalloc
@@ -172,6 +171,9 @@ def die(path: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+ACTS = (die, FailWith(errno.EIO))
+
+
 def in_child(run: Callable[[], object]) -> int:
     """Run it in a forked process: 0, minus the signal that ended it, or the exit code of its QzError."""
     child = os.fork()
@@ -192,9 +194,13 @@ def strides(here: int) -> list[Any]:
     return [here, pytest.param(1, marks=pytest.mark.soak)]
 
 
+FEW = 0
+"""A stride: see ``moments``."""
+
+
 def moments(run: Callable[[], object], stride: int) -> list[int]:
-    """Which operations of a run, from 0: each rename, those beside a folder's, as it decides, the first of each kind,
-    and each ``stride``-th other one."""
+    """Which operations of a run, from 0: the first of each kind, a folder's rename, as it decides, and those beside
+    it; but for ``FEW`` each other rename, too, and each ``stride``-th operation."""
     kinds: list[str] = []
     folders: set[int] = set()
 
@@ -206,7 +212,8 @@ def moments(run: Callable[[], object], stride: int) -> list[int]:
     with hooked(note):
         run()
     first = {kinds.index(kind) for kind in kinds}
-    return [n for n, kind in enumerate(kinds) if n % stride == 0 or n in first | folders or kind == "rename"]
+    more = {n for n, kind in enumerate(kinds) if stride != FEW and (n % stride == 0 or kind == "rename")}
+    return sorted(first | folders | more)
 
 
 def assert_absent_or_complete(output: Path, *complete: dict[str, bytes]) -> None:
@@ -365,12 +372,10 @@ def write_500_shards(folder: Path) -> None:
         staging.commit()
 
 
+@in_small_process
 def test_500_shards_in_progress_need_few_descriptors(tmp_path: Path) -> None:
-    """In a process of its own, where no earlier test has left anything open."""
-    script = "import sys, pathlib, test_staging; test_staging.write_500_shards(pathlib.Path(sys.argv[1]))"
-    tests = Path(__file__).parent
-    ended = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=tests, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    """Where no earlier test has left anything open."""
+    write_500_shards(tmp_path)
     assert len(list((tmp_path / "out").iterdir())) == 501
 
 
@@ -899,7 +904,7 @@ def test_the_key_is_made_once_and_nobody_else_can_read_it(tmp_path: Path, monkey
     assert user_key() is None
 
 
-@pytest.mark.parametrize("stride", strides(5))
+@pytest.mark.parametrize("stride", strides(10))
 @pytest.mark.parametrize("kind", ["link", "folder", "empty folder"])
 def test_whatever_is_put_in_the_place_of_the_staged_folder_nothing_is_written_there_or_lost(
     tmp_path: Path, reference: dict[str, bytes], kind: str, stride: int
@@ -942,7 +947,7 @@ def test_whatever_is_put_in_the_place_of_the_staged_folder_nothing_is_written_th
     assert 0 < complete < len(numbers) / 2
 
 
-@pytest.mark.parametrize("stride", strides(4))
+@pytest.mark.parametrize("stride", strides(8))
 def test_a_parent_that_is_moved_away_gets_the_output_or_none(
     tmp_path: Path, reference: dict[str, bytes], stride: int
 ) -> None:
@@ -1075,7 +1080,7 @@ def test_a_lock_on_a_journal_that_its_owner_just_removed_does_not_count(tmp_path
             pass
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.soak)])
 @in_small_process
 def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dict[str, bytes], rounds: int) -> None:
     for round_ in range(rounds):
@@ -1117,7 +1122,7 @@ def test_of_8_concurrent_starts_exactly_one_works(tmp_path: Path, reference: dic
         assert_nothing_beside(output)
 
 
-@pytest.mark.parametrize("rounds", [4, pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.soak)])
 @in_small_process
 def test_runs_that_race_without_waiting_leave_one_output(
     tmp_path: Path, reference: dict[str, bytes], rounds: int
@@ -1148,7 +1153,7 @@ def test_runs_that_race_without_waiting_leave_one_output(
 
 
 ERRORS = [
-    ((errno.ENOSPC, errno.EIO, errno.EACCES), 5),
+    ((errno.ENOSPC, errno.EIO, errno.EACCES), 10),
     *(pytest.param((code,), 1, marks=pytest.mark.soak) for code in (errno.ENOSPC, errno.EIO, errno.EACCES)),
 ]
 
@@ -1193,7 +1198,7 @@ def after_a_kill(output: Path, number: int, reference: dict[str, bytes], where: 
     assert_nothing_beside(output)
 
 
-@pytest.mark.parametrize("stride", strides(10))
+@pytest.mark.parametrize("stride", strides(20))
 @in_small_process
 def test_a_kill_at_any_operation_is_recovered_by_the_same_command(
     tmp_path: Path, reference: dict[str, bytes], stride: int
@@ -1207,7 +1212,7 @@ def test_a_kill_at_any_operation_is_recovered_by_the_same_command(
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("stride", strides(10))
+@pytest.mark.parametrize("stride", strides(20))
 @in_small_process
 def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(
     tmp_path: Path, reference: dict[str, bytes], stride: int
@@ -1231,7 +1236,7 @@ def test_a_kill_at_any_operation_of_a_resumed_run_is_recovered(
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(15, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(15, marks=pytest.mark.soak)])
 @in_small_process
 def test_many_kills_in_a_row_are_recovered(tmp_path: Path, reference: dict[str, bytes], rounds: int) -> None:
     chosen = random.Random(5)
@@ -1410,8 +1415,10 @@ def test_a_failed_overwrite_keeps_the_old_output(old_and_new: tuple[Path, dict[s
     assert_nothing_beside(model)
 
 
-@pytest.mark.parametrize("stride", strides(20))
-@pytest.mark.parametrize("act", [die, FailWith(errno.EIO)])
+@pytest.mark.parametrize(
+    ("act", "stride"),
+    [(die, 20), (FailWith(errno.EIO), FEW), *(pytest.param(act, 1, marks=pytest.mark.soak) for act in ACTS)],
+)
 @in_small_process
 def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
     tmp_path: Path,
@@ -1446,8 +1453,14 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("stride", strides(20))
-@pytest.mark.parametrize("killed_at", ["the second rename", "the removal of the old"])
+@pytest.mark.parametrize(
+    ("killed_at", "stride"),
+    [
+        ("the second rename", FEW),
+        ("the removal of the old", 20),
+        *(pytest.param(at, 1, marks=pytest.mark.soak) for at in ("the second rename", "the removal of the old")),
+    ],
+)
 @in_small_process
 def test_an_error_while_recovering_an_overwrite_is_recovered(
     tmp_path: Path, old_and_new: tuple[Path, dict[str, bytes]], reference: dict[str, bytes], killed_at: str, stride: int
