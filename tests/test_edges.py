@@ -176,9 +176,9 @@ def test_what_has_nothing_to_convert_inside_is_told(
 
 def test_short_names_mean_what_everybody_means_by_them(server: Runner, place: Path) -> None:
     for short, full in {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.items():
-        ended = server.run("quantize", "m", "--dtype", short, "-o", "out", "--dry-run", "--json", cwd=place)
+        options = ("--dtype", short, "--compute-dtype", short)
+        ended = server.run("quantize", "m", *options, "-o", short, "--json", cwd=place)
         assert json.loads(ended.stdout)["dtype"] == full
-        ended = server.run("quantize", "m", "--compute-dtype", short, "-o", short, "--json", cwd=place)
         config = json.loads((place / short / "config.json").read_text())
         assert config["quantization_config"]["bnb_4bit_compute_dtype"] == full
         assert server.run("dequantize", short, "--dtype", short, "-o", "back", "--dry-run", cwd=place).code == 0

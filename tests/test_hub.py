@@ -243,7 +243,7 @@ def test_a_repository_that_is_published_as_it_is_read_is_fetched_less_far_ahead(
 def test_memory_is_bounded_whatever_the_file_is_long(hub: HubServer, tmp_path: Path) -> None:
     large = tmp_path / "large.safetensors"
     with large.open("wb") as file:
-        for n in range(48):
+        for n in range(24):
             file.write(random.Random(n).randbytes(1 << 20))
     hub.add("me/model", {"model.safetensors": large})
     folder = opened(hub)

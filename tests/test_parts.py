@@ -106,7 +106,7 @@ def test_any_number_of_parts_makes_what_one_run_makes(
     [
         (FourBit("nf4", double_quant=True), {}),
         (FourBit("fp4"), {"scales": "search"}),
-        (FourBit("nf4", double_quant=True), {"scales": "search"}),
+        pytest.param(FourBit("nf4", double_quant=True), {"scales": "search"}, marks=pytest.mark.soak),
         (Int8(), {"dtype": "float16", "weights_only": True}),
     ],
 )
@@ -114,7 +114,7 @@ def test_parts_of_every_method_make_what_one_run_makes(
     source: Path, tmp_path: Path, method: Method, more: dict[str, Any]
 ) -> None:
     api.quantize(source, tmp_path / "one", method=method, **SETTINGS, **more)
-    in_parts(api.quantize, source, tmp_path / "out", 3, method=method, **more)
+    in_parts(api.quantize, source, tmp_path / "out", 2, method=method, **more)
     api.merge(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
@@ -140,12 +140,12 @@ def test_parts_with_importance_make_what_one_run_makes(source: Path, tmp_path: P
     writer.close()
 
     api.quantize(source, tmp_path / "one", importance=known, **SETTINGS)
-    in_parts(api.quantize, source, tmp_path / "out", 4, importance=known)
+    in_parts(api.quantize, source, tmp_path / "out", 2, importance=known)
     api.merge(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
-@pytest.mark.parametrize("count", some((1, 3, 7), 3))
+@pytest.mark.parametrize("count", some((1, 2, 3, 7), 2))
 def test_parts_of_a_pipeline_make_what_one_run_makes(pipeline: Path, tmp_path: Path, count: int) -> None:
     how: dict[str, Any] = {"dtype": "float16", "component_methods": {"text_encoder_2": Int8()}}
     api.quantize(pipeline, tmp_path / "one", **SETTINGS, **how)
@@ -159,7 +159,7 @@ def test_parts_of_a_pipeline_make_what_one_run_makes(pipeline: Path, tmp_path: P
 def test_dequantizing_goes_in_parts_too(source: Path, tmp_path: Path) -> None:
     api.quantize(source, tmp_path / "small", **SETTINGS)
     api.dequantize(tmp_path / "small", tmp_path / "one", **SETTINGS)
-    in_parts(api.dequantize, tmp_path / "small", tmp_path / "out", 3)
+    in_parts(api.dequantize, tmp_path / "small", tmp_path / "out", 2)
     api.merge(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
@@ -271,34 +271,36 @@ def test_a_merge_names_what_is_missing(source: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["5-of-3", "0-of-2", "02-of-2", "1-of-20000", "5-of-3.partial.journal"])
-def test_a_name_that_no_part_can_have_is_named(source: Path, tmp_path: Path, name: str) -> None:
+def test_a_name_that_no_part_can_have_is_named(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     for number in (1, 2):
         api.quantize(source, output, part=f"{number}/2", **SETTINGS)
-    (tmp_path / "out.parts" / name).mkdir()
-    why = rf"out.parts/{name.partition('.')[0]} is named like a part, but parts are 1-of-N to N-of-N.* move it away"
-    with pytest.raises(MalformedInput, match=why):
-        api.merge(output)
-    with pytest.raises(MalformedInput, match=why):
-        api.quantize(source, output, part="1/2", **SETTINGS)
+    for name in ("5-of-3", "0-of-2", "02-of-2", "1-of-20000", "5-of-3.partial.journal"):
+        other = tmp_path / "out.parts" / name
+        other.mkdir()
+        why = rf"out.parts/{name.partition('.')[0]} is named like a part, but parts are 1-of-N to N-of-N.* move it away"
+        with pytest.raises(MalformedInput, match=why):
+            api.merge(output)
+        with pytest.raises(MalformedInput, match=why):
+            api.quantize(source, output, part="1/2", **SETTINGS)
+        other.rmdir()
 
 
-@pytest.mark.parametrize(
-    ("how", "why"),
-    [
-        ({"method": Int8()}, "method: nf4 → int8"),
-        ({"max_shard_bytes": 30_000}, "max shard bytes"),
-        ({"part": "2/3"}, "a part of 2, and this is one of 3"),
-        ({"device": "cpu", "skip": ("lm_head",)}, "skips"),
-    ],
-)
-def test_a_part_of_another_run_is_refused_at_once(source: Path, tmp_path: Path, how: dict[str, Any], why: str) -> None:
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"method": Int8()}, "method: nf4 → int8"),
+    ({"max_shard_bytes": 30_000}, "max shard bytes"),
+    ({"part": "2/3"}, "a part of 2, and this is one of 3"),
+    ({"device": "cpu", "skip": ("lm_head",)}, "skips"),
+]
+
+
+def test_a_part_of_another_run_is_refused_at_once(source: Path, tmp_path: Path) -> None:
     api.quantize(source, tmp_path / "out", part="1/2", **SETTINGS)
     before = contents(tmp_path)
-    with pytest.raises(OutputRefused, match=why):
-        api.quantize(source, tmp_path / "out", **{**SETTINGS, "part": "2/2", **how})
-    assert contents(tmp_path) == before
+    for how, why in OTHERS:
+        with pytest.raises(OutputRefused, match=why):
+            api.quantize(source, tmp_path / "out", **{**SETTINGS, "part": "2/2", **how})
+        assert contents(tmp_path) == before
 
 
 def test_no_part_is_written_through_a_link(source: Path, tmp_path: Path) -> None:
@@ -337,8 +339,9 @@ def test_a_part_under_the_number_of_another_is_not_that_one(
 
 
 def test_a_damaged_part_is_named_and_can_be_made_again(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    in_parts(api.quantize, source, output, 3)
+    output, made = tmp_path / "out", tmp_path / "made"
+    in_parts(api.quantize, source, output, 2)
+    shutil.copytree(tmp_path / "out.parts", made)
     shard = next((tmp_path / "out.parts").rglob("*.safetensors"))
     part = shard.parent.name.replace("-of-", "/")
     with open(shard, "r+b") as file:
@@ -353,7 +356,7 @@ def test_a_damaged_part_is_named_and_can_be_made_again(source: Path, whole: dict
     assert contents(output) == whole
 
     shutil.rmtree(output)
-    in_parts(api.quantize, source, output, 3)
+    made.rename(tmp_path / "out.parts")
     shard.unlink()
     with pytest.raises(MalformedInput, match="is missing"):
         api.merge(output)
@@ -460,11 +463,11 @@ def test_a_merge_waits_for_a_part_that_is_being_made(forks: Runner, place: Path)
     held.wait()
 
 
-@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [19, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_merge_that_is_killed_at_any_moment_goes_on(
     forks: Runner, place: Path, source: Path, whole: dict[str, bytes], stride: int
 ) -> None:
-    in_parts(api.quantize, source, place / "made", 3)
+    in_parts(api.quantize, source, place / "made", 2)
     kinds = ("write", "rename", "unlink", "rmdir", "mkdir")
     for at in range(0, 1000, stride):
         shutil.rmtree(place / "out", ignore_errors=True)

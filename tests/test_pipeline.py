@@ -487,18 +487,20 @@ def test_a_class_that_the_library_lacks_is_refused_if_asked_for_by_name_and_kept
 
 
 @pytest.mark.parametrize("named", [["T5ForConditionalGeneration"], ["T5WithLMHeadModel"], None])
-def test_the_class_in_the_pipelines_index_decides(named: list[str] | None, changed: Path, tmp_path: Path) -> None:
-    right, output = tmp_path / "right", tmp_path / "out"
-    run(quantize, changed, output=right, component=["transformer=none"])
+def test_the_class_in_the_pipelines_index_decides(
+    named: list[str] | None, changed: Path, quantized: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    right, output = quantized["flux"][0], tmp_path / "out"
     rewrite(changed / "text_encoder_2" / "config.json", architectures=named)
     run(quantize, changed, output=output, component=["transformer=none"])
     assert contents(output / "text_encoder_2") == contents(right / "text_encoder_2")
 
 
-def test_the_class_in_the_pipelines_index_is_enough(changed: Path, tmp_path: Path) -> None:
+def test_the_class_in_the_pipelines_index_is_enough(
+    changed: Path, quantized: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
     """As diffusers loads it: where config.json names no class at all, of a model of either library."""
-    right, output = tmp_path / "right", tmp_path / "out"
-    run(quantize, changed, output=right)
+    right, output = quantized["flux"][0], tmp_path / "out"
     for name, keys in (("transformer", ["_class_name"]), ("text_encoder_2", ["architectures", "model_type"])):
         path = changed / name / "config.json"
         path.write_text(
@@ -612,10 +614,12 @@ def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("faults", [4, pytest.param(64, marks=pytest.mark.soak)])
 def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_ends_right(
     sources: dict[str, Path],
     quantized: dict[str, tuple[Path, dict[str, Any]]],
     tmp_path: Path,
+    faults: int,
 ) -> None:
     expected, writing = contents(quantized["flux"][0]), str(tmp_path)
     seen: list[str] = []
@@ -634,7 +638,7 @@ def test_whatever_operation_fails_nothing_half_made_is_left_and_the_next_run_end
         run(quantize, sources["flux"], output=tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     total = len(seen)
-    for number in range(total // 16, total, total // 8):
+    for number in range(total // (2 * faults), total, total // faults):
         seen.clear()
         with every_disk(partial(fail, number)), pytest.raises(IOFailed, match="Input/output error"):
             run(quantize, sources["flux"], output=tmp_path / "out", threads=1)

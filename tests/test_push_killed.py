@@ -91,7 +91,7 @@ def kill_at_changes(hub: HubServer, server: Runner, place: Path, expected: dict[
 def test_a_kill_at_some_changes_of_the_disk(
     hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes]
 ) -> None:
-    kill_at_changes(hub, server, place, expected, every=167)
+    kill_at_changes(hub, server, place, expected, every=223)
 
 
 @pytest.mark.soak
@@ -103,7 +103,14 @@ def test_a_kill_at_every_change_of_the_disk(
 
 @pytest.mark.parametrize(
     ("kind", "nth"),
-    [("preupload", 1), ("xorb_put", 3), ("shard", 1), ("shard", 4), ("commit", 1), ("create", 1)],
+    [
+        ("preupload", 1),
+        ("xorb_put", 3),
+        pytest.param("shard", 1, marks=pytest.mark.soak),
+        ("shard", 4),
+        ("commit", 1),
+        ("create", 1),
+    ],
 )
 def test_a_kill_while_the_hub_is_asked(
     hub: HubServer, server: Runner, place: Path, expected: dict[str, bytes], kind: str, nth: int

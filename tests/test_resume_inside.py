@@ -119,7 +119,7 @@ def kill_late(run: Run, *command: str) -> None:
     assert run(*command, at=60, only=("write",)).code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("kills", "least"), [(3, 2), pytest.param(12, 4, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("kills", "least"), [(2, 2), pytest.param(12, 4, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("way", WAYS)
 def test_kills_within_a_shard_then_the_same_bytes_and_the_same_figures(
     run: Run, place: Path, way: str, kills: int, least: int
@@ -130,7 +130,7 @@ def test_kills_within_a_shard_then_the_same_bytes_and_the_same_figures(
     assert "layers" in json.dumps(report)
     kept = []
     whole = undisturbed.operations.index(f"rename {place}/out.partial/{FILE}")
-    for number in range(4, whole + 1, whole // kills):
+    for number in range(whole // kills, whole + 1, whole // kills):
         shutil.rmtree(output)
         assert run(*command, at=number, only=STORES).code == -signal.SIGKILL
         continued = run(*command)
@@ -191,8 +191,7 @@ def test_a_kill_while_the_whole_shard_is_read_back_keeps_almost_all_of_it(run: R
     assert contents(place / "out") == expected
 
 
-@pytest.mark.parametrize("damage", ["a bit", "zeros", "cut off"])
-def test_what_is_damaged_is_noticed_and_made_again(run: Run, place: Path, damage: str) -> None:
+def test_what_is_damaged_is_noticed_and_made_again(run: Run, place: Path) -> None:
     assert run(*QUANTIZE).code == 0
     expected = contents(place / "out")
     shutil.rmtree(place / "out")
@@ -201,24 +200,22 @@ def test_what_is_damaged_is_noticed_and_made_again(run: Run, place: Path, damage
     shutil.copytree(place / "out.partial", place / "saved")
     shutil.copy(place / "out.partial.journal", place / "saved.journal")
     before = float(REST.search(run(*QUANTIZE).stderr)[1])  # type: ignore[index]
-    shutil.rmtree(place / "out")
-    (place / "saved").rename(place / "out.partial")
-    (place / "saved.journal").rename(place / "out.partial.journal")
-    with (place / PARTIAL).open("r+b") as file:
-        first = json.loads((place / "out.partial.journal").read_text().splitlines()[1].split(" ", 1)[1])["chunks"][0]
-        if damage == "a bit":
+    first = json.loads((place / "saved.journal").read_text().splitlines()[1].split(" ", 1)[1])["chunks"][0]
+    for damage in ("a bit", "zeros", "cut off"):
+        shutil.rmtree(place / "out")
+        shutil.copytree(place / "saved", place / "out.partial")
+        shutil.copy(place / "saved.journal", place / "out.partial.journal")
+        with (place / PARTIAL).open("r+b") as file:
             file.seek(first[0])
-            file.write(bytes([whole[first[0]] ^ 1]))
-        elif damage == "zeros":
-            file.seek(first[0])
-            file.write(bytes(first[1] - first[0]))
-        else:
-            file.truncate(first[0])
-    continued = run(*QUANTIZE)
-    assert continued.code == 0
-    found = REST.search(continued.stderr)
-    assert (float(found[1]) if found else 0) < before
-    assert contents(place / "out") == expected
+            if damage == "cut off":
+                file.truncate()
+            else:
+                file.write(bytes([whole[first[0]] ^ 1]) if damage == "a bit" else bytes(first[1] - first[0]))
+        continued = run(*QUANTIZE)
+        assert continued.code == 0, damage
+        found = REST.search(continued.stderr)
+        assert (float(found[1]) if found else 0) < before, damage
+        assert contents(place / "out") == expected, damage
 
 
 def test_a_journal_that_another_user_wrote_counts_for_nothing(run: Run, place: Path) -> None:
