@@ -66,7 +66,10 @@ class Display:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            from qz.formats.output.storage.signals import defer_signals
+
+            with defer_signals():  # an interrupt must not leave half of a bar and a hidden cursor behind
+                self.bar.stop()
         elif error is None and self.last is not None and self.first_bytes is not None:
             self.write(self.last)
 
