@@ -449,12 +449,13 @@ def test_the_table_of_types_is_that_of_the_package() -> None:
         assert (Type(number).name, *gguf.GGML_QUANT_SIZES[Type(number)]) == (name, values, width)
 
 
+@pytest.mark.parametrize("by", ["forked_qz", pytest.param("qz_with_torch", marks=pytest.mark.soak)])
 def test_the_command_reads_a_file_by_its_path(
-    tmp_path: Path, qz_with_torch: Callable[..., Any], forked_qz: Callable[..., Any]
+    by: str, tmp_path: Path, forked_qz: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
-    """In a process of its own, which imports no more of the libraries than it needs."""
+    """Also one of its own, which imports no more of the libraries than it needs: see test_lora_experts, too."""
     write_llama(tmp_path / "tiny-Q5_0.gguf", "Q5_0")
-    done = qz_with_torch("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--json")
+    done = request.getfixturevalue(by)("quantize", "tiny-Q5_0.gguf", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["left_out"] == []
     assert (tmp_path / "tiny-Q5_0-nf4/model.safetensors").is_file()

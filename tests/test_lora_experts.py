@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,15 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from commands import run
-from conftest import Qz
 from covering import in_turn
 from forked import Runner
 from mixtures import mixture
+from pace import HANG
 from qz import MalformedInput, Unsupported
 from qz.cli.commands.dequantize import dequantize
 from qz.cli.commands.quantize import quantize
 from reference import differing_tensors, tensors_of
+from test_gguf import write_llama
 
 EXPERTS = {"r": 2, "lora_alpha": 6, "init_lora_weights": False, "target_modules": ["o_proj"]}
 
@@ -112,17 +115,44 @@ def test_a_whole_tensor_of_experts_is_not_put_into_one_of_them(tmp_path: Path) -
         run(quantize, base, experts=True, lora=[str(adapter)], dry_run=True)
 
 
-def test_a_command_of_its_own_finds_the_experts_of_a_model_that_is_remembered(
-    qz_with_torch: Qz, forks: Runner, tmp_path: Path
+COMMANDS = """
+import json, sys
+from qz.cli.entry import run_command
+from qz.quantize.libraries.importing import work_bounds
+first, second = json.loads(sys.argv[1])
+codes = [run_command(first)]
+work_bounds.set_hard()  # as in the process that would be asked for an architecture
+print([*codes, run_command(second)])
+"""
+
+
+def test_commands_of_their_own_find_the_experts_of_a_model_that_is_remembered_and_read_gguf(
+    python_with_torch: list[str], forks: Runner, tmp_path: Path
 ) -> None:
+    """With what of transformers the first imports for the experts alone, and the second for its file."""
     base = mixture("qwen3_moe", tmp_path / "base")
     adapter = on_all_experts(base, tmp_path / "adapter")
     memory = {"QZ_CACHE": str(tmp_path / "cache")}
     first = forks.run("quantize", base, "--dry-run", cwd=tmp_path, environment=memory)
     assert first.code == 0, first.stderr
     assert list((tmp_path / "cache/architectures").iterdir())
-    done = qz_with_torch("quantize", base, "--lora", adapter, "--dry-run", "--quiet", **memory)
-    assert done.returncode == 0, done.stderr
+    write_llama(tmp_path / "tiny.gguf", "Q5_0")
+    commands = [
+        ["quantize", str(base), "--lora", str(adapter), "--dry-run", "--quiet"],
+        ["quantize", "tiny.gguf", "--device", "cpu", "--quiet"],
+    ]
+    done = subprocess.run(
+        [*python_with_torch, "-c", COMMANDS, json.dumps(commands)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **memory},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "[0, 0]", done.stderr
+    assert (tmp_path / "tiny-nf4/model.safetensors").is_file()
 
 
 def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:

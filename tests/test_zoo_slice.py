@@ -36,7 +36,7 @@ def test_a_class_whose_names_are_changed_when_it_loads_is_right_or_refused(
 def test_the_part_of_today_has_no_fault(python_with_libraries: list[str], tmp_path: Path) -> None:
     tests = Path(__file__).parent
     alone = {"PYTHONPATH": str(tests), "QZ_CACHE": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = ["-m", "whole_zoo", "--slice", "--seconds", "2", "--results", str(tmp_path / "none")]
+    arguments = ["-m", "whole_zoo", "--slice", "--seconds", "2", "--jobs", "1", "--results", str(tmp_path / "none")]
     command = [*python_with_libraries, *arguments]
     done = subprocess.run(command, env={**os.environ, **alone}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
