@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -82,8 +82,8 @@ def keep(question: str, told: dict[str, Any]) -> None:
     if folder is None:
         return
     with suppress(OSError):
-        code = json.dumps(_code()).encode()
-        state = _code_folder(folder) / _sha256(code)
+        name, code = _code(frozenset(sys.modules))
+        state = _code_folder(folder) / name
         if state not in _LOADED:
             _write(state, code)
             _LOADED.add(state)
@@ -122,10 +122,16 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _code() -> dict[str, list[int]]:
-    """Path → state of the files of ``CODE`` that are loaded. Raises OSError if one cannot be looked at."""
-    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in CODE]
-    return {path: _state(path) for module in modules if (path := getattr(module, "__file__", None))}
+@lru_cache(maxsize=1)
+def _code(loaded: frozenset[str]) -> tuple[str, bytes]:
+    """The name and the JSON of path → state of the files of ``CODE`` that are loaded, among the modules of these names.
+
+    Raises OSError if one cannot be looked at. Once for all answers that the same code gives: it takes milliseconds.
+    """
+    modules = [sys.modules.get(name) for name in loaded if name.partition(".")[0] in CODE]
+    files = {path: _state(path) for module in modules if (path := getattr(module, "__file__", None))}
+    code = json.dumps(files, sort_keys=True).encode()
+    return _sha256(code), code
 
 
 _LOADED: set[Path] = set()
