@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import traceback
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -68,11 +69,14 @@ def shard(name: str, size: int, seed: int = 0) -> bytes:
     return encode_header(layout([(name, "U8", (size,))])) + random.Random(seed).randbytes(size)
 
 
+_made_before = lru_cache(maxsize=8)(shard)
+
+
 def make(folder: Path, *, shards: int = 2, seed: int = 0, about: dict[str, Any] | None = None) -> Path:
     """A checkpoint as qz leaves it: shards, index, config, tokenizer and the record."""
     folder.mkdir(parents=True)
     names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
-    files = {name: shard(f"layer.{n}.weight", 300_000 + n * 700_000, seed + n) for n, name in enumerate(names)}
+    files = {name: _made_before(f"layer.{n}.weight", 300_000 + n * 700_000, seed + n) for n, name in enumerate(names)}
     weight_map = {f"layer.{n}.weight": name for n, name in enumerate(names)}
     files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
     files["config.json"] = json.dumps(CONFIG).encode()

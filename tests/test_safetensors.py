@@ -275,20 +275,20 @@ def test_a_malformed_file_is_refused_with_the_reason(data: bytes, kind: str, why
 
 
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "one tensor of 50 M dimensions": lambda: (
-        b'{"a":{"dtype":"F32","shape":[' + b"0," * 49_999_900 + b'0],"data_offsets":[0,0]}}'
+    "one tensor of 25 M dimensions": lambda: (
+        b'{"a":{"dtype":"F32","shape":[' + b"0," * 24_999_900 + b'0],"data_offsets":[0,0]}}'
     ),
-    "a long list": lambda: b'{"a":[' + b"[]," * 30_000_000 + b"[]]}",
+    "a long list": lambda: b'{"a":[' + b"[]," * 15_000_000 + b"[]]}",
     "a million tensors and one": lambda: (
         b"{"
         + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % place for place in range(1_000_001))
         + b"}"
     ),
-    "objects": lambda: b'{"a":' * 16_000_000,
+    "objects": lambda: b'{"a":' * 8_000_000,
     "metadata": lambda: b'{"__metadata__":{' + b",".join(b'"%d":""' % place for place in range(1_000_000)) + b"}}",
-    "backslashes": lambda: b'{"' + b"\\" * 30_000_000,
-    "white space": lambda: b"{" + b" " * 30_000_000,
-    "a long string": lambda: b'{"' + b"\xf0\x9f\x98\x80" * 7_000_000 + b'":{}}',
+    "backslashes": lambda: b'{"' + b"\\" * 15_000_000,
+    "white space": lambda: b"{" + b" " * 15_000_000,
+    "a long string": lambda: b'{"' + b"\xf0\x9f\x98\x80" * 3_500_000 + b'":{}}',
 }
 
 
@@ -302,7 +302,7 @@ def test_a_bomb_costs_neither_time_nor_memory(name: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert watch.loops < 50
+    assert watch.loops < 30
     assert peak < 3 * len(data)
 
 
@@ -321,8 +321,8 @@ def fuzzer() -> ModuleType:
 
 def test_what_is_accepted_safetensors_accepts_with_the_same_tensors() -> None:
     """Some seconds' worth; `make fuzz` runs ten million."""
-    tally = fuzzer().fuzz(seed=time.time_ns() % (1 << 32), count=8_000)
-    assert tally.inputs == 8_000
+    tally = fuzzer().fuzz(seed=time.time_ns() % (1 << 32), count=6_000)
+    assert tally.inputs == 6_000
     assert tally.accepted > tally.inputs / 20
 
 
