@@ -114,15 +114,15 @@ def test_the_statement_names_every_file_and_what_it_was_made_of(tiny_llama: Path
     assert weights["annotations"]["bytes"] == (tiny_llama / "model.safetensors").stat().st_size
 
 
-def test_a_statement_is_verified_and_what_differs_is_named(made: Path, tmp_path: Path, qz: Qz) -> None:
+def test_a_statement_is_verified_and_what_differs_is_named(made: Path, tmp_path: Path, forked_qz: Qz) -> None:
     api.attest(made)
     statement = (made / "qz.statement.json").rename(tmp_path / "statement.json")
-    assert qz("verify", made, "--statement", statement).returncode == 0
+    assert forked_qz("verify", made, "--statement", statement).returncode == 0
     (made / "generation_config.json").unlink()
     flip(made / "qz.json")
     shard = next(made.glob("*.safetensors"))
     flip(shard)
-    result = qz("verify", made, "--statement", statement, "--json")
+    result = forked_qz("verify", made, "--statement", statement, "--json")
     report = json.loads(result.stdout.splitlines()[0])
     assert (result.returncode, report["intact"]) == (65, False)
     assert {each["where"] for each in report["problems"]} == {"generation_config.json", "qz.json", shard.name}

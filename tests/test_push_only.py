@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -208,17 +208,23 @@ def test_a_run_that_ends_at_any_step_is_continued(
     assert len(hub.commit_bodies) == 1
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("threads", "writes"),
+    [
+        *((threads, (45, 75)) for threads in (1, 3)),
+        *(pytest.param(threads, range(40, 80, 5), marks=pytest.mark.soak) for threads in (1, 3)),
+    ],
+)
 def test_a_run_that_ends_inside_a_shard_is_continued_there(
-    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path, threads: int
+    hub: HubServer, llama: Path, kept: dict[str, bytes], tmp_path: Path, threads: int, writes: Sequence[int]
 ) -> None:
     """Shards that were begun are here already when their turn comes, whatever is written first."""
     told = []
-    for number, last in enumerate((45, 75)):
-        writes = count()
+    for number, last in enumerate(writes):
+        numbers = count()
 
-        def hook(operation: str, _: str, last: int = last, writes: Iterator[int] = writes) -> None:
-            if operation == "write" and next(writes) == last:
+        def hook(operation: str, _: str, last: int = last, numbers: Iterator[int] = numbers) -> None:
+            if operation == "write" and next(numbers) == last:
                 raise OSError(errno.EIO, "worn out")
 
         def go(name: str = f"me/new-{number}", **options: Any) -> Any:

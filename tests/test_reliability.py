@@ -826,8 +826,9 @@ def test_a_run_from_the_hub_that_is_killed_is_continued(
     assert resumed
 
 
+@pytest.mark.parametrize("renames", [(2, 4, 99), pytest.param((2, 3, 4, 5, 6, 99), marks=pytest.mark.soak)])
 def test_bytes_that_arrived_wrong_never_get_into_an_output_not_even_by_resuming(
-    server: Runner, place: Path, hub: HubServer
+    server: Runner, place: Path, hub: HubServer, renames: Sequence[int]
 ) -> None:
     """A byte of a file is wrong, and its shard is finished before the whole file has come and its hash is known.
 
@@ -843,7 +844,7 @@ def test_bytes_that_arrived_wrong_never_get_into_an_output_not_even_by_resuming(
     slowly = "import qz.formats.hub.read_ahead as r; r.Pace = lambda p=r.Pace: p(segment=16384, connections=1)\n"
     slowly += "import qz.formats.hub.repository as h; h.WHOLE = 1 << 16"  # the weights come by ranges
     codes = []
-    for number in (2, 4, 99):
+    for number in renames:
         # In the embeddings, which stay as they are: 64 KB of them came with the header.
         fault = hub.fail("cdn", matching=weights, nth=6, times=1, corrupt=True)
         hub.latency = 0.03
