@@ -17,6 +17,7 @@ import pytest
 from transformers.models.llama import modeling_llama
 
 import qz as package
+from forked import Runner
 from pace import HANG
 from qz.cli.app import run
 from qz.formats.checkpoint.survey import open_checkpoint
@@ -217,16 +218,30 @@ def test_a_damaged_answer_is_asked_for_again(damage: str, source: Path, cache: P
     assert answered(source) == ("asked" if damage == "folder" else "remembered")
 
 
+TOLD = """
+from qz.quantize.libraries.transformers import on_transformers
+def examine(*arguments, really=on_transformers.examine):
+    print("asked", file=sys.stderr)
+    return really(*arguments)
+on_transformers.examine = examine
+"""
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_an_answer_whose_state_of_the_code_is_damaged_is_asked_for_again(
-    damage: str, source: Path, tmp_path: Path, cache: Path
+    damage: str, source: Path, tmp_path: Path, cache: Path, forks: Runner
 ) -> None:
-    assert run(["quantize", str(source), "--dry-run", "--quiet"]) == 0
+    def answered_in_a_fork() -> str:
+        own = {"QZ_CACHE": str(cache.parent)}
+        done = forks.run("quantize", source, "--dry-run", "--quiet", cwd=tmp_path, before=TOLD, environment=own)
+        assert done.code == 0, done.stderr
+        return done.stderr.strip() or "remembered"
+
+    assert answered_in_a_fork() == "asked"
     [state] = cache.with_name("code").iterdir()
     data = state.read_bytes()
     state.unlink() if damage == "gone" else state.write_bytes(data[:-20] + b" " * 20 * (damage == "changed"))
-    assert answered_alone(source, tmp_path / "first") == "asked"
-    assert answered_alone(source, tmp_path / "second") == "remembered"
+    assert [answered_in_a_fork() for _ in range(2)] == ["asked", "remembered"]
 
 
 @pytest.mark.parametrize("chosen", ["", "/dev/null/nowhere", "/proc/nowhere"])
