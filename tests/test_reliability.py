@@ -382,7 +382,7 @@ def fail_everywhere(
 def test_an_error_at_an_operation_of_any_kind_is_told_and_leaves_nothing_half_done(
     run: Run, place: Path, small: tuple[dict[str, str], tuple[str, ...]]
 ) -> None:
-    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=48)
+    fail_everywhere(run, place, small, ((ENOSPC, 74), (EIO, 74), (EACCES, 77)), stride=96)
 
 
 def test_a_source_that_cannot_be_read_is_an_io_error_that_names_it(

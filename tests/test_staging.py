@@ -1417,7 +1417,7 @@ def test_a_failed_overwrite_keeps_the_old_output(old_and_new: tuple[Path, dict[s
 
 @pytest.mark.parametrize(
     ("act", "stride"),
-    [(die, 20), (FailWith(errno.EIO), FEW), *(pytest.param(act, 1, marks=pytest.mark.soak) for act in ACTS)],
+    [(die, 40), (FailWith(errno.EIO), FEW), *(pytest.param(act, 1, marks=pytest.mark.soak) for act in ACTS)],
 )
 @in_small_process
 def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
@@ -1457,7 +1457,7 @@ def test_old_or_new_can_be_reached_whenever_an_overwrite_is_interrupted(
     ("killed_at", "stride"),
     [
         ("the second rename", FEW),
-        ("the removal of the old", 20),
+        ("the removal of the old", 40),
         *(pytest.param(at, 1, marks=pytest.mark.soak) for at in ("the second rename", "the removal of the old")),
     ],
 )
