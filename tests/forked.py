@@ -44,11 +44,16 @@ def interrupt() -> None:
     """SIGINT, which the main thread handles when it can; another thread waits until the workers are told to stop."""
     os.kill(os.getpid(), signal.SIGINT)
     if threading.current_thread() is not threading.main_thread():
-        from qz.quantize.streaming.workers import Workers
+        work_until_told_to_stop()
 
-        told = [each.stop for each in gc.get_objects() if type(each) is Workers]
-        while not any(stop.wait(0.01) for stop in told):
-            pass
+
+def work_until_told_to_stop() -> None:
+    """What takes long, in a worker. Returns at once where all have been told already: Ctrl-C may have come before."""
+    from qz.quantize.streaming.workers import Workers
+
+    going_on = [each.stop for each in gc.get_objects() if type(each) is Workers and not each.stop.is_set()]
+    while going_on and not any(stop.wait(0.01) for stop in going_on):
+        pass
 
 
 def fail(code: int) -> str:

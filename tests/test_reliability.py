@@ -1184,12 +1184,6 @@ def test_what_a_run_wrote_can_be_verified_and_a_flipped_bit_is_found(run: Run, p
 # A terminal
 
 
-TAKES_LONG = """
-from qz.quantize.streaming.workers import Workers
-told = [each.stop for each in gc.get_objects() if type(each) is Workers and not each.stop.is_set()]
-while not any(stop.wait(0.01) for stop in told): pass
-"""
-"""Work that goes on until the workers are told to stop."""
 INTERRUPTED_BAR = """
 from rich.live import Live
 def stop(self, real=Live.stop):
@@ -1199,25 +1193,30 @@ Live.stop = stop
 """
 
 
-def in_terminal(server: Runner, place: Path, command: tuple[str, ...], key_at: str = "", **how: Any) -> tuple[int, str]:
-    """Run in a terminal, and press Ctrl-C when a text appears: the exit code, and all that was shown."""
+def in_terminal(
+    server: Runner, place: Path, command: tuple[str, ...], key_at: str = "", held: Path | None = None, **how: Any
+) -> tuple[int, str]:
+    """Run in a terminal, and press Ctrl-C when a text has appeared and, if a file is given, that is there: the exit
+    code, and all that was shown."""
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     before = termios.tcgetattr(other)
     environment = {"TERM": "xterm-256color"}
     running = server.start(*command, cwd=place, terminal=os.ttyname(other), environment=environment, **how)
     shown, pressed = b"", not key_at
-    while True:
+    end = time.monotonic() + HANG
+    while time.monotonic() < end:
         readable: list[int] = select.select([main, running.socket.fileno()], [], [], 60)[0]
         if main in readable:
             shown += os.read(main, 65536)
-            if not pressed and key_at.encode() in shown:
+            if not pressed and key_at.encode() in shown and (held is None or held.exists()):
                 os.write(main, b"\x03")
                 pressed = True
         elif readable:
             break
-        else:
-            raise TimeoutError(shown.decode())
+    else:
+        running.kill()
+        raise TimeoutError(shown.decode())
     assert termios.tcgetattr(other) == before
     os.close(main)
     os.close(other)
@@ -1237,7 +1236,10 @@ def test_ctrl_c_during_the_progress_bar_leaves_a_clean_terminal_and_the_next_run
 ) -> None:
     """When a file is about to get its name: before any shard is finished, and after some."""
     command = (*WAYS["nf4"], "--threads", "1")
-    code, shown = in_terminal(server, place, command, text, at=rename, only=("rename",), act=TAKES_LONG)
+    held = place / "held"
+    hold = f"open({str(held)!r}, 'x').close(); work_until_told_to_stop()"
+    code, shown = in_terminal(server, place, command, text, held, at=rename, only=("rename",), act=hold)
+    held.unlink()
     assert code == 130, shown
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, shown  # the cursor is there again
     _, interrupted, error = " ".join(last_lines(shown)).rpartition("Error: Interrupted.")
