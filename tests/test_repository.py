@@ -148,7 +148,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     sdist = build("sdist", place / "clone")
     with tarfile.open(sdist) as archive:
-        archive.extractall(place / "unpacked", filter="data")
+        if data_filter := getattr(tarfile, "data_filter", None):  # from Python 3.11.4
+            archive.extraction_filter = staticmethod(data_filter)
+        archive.extractall(place / "unpacked")
     return sdist, build("wheel", next((place / "unpacked").iterdir()))
 
 
